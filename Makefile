@@ -1,0 +1,27 @@
+# The two commands of the README. A fresh machine needs Python 3.11 or newer, git and make.
+PYTHON ?= python3
+VENV ?= .venv
+CORES ?= all
+
+.PHONY: reproduce test environment lint
+reproduce: environment
+	$(VENV)/bin/snakemake --cores $(CORES)
+	$(VENV)/bin/nonn timeline
+
+test: environment lint
+	$(VENV)/bin/python -m pytest
+
+lint: environment
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/snakefmt --check workflow
+	$(VENV)/bin/snakemake --lint
+
+environment: $(VENV)/installed
+
+# Versions are those that were tested; pyproject.toml has the ranges that should work.
+$(VENV)/installed: pyproject.toml requirements.lock
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'NoNN needs Python 3.11 or newer: make PYTHON=python3.11 …')"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint requirements.lock --editable .[dev]
+	touch $@

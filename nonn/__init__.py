@@ -1,0 +1,9 @@
+"""Network of Neural Networks: one small student per device, distilled from one large teacher.
+
+Implements the method of Bhardwaj et al., *Memory- and Communication-Aware Model Compression for
+Distributed Deep Learning Inference on IoT* (2019), https://arxiv.org/abs/1907.11804, as a
+pipeline of stages. Each stage is one module of this package, one section of ``params.yaml``, one
+Snakemake rule and one DVC stage, all of the same name.
+"""
+
+__version__ = "0.1.0"

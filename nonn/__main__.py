@@ -1,0 +1,3 @@
+from nonn.cli import main
+
+main()

@@ -1,0 +1,176 @@
+"""Stage `assemble`: join the students of a network by one final layer.
+
+The layer starts as the mean of the students' own training heads, block by block, so the assembled
+network averages their logits. It is fitted further on the training images' features, and the
+fitted layer is kept only if it is right on more validation images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.dataset import Dataset, load_dataset
+from nonn.files import read_json, read_tensors, write_json, write_tensors
+from nonn.models import Network, accuracy, predict
+from nonn.params import Architecture, Assemble, Params
+from nonn.paths import Paths
+from nonn.training import epoch_order
+
+BATCH_SIZE = 500
+
+
+class FinalLayer(nn.Module):
+    """One linear layer over the students' concatenated feature vectors, in blocks.
+
+    Each student i has a block W_i (C, F_i) and a share b_i (C,) of the bias, so the layer also
+    answers when students are missing: N/|present| · Σ_present (W_i f_i + b_i).
+
+    Parameters
+    ----------
+    weights : sequence of N tensors of shape (C, F_i)
+    biases : sequence of N tensors of shape (C,)
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor]):
+        super().__init__()
+        self.weights = nn.ParameterList([w.clone() for w in weights])
+        self.biases = nn.ParameterList([b.clone() for b in biases])
+
+    def contributions(self, features: Sequence[Tensor]) -> Tensor:
+        """What each student adds to the logits, (N, B, C), from its feature vectors (B, F_i)."""
+        blocks = zip(features, self.weights, self.biases, strict=True)
+        return torch.stack([F.linear(f, weight, bias) for f, weight, bias in blocks])
+
+    def forward(self, features: Sequence[Tensor], present: Sequence[int] | None = None) -> Tensor:
+        """Logits (B, C) of the students `present`, all by default."""
+        terms = self.contributions(features)
+        if present is None:
+            return terms.sum(0)
+        return terms[list(present)].sum(0) * (len(terms) / len(present))
+
+
+class NetworkOfNetworks(nn.Module):
+    """The assembled network: students that never exchange anything, and the final layer."""
+
+    def __init__(self, students: Sequence[Network], final: FinalLayer):
+        super().__init__()
+        self.students = nn.ModuleList(students)
+        self.final = final
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
+        return [predict(student, images)[0] for student in self.students]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.final([student(images)[0] for student in self.students])
+
+
+def averaged_layer(heads: Sequence[nn.Linear]) -> FinalLayer:
+    """The final layer that averages the logits of N heads."""
+    n = len(heads)
+    return FinalLayer([head.weight.detach() / n for head in heads], [head.bias.detach() / n for head in heads])
+
+
+def fit_layer(
+    layer: FinalLayer,
+    features: Sequence[Tensor],
+    labels: Tensor,
+    validation: tuple[Sequence[Tensor], Tensor],
+    params: Assemble,
+    seed: int,
+) -> tuple[FinalLayer, list[float]]:
+    """Fit a final layer further by cross-entropy, and keep what validation prefers.
+
+    Parameters
+    ----------
+    layer : FinalLayer
+        Where to start; unchanged.
+    features : sequence of N tensors of shape (M, F_i)
+        Of the training images as they are.
+    labels : Tensor of shape (M,)
+    validation : (features, labels)
+    params : Assemble
+    seed : int
+
+    Returns
+    -------
+    layer : FinalLayer
+        The start, unless some epoch was right on more validation images: then the first best one.
+    accuracies : list of float
+        On validation, before the first epoch and after each.
+    """
+    fitted = FinalLayer(layer.weights, layer.biases)
+    optimizer = torch.optim.Adam(fitted.parameters(), lr=params.lr)
+    best, accuracies = layer, [accuracy(layer(validation[0]), validation[1])]
+    for epoch in range(params.epochs):
+        for index in epoch_order(len(labels), epoch, seed).split(BATCH_SIZE):
+            loss = F.cross_entropy(fitted([f[index] for f in features]), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        score = accuracy(fitted(validation[0]), validation[1])
+        if score > max(accuracies):
+            best = FinalLayer(fitted.weights, fitted.biases)
+        accuracies.append(score)
+    return best, accuracies
+
+
+def assemble_network(
+    students: Sequence[Network], data: Dataset, params: Assemble, seed: int
+) -> tuple[NetworkOfNetworks, dict]:
+    """Join trained students; return the network and how its final layer came about."""
+    averaged = averaged_layer([student.head for student in students])
+    images, labels = data.split("train")
+    validation_images, validation_labels = data.split("validation")
+    layer, accuracies = fit_layer(
+        averaged,
+        [predict(student, images)[0] for student in students],
+        labels,
+        ([predict(student, validation_images)[0] for student in students], validation_labels),
+        params,
+        seed,
+    )
+    summary = {
+        "final_layer": "averaged" if layer is averaged else "fitted",
+        "validation_accuracy": max(accuracies),
+        "validation_accuracy_averaged": accuracies[0],
+        "validation_accuracy_by_epoch": accuracies,
+    }
+    return NetworkOfNetworks(students, layer), summary
+
+
+def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
+    """An assembled network, ready to predict, from the file of its weights."""
+    tensors = read_tensors(path)
+    students = [Network(*_shape(design, data)) for design in read_json(path.with_suffix(".json"))["students"]]
+    positions = range(len(students))
+    layer = FinalLayer(
+        [tensors[f"final.weights.{i}"] for i in positions], [tensors[f"final.biases.{i}"] for i in positions]
+    )
+    model = NetworkOfNetworks(students, layer)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _shape(design: dict, data: Dataset) -> tuple[Architecture, int, int, int]:
+    return Architecture(**design["architecture"]), data.channels, data.n_classes, design["n_filters"]
+
+
+def run(params: Params, paths: Paths, network: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    data, students, designs = load_dataset(paths), [], []
+    for position in range(len(params.networks[network])):
+        (design,) = read_json(paths.design(network, position))
+        student = Network(*_shape(design, data))
+        student.load_state_dict(read_tensors(paths.student(network, position, seed)))
+        students.append(student.eval())
+        designs.append(design)
+    model, summary = assemble_network(students, data, params.assemble, seed)
+    target = paths.network(network, seed)
+    write_tensors(target, model.state_dict())
+    write_json(target.with_suffix(".json"), summary | {"students": designs})

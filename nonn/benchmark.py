@@ -1,0 +1,116 @@
+"""Stage `benchmark`: what each exported model costs on one pinned core in ONNX Runtime.
+
+Every model runs alone in a fresh process: latency of one image and memory of the session are
+measured, parameters, weight bytes, peak activations and multiply-accumulates are counted. Times
+differ from run to run: this stage and `figures` are the only ones whose bytes do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from nonn.errors import UserError
+from nonn.files import read_json, write_json
+from nonn.params import Benchmark, Params
+from nonn.paths import Paths
+from nonn.progress import track
+
+
+def measure_model(path: Path, params: Benchmark) -> dict:
+    """Latency and memory of one ONNX model, alone in a fresh process pinned to one core.
+
+    Parameters
+    ----------
+    path : Path
+    params : Benchmark
+
+    Returns
+    -------
+    dict
+        ``latency_p50_ms``, ``latency_p99_ms``; ``session_memory_kib``, the growth of the process's
+        peak memory from loading the runtime to the last run; ``runs``; ``pinned``.
+    """
+    # `spawn`, because a forked process would inherit this one's memory and threads.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_measure_here, (path, params.model_dump()))
+
+
+def _measure_here(path: Path, params: dict) -> dict:
+    pinned = hasattr(os, "sched_setaffinity")
+    if pinned:
+        cores = os.sched_getaffinity(0)
+        if params["core"] not in cores:
+            raise UserError(f"params.yaml: benchmark.core: this machine has the cores {sorted(cores)}; choose one.")
+        os.sched_setaffinity(0, {params["core"]})
+    import numpy as np
+
+    from nonn.runtime import open_session
+
+    before = _peak_memory_kib(reset=True)
+    session = open_session(path)
+    spec = session.get_inputs()[0]
+    dtype = np.uint8 if spec.type == "tensor(uint8)" else np.float32
+    # Random pixels: the time of a convolution does not depend on what it sees.
+    image = np.random.default_rng(0).integers(0, 256, spec.shape).astype(dtype)
+    times = []
+    for _ in range(params["warmup"] + params["runs"]):
+        start = time.perf_counter_ns()
+        session.run(None, {spec.name: image})
+        times.append((time.perf_counter_ns() - start) / 1e6)
+    measured = times[params["warmup"] :]
+    return {
+        "latency_p50_ms": float(np.percentile(measured, 50)),
+        "latency_p99_ms": float(np.percentile(measured, 99)),
+        "session_memory_kib": _peak_memory_kib() - before,
+        "runs": len(measured),
+        "pinned": pinned,
+    }
+
+
+def _peak_memory_kib(reset: bool = False) -> int:
+    """Peak resident memory of this process; `reset` starts a new peak at what is resident now."""
+    if not Path("/proc/self/status").exists():
+        return 0
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def describe_system() -> dict:
+    """The machine and the versions behind a measured number."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "onnxruntime": version("onnxruntime"),
+        "torch": version("torch"),
+    }
+
+
+def run(params: Params, paths: Paths, name: str) -> None:
+    folder = paths.export(name)
+    manifest = read_json(folder / "manifest.json")
+    # A network's manifest lists its students; the solo manifest has one for each model.
+    models = (
+        {key: m["students"][0] for key, m in manifest.items()}
+        if name == "solo"
+        else {str(position): student for position, student in enumerate(manifest["students"])}
+    )
+    measured = {}
+    for key, entry in track(list(models.items()), f"benchmark {name}"):
+        measured[key] = entry["cost"] | measure_model(folder / entry["file"], params.benchmark)
+    write_json(paths.benchmark(name), {"system": describe_system(), "models": measured})

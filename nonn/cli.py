@@ -1,0 +1,157 @@
+"""The command ``nonn``: one subcommand a stage, and what a user does with the results.
+
+Stages are normally run by ``snakemake`` or ``dvc repro``, which know what is stale; each can also
+be run by hand. Modules are imported only when their command runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from nonn import __version__
+from nonn.errors import UserError
+
+OVERVIEW = """\
+Network of Neural Networks: split one large image classifier into small students, one a device.
+
+  make reproduce            set up everything and run the experiment of params.yaml
+  snakemake --cores 2       run what is stale, independent stages in parallel
+  dvc repro                 the same, one stage after another
+  nonn predict IMAGE        classify an image with the trained network
+
+Stages, in order (the pipeline calls them; `nonn STAGE --help` says more):
+  dataset  teacher  signals  graph  design  partition  distill  assemble
+  baseline  evaluate  export  benchmark  figures
+"""
+
+#: Stage: what it does, and the kind of item that it takes.
+STAGES = {
+    "dataset": ("read or download the images and split them", None),
+    "teacher": ("train or import the teacher", None),
+    "signals": ("run the teacher once over all augmented views", None),
+    "graph": ("build the graph of the teacher's filters", None),
+    "design": ("choose the students' sizes and architectures from the budgets", "NETWORK"),
+    "partition": ("share the filters out among the students", "NETWORK"),
+    "distill": ("train one student with one seed", "NETWORK/STUDENT"),
+    "assemble": ("join a network's students by a final layer", "NETWORK"),
+    "baseline": ("train one baseline with one seed", "NETWORK/METHOD"),
+    "evaluate": ("score everything on the test images", None),
+    "export": ("write ONNX files and score them again", "NETWORK or solo"),
+    "benchmark": ("measure latency and memory of the exported models", "NETWORK or solo"),
+    "figures": ("draw figures and write tables from the results", None),
+}
+SEEDED = ("distill", "assemble", "baseline")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nonn", description=OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"nonn {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage, (summary, item) in STAGES.items():
+        command = commands.add_parser(stage, help=summary, description=f"Stage {stage}: {summary}.")
+        if item:
+            command.add_argument("item", metavar=item, help="as named in params.yaml")
+        if stage in SEEDED:
+            command.add_argument("--seed", type=int, required=True)
+    commands.add_parser("check", help="check params.yaml and stop")
+    predict = commands.add_parser("predict", help="classify an image with the trained network")
+    predict.add_argument("image", type=Path)
+    predict.add_argument("--network", help="of params.yaml; the first by default")
+    timeline = commands.add_parser(
+        "timeline", help="draw when each job of the last run ran, and how parallel they were"
+    )
+    timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    bench = commands.add_parser("bench", help="measure what the design rests on")
+    bench.add_argument("what", choices=["graph"])
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit with 1 and one clear message if the user has to mend something."""
+    options = build_parser().parse_args(arguments)
+    try:
+        if options.command in STAGES:
+            run_stage(options.command, getattr(options, "item", None), getattr(options, "seed", None))
+        else:
+            run_tool(options)
+    except UserError as error:
+        sys.exit(f"nonn {options.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def run_stage(stage: str, item: str | None, seed: int | None) -> None:
+    """Run one stage on one item, and note in the journal when it ran."""
+    from nonn.files import STATE, sweep
+    from nonn.leftovers import remove_leftovers
+    from nonn.params import load_params
+    from nonn.paths import Paths
+
+    params = load_params()
+    paths = Paths(params.experiment)
+    arguments = parse_item(stage, item, params)
+    if seed is not None:
+        arguments["seed"] = seed
+    sweep()
+    remove_leftovers(params, paths)
+    start = time.time()
+    importlib.import_module(f"nonn.{stage}").run(params, paths, **arguments)
+    entry = {"stage": stage, "item": item, "seed": seed, "start": start, "end": time.time()}
+    with (STATE / "journal.jsonl").open("a") as journal:
+        journal.write(json.dumps(entry) + "\n")
+
+
+def parse_item(stage: str, item: str | None, params) -> dict:
+    """Keyword arguments of a stage's `run` from an item such as ``2s/0``.
+
+    Raises
+    ------
+    UserError
+        The parameters name no such item.
+    """
+    if item is None:
+        return {}
+    if stage in ("design", "partition", "assemble"):
+        known = {network: {"network": network} for network in params.networks}
+    elif stage in ("export", "benchmark"):
+        known = {name: {"name": name} for name in [*params.networks, "solo"]}
+    elif stage == "distill":
+        known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in params.students}
+    else:
+        known = {b: {"network": b.split("/")[0], "method": b.split("/")[1]} for b in params.baselines}
+    if item not in known:
+        raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
+    return known[item]
+
+
+def run_tool(options: argparse.Namespace) -> None:
+    from nonn.params import load_params
+
+    if options.command == "bench":
+        from nonn.bench import BENCHES
+
+        BENCHES[options.what]()
+        return
+    params = load_params()
+    if options.command == "check":
+        print(f"params.yaml is sound: experiment {params.experiment}, {len(params.students)} students.")
+    elif options.command == "predict":
+        from nonn.predict import run
+
+        run(params, options.image, options.network)
+    elif options.command == "timeline":
+        from nonn.timeline import run
+
+        run(params, whole=options.all)
+
+
+if __name__ == "__main__":
+    main()

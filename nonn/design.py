@@ -1,0 +1,165 @@
+"""Stage `design`: from the devices' budgets, how many filters and which architecture each student gets.
+
+Sizes come first and are exact: a device gets filters in proportion to its memory, so the bridge of
+its student is known before the stage `partition` decides which filters these are. The sizes are
+written apart from the architectures, so a budget that changes an architecture but no size leaves
+the partition alone.
+
+*Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
+budget would rerun the partition, on which all students depend, though it rarely changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from nonn.cost import Cost, measure_cost
+from nonn.errors import UserError
+from nonn.files import read_json, replacing, write_json
+from nonn.models import Network
+from nonn.params import Architecture, Design, Device, Params
+from nonn.paths import Paths
+
+
+def apportion(total: int, shares: list[float]) -> list[int]:
+    """Split `total` into whole numbers in proportion to `shares`, by largest remainders, each at least 1.
+
+    >>> apportion(10, [1, 1, 2])
+    [3, 2, 5]
+    """
+    exact = [total * share / sum(shares) for share in shares]
+    sizes = [max(1, int(value)) for value in exact]
+    by_need = sorted(range(len(shares)), key=lambda i: (sizes[i] - exact[i], i))
+    while sum(sizes) != total:
+        step = 1 if sum(sizes) < total else -1
+        order = by_need if step > 0 else [i for i in reversed(by_need) if sizes[i] > 1]
+        for i in order[: abs(total - sum(sizes))]:
+            sizes[i] += step
+    return sizes
+
+
+def family(grid: Design, depth: int) -> Iterator[Architecture]:
+    """The students of one depth, from narrow to wide; widths double from stage to stage."""
+    for width in range(grid.min_width, grid.max_width + 1, grid.step):
+        if grid.family == "fast":
+            yield Architecture(family="fast", widths=[width, 2 * width, 4 * width], depth=depth)
+        else:
+            yield Architecture(family="wrn", depth=depth, width=width)
+
+
+def design_student(
+    grid: Design, device: Device, channels: int, size: int, n_classes: int, n_filters: int | None
+) -> tuple[Architecture, Cost]:
+    """Find the largest student that fits a device.
+
+    Parameters
+    ----------
+    grid : Design
+    device : Device
+    channels, size : int
+        Of the images; size in pixels.
+    n_classes : int
+    n_filters : int or None
+        Outputs of the bridge; None for a student without one (a baseline).
+
+    Returns
+    -------
+    architecture : Architecture
+        The one with most parameters; among equals the one with most multiply-accumulates.
+    cost : Cost
+
+    Raises
+    ------
+    UserError
+        Not even the smallest candidate fits.
+    """
+    smallest, best = None, None
+    for depth in grid.depths:
+        for architecture in family(grid, depth):
+            model = Network(architecture, channels, n_classes, n_filters)
+            cost = measure_cost(model, channels, size, grid.bytes_per_value)
+            if smallest is None or cost.memory_bytes < smallest.memory_bytes:
+                smallest = cost
+            if not cost.fits(device.memory_kib, device.mmacs):
+                break  # a wider one costs more
+            if best is None or (cost.params, cost.macs) > (best[1].params, best[1].macs):
+                best = (architecture, cost)
+    if best is None:
+        raise UserError(
+            f"no student of `design` fits a device of {device.memory_kib:g} KiB and {device.mmacs:g} million "
+            f"multiply-accumulates: the smallest needs {smallest.memory_bytes / 1024:.0f} KiB and "
+            f"{smallest.macs / 1e6:.2f} million. Raise devices.*.memory_kib or mmacs, or lower design.min_width."
+        )
+    return best
+
+
+def combined_budget(devices: list[Device]) -> Device:
+    """One device with the memory and the compute of all."""
+    return Device(memory_kib=sum(d.memory_kib for d in devices), mmacs=sum(d.mmacs for d in devices))
+
+
+def design_network(
+    grid: Design, devices: list[Device], info: dict, n_live: int
+) -> tuple[list[int], dict[str, list[dict]]]:
+    """Design all students of a network, and those of every baseline within the same budgets.
+
+    Parameters
+    ----------
+    grid : Design
+    devices : list of N Device
+    info : dict
+        Of the dataset: ``channels``, ``size``, ``classes``.
+    n_live : int
+        Filters of the teacher to share out.
+
+    Returns
+    -------
+    sizes : list of int
+        Filters for each student.
+    designs : dict
+        Name to students, each ``{architecture, n_filters, cost}``: one for "0", "1", …; and for each
+        method of `nonn.baseline` those that it trains.
+
+    Raises
+    ------
+    UserError
+        A device fits no student, or there are more devices than filters.
+    """
+    if len(devices) > n_live:
+        raise UserError(f"{len(devices)} devices share {n_live} live filters; take fewer devices or a wider teacher.")
+    sizes = apportion(n_live, [device.memory_kib for device in devices])
+
+    @cache
+    def design(device: Device, n_filters: int | None) -> dict:
+        shape = (info["channels"], info["size"], len(info["classes"]), n_filters)
+        architecture, cost = design_student(grid, device, *shape)
+        return {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
+
+    students = [design(device, n_filters) for device, n_filters in zip(devices, sizes, strict=True)]
+    smallest = min(devices, key=lambda device: (device.memory_kib, device.mmacs))
+    designs = {str(position): [student] for position, student in enumerate(students)}
+    designs |= dict.fromkeys(("random", "contiguous", "classwise"), students)
+    designs |= {method: [design(smallest, None)] for method in ("labels", "kd", "at_kd")}
+    designs["total"] = [design(combined_budget(devices), None)]
+    designs["full"] = [design(device, n_live) for device in devices]
+    return sizes, designs
+
+
+def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
+    """Architecture and bridge outputs of each student in a file of this stage."""
+    return [(Architecture(**design["architecture"]), design["n_filters"]) for design in read_json(path)]
+
+
+def run(params: Params, paths: Paths, network: str) -> None:
+    devices = [params.devices[name] for name in params.networks[network]]
+    graph, info = read_json(paths.graph_info), read_json(paths.dataset_info)
+    try:
+        sizes, designs = design_network(params.design, devices, info, graph["n_live"])
+    except UserError as error:
+        raise UserError(f"params.yaml: networks.{network}: {error}") from None
+    with replacing(paths.design(network)) as folder:
+        for name, students in designs.items():
+            write_json(folder / f"{name}.json", students)
+    write_json(paths.sizes(network), {"sizes": sizes})

@@ -1,0 +1,184 @@
+"""Stage `distill`: train one student of a network, with one seed, against the teacher's signals.
+
+Each job is independent of every other: it knows its architecture, its filters and its seed. The
+student's head is used in training and as the start of the final layer; only the feature vector
+leaves the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nonn.augment import View, apply_view, draw_view
+from nonn.dataset import Dataset, load_dataset
+from nonn.design import load_design
+from nonn.errors import UserError
+from nonn.files import read_json, write_tensors
+from nonn.losses import attention_loss, kd_loss, transfer_loss
+from nonn.models import Network
+from nonn.params import Architecture, Distill, Params, Signals
+from nonn.paths import Paths
+from nonn.signals import load_signals
+from nonn.training import Checkpoint, mixed_precision, pick_device, train, write_log
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is to learn: its architecture, and the weight of each term of its loss.
+
+    Attributes
+    ----------
+    architecture : Architecture
+    filters : list of int or None
+        The teacher's filters P_i to imitate through a bridge; None for no bridge.
+    kd_weight : float
+        w: share of the KD term; cross-entropy with the labels has the rest.
+    transfer_weight : float
+        β: weight of the activation transfer.
+    attention_weight : float
+        Weight of attention transfer (a baseline).
+    """
+
+    architecture: Architecture
+    filters: list[int] | None
+    kd_weight: float
+    transfer_weight: float = 0.0
+    attention_weight: float = 0.0
+
+
+class Classroom:
+    """Training images and the teacher's signals, view by view, shared by the students of a job."""
+
+    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals):
+        self.data, self.params = data, params
+        self.images, self.labels = data.split("train")
+        self.signals = signals
+        self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
+
+    def view(self, epoch: int) -> tuple[int, View]:
+        """Number and crops of the view an epoch sees: the K views in turn."""
+        number = epoch % self.params.views
+        return number, draw_view(len(self.images), number, self.params.augment, self.params.seed)
+
+
+def distill_student(
+    classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
+) -> tuple[Network, pd.DataFrame]:
+    """Train one student.
+
+    The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled
+    activations on the student's filters and T the temperature,
+
+        L = (1−w)·CE(z, y) + w·T²·KL(softmax(z_t/T) ‖ softmax(z/T)) + β·‖f/‖f‖ − t/‖t‖‖².
+
+    Parameters
+    ----------
+    classroom : Classroom
+    lesson : Lesson
+    schedule : Distill
+    seed : int
+        Decides the initial weights and the order of the images.
+    checkpoint : Checkpoint
+    label : str
+        Shown with the progress.
+
+    Returns
+    -------
+    student : Network
+    log : DataFrame
+        One row an epoch.
+
+    Notes
+    -----
+    After the loss of https://arxiv.org/abs/1907.11804, section 4. *Deviations* from the authors'
+    later code, https://github.com/SLDGroup/NoNN_framework: students share no layers, the divergence
+    is a sum over classes, and the last epoch is kept, not the one that is best on test images.
+    """
+    torch.manual_seed(seed)
+    device = pick_device()
+    data, signals = classroom.data, classroom.signals
+    n_filters = len(lesson.filters) if lesson.filters else None
+    student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    current: dict = {}
+
+    def batch_loss(index: Tensor, epoch: int) -> Tensor:
+        if current.get("epoch") != epoch:
+            number, view = classroom.view(epoch)
+            pooled = signals["pooled"][number][:, lesson.filters] if lesson.filters else None
+            current.update(epoch=epoch, number=number, view=view, pooled=pooled)
+        batch = apply_view(classroom.images, current["view"], index, classroom.params.augment.pad)
+
+        def taught(name: str) -> Tensor:
+            return signals[name][current["number"], index].to(device).float()
+
+        with mixed_precision(device):
+            maps = student.stage_maps(batch.to(device))
+            features, logits = student.read_out(maps[-1])
+        logits = logits.float()
+        loss = (1 - lesson.kd_weight) * F.cross_entropy(logits, classroom.labels[index].to(device))
+        if lesson.kd_weight:
+            loss = loss + lesson.kd_weight * kd_loss(logits, taught("logits"), schedule.temperature)
+        if lesson.transfer_weight:
+            activations = current["pooled"][index].to(device).float()
+            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), activations)
+        if lesson.attention_weight:
+            # Stages that differ in size cannot be compared; those that both have are.
+            attention = {t.shape[1]: t for t in map(taught, classroom.stages)}
+            shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
+            if not shared:
+                raise UserError(
+                    "params.yaml: baselines: at_kd: no stage of the student has the size of one of the teacher's; "
+                    "set dataset.size to a multiple of 4, or remove at_kd."
+                )
+            loss = loss + lesson.attention_weight * attention_loss(*zip(*shared, strict=True))
+        return loss
+
+    log = train(
+        student,
+        batch_loss,
+        len(classroom.images),
+        schedule,
+        seed=seed,
+        validation=data.split("validation"),
+        checkpoint=checkpoint,
+        device=device,
+        label=label,
+    )
+    return student, log
+
+
+def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
+    # One thread a student: students are trained side by side, and the sums come out the same anywhere.
+    torch.set_num_threads(1)
+    section = params.distill
+    design_path, partition_path = paths.design(network, student), paths.partition(network, student)
+    ((architecture, _),) = load_design(design_path)
+    lesson = Lesson(
+        architecture=architecture,
+        filters=read_json(partition_path)["filters"],
+        kd_weight=section.kd_weight,
+        transfer_weight=section.transfer_weight,
+    )
+    name = f"{network}/{student} seed {seed}"
+    checkpoint = Checkpoint.of(
+        [name, section.model_dump(), params.signals.model_dump()],
+        [design_path, partition_path, paths.dataset, paths.signals],
+    )
+    classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
+    model, log = distill_student(
+        classroom, lesson, section, seed=_student_seed(seed, student), checkpoint=checkpoint, label=name
+    )
+    target = paths.student(network, student, seed)
+    write_tensors(target, model.state_dict())
+    write_log(paths.log(target), log)
+    checkpoint.discard()
+
+
+def _student_seed(seed: int, student: int) -> int:
+    """Students of one network differ in their initial weights, too."""
+    return seed * 1000 + student

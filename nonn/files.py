@@ -1,0 +1,102 @@
+"""Reading and writing artifacts: deterministic bytes, and never a half-written file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nonn.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Ignored by git: checkpoints, half-written files and the journal of jobs.
+STATE = Path(".nonn")
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes `target` in one rename, if the block succeeds.
+
+    The temporary lives in `STATE`, named by process: a killed stage leaves nothing beside its
+    outputs, and an orphan that outlives its scheduler cannot write into the file of its successor.
+    """
+    scratch = STATE / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    temporary = scratch / f"{os.getpid()}-{target.name}"
+    remove(temporary)
+    try:
+        yield temporary
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.is_dir():
+            remove(target)  # a directory cannot be renamed over a full one
+        temporary.replace(target)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; nothing happens if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep() -> None:
+    """Delete temporaries whose process is gone (killed before it could tidy up)."""
+    for path in (STATE / "tmp").glob("*-*"):
+        pid = path.name.split("-", 1)[0]
+        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
+            remove(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON with sorted keys, so that equal data gives equal bytes."""
+    write_text(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(_existing(path).read_text(encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors: no pickle, memory-mapped on reading, stable bytes."""
+    from safetensors.torch import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(0o644)  # safetensors makes it private
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file, memory-mapped.
+
+    Raises
+    ------
+    UserError
+        The file is missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(_existing(path))
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}). Delete it and run the pipeline again.") from None
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.")
+    return path

@@ -1,0 +1,214 @@
+"""The convolutional networks: one class for teachers and students, three families of them.
+
+A network takes raw ``uint8`` images and normalises them itself, so that no device, stage or
+exported file can normalise them differently. It returns its *feature vector* (the spatial mean of
+its last rectified convolution) and its logits:
+
+    image -> stem -> stages -> [bridge] -> spatial mean -> head
+
+The **bridge** of a student is a 1×1 convolution to as many channels as the filters of the teacher
+it learns to imitate; its feature vector is all that leaves the device. A teacher has no bridge.
+
+Families
+--------
+fast
+    Three stages of 3×3 convolutions, each pooled right after its first convolution, in the manner
+    of https://github.com/KellerJordan/cifar10-airbench.
+wrn
+    Wide ResNets WRN-d-k (https://arxiv.org/abs/1605.07146), the paper's teachers and students.
+resnet
+    The CIFAR ResNets (https://arxiv.org/abs/1512.03385, section 4.2), for importing teachers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.params import Architecture
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` by channel; `mean` and `std` in units of the raw pixel values, 0 to 255."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.float().reshape(1, -1, 1, 1))
+        self.register_buffer("std", std.float().reshape(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
+
+
+def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -> list[nn.Module]:
+    """Convolution, optional 2×2 max pooling, batch norm, ReLU: pooling first makes the rest cheaper."""
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    return [
+        convolution(inputs, outputs, kernel),
+        *pooling,
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    width = max(4, architecture.widths[0] // 2)
+    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    for outputs in architecture.widths:
+        layers = rectified(width, outputs, pool=True)
+        for _ in range(architecture.depth - 1):
+            layers += rectified(outputs, outputs)
+        stages.append(nn.Sequential(*layers))
+        width = outputs
+    return stem, stages, width
+
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block of a Wide ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = convolution(inputs, outputs, stride=stride, bias=True)
+        self.conv2 = convolution(outputs, outputs, bias=True)
+        self.shortcut = None
+        if inputs != outputs or stride != 1:
+            self.shortcut = convolution(inputs, outputs, kernel=1, stride=stride, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        skipped = x if self.shortcut is None else self.shortcut(active)
+        return skipped + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+def wrn_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    blocks, width = (architecture.depth - 4) // 6, 16
+    stem, stages = convolution(channels, width, bias=True), []
+    for stride, outputs in ((1, 16), (2, 32), (2, 64)):
+        outputs *= architecture.width
+        stage = [WideBlock(width, outputs, stride)]
+        stage += [WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(*stage))
+        width = outputs
+    stages[-1].extend([nn.BatchNorm2d(width), nn.ReLU(inplace=True)])
+    return stem, stages, width
+
+
+class ResidualBlock(nn.Module):
+    """Block of a CIFAR ResNet, with the parameter-free shortcut (option A of the paper)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = convolution(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = convolution(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.stride, self.added = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.added:
+            half = self.added // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.added - half))
+        return F.relu(x + y)
+
+
+def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    blocks, width = (architecture.depth - 2) // 6, 16 * architecture.width
+    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    for stride, factor in ((1, 1), (2, 2), (2, 4)):
+        outputs = 16 * architecture.width * factor
+        stage = [ResidualBlock(width, outputs, stride)]
+        stage += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(*stage))
+        width = outputs
+    return stem, stages, width
+
+
+BODIES = {"fast": fast_body, "wrn": wrn_body, "resnet": resnet_body}
+
+
+class Network(nn.Module):
+    """A teacher, a student or a baseline.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    channels : int
+        Channels of the images, 1 or 3.
+    n_classes : int  # C
+    n_filters : int, optional
+        Outputs of the bridge, |P_i| of the paper; None for no bridge.
+    mean, std : Tensor of shape (channels,), optional
+        Of the training images' raw values; needed except when a state dict is loaded.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        channels: int,
+        n_classes: int,
+        n_filters: int | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ):
+        super().__init__()
+        self.normalize = Normalize(
+            torch.zeros(channels) if mean is None else mean, torch.ones(channels) if std is None else std
+        )
+        self.stem, stages, width = BODIES[architecture.family](channels, architecture)
+        self.stages = nn.ModuleList(stages)
+        self.bridge = nn.Sequential(*rectified(width, n_filters, kernel=1)) if n_filters else nn.Identity()
+        self.n_features = n_filters or width
+        self.head = nn.Linear(self.n_features, n_classes)
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Output of each stage, (B, width, height, width) each; `images` uint8 of shape (B, channels, H, W)."""
+        x = self.stem(self.normalize(images))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def read_out(self, last_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature vector (B, n_features) and logits (B, C) from the last stage's output."""
+        features = self.bridge(last_map).mean((2, 3))
+        return features, self.head(features)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        return self.read_out(self.stage_maps(images)[-1])
+
+
+def deployed(model: Network) -> Network:
+    """What a device runs, as a copy: a student with a bridge leaves its training head behind."""
+    model = copy.deepcopy(model)
+    if not isinstance(model.bridge, nn.Identity):
+        model.head = nn.Identity()
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def predict(
+    model: Network, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32."""
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in images.split(batch_size)]
+    features, logits = zip(*outputs, strict=True)
+    return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images whose largest logit is their label, 0 to 1."""
+    return (logits.argmax(1) == labels).double().mean().item()

@@ -1,0 +1,321 @@
+"""The schema of ``params.yaml``: every section, its types and bounds, and how sections agree.
+
+One class a section, of the same name as the stage that reads it. Anything unknown or impossible
+is refused with the key and the remedy before a stage runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from nonn.errors import UserError
+
+PARAMS_FILE = Path("params.yaml")
+
+#: Baselines of one student on one device of the network, and of the network on another partition.
+SINGLE_METHODS = ("labels", "kd", "at_kd", "total")
+PARTITION_METHODS = ("random", "contiguous", "classwise", "full")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device(Section):
+    """Budget of one device."""
+
+    memory_kib: Positive
+    mmacs: Positive
+
+
+class Ensemble(Section):
+    pool: str
+    seeds: list[Seed]
+
+
+class Dataset(Section):
+    source: str
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    size: Annotated[int, Field(ge=28, le=512)]
+    validation: Annotated[float, Field(gt=0, lt=1)]
+    test: Annotated[float, Field(gt=0, lt=1)]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _leaves_training_images(self) -> Dataset:
+        if self.validation + self.test >= 1:
+            raise ValueError("validation and test together leave no training images; lower one of them")
+        return self
+
+
+class Augment(Section):
+    pad: Annotated[int, Field(ge=0, le=16)]
+    flip: bool
+
+
+class Architecture(Section):
+    """A convolutional network of one family: see `nonn.models`."""
+
+    family: Literal["fast", "wrn", "resnet"]
+    widths: list[Count] = []
+    depth: Count
+    width: Count = 1
+
+    @model_validator(mode="after")
+    def _is_complete(self) -> Architecture:
+        if self.family == "fast" and len(self.widths) != 3:
+            raise ValueError("family fast needs `widths`, three numbers, such as [64, 256, 256]")
+        if self.family != "fast" and self.widths:
+            raise ValueError(f"`widths` belongs to family fast; family {self.family} takes `depth` and `width`")
+        step = {"wrn": (6, 4), "resnet": (6, 2)}.get(self.family)
+        if step and (self.depth < sum(step) or self.depth % step[0] != step[1]):
+            raise ValueError(f"family {self.family} needs depth = {step[0]}n + {step[1]}, not {self.depth}")
+        return self
+
+
+class Schedule(Section):
+    """Stochastic gradient descent with a triangular learning rate."""
+
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: NonNegative
+    warmup: Fraction
+
+
+class Normalization(Section):
+    """Mean and standard deviation of each channel, pixels scaled to 0..1."""
+
+    mean: Annotated[list[float], Field(min_length=1, max_length=3)]
+    std: Annotated[list[Positive], Field(min_length=1, max_length=3)]
+
+
+class Teacher(Schedule):
+    architecture: Architecture
+    weights: str | None
+    normalization: Normalization | None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    augment: Augment
+    threads: Count
+    seed: Seed
+
+
+class Signals(Section):
+    views: Count
+    augment: Augment
+    attention: bool
+    threads: Count
+    seed: Seed
+
+
+class Graph(Section):
+    rule: Literal["activation_hubs", "coactivation"]
+    top_k: Annotated[int, Field(ge=2)] | None
+
+
+class Partition(Section):
+    method: Literal["communities", "contiguous", "classwise", "random"]
+    seed: Seed
+
+
+class Design(Section):
+    family: Literal["fast", "wrn"]
+    depths: Annotated[list[Count], Field(min_length=1)]
+    min_width: Count
+    max_width: Count
+    step: Count
+    bytes_per_value: Literal[1, 2, 4]
+
+    @model_validator(mode="after")
+    def _grid_is_not_empty(self) -> Design:
+        if self.min_width > self.max_width:
+            raise ValueError("min_width is above max_width")
+        for depth in self.depths:
+            if self.family == "wrn" and (depth < 10 or depth % 6 != 4):
+                raise ValueError(f"family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not {depth}")
+        return self
+
+
+class Distill(Schedule):
+    kd_weight: Fraction
+    temperature: Positive
+    transfer_weight: NonNegative
+
+
+class Baseline(Section):
+    attention_weight: NonNegative
+
+
+class Assemble(Section):
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Positive
+
+
+class Evaluate(Section):
+    resamples: Annotated[int, Field(ge=100)]
+    seed: Seed
+
+
+class Benchmark(Section):
+    warmup: Annotated[int, Field(ge=0)]
+    runs: Annotated[int, Field(ge=10)]
+    core: Annotated[int, Field(ge=0)]
+
+
+class Figures(Section):
+    style: str
+    dpi: Annotated[int, Field(ge=50, le=600)]
+    format: Literal["png", "svg", "pdf"]
+
+    @field_validator("style")
+    @classmethod
+    def _is_known(cls, style: str) -> str:
+        import matplotlib.style
+
+        if style != "default" and style not in matplotlib.style.available:
+            raise ValueError(f"no such matplotlib style; one of: default, {', '.join(matplotlib.style.available)}")
+        return style
+
+
+class Params(Section):
+    """All of ``params.yaml``."""
+
+    experiment: Name
+    networks: Annotated[dict[Name, list[Name]], Field(min_length=1)]
+    students: list[str]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+    baselines: list[str]
+    ensemble: Ensemble
+    devices: dict[Name, Device]
+    dataset: Dataset
+    teacher: Teacher
+    signals: Signals
+    graph: Graph
+    partition: Partition
+    design: Design
+    distill: Distill
+    baseline: Baseline
+    assemble: Assemble
+    evaluate: Evaluate
+    benchmark: Benchmark
+    figures: Figures
+
+    def baseline_jobs(self) -> Iterator[tuple[str, str, list[int]]]:
+        """Yield ``(network, method, seeds)`` of every baseline; the pool also has the ensemble's seeds."""
+        for name in self.baselines:
+            network, method = name.split("/")
+            extra = self.ensemble.seeds if name == self.ensemble.pool else []
+            yield network, method, [*self.seeds, *extra]
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Params:
+        for problem in self._disagreements():
+            raise ValueError(problem)
+        return self
+
+    def _disagreements(self) -> Iterator[str]:
+        for network, devices in self.networks.items():
+            if not 2 <= len(devices) <= 16:
+                yield f"networks.{network}: has {len(devices)} devices; give it 2 to 16"
+            for device in devices:
+                if device not in self.devices:
+                    hint = _hint(device, self.devices)
+                    yield f"networks.{network}: device {device!r} is not under `devices`; add it there{hint}"
+        expected = [f"{n}/{i}" for n, devices in self.networks.items() for i in range(len(devices))]
+        missing = [s for s in expected if s not in self.students]
+        surplus = [s for s in self.students if s not in expected]
+        if missing:
+            yield f"students: add {', '.join(missing)}: one entry for each device of `networks`"
+        if surplus:
+            yield f"students: remove {', '.join(surplus)}: `networks` has no such device"
+        listed = {"students": self.students, "seeds": self.seeds, "baselines": self.baselines}
+        for key, values in {**listed, "ensemble.seeds": self.ensemble.seeds}.items():
+            if len(set(values)) < len(values):
+                yield f"{key}: an entry is listed twice; remove one"
+        if repeated := set(self.seeds) & set(self.ensemble.seeds):
+            yield f"ensemble.seeds: {sorted(repeated)} are already in `seeds`; list only further ones"
+        for name in self.baselines:
+            network, _, method = name.partition("/")
+            methods = (*SINGLE_METHODS, *PARTITION_METHODS)
+            if network not in self.networks or method not in methods:
+                yield (
+                    f"baselines: {name!r} is not network/method, with a network of `networks` and a method "
+                    f"of {', '.join(methods)}"
+                )
+            if method == "at_kd" and not self.signals.attention:
+                yield f"baselines: {name} needs attention maps; set signals.attention to true"
+        if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
+            yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
+
+
+def load_params(path: Path = PARAMS_FILE) -> Params:
+    """Read and check a parameter file.
+
+    Raises
+    ------
+    UserError
+        One line a problem: file, key, what is wrong, what to do.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Run nonn from the repository's top folder.") from None
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not text in UTF-8 ({str(error).splitlines()[0]}). Save it as such.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no keys. Restore it from version control.")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    """Turn one of pydantic's errors into a sentence with the key and the remedy."""
+    location = [str(part) for part in error["loc"] if part != "[key]"]
+    key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"{key}: unknown key; remove it{_hint(location[-1], known)}"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it"
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    is_number = error["type"] == "string_type" and isinstance(error["input"], int | float)
+    remedy = "put it in quotes" if is_number else "change it"
+    return f"{key}: {message[0].lower()}{message[1:]} (it is {error['input']!r}); {remedy}"
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Names of the keys that the schema knows in a section."""
+    model: Any = Params
+    for part in location:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def _hint(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

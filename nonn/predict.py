@@ -1,0 +1,92 @@
+"""Classify one image with an exported network, and show what each student contributed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from safetensors.numpy import load_file
+
+from nonn.errors import UserError
+from nonn.files import read_json
+from nonn.params import Params
+from nonn.paths import Paths
+from nonn.runtime import run_onnx
+from nonn.sources import fit_image
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one image.
+
+    Attributes
+    ----------
+    label : str
+        The most probable class.
+    probability : float
+    shares : list of float
+        Of each student: its part in the lead of the predicted class over the mean of all classes,
+        negative if it spoke against the class. Their magnitudes add up to 1.
+    """
+
+    label: str
+    probability: float
+    shares: list[float]
+
+
+def read_image(path: Path, channels: int, size: int) -> np.ndarray:
+    """An image file as the network takes it: uint8 of shape (channels, size, size).
+
+    Raises
+    ------
+    UserError
+        The file is missing or is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            return fit_image(image.convert("L" if channels == 1 else "RGB"), size)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Give the path of an image.") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
+
+
+def classify(folder: Path, image: np.ndarray) -> Prediction:
+    """Run every student of an exported network, then its final layer.
+
+    Parameters
+    ----------
+    folder : Path
+        As the stage `export` wrote it.
+    image : ndarray of shape (channels, size, size), uint8
+    """
+    manifest = read_json(folder / "manifest.json")
+    features = [run_onnx(folder / student["file"], image[None]) for student in manifest["students"]]
+    logits = run_onnx(folder / manifest["final"]["file"], np.concatenate(features, axis=1))[0]
+    winner = int(logits.argmax())
+    exponentials = np.exp(logits - logits.max())
+    layer = load_file(folder / manifest["final"]["blocks"])
+    terms = []
+    for student, feature in enumerate(features):
+        said = layer[f"weights.{student}"] @ feature[0] + layer[f"biases.{student}"]
+        terms.append(float(said[winner] - said.mean()))
+    return Prediction(
+        label=manifest["classes"][winner],
+        probability=float(exponentials[winner] / exponentials.sum()),
+        shares=[term / sum(map(abs, terms)) for term in terms],
+    )
+
+
+def run(params: Params, path: Path, network: str | None) -> None:
+    """Print class, probability and each student's share."""
+    network = network or next(iter(params.networks))
+    if network not in params.networks:
+        raise UserError(f"params.yaml: networks: no {network!r}; choose one of {', '.join(params.networks)}.")
+    folder = Paths(params.experiment).export(network)
+    shape = read_json(folder / "manifest.json")["image"]
+    prediction = classify(folder, read_image(path, shape["channels"], shape["size"]))
+    print(f"{prediction.label}  {prediction.probability:.1%}  ({network}, {path})")
+    for student, (device, share) in enumerate(zip(params.networks[network], prediction.shares, strict=True)):
+        print(f"  student {student} on {device}: {share:6.1%} of the lead")

@@ -1,0 +1,51 @@
+"""Progress of long work: a bar on a terminal, a few log lines with the time left otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+
+#: Shares of the work after which a line is logged where there is no terminal.
+LOG_EVERY = 0.1
+
+
+def track(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
+    """Iterate over `items` and report progress with an estimate of the time left.
+
+    Parameters
+    ----------
+    items : iterable
+    label : str
+        What is being done, for the reader.
+    total : int, optional
+        Number of `items`; needed where they have no length.
+    done : int
+        How many further items were finished earlier (a resumed training).
+    """
+    left = len(items) if isinstance(items, Sized) else total
+    assert left is not None, "say how many items there are"
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=label, total=left + done, initial=done, leave=False)
+        return
+    start = time.monotonic()
+    if done:
+        log(f"{label}: resumed at {done} of {left + done}")
+    logged = 0.0
+    for count, item in enumerate(items, start=1):
+        yield item
+        share = count / left
+        if share >= logged + LOG_EVERY or count == left:
+            logged = share
+            elapsed = time.monotonic() - start
+            log(f"{label}: {done + count} of {left + done}, about {elapsed / share - elapsed:.0f} s left")
+
+
+def log(message: str) -> None:
+    """One line for the reader, on standard error."""
+    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,184 @@
+"""The training loop that teacher, students and baselines share: deterministic and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.files import STATE, read_tensors, remove, write_tensors, write_text
+from nonn.models import Network, accuracy, predict
+from nonn.params import Schedule
+from nonn.progress import track
+
+#: Columns of a training log.
+LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
+
+BatchLoss = Callable[[Tensor, int], Tensor]
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one, otherwise the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where the hardware has it, twice as fast as float32; otherwise a no-op."""
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of an unfinished training, kept outside the outputs, which DVC and Snakemake delete.
+
+    The file is named by a hash of everything the training depends on, so that a checkpoint of
+    other settings or inputs is never resumed.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
+        """Checkpoint of a training with these settings (JSON) and these input files."""
+        key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode())
+        for path in inputs:
+            with path.open("rb") as file:
+                key.update(hashlib.file_digest(file, "sha256").digest())
+        return cls(STATE / "checkpoints" / f"{key.hexdigest()[:32]}.safetensors")
+
+    def part(self, name: str | int) -> Checkpoint:
+        """Checkpoint of one of several trainings in the same job."""
+        return Checkpoint(self.path.with_stem(f"{self.path.stem}-{name}"))
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, log: list[list[float]]) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            if state.get("momentum_buffer") is not None:
+                tensors[f"momentum.{index}"] = state["momentum_buffer"]
+        write_tensors(self.path, {**tensors, "log": torch.tensor(log, dtype=torch.float64)})
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[float]]:
+        """Restore model and optimizer in place; return the log so far, empty if there is no checkpoint."""
+        if not self.path.exists():
+            return []
+        tensors = read_tensors(self.path)
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        state = optimizer.state_dict()
+        state["state"] = {
+            int(name[9:]): {"momentum_buffer": t.clone()} for name, t in tensors.items() if name.startswith("momentum.")
+        }
+        optimizer.load_state_dict(state)
+        return tensors["log"].tolist()
+
+    def discard(self) -> None:
+        """Delete the checkpoint and its parts: the training's outputs are in place."""
+        for path in self.path.parent.glob(f"{self.path.stem}*"):
+            remove(path)
+
+
+def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
+    """Triangular: rises linearly to `lr` for the share `warmup` of the steps, then falls to zero."""
+    rise = schedule.warmup * n_steps
+    if step < rise:
+        return schedule.lr * (step + 1) / (rise + 1)
+    return schedule.lr * (n_steps - step) / (n_steps - rise)
+
+
+def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
+    """Order of the images in an epoch, a function of epoch and seed alone: resuming needs no generator state."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n_images, generator=generator)
+
+
+def make_optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; biases and batch norm are not decayed."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    return torch.optim.SGD(
+        [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=schedule.lr,
+        momentum=schedule.momentum,
+        nesterov=schedule.momentum > 0,
+    )
+
+
+def train(
+    model: Network,
+    batch_loss: BatchLoss,
+    n_images: int,
+    schedule: Schedule,
+    *,
+    seed: int,
+    validation: tuple[Tensor, Tensor],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    label: str,
+) -> pd.DataFrame:
+    """Train `model` in place, resuming from `checkpoint` if it exists.
+
+    Parameters
+    ----------
+    model : Network
+    batch_loss : callable
+        ``batch_loss(index, epoch)``: the loss of the training images `index`, int64 of shape (B,).
+    n_images : int
+        Training images; a last batch that is not full is left out of its epoch.
+    schedule : Schedule
+    seed : int
+        Decides the order of the images.
+    validation : (images, labels)
+        Scored after each epoch, for the log only: nothing is selected.
+    checkpoint : Checkpoint
+        Written after each epoch. The caller discards it once the outputs are in place.
+    device : torch.device
+    label : str
+        Shown with the progress.
+
+    Returns
+    -------
+    DataFrame
+        One row an epoch, columns `LOG_COLUMNS`.
+    """
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(model, schedule)
+    rows = checkpoint.load(model, optimizer)
+    batch_size = min(schedule.batch_size, n_images)
+    steps = n_images // batch_size
+    for epoch in track(range(len(rows), schedule.epochs), label, done=len(rows)):
+        model.train()
+        losses = []
+        for batch, index in enumerate(epoch_order(n_images, epoch, seed).split(batch_size)[:steps]):
+            rate = learning_rate(epoch * steps + batch, schedule.epochs * steps, schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = batch_loss(index, epoch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        _, logits = predict(model, validation[0], device)
+        rows.append(
+            [
+                epoch + 1,
+                torch.stack(losses).mean().item(),
+                F.cross_entropy(logits, validation[1]).item(),
+                accuracy(logits, validation[1]),
+            ]
+        )
+        checkpoint.save(model, optimizer, rows)
+    model.cpu()
+    return pd.DataFrame(rows, columns=LOG_COLUMNS).astype({"epoch": int})
+
+
+def write_log(path: Path, log: pd.DataFrame) -> None:
+    """Write a training log as CSV."""
+    write_text(path, log.to_csv(index=False, float_format="%.6g"))

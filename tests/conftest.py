@@ -1,0 +1,137 @@
+"""What several tests share: a tiny experiment of three easy classes, built once, and handed out as copies."""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from nonn import assemble, baseline, design, distill, export, graph, partition, signals, teacher
+from nonn.dataset import Dataset, measure_channels
+from nonn.files import write_json, write_tensors
+from nonn.params import Params
+from nonn.paths import Paths
+from nonn.training import Checkpoint
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
+
+#: What the tiny experiment changes in the shipped parameters.
+TINY = {
+    "experiment": "tiny",
+    "networks": {"2s": ["small", "large"]},
+    "students": ["2s/0", "2s/1"],
+    "seeds": [0],
+    "baselines": ["2s/labels", "2s/kd", "2s/at_kd", "2s/random"],
+    "ensemble": {"pool": "2s/kd", "seeds": [1]},
+    "devices": {"small": {"memory_kib": 40, "mmacs": 5}, "large": {"memory_kib": 60, "mmacs": 5}},
+    "teacher": {
+        "architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1},
+        "epochs": 6,
+        "batch_size": 10,
+        "lr": 0.05,
+        "threads": 1,
+    },
+    "signals": {"views": 2, "threads": 1},
+    "graph": {"top_k": 8},
+    "design": {"depths": [1], "min_width": 4, "max_width": 16, "step": 2},
+    "distill": {"epochs": 5, "batch_size": 10, "lr": 0.03, "transfer_weight": 2.0},
+    "assemble": {"epochs": 2},
+    "evaluate": {"resamples": 200},
+    "benchmark": {"warmup": 1, "runs": 10},
+}
+
+
+def merge(base: dict, changes: dict) -> dict:
+    """Parameters with changes, section by section; networks, devices and architectures are replaced."""
+    whole = ("networks", "devices", "architecture")
+    merged = {k: merge(base[k], v) if isinstance(v, dict) and k not in whole else v for k, v in changes.items()}
+    return base | merged
+
+
+def make_dataset(channels: int = 1, size: int = 28) -> Dataset:
+    """120 images of noise with horizontal stripes, vertical stripes or a chequerboard."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 100, (120, channels, size, size), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(120) % 3
+    stripes = (torch.arange(size) // 2 % 2).byte().expand(size, size)
+    patterns = torch.stack([stripes.T, stripes, stripes ^ stripes.T])
+    images += 100 * patterns[labels][:, None]
+    train, validation, test = torch.arange(120).split([60, 30, 30])
+    return Dataset(
+        images, labels, train, validation, test, *measure_channels(images[train]), ("across", "down", "chequered")
+    )
+
+
+def write_dataset(data: Dataset, paths: Paths) -> None:
+    names = ("images", "labels", "train", "validation", "test", "mean", "std")
+    write_tensors(paths.dataset, {name: getattr(data, name) for name in names})
+    write_json(paths.dataset_info, {"classes": data.classes, "channels": data.channels, "size": data.size})
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Quickest for tiny tensors, and sums come out the same on every machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def params() -> Params:
+    return Params.model_validate(merge(SHIPPED, TINY))
+
+
+@pytest.fixture(scope="session")
+def data() -> Dataset:
+    return make_dataset()
+
+
+@pytest.fixture
+def checkpoint(folder) -> Checkpoint:
+    """A new checkpoint; what it saves lands in the working directory of the test."""
+    return Checkpoint(folder / "checkpoint.safetensors")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, params, data) -> Path:
+    """Folder in which the tiny experiment was run up to its baselines. Not to be changed: see `experiment`."""
+    folder, paths = tmp_path_factory.mktemp("built"), Paths(params.experiment)
+    with contextlib.chdir(folder):
+        YAML().dump(params.model_dump(), Path("params.yaml"))
+        write_dataset(data, paths)
+        for stage in (teacher, signals, graph):
+            stage.run(params, paths)
+        design.run(params, paths, "2s")
+        partition.run(params, paths, "2s")
+        for student in range(2):
+            distill.run(params, paths, "2s", student, seed=0)
+        assemble.run(params, paths, "2s", seed=0)
+        for network, method, seeds in params.baseline_jobs():
+            for seed in seeds:
+                baseline.run(params, paths, network, method, seed)
+    return folder
+
+
+@pytest.fixture
+def experiment(built, tmp_path, monkeypatch, params) -> Paths:
+    """A copy of the tiny experiment, as the working directory."""
+    shutil.copytree(built, tmp_path / "experiment")
+    monkeypatch.chdir(tmp_path / "experiment")
+    return Paths(params.experiment)
+
+
+@pytest.fixture(scope="session")
+def exported(built, params) -> Path:
+    """Folder of the tiny network's ONNX files. Not to be changed."""
+    paths = Paths(params.experiment)
+    with contextlib.chdir(built):
+        export.run(params, paths, "2s")
+        return paths.export("2s").absolute()

@@ -1,0 +1,85 @@
+"""The cost of a network, against counts by hand."""
+
+import pytest
+import torch
+
+from nonn.cost import Cost, measure_cost
+from nonn.models import Network
+from nonn.params import Architecture
+
+
+def test_fast_network_by_hand():
+    """An image of 1×8×8, a stem of 4 channels, three stages of 8, a bridge of 5; the head stays behind."""
+    model = Network(Architecture(family="fast", widths=[8, 8, 8], depth=1), 1, 3, n_filters=5)
+    # Each output of a convolution is a sum over kernel and input channels; pooling follows it.
+    stem = (4 * 8 * 8) * (1 * 9)
+    stages = (8 * 8 * 8) * (4 * 9) + (8 * 4 * 4) * (8 * 9) + (8 * 2 * 2) * (8 * 9)
+    bridge = (5 * 1 * 1) * 8
+    params = (4 * 9 + 2 * 4) + (8 * 4 * 9 + 2 * 8) + 2 * (8 * 8 * 9 + 2 * 8) + (5 * 8 + 2 * 5)
+    # Most is alive in the first convolution of the stages: its input 4×8×8 and its output 8×8×8.
+    peak = 4 * 8 * 8 + 8 * 8 * 8
+    assert measure_cost(model, channels=1, size=8) == Cost(params, stem + stages + bridge, 4 * params, 4 * peak)
+
+
+def test_residual_network_by_hand():
+    """ResNet-8 on 1×4×4; while a block computes, its input stays alive for the shortcut."""
+    model = Network(Architecture(family="resnet", depth=8), 1, 3)
+    macs = (
+        (16 * 16) * 9
+        + 2 * (16 * 16) * (16 * 9)
+        + (32 * 4) * (16 * 9)
+        + (32 * 4) * (32 * 9)
+        + (64 * 1) * (32 * 9)
+        + (64 * 1) * (64 * 9)
+        + 64 * 3
+    )
+    convolutions = 16 * 9 + 2 * 16 * 16 * 9 + 16 * 32 * 9 + 32 * 32 * 9 + 32 * 64 * 9 + 64 * 64 * 9
+    norms = 2 * (3 * 16 + 2 * 32 + 2 * 64)
+    # Second convolution of the first block: the block's input, the convolution's input and its output.
+    peak = 3 * (16 * 4 * 4)
+    cost = measure_cost(model, channels=1, size=4)
+    assert cost.params == convolutions + norms + (64 * 3 + 3)
+    assert cost.macs == macs
+    assert cost.peak_activation_bytes == 4 * peak
+
+
+def test_a_shortcut_convolution_counts():
+    """WRN-10-1 on 1×4×4: strided blocks have a 1×1 convolution in their shortcut, all have biases."""
+    cost = measure_cost(Network(Architecture(family="wrn", depth=10, width=1), 1, 3), channels=1, size=4)
+    assert cost.macs == (
+        (16 * 16) * 9
+        + 2 * (16 * 16) * (16 * 9)
+        + (32 * 4) * (16 * 9 + 32 * 9 + 16)
+        + (64 * 1) * (32 * 9 + 64 * 9 + 32)
+        + 64 * 3
+    )
+
+
+@pytest.mark.parametrize("n_filters", [None, 5])
+def test_measuring_leaves_the_model_alone(n_filters):
+    model = Network(Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3, n_filters).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    measure_cost(model, channels=1, size=28)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(after[name].device.type == "cpu" and torch.equal(after[name], t) for name, t in before.items())
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "family", [{"family": "fast", "widths": [4, 8, 12], "depth": 2}, {"family": "wrn", "depth": 10}]
+)
+def test_bytes_follow_the_precision_and_nothing_else_does(family):
+    model = Network(Architecture(**family), 3, 10, n_filters=7)
+    one, two = (measure_cost(model, 3, 32, bytes_per_value) for bytes_per_value in (1, 2))
+    assert (two.params, two.macs) == (one.params, one.macs)
+    assert two.weight_bytes == 2 * one.weight_bytes
+    assert two.peak_activation_bytes == 2 * one.peak_activation_bytes
+    assert one.memory_bytes == one.weight_bytes + one.peak_activation_bytes
+
+
+def test_fits_up_to_the_budget_and_no_further():
+    cost = Cost(params=256, macs=2_000_000, weight_bytes=1024, peak_activation_bytes=1024)
+    assert cost.fits(memory_kib=2, mmacs=2)
+    assert not cost.fits(memory_kib=1.999, mmacs=2)
+    assert not cost.fits(memory_kib=2, mmacs=1.999)

@@ -1,0 +1,504 @@
+"""The dataset stage: sources of every kind, and the split."""
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from nonn.dataset import load_dataset, measure_channels, run, split_dataset
+from nonn.errors import UserError
+from nonn.files import read_json
+from nonn.params import Params, load_params
+from nonn.paths import Paths
+from nonn.sources import DOWNLOADS, _contents, _names, decode_images, fit_image, load_images, read_layout
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
+SIZE = 28
+PATHS = Paths("test")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def without_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+
+
+def make_params(source: str | Path, **changes) -> Params:
+    section = {
+        "source": str(source),
+        "sha256": None,
+        "size": SIZE,
+        "validation": 0.25,
+        "test": 0.25,
+        "seed": 0,
+    }
+    params = load_params(REPOSITORY / "params.yaml")
+    return params.model_copy(update={"dataset": params.dataset.model_copy(update=section | changes)})
+
+
+def noise(seed: int, shape: tuple[int, ...] = (SIZE, SIZE, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_folder(root: Path, folders: list[str], count: int = 8, channels: int = 3) -> Path:
+    """Write `count` images of noise to each folder; the seed of each is its running number."""
+    shape = (SIZE, SIZE, 3) if channels == 3 else (SIZE, SIZE)
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for j in range(count):
+            Image.fromarray(noise(i * count + j, shape)).save(root / folder / f"{j}.png")
+    return root
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Pack a folder, files in an order that is not the alphabetical one."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (path.name, str(path)), reverse=True)
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            for path in files:
+                packed.write(path, path.relative_to(folder))
+    else:
+        with tarfile.open(archive, "w" if archive.suffix == ".tar" else "w:gz") as packed:
+            for path in files:
+                packed.add(path, f"./{path.relative_to(folder)}")
+    return archive
+
+
+SPLIT_FOLDERS = ["train/cat", "train/dog", "test/cat", "test/dog"]
+
+
+# Sources of files
+
+
+def test_folder_gives_images_in_order_of_split_class_and_name(tmp_path):
+    raw = load_images(str(write_folder(tmp_path / "pets", SPLIT_FOLDERS, count=2)), SIZE)
+    expected = np.stack([noise(seed).transpose(2, 0, 1) for seed in range(8)])
+    np.testing.assert_array_equal(raw.images, expected)
+    assert raw.classes == ("cat", "dog")
+    assert raw.labels.tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert raw.is_test.tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz"])
+@pytest.mark.parametrize("folders", [SPLIT_FOLDERS, ["cat", "dog", "eel"]])
+def test_archive_equals_its_folder(tmp_path, name, folders):
+    folder = write_folder(tmp_path / "pets", folders, count=3)
+    archive = pack(folder, tmp_path / name)
+    packed, plain = load_images(str(archive), SIZE), load_images(str(folder), SIZE)
+    np.testing.assert_array_equal(packed.images, plain.images)
+    np.testing.assert_array_equal(packed.labels, plain.labels)
+    np.testing.assert_equal(packed.is_test, plain.is_test)
+    assert packed.classes == plain.classes
+    assert packed.sha256 == hashlib.sha256(archive.read_bytes()).hexdigest()
+
+
+def test_many_images_keep_their_places():
+    """More than fit the batches in memory, given in reverse."""
+    pictures = ((i, str(i), Image.new("L", (SIZE, SIZE), i % 251)) for i in reversed(range(1500)))
+    images = decode_images(pictures, 1500, SIZE)
+    assert images.shape == (1500, 1, SIZE, SIZE)
+    np.testing.assert_array_equal(images[:, 0, 5, 7], np.arange(1500) % 251)
+
+
+def test_hard_links_in_a_tar_are_followed(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=2)
+    (folder / "dog/1.png").unlink()
+    (folder / "dog/1.png").hardlink_to(folder / "cat/0.png")
+    raw = load_images(str(pack(folder, tmp_path / "a.tgz")), SIZE)
+    np.testing.assert_array_equal(raw.images[3], raw.images[0])
+
+
+def test_folder_sum_is_that_of_sha256sum_lines(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=1)
+    (folder / "README").write_text("not an image")
+    names = ["cat/0.png", "dog/0.png"]
+    lines = "".join(f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
+    assert load_images(str(folder), SIZE).sha256 == hashlib.sha256(lines.encode()).hexdigest()
+
+
+def test_sha256_is_checked(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=1)
+    write_fashion_mnist(20, 10)
+    for source in (folder, pack(folder, tmp_path / "a.zip"), "torchvision:FashionMNIST"):
+        found = load_images(str(source), SIZE).sha256
+        assert load_images(str(source), SIZE, sha256=found).sha256 == found
+        with pytest.raises(UserError, match=rf"dataset\.sha256.*{found}.*{'0' * 64}"):
+            load_images(str(source), SIZE, sha256="0" * 64)
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("wrapping", ["", "cifar10/", "./cifar10/", "data/cifar10/"])
+def test_layout_is_found_inside_other_folders(wrapping):
+    names = [f"{wrapping}{split}/{name}/1.png" for split in ("test", "train") for name in ("dog", "cat")]
+    clutter = [f"{wrapping}README.md", "__MACOSX/train/cat/._1.png", f"{wrapping}.DS_Store", ".git/config"]
+    layout = read_layout(names + clutter + [f"{wrapping}train/.cache/1.png"], Path("a.zip"))
+    assert layout.names == [
+        f"{wrapping}{p}/1.png" for p in ("train/cat", "train/dog", "test/cat", "test/dog")
+    ]
+    assert layout.is_test.tolist() == [False, False, True, True]
+
+
+def test_train_alone_is_no_split():
+    layout = read_layout(["a/train/cat/1.png", "a/train/dog/1.png"], Path("a.zip"))
+    assert layout.is_test is None
+    assert layout.classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1.png", "2.png"], "has 0 class folders"),
+        (["cat/1.png"], "has 1 class folders"),
+        (["cat/1.png", "dog/1.png", "eel/"], "class folder eel is empty"),
+        (["cat/1.png", "dog/.hidden"], "class folder dog is empty"),
+        (["train/cat/1.png", "train/dog/1.png", "test/cat/"], "class folder test/cat is empty"),
+        (["train/cat/1.png", "train/dog/1.png", "test/"], "folder test has no class folders"),
+        (["train/cat/1.png", "train/dog/1.png", "test/eel/1.png"], "class 'eel' is in test but not in train"),
+        (["train/cat/1.png", "test/cat/1.png", "val/cat/1.png"], "has val beside train and test"),
+        (["cat/1.png", "dog/small/1.png"], "folder dog/small lies too deep"),
+        (["train/cat/1.png", "val/cat/1.png"], "folder train/cat lies too deep"),
+        (["cat/1.png", "dog/1.png", "./cat/1.png"], "holds ./cat/1.png twice"),
+    ],
+)
+def test_layout_errors_name_the_folder(names, message):
+    with pytest.raises(UserError, match=f"params.yaml: dataset.source: a.zip: .*{message}"):
+        read_layout(names, Path("a.zip"))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tgz"])
+@pytest.mark.parametrize("keep", [0, 0.6])
+def test_damaged_archive(tmp_path, name, keep):
+    archive = pack(write_folder(tmp_path / "pets", ["cat", "dog"]), tmp_path / name)
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(UserError, match=rf"dataset\.source: \S+{name} cannot be read"):
+        load_images(str(archive), SIZE)
+
+
+def test_flipped_byte_in_a_zip_names_the_image(tmp_path):
+    archive = pack(write_folder(tmp_path / "pets", ["cat", "dog"], count=1), tmp_path / "a.zip")
+    damaged = bytearray(archive.read_bytes())
+    damaged[500] ^= 255  # in the first file
+    archive.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"a\.zip cannot be read .*dog/0\.png"):
+        load_images(str(archive), SIZE)
+
+
+@pytest.mark.parametrize(("keep", "reason"), [(0, "not an image"), (900, "truncated|broken|unrecognized")])
+def test_damaged_image_is_named(tmp_path, keep, reason):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=3)
+    image = folder / "dog/1.png"
+    image.write_bytes(image.read_bytes()[:keep])
+    for source in (folder, pack(folder, tmp_path / "a.tgz")):
+        with pytest.raises(UserError, match=rf"dataset\.source: .*dog/1\.png cannot be read \(.*({reason})"):
+            load_images(str(source), SIZE)
+
+
+def test_deep_pixels_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=1)
+    Image.fromarray(np.full((SIZE, SIZE), 60000, np.uint16)).save(folder / "cat/0.png")
+    with pytest.raises(UserError, match=r"cat/0\.png.*8 bits a channel"):
+        load_images(str(folder), SIZE)
+
+
+def test_unknown_sources(tmp_path):
+    with pytest.raises(UserError, match=r"dataset\.source: nowhere\.zip does not exist"):
+        load_images("nowhere.zip", SIZE)
+    (tmp_path / "a.rar").touch()
+    with pytest.raises(UserError, match=r"a\.rar is neither a folder nor a \.zip"):
+        load_images("a.rar", SIZE)
+    with pytest.raises(
+        UserError, match=r"torchvision:CIFAR11 is not known; name one of .*CIFAR10.*FashionMNIST"
+    ):
+        load_images("torchvision:CIFAR11", SIZE)
+
+
+# Pixels
+
+
+def test_greyscale_has_one_channel_unless_any_image_has_colour(tmp_path):
+    folder = write_folder(tmp_path / "digits", ["0", "1"], count=2, channels=1)
+    raw = load_images(str(folder), SIZE)
+    assert raw.images.shape == (4, 1, SIZE, SIZE)
+    np.testing.assert_array_equal(raw.images[2, 0], noise(2, (SIZE, SIZE)))
+
+    Image.fromarray(noise(9)).save(folder / "1/1.png")
+    mixed = load_images(str(folder), SIZE)
+    assert mixed.images.shape == (4, 3, SIZE, SIZE)
+    np.testing.assert_array_equal(mixed.images[:3], np.repeat(raw.images[:3], 3, axis=1))
+    np.testing.assert_array_equal(mixed.images[3], noise(9).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("1", 1), ("LA", 1), ("P", 3), ("RGBA", 3), ("CMYK", 3)])
+def test_other_modes_become_greyscale_or_colour(mode, channels):
+    image = Image.new("RGB", (SIZE, SIZE), (255, 255, 255)).convert(mode)
+    np.testing.assert_array_equal(fit_image(image, SIZE), np.full((channels, SIZE, SIZE), 255))
+
+
+def test_wide_image_is_cropped_to_its_centre():
+    pixels = noise(0, (SIZE, 2 * SIZE))
+    np.testing.assert_array_equal(fit_image(Image.fromarray(pixels), SIZE)[0], pixels[:, 14:42])
+
+
+def test_shrinking_is_antialiased():
+    """Columns 1 and 2 of every 4 are white; a bilinear sample in between would be white too.
+
+    The triangle filter spans 4 columns to either side: white gets 2 of the weights' sum of 4.
+    """
+    pixels = np.zeros((4 * SIZE, 4 * SIZE), np.uint8)
+    pixels[:, 1::4] = pixels[:, 2::4] = 255
+    shrunk = fit_image(Image.fromarray(pixels), SIZE)[0, 1:-1, 1:-1].astype(int)
+    np.testing.assert_allclose(shrunk, 127.5, atol=1)
+
+
+def test_photographs_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn clockwise brings the top up
+    file = io.BytesIO()
+    Image.fromarray(noise(0)).save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(
+        fit_image(Image.open(file), SIZE), np.rot90(noise(0), k=-1).transpose(2, 0, 1)
+    )
+
+
+# torchvision
+
+
+def write_fashion_mnist(train: int, test: int) -> list[np.ndarray]:
+    """Write raw files as Zalando's, without the network."""
+    folder = DOWNLOADS / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    images = []
+    for name, count in (("train", train), ("t10k", test)):
+        images.append(noise(count, (count, 28, 28)))
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images[-1].tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, count))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return images
+
+
+def test_torchvision_files_in_place_need_no_network():
+    train, test = write_fashion_mnist(40, 20)
+    raw = load_images("torchvision:FashionMNIST", SIZE)
+    np.testing.assert_array_equal(raw.images[:, 0], np.concatenate([train, test]))
+    np.testing.assert_array_equal(raw.labels, np.arange(60) % 20 % 10)
+    np.testing.assert_array_equal(raw.is_test, np.arange(60) >= 40)
+    assert raw.classes[0] == "T-shirt/top"
+    assert raw.classes[9] == "Ankle boot"
+
+
+def test_torchvision_sum_covers_pixels_and_labels():
+    write_fashion_mnist(20, 10)
+    before = load_images("torchvision:FashionMNIST", SIZE).sha256
+    assert load_images("torchvision:FashionMNIST", 32).sha256 == before
+    for name in ("train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
+        path = DOWNLOADS / "FashionMNIST/raw" / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert load_images("torchvision:FashionMNIST", SIZE).sha256 != before
+        path.write_bytes(whole)
+
+
+def test_torchvision_half_unpacked():
+    write_fashion_mnist(40, 20)
+    path = DOWNLOADS / "FashionMNIST/raw/t10k-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"dataset\.source: torchvision cannot provide FashionMNIST"):
+        load_images("torchvision:FashionMNIST", SIZE)
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST", "SVHN"])
+def test_torchvision_without_network(name):
+    with pytest.raises(
+        UserError, match=rf"dataset\.source: .*{name}[\s\S]*unreachable[\s\S]*folder or archive"
+    ):
+        load_images(f"torchvision:{name}", SIZE)
+
+
+def test_torchvision_corrupted_download(monkeypatch):
+    utils = torchvision.datasets.utils
+    monkeypatch.setattr(utils, "_get_redirect_url", lambda url, **_: url)
+    monkeypatch.setattr(utils, "_urlretrieve", lambda _url, path: Path(path).write_bytes(b"rubbish"))
+    with pytest.raises(UserError, match=r"cannot provide CIFAR100 \(File not found or corrupted"):
+        load_images("torchvision:CIFAR100", SIZE)
+
+
+def test_torchvision_datasets_that_name_their_splits(monkeypatch):
+    class Numbers(list):
+        """Stands for SVHN, which takes `split` and has no class names."""
+
+        def __init__(self, root, split, download):
+            assert Path(root) == DOWNLOADS
+            assert download
+            counts = {"train": 6, "test": 3}
+            super().__init__((Image.new("RGB", (32, 32)), i % 3) for i in range(counts[split]))
+
+    monkeypatch.setattr(torchvision.datasets, "SVHN", Numbers)
+    raw = load_images("torchvision:SVHN", SIZE)
+    assert raw.images.shape == (9, 3, SIZE, SIZE)
+    assert raw.classes == ("0", "1", "2")
+    assert raw.is_test.sum() == 3
+
+
+# The split
+
+
+def make_labels(counts: list[int]) -> np.ndarray:
+    return np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+
+
+@pytest.mark.parametrize("own_test", [False, True])
+@pytest.mark.parametrize(("validation", "test"), [(0.1, 0.2), (0.3, 0.05), (0.01, 0.01)])
+def test_split_is_disjoint_covering_and_stratified(own_test, validation, test):
+    counts = [500, 37, 10, 3]
+    labels = make_labels(counts)
+    is_test = None
+    if own_test:
+        is_test = np.zeros(len(labels), bool)
+        is_test[::3] = True
+        is_test[np.flatnonzero(labels == 3)] = [True, False, False]
+    split = split_dataset(labels, "abcd", is_test, validation, test, seed=0)
+
+    together = np.concatenate(list(split.values()))
+    assert sorted(together) == list(range(len(labels)))
+    for indices in split.values():
+        assert (np.diff(indices) > 0).all()
+    if own_test:
+        np.testing.assert_array_equal(split["test"], np.flatnonzero(is_test))
+    for label in range(4):
+        members = labels == label if is_test is None else (labels == label) & ~is_test
+        assert (labels[split["validation"]] == label).sum() == max(1, round(validation * members.sum()))
+        assert (labels[split["train"]] == label).sum() >= 1
+        if is_test is None:
+            assert (labels[split["test"]] == label).sum() == max(1, round(test * members.sum()))
+
+
+def test_split_depends_on_the_seed_only():
+    labels = make_labels([50, 50])
+    first, again, other = (split_dataset(labels, "ab", None, 0.2, 0.2, seed) for seed in (0, 0, 1))
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert not np.array_equal(first[name], other[name])
+
+
+def test_test_images_do_not_depend_on_the_validation_fraction():
+    labels = make_labels([50, 50])
+    few, many = (split_dataset(labels, "ab", None, validation, 0.2, 0) for validation in (0.1, 0.5))
+    np.testing.assert_array_equal(few["test"], many["test"])
+    assert set(few["validation"]) < set(many["validation"])
+
+
+@pytest.mark.parametrize(("count", "own_test"), [(2, False), (1, True)])
+def test_class_too_small_to_split_is_named(count, own_test):
+    labels = make_labels([20, count])
+    is_test = np.zeros(len(labels), bool) if own_test else None
+    with pytest.raises(UserError, match=rf"class 'eel' has {count} images"):
+        split_dataset(labels, ("cat", "eel"), is_test, 0.2, 0.2, 0)
+
+
+def test_measure_channels_by_hand():
+    images = torch.tensor([[[[0, 255]], [[7, 7]]], [[[0, 255]], [[7, 7]]]], dtype=torch.uint8)
+    mean, std = measure_channels(images)
+    assert mean.tolist() == [127.5, 7]
+    assert std.tolist() == [127.5, 1]  # a blank channel counts as one grey level
+
+
+# The stage
+
+
+def test_run_writes_what_load_dataset_reads(tmp_path):
+    folder = write_folder(tmp_path / "pets", SPLIT_FOLDERS)
+    run(make_params("pets"), PATHS)
+    dataset = load_dataset(PATHS)
+    raw = load_images(str(folder), SIZE)
+    assert (dataset.n_classes, dataset.channels, dataset.size) == (2, 3, SIZE)
+    assert dataset.classes == ("cat", "dog")
+    assert dataset.images.dtype == torch.uint8
+    assert dataset.labels.dtype == dataset.train.dtype == torch.int64
+    np.testing.assert_array_equal(dataset.images, raw.images)
+    assert dataset.test.tolist() == list(range(16, 32))
+
+    images, labels = dataset.split("train")
+    assert labels.tolist() == [0] * 6 + [1] * 6
+    np.testing.assert_array_equal(images, raw.images[dataset.train])
+    np.testing.assert_allclose(dataset.mean, images.numpy().mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(dataset.std, images.numpy().std((0, 2, 3)), rtol=1e-6)
+
+    assert read_json(PATHS.dataset_info) == {
+        "source": "pets",
+        "sha256": raw.sha256,
+        "classes": ["cat", "dog"],
+        "channels": 3,
+        "size": SIZE,
+        "counts": {"train": 12, "validation": 4, "test": 16},
+        "class_counts": {
+            "train": {"cat": 6, "dog": 6},
+            "validation": {"cat": 2, "dog": 2},
+            "test": {"cat": 8, "dog": 8},
+        },
+    }
+
+
+def test_class_without_test_images_is_counted_as_such(tmp_path):
+    write_folder(tmp_path / "pets", ["train/cat", "train/dog", "test/cat"], count=4)
+    run(make_params("pets"), PATHS)
+    assert read_json(PATHS.dataset_info)["class_counts"]["test"] == {"cat": 4, "dog": 0}
+
+
+def test_same_bytes_twice_and_from_folder_or_archive(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"])
+    written = []
+    for source in (folder, folder, pack(folder, tmp_path / "a.zip"), pack(folder, tmp_path / "a.tgz")):
+        run(make_params(source), PATHS)
+        written.append((PATHS.dataset.read_bytes(), PATHS.dataset_info.read_bytes()))
+    assert written[0] == written[1]
+    assert len({tensors for tensors, _ in written}) == 1
+
+
+def test_mnist5k():
+    run(make_params("mnist5k", validation=0.1, test=0.2), PATHS)
+    dataset = load_dataset(PATHS)
+    assert dataset.images.shape == (5000, 1, 28, 28)
+    assert dataset.classes == tuple("0123456789")
+    for name, count in (("train", 350), ("validation", 50), ("test", 100)):
+        assert dataset.split(name)[1].bincount().tolist() == [count] * 10
+    assert dataset.images.min() == 0
+    assert dataset.images.max() == 255
+
+
+@pytest.mark.skipif(not CIFAR10_ZIP.exists(), reason="needs ../shared/data/cifar10.zip")
+def test_cifar10_archive():
+    layout = read_layout(_names(CIFAR10_ZIP), CIFAR10_ZIP)
+    assert len(layout.names) == 60000
+    assert layout.is_test.sum() == 10000
+    assert layout.classes[:3] == ("airplane", "automobile", "bird")
+    np.testing.assert_array_equal(np.bincount(layout.labels), [6000] * 10)
+    pictures = (
+        (i, name, data) for i, (name, data) in enumerate(_contents(CIFAR10_ZIP, layout.names[::9999]))
+    )
+    images = decode_images(pictures, 7, 32)
+    assert images.shape == (7, 3, 32, 32)
+    assert images.std() > 0

@@ -1,0 +1,428 @@
+"""Tables by hand-computed numbers, and all outputs from a small made-up experiment."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nonn import design, figures, graph, graph_plots, partition, plots
+from nonn.benchmark import describe_system
+from nonn.cost import measure_cost
+from nonn.errors import UserError
+from nonn.evaluate import Scores, missing_devices, summarise
+from nonn.files import read_json, write_json, write_tensors
+from nonn.models import Network
+from nonn.params import SINGLE_METHODS, load_params
+from nonn.paths import Paths
+from nonn.training import LOG_COLUMNS, write_log
+
+PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+N_CLASSES = 10
+#: Test accuracies that the made-up experiment scatters around.
+ACCURACY = {
+    "teacher": 0.993,
+    "nonn": 0.986,
+    "ensemble": 0.9845,
+    "total": 0.9855,
+    "at_kd": 0.980,
+    "kd": 0.979,
+    "labels": 0.974,
+    "random": 0.983,
+}
+FIGURES = ("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices")
+TABLES = ("summary.csv", "summary.md", "summary.tex", "metrics.json", "claims.json")
+
+
+def write_graph(params, paths, n_filters, generator):
+    """Write a dataset and pooled activations in which each class has filters of its own."""
+    labels = np.repeat(np.arange(N_CLASSES), 30)
+    favourite = generator.integers(0, N_CLASSES, n_filters)
+    active = np.where(favourite == labels[:, None], 1.2, 0.25) * generator.gamma(1.2, 1, (len(labels), n_filters))
+    pooled = active * generator.gamma(2, 0.5, n_filters)
+    pooled[:, :2] = 0  # two dead filters
+    index = torch.arange(len(labels))
+    tensors = {"images": torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), "labels": torch.from_numpy(labels)}
+    tensors |= {"train": index[:0], "validation": index, "test": index[:0]}
+    write_tensors(paths.dataset, tensors | {"mean": torch.zeros(1), "std": torch.ones(1)})
+    classes = [str(label) for label in range(N_CLASSES)]
+    write_json(paths.dataset_info, {"classes": classes, "channels": 1, "size": params.dataset.size})
+    write_tensors(paths.signals, {"validation_pooled": torch.from_numpy(pooled)})
+    graph.run(params, paths)
+    for network in params.networks:
+        design.run(params, paths, network)
+        partition.run(params, paths, network)
+
+
+def make_log(epochs, final, generator, student=None):
+    epoch = np.arange(1, epochs + 1)
+    accuracy = final - 0.75 * np.exp(-0.45 * epoch) + generator.normal(0, 0.0015, epochs)
+    log = pd.DataFrame({"epoch": epoch, "train_loss": 1 / epoch, "validation_loss": 1 / epoch})
+    log = log.assign(validation_accuracy=accuracy)[LOG_COLUMNS]
+    return log if student is None else log.assign(student=student)
+
+
+def write_logs(params, paths, generator):
+    write_log(paths.log(paths.teacher), make_log(params.teacher.epochs, ACCURACY["teacher"], generator))
+    epochs = params.distill.epochs
+    for network, devices in params.networks.items():
+        for seed in params.seeds:
+            for student in range(len(devices)):
+                log = make_log(epochs, 0.98, generator)
+                write_log(paths.log(paths.student(network, student, seed)), log)
+    for network, method, seeds in params.baseline_jobs():
+        n_students = 1 if method in SINGLE_METHODS else len(params.networks[network])
+        for seed in seeds:
+            logs = [make_log(epochs, ACCURACY[method] - 0.002, generator, i) for i in range(n_students)]
+            write_log(paths.log(paths.baseline(network, method, seed)), pd.concat(logs))
+
+
+def write_evaluation(params, paths, n_test, generator):
+    hard = generator.permutation(n_test)
+    labels = torch.from_numpy(generator.integers(0, N_CLASSES, n_test))
+
+    def score(method, network, n_students, n_seeds):
+        rates = ACCURACY[method] + generator.normal(0, 0.0015, n_seeds)
+        # Some images are hard for every model, as with real ones.
+        correct = np.stack([(hard + generator.normal(0, n_test / 60, n_test)) < rate * n_test for rate in rates])
+        terms = [
+            torch.nn.functional.one_hot(labels, N_CLASSES)
+            + torch.from_numpy(generator.normal(0, 0.42, (n_students, n_test, N_CLASSES)))
+            for _ in range(n_seeds)
+        ]
+        return Scores(method, network, n_students, correct, terms if n_students > 1 else [])
+
+    scores = [score("teacher", "", 1, 1)]
+    n_pool = len(params.seeds) + len(params.ensemble.seeds)
+    for network, devices in params.networks.items():
+        n = len(devices)
+        scores.append(score("nonn", network, n, len(params.seeds)))
+        if n_pool >= n:
+            scores.append(score("ensemble", network, n, n_pool // n))
+    for network, method, seeds in params.baseline_jobs():
+        n = 1 if method in SINGLE_METHODS else len(params.networks[network])
+        scores.append(score(method, network, n, len(seeds)))
+    missing = [
+        {"method": s.method, "network": s.network, **row}
+        for s in scores
+        if s.contributions
+        for row in missing_devices(s.contributions, labels, 0)
+    ]
+    section = params.evaluate.model_copy(update={"resamples": 1000})
+    write_json(paths.evaluation, {"n_test": n_test, "rows": summarise(scores, section), "missing": missing})
+
+
+def write_benchmarks(params, paths):
+    teacher = measure_cost(Network(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
+    write_json(paths.teacher_info, {"cost": vars(teacher)})
+    for network, devices in params.networks.items():
+        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(devices))}
+        write_json(paths.benchmark(network), {"system": describe_system(), "models": models})
+    single = [f"{network}-{method}" for network, method, _ in params.baseline_jobs() if method in SINGLE_METHODS]
+    models = {name: {"latency_p50_ms": 1.1} for name in single} | {"teacher": {"latency_p50_ms": 9.6}}
+    write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
+
+
+def write_experiment(params, n_filters, n_test):
+    """Write all inputs of the stage, into the current folder."""
+    paths, generator = Paths(params.experiment), np.random.default_rng(0)
+    write_graph(params, paths, n_filters, generator)
+    write_logs(params, paths, generator)
+    write_evaluation(params, paths, n_test, generator)
+    write_benchmarks(params, paths)
+    return paths
+
+
+def with_figures(params, **changes):
+    return params.model_copy(update={"figures": params.figures.model_copy(update=changes)})
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """Folder of an experiment whose stage has run; do not change it."""
+    folder = tmp_path_factory.mktemp("experiment")
+    params = with_figures(PARAMS, dpi=50, format="svg")
+    params = params.model_copy(update={"design": params.design.model_copy(update={"step": 16})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        figures.run(params, write_experiment(params, n_filters=40, n_test=400))
+    return folder, params
+
+
+@pytest.fixture
+def inside(experiment, monkeypatch):
+    folder, params = experiment
+    monkeypatch.chdir(folder)
+    return params, Paths(params.experiment)
+
+
+def test_every_output_is_there(inside):
+    params, paths = inside
+    for name in FIGURES:
+        assert (paths / f"figures/{name}.{params.figures.format}").read_text().startswith("<?xml")
+    assert {path.name for path in paths.root.glob("*") if path.name in TABLES} == set(TABLES)
+
+
+def test_running_again_gives_the_same_bytes(inside):
+    params, paths = inside
+    outputs = [*(paths / f"figures/{name}.svg" for name in FIGURES), *(paths / name for name in TABLES)]
+    before = [path.read_bytes() for path in outputs]
+    figures.run(params, paths)
+    assert [path.read_bytes() for path in outputs] == before
+
+
+TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5, "top_k_curve": []}
+
+
+def draw(style, file_format):
+    section = with_figures(PARAMS, style=style, format=file_format).figures
+    with plots.drawing_style(style):
+        plots.save_figure(plots.draw_top_k(TOP_K), Path("figure"), section)
+    return Path("figure").read_bytes()
+
+
+@pytest.mark.parametrize("file_format", ["png", "svg", "pdf"])
+def test_no_format_tells_the_time(file_format, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    before = draw("default", file_format)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert draw("default", file_format) == before
+
+
+def test_style_is_that_of_params_whatever_the_users_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = draw("default", "png")
+    assert draw("dark_background", "png") != plain
+    with matplotlib.rc_context({"font.size": 20}):
+        assert draw("default", "png") == plain
+
+
+def test_summary_has_one_row_a_method_and_network(inside):
+    params, paths = inside
+    table = pd.read_csv(paths / "summary.csv")
+    assert list(table.columns) == list(figures.COLUMNS)
+    evaluated = {(row["network"], row["method"]) for row in read_json(paths.evaluation)["rows"]}
+    listed = list(zip(table["network"].fillna(""), table["method"], strict=True))
+    assert len(listed) == len(evaluated)
+    assert set(listed) == evaluated
+    assert listed[0] == ("", "teacher")
+    assert listed[1] == (next(iter(params.networks)), "nonn")
+
+
+def test_summary_counts_match_the_designs(inside):
+    params, paths = inside
+    table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
+    for network, devices in params.networks.items():
+        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+        row = table.loc[network, "nonn"]
+        assert row["params_total"] == sum(s["cost"]["params"] for s in students)
+        assert row["feature_bytes"] == max(s["n_filters"] for s in students) * params.design.bytes_per_value
+        # The slowest student's, as written by `write_benchmarks`.
+        assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (len(devices) - 1))
+        (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
+        assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
+
+
+def cost(params, macs, weights, activations):
+    return {"params": params, "macs": macs, "weight_bytes": weights, "peak_activation_bytes": activations}
+
+
+def row(method, network, n_students, mean, deviation=None, p=None):
+    return {
+        **{"method": method, "network": network, "n_students": n_students, "n_seeds": 2 if deviation else 1},
+        **{"accuracy_mean": mean, "accuracy_sd": deviation, "p_value_vs_nonn": p},
+    }
+
+
+ROWS = [
+    row("ensemble", "2s", 2, 0.95, 0.01, 0.5),
+    row("full", "2s", 2, 0.93, 0.01, 0.001),
+    row("nonn", "2s", 2, 0.96, 0.01),
+    row("teacher", "", 1, 0.99),
+]
+DESIGNS = {
+    ("", "teacher"): [{"n_filters": None, "cost": cost(100, 1000, 400, 200)}],
+    ("2s", "nonn"): [
+        {"n_filters": 3, "cost": cost(10, 90, 40, 20)},
+        {"n_filters": 5, "cost": cost(12, 80, 48, 2)},
+    ],
+    ("2s", "ensemble"): [{"n_filters": None, "cost": cost(11, 85, 44, 10)}] * 2,
+    ("2s", "full"): [{"n_filters": 8, "cost": cost(14, 90, 56, 20)}] * 2,
+}
+LATENCIES = {("", "teacher"): 6.0, ("2s", "nonn"): 1.5, ("2s", "ensemble"): 1.2}
+
+
+@pytest.fixture
+def methods():
+    return figures.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+
+
+def test_summary_csv_by_hand(methods):
+    assert figures.write_summary_csv(methods) == (
+        "method,network,n_students,n_seeds,accuracy_mean,accuracy_sd,params_per_device,params_total,"
+        "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,p_value_vs_nonn\n"
+        "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,\n"
+        "nonn,2s,2,2,0.960000,0.010000,12,22,48,90,20,1.5000,\n"
+        "ensemble,2s,2,2,0.950000,0.010000,11,22,44,85,40,1.2000,0.500000\n"
+        "full,2s,2,2,0.930000,0.010000,14,28,56,90,32,,0.001000\n"
+    )
+
+
+def test_comparison_by_hand(methods):
+    assert figures.compare_network(methods, "2s") == {
+        "network": "2s",
+        "accuracy": 0.96,
+        "teacher_accuracy": 0.99,
+        "accuracy_gap_points": 3.0,
+        "memory_ratio": 10.0,  # (400 + 200) / max(40 + 20, 48 + 2)
+        "performance_ratio": 4.0,
+        "best_baseline": "ensemble",
+        "best_baseline_accuracy": 0.95,
+        "best_baseline_beaten": False,  # ahead, but p = 0.5
+        "p_value": 0.5,
+    }
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "p", "beaten", "verdict"),
+    [
+        (0.94, 0.01, True, "NoNN beats the ensemble significantly, by 2.00 points (p = 0.010)"),
+        (
+            0.94,
+            0.05,
+            False,
+            "NoNN is ahead of the ensemble by 2.00 points (p = 0.050): the difference is not significant",
+        ),
+        (0.97, 0.3, False, "NoNN is behind the ensemble by 1.00 points (p = 0.300): the difference is not significant"),
+        (0.97, 0.0001, False, "NoNN is beaten significantly by the ensemble, by 1.00 points (p < 0.001)"),
+    ],
+)
+def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict):
+    rows = [*ROWS[1:], row("ensemble", "2s", 2, accuracy, 0.01, p)]
+    methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+    comparison = figures.compare_network(methods, "2s")
+    report = figures.write_summary_md("x", methods, [comparison], 500, describe_system(), 4)
+    assert comparison["best_baseline_beaten"] is beaten
+    assert verdict in report
+    assert "500 test images" in report
+    assert "10.0×" in report
+
+
+def test_a_network_without_baselines_claims_nothing_about_them():
+    alone = [entry for entry in ROWS if entry["method"] in ("teacher", "nonn")]
+    methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+    comparison = figures.compare_network(methods, "2s")
+    assert comparison["best_baseline"] is comparison["p_value"] is None
+    assert "no baseline" in figures.write_summary_md("x", methods, [comparison], 500, describe_system(), 4)
+
+
+def test_claims_are_of_the_most_accurate_network():
+    worse, better = {"network": "2s", "accuracy": 0.9}, {"network": "4s", "accuracy": 0.95}
+    assert figures.collect_claims([worse, better]) is better
+
+
+def test_claims_and_metrics_agree_with_the_table(inside):
+    params, paths = inside
+    table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
+    claims, metrics = (json.loads((paths / f"{name}.json").read_text()) for name in ("claims", "metrics"))
+    network = claims["network"]
+    assert claims["accuracy"] == max(table.loc[n, "nonn"]["accuracy_mean"] for n in params.networks)
+    others = table.loc[network].drop("nonn")
+    assert claims["best_baseline"] == others["accuracy_mean"].idxmax()
+    for key in ("memory_ratio", "performance_ratio", "best_baseline"):
+        assert metrics[f"{network}_{key}"] == claims[key]
+
+
+def test_tex_table_is_booktabs_and_escaped(inside):
+    text = (inside[1] / "summary.tex").read_text()
+    assert text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+    assert r"\%" in text
+    assert " %" not in text.replace(r"\%", "")
+
+
+def test_a_missing_log_is_named(inside, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"teacher\.csv.*dvc repro"):
+        figures.read_log(inside[1].log(inside[1].teacher))
+
+
+def test_strongest_links_by_hand():
+    weights = np.array([[0, 3, 1, 0], [3, 0, 2, 0], [1, 2, 0, 0], [0, 0, 0, 0]])
+    assert graph_plots.strongest_links(weights, 1).tolist() == [[0, 1], [1, 2]]
+    assert graph_plots.strongest_links(weights, 3).tolist() == [[0, 1], [0, 2], [1, 2]]
+
+
+def test_filters_are_ordered_by_student_then_community():
+    split = {"sets": [[0, 2, 5], [1, 4]], "communities": [1, -1, 0, -1, 0, 1]}
+    assert graph_plots.order_filters(split).tolist() == [2, 0, 5, 4, 1]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.01, 0.2))
+def test_spread_keeps_the_gap_the_order_and_the_bounds(values, gap):
+    values = sorted(values)
+    placed = plots.spread(values, gap, 0, 1)
+    fits = min(gap, 1 / max(len(values) - 1, 1))
+    assert (np.diff(placed) >= fits - 1e-9).all()
+    assert placed[0] >= -1e-9
+    assert placed[-1] <= 1 + 1e-9
+    if (np.diff(values) >= gap).all():
+        assert placed == pytest.approx(values)
+
+
+def test_spread_moves_as_little_as_needed():
+    assert plots.spread([], 0.1, 0, 1).tolist() == []
+    assert plots.spread([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.45, 0.55])
+    assert plots.spread([0.0, 0.02], 0.1, 0, 1) == pytest.approx([0.0, 0.1])
+
+
+def test_top_k_is_drawn_without_a_curve():
+    figure = plots.draw_top_k(TOP_K)
+    assert [axis.lines[1].get_xydata().tolist() for axis in figure.axes] == [[[600, 0.3]], [[600, 5]]]
+
+
+def test_an_imported_teacher_is_a_level_line():
+    teacher = pd.DataFrame({"epoch": [0], "validation_accuracy": [0.9]})
+    log = make_log(4, 0.95, np.random.default_rng(0))
+    (axis,) = plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
+    assert set(axis.lines[0].get_ydata()) == {0.9}
+
+
+def assert_in_view(axis, lines):
+    left, right = axis.get_xlim()
+    bottom, top = axis.get_ylim()
+    assert lines
+    for line in lines:
+        x, y = np.asarray(line.get_xydata()).T
+        assert ((left <= x) & (x <= right) & (bottom <= y) & (y <= top)).all()
+
+
+def test_all_points_are_in_view(methods):
+    missing = pd.DataFrame(
+        [
+            {
+                "method": "nonn",
+                "network": "2s",
+                "missing": k,
+                "mean": 0.9 - k / 9,
+                "mean_sd": 0.01,
+                "worst": 0.9 - k / 8,
+            }
+            for k in range(2)
+        ]
+    ).assign(worst_sd=None)
+    (axis,) = plots.draw_missing_devices(missing, {("nonn", "2s"): 3}, 100).axes
+    assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
+    (axis,) = plots.draw_accuracy_memory(methods, 100).axes
+    assert_in_view(axis, [container.lines[0] for container in axis.containers])
+    assert len(axis.containers) == len(methods)
+
+
+def test_every_method_is_named_beside_its_point(methods):
+    (axis,) = plots.draw_accuracy_memory(methods, 100).axes
+    assert sorted(text.get_text() for text in axis.texts) == sorted(plots.METHODS[m].label for m in methods["method"])

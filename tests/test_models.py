@@ -1,0 +1,130 @@
+"""The networks: sizes known from the literature, gradients everywhere, and normalisation inside."""
+
+import pytest
+import torch
+
+from nonn.models import Network, accuracy, count_parameters, deployed, predict
+from nonn.params import Architecture
+
+FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
+WRN = Architecture(family="wrn", depth=10, width=1)
+RESNET = Architecture(family="resnet", depth=8)
+FAMILIES = {"fast": FAST, "wrn": WRN, "resnet": RESNET}
+
+
+def random_images(n_images: int, channels: int, size: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (n_images, channels, size, size), generator=generator, dtype=torch.uint8)
+
+
+def make_network(architecture: Architecture, channels: int = 1, n_filters: int | None = None) -> Network:
+    torch.manual_seed(0)
+    mean, std = torch.full((channels,), 120.0), torch.full((channels,), 60.0)
+    return Network(architecture, channels, 3, n_filters, mean=mean, std=std)
+
+
+def test_wrn_16_2_layer_by_layer():
+    def convolution(inputs, outputs, kernel):
+        return inputs * outputs * kernel**2 + outputs
+
+    def norm(channels):
+        return 2 * channels
+
+    def block(inputs, outputs):
+        shortcut = convolution(inputs, outputs, 1) if inputs != outputs else 0
+        inside = norm(inputs) + convolution(inputs, outputs, 3) + norm(outputs) + convolution(outputs, outputs, 3)
+        return inside + shortcut
+
+    stem = convolution(3, 16, 3)
+    stages = block(16, 32) + block(32, 32) + block(32, 64) + block(64, 64) + block(64, 128) + block(128, 128)
+    expected = stem + stages + norm(128) + 128 * 10 + 10
+    assert expected == 692_810
+    assert count_parameters(Network(Architecture(family="wrn", depth=16, width=2), 3, 10)) == expected
+
+
+def test_wrn_40_4_and_resnet_20_have_the_published_sizes():
+    assert count_parameters(Network(Architecture(family="wrn", depth=40, width=4), 3, 10)) == 8_955_050
+    # 0.27 million in the paper; 269,722 without parameters in the shortcuts.
+    assert count_parameters(Network(Architecture(family="resnet", depth=20), 3, 10)) == 269_722
+
+
+@pytest.mark.parametrize("size", [28, 32, 40])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_are_finite_and_every_parameter_learns(family, channels, size):
+    model = make_network(FAMILIES[family], channels, n_filters=5)
+    features, logits = model(random_images(4, channels, size))
+    assert features.shape == (4, 5)
+    assert logits.shape == (4, 3)
+    assert features.isfinite().all()
+    assert logits.isfinite().all()
+    torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # A bias right before a batch norm has no effect, so its gradient may be zero.
+        assert parameter.ndim == 1 or parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_features_are_the_spatial_mean_of_a_rectified_map(family):
+    images = random_images(3, 1, 28)
+    teacher = make_network(FAMILIES[family]).eval()
+    last = teacher.stage_maps(images)[-1].detach().numpy()
+    assert last.min() >= 0
+    features, _ = predict(teacher, images)
+    torch.testing.assert_close(features, torch.from_numpy(last.mean((2, 3))))
+
+    student = make_network(FAMILIES[family], n_filters=5).eval()
+    rectified = []
+    student.bridge[-1].register_forward_hook(lambda _module, _inputs, output: rectified.append(output.detach()))
+    features, _ = predict(student, images)
+    assert features.min() >= 0
+    torch.testing.assert_close(features, torch.from_numpy(rectified[0].numpy().mean((2, 3))))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stage_maps_halve_from_stage_to_stage(family):
+    sizes = [m.shape[-1] for m in make_network(FAMILIES[family]).stage_maps(random_images(2, 1, 32))]
+    assert sizes == ([16, 8, 4] if family == "fast" else [32, 16, 8])
+
+
+def test_raw_pixels_are_normalised_inside():
+    images = random_images(4, 3, 28)
+    mean, std = torch.tensor([100.0, 120.0, 140.0]), torch.tensor([50.0, 60.0, 70.0])
+    torch.manual_seed(0)
+    model = Network(FAST, 3, 3, mean=mean, std=std).eval()
+    torch.manual_seed(0)
+    plain = Network(FAST, 3, 3).eval()
+    manual = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
+    assert not torch.equal(model(images)[1], plain(images)[1])
+    torch.testing.assert_close(model(images)[1], plain(manual)[1])
+
+
+def test_mean_and_std_travel_with_the_weights():
+    model, other = make_network(FAST), Network(FAST, 1, 3)
+    other.load_state_dict(model.state_dict())
+    images = random_images(2, 1, 28)
+    assert torch.equal(predict(model, images)[1], predict(other, images)[1])
+
+
+def test_only_a_student_with_a_bridge_leaves_its_head_behind():
+    images = random_images(2, 1, 28)
+    student, alone = make_network(FAST, n_filters=5).eval(), make_network(FAST).eval()
+    head = 5 * 3 + 3
+    assert count_parameters(deployed(student)) == count_parameters(student) - head
+    assert torch.equal(deployed(student)(images)[1], student(images)[0])
+    assert torch.equal(deployed(alone)(images)[1], alone(images)[1])
+    assert student.head.out_features == 3, "the original keeps its head"
+
+
+def test_predict_does_not_depend_on_the_batches():
+    model, images = make_network(FAST, n_filters=5), random_images(7, 1, 28)
+    features, logits = predict(model, images)
+    for whole, parts in zip((features, logits), predict(model, images, batch_size=3), strict=True):
+        torch.testing.assert_close(whole, parts)
+
+
+def test_accuracy_by_hand():
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
+    assert accuracy(logits, torch.tensor([1, 0, 0, 1])) == 2 / 4

@@ -1,0 +1,232 @@
+"""The pipeline as a whole, in a scratch clone: which stages an edit of the parameters runs.
+
+Both front ends go through the same edits one after the other. What ran is read from the journal
+that each stage writes, so a stage that DVC skipped or took from its cache does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+FRONT_ENDS = {
+    "snakemake": [BIN / "snakemake", "--cores", "2"],
+    "dvc": [BIN / "dvc", "repro"],
+}
+
+TINY = {
+    "experiment": "tiny",
+    "networks": {"2s": ["small", "small"], "3s": ["large", "large", "large"]},
+    "students": ["2s/0", "2s/1", "3s/0", "3s/1", "3s/2"],
+    "seeds": [0],
+    "baselines": ["2s/kd", "2s/random"],
+    "ensemble": {"pool": "2s/kd", "seeds": [1]},
+    "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
+    "dataset": {"test": 0.5},
+    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1},
+    "signals": {"views": 1, "attention": False},
+    "graph": {"top_k": 8},
+    "design": {"depths": [1], "min_width": 4, "step": 2},
+    "distill": {"epochs": 1},
+    "assemble": {"epochs": 1},
+    "evaluate": {"resamples": 100},
+    "benchmark": {"warmup": 1, "runs": 10},
+    "figures": {"dpi": 50},
+}
+
+STUDENTS_2S = {"distill 2s/0 0", "distill 2s/1 0"}
+STUDENTS_3S = {"distill 3s/0 0", "distill 3s/1 0", "distill 3s/2 0"}
+BASELINES = {"baseline 2s/kd 0", "baseline 2s/kd 1", "baseline 2s/random 0"}
+TABLES = {"evaluate", "figures"}
+SOLO = {"export solo", "benchmark solo"}
+
+
+def after(network: str) -> set[str]:
+    """Stages that follow the training of a network's students."""
+    return {f"assemble {network} 0", f"export {network}", f"benchmark {network}"}
+
+
+PER_NETWORK = {"design 2s", "partition 2s", "design 3s", "partition 3s"}
+TRAINING = STUDENTS_2S | STUDENTS_3S | BASELINES
+AFTER_TRAINING = after("2s") | after("3s") | SOLO | TABLES
+FROM_TEACHER = {"teacher", "signals", "graph"} | PER_NETWORK | TRAINING | AFTER_TRAINING
+
+
+class Clone:
+    """A scratch clone of the repository with the tiny experiment."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+        self.git("init", "--quiet")
+        listed = subprocess.check_output(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=REPOSITORY, text=True
+        )
+        for name in filter(None, listed.split("\0")):
+            source = REPOSITORY / name
+            # Results of the shipped experiment are no concern of the tiny one.
+            if source.is_file() and not name.startswith(("results/", "dvc.lock")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, folder / name)
+        self.edit(lambda params: merge(params, TINY))
+        self.git("add", "--all")
+        self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
+
+    def git(self, *arguments: str) -> None:
+        subprocess.run(["git", *arguments], cwd=self.folder, check=True)
+
+    def edit(self, change) -> None:
+        """Change params.yaml: `change` gets its content and alters it."""
+        yaml, path = YAML(), self.folder / "params.yaml"
+        params = yaml.load(path)
+        change(params)
+        yaml.dump(params, path)
+
+    def start(self, command: list) -> subprocess.Popen:
+        return subprocess.Popen(
+            [str(word) for word in command],
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def call(self, command: list) -> str:
+        process = self.start(command)
+        output, _ = process.communicate()
+        assert process.returncode == 0, output[-8000:]
+        return output
+
+    def stages_of(self, command: list) -> list[str]:
+        """Stages that ran while `command` did, such as ``distill 2s/0 0``."""
+        journal = self.folder / ".nonn" / "journal.jsonl"
+        before = len(journal.read_text().splitlines()) if journal.exists() else 0
+        self.call(command)
+        lines = journal.read_text().splitlines()[before:] if journal.exists() else []
+        entries = [json.loads(line) for line in lines]
+        return [" ".join(str(e[k]) for k in ("stage", "item", "seed") if e[k] is not None) for e in entries]
+
+    def results(self) -> dict[str, bytes]:
+        """Content of every artifact that does not hold times."""
+        root = self.folder / "results" / "tiny"
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and path.name != ".snakemake_timestamp" and not holds_times(path.relative_to(root))
+        }
+
+
+def holds_times(path: Path) -> bool:
+    """Whether an artifact holds measured latencies."""
+    return path.parts[0] == "benchmark" or path.stem in ("summary", "metrics", "claims")
+
+
+def merge(params: dict, changes: dict) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and key not in ("networks", "devices", "architecture"):
+            merge(params[key], value)
+        else:
+            params[key] = value
+
+
+def more_devices(params: dict) -> None:
+    params["networks"]["3s"].append("large")
+    params["students"].append("3s/3")
+
+
+def set_to(*keys: str, value) -> object:
+    def change(params: dict) -> None:
+        for key in keys[:-1]:
+            params = params[key]
+        params[keys[-1]] = value
+
+    return change
+
+
+#: Each edit and exactly the stages that it runs. Afterwards it is undone.
+EDITS = {
+    "nothing": (lambda params: None, set()),
+    "memory, same architecture": (set_to("devices", "large", "memory_kib", value=201), {"design 3s"}),
+    "memory, another architecture": (
+        set_to("devices", "large", "memory_kib", value=260),
+        {"design 3s", *STUDENTS_3S, *after("3s"), *TABLES},
+    ),
+    "one more device": (
+        more_devices,
+        {"design 3s", "partition 3s", *STUDENTS_3S, "distill 3s/3 0", *after("3s"), *TABLES},
+    ),
+    "KD weight": (set_to("distill", "kd_weight", value=0.8), TRAINING | AFTER_TRAINING),
+    "teacher epochs": (set_to("teacher", "epochs", value=2), FROM_TEACHER),
+    "figure style": (set_to("figures", "style", value="ggplot"), {"figures"}),
+}
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
+    clone, run = Clone(tmp_path), FRONT_ENDS[front_end]
+    assert set(clone.stages_of(run)) == {"dataset", *FROM_TEACHER}
+    assert "up to date" in clone.call([BIN / "dvc", "status"])
+    assert "Nothing to be done" in clone.call([BIN / "snakemake", "--dry-run", "--cores", "2"])
+    untouched = (tmp_path / "params.yaml").read_bytes()
+    for name, (change, expected) in EDITS.items():
+        original = clone.results()
+        clone.edit(change)
+        ran = clone.stages_of(run)
+        assert len(ran) == len(set(ran)), f"{name}: a stage ran twice: {sorted(ran)}"
+        assert set(ran) == expected, name
+        (tmp_path / "params.yaml").write_bytes(untouched)
+        assert set(clone.stages_of(run)) <= {"figures"}, f"{name}, undone"
+        assert clone.results() == original, f"{name}, undone"
+        # The other front end agrees that there is nothing left to do.
+        other = FRONT_ENDS["dvc" if front_end == "snakemake" else "snakemake"]
+        assert clone.stages_of(other) == [], f"{name}, undone"
+
+
+def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
+    clone = Clone(tmp_path)
+    clone.edit(set_to("distill", "epochs", value=12))
+    clone.call([BIN / "dvc", "repro", "partition@2s"])
+    stage = [BIN / "dvc", "repro", "--single-item", "distill@2s/0-0"]
+    student = tmp_path / "results/tiny/students/seed0/2s/0.safetensors"
+    checkpoints = tmp_path / ".nonn" / "checkpoints"
+    process = clone.start(stage)
+    while not list(checkpoints.glob("*.safetensors")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)  # DVC and the stage alike, as when the power fails
+    process.wait()
+    assert not student.exists()
+    assert not list((tmp_path / "results").rglob("*-*.safetensors")), "something half-written beside the outputs"
+    assert "resumed at" in clone.call(stage)
+    resumed = student.read_bytes(), student.with_suffix(".csv").read_bytes()
+    assert not list(checkpoints.iterdir()), "the checkpoint of a finished training is left behind"
+    assert "resumed at" not in clone.call([BIN / "nonn", "distill", "2s/0", "--seed", "0"])
+    assert (student.read_bytes(), student.with_suffix(".csv").read_bytes()) == resumed
+
+
+def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
+    clone = Clone(tmp_path)
+    clone.edit(set_to("distill", "kd_wieght", value=0.5))
+    for command in (FRONT_ENDS["snakemake"], [BIN / "nonn", "dataset"]):
+        process = clone.start(command)
+        output, _ = process.communicate()
+        assert process.returncode != 0
+        assert "params.yaml: distill.kd_wieght: unknown key; remove it (did you mean 'kd_weight'?)" in output
+        assert "Traceback" not in output
+
+
+def test_workflow_passes_snakemakes_own_linter():
+    subprocess.run([BIN / "snakemake", "--lint"], cwd=REPOSITORY, check=True)

@@ -1,0 +1,200 @@
+"""The teacher: trained from labels, or imported, with a public network as the proof."""
+
+import zipfile
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, make_dataset
+from PIL import Image
+
+from nonn import teacher
+from nonn.dataset import Dataset
+from nonn.errors import UserError
+from nonn.files import read_json, write_tensors
+from nonn.models import Network, predict
+from nonn.params import Architecture, Normalization
+from nonn.teacher import import_teacher, load_teacher, train_teacher
+from nonn.training import LOG_COLUMNS
+
+RESNET_20 = Architecture(family="resnet", depth=20)
+PRETRAINED = REPOSITORY.parent / "shared/data/pretrained/resnet20-cifar10.pt"
+CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
+IMAGENET = Normalization(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+
+
+@pytest.fixture(scope="module")
+def colour() -> Dataset:
+    return make_dataset(channels=3, size=32)
+
+
+def make_resnet(architecture: Architecture, n_classes: int = 3) -> Network:
+    """Random weights, and batch norms that have seen images."""
+    torch.manual_seed(0)
+    model = Network(architecture, 3, n_classes)
+    model.train()(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
+    return model.eval()
+
+
+def public_weights(model: Network) -> dict:
+    """The same weights, named as public CIFAR ResNets of 2018 that were saved from several GPUs."""
+    names = {"stem.0": "conv1", "stem.1": "bn1", "head": "linear"} | {f"stages.{i}": f"layer{i + 1}" for i in range(3)}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for own, public in names.items():
+            if name.startswith(f"{own}.") and not name.endswith("num_batches_tracked"):
+                weights[f"module.{public}{name.removeprefix(own)}"] = tensor
+    return weights
+
+
+def importing(params, path, architecture=RESNET_20, **changes):
+    return params.teacher.model_copy(update={"weights": str(path), "architecture": architecture, **changes})
+
+
+# Training
+
+
+def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
+    def trained(seed: int, name: str):
+        section = params.teacher.model_copy(update={"seed": seed})
+        return train_teacher(data, section, teacher.Checkpoint(folder / name))
+
+    model, log = trained(0, "a")
+    again, log_again = trained(0, "b")
+    other, _ = trained(1, "c")
+    assert log["validation_accuracy"].iloc[-1] > 0.9
+    assert log.equals(log_again)
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(model.head.weight, other.head.weight)
+    torch.testing.assert_close(model.normalize.mean.flatten(), data.mean)
+
+
+def test_the_stage_writes_a_teacher_that_can_be_read(params, data, experiment):
+    info, model = read_json(experiment.teacher_info), load_teacher(experiment, data)
+    assert Architecture(**info["architecture"]) == params.teacher.architecture
+    assert info["imported_from"] is None
+    assert info["n_filters"] == model.n_features == 32
+    assert info["cost"]["params"] == sum(p.numel() for p in model.parameters())
+    images, labels = data.split("validation")
+    assert (predict(model, images)[1].argmax(1) == labels).double().mean() == info["validation_accuracy"]
+    assert experiment.log(experiment.teacher).read_text().splitlines()[0] == ",".join(LOG_COLUMNS)
+
+
+def test_the_stage_writes_the_same_bytes_again_and_no_checkpoint(params, experiment):
+    before = {path: path.read_bytes() for path in experiment.root.glob("teacher.*")}
+    assert len(before) == 3
+    for path in before:
+        path.unlink()
+    teacher.run(params, experiment)
+    assert {path: path.read_bytes() for path in experiment.root.glob("teacher.*")} == before
+    assert not list((experiment.root / "../../.nonn/checkpoints").iterdir())
+
+
+# Import
+
+
+def test_own_weights_come_back_with_their_normalisation(params, data, experiment, folder):
+    write_tensors(folder / "own.safetensors", load_teacher(experiment, data).state_dict())
+    section = importing(params, folder / "own.safetensors", params.teacher.architecture)
+    model, log = import_teacher(data, section)
+    assert torch.equal(predict(model, data.images)[1], predict(load_teacher(experiment, data), data.images)[1])
+    assert log["validation_accuracy"].tolist() == [read_json(experiment.teacher_info)["validation_accuracy"]]
+
+
+@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"state_dict": weights, "best_prec1": 91.7}])
+def test_a_public_resnet_is_the_same_network(params, colour, folder, wrap):
+    model = make_resnet(RESNET_20)
+    torch.save(wrap(public_weights(model)), "public.pt")
+    imported, _ = import_teacher(colour, importing(params, "public.pt", normalization=IMAGENET))
+    pixels = colour.images[:8].float() / 255
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
+    expected = model((pixels - mean) / std)[1]  # its own normalisation is that of zeros and ones
+    torch.testing.assert_close(predict(imported, colour.images[:8])[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_stage_notes_where_a_teacher_comes_from(params, data, experiment):
+    weights = experiment.teacher.rename("own.safetensors")
+    section = importing(params, weights, params.teacher.architecture)
+    teacher.run(params.model_copy(update={"teacher": section}), experiment)
+    info = read_json(experiment.teacher_info)
+    assert info["imported_from"] == "own.safetensors"
+    assert info["validation_accuracy"] > 0.9
+    load_teacher(experiment, data)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no weights\n", b"PK\x03\x04 cut off", {"epoch": 3}, [torch.zeros(2)], torch.nn.ReLU()],
+    ids=["empty", "text", "cut", "no tensors", "list", "module"],
+)
+def test_files_without_a_state_dict_are_refused(params, colour, folder, content):
+    path = folder / "teacher.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=r"teacher\.pt: .*state dict.*teacher\.weights"):
+        import_teacher(colour, importing(params, path))
+
+
+def test_a_missing_file_is_named(params, colour, folder):
+    with pytest.raises(UserError, match=r"nowhere\.pt: no such file.*teacher\.weights in params\.yaml"):
+        import_teacher(colour, importing(params, "nowhere.pt"))
+
+
+def test_damaged_safetensors_are_refused(params, colour, folder):
+    (folder / "teacher.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UserError, match=r"teacher\.safetensors: damaged"):
+        import_teacher(colour, importing(params, "teacher.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "n_classes", "complaint"),
+    [
+        (
+            Architecture(family="resnet", depth=8),
+            3,
+            r"0 tensors missing, 60 unknown, 0 of another shape, such as stages",
+        ),
+        (Architecture(family="resnet", depth=26), 3, r"36 tensors missing, 0 unknown"),
+        (Architecture(family="resnet", depth=20, width=2), 3, r"0 tensors missing, 0 unknown, \d+ of another shape"),
+        (Architecture(family="wrn", depth=10), 3, r"such as"),
+        (RESNET_20, 10, r"2 of another shape, such as head\.bias.*for 3 classes and 3 channels"),
+    ],
+    ids=["too deep", "too shallow", "width", "family", "classes"],
+)
+def test_weights_of_another_architecture_are_refused(params, colour, folder, architecture, n_classes, complaint):
+    torch.save(public_weights(make_resnet(RESNET_20, n_classes)), "public.pt")
+    with pytest.raises(
+        UserError, match=rf"public\.pt: does not fit teacher\.architecture in params\.yaml.*{complaint}"
+    ):
+        import_teacher(colour, importing(params, "public.pt", architecture))
+
+
+def test_normalisation_must_have_a_number_a_channel(params, colour, folder):
+    torch.save(public_weights(make_resnet(RESNET_20)), "public.pt")
+    grey = Normalization(mean=[0.5], std=[0.2])
+    with pytest.raises(UserError, match=r"teacher\.normalization\.mean: has 1 channels, the images have 3"):
+        import_teacher(colour, importing(params, "public.pt", normalization=grey))
+
+
+@pytest.mark.skipif(not PRETRAINED.exists() or not CIFAR10_ZIP.exists(), reason="needs CIFAR-10 and a public ResNet-20")
+def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params):
+    """It was published with 91.8 % of the 10,000 test images; every twentieth of them is shown to it."""
+    with zipfile.ZipFile(CIFAR10_ZIP) as archive:
+        names = sorted(name for name in archive.namelist() if name.startswith("test/") and name.endswith(".png"))[::20]
+        images = [np.asarray(Image.open(BytesIO(archive.read(name)))).transpose(2, 0, 1) for name in names]
+    classes = sorted({name.split("/")[1] for name in names})
+    labels = torch.tensor([classes.index(name.split("/")[1]) for name in names])
+    none, everything = torch.arange(0), torch.arange(len(names))
+    data = Dataset(
+        torch.from_numpy(np.stack(images)),
+        labels,
+        none,
+        everything,
+        none,
+        torch.zeros(3),
+        torch.ones(3),
+        tuple(classes),
+    )
+    _, log = import_teacher(data, importing(params, PRETRAINED, normalization=IMAGENET))
+    assert log["validation_accuracy"].item() > 0.88

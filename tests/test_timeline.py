@@ -1,0 +1,110 @@
+"""Runs told apart, lanes by hand, and what the command writes."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nonn import timeline
+from nonn.errors import UserError
+from nonn.params import load_params
+
+PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+
+
+def job(stage, start, end, item=None, seed=None):
+    return {"stage": stage, "item": item, "seed": seed, "start": start, "end": end}
+
+
+#: Two runs, the later one in the order in which its jobs ended, as the journal has them.
+JOBS = [
+    job("dataset", 0.0, 4.0),
+    job("teacher", 5.0, 50.0),
+    job("dataset", 1000.0, 1002.0),
+    job("teacher", 1003.0, 1013.04),
+    job("distill", 1014.0, 1024.0, "2s/1", 0),
+    job("distill", 1014.0, 1034.0, "2s/0", 0),
+    job("baseline", 1024.0, 1034.0, "2s/kd", 0),
+    job("evaluate", 1035.0, 1036.0),
+]
+
+
+@pytest.fixture
+def journal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    timeline.JOURNAL.parent.mkdir()
+    timeline.JOURNAL.write_text("".join(json.dumps(entry) + "\n" for entry in JOBS))
+    return timeline.JOURNAL
+
+
+def stages(jobs):
+    return timeline.last_run(pd.DataFrame(jobs))["stage"].tolist()
+
+
+def test_a_run_begins_with_dataset_or_after_idle_time():
+    first, later = [job("dataset", 0, 9), job("teacher", 10, 20)], [job("graph", 50, 60), job("evaluate", 61, 62)]
+    assert stages(first + later) == ["dataset", "teacher", "graph", "evaluate"]
+    late = [job(j["stage"], j["start"] + 300, j["end"] + 300) for j in later]
+    assert stages(first + late) == ["graph", "evaluate"]
+    assert stages([*later, job("dataset", 63, 64), job("teacher", 65, 66)]) == ["dataset", "teacher"]
+
+
+def test_a_long_job_beside_short_ones_is_not_idle_time():
+    jobs = [job("teacher", 0, 1000), job("graph", 1, 2), job("design", 990, 995)]
+    assert stages(jobs) == ["teacher", "graph", "design"]
+
+
+def test_lanes_by_hand():
+    assert timeline.assign_lanes([0, 0, 5, 6, 8], [10, 5, 8, 7, 9]) == [0, 1, 1, 2, 1]
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=30))
+def test_lanes_never_overlap_and_are_as_few_as_possible(spans):
+    spans = sorted((start, start + length) for start, length in spans)
+    lanes = timeline.assign_lanes([s for s, _ in spans], [e for _, e in spans])
+    for lane in set(lanes):
+        own = [span for span, where in zip(spans, lanes, strict=True) if where == lane]
+        assert all(before[1] <= after[0] for before, after in itertools.pairwise(own))
+    at_once = max((sum(s <= t < e for s, e in spans) for t, _ in spans), default=0)
+    assert len(set(lanes)) == at_once
+
+
+def test_command_writes_the_last_run_and_its_parallelism(journal, capsys):
+    timeline.run(PARAMS, whole=False)
+    folder = journal.parent.parent / "results" / PARAMS.experiment
+    assert (folder / "timeline.csv").read_text() == (
+        "stage,item,seed,start_s,end_s\n"
+        "dataset,,,0.0,2.0\n"
+        "teacher,,,3.0,13.0\n"
+        "distill,2s/1,0,14.0,24.0\n"
+        "distill,2s/0,0,14.0,34.0\n"
+        "baseline,2s/kd,0,24.0,34.0\n"
+        "evaluate,,,35.0,36.0\n"
+    )
+    assert (folder / "figures/timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == (
+        "all stages: 6 jobs, elapsed 36.0 s, sum 53.0 s, 1.47 x parallel\n"
+        "distill and baseline: 3 jobs, elapsed 20.0 s, sum 40.0 s, 2.00 x parallel\n"
+    )
+
+
+@pytest.mark.usefixtures("journal")
+def test_all_jobs_on_record(capsys):
+    timeline.run(PARAMS, whole=True)
+    assert capsys.readouterr().out.startswith("all stages: 8 jobs, elapsed 1036.0 s")
+    assert len(pd.read_csv(Path("results", PARAMS.experiment, "timeline.csv"))) == len(JOBS)
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out(journal):
+    with journal.open("a") as file:
+        file.write('{"stage": "eval')
+    assert len(timeline.read_journal(journal)) == len(JOBS)
+
+
+def test_without_a_journal_the_user_is_told_what_to_run(tmp_path):
+    with pytest.raises(UserError, match="snakemake"):
+        timeline.read_journal(tmp_path / "journal.jsonl")

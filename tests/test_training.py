@@ -1,0 +1,174 @@
+"""The training loop: its schedule, its order of images, and that a killed training ends in the same weights."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nonn.files import STATE
+from nonn.models import Network
+from nonn.params import Architecture, Schedule
+from nonn.training import LOG_COLUMNS, Checkpoint, epoch_order, learning_rate, make_optimizer, train, write_log
+
+SCHEDULE = Schedule(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0.25)
+CPU = torch.device("cpu")
+
+
+class Killed(Exception):
+    pass
+
+
+def make_network(data) -> Network:
+    torch.manual_seed(0)
+    return Network(
+        Architecture(family="fast", widths=[4, 8, 12], depth=1), data.channels, 3, mean=data.mean, std=data.std
+    )
+
+
+def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
+    """Train a network on labels; `seen` collects the epochs and images, `kill_at` is the epoch to die in."""
+    model = make_network(data)
+    images, labels = data.split("train")
+
+    def batch_loss(index, epoch):
+        if epoch == kill_at:
+            raise Killed
+        if seen is not None:
+            seen.append((epoch, index))
+        return F.cross_entropy(model(images[index])[1], labels[index])
+
+    log = train(
+        model,
+        batch_loss,
+        len(images),
+        schedule,
+        seed=seed,
+        validation=data.split("validation"),
+        checkpoint=checkpoint,
+        device=CPU,
+        label="test",
+    )
+    return model, log
+
+
+# The schedule
+
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    rates = [learning_rate(step, 100, SCHEDULE) for step in range(100)]
+    assert max(rates) == rates[25] == SCHEDULE.lr
+    assert all(a < b for a, b in itertools.pairwise(rates[:26]))
+    assert all(a > b for a, b in itertools.pairwise(rates[25:]))
+    assert rates[0] == pytest.approx(SCHEDULE.lr / 26)
+    assert 0 < rates[-1] == pytest.approx(SCHEDULE.lr / 75)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.33, 1.0])
+def test_learning_rate_is_positive_and_at_most_its_peak(warmup):
+    schedule = SCHEDULE.model_copy(update={"warmup": warmup})
+    rates = [learning_rate(step, 10, schedule) for step in range(10)]
+    assert min(rates) > 0
+    assert 0.9 * schedule.lr <= max(rates) <= schedule.lr
+
+
+def test_epoch_order_is_a_permutation_of_its_own():
+    orders = [epoch_order(50, epoch, seed) for epoch, seed in [(0, 0), (1, 0), (0, 1), (1, 1)]]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(50))
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(orders, 2))
+    assert torch.equal(epoch_order(50, 1, 0), orders[1])
+
+
+def test_batches_are_full_and_an_image_comes_once_an_epoch(data, checkpoint):
+    seen = []
+    fit(data, checkpoint, seen=seen)
+    for epoch in range(SCHEDULE.epochs):
+        batches = [index for e, index in seen if e == epoch]
+        assert [len(index) for index in batches] == [16, 16, 16], "60 images: the last 12 are left out"
+        assert len(torch.cat(batches).unique()) == 48
+
+
+def test_batch_norm_and_biases_are_not_decayed(data):
+    model = make_network(data)
+    groups = make_optimizer(model, SCHEDULE).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_kernel = name == "weight" and not isinstance(module, torch.nn.BatchNorm2d)
+            assert decay[id(parameter)] == (SCHEDULE.weight_decay if is_kernel else 0)
+
+
+def test_training_learns_and_logs(data, checkpoint):
+    _, log = fit(data, checkpoint)
+    assert list(log.columns) == LOG_COLUMNS
+    assert log["epoch"].tolist() == [1, 2, 3, 4]
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+    assert log["validation_accuracy"].between(0, 1).all()
+
+
+# Checkpoints
+
+
+def test_a_killed_training_resumes_to_the_same_weights_and_log(data, folder):
+    whole, whole_log = fit(data, Checkpoint(folder / "whole.safetensors"))
+    checkpoint = Checkpoint(folder / "killed.safetensors")
+    with pytest.raises(Killed):
+        fit(data, checkpoint, kill_at=2)
+    seen = []
+    resumed, resumed_log = fit(data, checkpoint, seen=seen)
+    assert {epoch for epoch, _ in seen} == {2, 3}, "epochs 0 and 1 are not repeated"
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    write_log(folder / "whole.csv", whole_log)
+    write_log(folder / "resumed.csv", resumed_log)
+    assert (folder / "whole.csv").read_bytes() == (folder / "resumed.csv").read_bytes()
+    assert (folder / "whole.safetensors").read_bytes() == checkpoint.path.read_bytes()
+
+
+def test_a_finished_training_is_only_read(data, checkpoint):
+    model, log = fit(data, checkpoint)
+    again, log_again = fit(data, checkpoint, kill_at=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert log_again.equals(log)
+
+
+def test_a_checkpoint_of_other_settings_or_inputs_is_not_resumed(data, folder):
+    one, two = folder / "one", folder / "two"
+    one.write_text("signals")
+    two.write_text("other signals")
+    checkpoint = Checkpoint.of(["student", {"lr": 0.1}], [one])
+    others = [
+        Checkpoint.of(["student", {"lr": 0.2}], [one]),
+        Checkpoint.of(["student 2", {"lr": 0.1}], [one]),
+        Checkpoint.of(["student", {"lr": 0.1}], [two]),
+        Checkpoint.of(["student", {"lr": 0.1}], [one, one]),
+        checkpoint.part(0),
+    ]
+    assert len({checkpoint.path, *(other.path for other in others)}) == 6
+    assert Checkpoint.of(["student", {"lr": 0.1}], [one]) == checkpoint
+    with pytest.raises(Killed):
+        fit(data, checkpoint, kill_at=1)
+    for other in others:
+        seen = []
+        with pytest.raises(Killed):
+            fit(data, other, kill_at=1, seen=seen)
+        assert {epoch for epoch, _ in seen} == {0}
+
+
+def test_content_not_the_name_of_an_input_counts(folder):
+    one, two = folder / "one", folder / "two"
+    one.write_text("signals")
+    two.write_text("signals")
+    assert Checkpoint.of([], [one]) == Checkpoint.of([], [two])
+
+
+def test_discard_removes_the_checkpoint_and_its_parts_only(data, folder):
+    mine, other = Checkpoint.of("mine", []), Checkpoint.of("other", [])
+    for checkpoint in (mine, mine.part(0), mine.part(1), other, other.part(0)):
+        with pytest.raises(Killed):
+            fit(data, checkpoint, kill_at=1)
+    assert len(list((folder / STATE / "checkpoints").iterdir())) == 5
+    mine.discard()
+    assert sorted((STATE / "checkpoints").iterdir()) == sorted([other.path, other.part(0).path])
+    mine.discard()

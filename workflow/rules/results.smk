@@ -1,0 +1,80 @@
+rule evaluate:
+    input:
+        inputs("evaluate"),
+    output:
+        f"{RESULTS}/evaluation.json",
+    log:
+        "logs/evaluate.log",
+    conda:
+        "../envs/nonn.yaml"
+    threads: 1
+    params:
+        stage="evaluate",
+        knobs=knobs("evaluate"),
+    message:
+        "evaluate: score everything on the test images"
+    shell:
+        REPRO
+
+
+rule export:
+    input:
+        lambda wildcards: inputs(named_stage("export", wildcards.name)),
+    output:
+        directory(f"{RESULTS}/export/{{name}}"),
+    log:
+        "logs/export/{name}.log",
+    conda:
+        "../envs/nonn.yaml"
+    threads: 1
+    params:
+        stage=lambda wildcards: named_stage("export", wildcards.name),
+        knobs=lambda wildcards: knobs(named_stage("export", wildcards.name)),
+    message:
+        "export {wildcards.name}: write ONNX and score it again"
+    shell:
+        REPRO
+
+
+rule benchmark:
+    input:
+        lambda wildcards: inputs(named_stage("benchmark", wildcards.name)),
+    output:
+        f"{RESULTS}/benchmark/{{name}}.json",
+    log:
+        "logs/benchmark/{name}.log",
+    conda:
+        "../envs/nonn.yaml"
+    # All cores, so that nothing else runs while a latency is measured.
+    threads: workflow.cores
+    params:
+        stage=lambda wildcards: named_stage("benchmark", wildcards.name),
+        knobs=lambda wildcards: knobs(named_stage("benchmark", wildcards.name)),
+    message:
+        "benchmark {wildcards.name}: latency and memory on one core"
+    shell:
+        REPRO
+
+
+rule figures:
+    input:
+        inputs("figures"),
+    output:
+        kept(f"{RESULTS}/claims.json"),
+        kept(f"{RESULTS}/metrics.json"),
+        kept(f"{RESULTS}/summary.csv"),
+        kept(f"{RESULTS}/summary.tex"),
+        kept(report(f"{RESULTS}/summary.md", caption="../report/summary.rst", category="Tables")),
+        reported("accuracy_memory"),
+        reported("missing_devices"),
+        reported("filter_graph"),
+        reported("adjacency"),
+        reported("top_k"),
+        reported("training"),
+    params:
+        stage="figures",
+        knobs=knobs("figures"),
+    message:
+        "figures: draw and tabulate"
+    shell:
+        REPRO
