@@ -49,7 +49,7 @@ def _measure_here(path: Path, params: dict) -> dict:
         os.sched_setaffinity(0, {params["core"]})
     import numpy as np
 
-    from nonn.runtime import open_session
+    from nonn.runtime.session import open_session
 
     before = _peak_memory_kib(reset=True)
     session = open_session(path)

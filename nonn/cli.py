@@ -104,7 +104,8 @@ def run_stage(stage: str, item: str | None, seed: int | None) -> None:
     remove_leftovers(params, paths)
     start = time.time()
     importlib.import_module(f"nonn.{stage}").run(params, paths, **arguments)
-    entry = {"stage": stage, "item": item, "seed": seed, "start": start, "end": time.time()}
+    entry = {"experiment": params.experiment, "stage": stage, "item": item, "seed": seed}
+    entry |= {"start": start, "end": time.time()}
     with (STATE / "journal.jsonl").open("a") as journal:
         journal.write(json.dumps(entry) + "\n")
 

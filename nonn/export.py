@@ -28,7 +28,7 @@ from nonn.models import Network, predict
 from nonn.params import PARTITION_METHODS, Params
 from nonn.paths import Paths
 from nonn.progress import track
-from nonn.runtime import run_onnx
+from nonn.runtime.session import run_onnx
 from nonn.teacher import load_teacher
 
 OPSET = 18

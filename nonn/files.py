@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
 #: Ignored by git: checkpoints, half-written files and the journal of jobs.
 STATE = Path(".nonn")
 
+_HOST = platform.node().replace("-", "_") or "localhost"
+
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `target` in one rename, if the block succeeds.
 
-    The temporary lives in `STATE`, named by process: a killed stage leaves nothing beside its
+    The temporary lives in `STATE`, named by machine and process: a killed stage leaves nothing beside its
     outputs, and an orphan that outlives its scheduler cannot write into the file of its successor.
     """
     scratch = STATE / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
-    temporary = scratch / f"{os.getpid()}-{target.name}"
+    temporary = scratch / f"{_HOST}-{os.getpid()}-{target.name}"
     remove(temporary)
     try:
         yield temporary
@@ -49,11 +52,20 @@ def remove(path: Path) -> None:
 
 
 def sweep() -> None:
-    """Delete temporaries whose process is gone (killed before it could tidy up)."""
-    for path in (STATE / "tmp").glob("*-*"):
-        pid = path.name.split("-", 1)[0]
-        if pid.isdigit() and not Path("/proc", pid).exists() and Path("/proc").exists():
+    """Delete temporaries of processes of this machine that are gone: killed before they could tidy up."""
+    for path in (STATE / "tmp").glob(f"{_HOST}-*"):
+        if not _is_running(int(path.name.split("-")[1])):
             remove(path)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)  # sends nothing, only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,7 +13,7 @@ from nonn.errors import UserError
 from nonn.files import read_json
 from nonn.params import Params
 from nonn.paths import Paths
-from nonn.runtime import run_onnx
+from nonn.runtime.session import run_onnx
 from nonn.sources import fit_image
 
 
@@ -42,14 +42,17 @@ def read_image(path: Path, channels: int, size: int) -> np.ndarray:
     Raises
     ------
     UserError
-        The file is missing or is not an image.
+        The file is missing, is not an image, or has more than 8 bits a channel.
     """
     try:
         with Image.open(path) as image:
-            return fit_image(image.convert("L" if channels == 1 else "RGB"), size)
+            pixels = fit_image(image, size)
+            if len(pixels) > channels:
+                pixels = fit_image(image.convert("L"), size)
+            return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of an image.") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
 
 

@@ -25,8 +25,8 @@ IDLE = 120.0
 COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 
 
-def read_journal(path: Path) -> pd.DataFrame:
-    """Read all jobs, in order of their start; seconds since the epoch.
+def read_journal(path: Path, experiment: str) -> pd.DataFrame:
+    """Read all jobs of an experiment, in order of their start; seconds since the epoch.
 
     A last line that was cut off is left out: the machine went down while it was written.
 
@@ -37,8 +37,9 @@ def read_journal(path: Path) -> pd.DataFrame:
     """
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     entries = [json.loads(line) for line in lines if line.endswith("}")]
+    entries = [entry for entry in entries if entry["experiment"] == experiment]
     if not entries:
-        raise UserError(f"{path}: holds no jobs. Run `snakemake --cores 2` or `dvc repro` first.")
+        raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")
     return pd.DataFrame(entries).sort_values(["start", "end"], ignore_index=True)
 
 
@@ -92,7 +93,7 @@ def run(params: Params, whole: bool) -> None:
         All jobs on record instead of the last run.
     """
     paths = Paths(params.experiment)
-    jobs = read_journal(JOURNAL)
+    jobs = read_journal(JOURNAL, params.experiment)
     jobs = jobs if whole else last_run(jobs)
     begin = jobs["start"].min()
     lanes = assign_lanes(jobs["start"], jobs["end"])

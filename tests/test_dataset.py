@@ -150,9 +150,7 @@ def test_layout_is_found_inside_other_folders(wrapping):
     names = [f"{wrapping}{split}/{name}/1.png" for split in ("test", "train") for name in ("dog", "cat")]
     clutter = [f"{wrapping}README.md", "__MACOSX/train/cat/._1.png", f"{wrapping}.DS_Store", ".git/config"]
     layout = read_layout(names + clutter + [f"{wrapping}train/.cache/1.png"], Path("a.zip"))
-    assert layout.names == [
-        f"{wrapping}{p}/1.png" for p in ("train/cat", "train/dog", "test/cat", "test/dog")
-    ]
+    assert layout.names == [f"{wrapping}{p}/1.png" for p in ("train/cat", "train/dog", "test/cat", "test/dog")]
     assert layout.is_test.tolist() == [False, False, True, True]
 
 
@@ -228,9 +226,7 @@ def test_unknown_sources(tmp_path):
     (tmp_path / "a.rar").touch()
     with pytest.raises(UserError, match=r"a\.rar is neither a folder nor a \.zip"):
         load_images("a.rar", SIZE)
-    with pytest.raises(
-        UserError, match=r"torchvision:CIFAR11 is not known; name one of .*CIFAR10.*FashionMNIST"
-    ):
+    with pytest.raises(UserError, match=r"torchvision:CIFAR11 is not known; name one of .*CIFAR10.*FashionMNIST"):
         load_images("torchvision:CIFAR11", SIZE)
 
 
@@ -277,9 +273,7 @@ def test_photographs_are_turned_upright():
     exif[0x0112] = 6  # orientation: a quarter turn clockwise brings the top up
     file = io.BytesIO()
     Image.fromarray(noise(0)).save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(
-        fit_image(Image.open(file), SIZE), np.rot90(noise(0), k=-1).transpose(2, 0, 1)
-    )
+    np.testing.assert_array_equal(fit_image(Image.open(file), SIZE), np.rot90(noise(0), k=-1).transpose(2, 0, 1))
 
 
 # torchvision
@@ -332,9 +326,7 @@ def test_torchvision_half_unpacked():
 
 @pytest.mark.parametrize("name", ["CIFAR10", "FashionMNIST", "SVHN"])
 def test_torchvision_without_network(name):
-    with pytest.raises(
-        UserError, match=rf"dataset\.source: .*{name}[\s\S]*unreachable[\s\S]*folder or archive"
-    ):
+    with pytest.raises(UserError, match=rf"dataset\.source: .*{name}[\s\S]*unreachable[\s\S]*folder or archive"):
         load_images(f"torchvision:{name}", SIZE)
 
 
@@ -496,9 +488,7 @@ def test_cifar10_archive():
     assert layout.is_test.sum() == 10000
     assert layout.classes[:3] == ("airplane", "automobile", "bird")
     np.testing.assert_array_equal(np.bincount(layout.labels), [6000] * 10)
-    pictures = (
-        (i, name, data) for i, (name, data) in enumerate(_contents(CIFAR10_ZIP, layout.names[::9999]))
-    )
+    pictures = ((i, name, data) for i, (name, data) in enumerate(_contents(CIFAR10_ZIP, layout.names[::9999])))
     images = decode_images(pictures, 7, 32)
     assert images.shape == (7, 3, 32, 32)
     assert images.std() > 0

@@ -17,9 +17,17 @@ PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 
 
 def job(stage, start, end, item=None, seed=None):
-    return {"stage": stage, "item": item, "seed": seed, "start": start, "end": end}
+    return {
+        "experiment": PARAMS.experiment,
+        "stage": stage,
+        "item": item,
+        "seed": seed,
+        "start": start,
+        "end": end,
+    }
 
 
+OF_ANOTHER_EXPERIMENT = job("teacher", 2000.0, 2001.0) | {"experiment": "another"}
 #: Two runs, the later one in the order in which its jobs ended, as the journal has them.
 JOBS = [
     job("dataset", 0.0, 4.0),
@@ -37,7 +45,7 @@ JOBS = [
 def journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     timeline.JOURNAL.parent.mkdir()
-    timeline.JOURNAL.write_text("".join(json.dumps(entry) + "\n" for entry in JOBS))
+    timeline.JOURNAL.write_text("".join(json.dumps(entry) + "\n" for entry in [*JOBS, OF_ANOTHER_EXPERIMENT]))
     return timeline.JOURNAL
 
 
@@ -102,9 +110,9 @@ def test_all_jobs_on_record(capsys):
 def test_a_line_cut_off_by_a_crash_is_left_out(journal):
     with journal.open("a") as file:
         file.write('{"stage": "eval')
-    assert len(timeline.read_journal(journal)) == len(JOBS)
+    assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS)
 
 
 def test_without_a_journal_the_user_is_told_what_to_run(tmp_path):
     with pytest.raises(UserError, match="snakemake"):
-        timeline.read_journal(tmp_path / "journal.jsonl")
+        timeline.read_journal(tmp_path / "journal.jsonl", PARAMS.experiment)

@@ -15,7 +15,7 @@ SCHEDULE = Schedule(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay
 CPU = torch.device("cpu")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -33,7 +33,7 @@ def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
 
     def batch_loss(index, epoch):
         if epoch == kill_at:
-            raise Killed
+            raise KilledError
         if seen is not None:
             seen.append((epoch, index))
         return F.cross_entropy(model(images[index])[1], labels[index])
@@ -113,7 +113,7 @@ def test_training_learns_and_logs(data, checkpoint):
 def test_a_killed_training_resumes_to_the_same_weights_and_log(data, folder):
     whole, whole_log = fit(data, Checkpoint(folder / "whole.safetensors"))
     checkpoint = Checkpoint(folder / "killed.safetensors")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(data, checkpoint, kill_at=2)
     seen = []
     resumed, resumed_log = fit(data, checkpoint, seen=seen)
@@ -147,11 +147,11 @@ def test_a_checkpoint_of_other_settings_or_inputs_is_not_resumed(data, folder):
     ]
     assert len({checkpoint.path, *(other.path for other in others)}) == 6
     assert Checkpoint.of(["student", {"lr": 0.1}], [one]) == checkpoint
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         fit(data, checkpoint, kill_at=1)
     for other in others:
         seen = []
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             fit(data, other, kill_at=1, seen=seen)
         assert {epoch for epoch, _ in seen} == {0}
 
@@ -166,7 +166,7 @@ def test_content_not_the_name_of_an_input_counts(folder):
 def test_discard_removes_the_checkpoint_and_its_parts_only(data, folder):
     mine, other = Checkpoint.of("mine", []), Checkpoint.of("other", [])
     for checkpoint in (mine, mine.part(0), mine.part(1), other, other.part(0)):
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             fit(data, checkpoint, kill_at=1)
     assert len(list((folder / STATE / "checkpoints").iterdir())) == 5
     mine.discard()

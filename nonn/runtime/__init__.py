@@ -1,0 +1,1 @@
+"""What runs on the devices and between them."""

@@ -1,0 +1,209 @@
+"""Sizes and architectures from budgets: exact shares, and the largest student that fits by trying all."""
+
+import itertools
+
+import pytest
+from conftest import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nonn import design
+from nonn.cost import measure_cost
+from nonn.design import apportion, combined_budget, design_network, design_student, family, load_design
+from nonn.errors import UserError
+from nonn.files import read_json
+from nonn.models import Network
+from nonn.params import Architecture, Design, Device, load_params
+
+FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=4, bytes_per_value=4)
+WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, bytes_per_value=4)
+INFO = {"channels": 1, "size": 28, "classes": ["a", "b", "c"]}
+AMPLE = Device(memory_kib=10_000, mmacs=1000)
+
+
+def all_students(grid: Design, n_filters: int | None) -> list:
+    """Every candidate of a grid, with its cost."""
+    architectures = [architecture for depth in grid.depths for architecture in family(grid, depth)]
+    return [
+        (a, measure_cost(Network(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.bytes_per_value))
+        for a in architectures
+    ]
+
+
+def find_student(grid: Design, device: Device, n_filters: int | None):
+    return design_student(grid, device, INFO["channels"], INFO["size"], len(INFO["classes"]), n_filters)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("total", "shares", "expected"),
+    [
+        (10, [1, 1, 2], [3, 2, 5]),  # exactly 2.5, 2.5 and 5
+        (256, [320, 320], [128, 128]),
+        (7, [1, 2, 4], [1, 2, 4]),
+        (5, [1, 1, 98], [1, 1, 3]),  # a small device gets a filter, too
+        (3, [1, 50, 1000], [1, 1, 1]),
+    ],
+)
+def test_apportion_by_hand(total, shares, expected):
+    assert apportion(total, shares) == expected
+
+
+@given(shares=st.lists(st.floats(1, 1000), min_size=1, max_size=16), surplus=st.integers(0, 2000))
+def test_apportion_shares_out_everything(shares, surplus):
+    total = len(shares) + surplus
+    sizes = apportion(total, shares)
+    assert sum(sizes) == total
+    assert min(sizes) >= 1
+    exact = [total * share / sum(shares) for share in shares]
+    if min(exact) < 1:
+        return
+    assert all(abs(size - e) < 1 + 1e-9 for size, e in zip(sizes, exact, strict=True))
+    for (size, share), (other_size, other_share) in itertools.permutations(zip(sizes, shares, strict=True), 2):
+        assert size >= other_size or share <= other_share, "a larger device gets no less"
+
+
+# Architectures
+
+
+@pytest.mark.parametrize("grid", [FAST, WRN], ids=["fast", "wrn"])
+def test_the_largest_that_fits_is_found(grid):
+    candidates = all_students(grid, n_filters=5)
+    assert len({cost.params for _, cost in candidates}) == len(candidates)
+    for _, budget in candidates:
+        for change in (0, -1):  # exactly enough for this candidate, and one byte less
+            device = Device(memory_kib=(budget.memory_bytes + change) / 1024, mmacs=1000)
+            fitting = [(a, c) for a, c in candidates if c.fits(device.memory_kib, device.mmacs)]
+            if fitting:
+                assert find_student(grid, device, 5) == max(fitting, key=lambda found: found[1].params)
+        device = Device(memory_kib=10_000, mmacs=budget.macs / 1e6)
+        fitting = [(a, c) for a, c in candidates if c.fits(device.memory_kib, device.mmacs)]
+        assert find_student(grid, device, 5) == max(fitting, key=lambda found: found[1].params)
+
+
+def test_more_budget_never_gives_a_smaller_student():
+    for budgets in (
+        [Device(memory_kib=kib, mmacs=1000) for kib in (40, 50, 60, 80, 120, 200)],
+        [Device(memory_kib=10_000, mmacs=mmacs) for mmacs in (0.5, 1, 2, 4, 8)],
+    ):
+        params = [find_student(FAST, device, 5)[1].params for device in budgets]
+        assert params == sorted(params)
+        assert params[0] < params[-1]
+
+
+def test_with_ample_budget_the_grid_s_largest_is_taken():
+    assert find_student(FAST, AMPLE, 5)[0] == Architecture(family="fast", widths=[12, 24, 48], depth=2)
+    assert find_student(WRN, AMPLE, None)[0] == Architecture(family="wrn", depth=16, width=2)
+
+
+def test_lower_precision_leaves_room_for_a_larger_student():
+    device = Device(memory_kib=60, mmacs=1000)
+    quarter = FAST.model_copy(update={"bytes_per_value": 1})
+    assert find_student(quarter, device, 5)[1].params > find_student(FAST, device, 5)[1].params
+
+
+@pytest.mark.parametrize(
+    ("device", "numbers"),
+    [
+        (Device(memory_kib=3, mmacs=20), r"of 3 KiB and 20 million .* needs \d\d KiB and 0\.\d+ million"),
+        (Device(memory_kib=320, mmacs=0.01), r"of 320 KiB and 0\.01 million .* needs \d\d KiB and 0\.\d+ million"),
+    ],
+)
+def test_a_budget_for_nothing_is_refused_with_numbers(device, numbers):
+    with pytest.raises(
+        UserError, match=rf"{numbers}.*Raise devices\.\*\.memory_kib or mmacs, or lower design\.min_width"
+    ):
+        find_student(FAST, device, 5)
+
+
+def test_the_smallest_student_is_what_the_message_says():
+    smallest = min((cost for _, cost in all_students(FAST, 5)), key=lambda cost: cost.memory_bytes)
+    with pytest.raises(UserError) as refusal:
+        find_student(FAST, Device(memory_kib=3, mmacs=20), 5)
+    assert f"needs {smallest.memory_bytes / 1024:.0f} KiB and {smallest.macs / 1e6:.2f} million" in str(refusal.value)
+
+
+# Networks
+
+
+def test_devices_that_differ_get_students_in_proportion():
+    devices = [Device(memory_kib=40, mmacs=20), Device(memory_kib=120, mmacs=20)]
+    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    assert sizes == [10, 30]
+    for position, (device, n_filters) in enumerate(zip(devices, sizes, strict=True)):
+        architecture, cost = find_student(FAST, device, n_filters)
+        assert designs[str(position)] == [
+            {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
+        ]
+    assert designs["1"][0]["cost"]["params"] > designs["0"][0]["cost"]["params"]
+
+
+def test_every_baseline_has_its_budget():
+    devices = [Device(memory_kib=60, mmacs=20), Device(memory_kib=40, mmacs=20)]
+    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    students = [designs["0"][0], designs["1"][0]]
+    for method in ("random", "contiguous", "classwise"):
+        assert designs[method] == students
+    smallest, cost = find_student(FAST, devices[1], None)
+    for method in ("labels", "kd", "at_kd"):
+        assert designs[method] == [{"architecture": smallest.model_dump(), "n_filters": None, "cost": vars(cost)}]
+    (total,) = designs["total"]
+    assert total["architecture"] == find_student(FAST, Device(memory_kib=100, mmacs=40), None)[0].model_dump()
+    assert [student["n_filters"] for student in designs["full"]] == [40, 40]
+    assert [student["cost"] for student in designs["full"]] == [vars(find_student(FAST, d, 40)[1]) for d in devices]
+    assert sizes == [24, 16]
+
+
+def test_combined_budget_is_the_sum():
+    devices = [Device(memory_kib=60, mmacs=20), Device(memory_kib=40, mmacs=5)]
+    assert combined_budget(devices) == Device(memory_kib=100, mmacs=25)
+
+
+def test_more_devices_than_filters_are_refused():
+    with pytest.raises(UserError, match="3 devices share 2 live filters; take fewer devices or a wider teacher"):
+        design_network(FAST, [AMPLE] * 3, INFO, n_live=2)
+
+
+# The stage
+
+
+def test_the_stage_writes_what_fits(params, experiment):
+    devices = [params.devices[name] for name in params.networks["2s"]]
+    n_live = read_json(experiment.graph_info)["n_live"]
+    assert sum(read_json(experiment.sizes("2s"))["sizes"]) == n_live
+    for position, device in enumerate(devices):
+        ((architecture, n_filters),) = load_design(experiment.design("2s", position))
+        assert n_filters == read_json(experiment.sizes("2s"))["sizes"][position]
+        assert measure_cost(Network(architecture, 1, 3, n_filters), 1, 28).fits(device.memory_kib, device.mmacs)
+
+
+def test_a_budget_that_changes_nothing_leaves_the_bytes_alone(params, experiment):
+    def artifacts() -> dict:
+        files = [experiment.sizes("2s"), *experiment.design("2s").iterdir()]
+        return {path: path.read_bytes() for path in files}
+
+    before = artifacts()
+    devices = {name: Device(memory_kib=d.memory_kib, mmacs=d.mmacs + 0.001) for name, d in params.devices.items()}
+    design.run(params.model_copy(update={"devices": devices}), experiment, "2s")
+    assert artifacts() == before
+
+
+def test_the_stage_names_the_network_that_does_not_fit(params, experiment):
+    before = experiment.sizes("2s").read_bytes()
+    devices = {name: Device(memory_kib=1, mmacs=1) for name in params.devices}
+    with pytest.raises(UserError, match=r"params\.yaml: networks\.2s: no student"):
+        design.run(params.model_copy(update={"devices": devices}), experiment, "2s")
+    assert experiment.sizes("2s").read_bytes() == before
+
+
+def test_the_shipped_grid_is_monotone():
+    """The search stops at the first candidate of a depth that does not fit: a wider one must cost more."""
+    grid = load_params(REPOSITORY / "params.yaml").design.model_copy(update={"max_width": 20})
+    for depth in grid.depths:
+        costs = [measure_cost(Network(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]
+        for narrow, wide in itertools.pairwise(costs):
+            assert wide.params > narrow.params
+            assert wide.macs > narrow.macs
+            assert wide.memory_bytes > narrow.memory_bytes

@@ -1,0 +1,281 @@
+"""Students and baselines: what they learn from, what they do not, and that a seed decides everything else."""
+
+import itertools
+
+import pytest
+import torch
+
+from nonn import baseline, distill, training
+from nonn.augment import draw_view
+from nonn.baseline import load_baseline, plan_lessons
+from nonn.dataset import load_dataset
+from nonn.design import design_network
+from nonn.distill import Classroom, Lesson, distill_student
+from nonn.errors import UserError
+from nonn.files import STATE, read_json, read_tensors, write_json
+from nonn.models import predict
+from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Augment
+from nonn.paths import Paths
+from nonn.signals import load_signals
+from nonn.training import Checkpoint
+
+STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
+
+
+@pytest.fixture
+def classroom(params, experiment) -> Classroom:
+    return Classroom(load_dataset(experiment), load_signals(experiment), params.signals)
+
+
+@pytest.fixture
+def teach(params):
+    """A function that trains one student for two epochs and returns weights and log."""
+
+    def train(classroom, seed=0, epochs=2, **lesson):
+        lesson = Lesson(**{"architecture": STUDENT, "filters": [1, 4, 9], "kd_weight": 0.9} | lesson)
+        schedule = params.distill.model_copy(update={"epochs": epochs})
+        checkpoint = Checkpoint.of("test", [])
+        checkpoint.discard()
+        student, log = distill_student(classroom, lesson, schedule, seed=seed, checkpoint=checkpoint, label="test")
+        return student.state_dict(), log
+
+    return train
+
+
+def changed(classroom: Classroom, name: str, change) -> Classroom:
+    """A classroom in which the teacher says something else."""
+    signals = dict(classroom.signals)
+    signals[name] = change(signals[name])
+    return Classroom(classroom.data, signals, classroom.params)
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+# What a student learns
+
+
+def test_a_student_learns(teach, classroom):
+    weights, log = teach(classroom, epochs=6, transfer_weight=1.0)
+    assert log["train_loss"].iloc[-1] < 0.5 * log["train_loss"].iloc[0]
+    assert log["validation_accuracy"].iloc[-1] > 0.6
+    assert weights["bridge.0.weight"].shape == (3, 12, 1, 1)
+
+
+def test_the_seed_decides(teach, classroom):
+    first, log = teach(classroom)
+    again, log_again = teach(classroom)
+    other, _ = teach(classroom, seed=1)
+    assert same(first, again)
+    assert log.equals(log_again)
+    assert not same(first, other)
+
+
+def test_without_kd_the_teacher_is_not_heard(teach, classroom):
+    silent = changed(classroom, "logits", torch.zeros_like)
+    lesson = {"filters": None, "kd_weight": 0.0}
+    assert same(teach(classroom, **lesson)[0], teach(silent, **lesson)[0])
+    assert not same(teach(classroom)[0], teach(silent)[0])
+
+
+def test_with_kd_alone_the_labels_are_not_read(teach, classroom):
+    relabelled = Classroom(classroom.data, classroom.signals, classroom.params)
+    relabelled.labels = (classroom.labels + 1) % 3
+    lesson = {"filters": None, "kd_weight": 1.0}
+    assert same(teach(classroom, **lesson)[0], teach(relabelled, **lesson)[0])
+    assert not same(teach(classroom)[0], teach(relabelled)[0])
+
+
+def test_only_the_student_s_own_filters_are_transferred(teach, classroom):
+    def silence(filters):
+        return changed(classroom, "pooled", lambda t: t.clone().index_fill_(2, torch.tensor(filters), 0.5))
+
+    lesson = {"transfer_weight": 1.0}
+    reference, _ = teach(classroom, **lesson)
+    assert same(reference, teach(silence([0, 2, 3, 5, 8, 31]), **lesson)[0])
+    assert not same(reference, teach(silence([4]), **lesson)[0])
+
+
+def test_attention_is_transferred_where_sizes_agree(teach, classroom):
+    lesson = {"filters": None, "attention_weight": 100.0}
+    reference, _ = teach(classroom, **lesson)
+    assert not same(reference, teach(classroom, filters=None)[0])
+    uniform = changed(classroom, "attention.1", lambda t: torch.full_like(t, 1 / 7))
+    assert not same(reference, teach(uniform, **lesson)[0])
+    # A WRN halves its maps later than the teacher: 28, 14, 7 against 14, 7, 3.
+    lesson["architecture"] = Architecture(family="wrn", depth=10)
+    reference, _ = teach(classroom, epochs=1, **lesson)
+    for stage, is_shared in ((0, True), (1, True), (2, False)):
+        other = changed(classroom, f"attention.{stage}", lambda t: t.roll(1, 2))
+        assert same(reference, teach(other, epochs=1, **lesson)[0]) == (not is_shared)
+
+
+def test_attention_without_a_common_size_is_refused(teach, classroom):
+    for stage in range(3):
+        classroom = changed(classroom, f"attention.{stage}", lambda t: t[:, :, :5])
+    with pytest.raises(UserError, match=r"params\.yaml: baselines: at_kd: no stage"):
+        teach(classroom, filters=None, attention_weight=1.0)
+
+
+def test_epochs_see_the_views_in_turn(classroom):
+    assert [classroom.view(epoch)[0] for epoch in range(5)] == [0, 1, 0, 1, 0]
+    expected = draw_view(60, 1, classroom.params.augment, classroom.params.seed)
+    _, view = classroom.view(3)
+    assert torch.equal(view.top, expected.top)
+    assert torch.equal(view.left, expected.left)
+
+
+def test_an_epoch_reads_the_signals_of_its_own_view(teach, classroom):
+    other = changed(classroom, "logits", lambda t: torch.stack([t[0], t[1].roll(1, 1)]))
+    assert same(teach(classroom, epochs=1)[0], teach(other, epochs=1)[0])
+    assert not same(teach(classroom, epochs=2)[0], teach(other, epochs=2)[0])
+
+
+def test_a_student_sees_the_pixels_that_the_teacher_saw(params, classroom, teach):
+    other = params.signals.model_copy(update={"augment": Augment(pad=2, flip=True)})
+    assert not same(teach(classroom)[0], teach(Classroom(classroom.data, classroom.signals, other))[0])
+
+
+# The stage
+
+
+def test_the_stage_writes_the_same_bytes_again(params, experiment):
+    weights = experiment.student("2s", 1, 0)
+    before = {path: path.read_bytes() for path in (weights, experiment.log(weights))}
+    for path in before:
+        path.unlink()
+    distill.run(params, experiment, "2s", 1, 0)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_students_and_seeds_differ_in_their_start(params, experiment, monkeypatch):
+    seeds = []
+
+    def note(*_, seed, **__):
+        seeds.append(seed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "distill_student", note)
+    for student in (0, 1):
+        for seed in (0, 1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                distill.run(params, experiment, "2s", student, seed)
+    assert len(set(seeds)) == 6
+
+
+@pytest.mark.parametrize(
+    ("run", "path", "item", "killed_after"),
+    [(distill.run, Paths.student, ("2s", 0, 0), 3), (baseline.run, Paths.baseline, ("2s", "random", 0), 7)],
+    ids=["student", "second student of a baseline"],
+)
+def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatch, run, path, item, killed_after):
+    target = path(experiment, *item)
+    before = target.read_bytes()
+    target.unlink()
+    calls = itertools.count(1)
+
+    def die(*arguments):
+        if next(calls) == killed_after:  # epochs
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "predict", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(params, experiment, *item)
+    assert not target.exists()
+    assert list((STATE / "checkpoints").iterdir())
+    trained = []
+    monkeypatch.setattr(training, "predict", lambda *arguments: trained.append(1) or predict(*arguments))
+    run(params, experiment, *item)
+    assert len(trained) == params.distill.epochs * (1 if run is distill.run else 2) - (killed_after - 1)
+    assert target.read_bytes() == before
+    assert not list((STATE / "checkpoints").iterdir())
+    assert not list((STATE / "tmp").iterdir())
+
+
+# Baselines
+
+
+@pytest.fixture
+def lessons(params, experiment):
+    """A function that plans the lessons of a method."""
+    return lambda method, seed=0: plan_lessons(params, experiment, "2s", method, seed)
+
+
+def test_single_students_have_no_filters(params, lessons):
+    weight = params.distill.kd_weight
+    for method in SINGLE_METHODS:
+        (lesson,) = lessons(method)
+        assert lesson.filters is None
+        assert lesson.transfer_weight == 0
+        assert lesson.kd_weight == (0 if method == "labels" else weight)
+        assert lesson.attention_weight == (params.baseline.attention_weight if method == "at_kd" else 0)
+    (alone,), (total,) = lessons("kd"), lessons("total")
+    assert max(total.architecture.widths) > max(alone.architecture.widths)
+
+
+def test_partition_ablations_learn_like_the_network(params, experiment, lessons):
+    sizes, live = read_json(experiment.sizes("2s"))["sizes"], read_json(experiment.partition("2s", "full"))["sets"][0]
+    for method in PARTITION_METHODS:
+        for lesson, size in zip(lessons(method), sizes, strict=True):
+            assert (lesson.kd_weight, lesson.transfer_weight) == (
+                params.distill.kd_weight,
+                params.distill.transfer_weight,
+            )
+            assert lesson.attention_weight == 0
+            assert len(lesson.filters) == (len(live) if method == "full" else size)
+        if method != "full":
+            assert sorted(f for lesson in lessons(method) for f in lesson.filters) == live
+    assert [lesson.filters for lesson in lessons("full")] == [live, live]
+
+
+def test_every_seed_has_a_random_partition_of_its_own(lessons):
+    drawn = [[lesson.filters for lesson in lessons("random", seed)] for seed in range(3)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+    assert drawn[1] == [lesson.filters for lesson in lessons("random", 1)]
+    fixed = [[lesson.filters for lesson in lessons("contiguous", seed)] for seed in range(2)]
+    assert fixed[0] == fixed[1]
+
+
+def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
+    """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
+    devices = [params.devices[name] for name in params.networks["2s"]]
+    info = read_json(experiment.dataset_info)
+    _, designs = design_network(params.design, devices, info, n_live=30)
+    live = [f for f in range(32) if f not in (3, 17)]
+    write_json(experiment.design("2s", "full"), designs["full"])
+    write_json(experiment.partition("2s", "full"), {"sets": [live, live]})
+    for lesson, design in zip(lessons("full"), designs["full"], strict=True):
+        assert len(lesson.filters) == design["n_filters"] == 30
+
+
+def test_the_stage_writes_students_that_can_be_read(params, data, experiment):
+    images, labels = data.split("validation")
+    for network, method, seeds in params.baseline_jobs():
+        for seed in seeds:
+            path = experiment.baseline(network, method, seed)
+            students = load_baseline(path, data)
+            assert len(students) == (2 if method in PARTITION_METHODS else 1)
+            rows = experiment.log(path).read_text().splitlines()
+            assert len(rows) == 1 + len(students) * params.distill.epochs
+            for position, student in enumerate(students):
+                logged = float(rows[(position + 1) * params.distill.epochs].split(",")[3])
+                right = (predict(student, images)[1].argmax(1) == labels).double().mean()
+                assert right.item() == pytest.approx(logged, abs=1e-5)
+
+
+def test_the_baseline_stage_writes_the_same_bytes_again(params, experiment):
+    weights = experiment.baseline("2s", "at_kd", 0)
+    before = {path: path.read_bytes() for path in weights.parent.glob("at_kd.*")}
+    assert len(before) == 3
+    for path in before:
+        path.unlink()
+    baseline.run(params, experiment, "2s", "at_kd", 0)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_seeds_of_a_baseline_differ(experiment):
+    one, two = (read_tensors(experiment.baseline("2s", "kd", seed)) for seed in (0, 1))
+    assert not torch.equal(one["0.head.weight"], two["0.head.weight"])

@@ -1,0 +1,187 @@
+"""The tests and tables behind every claim, against exact enumeration and plain loops."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from nonn import evaluate
+from nonn.baseline import load_baseline
+from nonn.evaluate import MAX_SUBSETS, Scores, missing_devices, permutation_test, seed_test, summarise
+from nonn.files import read_json
+from nonn.models import predict
+from nonn.teacher import load_teacher
+
+
+def answers(n_seeds: int, n_images: int, share: float, seed: int = 0) -> np.ndarray:
+    """Whether each seed's model is right on each image."""
+    return np.random.default_rng(seed).random((n_seeds, n_images)) < share
+
+
+# Paired permutation test
+
+
+def exact_p_value(a: np.ndarray, b: np.ndarray) -> Fraction:
+    """Every flip of the signs, counted."""
+    difference = [Fraction(int(x), len(a)) - Fraction(int(y), len(b)) for x, y in zip(a.sum(0), b.sum(0), strict=True)]
+    observed = abs(sum(difference))
+    flips = list(itertools.product([1, -1], repeat=len(difference)))
+    extreme = sum(abs(sum(s * d for s, d in zip(signs, difference, strict=True))) >= observed for signs in flips)
+    return Fraction(extreme, len(flips))
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "seed"), [(1, 1, 0), (3, 3, 1), (3, 2, 2), (2, 5, 3)])
+def test_p_value_is_that_of_all_flips(n_a, n_b, seed):
+    a, b = answers(n_a, 9, 0.9, seed), answers(n_b, 9, 0.4, seed + 10)
+    expected = float(exact_p_value(a, b))
+    assert 0.001 < expected < 0.9
+    assert permutation_test(a, b, resamples=20_000, seed=0) == pytest.approx(expected, abs=0.015)
+
+
+def test_eight_images_won_by_one_side():
+    """Of 2⁸ flips only all plus and all minus are as extreme."""
+    a, b = np.ones((1, 8), bool), np.zeros((1, 8), bool)
+    assert exact_p_value(a, b) == Fraction(2, 256)
+    assert permutation_test(a, b, resamples=20_000, seed=0) == pytest.approx(2 / 256, abs=0.003)
+
+
+def test_p_value_of_identical_methods_is_1():
+    a = answers(3, 50, 0.8)
+    assert permutation_test(a, a, resamples=500, seed=0) == 1
+    assert permutation_test(a, a[[2, 0, 1]], resamples=500, seed=0) == 1
+
+
+def test_p_value_is_symmetric_repeatable_and_never_zero():
+    a, b = answers(3, 400, 0.9), answers(2, 400, 0.5, seed=1)
+    assert permutation_test(a, b, resamples=1500, seed=0) == permutation_test(b, a, resamples=1500, seed=0) == 1 / 1501
+    b = answers(2, 400, 0.88, seed=1)
+    p = permutation_test(a, b, resamples=1500, seed=0)
+    assert p == permutation_test(a, b, resamples=1500, seed=0) == permutation_test(b, a, resamples=1500, seed=0)
+    assert p != permutation_test(a, b, resamples=1500, seed=1)
+
+
+# Welch's test over seeds
+
+
+def test_seed_test_is_welch_s():
+    a, b = [0.91, 0.93, 0.92], [0.90, 0.88, 0.89, 0.91]
+    na, nb = len(a), len(b)
+    va, vb = np.var(a, ddof=1) / na, np.var(b, ddof=1) / nb
+    t = (np.mean(a) - np.mean(b)) / np.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / (na - 1) + vb**2 / (nb - 1))
+    assert seed_test(a, b) == pytest.approx(2 * stats.t.sf(abs(t), freedom))
+
+
+@pytest.mark.parametrize(("a", "b"), [([0.9], [0.8, 0.7]), ([0.9, 0.8], [0.7]), ([0.9, 0.9], [0.8, 0.8])])
+def test_seed_test_needs_variation(a, b):
+    assert seed_test(a, b) is None
+
+
+# Missing devices
+
+
+def test_missing_devices_equals_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    contributions = [torch.randn(4, 30, 3, generator=generator) for _ in range(3)]
+    labels = torch.randint(3, (30,), generator=generator)
+    rows = missing_devices(contributions, labels, seed=0)
+    assert [row["missing"] for row in rows] == [0, 1, 2, 3]
+    assert [row["n_subsets"] for row in rows] == [1, 4, 6, 4]
+    for row in rows:
+        means, worsts = [], []
+        for terms in contributions:
+            accuracies = []
+            for absent in itertools.combinations(range(4), row["missing"]):
+                logits = sum(terms[d] for d in range(4) if d not in absent)
+                accuracies.append(np.mean([int(logits[i].argmax()) == int(labels[i]) for i in range(30)]))
+            means.append(np.mean(accuracies))
+            worsts.append(min(accuracies))
+        assert row["mean"] == pytest.approx(np.mean(means))
+        assert row["worst"] == pytest.approx(np.mean(worsts))
+        assert row["mean_sd"] == pytest.approx(np.std(means, ddof=1))
+        assert row["worst_sd"] == pytest.approx(np.std(worsts, ddof=1))
+
+
+def test_many_devices_are_sampled():
+    contributions = [torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0))]
+    rows = missing_devices(contributions, torch.tensor([0, 1, 0]), seed=0)
+    assert [row["n_subsets"] for row in rows] == [1, 12, 66, 220, *[MAX_SUBSETS] * 5, 220, 66, 12]
+    assert rows == missing_devices(contributions, torch.tensor([0, 1, 0]), seed=0)
+    assert all(row["mean_sd"] is None for row in rows), "one seed has no deviation"
+
+
+# The table
+
+
+def test_rows_by_hand(params):
+    def scores(method, network, *rows):
+        return Scores(method, network, 2, np.array(rows, dtype=bool), [])
+
+    nonn, kd = scores("nonn", "2s", [1, 1, 1, 0], [1, 1, 1, 1]), scores("kd", "2s", [1, 0, 0, 0], [1, 1, 0, 0])
+    teacher, other = scores("teacher", "", [1, 1, 1, 1]), scores("kd", "4s", [1, 1, 0, 0])
+    rows = summarise([teacher, nonn, kd, other], params.evaluate)
+    assert [(row["method"], row["network"]) for row in rows] == [
+        ("teacher", ""),
+        ("nonn", "2s"),
+        ("kd", "2s"),
+        ("kd", "4s"),
+    ]
+    reference, compared = rows[1], rows[2]
+    assert reference["accuracies"] == [3 / 4, 1]
+    assert reference["accuracy_mean"] == 7 / 8
+    assert reference["accuracy_sd"] == pytest.approx(abs(1 - 3 / 4) / 2**0.5)
+    assert (reference["n_seeds"], reference["n_students"]) == (2, 2)
+    resamples, seed = params.evaluate.resamples, params.evaluate.seed
+    assert compared["p_value_vs_nonn"] == permutation_test(nonn.correct, kd.correct, resamples, seed)
+    assert compared["p_value_vs_nonn_seeds"] == seed_test([3 / 4, 1], [1 / 4, 2 / 4])
+    for row in (rows[0], rows[1], rows[3]):  # on other devices, or NoNN itself
+        assert row["p_value_vs_nonn"] is None
+        assert row["p_value_vs_nonn_seeds"] is None
+    assert rows[0]["accuracy_sd"] is None
+
+
+# The stage
+
+
+def test_the_stage_scores_everything_once(params, data, experiment):
+    evaluate.run(params, experiment)
+    result = read_json(experiment.evaluation)
+    assert result["n_test"] == 30
+    rows = {(row["method"], row["network"]): row for row in result["rows"]}
+    assert len(rows) == len(result["rows"])
+    assert {key: (row["n_students"], row["n_seeds"]) for key, row in rows.items()} == {
+        ("teacher", ""): (1, 1),
+        ("nonn", "2s"): (2, 1),
+        ("labels", "2s"): (1, 1),
+        ("kd", "2s"): (1, 2),
+        ("at_kd", "2s"): (1, 1),
+        ("random", "2s"): (2, 1),
+        ("ensemble", "2s"): (2, 1),
+    }
+    images, labels = data.split("test")
+    right = (predict(load_teacher(experiment, data), images)[1].argmax(1) == labels).double().mean()
+    assert rows["teacher", ""]["accuracies"] == [right]
+    missing = {(row["method"], row["missing"]): row for row in result["missing"]}
+    assert set(missing) == set(itertools.product(["nonn", "random", "ensemble"], [0, 1]))
+    for method in ("nonn", "random", "ensemble"):
+        assert missing[method, 0]["mean"] == pytest.approx(rows[method, "2s"]["accuracy_mean"])
+
+
+def test_ensembles_average_probabilities(params, data, experiment):
+    evaluate.run(params, experiment)
+    rows = {row["method"]: row for row in read_json(experiment.evaluation)["rows"]}
+    images, labels = data.split("test")
+    members = [load_baseline(experiment.baseline("2s", "kd", seed), data)[0] for seed in (0, 1)]
+    with torch.no_grad():
+        probabilities = sum(predict(member, images)[1].softmax(1) for member in members) / 2
+    assert rows["ensemble"]["accuracies"] == [(probabilities.argmax(1) == labels).double().mean()]
+
+
+def test_the_stage_writes_the_same_bytes_again(params, experiment):
+    evaluate.run(params, experiment)
+    before = experiment.evaluation.read_bytes()
+    evaluate.run(params, experiment)
+    assert experiment.evaluation.read_bytes() == before

@@ -1,0 +1,212 @@
+"""What the devices run: the same answers in ONNX Runtime, the same bytes, nothing of the machine that wrote it."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+from nonn import predict as prediction
+from nonn.assemble import load_network
+from nonn.cost import measure_cost
+from nonn.dataset import Dataset
+from nonn.errors import UserError
+from nonn.export import Features, check_same, export_onnx, export_solo, joined, solo_models
+from nonn.files import read_json, read_tensors
+from nonn.models import predict
+from nonn.paths import Paths
+from nonn.predict import classify, read_image
+from nonn.runtime.session import open_session, run_onnx
+
+
+@pytest.fixture
+def network(data, built):
+    return load_network(built / Paths("tiny").network("2s", 0), data)
+
+
+# Networks
+
+
+@torch.no_grad()
+def test_onnx_runtime_says_what_torch_says(network, data, exported):
+    features = []
+    for position, student in enumerate(network.students):
+        features.append(run_onnx(exported / f"{position}.onnx", data.images.numpy()))
+        expected, _ = predict(student, data.images)
+        np.testing.assert_allclose(features[-1], expected, rtol=1e-4, atol=1e-4 * expected.max().item())
+    logits = run_onnx(exported / "final.onnx", np.concatenate(features, axis=1))
+    np.testing.assert_allclose(logits, network(data.images), rtol=1e-3, atol=1e-3)
+
+
+def test_files_take_raw_pixels_one_image_at_a_time(exported, data):
+    spec = open_session(exported / "0.onnx").get_inputs()[0]
+    assert (spec.name, spec.type, spec.shape) == ("image", "tensor(uint8)", [1, data.channels, data.size, data.size])
+    final = open_session(exported / "final.onnx")
+    assert (final.get_inputs()[0].name, final.get_outputs()[0].shape) == ("features", [1, data.n_classes])
+
+
+def test_training_heads_stay_behind(network, exported):
+    for position, student in enumerate(network.students):
+        model = onnx.load(exported / f"{position}.onnx")
+        assert not {node.op_type for node in model.graph.node} & {"Gemm", "MatMul"}
+        assert open_session(exported / f"{position}.onnx").get_outputs()[0].shape == [1, student.n_features]
+
+
+def test_the_manifest_describes_the_files(network, data, exported, params):
+    manifest = read_json(exported / "manifest.json")
+    assert manifest["classes"] == list(data.classes)
+    assert manifest["image"] == {"channels": 1, "size": 28, "dtype": "uint8"}
+    images, labels = data.split("test")
+    with torch.no_grad():
+        assert manifest["test_accuracy"] == (network(images).argmax(1) == labels).double().mean()
+    for student, entry in zip(network.students, manifest["students"], strict=True):
+        assert entry["n_features"] == student.n_features
+        assert entry["cost"] == vars(measure_cost(student, 1, 28, params.design.bytes_per_value))
+    final = manifest["final"]
+    sums = {entry["file"]: entry["sha256"] for entry in [*manifest["students"], final]}
+    sums[final["blocks"]] = final["blocks_sha256"]
+    assert {*sums, "manifest.json"} == {path.name for path in exported.iterdir()}
+    for name, expected in sums.items():
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == expected
+
+
+def test_the_final_layer_is_also_there_in_blocks(network, exported):
+    blocks = read_tensors(exported / "final.safetensors")
+    assert all(torch.equal(blocks[name], tensor) for name, tensor in network.final.state_dict().items())
+
+
+def test_the_same_model_gives_the_same_bytes(network, data, exported, tmp_path):
+    export_onnx(Features(network.students[0]), data.images[:1], tmp_path / "again.onnx", "image", "features")
+    assert (tmp_path / "again.onnx").read_bytes() == (exported / "0.onnx").read_bytes()
+
+
+def test_nothing_of_the_machine_is_in_the_files(exported):
+    for path in exported.glob("*.onnx"):
+        content = path.read_bytes()
+        for trace in (b"stack_trace", b"site-packages", b".py", str(Path.cwd()).encode(), str(Path.home()).encode()):
+            assert trace not in content or trace == b"/", f"{path.name} holds {trace}"
+        model = onnx.load(path)
+        assert not model.metadata_props
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+
+
+def test_outputs_that_differ_are_refused():
+    original = torch.tensor([[1.0, -50.0]])
+    check_same(Path("0.onnx"), np.array([[1.004, -50.0]], np.float32), original)
+    for wrong in ([[1.006, -50.0]], [[float("nan"), -50.0]]):
+        with pytest.raises(UserError, match=r"0\.onnx: outputs differ from the trained model"):
+            check_same(Path("0.onnx"), np.array(wrong, np.float32), original)
+
+
+def test_joined_layer_has_the_sum_of_the_biases(network):
+    linear = joined(network.final)
+    torch.testing.assert_close(linear.bias, sum(network.final.biases))
+    assert linear.in_features == sum(student.n_features for student in network.students)
+
+
+# Models that run alone
+
+
+def test_solo_models_are_the_teacher_and_single_baselines(params, data, experiment):
+    assert set(solo_models(params, experiment, data)) == {"teacher", "2s-labels", "2s-kd", "2s-at_kd"}
+
+
+def test_a_solo_model_classifies(params, data, experiment, tmp_path):
+    teacher = solo_models(params, experiment, data)["teacher"]
+    manifests = export_solo({"teacher": teacher}, data, tmp_path, bytes_per_value=4)
+    assert set(manifests) == {"teacher"}
+    images, labels = data.split("test")
+    logits = run_onnx(tmp_path / "teacher.onnx", images.numpy())
+    np.testing.assert_allclose(logits, predict(teacher, images)[1], rtol=1e-3, atol=1e-3)
+    assert manifests["teacher"]["test_accuracy"] == (logits.argmax(1) == labels.numpy()).mean()
+    (entry,) = manifests["teacher"]["students"]
+    assert entry["cost"] == read_json(experiment.teacher_info)["cost"]
+
+
+# Classifying one image
+
+
+@torch.no_grad()
+def test_classify_says_what_the_network_says(network, data, exported):
+    images = data.split("test")[0][:6]
+    logits = network(images)
+    for image, expected in zip(images.numpy(), logits, strict=True):
+        found = classify(exported, image)
+        assert found.label == data.classes[expected.argmax()]
+        assert found.probability == pytest.approx(expected.softmax(0).max().item(), abs=1e-3)
+        assert len(found.shares) == 2
+        assert sum(map(abs, found.shares)) == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_shares_are_parts_of_the_lead(network, data, exported):
+    """The lead of the predicted class over the mean class is what the students contribute to it."""
+    image = data.images[:1]
+    winner = int(network(image).argmax())
+    terms = network.final.contributions(network.features(image))[:, 0]  # (students, classes)
+    parts = (terms[:, winner] - terms.mean(1)).tolist()
+    assert sum(parts) == pytest.approx((network(image)[0, winner] - network(image).mean()).item(), rel=1e-3)
+    expected = [part / sum(map(abs, parts)) for part in parts]
+    assert classify(exported, image[0].numpy()).shares == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_command_prints_class_and_shares(params, data, exported, experiment, capsys):
+    shutil.copytree(exported, experiment.export("2s"))
+    Image.fromarray(data.images[100, 0].numpy()).save("image.png")
+    prediction.run(params, Path("image.png"), None)
+    first, *students = capsys.readouterr().out.splitlines()
+    expected = classify(exported, data.images[100].numpy())
+    assert first.startswith(f"{expected.label}  {expected.probability:.1%}")
+    for line, device, share in zip(students, params.networks["2s"], expected.shares, strict=True):
+        assert f"on {device}: {share:6.1%}" in line
+    with pytest.raises(UserError, match=r"params\.yaml: networks: no '9s'; choose one of 2s"):
+        prediction.run(params, Path("image.png"), "9s")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
+def test_images_of_any_mode_and_size_are_read(tmp_path, mode, channels):
+    Image.new("RGB", (50, 40), (204, 204, 204)).convert(mode).save(tmp_path / "image.png")
+    pixels = read_image(tmp_path / "image.png", channels, 28)
+    assert (pixels.shape, pixels.dtype) == ((channels, 28, 28), np.uint8)
+    assert abs(pixels.astype(int) - 204).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_are_turned_upright(tmp_path, channels):
+    photograph = Image.new("RGB", (28, 28), "black")
+    photograph.paste("white", (0, 0, 14, 28))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side: the left is the top
+    photograph.save(tmp_path / "image.jpg", exif=exif, quality=100)
+    pixels = read_image(tmp_path / "image.jpg", channels, 28)
+    assert pixels[:, :12].min() > 200
+    assert pixels[:, 16:].max() < 50
+
+
+def test_deep_pixels_are_refused_as_in_a_dataset(tmp_path):
+    Image.fromarray(np.full((28, 28), 30_000, np.uint16)).save(tmp_path / "image.png")
+    with pytest.raises(UserError, match=r"image\.png: not a readable image \(pixels of mode I;16; save it with 8 bits"):
+        read_image(tmp_path / "image.png", 1, 28)
+
+
+def test_pixels_that_fit_are_not_touched(data, tmp_path):
+    Image.fromarray(data.images[0, 0].numpy()).save(tmp_path / "image.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "image.png", 1, 28), data.images[0])
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", "cut", None])
+def test_unreadable_images_are_refused(tmp_path, data: Dataset, content):
+    path = tmp_path / "image.png"
+    if content == "cut":
+        Image.fromarray(data.images[0, 0].numpy()).save(path)
+        os.truncate(path, 300)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"image\.png: (no such file|not a readable image).*Give"):
+        read_image(path, 1, 28)
