@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import statistics
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -21,28 +22,50 @@ from nonn.paths import Paths
 from nonn.progress import track
 
 
-def measure_model(path: Path, params: Benchmark) -> dict:
-    """Latency and memory of one ONNX model, alone in a fresh process pinned to one core.
+def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict]:
+    """Measure ONNX models, each alone in a fresh process pinned to one core.
+
+    Every model is measured in several windows, and the models take turns: whatever else slows the
+    machine down for a while spoils one window of each and not all of one, and the median of the
+    windows leaves it out.
 
     Parameters
     ----------
-    path : Path
+    models : dict
+        Name to file.
     params : Benchmark
 
     Returns
     -------
     dict
-        ``latency_p50_ms``, ``latency_p99_ms``; ``session_memory_kib``, the growth of the process's
-        peak memory from loading the runtime to the last run; ``runs``; ``pinned``.
+        Name to ``latency_p50_ms`` and ``latency_p99_ms``, medians of the windows' percentiles;
+        ``session_memory_kib``, the growth of the process's peak memory from loading the runtime to
+        the last run; ``windows``, ``runs`` in each, and whether the process was ``pinned``.
+
+    Raises
+    ------
+    UserError
+        This machine has no such core.
     """
-    # `spawn`, because a forked process would inherit this one's memory and threads.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure_here, (path, params.model_dump()))
+    turns = [name for _ in range(params.windows) for name in models]
+    windows: dict[str, list[dict]] = {name: [] for name in models}
+    for name in track(turns, "benchmark"):
+        # `spawn`, because a forked process would inherit this one's memory and threads.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            windows[name].append(pool.apply(_measure_window, (models[name], params.model_dump())))
+    return {
+        name: {
+            **{key: statistics.median(window[key] for window in measured) for key in measured[0]},
+            "windows": params.windows,
+            "runs": params.runs,
+            "pinned": hasattr(os, "sched_setaffinity"),
+        }
+        for name, measured in windows.items()
+    }
 
 
-def _measure_here(path: Path, params: dict) -> dict:
-    pinned = hasattr(os, "sched_setaffinity")
-    if pinned:
+def _measure_window(path: Path, params: dict) -> dict[str, float]:
+    if hasattr(os, "sched_setaffinity"):
         cores = os.sched_getaffinity(0)
         if params["core"] not in cores:
             raise UserError(f"params.yaml: benchmark.core: this machine has the cores {sorted(cores)}; choose one.")
@@ -67,8 +90,6 @@ def _measure_here(path: Path, params: dict) -> dict:
         "latency_p50_ms": float(np.percentile(measured, 50)),
         "latency_p99_ms": float(np.percentile(measured, 99)),
         "session_memory_kib": _peak_memory_kib() - before,
-        "runs": len(measured),
-        "pinned": pinned,
     }
 
 
@@ -110,7 +131,11 @@ def run(params: Params, paths: Paths, name: str) -> None:
         if name == "solo"
         else {str(position): student for position, student in enumerate(manifest["students"])}
     )
-    measured = {}
-    for key, entry in track(list(models.items()), f"benchmark {name}"):
-        measured[key] = entry["cost"] | measure_model(folder / entry["file"], params.benchmark)
-    write_json(paths.benchmark(name), {"system": describe_system(), "models": measured})
+    measured = measure_models({key: folder / entry["file"] for key, entry in models.items()}, params.benchmark)
+    write_json(
+        paths.benchmark(name),
+        {
+            "system": describe_system(),
+            "models": {key: entry["cost"] | measured[key] for key, entry in models.items()},
+        },
+    )

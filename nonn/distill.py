@@ -8,6 +8,7 @@ leaves the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import pandas as pd
 import torch
@@ -104,17 +105,21 @@ def distill_student(
     data, signals = classroom.data, classroom.signals
     n_filters = len(lesson.filters) if lesson.filters else None
     student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
-    current: dict = {}
+
+    @lru_cache(maxsize=1)  # an epoch sees one view
+    def taught_in(epoch: int) -> tuple[View, dict[str, Tensor]]:
+        number, view = classroom.view(epoch)
+        taught = {name: signals[name][number] for name in ("logits", *classroom.stages)}
+        if lesson.filters:
+            taught["pooled"] = signals["pooled"][number][:, lesson.filters]
+        return view, taught
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        if current.get("epoch") != epoch:
-            number, view = classroom.view(epoch)
-            pooled = signals["pooled"][number][:, lesson.filters] if lesson.filters else None
-            current.update(epoch=epoch, number=number, view=view, pooled=pooled)
-        batch = apply_view(classroom.images, current["view"], index, classroom.params.augment.pad)
+        view, signals_of_view = taught_in(epoch)
+        batch = apply_view(classroom.images, view, index, classroom.params.augment.pad)
 
         def taught(name: str) -> Tensor:
-            return signals[name][current["number"], index].to(device).float()
+            return signals_of_view[name][index].to(device).float()
 
         with mixed_precision(device):
             maps = student.stage_maps(batch.to(device))
@@ -124,8 +129,7 @@ def distill_student(
         if lesson.kd_weight:
             loss = loss + lesson.kd_weight * kd_loss(logits, taught("logits"), schedule.temperature)
         if lesson.transfer_weight:
-            activations = current["pooled"][index].to(device).float()
-            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), activations)
+            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught("pooled"))
         if lesson.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
             attention = {t.shape[1]: t for t in map(taught, classroom.stages)}

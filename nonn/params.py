@@ -174,6 +174,7 @@ class Evaluate(Section):
 class Benchmark(Section):
     warmup: Annotated[int, Field(ge=0)]
     runs: Annotated[int, Field(ge=10)]
+    windows: Count
     core: Annotated[int, Field(ge=0)]
 
 

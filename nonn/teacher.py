@@ -6,6 +6,7 @@ computed once, by the stage `signals`.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.augment import apply_view, draw_view
+from nonn.augment import View, apply_view, draw_view
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
@@ -47,13 +48,13 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     device = pick_device()
     model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
-    drawn: dict[int, object] = {}
+
+    @lru_cache(maxsize=1)  # an epoch sees one view
+    def view_of(epoch: int) -> View:
+        return draw_view(len(images), epoch, params.augment, params.seed)
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        if epoch not in drawn:
-            drawn.clear()
-            drawn[epoch] = draw_view(len(images), epoch, params.augment, params.seed)
-        batch = apply_view(images, drawn[epoch], index, params.augment.pad)
+        batch = apply_view(images, view_of(epoch), index, params.augment.pad)
         with mixed_precision(device):
             _, logits = model(batch.to(device))
         return F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=params.label_smoothing)

@@ -40,7 +40,7 @@ TINY = {
     "distill": {"epochs": 5, "batch_size": 10, "lr": 0.03, "transfer_weight": 2.0},
     "assemble": {"epochs": 2},
     "evaluate": {"resamples": 200},
-    "benchmark": {"warmup": 1, "runs": 10},
+    "benchmark": {"warmup": 1, "runs": 10, "windows": 2},
 }
 
 

@@ -6,12 +6,12 @@ import shutil
 import pytest
 
 from nonn import benchmark
-from nonn.benchmark import describe_system, measure_model
+from nonn.benchmark import describe_system, measure_models
 from nonn.errors import UserError
 from nonn.files import read_json, write_json
 
 COUNTED = {"params", "macs", "weight_bytes", "peak_activation_bytes"}
-MEASURED = {"latency_p50_ms", "latency_p99_ms", "session_memory_kib", "runs", "pinned"}
+MEASURED = {"latency_p50_ms", "latency_p99_ms", "session_memory_kib", "runs", "windows", "pinned"}
 
 
 def section(params, **changes):
@@ -30,13 +30,15 @@ def test_the_stage_writes_a_row_for_each_student(params, exported, experiment):
     for position, row in result["models"].items():
         assert set(row) == COUNTED | MEASURED
         assert {key: row[key] for key in COUNTED} == manifest["students"][int(position)]["cost"]
-        assert row["runs"] == params.benchmark.runs
+        assert (row["runs"], row["windows"]) == (params.benchmark.runs, params.benchmark.windows)
         assert 0 < row["latency_p50_ms"] <= row["latency_p99_ms"]
         assert row["session_memory_kib"] > 0
 
 
 def test_solo_models_have_a_row_by_name(params, exported, experiment, monkeypatch):
-    monkeypatch.setattr(benchmark, "measure_model", lambda path, _: {"measured": str(path)})
+    monkeypatch.setattr(
+        benchmark, "measure_models", lambda models, _: {name: {"measured": str(path)} for name, path in models.items()}
+    )
     student = read_json(exported / "manifest.json")["students"][0]
     folder = experiment.export("solo")
     write_json(folder / "manifest.json", {"teacher": {"students": [student]}, "2s-kd": {"students": [student]}})
@@ -48,7 +50,7 @@ def test_solo_models_have_a_row_by_name(params, exported, experiment, monkeypatc
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process to a core")
 def test_a_core_that_is_not_there_is_refused(params, exported):
     with pytest.raises(UserError, match=r"params\.yaml: benchmark\.core: this machine has the cores \[.*choose one"):
-        measure_model(exported / "0.onnx", section(params, core=4096))
+        measure_models({"0": exported / "0.onnx"}, section(params, core=4096))
 
 
 def test_the_system_is_named():

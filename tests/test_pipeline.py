@@ -41,7 +41,7 @@ TINY = {
     "distill": {"epochs": 1},
     "assemble": {"epochs": 1},
     "evaluate": {"resamples": 100},
-    "benchmark": {"warmup": 1, "runs": 10},
+    "benchmark": {"warmup": 1, "runs": 10, "windows": 1},
     "figures": {"dpi": 50},
 }
 

@@ -7,6 +7,8 @@ rule baseline:
         f"{RESULTS}/baselines/seed{{seed}}/{{network}}/{{method}}.csv",
     log:
         "logs/baseline/{network}-{method}-{seed}.log",
+    # The longest jobs first: the short ones then fill the cores to the end.
+    priority: 2
     conda:
         "../envs/nonn.yaml"
     threads: 1

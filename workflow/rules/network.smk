@@ -43,6 +43,7 @@ rule distill:
         f"{RESULTS}/students/seed{{seed}}/{{network}}/{{student}}.csv",
     log:
         "logs/distill/{network}-{student}-{seed}.log",
+    priority: 1
     conda:
         "../envs/nonn.yaml"
     threads: 1

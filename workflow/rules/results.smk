@@ -71,6 +71,11 @@ rule figures:
         reported("adjacency"),
         reported("top_k"),
         reported("training"),
+    log:
+        "logs/figures.log",
+    conda:
+        "../envs/nonn.yaml"
+    threads: 1
     params:
         stage="figures",
         knobs=knobs("figures"),

@@ -1,0 +1,150 @@
+"""The command ``nonn``: help, items, errors and the journal."""
+
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+from ruamel.yaml import YAML
+
+from nonn import __version__
+from nonn.cli import SEEDED, STAGES, main, parse_item
+from nonn.errors import UserError
+from nonn.files import STATE, read_json
+
+
+def call(*arguments: str) -> None:
+    main(list(arguments))
+
+
+def stop(*arguments: str):
+    """What `nonn` exits with."""
+    with pytest.raises(SystemExit) as stopped:
+        call(*arguments)
+    return stopped.value.code
+
+
+def test_help_names_every_stage_and_command(capsys):
+    assert stop("--help") == 0
+    shown = capsys.readouterr().out
+    overview = shown.split("Stages, in order")[1].split("options:")[0].split()
+    for stage, (summary, _) in STAGES.items():
+        assert stage in overview
+        assert stop(stage, "--help") == 0
+        assert summary in " ".join(capsys.readouterr().out.split())
+    for command in ("check", "predict", "timeline", "bench"):
+        assert f"    {command} " in shown
+
+
+def test_stages_are_those_of_the_pipeline():
+    pipeline = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
+    commands = [(stage.get("do") or stage)["cmd"] for stage in pipeline.values()]
+    assert {re.search(r"nonn (\w+)", command)[1] for command in commands} == set(STAGES)
+
+
+def test_version(capsys):
+    assert stop("--version") == 0
+    assert capsys.readouterr().out == f"nonn {__version__}\n"
+
+
+def test_help_does_not_load_what_is_heavy():
+    code = "import sys, nonn.cli; nonn.cli.build_parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True).split()
+    assert "nonn.cli" in loaded
+    assert not {"torch", "numpy", "pandas", "matplotlib"} & set(loaded)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_items_become_the_arguments_of_a_stage(stage, params):
+    items = {None: None, "NETWORK": "2s", "NETWORK/STUDENT": "2s/1", "NETWORK/METHOD": "2s/at_kd"}
+    item = items[STAGES[stage][1].removesuffix(" or solo") if STAGES[stage][1] else None]
+    arguments = parse_item(stage, item, params) | ({"seed": 0} if stage in SEEDED else {})
+    inspect.signature(importlib.import_module(f"nonn.{stage}").run).bind(params, "paths", **arguments)
+
+
+def test_items_by_hand(params):
+    assert parse_item("dataset", None, params) == {}
+    assert parse_item("design", "2s", params) == {"network": "2s"}
+    assert parse_item("export", "solo", params) == {"name": "solo"}
+    assert parse_item("distill", "2s/1", params) == {"network": "2s", "student": 1}
+    assert parse_item("baseline", "2s/at_kd", params) == {"network": "2s", "method": "at_kd"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "item", "known"),
+    [
+        ("design", "9s", "2s"),
+        ("assemble", "2s/0", "2s"),
+        ("export", "alone", "2s, solo"),
+        ("distill", "2s/2", "2s/0, 2s/1"),
+        ("distill", "2s", "2s/0, 2s/1"),
+        ("baseline", "2s/full", "2s/labels, 2s/kd, 2s/at_kd, 2s/random"),
+    ],
+)
+def test_unknown_items_are_refused(stage, item, known, params):
+    with pytest.raises(UserError) as refusal:
+        parse_item(stage, item, params)
+    assert str(refusal.value) == f"params.yaml: '{item}' is not there; {stage} takes one of {known}."
+
+
+@pytest.mark.usefixtures("experiment")
+def test_a_mistake_ends_in_one_message_and_1():
+    command = [sys.executable, "-m", "nonn", "distill", "9s/0", "--seed", "0"]
+    environment = {"PYTHONPATH": str(REPOSITORY), "PATH": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "nonn distill: params.yaml: '9s/0' is not there; distill takes one of 2s/0, 2s/1.\n"
+    assert not (STATE / "journal.jsonl").exists()
+
+
+def test_a_stage_needs_its_item_and_seed(capsys):
+    assert stop("design") == 2
+    assert stop("distill", "2s/0") == 2
+    assert stop("nothing") == 2
+    assert "required: --seed" in capsys.readouterr().err
+
+
+def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
+    before = read_json(experiment.sizes("2s"))
+    experiment.sizes("2s").unlink()
+    call("design", "2s")
+    call("distill", "2s/0", "--seed", "0")
+    assert read_json(experiment.sizes("2s")) == before
+    design, distill = map(json.loads, (STATE / "journal.jsonl").read_text().splitlines())
+    assert (design["stage"], design["item"], design["seed"]) == ("design", "2s", None)
+    assert design["experiment"] == distill["experiment"] == "tiny"
+    assert (distill["stage"], distill["item"], distill["seed"]) == ("distill", "2s/0", 0)
+    assert design["start"] <= design["end"] <= distill["start"] <= distill["end"]
+
+
+def test_a_failed_stage_is_not_noted(experiment):
+    experiment.graph_info.unlink()
+    assert "graph.json: no such file" in stop("design", "2s")
+    assert not (STATE / "journal.jsonl").exists()
+
+
+def test_a_stage_clears_what_is_no_longer_named(experiment):
+    leftover = experiment.student("2s", 7, 0)
+    leftover.touch()
+    call("design", "2s")
+    assert not leftover.exists()
+
+
+@pytest.mark.usefixtures("experiment")
+def test_check_reads_the_parameters_only(capsys):
+    call("check")
+    assert capsys.readouterr().out == "params.yaml is sound: experiment tiny, 2 students.\n"
+    with Path("params.yaml").open("a") as file:
+        file.write("sedes: [0]\n")
+    assert stop("check") == "nonn check: params.yaml: sedes: unknown key; remove it (did you mean 'seeds'?)"
+
+
+@pytest.mark.usefixtures("experiment")
+def test_predict_asks_for_an_export_first():
+    assert "manifest.json: no such file" in stop("predict", "image.png")

@@ -1,0 +1,265 @@
+"""Artifacts: never half-written, the same bytes for the same content, and none left that nobody names."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from nonn import files, progress
+from nonn.errors import UserError
+from nonn.files import (
+    STATE,
+    read_json,
+    read_tensors,
+    remove,
+    replacing,
+    sweep,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from nonn.leftovers import expected_artifacts, remove_leftovers
+from nonn.params import Params
+from nonn.paths import Paths
+from nonn.progress import track
+
+pytestmark = pytest.mark.usefixtures("folder")
+TEMPORARIES = STATE / "tmp"
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# Writing
+
+
+def fail_half_way(target: Path) -> None:
+    with replacing(target) as temporary:
+        write_text(temporary / "half.txt", "half")
+        raise RuntimeError
+
+
+def test_a_failed_write_leaves_everything_as_it_was():
+    target = Path("results/a")
+    with pytest.raises(RuntimeError):
+        fail_half_way(target)
+    assert files_below(Path()) == []
+    write_text(target / "old.txt", "old")
+    with pytest.raises(RuntimeError):
+        fail_half_way(target)
+    assert files_below(Path()) == ["results/a/old.txt"]
+    assert not list(TEMPORARIES.iterdir())
+
+
+def test_a_folder_replaces_a_folder_as_a_whole():
+    target = Path("results/folder")
+    for names in (["a", "b"], ["b", "c"]):
+        with replacing(target) as temporary:
+            temporary.mkdir()
+            for name in names:
+                write_text(temporary / f"{name}.txt", name)
+        assert files_below(target) == [f"{name}.txt" for name in names]
+    assert not list(TEMPORARIES.iterdir())
+
+
+def test_a_file_replaces_a_file_in_a_new_folder():
+    write_text(Path("results/deep/down.txt"), "first")
+    write_text(Path("results/deep/down.txt"), "größer")
+    assert Path("results/deep/down.txt").read_bytes() == "größer".encode()
+    assert not list(TEMPORARIES.iterdir())
+
+
+def test_json_does_not_depend_on_the_order_of_keys():
+    write_json(Path("a.json"), {"b": [1.5, None], "a": {"y": "ä", "x": True}})
+    write_json(Path("b.json"), {"a": {"x": True, "y": "ä"}, "b": [1.5, None]})
+    assert Path("a.json").read_bytes() == Path("b.json").read_bytes()
+    assert Path("a.json").read_text().endswith("}\n")
+    assert read_json(Path("a.json")) == {"a": {"x": True, "y": "ä"}, "b": [1.5, None]}
+
+
+def test_tensors_come_back_and_give_stable_bytes():
+    tensors = {"b": torch.arange(6.0).reshape(2, 3).T, "a": torch.tensor([1, 2], dtype=torch.uint8)}
+    write_tensors(Path("a.safetensors"), tensors)
+    write_tensors(Path("b.safetensors"), dict(reversed(tensors.items())))
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert Path("a.safetensors").stat().st_mode & 0o777 == 0o644
+    read = read_tensors(Path("a.safetensors"))
+    assert set(read) == {"a", "b"}
+    assert all(torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("damage", [b"", slice(100), b"x" * 300])
+def test_damaged_tensors_are_refused(damage):
+    path = Path("a.safetensors")
+    write_tensors(path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[damage] if isinstance(damage, slice) else damage)
+    with pytest.raises(UserError, match=r"a\.safetensors: damaged \(.*Delete it and run the pipeline again"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_a_missing_artifact_says_how_to_make_it(read):
+    with pytest.raises(UserError, match=r"results/x: no such file\. Run `dvc repro` or `snakemake"):
+        read(Path("results/x"))
+
+
+def test_remove_takes_files_folders_links_and_nothing():
+    Path("kept").mkdir()
+    Path("kept/file").touch()
+    Path("link").symlink_to("kept")
+    Path("folder/below").mkdir(parents=True)
+    Path("file").touch()
+    for name in ("link", "folder", "file", "nothing"):
+        remove(Path(name))
+    assert [path.name for path in Path().iterdir()] == ["kept"]
+    assert Path("kept/file").exists()
+
+
+#: Dies in the middle of writing a folder, too suddenly to tidy up.
+KILLED = """
+import os, pathlib, signal
+from nonn.files import replacing, write_text
+with replacing(pathlib.Path("results/a")) as temporary:
+    write_text(temporary / "half.txt", "half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_sweep_removes_what_killed_processes_left(monkeypatch):
+    subprocess.run([sys.executable, "-c", KILLED], env={"PYTHONPATH": str(REPOSITORY)}, check=False)
+    (orphan,) = TEMPORARIES.iterdir()
+    assert not Path("results").exists()
+    with replacing(Path("results/b")) as temporary:
+        temporary.touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "_HOST", "elsewhere")
+            sweep()
+        assert orphan.exists(), "another machine cannot know"
+        sweep()
+        assert list(TEMPORARIES.iterdir()) == [temporary], "this process is alive"
+
+
+def test_sweep_bears_that_there_is_nothing():
+    sweep()
+    assert not STATE.exists()
+
+
+# Progress
+
+
+def test_without_a_terminal_a_few_lines_are_logged(capsys):
+    assert list(track(range(1000), "work")) == list(range(1000))
+    lines = capsys.readouterr().err.splitlines()
+    assert 5 <= len(lines) <= 11
+    assert all(line.startswith("work: ") and line.endswith(" s left") for line in lines)
+    assert lines[-1] == "work: 1000 of 1000, about 0 s left"
+
+
+def test_time_left_follows_from_the_share_that_is_done(capsys, monkeypatch):
+    clock = iter([100.0, 110.0, 120.0, 130.0, 140.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    list(track(range(4), "work"))
+    assert capsys.readouterr().err.splitlines() == [
+        "work: 1 of 4, about 30 s left",
+        "work: 2 of 4, about 20 s left",
+        "work: 3 of 4, about 10 s left",
+        "work: 4 of 4, about 0 s left",
+    ]
+
+
+def test_resumed_work_says_so(capsys):
+    assert list(track(range(8, 10), "work", done=8)) == [8, 9]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "work: resumed at 8 of 10"
+    assert lines[1].startswith("work: 9 of 10, about ")
+    assert lines[2] == "work: 10 of 10, about 0 s left"
+
+
+def test_finished_work_has_nothing_left(capsys):
+    assert list(track(range(10, 10), "work", done=10)) == []
+    assert capsys.readouterr().err == "work: resumed at 10 of 10\n"
+
+
+def test_iterators_need_their_number(capsys):
+    assert list(track(iter("ab"), "work", total=2)) == ["a", "b"]
+    assert capsys.readouterr().err.splitlines()[-1] == "work: 2 of 2, about 0 s left"
+
+
+def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert list(track(range(3), "work", done=2)) == [0, 1, 2]
+    shown = capsys.readouterr().err
+    assert "work" in shown
+    assert "2/5" in shown
+
+
+# Leftovers
+
+
+def write_all(params: Params, paths) -> set[Path]:
+    """An empty file for every artifact that the parameters name, and some that all experiments have."""
+    artifacts = expected_artifacts(params, paths) | {paths.dataset, paths.teacher, paths.signals, paths.evaluation}
+    for path in artifacts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return artifacts
+
+
+def test_what_is_named_stays(params, folder):
+    paths = Paths(params.experiment)
+    artifacts = write_all(params, paths)
+    assert remove_leftovers(params, paths) == []
+    assert {Path(name) for name in files_below(folder) if name.startswith("results")} == artifacts
+
+
+def test_what_is_no_longer_named_goes(params):
+    paths = Paths(params.experiment)
+    more = params.model_copy(
+        update={
+            "networks": params.networks | {"3s": ["small"] * 3, "2s": ["small"] * 3},
+            "seeds": [0, 5],
+            "baselines": [*params.baselines, "2s/full"],
+        }
+    )
+    kept = write_all(params, paths)
+    surplus = write_all(more, paths) - kept
+    assert paths.student("2s", 2, 0) in surplus, "one student more"
+    assert paths.student("2s", 0, 5) in surplus, "one seed more"
+    assert paths.baseline("2s", "full", 0) in surplus, "one baseline more"
+    assert {paths.sizes("3s"), paths.design("3s"), paths.network("3s", 0), paths.export("3s")} <= surplus
+    removed = remove_leftovers(params, paths)
+    assert set(removed) == surplus
+    assert removed == sorted(removed)
+    assert all(path.exists() for path in kept)
+    assert not any(path.exists() for path in surplus)
+    assert remove_leftovers(params, paths) == []
+
+
+def test_folders_go_with_what_is_in_them(params):
+    paths = Paths(params.experiment)
+    for network in ("2s", "3s"):
+        write_text(paths.design(network, 0), "{}")
+        write_text(paths.partition(network, 0), "{}")
+    assert set(remove_leftovers(params, paths)) == {paths.design("3s"), paths.partition("3s")}
+    assert paths.design("2s", 0).exists()
+
+
+def test_other_experiments_are_left_alone(params):
+    other = params.model_copy(update={"experiment": "other", "networks": {"9s": ["small"] * 9}})
+    artifacts = write_all(other, Paths(other.experiment))
+    assert remove_leftovers(params, Paths(params.experiment)) == []
+    assert all(path.exists() for path in artifacts)
+
+
+def test_nothing_is_removed_where_nothing_is(params):
+    assert remove_leftovers(params, Paths(params.experiment)) == []
+
+
+def test_a_built_experiment_has_no_leftovers(params, experiment):
+    before = files_below(experiment.root)
+    assert remove_leftovers(params, experiment) == []
+    assert files_below(experiment.root) == before

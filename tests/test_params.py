@@ -1,0 +1,173 @@
+"""The schema: what ships is sound, and every mistake is answered with its key and its remedy."""
+
+import re
+
+import pytest
+from conftest import REPOSITORY, SHIPPED, TINY, merge
+from ruamel.yaml import YAML
+
+from nonn.errors import UserError
+from nonn.params import Params, load_params
+
+FILES = [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "workflow" / "experiments").glob("*.yaml"))]
+PAIR = ["stm32f7"] * 2
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shipped_files_are_sound(path):
+    params = load_params(path)
+    assert len(params.students) == sum(map(len, params.networks.values()))
+
+
+def test_shipped_experiments_do_not_share_a_folder():
+    names = [load_params(path).experiment for path in FILES if path.name != "params.yaml"]
+    assert names
+    assert len(set(names)) == len(names)
+
+
+def complaint(path) -> str:
+    with pytest.raises(UserError) as refusal:
+        load_params(path)
+    return str(refusal.value)
+
+
+MISSING = object()
+
+
+def edited(edits: dict) -> dict:
+    """The shipped parameters with other values at dotted keys."""
+    params = merge(SHIPPED, {})
+    for key, value in edits.items():
+        *sections, last = key.split(".")
+        section = params
+        for name in sections:
+            section[name] = dict(section[name])
+            section = section[name]
+        if value is MISSING:
+            del section[last]
+        else:
+            section[last] = value
+    return params
+
+
+WRONG = [
+    ({"sedes": [0]}, "sedes: unknown key; remove it (did you mean 'seeds'?)"),
+    ({"teacher.epoch": 3}, "teacher.epoch: unknown key; remove it (did you mean 'epochs'?)"),
+    ({"teacher.architecture.deep": 3}, "teacher.architecture.deep: unknown key; remove it (did you mean 'depth'?)"),
+    ({"devices.stm32f7.flops": 3}, "devices.stm32f7.flops: unknown key; remove it"),
+    ({"dataset": MISSING}, "dataset: missing; add it"),
+    ({"distill.lr": MISSING}, "distill.lr: missing; add it"),
+    ({"teacher.lr": -0.1}, "teacher.lr: input should be greater than 0 (it is -0.1); change it"),
+    ({"devices.stm32f7.memory_kib": 0}, "devices.stm32f7.memory_kib: input should be greater than 0 (it is 0)"),
+    ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
+    ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),
+    ({"teacher.epochs": 1.5}, "teacher.epochs: input should be a valid integer"),
+    ({"students": "2s/0"}, "students: input should be a valid list (it is '2s/0')"),
+    ({"signals": None}, "signals: input should be a valid dictionary"),
+    ({"experiment": "my/experiment"}, "experiment: string should match pattern"),
+    ({"experiment": 5}, "experiment: input should be a valid string (it is 5); put it in quotes"),
+    ({"networks": {2: PAIR}}, "networks.2: input should be a valid string (it is 2); put it in quotes"),
+    ({"networks": {}}, "networks: dictionary should have at least 1 item"),
+    (
+        {"networks.2s": ["stm32f7", "stm32f8"]},
+        "networks.2s: device 'stm32f8' is not under `devices`; add it there (did you mean 'stm32f7'?)",
+    ),
+    ({"networks.2s": ["stm32f7"]}, "networks.2s: has 1 devices; give it 2 to 16"),
+    ({"networks.2s": ["stm32f7"] * 17}, "networks.2s: has 17 devices; give it 2 to 16"),
+    ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of `networks`"),
+    ({"networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3: `networks` has no such device"),
+    ({"students": [*SHIPPED["students"], "2s/0"]}, "students: an entry is listed twice; remove one"),
+    ({"seeds": [0, 1, 0]}, "seeds: an entry is listed twice; remove one"),
+    ({"seeds": []}, "seeds: list should have at least 1 item"),
+    ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0 (it is -1)"),
+    ({"baselines": [*SHIPPED["baselines"], "2s/kd"]}, "baselines: an entry is listed twice; remove one"),
+    ({"baselines": ["2s/kd", "2s/magic"]}, "baselines: '2s/magic' is not network/method, with a network of `networks`"),
+    ({"baselines": ["2s/kd", "9s/kd"]}, "baselines: '9s/kd' is not network/method"),
+    ({"ensemble.pool": "4s/kd"}, "ensemble.pool: '4s/kd' is not one of the kd baselines; add it to `baselines`"),
+    ({"ensemble.pool": "2s/labels"}, "ensemble.pool: '2s/labels' is not one of the kd baselines"),
+    ({"ensemble.seeds": [2, 3]}, "ensemble.seeds: [2] are already in `seeds`; list only further ones"),
+    ({"ensemble.seeds": [4, 4]}, "ensemble.seeds: an entry is listed twice; remove one"),
+    ({"signals.attention": False}, "baselines: 2s/at_kd needs attention maps; set signals.attention to true"),
+    ({"graph.top_k": 1}, "graph.top_k: input should be greater than or equal to 2 (it is 1)"),
+    ({"graph.rule": "hubs"}, "graph.rule: input should be 'activation_hubs' or 'coactivation' (it is 'hubs')"),
+    (
+        {"teacher.architecture": {"family": "wrn", "depth": 12}},
+        "teacher.architecture: family wrn needs depth = 6n + 4, not 12",
+    ),
+    (
+        {"teacher.architecture": {"family": "resnet", "depth": 18}},
+        "teacher.architecture: family resnet needs depth = 6n + 2, not 18",
+    ),
+    (
+        {"teacher.architecture": {"family": "fast", "depth": 2}},
+        "teacher.architecture: family fast needs `widths`, three numbers, such as [64, 256, 256]",
+    ),
+    (
+        {"teacher.architecture": {"family": "wrn", "depth": 16, "widths": [1, 2, 3]}},
+        "teacher.architecture: `widths` belongs to family fast; family wrn takes `depth` and `width`",
+    ),
+    ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
+    ({"design.min_width": 200}, "design: min_width is above max_width"),
+    ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1, 2 or 4 (it is 3)"),
+    ({"dataset.size": 27}, "dataset.size: input should be greater than or equal to 28 (it is 27)"),
+    ({"dataset.test": 0.9}, "dataset: validation and test together leave no training images; lower one of them"),
+    ({"dataset.sha256": "abc"}, "dataset.sha256: string should match pattern"),
+    ({"figures.style": "pretty"}, "figures.style: no such matplotlib style; one of: default"),
+]
+
+
+@pytest.mark.parametrize(
+    ("edits", "expected"), WRONG, ids=lambda value: next(iter(value), "") * isinstance(value, dict)
+)
+def test_a_mistake_is_named_with_its_remedy(edits, expected, tmp_path):
+    path = tmp_path / "params.yaml"
+    YAML().dump(edited(edits), path)
+    assert complaint(path).startswith(f"{path}: {expected}")
+
+
+def test_every_mistake_has_its_line(tmp_path):
+    path = tmp_path / "params.yaml"
+    YAML().dump(edited({"teacher.lr": -1, "graph.top_k": 0, "evaluate": MISSING}), path)
+    lines = complaint(path).splitlines()
+    assert [re.match(r".*?: ([\w.]+):", line)[1] for line in lines] == ["teacher.lr", "graph.top_k", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"seeds: [0\nstudents: []\n", " line 2 is not valid YAML"),
+        (b"seeds: [0]\n\nseeds: [1]\n", ' line 3 is not valid YAML: found duplicate key "seeds"'),
+        (b"seeds:\n\t- 0\n", " line 2 is not valid YAML: found character '\\t'"),
+        (b"- seeds\n", " holds no keys. Restore it from version control."),
+        (b"", " holds no keys. Restore it from version control."),
+        (b"seeds: \xff\xfe\n", " is not text in UTF-8"),
+        (b"seeds: \x00\n", " is not text in UTF-8"),
+    ],
+    ids=["not closed", "key twice", "tab", "list", "empty", "other encoding", "binary"],
+)
+def test_files_that_are_no_parameters_are_refused(content, expected, tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    assert complaint(path).startswith(f"{path}:{expected}")
+
+
+def test_a_missing_file_says_where_to_run(tmp_path):
+    path = tmp_path / "params.yaml"
+    assert complaint(path) == f"{path}: no such file. Run nonn from the repository's top folder."
+
+
+def test_the_ensemble_s_seeds_belong_to_its_pool_only():
+    params = Params.model_validate(merge(SHIPPED, TINY))
+    assert list(params.baseline_jobs()) == [
+        ("2s", "labels", [0]),
+        ("2s", "kd", [0, 1]),
+        ("2s", "at_kd", [0]),
+        ("2s", "random", [0]),
+    ]
+
+
+def test_parameters_cannot_be_changed_by_a_stage(params):
+    with pytest.raises(ValueError, match="frozen"):
+        params.seeds = [1]
+    with pytest.raises(ValueError, match="frozen"):
+        params.distill.lr = 1.0
