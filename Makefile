@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
 
-.PHONY: reproduce test environment lint
+.PHONY: reproduce report test lint environment
 reproduce: environment
 	$(VENV)/bin/snakemake --cores $(CORES)
 	$(VENV)/bin/nonn timeline
+	@echo 'Tables and figures: results/, the report: make report'
+
+report: environment
+	$(VENV)/bin/snakemake --cores $(CORES) --report report.html
 
 test: environment lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: environment
 	$(VENV)/bin/ruff check .

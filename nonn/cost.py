@@ -44,13 +44,14 @@ class Cost:
 
 
 def measure_cost(model: Network, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
-    """Count the cost of one image of shape (channels, size, size), without computing anything.
+    """Count the cost of one image of shape (channels, size, size); the model stays as it is.
 
     Activations are counted by liveness: a tensor occupies memory from the operation that makes it
     to the last one that reads it. Batch norm and ReLU are fused into the convolution before them.
     """
-    traced = fx.symbolic_trace(deployed(model).to("meta").eval())
-    ShapeProp(traced).propagate(torch.empty(1, channels, size, size, device="meta"))
+    traced = fx.symbolic_trace(deployed(model).eval())
+    with torch.no_grad():
+        ShapeProp(traced).propagate(torch.zeros(1, channels, size, size))
     modules = dict(traced.named_modules())
     params = count_parameters(traced)
     return Cost(

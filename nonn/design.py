@@ -11,7 +11,7 @@ budget would rerun the partition, on which all students depend, though it rarely
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
 from functools import cache
 from pathlib import Path
 
@@ -40,13 +40,12 @@ def apportion(total: int, shares: list[float]) -> list[int]:
     return sizes
 
 
-def family(grid: Design, depth: int) -> Iterator[Architecture]:
+def family(grid: Design, depth: int) -> list[Architecture]:
     """The students of one depth, from narrow to wide; widths double from stage to stage."""
-    for width in range(grid.min_width, grid.max_width + 1, grid.step):
-        if grid.family == "fast":
-            yield Architecture(family="fast", widths=[width, 2 * width, 4 * width], depth=depth)
-        else:
-            yield Architecture(family="wrn", depth=depth, width=width)
+    widths = range(grid.min_width, grid.max_width + 1, grid.step)
+    if grid.family == "fast":
+        return [Architecture(family="fast", widths=[w, 2 * w, 4 * w], depth=depth) for w in widths]
+    return [Architecture(family="wrn", depth=depth, width=width) for width in widths]
 
 
 def design_student(
@@ -75,18 +74,25 @@ def design_student(
     UserError
         Not even the smallest candidate fits.
     """
-    smallest, best = None, None
-    for depth in grid.depths:
-        for architecture in family(grid, depth):
-            model = Network(architecture, channels, n_classes, n_filters)
-            cost = measure_cost(model, channels, size, grid.bytes_per_value)
-            if smallest is None or cost.memory_bytes < smallest.memory_bytes:
-                smallest = cost
-            if not cost.fits(device.memory_kib, device.mmacs):
-                break  # a wider one costs more
+    families = [family(grid, depth) for depth in grid.depths]
+
+    def cost_of(architecture: Architecture) -> Cost:
+        model = Network(architecture, channels, n_classes, n_filters)
+        return measure_cost(model, channels, size, grid.bytes_per_value)
+
+    def is_too_large(architecture: Architecture) -> bool:
+        return not cost_of(architecture).fits(device.memory_kib, device.mmacs)
+
+    best = None
+    for students in families:
+        # A wider student costs more in every respect, so those that fit come first.
+        n_fit = bisect_left(students, True, key=is_too_large)
+        if n_fit:
+            cost = cost_of(students[n_fit - 1])
             if best is None or (cost.params, cost.macs) > (best[1].params, best[1].macs):
-                best = (architecture, cost)
+                best = (students[n_fit - 1], cost)
     if best is None:
+        smallest = min((cost_of(students[0]) for students in families), key=lambda cost: cost.memory_bytes)
         raise UserError(
             f"no student of `design` fits a device of {device.memory_kib:g} KiB and {device.mmacs:g} million "
             f"multiply-accumulates: the smallest needs {smallest.memory_bytes / 1024:.0f} KiB and "

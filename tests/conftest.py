@@ -136,3 +136,8 @@ def exported(built, tmp_path_factory, params) -> Path:
     with contextlib.chdir(folder):
         export.run(params, paths, "2s")
     return folder / paths.export("2s")
+
+
+def pytest_collection_modifyitems(items):
+    """Start the tests of the whole pipeline first: they take minutes, and two workers share them out."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")

@@ -15,7 +15,7 @@ from nonn.files import read_json
 from nonn.models import Network
 from nonn.params import Architecture, Design, Device, load_params
 
-FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=4, bytes_per_value=4)
+FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, bytes_per_value=4)
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, bytes_per_value=4)
 INFO = {"channels": 1, "size": 28, "classes": ["a", "b", "c"]}
 AMPLE = Device(memory_kib=10_000, mmacs=1000)
@@ -199,7 +199,7 @@ def test_the_stage_names_the_network_that_does_not_fit(params, experiment):
 
 
 def test_the_shipped_grid_is_monotone():
-    """The search stops at the first candidate of a depth that does not fit: a wider one must cost more."""
+    """The search halves the widths of a depth again and again, so a wider student must cost more in every respect."""
     grid = load_params(REPOSITORY / "params.yaml").design.model_copy(update={"max_width": 20})
     for depth in grid.depths:
         costs = [measure_cost(Network(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]

@@ -10,6 +10,7 @@ from conftest import REPOSITORY, make_dataset
 from PIL import Image
 
 from nonn import teacher
+from nonn.augment import draw_view
 from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.files import STATE, read_json, write_tensors
@@ -69,6 +70,14 @@ def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
         assert torch.equal(a, b), name
     assert not torch.equal(model.head.weight, other.head.weight)
     torch.testing.assert_close(model.normalize.mean.flatten(), data.mean)
+
+
+def test_every_epoch_sees_a_view_of_its_own(params, data, checkpoint, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(teacher, "draw_view", lambda *arguments: drawn.append(arguments) or draw_view(*arguments))
+    train_teacher(data, params.teacher, checkpoint)
+    n_images, section = len(data.train), params.teacher
+    assert drawn == [(n_images, epoch, section.augment, section.seed) for epoch in range(section.epochs)]
 
 
 def test_the_stage_writes_a_teacher_that_can_be_read(params, data, experiment):
