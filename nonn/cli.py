@@ -46,6 +46,8 @@ STAGES = {
     "benchmark": ("measure latency and memory of the exported models", "NETWORK or solo"),
     "figures": ("draw figures and write tables from the results", None),
 }
+#: Commands that run an exported network, each a module of `nonn.runtime`.
+RUNTIME = ("node", "certs", "cluster", "up")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -69,9 +71,30 @@ def build_parser() -> argparse.ArgumentParser:
         "timeline", help="draw when each job of the last run ran, and how parallel they were"
     )
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    add_runtime(commands)
     bench = commands.add_parser("bench", help="measure what the design rests on")
     bench.add_argument("what", choices=["graph"])
     return parser
+
+
+def add_runtime(commands) -> None:
+    """The commands that run an exported network on devices; see `nonn.runtime`."""
+    node = commands.add_parser("node", help="serve one exported student over gRPC")
+    node.add_argument("model", type=Path, metavar="MODEL.onnx", help="beside the manifest.json of its export")
+    node.add_argument("--address", default="127.0.0.1:9100", help="host:port to listen on (default: %(default)s)")
+    node.add_argument("--cert", type=Path, help="this node's certificate")
+    node.add_argument("--key", type=Path, help="its private key")
+    node.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
+    node.add_argument(
+        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
+    )
+    node.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
+    node.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    node.add_argument("--attached", action="store_true", help="stop when standard input closes")
+    certs = commands.add_parser("certs", help="make certificates for a test bed")
+    certs.add_argument("folder", type=Path)
+    certs.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
+    certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,6 +159,9 @@ def parse_item(stage: str, item: str | None, params) -> dict:
 def run_tool(options: argparse.Namespace) -> None:
     from nonn.params import load_params
 
+    if options.command in RUNTIME:
+        importlib.import_module(f"nonn.runtime.{options.command}").run(options)
+        return
     if options.command == "bench":
         from nonn.bench import BENCHES
 
