@@ -66,7 +66,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="check params.yaml and stop")
     predict = commands.add_parser("predict", help="classify an image with the trained network")
     predict.add_argument("image", type=Path)
-    predict.add_argument("--network", help="of params.yaml; the first by default")
+    source = predict.add_mutually_exclusive_group()
+    source.add_argument("--network", help="of params.yaml; the first by default")
+    source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
     timeline = commands.add_parser(
         "timeline", help="draw when each job of the last run ran, and how parallel they were"
     )
@@ -81,7 +83,7 @@ def add_runtime(commands) -> None:
     """The commands that run an exported network on devices; see `nonn.runtime`."""
     node = commands.add_parser("node", help="serve one exported student over gRPC")
     node.add_argument("model", type=Path, metavar="MODEL.onnx", help="beside the manifest.json of its export")
-    node.add_argument("--address", default="127.0.0.1:9100", help="host:port to listen on (default: %(default)s)")
+    node.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
     node.add_argument("--cert", type=Path, help="this node's certificate")
     node.add_argument("--key", type=Path, help="its private key")
     node.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
@@ -94,6 +96,15 @@ def add_runtime(commands) -> None:
     certs = commands.add_parser("certs", help="make certificates for a test bed")
     certs.add_argument("folder", type=Path)
     certs.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
+    cluster = commands.add_parser("cluster", help="write a cluster.yaml that runs a network on this machine")
+    cluster.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    cluster.add_argument("--output", type=Path, default=Path("cluster.yaml"), help="(default: %(default)s)")
+    cluster.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
+    cluster.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    cluster.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    cluster.add_argument("--insecure", action="store_true", help="plain text without certificates")
+    up = commands.add_parser("up", help="run all nodes of a cluster on this machine and watch them")
+    up.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)")
     certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
 
 
@@ -166,6 +177,11 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.bench import BENCHES
 
         BENCHES[options.what]()
+        return
+    if options.command == "predict" and options.cluster:
+        from nonn.runtime.coordinator import run
+
+        run(options.image, options.cluster)
         return
     params = load_params()
     if options.command == "check":

@@ -33,7 +33,7 @@ from nonn.runtime.protocol import (
     OUTPUT,
     VERSION,
     Contract,
-    Refusal,
+    ProtocolError,
     check_model,
     make_response,
     read_request,
@@ -127,16 +127,16 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         self.meters = Meters(self.contract.model)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
 
-    async def ServerLive(self, request, context):  # noqa: ARG002
+    async def ServerLive(self, request, context):
         return oip.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request, context):  # noqa: ARG002
+    async def ServerReady(self, request, context):
         return oip.ServerReadyResponse(ready=True)
 
-    async def ServerMetadata(self, request, context):  # noqa: ARG002
+    async def ServerMetadata(self, request, context):
         return oip.ServerMetadataResponse(name="nonn", version=nonn.__version__, extensions=["statistics"])
 
-    async def ModelReady(self, request, context):  # noqa: ARG002
+    async def ModelReady(self, request, context):
         known = request.name == self.contract.model and request.version in ("", VERSION)
         return oip.ModelReadyResponse(ready=known)
 
@@ -169,7 +169,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
                 image = read_request(self.contract, request)
                 features = await asyncio.get_running_loop().run_in_executor(self.worker, self._infer, image)
                 return make_response(self.contract, request.id, features)
-        except Refusal as refusal:
+        except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 
     def _infer(self, image: np.ndarray) -> np.ndarray:
@@ -178,15 +178,15 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         except Exception as error:
             log(f"model {self.contract.model}: {error}")
             # What went wrong inside is for this node's log, not for whoever asks.
-            raise Refusal(StatusCode.INTERNAL, "the student failed; see the node's log") from error
+            raise ProtocolError(StatusCode.INTERNAL, "the student failed; see the node's log") from error
         if not np.isfinite(features).all():
-            raise Refusal(StatusCode.INTERNAL, "the student's features are not finite")
+            raise ProtocolError(StatusCode.INTERNAL, "the student's features are not finite")
         return features
 
     async def _check_model(self, request, context) -> None:
         try:
             check_model(self.contract, request.name, request.version)
-        except Refusal as refusal:
+        except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 
 

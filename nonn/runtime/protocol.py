@@ -27,7 +27,7 @@ MESSAGE_LIMIT = 64 * 1024
 ENVELOPE = 4096
 
 
-class Refusal(Exception):
+class ProtocolError(Exception):
     """A message that is not what was agreed: a gRPC status and a sentence for whoever sent it."""
 
     def __init__(self, code: StatusCode, message: str):
@@ -75,7 +75,7 @@ def read_request(contract: Contract, request: ModelInferRequest) -> np.ndarray:
 
     Raises
     ------
-    Refusal
+    ProtocolError
         NOT_FOUND for another model, INVALID_ARGUMENT for anything else that is not agreed.
     """
     check_model(contract, request.model_name, request.model_version)
@@ -108,7 +108,7 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
 
     Raises
     ------
-    Refusal
+    ProtocolError
         Of another type, shape or length, or not finite: a node must not sway the vote by infinities.
     """
     if response.model_name != contract.model:
@@ -126,9 +126,9 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
 def check_model(contract: Contract, model: str, version: str) -> None:
     """Refuse the name of another model, or another version of it."""
     if model != contract.model:
-        raise Refusal(StatusCode.NOT_FOUND, f"this node serves model {contract.model!r}, not {model[:64]!r}")
+        raise ProtocolError(StatusCode.NOT_FOUND, f"this node serves model {contract.model!r}, not {model[:64]!r}")
     if version not in ("", VERSION):
-        raise Refusal(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
+        raise ProtocolError(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
 
 
 def _read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: int) -> bytes:
@@ -143,5 +143,5 @@ def _read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize:
     return contents[0]
 
 
-def _invalid(message: str) -> Refusal:
-    return Refusal(StatusCode.INVALID_ARGUMENT, message)
+def _invalid(message: str) -> ProtocolError:
+    return ProtocolError(StatusCode.INVALID_ARGUMENT, message)

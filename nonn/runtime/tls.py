@@ -60,7 +60,7 @@ def split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not host:port; write for example 127.0.0.1:9100")
+        raise ValueError(f"{address!r} is not host:port; write for example 127.0.0.1:7100")
     return bare, int(port)
 
 
