@@ -47,7 +47,7 @@ STAGES = {
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "certs", "cluster", "up")
+RUNTIME = ("node", "certs", "cluster", "up", "fuzz", "soak")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -105,6 +105,16 @@ def add_runtime(commands) -> None:
     cluster.add_argument("--insecure", action="store_true", help="plain text without certificates")
     up = commands.add_parser("up", help="run all nodes of a cluster on this machine and watch them")
     up.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)")
+    fuzz = commands.add_parser("fuzz", help="send hostile messages to a node and a coordinator on this machine")
+    fuzz.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    fuzz.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
+    fuzz.add_argument("--seed", type=int, default=0)
+    soak = commands.add_parser("soak", help="classify on and on while nodes of a cluster on this machine die")
+    soak.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    soak.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
+    soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
+    soak.add_argument("--seed", type=int, default=0)
     certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
 
 

@@ -329,6 +329,20 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
     asyncio.run(scenario())
 
 
+def test_when_all_are_left_alone_all_are_asked(network_folder):
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            for link in coordinator.links:
+                link.pause = 1000  # no probe during this test
+                for _ in range(coordination.TOLERATED_FAILURES):
+                    link.failed("imagined")
+            assert all(link.is_open for link in coordinator.links)
+            assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
+            assert not any(link.is_open for link in coordinator.links)
+
+    asyncio.run(scenario())
+
+
 def test_a_node_that_restarts_rejoins(network_folder, free_port):
     async def scenario():
         third = f"127.0.0.1:{free_port}"

@@ -127,6 +127,9 @@ class Link:
 
     def succeeded(self) -> None:
         self.failures, self.pause = 0, FIRST_PAUSE
+        if self.probing:
+            self.probing.cancel()
+            self.probing = None
 
     def failed(self, reason: str) -> None:
         self.failures += 1
@@ -218,14 +221,15 @@ class Coordinator:
         """Features by position of the nodes that answer in time, and why the others do not."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.patience
+        # When all are left alone, there is nothing to lose by asking them all the same.
+        desperate = all(link.is_open for link in self.links)
         calls = {
             position: loop.create_task(link.ask(image, deadline - loop.time()))
             for position, link in enumerate(self.links)
-            if not link.is_open
+            if desperate or not link.is_open
         }
         try:
-            if calls:
-                await asyncio.wait(calls.values(), timeout=deadline - loop.time())
+            await asyncio.wait(calls.values(), timeout=deadline - loop.time())
         finally:
             for call in calls.values():
                 call.cancel()  # of those that are done nothing changes

@@ -44,7 +44,9 @@ from nonn.runtime.tls import Guard, Identity, is_loopback, split_address
 #: Who may call a node that is not told otherwise.
 DEFAULT_CALLERS = ("coordinator",)
 #: Calls that may wait or run at once; more are refused as RESOURCE_EXHAUSTED.
-CONCURRENT_CALLS = 16
+CONCURRENT_CALLS = 64
+#: Of one connection; beyond it gRPC resets streams without a word, so it is the wider limit.
+CONCURRENT_STREAMS = 256
 #: Seconds that calls under way have left when the node is told to stop.
 GRACE = 1.0
 #: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
@@ -223,7 +225,7 @@ async def serving(
         "grpc.max_receive_message_length": limit,
         "grpc.max_send_message_length": limit,
         "grpc.max_metadata_size": 8 * 1024,
-        "grpc.max_concurrent_streams": CONCURRENT_CALLS,
+        "grpc.max_concurrent_streams": CONCURRENT_STREAMS,
         "grpc.so_reuseport": 0,  # a second node on the same port shall fail, not share it
     }
     server = aio.server(

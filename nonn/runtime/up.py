@@ -45,6 +45,7 @@ class Child:
     requests: int = 0
     failures: int = 0
     latency_ms: float | None = None
+    listener: asyncio.Task | None = None
     _seen: oip.InferStatistics = field(default_factory=oip.InferStatistics)
 
     @property
@@ -80,7 +81,9 @@ async def start(cluster: Cluster, node: Node, contract: Contract) -> Child:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
-    return Child(node, contract, process)
+    child = Child(node, contract, process)
+    child.listener = asyncio.create_task(listen(child))
+    return child
 
 
 async def listen(child: Child) -> None:
@@ -115,6 +118,8 @@ async def stop(child: Child) -> None:
         except TimeoutError:
             child.process.kill()
             await child.process.wait()
+    if child.listener:
+        await child.listener
 
 
 async def show(children: list[Child]) -> None:
@@ -157,7 +162,7 @@ async def run_cluster(cluster: Cluster, stopped: asyncio.Event) -> None:
             children.append(await start(cluster, node, contract))
         exits = asyncio.gather(*(watch(child, cluster) for child in children))
         end = asyncio.create_task(stopped.wait())
-        tasks = [exits, end, asyncio.create_task(show(children)), *(asyncio.create_task(listen(c)) for c in children)]
+        tasks = [exits, end, asyncio.create_task(show(children))]
         await asyncio.wait([exits, end], return_when=asyncio.FIRST_COMPLETED)
     finally:
         for task in tasks:
