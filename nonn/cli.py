@@ -24,6 +24,7 @@ Network of Neural Networks: split one large image classifier into small students
   snakemake --cores 2       run what is stale, independent stages in parallel
   dvc repro                 the same, one stage after another
   nonn predict IMAGE        classify an image with the trained network
+  nonn cluster NETWORK      describe its devices in cluster.yaml; nonn up runs them on this machine
 
 Stages, in order (the pipeline calls them; `nonn STAGE --help` says more):
   dataset  teacher  signals  graph  design  partition  distill  assemble
@@ -47,7 +48,7 @@ STAGES = {
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "certs", "cluster", "up", "fuzz", "soak")
+RUNTIME = ("node", "certs", "cluster", "up", "hosting", "fuzz", "soak")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -105,6 +106,9 @@ def add_runtime(commands) -> None:
     cluster.add_argument("--insecure", action="store_true", help="plain text without certificates")
     up = commands.add_parser("up", help="run all nodes of a cluster on this machine and watch them")
     up.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)")
+    hosting = commands.add_parser("hosting", help="write a model repository for Triton or OpenVINO Model Server")
+    hosting.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    hosting.add_argument("folder", type=Path, metavar="TARGET", help="a new folder")
     fuzz = commands.add_parser("fuzz", help="send hostile messages to a node and a coordinator on this machine")
     fuzz.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     fuzz.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
