@@ -114,3 +114,9 @@ def test_the_command_writes_what_up_can_start(network_folder, params, capsys):
     assert cluster.own_identity.for_client()
     with pytest.raises(SystemExit, match="no '9s'; choose one of 2s"):
         cli.main(["cluster", "9s"])
+
+
+@pytest.mark.parametrize(("port", "deadline_ms"), [(65535, 100), (80, 100), (-1, 100), (7100, 0), (7100, 1e9)])
+def test_impossible_ports_and_deadlines_are_refused(network_folder, port, deadline_ms):
+    with pytest.raises(UserError, match=r"--(port|deadline-ms): .*give"):
+        local_cluster(network_folder, None, port, deadline_ms)

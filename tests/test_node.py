@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -320,3 +321,12 @@ def test_the_command_serves_counts_and_stops(network_folder, free_port):
             assert 'nonn_request_seconds_count{model="0"} 1.0' in metrics
             stop(process)
             assert process.wait(timeout=10) == 0
+
+
+def test_a_taken_metrics_port_is_refused(network_folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        serving = node.serve(network_folder / "0.onnx", "127.0.0.1:0", None, [], taken.getsockname()[1], attached=False)
+        with pytest.raises(UserError, match="--metrics-port: cannot listen"):
+            asyncio.run(serving)

@@ -21,6 +21,7 @@ from nonn.runtime.tls import Identity, is_loopback, split_address
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
+LONGEST_DEADLINE_MS = 60_000
 
 HEADER = """\
 # Written by `nonn cluster`. Paths are relative to this file. To move a node to another machine, copy
@@ -66,7 +67,7 @@ class Cluster(Section):
     """
 
     export: Path
-    deadline_ms: Annotated[float, Field(gt=0, le=60_000)]
+    deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
     insecure: bool = False
     nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
@@ -76,7 +77,7 @@ class Cluster(Section):
         if self.insecure == (self.tls is not None):
             raise ValueError("tls: give `tls`, or `insecure: true` for plain text on loopback addresses")
         for key in ("name", "address", "model"):
-            values = [getattr(node, key) for node in self.nodes]
+            values = [getattr(node, key) for node in self.nodes if not getattr(node, key).endswith(":0")]
             if twice := {value for value in values if values.count(value) > 1}:
                 raise ValueError(f"nodes: {', '.join(sorted(twice))}: {key} given twice; change one")
         for node in self.nodes:
@@ -128,10 +129,23 @@ def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
 
 
 def local_cluster(export: Path, certificates: Path | None, port: int, deadline_ms: float) -> Cluster:
-    """All nodes of an exported network on this machine's loopback address, on consecutive ports."""
+    """All nodes of an exported network on this machine's loopback address, on consecutive ports.
+
+    With port 0 the addresses are not known yet: each node will choose its own.
+
+    Raises
+    ------
+    UserError
+        There are no such ports, or the deadline is impossible.
+    """
+    students = read_manifest(export).students
+    if port and not 1024 <= port <= 65536 - len(students):
+        raise UserError(f"--port: {port} leaves no room for {len(students)} nodes; give 1024 to 60000")
+    if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
+        raise UserError(f"--deadline-ms: {deadline_ms:g} is not in reach; give up to {LONGEST_DEADLINE_MS}")
     nodes = [
-        Node(name=f"node-{student.model}", address=f"127.0.0.1:{port + i}", model=student.model)
-        for i, student in enumerate(read_manifest(export).students)
+        Node(name=f"node-{student.model}", address=f"127.0.0.1:{port + i if port else 0}", model=student.model)
+        for i, student in enumerate(students)
     ]
     tls = Tls(folder=certificates) if certificates else None
     return Cluster(export=export, deadline_ms=deadline_ms, tls=tls, insecure=tls is None, nodes=nodes)

@@ -225,6 +225,8 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
 
 def run(options) -> None:
     """The command ``nonn fuzz``."""
+    if options.messages < 1:
+        raise UserError("--messages: give at least 1")
     failed = 0
     for place, campaign in (("node", fuzz_node), ("coordinator", fuzz_coordinator)):
         outcomes = asyncio.run(campaign(options.export, options.messages, options.seed))

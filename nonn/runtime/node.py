@@ -268,7 +268,10 @@ async def serve(
         loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
     async with serving(Student(path), address, identity, allowed) as (port, meters):
         if metrics_port is not None:
-            start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)
+            try:
+                start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)
+            except (OSError, OverflowError) as error:
+                raise UserError(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port} ({error})") from None
         host, _ = split_address(address)
         log(f"model {path.stem} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}")
         await stopped.wait()

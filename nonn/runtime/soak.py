@@ -166,6 +166,8 @@ async def becomes_whole(bed: Bed, coordinator: Coordinator, image: np.ndarray) -
 
 def run(options) -> None:
     """The command ``nonn soak``."""
+    if options.requests < 1:
+        raise UserError("--requests: give at least 1")
     soak = asyncio.run(
         soak_cluster(options.export, options.requests, options.deadline_ms, options.kill_every, options.seed)
     )

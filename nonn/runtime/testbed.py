@@ -58,8 +58,7 @@ async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[Bed]:
         children: dict[str, Child] = {}
         try:
             for node, _, contract in cluster.placed()[1]:
-                free = node.model_copy(update={"address": "127.0.0.1:0"})
-                children[node.name] = await start(cluster, free, contract)
+                children[node.name] = await start(cluster, node, contract)
             addresses = {name: await announced_address(child) for name, child in children.items()}
             nodes = [node.model_copy(update={"address": addresses[node.name]}) for node in cluster.nodes]
             bed = Bed(cluster.model_copy(update={"nodes": nodes}), children)
