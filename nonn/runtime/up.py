@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ async def show(children: list[Child]) -> None:
     while True:
         if sys.stdout.isatty():
             up = f"\x1b[{len(children) + 1}F\x1b[J" if look else ""
-            print(up + "\n".join([header, *(child.row() for child in children)]), flush=True)
+            width = shutil.get_terminal_size().columns  # a line that wraps would spoil the next renewal
+            print(up + "\n".join(line[:width] for line in [header, *(child.row() for child in children)]), flush=True)
         else:
             for child in children:
                 if known.get(child.node.name) != child.state:
