@@ -24,6 +24,7 @@ Network of Neural Networks: split one large image classifier into small students
   snakemake --cores 2       run what is stale, independent stages in parallel
   dvc repro                 the same, one stage after another
   nonn predict IMAGE        classify an image with the trained network
+  nonn cluster NETWORK      describe its devices in cluster.yaml; nonn up runs them on this machine
 
 Stages, in order (the pipeline calls them; `nonn STAGE --help` says more):
   dataset  teacher  signals  graph  design  partition  distill  assemble
@@ -46,6 +47,8 @@ STAGES = {
     "benchmark": ("measure latency and memory of the exported models", "NETWORK or solo"),
     "figures": ("draw figures and write tables from the results", None),
 }
+#: Commands that run an exported network, each a module of `nonn.runtime`.
+RUNTIME = ("node", "certs", "cluster", "up", "hosting", "fuzz", "soak")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -64,14 +67,59 @@ def build_parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="check params.yaml and stop")
     predict = commands.add_parser("predict", help="classify an image with the trained network")
     predict.add_argument("image", type=Path)
-    predict.add_argument("--network", help="of params.yaml; the first by default")
+    source = predict.add_mutually_exclusive_group()
+    source.add_argument("--network", help="of params.yaml; the first by default")
+    source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
     timeline = commands.add_parser(
         "timeline", help="draw when each job of the last run ran, and how parallel they were"
     )
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    add_runtime(commands)
     bench = commands.add_parser("bench", help="measure what the design rests on")
     bench.add_argument("what", choices=["graph"])
     return parser
+
+
+def add_runtime(commands) -> None:
+    """The commands that run an exported network on devices; see `nonn.runtime`."""
+    node = commands.add_parser("node", help="serve one exported student over gRPC")
+    node.add_argument("model", type=Path, metavar="MODEL.onnx", help="beside the manifest.json of its export")
+    node.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
+    node.add_argument("--cert", type=Path, help="this node's certificate")
+    node.add_argument("--key", type=Path, help="its private key")
+    node.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
+    node.add_argument(
+        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
+    )
+    node.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
+    node.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    node.add_argument("--attached", action="store_true", help="stop when standard input closes")
+    certs = commands.add_parser("certs", help="make certificates for a test bed")
+    certs.add_argument("folder", type=Path)
+    certs.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
+    cluster = commands.add_parser("cluster", help="write a cluster.yaml that runs a network on this machine")
+    cluster.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    cluster.add_argument("--output", type=Path, default=Path("cluster.yaml"), help="(default: %(default)s)")
+    cluster.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
+    cluster.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    cluster.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    cluster.add_argument("--insecure", action="store_true", help="plain text without certificates")
+    up = commands.add_parser("up", help="run all nodes of a cluster on this machine and watch them")
+    up.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)")
+    hosting = commands.add_parser("hosting", help="write a model repository for Triton or OpenVINO Model Server")
+    hosting.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    hosting.add_argument("folder", type=Path, metavar="TARGET", help="a new folder")
+    fuzz = commands.add_parser("fuzz", help="send hostile messages to a node and a coordinator on this machine")
+    fuzz.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    fuzz.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
+    fuzz.add_argument("--seed", type=int, default=0)
+    soak = commands.add_parser("soak", help="classify on and on while nodes of a cluster on this machine die")
+    soak.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    soak.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
+    soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
+    soak.add_argument("--seed", type=int, default=0)
+    certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -136,10 +184,18 @@ def parse_item(stage: str, item: str | None, params) -> dict:
 def run_tool(options: argparse.Namespace) -> None:
     from nonn.params import load_params
 
+    if options.command in RUNTIME:
+        importlib.import_module(f"nonn.runtime.{options.command}").run(options)
+        return
     if options.command == "bench":
         from nonn.bench import BENCHES
 
         BENCHES[options.what]()
+        return
+    if options.command == "predict" and options.cluster:
+        from nonn.runtime.coordinator import run
+
+        run(options.image, options.cluster)
         return
     params = load_params()
     if options.command == "check":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -39,6 +40,10 @@ def replacing(target: Path) -> Iterator[Path]:
         if temporary.is_dir():
             remove(target)  # a directory cannot be renamed over a full one
         temporary.replace(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise UserError(f"{target}: is on another file system than this folder. Write here, then copy.") from None
     finally:
         remove(temporary)
 

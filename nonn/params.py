@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -272,10 +272,24 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     UserError
         One line a problem: file, key, what is wrong, what to do.
     """
+    return load_yaml(path, Params, "Run nonn from the repository's top folder.")
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def load_yaml(path: Path, schema: type[Schema], remedy: str) -> Schema:
+    """Read a YAML file and check it against a schema; `remedy` is for a user who has no such file.
+
+    Raises
+    ------
+    UserError
+        One line a problem: file, key, what is wrong, what to do.
+    """
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Run nonn from the repository's top folder.") from None
+        raise UserError(f"{path}: no such file. {remedy}") from None
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None
@@ -284,18 +298,18 @@ def load_params(path: Path = PARAMS_FILE) -> Params:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no keys. Restore it from version control.")
     try:
-        return Params.model_validate(raw)
+        return schema.model_validate(raw)
     except ValidationError as error:
-        problems = [line for e in error.errors() for line in _explain(e).splitlines()]
+        problems = [line for e in error.errors() for line in _explain(e, schema).splitlines()]
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, schema: type[Section]) -> str:
     """Turn one of pydantic's errors into a sentence with the key and the remedy, a line for each key."""
     location = [str(part) for part in error["loc"] if part != "[key]"]
     key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = _fields_at(location[:-1], schema)
         return f"{key}: unknown key; remove it{_hint(location[-1], known)}"
     if error["type"] == "missing":
         return f"{key}: missing; add it"
@@ -306,9 +320,9 @@ def _explain(error: Any) -> str:
     return f"{key}: {message[0].lower()}{message[1:]} (it is {error['input']!r}); {remedy}"
 
 
-def _fields_at(location: list[str]) -> list[str]:
+def _fields_at(location: list[str], schema: type[Section]) -> list[str]:
     """Names of the keys that the schema knows in a section."""
-    model: Any = Params
+    model: Any = schema
     for part in location:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +12,9 @@ from nonn.errors import UserError
 from nonn.files import read_json
 from nonn.params import Params
 from nonn.paths import Paths
+from nonn.runtime.final import Prediction, read_out
 from nonn.runtime.session import run_onnx
 from nonn.sources import fit_image
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a network says of one image.
-
-    Attributes
-    ----------
-    label : str
-        The most probable class.
-    probability : float
-    shares : list of float
-        Of each student: its part in the lead of the predicted class over the mean of all classes,
-        negative if it spoke against the class. Their magnitudes add up to 1.
-    """
-
-    label: str
-    probability: float
-    shares: list[float]
 
 
 def read_image(path: Path, channels: int, size: int) -> np.ndarray:
@@ -68,18 +49,9 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     manifest = read_json(folder / "manifest.json")
     features = [run_onnx(folder / student["file"], image[None]) for student in manifest["students"]]
     logits = run_onnx(folder / manifest["final"]["file"], np.concatenate(features, axis=1))[0]
-    winner = int(logits.argmax())
-    exponentials = np.exp(logits - logits.max())
     layer = load_file(folder / manifest["final"]["blocks"])
-    terms = []
-    for student, feature in enumerate(features):
-        said = layer[f"weights.{student}"] @ feature[0] + layer[f"biases.{student}"]
-        terms.append(float(said[winner] - said.mean()))
-    return Prediction(
-        label=manifest["classes"][winner],
-        probability=float(exponentials[winner] / exponentials.sum()),
-        shares=[term / sum(map(abs, terms)) for term in terms],
-    )
+    terms = [layer[f"weights.{i}"] @ feature[0] + layer[f"biases.{i}"] for i, feature in enumerate(features)]
+    return read_out(manifest["classes"], logits, terms)
 
 
 def run(params: Params, path: Path, network: str | None) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
 import torch
+from clusters import write_export
 from ruamel.yaml import YAML
 
 from nonn import assemble, baseline, design, distill, export, graph, partition, signals, teacher
@@ -13,6 +15,7 @@ from nonn.dataset import Dataset, measure_channels
 from nonn.files import write_json, write_tensors
 from nonn.params import Params
 from nonn.paths import Paths
+from nonn.runtime.certs import write_certificates
 from nonn.training import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -136,6 +139,30 @@ def exported(built, tmp_path_factory, params) -> Path:
     with contextlib.chdir(folder):
         export.run(params, paths, "2s")
     return folder / paths.export("2s")
+
+
+@pytest.fixture(scope="session")
+def network_folder(tmp_path_factory) -> Path:
+    """A hand-made export of three students, ready to serve. Not to be changed."""
+    folder = tmp_path_factory.mktemp("network")
+    with contextlib.chdir(folder):
+        return write_export(folder / "export")
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory) -> Path:
+    """Certificates of three nodes, the coordinator, and one of the same authority that no node allows."""
+    folder = tmp_path_factory.mktemp("certificates")
+    write_certificates(folder, ["node-0", "node-1", "node-2", "coordinator", "stranger"])
+    return folder
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens, for what cannot be asked to choose one itself."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def pytest_collection_modifyitems(items):

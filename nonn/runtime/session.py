@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime
 
 
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """A session with one thread, no memory arena and no spinning.
+def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
+    """A session of a file or of its content, with one thread, no memory arena and no spinning.
 
     Raises
     ------
@@ -20,7 +20,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(path: Path, inputs: np.ndarray) -> np.ndarray:

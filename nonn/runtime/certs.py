@@ -1,0 +1,149 @@
+"""A small certificate authority for a test bed: one certificate a node, one for the coordinator.
+
+For a real deployment use the authority that the site already has: nodes and coordinators read
+any PEM files whose common name is the node's or coordinator's name, also as an alternative name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from nonn.errors import UserError
+from nonn.progress import log
+from nonn.runtime.tls import CA, CERTIFICATE, KEY
+
+CA_KEY = "ca.key"
+RESERVED = ("ca", "localhost")
+DAYS = 365
+#: A node's clock may be behind that of the machine that signed.
+CLOCK_SKEW = datetime.timedelta(hours=1)
+
+Authority = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
+
+
+def make_authority(days: int) -> Authority:
+    """A new key (EC P-256) and its self-signed certificate, which may sign nodes but no further authority."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = _named("nonn test bed")
+    usage = _usage(key_cert_sign=True, crl_sign=True)
+    builder = (
+        _builder(name, name, key, days)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+    )
+    return key, builder.sign(key, hashes.SHA256())
+
+
+def make_certificate(name: str, authority: Authority, days: int) -> Authority:
+    """A new key and a certificate for ``name``, which is also good for this machine's loopback addresses."""
+    (ca_key, ca), key = authority, ec.generate_private_key(ec.SECP256R1())
+    addresses = [x509.IPAddress(ipaddress.ip_address(address)) for address in ("127.0.0.1", "::1")]
+    alternatives = x509.SubjectAlternativeName([x509.DNSName(name), x509.DNSName("localhost"), *addresses])
+    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
+    builder = (
+        _builder(_named(name), ca.subject, key, days)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(digital_signature=True), critical=True)
+        .add_extension(purposes, critical=False)
+        .add_extension(alternatives, critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+    )
+    return key, builder.sign(ca_key, hashes.SHA256())
+
+
+def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> None:
+    """Write ``<name>.pem`` and ``<name>.key`` for each name, signed by the folder's authority.
+
+    The authority (``ca.pem``, ``ca.key``) is made if there is none. Certificates of the same names
+    are replaced, which is how they are renewed. Keys are readable by their owner only.
+
+    Raises
+    ------
+    UserError
+        A name that no certificate can bear, or an authority that is damaged.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name in RESERVED:
+            raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _ (not {RESERVED}).")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (folder / CA_KEY).exists():
+        authority = _read_authority(folder)
+    else:
+        authority = make_authority(days)
+        _write_pair(authority, folder / CA, folder / CA_KEY)
+    for name in names:
+        pair = make_certificate(name, authority, days)
+        _write_pair(pair, folder / CERTIFICATE.format(name), folder / KEY.format(name))
+
+
+def _read_authority(folder: Path) -> Authority:
+    try:
+        key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
+        certificate = x509.load_pem_x509_certificate((folder / CA).read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder}: its authority cannot be read ({error}). Use an empty folder.") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise UserError(f"{folder}: {CA} and {CA_KEY} do not belong together. Use an empty folder.")
+    return key, certificate
+
+
+def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int):
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - CLOCK_SKEW)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _named(name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def _usage(**granted: bool) -> x509.KeyUsage:
+    rights = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    rights += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    return x509.KeyUsage(**dict.fromkeys(rights, False) | granted)
+
+
+def _write_pair(pair: Authority, certificate: Path, key: Path) -> None:
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    _write(key, pair[0].private_bytes(*form), mode=0o600)
+    _write(certificate, pair[1].public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+
+def _write(path: Path, content: bytes, mode: int) -> None:
+    """Write beside the target and rename, with the right mode from the first byte on."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+            file.write(content)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def run(options) -> None:
+    """The command ``nonn certs``."""
+    if not 1 <= options.days <= 3650:
+        raise UserError("--days: give 1 to 3650")
+    write_certificates(options.folder, options.names, options.days)
+    names = ", ".join(options.names)
+    log(f"{options.folder}: certificates for {names}, good for {options.days} days; {CA_KEY} signs more: keep it apart")

@@ -1,0 +1,181 @@
+"""``cluster.yaml``: which node serves which student, where, and how they know each other."""
+
+from __future__ import annotations
+
+import os
+from io import StringIO
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+from ruamel.yaml import YAML
+
+from nonn.errors import UserError
+from nonn.files import write_text
+from nonn.params import Name, Section, load_params, load_yaml
+from nonn.paths import Paths
+from nonn.progress import log
+from nonn.runtime.exported import Manifest, read_manifest
+from nonn.runtime.protocol import Contract
+from nonn.runtime.tls import Identity, is_loopback, split_address
+
+CLUSTER_FILE = Path("cluster.yaml")
+COORDINATOR = "coordinator"
+LONGEST_DEADLINE_MS = 60_000
+
+HEADER = """\
+# Written by `nonn cluster`. Paths are relative to this file. To move a node to another machine, copy
+# the export folder and its certificate there, start `nonn node` there, and put its address here.
+"""
+
+
+class Tls(Section):
+    """Certificates as `nonn certs` lays them out: those of the coordinator, and of nodes that `nonn up` starts."""
+
+    folder: Path
+    coordinator: Name = COORDINATOR
+
+
+class Node(Section):
+    """One device: the name in its certificate, where it listens, and the student that it serves."""
+
+    name: Name
+    address: str
+    model: Name
+
+    @field_validator("address")
+    @classmethod
+    def _is_an_address(cls, address: str) -> str:
+        split_address(address)
+        return address
+
+
+class Cluster(Section):
+    """All of ``cluster.yaml``.
+
+    Attributes
+    ----------
+    export : Path
+        Folder of the exported network: its manifest and final layer, and the students' files.
+    deadline_ms : float
+        When an image is answered with whichever students have replied.
+    tls : Tls, optional
+    insecure : bool
+        Plain text instead of ``tls``; all nodes must then be on this machine.
+    nodes : list of Node
+        One for each student, in any order.
+    """
+
+    export: Path
+    deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
+    tls: Tls | None = None
+    insecure: bool = False
+    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
+
+    @model_validator(mode="after")
+    def _is_safe_and_unambiguous(self) -> Cluster:
+        if self.insecure == (self.tls is not None):
+            raise ValueError("tls: give `tls`, or `insecure: true` for plain text on loopback addresses")
+        for key in ("name", "address", "model"):
+            values = [getattr(node, key) for node in self.nodes if not getattr(node, key).endswith(":0")]
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise ValueError(f"nodes: {', '.join(sorted(twice))}: {key} given twice; change one")
+        for node in self.nodes:
+            if self.insecure and not is_loopback(node.address):
+                raise ValueError(f"nodes: {node.name}: {node.address} is not on this machine; use `tls`")
+        return self
+
+    def identity(self, name: str) -> Identity | None:
+        """Certificates of a node or of the coordinator; None for plain text."""
+        return Identity.of(name, self.tls.folder) if self.tls else None
+
+    @property
+    def own_identity(self) -> Identity | None:
+        """Certificates of the coordinator."""
+        return self.identity(self.tls.coordinator) if self.tls else None
+
+    def placed(self) -> tuple[Manifest, list[tuple[Node, int, Contract]]]:
+        """The export's manifest, and each node with the position and the contract of its student.
+
+        Raises
+        ------
+        UserError
+            Nodes and exported students do not match.
+        """
+        manifest = read_manifest(self.export)
+        image = manifest.image
+        nodes = {node.model: node for node in self.nodes}
+        models = [student.model for student in manifest.students]
+        if surplus := sorted(set(nodes) - set(models)):
+            raise UserError(f"nodes: no student {', '.join(surplus)} in {self.export}; it has {', '.join(models)}.")
+        if missing := sorted(set(models) - set(nodes)):
+            raise UserError(f"nodes: no node serves student {', '.join(missing)} of {self.export}. Add one for each.")
+        contracts = [Contract(s.model, image.channels, image.size, s.n_features) for s in manifest.students]
+        return manifest, [(nodes[contract.model], i, contract) for i, contract in enumerate(contracts)]
+
+
+def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
+    """Read and check a cluster file; the paths in it come back relative to the working directory.
+
+    Raises
+    ------
+    UserError
+    """
+    cluster = load_yaml(path, Cluster, "Write one with `nonn cluster NETWORK`.")
+    changes: dict = {"export": path.parent / cluster.export}
+    if cluster.tls:
+        changes["tls"] = cluster.tls.model_copy(update={"folder": path.parent / cluster.tls.folder})
+    return cluster.model_copy(update=changes)
+
+
+def local_cluster(export: Path, certificates: Path | None, port: int, deadline_ms: float) -> Cluster:
+    """All nodes of an exported network on this machine's loopback address, on consecutive ports.
+
+    With port 0 the addresses are not known yet: each node will choose its own.
+
+    Raises
+    ------
+    UserError
+        There are no such ports, or the deadline is impossible.
+    """
+    students = read_manifest(export).students
+    if port and not 1024 <= port <= 65536 - len(students):
+        raise UserError(f"--port: {port} leaves no room for {len(students)} nodes; give 1024 to 60000")
+    if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
+        raise UserError(f"--deadline-ms: {deadline_ms:g} is not in reach; give up to {LONGEST_DEADLINE_MS}")
+    nodes = [
+        Node(name=f"node-{student.model}", address=f"127.0.0.1:{port + i if port else 0}", model=student.model)
+        for i, student in enumerate(students)
+    ]
+    tls = Tls(folder=certificates) if certificates else None
+    return Cluster(export=export, deadline_ms=deadline_ms, tls=tls, insecure=tls is None, nodes=nodes)
+
+
+def write_cluster(path: Path, cluster: Cluster) -> None:
+    """Write a cluster file, its paths relative to it."""
+    content = cluster.model_dump(mode="json", exclude_defaults=True)
+    content["export"] = os.path.relpath(cluster.export, path.parent)
+    if cluster.tls:
+        content["tls"] = {"folder": os.path.relpath(cluster.tls.folder, path.parent)}
+        content["tls"]["coordinator"] = cluster.tls.coordinator
+    text, yaml = StringIO(), YAML()
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.dump(content, text)
+    write_text(path, HEADER + text.getvalue())
+
+
+def run(options) -> None:
+    """The command ``nonn cluster``."""
+    params = load_params()
+    if options.network not in params.networks:
+        known = ", ".join(params.networks)
+        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {known}.")
+    export = Paths(params.experiment).export(options.network)
+    certificates = None if options.insecure else options.certs
+    cluster = local_cluster(export, certificates, options.port, options.deadline_ms)
+    write_cluster(options.output, cluster)
+    log(f"{options.output}: {len(cluster.nodes)} nodes on this machine")
+    if certificates and not (certificates / "ca.pem").exists():
+        names = " ".join(node.name for node in cluster.nodes)
+        log(f"next: nonn certs {certificates} {COORDINATOR} {names}")
+    log(f"then: nonn up --cluster {options.output}")

@@ -1,0 +1,271 @@
+"""The coordinator: asks all nodes at once, waits no longer than the deadline, and says who answered.
+
+Each image has one absolute deadline. A node that has not answered by then is cancelled and counts as
+absent, like one that refuses, fails, or sends anything but the agreed feature vector; the final layer
+works with whichever students are left. A node that is absent several times in a row is left alone
+(its circuit breaker opens), so that it costs no further image any time; it is probed in the background
+and rejoins by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from grpc import ChannelConnectivity, StatusCode, aio
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
+
+from nonn.errors import UserError
+from nonn.runtime.cluster import Cluster, Node, load_cluster
+from nonn.runtime.final import FinalLayer, Prediction, read_out
+from nonn.runtime.protocol import Contract, ProtocolError, make_request, read_response
+from nonn.runtime.tls import Identity
+
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+#: Absences in a row after which a node's circuit breaker opens.
+TOLERATED_FAILURES = 3
+#: Seconds between probes of a node that is left alone: doubled from the first to the longest.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+#: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
+CONNECT_TIMEOUT = 1.0
+
+CHANNEL_OPTIONS = {
+    "grpc.enable_http_proxy": 0,
+    "grpc.enable_retries": 0,  # an answer is wanted now or not at all
+    "grpc.service_config_disable_resolution": 1,
+    "grpc.initial_reconnect_backoff_ms": 100,
+    "grpc.min_reconnect_backoff_ms": 1000,
+    "grpc.max_reconnect_backoff_ms": 1000,
+}
+
+
+class NobodyAnsweredError(UserError):
+    """No student is left to predict with."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prediction, and whose it is.
+
+    Attributes
+    ----------
+    prediction : Prediction
+        With one share for each node that is present, in their order.
+    present : list of str
+        Names of the nodes whose features took part.
+    absent : dict of str to str
+        Why each of the others did not.
+    """
+
+    prediction: Prediction
+    present: list[str]
+    absent: dict[str, str]
+
+
+def open_channel(node: Node, contract: Contract, identity: Identity | None) -> aio.Channel:
+    """A channel to a node, who must show a certificate with its own name wherever it is."""
+    limit = contract.message_limit
+    options = CHANNEL_OPTIONS | {"grpc.max_receive_message_length": limit, "grpc.max_send_message_length": limit}
+    if identity is None:
+        return aio.insecure_channel(node.address, list(options.items()))
+    options["grpc.ssl_target_name_override"] = node.name
+    return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
+
+
+async def settle(channel: aio.Channel) -> None:
+    """Wait until a channel is connected, or its first attempt has failed."""
+    state = channel.get_state(try_to_connect=True)
+    while state not in (ChannelConnectivity.READY, ChannelConnectivity.TRANSIENT_FAILURE):
+        await channel.wait_for_state_change(state)
+        state = channel.get_state()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a node is absent, in a few words."""
+    if isinstance(error, aio.AioRpcError):
+        if error.code() == StatusCode.DEADLINE_EXCEEDED:
+            return "no answer by the deadline"
+        return f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or '')[:200]}"
+    return str(error) or type(error).__name__
+
+
+class Link:
+    """One node as the coordinator sees it, with its circuit breaker."""
+
+    def __init__(self, node: Node, contract: Contract, channel: aio.Channel, patience: float):
+        self.name, self.contract, self.channel = node.name, contract, channel
+        self.patience = patience
+        self.failures, self.pause = 0, FIRST_PAUSE
+        self.reason = ""
+        self.probing: asyncio.Task | None = None
+        # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
+        self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the breaker keeps requests from the node."""
+        return self.probing is not None
+
+    async def ask(self, image: np.ndarray, seconds: float) -> np.ndarray:
+        """Features (F_i,) of an image.
+
+        Raises
+        ------
+        aio.AioRpcError, ProtocolError
+        """
+        content = await self._call(make_request(self.contract, image), timeout=max(seconds, 0))
+        try:
+            response = ModelInferResponse.FromString(content)
+        except DecodeError:
+            raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol") from None
+        return read_response(self.contract, response)
+
+    def succeeded(self) -> None:
+        self.failures, self.pause = 0, FIRST_PAUSE
+        if self.probing:
+            self.probing.cancel()
+            self.probing = None
+
+    def failed(self, reason: str) -> None:
+        self.failures += 1
+        self.reason = reason
+        if self.failures >= TOLERATED_FAILURES and not self.is_open:
+            self.probing = asyncio.create_task(self._probe())
+
+    async def _probe(self) -> None:
+        """Ask for the features of a black image until they come; then let requests through again.
+
+        The node is on probation until it has answered a request: until then a single failure opens
+        the breaker again, and the pauses go on growing.
+        """
+        blank = np.zeros(self.contract.image_shape[1:], np.uint8)
+        while True:
+            await asyncio.sleep(self.pause)
+            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            try:
+                await self.ask(blank, self.patience)
+            except (aio.AioRpcError, ProtocolError) as error:
+                self.reason = reason_of(error)
+            else:
+                self.failures, self.probing = TOLERATED_FAILURES - 1, None
+                return
+
+    async def close(self) -> None:
+        if self.probing:
+            self.probing.cancel()
+        await self.channel.close()
+
+
+class Coordinator:
+    """Classifies images with the nodes of a cluster; use it in ``async with``.
+
+    Parameters
+    ----------
+    cluster : Cluster
+
+    Raises
+    ------
+    UserError
+        The cluster does not fit its export.
+    """
+
+    def __init__(self, cluster: Cluster):
+        self.cluster = cluster
+        self.manifest, self.placed = cluster.placed()
+        self.final = FinalLayer.load(cluster.export, self.manifest)
+        self.patience = cluster.deadline_ms / 1000
+        self.links: list[Link] = []
+
+    async def __aenter__(self) -> Coordinator:
+        for node, _, contract in self.placed:
+            channel = open_channel(node, contract, self.cluster.own_identity)
+            self.links.append(Link(node, contract, channel, self.patience))
+        connecting = [asyncio.create_task(settle(link.channel)) for link in self.links]
+        _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
+        for task in waiting:
+            task.cancel()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.gather(*(link.close() for link in self.links))
+        self.links = []
+
+    async def classify(self, image: np.ndarray) -> Answer:
+        """Classify an image, uint8 of shape (channels, size, size), by the deadline.
+
+        Raises
+        ------
+        NobodyAnsweredError
+        ValueError
+            The image is of another type or shape.
+        """
+        shape = self.links[0].contract.image_shape[1:]
+        if image.dtype != np.uint8 or image.shape != shape:
+            raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
+        features, absent = await self._collect(image)
+        if not features:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+            raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
+        terms = self.final.contributions(features)
+        prediction = read_out(self.manifest.classes, self.final.logits(terms), list(terms.values()))
+        return Answer(prediction, [self.links[position].name for position in features], absent)
+
+    async def _collect(self, image: np.ndarray) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
+        """Features by position of the nodes that answer in time, and why the others do not."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.patience
+        # When all are left alone, there is nothing to lose by asking them all the same.
+        desperate = all(link.is_open for link in self.links)
+        calls = {
+            position: loop.create_task(link.ask(image, deadline - loop.time()))
+            for position, link in enumerate(self.links)
+            if desperate or not link.is_open
+        }
+        try:
+            await asyncio.wait(calls.values(), timeout=deadline - loop.time())
+        finally:
+            for call in calls.values():
+                call.cancel()  # of those that are done nothing changes
+        features, absent = {}, {}
+        for position, link in enumerate(self.links):
+            call = calls.get(position)
+            if call is None:
+                absent[link.name] = f"left alone after {TOLERATED_FAILURES} failures in a row ({link.reason})"
+            elif not call.done():
+                absent[link.name] = "no answer by the deadline"
+                link.failed(absent[link.name])
+            elif error := call.exception():
+                absent[link.name] = reason_of(error)
+                link.failed(absent[link.name])
+            else:
+                features[position] = call.result()
+                link.succeeded()
+        return features, absent
+
+
+async def classify_once(cluster: Cluster, image: np.ndarray) -> Answer:
+    """Classify a single image: connect, ask, disconnect."""
+    async with Coordinator(cluster) as coordinator:
+        return await coordinator.classify(image)
+
+
+def run(path: Path, cluster_path: Path) -> None:
+    """The command ``nonn predict IMAGE --cluster``: class, probability, and each node's share or excuse."""
+    from nonn.predict import read_image
+
+    cluster = load_cluster(cluster_path)
+    shape = cluster.placed()[0].image
+    answer = asyncio.run(classify_once(cluster, read_image(path, shape.channels, shape.size)))
+    prediction = answer.prediction
+    print(f"{prediction.label}  {prediction.probability:.1%}  ({cluster_path}, {path})")
+    for name, share in zip(answer.present, prediction.shares, strict=True):
+        print(f"  {name}: {share:6.1%} of the lead")
+    for name, reason in answer.absent.items():
+        print(f"  {name}: absent, {reason}")

@@ -1,0 +1,147 @@
+"""What travels between coordinator and nodes: Open Inference Protocol v2, and nothing that was not checked.
+
+One image goes out as one uint8 tensor, one feature vector comes back as one fp32 tensor, both as
+raw bytes. Either side takes a message apart here, and refuses whatever is not exactly what the
+manifest of the export promises.
+
+References
+----------
+.. [1] https://kserve.github.io/website/latest/modelserving/data_plane/v2_protocol/
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from grpc import StatusCode
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
+
+INPUT, OUTPUT = "image", "features"
+#: Models are replaced by restarting the node, so there is one version.
+VERSION = "1"
+#: Largest message in bytes, unless an image alone needs more.
+MESSAGE_LIMIT = 64 * 1024
+#: Room for what surrounds the tensors of a message: names, shapes, the request's id.
+ENVELOPE = 4096
+
+
+class ProtocolError(Exception):
+    """A message that is not what was agreed: a gRPC status and a sentence for whoever sent it."""
+
+    def __init__(self, code: StatusCode, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What one node takes and gives.
+
+    Attributes
+    ----------
+    model : str
+        Name of the student, the stem of its ONNX file.
+    channels, size : int
+        Of an image, uint8 of shape (1, channels, size, size).
+    n_features : int
+        Length F_i of the feature vector, float32 of shape (1, F_i).
+    """
+
+    model: str
+    channels: int
+    size: int
+    n_features: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        return 1, self.channels, self.size, self.size
+
+    @property
+    def message_limit(self) -> int:
+        """Bytes of the largest message that either side accepts."""
+        return max(MESSAGE_LIMIT, math.prod(self.image_shape) + ENVELOPE, 4 * self.n_features + ENVELOPE)
+
+
+def make_request(contract: Contract, image: np.ndarray) -> ModelInferRequest:
+    """Ask for the features of an image, uint8 of shape (channels, size, size)."""
+    tensor = ModelInferRequest.InferInputTensor(name=INPUT, datatype="UINT8", shape=contract.image_shape)
+    return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[image.tobytes()])
+
+
+def read_request(contract: Contract, request: ModelInferRequest) -> np.ndarray:
+    """The image of a request, uint8 of shape (1, channels, size, size).
+
+    Raises
+    ------
+    ProtocolError
+        NOT_FOUND for another model, INVALID_ARGUMENT for anything else that is not agreed.
+    """
+    check_model(contract, request.model_name, request.model_version)
+    if len(request.inputs) != 1:
+        raise _invalid(f"expected 1 input, not {len(request.inputs)}")
+    (tensor,) = request.inputs
+    if tensor.name != INPUT:
+        raise _invalid(f"expected the input {INPUT!r}, not {tensor.name[:64]!r}")
+    if request.parameters or tensor.parameters or any(output.parameters for output in request.outputs):
+        raise _invalid("parameters are not supported; send none")
+    if len(request.outputs) > 1 or any(output.name != OUTPUT for output in request.outputs):
+        raise _invalid(f"the only output is {OUTPUT!r}; ask for that or for none")
+    if tensor.HasField("contents"):
+        raise _invalid("send the pixels as raw_input_contents, not as contents")
+    data = _read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
+    return np.frombuffer(data, np.uint8).reshape(contract.image_shape)
+
+
+def make_response(contract: Contract, request_id: str, features: np.ndarray) -> ModelInferResponse:
+    """Answer with a feature vector, float32 of shape (1, F_i)."""
+    tensor = ModelInferResponse.InferOutputTensor(name=OUTPUT, datatype="FP32", shape=(1, contract.n_features))
+    raw = [features.astype("<f4", copy=False).tobytes()]
+    return ModelInferResponse(
+        model_name=contract.model, model_version=VERSION, id=request_id, outputs=[tensor], raw_output_contents=raw
+    )
+
+
+def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarray:
+    """The features of a response, float32 of shape (F_i,).
+
+    Raises
+    ------
+    ProtocolError
+        Of another type, shape or length, or not finite: a node must not sway the vote by infinities.
+    """
+    if response.model_name != contract.model:
+        raise _invalid(f"expected an answer of model {contract.model!r}, not of {response.model_name[:64]!r}")
+    if [output.name for output in response.outputs] != [OUTPUT]:
+        raise _invalid(f"expected the output {OUTPUT!r} alone")
+    (tensor,) = response.outputs
+    data = _read_raw(tensor, response.raw_output_contents, "FP32", (1, contract.n_features), itemsize=4)
+    features = np.frombuffer(data, "<f4")
+    if not np.isfinite(features).all():
+        raise _invalid("features that are not finite")
+    return features
+
+
+def check_model(contract: Contract, model: str, version: str) -> None:
+    """Refuse the name of another model, or another version of it."""
+    if model != contract.model:
+        raise ProtocolError(StatusCode.NOT_FOUND, f"this node serves model {contract.model!r}, not {model[:64]!r}")
+    if version not in ("", VERSION):
+        raise ProtocolError(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
+
+
+def _read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: int) -> bytes:
+    if tensor.datatype != datatype:
+        raise _invalid(f"{tensor.name}: expected the type {datatype}, not {tensor.datatype[:64]!r}")
+    if tuple(tensor.shape) != shape:
+        raise _invalid(f"{tensor.name}: expected the shape {list(shape)}, not {list(tensor.shape)[:8]}")
+    if len(contents) != 1:
+        raise _invalid(f"{tensor.name}: expected its data as one raw tensor, not {len(contents)}")
+    if len(contents[0]) != math.prod(shape) * itemsize:
+        raise _invalid(f"{tensor.name}: expected {math.prod(shape) * itemsize} bytes, not {len(contents[0])}")
+    return contents[0]
+
+
+def _invalid(message: str) -> ProtocolError:
+    return ProtocolError(StatusCode.INVALID_ARGUMENT, message)

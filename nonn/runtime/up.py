@@ -1,0 +1,190 @@
+"""A whole cluster on one machine: every node a child process, and a live table of how they do.
+
+Children end with this process however it ends: on Ctrl-C and SIGTERM they are told to stop and
+waited for, and if this process is killed their standard input closes, at which they stop by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+
+from grpc import aio
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+from nonn.errors import UserError
+from nonn.progress import log
+from nonn.runtime.cluster import COORDINATOR, Cluster, Node, load_cluster
+from nonn.runtime.coordinator import open_channel
+from nonn.runtime.protocol import Contract
+
+#: Seconds between two looks at a node, and what an answer may take.
+INTERVAL, PATIENCE = 1.0, 0.5
+#: Seconds that a node has to stop before it is killed.
+GRACE = 3.0
+#: Looks between two lines of counts where there is no terminal.
+SPARSE = 60
+
+COLUMNS = "{:<14} {:<8} {:<22} {:<16} {:>10} {:>10} {:>9}"
+UP = "up"
+
+
+@dataclass
+class Child:
+    """A node's process and what was last seen of it."""
+
+    node: Node
+    contract: Contract
+    process: asyncio.subprocess.Process
+    state: str = "starting"
+    said: str = ""
+    requests: int = 0
+    failures: int = 0
+    latency_ms: float | None = None
+    listener: asyncio.Task | None = None
+    _seen: oip.InferStatistics = field(default_factory=oip.InferStatistics)
+
+    @property
+    def has_exited(self) -> bool:
+        return self.process.returncode is not None
+
+    def update(self, statistics: oip.InferStatistics) -> None:
+        """Take over a node's counts; the latency is the mean since the last look, kept while nothing happens."""
+        success, before = statistics.success, self._seen.success
+        if success.count > before.count:
+            self.latency_ms = (success.ns - before.ns) / (success.count - before.count) / 1e6
+        self.requests, self.failures = success.count + statistics.fail.count, statistics.fail.count
+        self.state, self._seen = UP, statistics
+
+    def row(self) -> str:
+        latency = "" if self.latency_ms is None else f"{self.latency_ms:.2f} ms"
+        counts = (latency, self.requests, self.failures)
+        return COLUMNS.format(self.node.name, self.node.model, self.node.address, self.state, *counts)
+
+
+async def start(cluster: Cluster, node: Node, contract: Contract) -> Child:
+    """Start a node as a child process, in a session of its own so that Ctrl-C reaches it only through us."""
+    arguments = [str(cluster.export / f"{node.model}.onnx"), "--address", node.address, "--attached"]
+    if identity := cluster.identity(node.name):
+        arguments += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
+        arguments += ["--allow", cluster.tls.coordinator if cluster.tls else COORDINATOR]
+    else:
+        arguments.append("--insecure")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "nonn", "node", *arguments),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    child = Child(node, contract, process)
+    child.listener = asyncio.create_task(listen(child))
+    return child
+
+
+async def listen(child: Child) -> None:
+    """Keep the last line that a child says: why it failed, if it does."""
+    while line := await child.process.stderr.readline():
+        child.said = line.decode(errors="replace").strip()[:200] or child.said
+
+
+async def watch(child: Child, cluster: Cluster) -> None:
+    """Ask a node for its counts, again and again, until its process is gone."""
+    async with open_channel(child.node, child.contract, cluster.own_identity) as channel:
+        stub = oip_grpc.GRPCInferenceServiceStub(channel)
+        while not child.has_exited:
+            try:
+                request = oip.ModelStatisticsRequest(name=child.contract.model)
+                answer = await stub.ModelStatistics(request, timeout=PATIENCE)
+                child.update(answer.model_stats[0].inference_stats)
+            except (aio.AioRpcError, IndexError):
+                if child.state == UP:
+                    child.state = "no answer"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.process.wait(), INTERVAL)
+    child.state = f"exited ({child.process.returncode})"
+
+
+async def stop(child: Child) -> None:
+    """End a child process: politely, then by force."""
+    if not child.has_exited:
+        child.process.terminate()
+        try:
+            await asyncio.wait_for(child.process.wait(), GRACE)
+        except TimeoutError:
+            child.process.kill()
+            await child.process.wait()
+    if child.listener:
+        await child.listener
+
+
+async def show(children: list[Child]) -> None:
+    """A table that renews itself on a terminal; elsewhere a line for each change, and counts now and then."""
+    header = COLUMNS.format("node", "student", "address", "state", "latency", "requests", "failures")
+    known: dict[str, str] = {}
+    look = 0
+    while True:
+        if sys.stdout.isatty():
+            up = f"\x1b[{len(children) + 1}F\x1b[J" if look else ""
+            width = shutil.get_terminal_size().columns  # a line that wraps would spoil the next renewal
+            print(up + "\n".join(line[:width] for line in [header, *(child.row() for child in children)]), flush=True)
+        else:
+            for child in children:
+                if known.get(child.node.name) != child.state:
+                    known[child.node.name] = child.state
+                    details = f": {child.said}" if child.has_exited and child.said else f" at {child.node.address}"
+                    print(f"{child.node.name}: {child.state}{details}", flush=True)
+            if look and look % SPARSE == 0:
+                print("\n".join([header, *(child.row() for child in children)]), flush=True)
+        look += 1
+        await asyncio.sleep(INTERVAL / 2)
+
+
+async def run_cluster(cluster: Cluster, stopped: asyncio.Event) -> None:
+    """Run all nodes of a cluster until `stopped` is set.
+
+    Raises
+    ------
+    UserError
+        The cluster does not fit its export, certificates are missing, or all nodes have exited.
+    """
+    _, placed = cluster.placed()
+    for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
+        if identity:
+            identity.for_server()  # refuses what cannot be read before anything has started
+    children: list[Child] = []
+    tasks: list[asyncio.Future] = []
+    try:
+        for node, _, contract in placed:
+            children.append(await start(cluster, node, contract))
+        exits = asyncio.gather(*(watch(child, cluster) for child in children))
+        end = asyncio.create_task(stopped.wait())
+        tasks = [exits, end, asyncio.create_task(show(children))]
+        await asyncio.wait([exits, end], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(stop(child) for child in children))
+    if not stopped.is_set():
+        reasons = "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
+        raise UserError(f"all nodes have exited ({reasons})")
+
+
+async def run_until_signal(cluster: Cluster) -> None:
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stopped.set)
+    await run_cluster(cluster, stopped)
+
+
+def run(options) -> None:
+    """The command ``nonn up``."""
+    cluster = load_cluster(options.cluster)
+    asyncio.run(run_until_signal(cluster))
+    log(f"{len(cluster.nodes)} nodes stopped")

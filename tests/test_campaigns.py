@@ -1,0 +1,86 @@
+"""The campaigns in small: sound code passes them, and code with a fault does not."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from nonn.runtime import coordinator, fuzz
+from nonn.runtime.soak import Soak, becomes_whole, soak_cluster
+from nonn.runtime.testbed import running_bed
+
+
+def wrong(outcomes) -> int:
+    return sum(count for outcome, count in outcomes.items() if outcome.startswith("WRONG"))
+
+
+def test_a_node_withstands_hostile_requests(network_folder, monkeypatch):
+    monkeypatch.setattr(fuzz, "STRANGERS", 20)
+    outcomes = asyncio.run(fuzz.fuzz_node(network_folder, 400, seed=1))
+    assert outcomes.total() == 400
+    assert wrong(outcomes) == 0
+    assert outcomes["INVALID_ARGUMENT"] > 200
+    assert outcomes["name not allowed: PERMISSION_DENIED"] > 0
+
+
+def test_a_coordinator_withstands_hostile_responses(network_folder):
+    outcomes = asyncio.run(fuzz.fuzz_coordinator(network_folder, 300, seed=1))
+    assert outcomes.total() == 300
+    assert wrong(outcomes) == 0
+    assert outcomes["discarded"] > 200
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_coordinator_that_lets_nan_through_is_found_out(network_folder, monkeypatch):
+    def careless(contract, response):
+        return np.resize(
+            np.frombuffer(b"".join(response.raw_output_contents)[:8] or bytes(8), "<f4"), contract.n_features
+        )
+
+    monkeypatch.setattr(coordinator, "read_response", careless)
+    assert wrong(asyncio.run(fuzz.fuzz_coordinator(network_folder, 100, seed=1))) > 0
+
+
+def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
+    monkeypatch.setattr("nonn.runtime.soak.NAP", 1.0)
+    soak = asyncio.run(soak_cluster(network_folder, 800, deadline_ms=500, every=2, seed=0))
+    assert soak.kills >= 1
+    assert soak.unanswered == 0
+    assert soak.present.max() == 3
+    assert soak.whole_again
+
+
+def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
+    monkeypatch.setattr("nonn.runtime.soak.RECOVERY", 0.5)
+
+    async def scenario():
+        async with running_bed(network_folder, 1000) as bed, coordinator.Coordinator(bed.cluster) as coordinating:
+            image = np.zeros((1, 4, 4), np.uint8)
+            assert await becomes_whole(bed, coordinating, image)
+            process = bed.children["node-1"].process
+            process.kill()
+            await process.wait()
+
+            async def nothing(name):
+                pass
+
+            monkeypatch.setattr(bed, "restart", nothing)
+            assert not await becomes_whole(bed, coordinating, image)
+
+    asyncio.run(scenario())
+
+
+def test_what_a_soak_must_not_show():
+    calm = Soak(np.full(1000, -50.0), np.full(1000, 4), [(i, 10**8) for i in range(100)], whole_again=True)
+    assert calm.problems() == []
+    faults = {
+        "not answered": Soak(calm.late_ms, np.r_[0, calm.present[1:]], calm.memory, whole_again=True),
+        "late by 6.0 ms at p99": Soak(np.full(1000, 6.0), calm.present, calm.memory, whole_again=True),
+        "memory grew by 100.0 bytes": Soak(
+            calm.late_ms, calm.present, [(i, 10**8 + 100 * i) for i in range(100)], whole_again=True
+        ),
+        "not whole again": Soak(calm.late_ms, calm.present, calm.memory),
+    }
+    for message, soak in faults.items():
+        (problem,) = soak.problems()
+        assert message in problem

@@ -1,0 +1,81 @@
+"""Certificates of a test bed: who they name, who signed them, and who can read the keys."""
+
+import ipaddress
+import stat
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from cryptography.x509.verification import PolicyBuilder, Store
+
+from nonn.cli import main
+from nonn.errors import UserError
+from nonn.runtime.certs import write_certificates
+
+
+def read(path) -> x509.Certificate:
+    return x509.load_pem_x509_certificate(path.read_bytes())
+
+
+def test_a_certificate_is_good_for_its_name_and_this_machine(certificates):
+    store = Store([read(certificates / "ca.pem")])
+    certificate = read(certificates / "node-0.pem")
+    subjects = [x509.DNSName("node-0"), x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    for subject in subjects:
+        PolicyBuilder().store(store).build_server_verifier(subject).verify(certificate, [])
+    with pytest.raises(x509.verification.VerificationError):
+        PolicyBuilder().store(store).build_server_verifier(x509.DNSName("node-1")).verify(certificate, [])
+    PolicyBuilder().store(store).build_client_verifier().verify(certificate, [])
+    (name,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    assert name.value == "node-0"
+    assert isinstance(certificate.public_key().curve, ec.SECP256R1)
+
+
+def test_nodes_cannot_sign(certificates):
+    constraints = read(certificates / "node-0.pem").extensions.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical
+    assert not constraints.value.ca
+    assert (
+        read(certificates / "ca.pem").extensions.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
+    )
+
+
+def test_keys_are_private_and_fit(certificates):
+    keys = list(certificates.glob("*.key"))
+    assert len(keys) == 6
+    for path in keys:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+        assert key.public_key() == read(path.with_suffix(".pem")).public_key()
+    assert {path.suffix for path in certificates.iterdir()} == {".key", ".pem"}
+
+
+def test_an_authority_is_kept_and_names_are_renewed(tmp_path):
+    main(["certs", str(tmp_path / "certs"), "node-0", "--days", "7"])
+    folder = tmp_path / "certs"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lifetime = read(folder / "node-0.pem").not_valid_after_utc - read(folder / "node-0.pem").not_valid_before_utc
+    assert lifetime.days == 7
+    main(["certs", str(folder), "node-0", "node-1"])
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {name for name in before if before[name] == after[name]} == {"ca.pem", "ca.key"}
+    assert set(after) - set(before) == {"node-1.pem", "node-1.key"}
+
+
+@pytest.mark.parametrize("name", ["../node", "", "a b", "ca", "localhost", "a" * 64, ".hidden"])
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    with pytest.raises(UserError, match="cannot name a certificate"):
+        write_certificates(tmp_path, ["node-0", name])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_authority_is_refused(certificates, tmp_path):
+    (tmp_path / "ca.key").write_bytes((certificates / "ca.key").read_bytes())
+    with pytest.raises(UserError, match="its authority cannot be read"):
+        write_certificates(tmp_path, ["node-0"])
+    (tmp_path / "ca.pem").write_bytes((certificates / "node-0.pem").read_bytes())
+    with pytest.raises(UserError, match="do not belong together"):
+        write_certificates(tmp_path, ["node-0"])

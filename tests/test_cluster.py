@@ -1,0 +1,122 @@
+"""The file that says which node serves which student: written, read back, and refused where it is unsafe."""
+
+import re
+from pathlib import Path
+
+import pytest
+from clusters import N_FEATURES
+from ruamel.yaml import YAML
+
+from nonn import cli
+from nonn.errors import UserError
+from nonn.paths import Paths
+from nonn.runtime.cluster import load_cluster, local_cluster, write_cluster
+
+SOUND = {
+    "export": "export",
+    "deadline_ms": 100,
+    "insecure": True,
+    "nodes": [
+        {"name": "a", "address": "127.0.0.1:7100", "model": "0"},
+        {"name": "b", "address": "[::1]:7101", "model": "1"},
+    ],
+}
+
+
+def load(changes: dict):
+    """A sound cluster file with changes; None removes a key."""
+    content = {key: value for key, value in (SOUND | changes).items() if value is not None}
+    with Path("cluster.yaml").open("w") as file:
+        YAML().dump(content, file)
+    return load_cluster()
+
+
+def node(**changes) -> dict:
+    return SOUND["nodes"][0] | changes
+
+
+@pytest.mark.parametrize("certificates", [None, Path("elsewhere/certs")])
+def test_what_is_written_is_read_back(network_folder, folder, certificates):
+    cluster = local_cluster(network_folder, certificates, 7100, 80)
+    assert [node.address for node in cluster.nodes] == [f"127.0.0.1:{port}" for port in (7100, 7101, 7102)]
+    write_cluster(Path("deep/cluster.yaml"), cluster)
+    found = load_cluster(Path("deep/cluster.yaml"))
+    assert (found.nodes, found.deadline_ms, found.insecure) == (cluster.nodes, 80, certificates is None)
+    assert found.export.resolve() == network_folder
+    if certificates:
+        assert found.tls.folder.resolve() == folder / certificates
+    text = Path("deep/cluster.yaml").read_text()
+    write_cluster(Path("deep/cluster.yaml"), found)
+    assert Path("deep/cluster.yaml").read_text() == text
+
+
+def test_students_keep_their_places_in_any_order(network_folder):
+    cluster = local_cluster(network_folder, None, 7100, 80)
+    turned = cluster.model_copy(update={"nodes": cluster.nodes[::-1]})
+    _, placed = turned.placed()
+    assert [(node.model, position, contract.n_features) for node, position, contract in placed] == [
+        (str(i), i, n_features) for i, n_features in enumerate(N_FEATURES)
+    ]
+
+
+PROBLEMS = {
+    "neither": ({"insecure": None}, "tls: give `tls`, or `insecure: true`"),
+    "both": ({"tls": {"folder": "certs"}}, "tls: give `tls`, or `insecure: true`"),
+    "plain text abroad": ({"nodes": [node(address="10.0.0.7:7100")]}, "nodes: a: 10.0.0.7:7100 is not on this machine"),
+    "no port": ({"nodes": [node(address="127.0.0.1")]}, "nodes.0.address: '127.0.0.1' is not host:port"),
+    "name twice": ({"nodes": [node(), node(address="127.0.0.1:7101", model="1")]}, "nodes: a: name given twice"),
+    "address twice": ({"nodes": [node(), node(name="b", model="1")]}, "nodes: 127.0.0.1:7100: address given twice"),
+    "model twice": ({"nodes": [node(), node(name="b", address="[::1]:1")]}, "nodes: 0: model given twice"),
+    "model elsewhere": ({"nodes": [node(model="../0")]}, "nodes.0.model: string should match"),
+    "no nodes": ({"nodes": []}, "nodes: list should have at least 1 item"),
+    "no deadline": ({"deadline_ms": None}, "deadline_ms: missing; add it"),
+    "deadline in the past": ({"deadline_ms": 0}, "deadline_ms: input should be greater than 0"),
+    "typing error": ({"deadline": 1}, "deadline: unknown key; remove it (did you mean 'deadline_ms'?)"),
+}
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(("changes", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_what_is_unsafe_or_unclear_is_refused(changes, message):
+    with pytest.raises(UserError, match=re.escape(f"cluster.yaml: {message}")):
+        load(changes)
+
+
+@pytest.mark.usefixtures("folder")
+def test_no_file():
+    with pytest.raises(UserError, match=r"cluster\.yaml: no such file\. Write one with `nonn cluster NETWORK`"):
+        load_cluster()
+
+
+@pytest.mark.usefixtures("folder")
+def test_nodes_and_students_must_match(network_folder):
+    with pytest.raises(UserError, match=r"no node serves student 2 of"):
+        load({"export": str(network_folder)}).placed()
+    with pytest.raises(UserError, match=r"no student 7 in .*; it has 0, 1, 2"):
+        load({"export": str(network_folder), "nodes": [node(model="7")]}).placed()
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_command_writes_what_up_can_start(network_folder, params, capsys):
+    experiment = Paths(params.experiment)
+    YAML().dump(params.model_dump(), Path("params.yaml"))
+    experiment.export("2s").parent.mkdir(parents=True)
+    experiment.export("2s").symlink_to(network_folder)
+    cli.main(["cluster", "2s", "--port", "7200"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        "next: nonn certs certs coordinator node-0 node-1 node-2",
+        "then: nonn up --cluster cluster.yaml",
+    ]
+    cluster = load_cluster()
+    assert (cluster.tls.folder, cluster.export) == (Path("certs"), experiment.export("2s"))
+    cli.main([*lines[1].removeprefix("next: nonn ").split()])
+    assert cluster.own_identity.for_client()
+    with pytest.raises(SystemExit, match="no '9s'; choose one of 2s"):
+        cli.main(["cluster", "9s"])
+
+
+@pytest.mark.parametrize(("port", "deadline_ms"), [(65535, 100), (80, 100), (-1, 100), (7100, 0), (7100, 1e9)])
+def test_impossible_ports_and_deadlines_are_refused(network_folder, port, deadline_ms):
+    with pytest.raises(UserError, match=r"--(port|deadline-ms): .*give"):
+        local_cluster(network_folder, None, port, deadline_ms)

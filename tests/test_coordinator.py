@@ -1,0 +1,405 @@
+"""Whatever nodes do, an image is answered by its deadline, from the students that are left."""
+
+import asyncio
+import contextlib
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clusters import CHANNELS, CLASSES, N_FEATURES, SIZE, make_image, plain_node
+from grpc import StatusCode, aio
+from PIL import Image
+from safetensors.numpy import load_file
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+from nonn.cli import main
+from nonn.errors import UserError
+from nonn.predict import classify
+from nonn.runtime import coordinator as coordination
+from nonn.runtime.cluster import Cluster, Node, Tls, write_cluster
+from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
+from nonn.runtime.node import Student, serving
+from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_response
+from nonn.runtime.session import run_onnx
+from nonn.runtime.tls import Identity
+
+PATIENCE_MS = 300.0
+
+
+def cluster_of(export: Path, addresses: list[str], tls: Path | None = None) -> Cluster:
+    nodes = [Node(name=f"node-{i}", address=address, model=str(i)) for i, address in enumerate(addresses)]
+    return Cluster(
+        export=export,
+        deadline_ms=PATIENCE_MS,
+        tls=Tls(folder=tls) if tls else None,
+        insecure=tls is None,
+        nodes=nodes,
+    )
+
+
+class Rogue(oip_grpc.GRPCInferenceServiceServicer):
+    """Plays a node: does whatever the function `behave` does with a request."""
+
+    def __init__(self, behave):
+        self.behave, self.asked = behave, 0
+
+    async def ModelInfer(self, request, context):
+        self.asked += 1
+        return await self.behave(request, context)
+
+
+@contextlib.asynccontextmanager
+async def rogue_node(behave):
+    server, rogue = aio.server(), Rogue(behave)
+    oip_grpc.add_GRPCInferenceServiceServicer_to_server(rogue, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", rogue
+    finally:
+        await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def two_and(export: Path, third: str):
+    """A coordinator of two sound nodes and one that the test provides."""
+    async with (
+        plain_node(export, 0) as (first, _),
+        plain_node(export, 1) as (second, _),
+        Coordinator(cluster_of(export, [first, second, third])) as coordinator,
+    ):
+        yield coordinator
+
+
+def expected_logits(export: Path, image: np.ndarray, present: list[int]) -> np.ndarray:
+    """N/|present| · Σ_present (W_i f_i + b_i), term by term."""
+    blocks = load_file(export / "final.safetensors")
+    logits = np.zeros(len(CLASSES))
+    for i in present:
+        (feature,) = run_onnx(export / f"{i}.onnx", image[None])
+        logits += blocks[f"weights.{i}"] @ feature + blocks[f"biases.{i}"]
+    return logits * len(N_FEATURES) / len(present)
+
+
+def assert_answer(answer, export: Path, image: np.ndarray, present: list[int]) -> None:
+    assert answer.present == [f"node-{i}" for i in present]
+    assert set(answer.absent) == {f"node-{i}" for i in range(len(N_FEATURES)) if i not in present}
+    logits = expected_logits(export, image, present)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    assert answer.prediction.label == CLASSES[logits.argmax()]
+    np.testing.assert_allclose(answer.prediction.probabilities, probabilities, rtol=1e-4)
+    assert len(answer.prediction.shares) == len(present)
+
+
+# All present
+
+
+def test_all_nodes_say_what_the_network_says_alone(network_folder):
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            for seed in range(10):
+                answer = await coordinator.classify(make_image(seed))
+                alone = classify(network_folder, make_image(seed))
+                assert answer.prediction.label == alone.label
+                assert answer.prediction.probabilities == pytest.approx(alone.probabilities, rel=1e-4)
+                assert answer.prediction.shares == pytest.approx(alone.shares, rel=1e-4)
+                assert_answer(answer, network_folder, make_image(seed), [0, 1, 2])
+
+    asyncio.run(scenario())
+
+
+def test_all_under_mutual_tls(network_folder, certificates):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = []
+            for i in range(3):
+                node = serving(
+                    Student(network_folder / f"{i}.onnx"),
+                    "127.0.0.1:0",
+                    # Node 2 has the certificate of node 1: right authority, wrong name.
+                    Identity.of(f"node-{min(i, 1)}", certificates),
+                    ["coordinator"],
+                )
+                port, _ = await stack.enter_async_context(node)
+                addresses.append(f"127.0.0.1:{port}")
+            cluster = cluster_of(network_folder, addresses, certificates)
+            async with Coordinator(cluster) as coordinator:
+                assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1])
+
+    asyncio.run(scenario())
+
+
+# Missing, late, hanging
+
+
+async def hang(request, context):
+    await asyncio.sleep(60)
+
+
+async def refuse(request, context):
+    await context.abort(StatusCode.RESOURCE_EXHAUSTED, "busy")
+
+
+def test_a_missing_node_is_done_without(network_folder, free_port):
+    async def scenario():
+        async with two_and(network_folder, f"127.0.0.1:{free_port}") as coordinator:
+            answer = await coordinator.classify(make_image())
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+            assert answer.absent["node-2"].startswith("unavailable: ")
+
+    asyncio.run(scenario())
+
+
+def test_a_hanging_node_is_waited_for_until_the_deadline(network_folder):
+    cancelled = asyncio.Event()
+
+    async def wait(request, context):
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async def scenario():
+        async with rogue_node(wait) as (third, _), two_and(network_folder, third) as coordinator:
+            start = time.monotonic()
+            answer = await coordinator.classify(make_image())
+            elapsed = time.monotonic() - start
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+            assert answer.absent == {"node-2": "no answer by the deadline"}
+            assert PATIENCE_MS / 1000 * 0.9 <= elapsed < 20, "waited for nobody, or for the node"
+            await asyncio.wait_for(cancelled.wait(), 10)  # the late call was called off at the node too
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_accepts_and_never_speaks(network_folder):
+    async def scenario():
+        async def mute(reader, writer):
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(mute, "127.0.0.1", 0)
+        host, port = server.sockets[0].getsockname()
+        async with server, two_and(network_folder, f"{host}:{port}") as coordinator:
+            answer = await coordinator.classify(make_image())
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+
+    asyncio.run(scenario())
+
+
+def test_nobody_left(network_folder, free_port):
+    async def scenario():
+        cluster = cluster_of(network_folder, [f"127.0.0.1:{free_port + i}" for i in range(3)])
+        async with Coordinator(cluster) as coordinator:
+            with pytest.raises(NobodyAnsweredError, match=r"no node answered \(node-0: unavailable.*node-2: "):
+                await coordinator.classify(make_image())
+
+    asyncio.run(scenario())
+
+
+# Rogue nodes
+
+
+def with_features(values):
+    async def answer(request, context):
+        return make_response(Contract("2", CHANNELS, SIZE, N_FEATURES[2]), "", np.array([values], np.float32))
+
+    return answer
+
+
+def with_change(change):
+    async def answer(request, context):
+        response = await with_features([1, 2])(request, context)
+        change(response)
+        return response
+
+    return answer
+
+
+ROGUES = {
+    "nan": (with_features([np.nan, 0]), "not finite"),
+    "infinity": (with_features([0, np.inf]), "not finite"),
+    "minus infinity": (with_features([-np.inf, 0]), "not finite"),
+    "too many": (with_features([1, 2, 3]), "expected 8 bytes, not 12"),
+    "too few": (with_features([1]), "expected 8 bytes, not 4"),
+    "another shape": (with_change(lambda r: r.outputs[0].shape.append(1)), "the shape [1, 2], not [1, 2, 1]"),
+    "another type": (with_change(lambda r: setattr(r.outputs[0], "datatype", "INT32")), "the type FP32, not 'INT32'"),
+    "another output": (with_change(lambda r: setattr(r.outputs[0], "name", "x")), "the output 'features' alone"),
+    "another model": (with_change(lambda r: setattr(r, "model_name", "0")), "of model '2', not of '0'"),
+    "no data": (with_change(lambda r: r.ClearField("raw_output_contents")), "one raw tensor, not 0"),
+    "no output": (with_change(lambda r: r.ClearField("outputs")), "the output 'features' alone"),
+    "too large": (with_change(lambda r: setattr(r, "id", "x" * MESSAGE_LIMIT)), "resource exhausted"),
+    "refusal": (refuse, "resource exhausted: busy"),
+}
+
+
+@pytest.mark.parametrize(("behave", "reason"), ROGUES.values(), ids=ROGUES)
+def test_what_a_rogue_node_sends_changes_nothing(network_folder, behave, reason):
+    async def scenario():
+        async with rogue_node(behave) as (third, rogue), two_and(network_folder, third) as coordinator:
+            answer = await coordinator.classify(make_image())
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+            assert reason in answer.absent["node-2"]
+            assert rogue.asked == 1
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_that_is_no_message(network_folder):
+    async def rubbish(content, context):
+        return b"\xff" * 20
+
+    async def scenario():
+        server = aio.server()
+        import grpc
+
+        handler = grpc.unary_unary_rpc_method_handler(rubbish)
+        methods = grpc.method_handlers_generic_handler("inference.GRPCInferenceService", {"ModelInfer": handler})
+        server.add_generic_rpc_handlers([methods])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with two_and(network_folder, f"127.0.0.1:{port}") as coordinator:
+            answer = await coordinator.classify(make_image())
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+            assert answer.absent["node-2"] == "the answer is no message of the protocol"
+        await server.stop(None)
+
+    asyncio.run(scenario())
+
+
+# Circuit breaker
+
+
+async def until(condition) -> None:
+    """Wait until something is so, for 10 seconds at most."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
+    monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
+    sound = with_features([1, 2])
+    behaviour = {"now": refuse}
+
+    async def behave(request, context):
+        return await behaviour["now"](request, context)
+
+    async def scenario():
+        async with rogue_node(behave) as (third, rogue), two_and(network_folder, third) as coordinator:
+            link = coordinator.links[2]
+            for attempt in range(1, coordination.TOLERATED_FAILURES + 1):
+                await coordinator.classify(make_image())
+                assert link.is_open == (attempt == coordination.TOLERATED_FAILURES)
+            asked = rogue.asked
+            answer = await coordinator.classify(make_image())
+            assert answer.absent["node-2"] == "left alone after 3 failures in a row (resource exhausted: busy)"
+            assert rogue.asked == asked
+            await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
+            assert link.is_open
+            behaviour["now"] = sound
+            await until(lambda: not link.is_open)
+            # On probation: one failure is enough to be left alone again.
+            behaviour["now"] = refuse
+            await coordinator.classify(make_image())
+            assert link.is_open
+            behaviour["now"] = sound
+            await until(lambda: not link.is_open)
+            answer = await coordinator.classify(make_image())
+            assert answer.present == ["node-0", "node-1", "node-2"]
+            assert link.failures == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
+    async def scenario():
+        async with rogue_node(hang) as (third, _), two_and(network_folder, third) as coordinator:
+            for _ in range(coordination.TOLERATED_FAILURES):
+                await coordinator.classify(make_image())
+            assert coordinator.links[2].is_open
+            calls = [coordinator.classify(make_image(seed)) for seed in range(5)]
+            for seed, answer in enumerate(await asyncio.gather(*calls)):
+                assert_answer(answer, network_folder, make_image(seed), [0, 1])
+                assert answer.absent["node-2"].endswith("(no answer by the deadline)")
+
+    asyncio.run(scenario())
+
+
+def test_when_all_are_left_alone_all_are_asked(network_folder):
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            for link in coordinator.links:
+                link.pause = 1000  # no probe during this test
+                for _ in range(coordination.TOLERATED_FAILURES):
+                    link.failed("imagined")
+            assert all(link.is_open for link in coordinator.links)
+            assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
+            assert not any(link.is_open for link in coordinator.links)
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_restarts_rejoins(network_folder, free_port):
+    async def scenario():
+        third = f"127.0.0.1:{free_port}"
+        async with two_and(network_folder, third) as coordinator:
+            for restarted in range(2):
+                await until_present(coordinator, [0, 1])
+                async with plain_node(network_folder, 2, free_port):
+                    await until_present(coordinator, [0, 1, 2])
+                assert restarted in (0, 1)
+            await until_present(coordinator, [0, 1])
+
+    async def until_present(coordinator, present):
+        async with asyncio.timeout(15):
+            while True:
+                answer = await coordinator.classify(make_image())
+                assert_answer(answer, network_folder, make_image(), [int(n[-1]) for n in answer.present])
+                if len(answer.present) == len(present):
+                    return
+                await asyncio.sleep(0.02)
+
+    asyncio.run(scenario())
+
+
+# What a user meets
+
+
+def test_an_image_of_another_shape_is_refused(network_folder, free_port):
+    async def scenario():
+        async with Coordinator(cluster_of(network_folder, [f"127.0.0.1:{free_port + i}" for i in range(3)])) as c:
+            for wrong in (make_image()[None], make_image().astype(np.float32), make_image()[:, :2]):
+                with pytest.raises(ValueError, match=r"expected an image of uint8 \(1, 4, 4\)"):
+                    await c.classify(wrong)
+
+    asyncio.run(scenario())
+
+
+def test_a_damaged_final_layer_is_refused(network_folder, tmp_path):
+    export = shutil.copytree(network_folder, tmp_path / "export")
+    path = export / "final.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\xff\xff\x7f\x7f")
+    with pytest.raises(UserError, match=r"final\.safetensors: its SHA-256 is not that of the manifest"):
+        Coordinator(cluster_of(export, ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]))
+
+
+def test_the_command_says_who_was_present(network_folder, folder, free_port, capsys):
+    Image.fromarray(make_image()[0]).save("image.png")
+
+    async def scenario():
+        async with plain_node(network_folder, 0) as (first, _), plain_node(network_folder, 1) as (second, _):
+            cluster = cluster_of(network_folder, [first, second, f"127.0.0.1:{free_port}"])
+            write_cluster(Path("cluster.yaml"), cluster)
+            await asyncio.to_thread(main, ["predict", "image.png", "--cluster", "cluster.yaml"])
+
+    asyncio.run(scenario())
+    first, *others = capsys.readouterr().out.splitlines()
+    logits = expected_logits(network_folder, make_image(), [0, 1])
+    assert first.startswith(f"{CLASSES[logits.argmax()]}  ")
+    assert [line.split(":")[0].strip() for line in others] == ["node-0", "node-1", "node-2"]
+    assert "of the lead" in others[1]
+    assert others[2].startswith("  node-2: absent, unavailable")

@@ -1,0 +1,332 @@
+"""A node answers the stock Triton client, and refuses everything that is not what its manifest promises."""
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import grpc
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from clusters import CHANNELS, N_FEATURES, SIZE, make_image, plain_node, write_student
+from grpc import StatusCode, aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+from nonn.errors import UserError
+from nonn.files import read_json, write_json
+from nonn.runtime import node
+from nonn.runtime.node import Student, serving
+from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
+from nonn.runtime.session import run_onnx
+from nonn.runtime.tls import Identity, is_loopback, split_address
+
+CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0])
+
+
+async def refusal(call) -> tuple[StatusCode, str]:
+    """Status and message that a call is refused with."""
+    with pytest.raises(aio.AioRpcError) as error:
+        await call
+    return error.value.code(), error.value.details()
+
+
+@contextlib.asynccontextmanager
+async def stub_of(address: str, credentials=None, name: str | None = None):
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    options.append(("grpc.max_send_message_length", -1))
+    channel = (
+        aio.secure_channel(address, credentials, options) if credentials else aio.insecure_channel(address, options)
+    )
+    async with channel:
+        yield oip_grpc.GRPCInferenceServiceStub(channel)
+
+
+# Anybody's client
+
+
+def test_the_stock_triton_client_can_call_a_node(network_folder):
+    def call(address: str, image: np.ndarray) -> np.ndarray:
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready("0")
+            assert not client.is_model_ready("1")
+            metadata = client.get_model_metadata("0", as_json=True)
+            assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["1", "1", "4", "4"]}]
+            assert metadata["outputs"] == [{"name": "features", "datatype": "FP32", "shape": ["1", "3"]}]
+            tensor = triton.InferInput("image", [1, *image.shape], "UINT8")
+            tensor.set_data_from_numpy(image[None])
+            wanted = triton.InferRequestedOutput("features")
+            result = client.infer("0", [tensor], outputs=[wanted], request_id="seven", client_timeout=5)
+            assert result.get_response().id == "seven"
+            statistics = client.get_inference_statistics("0").model_stats[0].inference_stats
+            assert (statistics.success.count, statistics.fail.count) == (1, 0)
+            assert statistics.success.ns > 0
+            return result.as_numpy("features")
+
+    async def scenario():
+        image = make_image()
+        async with plain_node(network_folder) as (address, _):
+            features = await asyncio.to_thread(call, address, image)
+        np.testing.assert_array_equal(features, run_onnx(network_folder / "0.onnx", image[None]))
+
+    asyncio.run(scenario())
+
+
+def test_health_is_told_in_the_standard_way(network_folder):
+    async def scenario():
+        async with plain_node(network_folder) as (address, _), aio.insecure_channel(address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            code, _ = await refusal(stub.Check(health_pb2.HealthCheckRequest(service="unheard of")))
+            assert code == StatusCode.NOT_FOUND
+            code, _ = await refusal(stub.Watch(health_pb2.HealthCheckRequest()).read())
+            assert code == StatusCode.UNIMPLEMENTED
+
+    asyncio.run(scenario())
+
+
+# Requests that are not what was agreed
+
+
+def raw(size: int) -> list[bytes]:
+    return [bytes(size)]
+
+
+BROKEN = {
+    "another model": (lambda r: setattr(r, "model_name", "1"), StatusCode.NOT_FOUND, "serves model '0', not '1'"),
+    "another version": (lambda r: setattr(r, "model_version", "2"), StatusCode.NOT_FOUND, "only version 1"),
+    "no input": (lambda r: r.ClearField("inputs"), None, "expected 1 input, not 0"),
+    "two inputs": (lambda r: r.inputs.append(r.inputs[0]), None, "expected 1 input, not 2"),
+    "input name": (lambda r: setattr(r.inputs[0], "name", "pixels"), None, "the input 'image', not 'pixels'"),
+    "type": (lambda r: setattr(r.inputs[0], "datatype", "FP32"), None, "the type UINT8, not 'FP32'"),
+    "batch": (lambda r: r.inputs[0].shape.__setitem__(0, 2), None, "the shape [1, 1, 4, 4], not [2, 1, 4, 4]"),
+    "negative shape": (lambda r: r.inputs[0].shape.__setitem__(0, -1), None, "not [-1, 1, 4, 4]"),
+    "no shape": (lambda r: r.inputs[0].ClearField("shape"), None, "the shape [1, 1, 4, 4], not []"),
+    "too short": (lambda r: r.raw_input_contents.__setitem__(0, bytes(15)), None, "expected 16 bytes, not 15"),
+    "too long": (lambda r: r.raw_input_contents.__setitem__(0, bytes(17)), None, "expected 16 bytes, not 17"),
+    "no data": (lambda r: r.ClearField("raw_input_contents"), None, "one raw tensor, not 0"),
+    "two tensors": (lambda r: r.raw_input_contents.append(b""), None, "one raw tensor, not 2"),
+    "typed data": (lambda r: r.inputs[0].contents.uint_contents.extend([0] * 16), None, "raw_input_contents"),
+    "shared memory": (
+        lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFrom(oip.InferParameter(string_param="x")),
+        None,
+        "parameters are not supported",
+    ),
+    "another output": (lambda r: r.outputs.add(name="logits"), None, "the only output is 'features'"),
+}
+
+
+@pytest.mark.parametrize(("damage", "code", "message"), BROKEN.values(), ids=BROKEN)
+def test_what_is_not_agreed_is_refused(network_folder, damage, code, message):
+    async def scenario():
+        async with plain_node(network_folder) as (address, meters), stub_of(address) as stub:
+            request = make_request(CONTRACT, make_image())
+            damage(request)
+            status, details = await refusal(stub.ModelInfer(request))
+            assert status == (code or StatusCode.INVALID_ARGUMENT)
+            assert message in details
+            await stub.ModelInfer(make_request(CONTRACT, make_image()))  # the node is unharmed
+            assert (meters.n_answered, meters.n_failed) == (1, 1)
+
+    asyncio.run(scenario())
+
+
+def test_large_messages_and_rubbish_never_reach_the_student(network_folder):
+    async def scenario():
+        async with plain_node(network_folder) as (address, meters), stub_of(address) as stub:
+            request = make_request(CONTRACT, make_image())
+            request.raw_input_contents[0] = bytes(MESSAGE_LIMIT)
+            status, _ = await refusal(stub.ModelInfer(request))
+            assert status == StatusCode.RESOURCE_EXHAUSTED
+            async with aio.insecure_channel(address) as channel:
+                call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+                status, _ = await refusal(call(b"\xff" * 100))
+                assert status == StatusCode.INVALID_ARGUMENT
+            assert (meters.n_answered, meters.n_failed) == (0, 0)
+            await stub.ModelInfer(make_request(CONTRACT, make_image()))
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", ["RepositoryModelLoad", "RepositoryModelUnload", "SystemSharedMemoryRegister"])
+def test_nobody_can_load_unload_or_share_memory(network_folder, method):
+    async def scenario():
+        async with plain_node(network_folder) as (address, _), stub_of(address) as stub:
+            request = getattr(oip, f"{method}Request")()
+            assert (await refusal(getattr(stub, method)(request)))[0] == StatusCode.UNIMPLEMENTED
+
+    asyncio.run(scenario())
+
+
+def test_a_node_does_not_send_what_is_not_finite(network_folder, tmp_path):
+    shutil.copytree(network_folder, tmp_path / "export")
+    student = Student(tmp_path / "export/0.onnx")
+    write_student(tmp_path / "nan.onnx", np.full((16, 3), np.inf, np.float32))
+    student.session = node.open_session(tmp_path / "nan.onnx")  # inf − and 0·inf
+
+    async def scenario():
+        async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
+            status, details = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image())))
+            assert (status, details) == (StatusCode.INTERNAL, "the student's features are not finite")
+
+    asyncio.run(scenario())
+
+
+def test_large_images_raise_the_message_limit():
+    assert Contract("0", 3, 32, 64).message_limit == MESSAGE_LIMIT
+    assert 3 * 224 * 224 < Contract("0", 3, 224, 64).message_limit < 3 * 224 * 224 + 5000
+
+
+# Mutual TLS
+
+
+def test_the_coordinators_certificate_opens_a_node(network_folder, certificates):
+    async def scenario():
+        identity = Identity.of("node-0", certificates)
+        async with serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
+            credentials = Identity.of("coordinator", certificates).for_client()
+            for name in (None, "node-0", "localhost"):
+                async with stub_of(f"127.0.0.1:{port}", credentials, name) as stub:
+                    assert (await stub.ModelInfer(make_request(CONTRACT, make_image()))).outputs
+            async with stub_of(f"127.0.0.1:{port}", credentials, "node-1") as stub:  # it is not that one
+                status, _ = await refusal(stub.ServerLive(oip.ServerLiveRequest()))
+                assert status == StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
+def test_strangers_are_refused(network_folder, certificates, tmp_path):
+    from nonn.runtime.certs import write_certificates
+
+    write_certificates(tmp_path, ["coordinator"])  # the right name of the wrong authority
+    trusted = (certificates / "ca.pem").read_bytes()
+    forged = [(tmp_path / f"coordinator.{kind}").read_bytes() for kind in ("key", "pem")]
+    strangers = {
+        "no certificate": (grpc.ssl_channel_credentials(trusted), StatusCode.UNAVAILABLE),
+        "wrong authority": (grpc.ssl_channel_credentials(trusted, *forged), StatusCode.UNAVAILABLE),
+        "not allowed": (Identity.of("stranger", certificates).for_client(), StatusCode.PERMISSION_DENIED),
+        "another node": (Identity.of("node-1", certificates).for_client(), StatusCode.PERMISSION_DENIED),
+        "plain text": (None, StatusCode.UNAVAILABLE),
+    }
+
+    async def scenario():
+        identity = Identity.of("node-0", certificates)
+        async with serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (port, m):
+            for who, (credentials, expected) in strangers.items():
+                async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
+                    status, _ = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=5))
+                    assert status == expected, who
+            async with aio.secure_channel(f"127.0.0.1:{port}", strangers["not allowed"][0]) as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+                assert (await refusal(check))[0] == StatusCode.PERMISSION_DENIED
+            assert (m.n_answered, m.n_failed) == (0, 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:9100", "[::]:0", "example.org:9100"])
+def test_plain_text_stays_on_this_machine(network_folder, address):
+    async def scenario():
+        with pytest.raises(UserError, match="plain text is for loopback addresses only"):
+            async with serving(Student(network_folder / "0.onnx"), address):
+                pass
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("flags", [[], ["--insecure", "--cert", "a"], ["--cert", "a", "--key", "b"]])
+def test_plain_text_must_be_asked_for(network_folder, flags):
+    from nonn.cli import build_parser
+
+    options = build_parser().parse_args(["node", str(network_folder / "0.onnx"), *flags])
+    with pytest.raises(UserError, match="--cert, --key and --ca together, or --insecure"):
+        node.run(options)
+
+
+def test_addresses():
+    assert split_address("[::1]:80") == ("::1", 80)
+    assert [is_loopback(a) for a in ("127.9.9.9:1", "[::1]:1", "localhost:1", "10.0.0.1:1")] == [True] * 3 + [False]
+    for wrong in ("127.0.0.1", ":80", "::1:80", "host:http", "host:70000", ""):
+        with pytest.raises(ValueError, match="is not host:port"):
+            split_address(wrong)
+
+
+# Starting
+
+
+def test_a_student_that_is_not_the_manifests_is_refused(network_folder, tmp_path):
+    folder = shutil.copytree(network_folder, tmp_path / "export")
+    with pytest.raises(UserError, match=r"final\.onnx: not a student .* Choose one of 0\.onnx, 1\.onnx"):
+        Student(folder / "final.onnx")
+    (folder / "0.onnx").write_bytes((folder / "0.onnx").read_bytes() + b"\0")
+    with pytest.raises(UserError, match=r"0\.onnx: its SHA-256 is not that of the manifest"):
+        Student(folder / "0.onnx")
+    (folder / "1.onnx").unlink()
+    with pytest.raises(UserError, match=r"1\.onnx: cannot be read"):
+        Student(folder / "1.onnx")
+    manifest = read_json(folder / "manifest.json")
+    write_json(folder / "manifest.json", manifest | {"students": [{"file": "../2.onnx"}]})
+    with pytest.raises(UserError, match="not the manifest of an exported network"):
+        Student(folder / "2.onnx")
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="not the manifest of an exported network"):
+        Student(folder / "2.onnx")
+
+
+def test_a_taken_port_is_refused(network_folder):
+    async def scenario():
+        async with plain_node(network_folder) as (address, _):
+            with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+: cannot listen there"):
+                async with serving(Student(network_folder / "1.onnx"), address):
+                    pass
+
+    asyncio.run(scenario())
+
+
+def start_process(network_folder, free_port) -> tuple[subprocess.Popen, str]:
+    arguments = ["--address", "127.0.0.1:0", "--insecure", "--attached", "--metrics-port", str(free_port)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nonn", "node", str(network_folder / "0.onnx"), *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    announced = process.stderr.readline()
+    assert announced.startswith("model 0 at 127.0.0.1:"), announced
+    return process, announced.split()[3].rstrip(",")
+
+
+def test_the_command_serves_counts_and_stops(network_folder, free_port):
+    for stop in (lambda p: p.send_signal(signal.SIGTERM), lambda p: p.stdin.close()):
+        process, address = start_process(network_folder, free_port)
+        with process:
+            with grpc.insecure_channel(address) as channel:
+                stub = oip_grpc.GRPCInferenceServiceStub(channel)
+                stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=5)
+                with pytest.raises(grpc.RpcError):
+                    stub.ModelInfer(oip.ModelInferRequest(), timeout=5)
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=5) as page:
+                metrics = page.read().decode()
+            assert 'nonn_requests_total{model="0"} 2.0' in metrics
+            assert 'nonn_failures_total{model="0"} 1.0' in metrics
+            assert 'nonn_request_seconds_count{model="0"} 1.0' in metrics
+            stop(process)
+            assert process.wait(timeout=10) == 0
+
+
+def test_a_taken_metrics_port_is_refused(network_folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        serving = node.serve(network_folder / "0.onnx", "127.0.0.1:0", None, [], taken.getsockname()[1], attached=False)
+        with pytest.raises(UserError, match="--metrics-port: cannot listen"):
+            asyncio.run(serving)

@@ -1,0 +1,138 @@
+"""A cluster of child processes: it works, it is watched, and nothing of it is left behind."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from clusters import make_image
+
+from nonn.errors import UserError
+from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
+from nonn.runtime.coordinator import Coordinator
+from nonn.runtime.up import Child, run_cluster
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture
+def cluster(network_folder, certificates, tmp_path, monkeypatch) -> Cluster:
+    """Three nodes on free ports under mutual TLS, also written to ``cluster.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    cluster = local_cluster(network_folder, certificates, 7100, 5000)
+    nodes = [
+        node.model_copy(update={"address": f"127.0.0.1:{port}"})
+        for node, port in zip(cluster.nodes, free_ports(3), strict=True)
+    ]
+    cluster = cluster.model_copy(update={"nodes": nodes})
+    write_cluster(Path("cluster.yaml"), cluster)
+    return cluster
+
+
+def start_up() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "nonn", "up"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def lines_until_up(process: subprocess.Popen) -> list[str]:
+    """What ``nonn up`` says until all three nodes are up; a node that hangs fails the test after 30 seconds."""
+    timer = threading.Timer(30, process.kill)
+    timer.start()
+    lines = []
+    while sum(": up at" in line for line in lines) < 3:
+        line = process.stdout.readline()
+        assert line, f"ended early: {lines}"
+        lines.append(line)
+    timer.cancel()
+    return lines
+
+
+def nobody_listens(cluster: Cluster) -> bool:
+    for node in cluster.nodes:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(node.address.split(":")[1]))) == 0:
+                return False
+    return True
+
+
+def test_up_starts_all_and_control_c_leaves_nothing(cluster):
+    async def classify():
+        async with Coordinator(cluster) as coordinator:
+            return await coordinator.classify(make_image())
+
+    with start_up() as process:
+        lines_until_up(process)
+        assert asyncio.run(classify()).present == ["node-0", "node-1", "node-2"]
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+        assert output.splitlines()[-1] == "3 nodes stopped"
+        assert process.returncode == 0
+    assert nobody_listens(cluster)
+
+
+def test_nodes_end_when_their_parent_is_killed(cluster):
+    with start_up() as process:
+        lines_until_up(process)
+        process.kill()
+
+    async def gone():
+        async with asyncio.timeout(20):
+            while not nobody_listens(cluster):
+                await asyncio.sleep(0.05)
+
+    asyncio.run(gone())
+
+
+def test_a_node_that_exits_is_shown_and_the_others_go_on(cluster, capsys):
+    first, second, third = cluster.nodes
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        blocked = f"127.0.0.1:{taken.getsockname()[1]}"
+        nodes = [first, second, third.model_copy(update={"address": blocked})]
+
+        async def scenario():
+            stopped = asyncio.Event()
+            running = asyncio.create_task(run_cluster(cluster.model_copy(update={"nodes": nodes}), stopped))
+            output = ""
+            async with asyncio.timeout(30):
+                while not ("node-0: up at" in output and "node-2: exited" in output):
+                    await asyncio.sleep(0.1)
+                    output += capsys.readouterr().out
+            assert f"node-2: exited (1): nonn node: {blocked}: cannot listen there" in output
+            stopped.set()
+            await running
+
+        asyncio.run(scenario())
+
+
+@pytest.mark.usefixtures("folder")
+def test_missing_certificates_are_noticed_first(network_folder):
+    cluster = local_cluster(network_folder, Path("nowhere"), 7100, 100)
+    with pytest.raises(UserError, match=r"nowhere/.*: cannot be read .* Make certificates with `nonn certs`"):
+        asyncio.run(run_cluster(cluster, asyncio.Event()))
+
+
+def test_counts_become_a_row(cluster):
+    from tritonclient.grpc.service_pb2 import InferStatistics, StatisticDuration
+
+    child = Child(cluster.nodes[0], None, None)
+    assert child.row().split() == ["node-0", "0", cluster.nodes[0].address, "starting", "0", "0"]
+    child.update(InferStatistics(success=StatisticDuration(count=2, ns=8_000_000)))
+    child.update(
+        InferStatistics(success=StatisticDuration(count=4, ns=10_000_000), fail=StatisticDuration(count=3, ns=1))
+    )
+    assert child.row().split()[3:] == ["up", "1.00", "ms", "7", "3"]
