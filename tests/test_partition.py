@@ -12,7 +12,7 @@ from nonn import partition
 from nonn.errors import UserError
 from nonn.files import read_json, write_json, write_tensors
 from nonn.graph import find_communities, modularity
-from nonn.params import load_params
+from nonn.params import PARTITION_METHODS, SINGLE_METHODS, load_params
 from nonn.partition import (
     RESOLUTION_STEP,
     fill_sets,
@@ -216,7 +216,8 @@ def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     partition.run(load_params(PARAMS), paths, "2s")
     folder = paths.partition("2s")
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert sorted(first) == ["0.json", "1.json", "partition.json"]
+    baselines = {f"{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
+    assert set(first) == {"0.json", "1.json", "partition.json"} | baselines
     for student, filters in enumerate(communities):
         expected = {"network": "2s", "student": student, "filters": filters}
         assert read_json(paths.partition("2s", student)) == expected
@@ -231,3 +232,21 @@ def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
 
     partition.run(load_params(PARAMS), paths, "2s")
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_baselines_get_sets_of_the_same_sizes(experiment):
+    paths, _ = experiment
+    partition.run(load_params(PARAMS), paths, "2s")
+
+    def sets(method: str, seed: int = 0) -> list[list[int] | None]:
+        return partition.load_baseline_sets(paths.partition("2s", method), seed)
+
+    everything = list(range(20))  # the last filter is dead
+    for method in ("random", "contiguous", "classwise"):
+        first, second = sets(method)
+        assert (len(first), len(second)) == (8, 12)
+        assert sorted(first + second) == everything
+    assert sets("contiguous") == [everything[:8], everything[8:]]
+    assert sets("full") == [everything, everything]
+    assert sets("random", seed=1) != sets("random", seed=0) == sets("random", seed=0)
+    assert all(sets(method) == [None] for method in SINGLE_METHODS)
