@@ -8,10 +8,10 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from nonn.models import Network, Normalize, count_parameters, deployed
+from nonn.models import Network, count_parameters, deployed
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
-IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity, Normalize)
+IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity)
 IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 
 
