@@ -97,6 +97,7 @@ def add_runtime(commands) -> None:
     certs = commands.add_parser("certs", help="make certificates for a test bed")
     certs.add_argument("folder", type=Path)
     certs.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
+    certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
     cluster = commands.add_parser("cluster", help="write a cluster.yaml that runs a network on this machine")
     cluster.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
     cluster.add_argument("--output", type=Path, default=Path("cluster.yaml"), help="(default: %(default)s)")
@@ -119,7 +120,6 @@ def add_runtime(commands) -> None:
     soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
     soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     soak.add_argument("--seed", type=int, default=0)
-    certs.add_argument("--days", type=int, default=365, help="that they are good for (default: %(default)s)")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -208,7 +208,3 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.timeline import run
 
         run(params, whole=options.all)
-
-
-if __name__ == "__main__":
-    main()
