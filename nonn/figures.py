@@ -302,7 +302,8 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
         "of comparisons.",
         f"- *Memory*, parameters, multiply-accumulates and bytes sent are counted, not measured: memory is weights "
         f"and the largest set of activations alive at once, at {precision} precision.",
-        "- *Latency* is measured: the median of single images in ONNX Runtime on one core, of the slowest student. "
+        "- *Latency* is measured: the median of single images in ONNX Runtime on one core, in the least disturbed "
+        "window, of the slowest student. "
         "It leaves out the network and the final layer. Students on another partition have NoNN's architectures, "
         "so its latency stands for theirs.",
         f"- Measured on {system['cpu']} ({system['cores']} cores), {system['system']}, Python {system['python']}, "
