@@ -330,11 +330,11 @@ def _place_methods(figure: Figure, axis: Axes, rows: pd.DataFrame) -> None:
         where = {"textcoords": "offset points", "xytext": (9, 0), "va": "center"}
         if row["method"] == "teacher":
             where = {"textcoords": "offset points", "xytext": (0, -9), "ha": "center", "va": "top"}
-        elif row["method"] == "total":  # between the crowd and the teacher: room is above its error bar
+        elif row["method"] == "total":  # between the crowd and the teacher: the room is above and to the right
             top = row["accuracy_mean"] + np.nan_to_num(row["accuracy_sd"])
             above = ScaledTranslation(0, 5 / 72, axis.figure.dpi_scale_trans)
             axis.text(
-                row["memory"], top, look.label, color=look.colour, ha="center", va="bottom", transform=place + above
+                row["memory"], top, look.label, color=look.colour, ha="left", va="bottom", transform=place + above
             )
             continue
         elif crowded[index]:
