@@ -10,7 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from nonn.files import write_json
-from nonn.runtime.node import Student, serving
+from nonn.runtime.node import Student
+from nonn.runtime.serving import serving
 
 CHANNELS, SIZE, N_FEATURES, CLASSES = 1, 4, (3, 5, 2), ["ant", "bee", "cat", "dog"]
 PIXELS = CHANNELS * SIZE * SIZE

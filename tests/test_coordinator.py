@@ -20,8 +20,9 @@ from nonn.predict import classify
 from nonn.runtime import coordinator as coordination
 from nonn.runtime.cluster import Cluster, Node, Tls, write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.node import Student, serving
+from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_response
+from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity
 

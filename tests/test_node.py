@@ -22,8 +22,9 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 from nonn.errors import UserError
 from nonn.files import read_json, write_json
 from nonn.runtime import node
-from nonn.runtime.node import Student, serving
+from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
+from nonn.runtime.serving import serve, serving
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity, is_loopback, split_address
 
@@ -121,7 +122,7 @@ BROKEN = {
         None,
         "parameters are not supported",
     ),
-    "another output": (lambda r: r.outputs.add(name="logits"), None, "the only output is 'features'"),
+    "another output": (lambda r: r.outputs.add(name="logits"), None, "no output 'logits'; ask for features"),
 }
 
 
@@ -327,6 +328,6 @@ def test_a_taken_metrics_port_is_refused(network_folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        serving = node.serve(network_folder / "0.onnx", "127.0.0.1:0", None, [], taken.getsockname()[1], attached=False)
+        running = serve(Student(network_folder / "0.onnx"), "127.0.0.1:0", None, [], taken.getsockname()[1])
         with pytest.raises(UserError, match="--metrics-port: cannot listen"):
-            asyncio.run(serving)
+            asyncio.run(running)

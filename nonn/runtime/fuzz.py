@@ -27,8 +27,9 @@ from nonn.progress import log, track
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, local_cluster
 from nonn.runtime.coordinator import MODEL_INFER, Coordinator, open_channel
 from nonn.runtime.final import read_out
-from nonn.runtime.node import Student, serving
+from nonn.runtime.node import Student
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, make_response, read_request, read_response
+from nonn.runtime.serving import serving
 from nonn.runtime.testbed import OTHER, STRANGER, running_bed
 from nonn.runtime.tls import CA, Identity, split_address
 

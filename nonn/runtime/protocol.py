@@ -36,32 +36,55 @@ class ProtocolError(Exception):
 
 
 @dataclass(frozen=True)
-class Contract:
-    """What one node takes and gives.
+class ImageContract:
+    """What a server of images takes and gives.
 
     Attributes
     ----------
     model : str
-        Name of the student, the stem of its ONNX file.
+        Name of what is served.
     channels, size : int
         Of an image, uint8 of shape (1, channels, size, size).
-    n_features : int
-        Length F_i of the feature vector, float32 of shape (1, F_i).
     """
 
     model: str
     channels: int
     size: int
-    n_features: int
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
         return 1, self.channels, self.size, self.size
 
     @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Datatype and shape of each output, by name; -1 where a length varies."""
+        raise NotImplementedError
+
+    @property
     def message_limit(self) -> int:
         """Bytes of the largest message that either side accepts."""
-        return max(MESSAGE_LIMIT, math.prod(self.image_shape) + ENVELOPE, 4 * self.n_features + ENVELOPE)
+        return max(MESSAGE_LIMIT, math.prod(self.image_shape) + ENVELOPE)
+
+
+@dataclass(frozen=True)
+class Contract(ImageContract):
+    """What one node takes and gives; its model is the stem of the student's ONNX file.
+
+    Attributes
+    ----------
+    n_features : int
+        Length F_i of the feature vector, float32 of shape (1, F_i).
+    """
+
+    n_features: int
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {OUTPUT: ("FP32", (1, self.n_features))}
+
+    @property
+    def message_limit(self) -> int:
+        return max(super().message_limit, 4 * self.n_features + ENVELOPE)
 
 
 def make_request(contract: Contract, image: np.ndarray) -> ModelInferRequest:
@@ -70,7 +93,7 @@ def make_request(contract: Contract, image: np.ndarray) -> ModelInferRequest:
     return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[image.tobytes()])
 
 
-def read_request(contract: Contract, request: ModelInferRequest) -> np.ndarray:
+def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndarray:
     """The image of a request, uint8 of shape (1, channels, size, size).
 
     Raises
@@ -86,8 +109,11 @@ def read_request(contract: Contract, request: ModelInferRequest) -> np.ndarray:
         raise _invalid(f"expected the input {INPUT!r}, not {tensor.name[:64]!r}")
     if request.parameters or tensor.parameters or any(output.parameters for output in request.outputs):
         raise _invalid("parameters are not supported; send none")
-    if len(request.outputs) > 1 or any(output.name != OUTPUT for output in request.outputs):
-        raise _invalid(f"the only output is {OUTPUT!r}; ask for that or for none")
+    wanted = [output.name for output in request.outputs]
+    if unknown := [name for name in wanted if name not in contract.outputs]:
+        raise _invalid(f"no output {unknown[0][:64]!r}; ask for {', '.join(contract.outputs)}, or for none to have all")
+    if len(set(wanted)) < len(wanted):
+        raise _invalid("an output is asked for twice")
     if tensor.HasField("contents"):
         raise _invalid("send the pixels as raw_input_contents, not as contents")
     data = _read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
@@ -123,10 +149,10 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
     return features
 
 
-def check_model(contract: Contract, model: str, version: str) -> None:
+def check_model(contract: ImageContract, model: str, version: str) -> None:
     """Refuse the name of another model, or another version of it."""
     if model != contract.model:
-        raise ProtocolError(StatusCode.NOT_FOUND, f"this node serves model {contract.model!r}, not {model[:64]!r}")
+        raise ProtocolError(StatusCode.NOT_FOUND, f"this address serves model {contract.model!r}, not {model[:64]!r}")
     if version not in ("", VERSION):
         raise ProtocolError(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
 
