@@ -48,7 +48,7 @@ STAGES = {
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "certs", "cluster", "up", "hosting", "fuzz", "soak")
+RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -94,6 +94,18 @@ def add_runtime(commands) -> None:
     node.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
     node.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
     node.add_argument("--attached", action="store_true", help="stop when standard input closes")
+    coordinate = commands.add_parser("coordinate", help="serve a whole network to applications over gRPC")
+    coordinate.add_argument(
+        "--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)"
+    )
+    coordinate.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
+    coordinate.add_argument(
+        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: application)"
+    )
+    coordinate.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
+    coordinate.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT"
+    )
     certs = commands.add_parser("certs", help="make certificates for a test bed")
     certs.add_argument("folder", type=Path)
     certs.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")

@@ -10,6 +10,7 @@ and rejoins by itself.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,15 +57,20 @@ class Answer:
     ----------
     prediction : Prediction
         With one share for each node that is present, in their order.
-    present : list of str
-        Names of the nodes whose features took part.
+    features : dict of str to ndarray of shape (F_i,), float32
+        Of the nodes that took part, by name.
     absent : dict of str to str
         Why each of the others did not.
     """
 
     prediction: Prediction
-    present: list[str]
+    features: dict[str, np.ndarray]
     absent: dict[str, str]
+
+    @property
+    def present(self) -> list[str]:
+        """Names of the nodes that took part."""
+        return list(self.features)
 
 
 def open_channel(node: Node, contract: Contract, identity: Identity | None) -> aio.Channel:
@@ -102,6 +108,7 @@ class Link:
         self.patience = patience
         self.failures, self.pause = 0, FIRST_PAUSE
         self.reason = ""
+        self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
         # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
         self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
@@ -118,12 +125,15 @@ class Link:
         ------
         aio.AioRpcError, ProtocolError
         """
+        start = time.perf_counter()
         content = await self._call(make_request(self.contract, image), timeout=max(seconds, 0))
         try:
             response = ModelInferResponse.FromString(content)
         except DecodeError:
             raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol") from None
-        return read_response(self.contract, response)
+        features = read_response(self.contract, response)
+        self.latency_ms = (time.perf_counter() - start) * 1000
+        return features
 
     def succeeded(self) -> None:
         self.failures, self.pause = 0, FIRST_PAUSE
@@ -215,7 +225,7 @@ class Coordinator:
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
         terms = self.final.contributions(features)
         prediction = read_out(self.manifest.classes, self.final.logits(terms), list(terms.values()))
-        return Answer(prediction, [self.links[position].name for position in features], absent)
+        return Answer(prediction, {self.links[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(self, image: np.ndarray) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
         """Features by position of the nodes that answer in time, and why the others do not."""

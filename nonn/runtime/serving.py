@@ -183,7 +183,7 @@ async def serving(
     except ValueError as error:
         raise UserError(f"--address: {error}") from None
     if identity is None and not is_loopback(address):
-        raise UserError(f"{address}: plain text is for loopback addresses only. Give --cert, --key and --ca.")
+        raise UserError(f"{address}: plain text is for loopback addresses only. Use certificates elsewhere.")
     service = Service(model)
     limit = model.contract.message_limit
     options = {
@@ -223,14 +223,20 @@ async def serve(
     allowed: Collection[str],
     metrics_port: int | None,
     attached: bool = False,
+    counters: Collection[Counter] = (),
 ) -> None:
-    """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
+    """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes.
+
+    Metrics are those of every server, and `counters` of the model's own.
+    """
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     if attached:
         loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
     async with serving(model, address, identity, allowed) as (port, meters):
+        for counter in counters:
+            meters.registry.register(counter)
         if metrics_port is not None:
             try:
                 start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)

@@ -1,0 +1,133 @@
+"""A coordinator that stays: it serves a whole network to applications, by the protocol that its nodes speak.
+
+An application sends one image and gets the class, all probabilities, and the names of the nodes that
+took part. It does not know of students, deadlines and breakers; a network with a node missing answers
+as usual, and with all missing it is UNAVAILABLE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from grpc import StatusCode
+from prometheus_client import Counter
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
+from tritonclient.utils import serialize_byte_tensor
+
+from nonn.errors import UserError
+from nonn.runtime.cluster import Cluster, load_cluster
+from nonn.runtime.coordinator import Answer, Coordinator, NobodyAnsweredError
+from nonn.runtime.protocol import ENVELOPE, VERSION, ImageContract, ProtocolError
+from nonn.runtime.serving import serve
+from nonn.runtime.tls import Identity
+
+#: Who may call a coordinator that is not told otherwise: the name in an application's certificate.
+DEFAULT_CALLERS = ("application",)
+
+
+@dataclass(frozen=True)
+class NetworkContract(ImageContract):
+    """What a network takes and gives; its model is the name of the export's folder.
+
+    Attributes
+    ----------
+    n_classes : int  # C
+    """
+
+    n_classes: int
+
+    @property
+    def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {"probabilities": ("FP32", (1, self.n_classes)), "label": ("BYTES", (1,)), "present": ("BYTES", (-1,))}
+
+    @property
+    def message_limit(self) -> int:
+        return max(super().message_limit, 4 * self.n_classes + ENVELOPE)
+
+
+def make_answer(contract: NetworkContract, request: ModelInferRequest, answer: Answer) -> ModelInferResponse:
+    """What an application is told: the outputs that it asked for, or all.
+
+    ``probabilities``, float32 of shape (1, C), in the order of the manifest's classes; ``label``, the
+    most probable class; ``present``, the names of the nodes that took part.
+    """
+    prediction = answer.prediction
+    tensors = {
+        "probabilities": np.array([prediction.probabilities], "<f4"),
+        "label": _strings([prediction.label]),
+        "present": _strings(answer.present),
+    }
+    response = ModelInferResponse(model_name=contract.model, model_version=VERSION, id=request.id)
+    for name in [output.name for output in request.outputs] or contract.outputs:
+        tensor, (datatype, _) = tensors[name], contract.outputs[name]
+        response.outputs.add(name=name, datatype=datatype, shape=tensor.shape)
+        raw = tensor.tobytes() if datatype == "FP32" else serialize_byte_tensor(tensor).item()
+        response.raw_output_contents.append(raw)
+    return response
+
+
+def _strings(words: list[str]) -> np.ndarray:
+    return np.array([word.encode() for word in words], dtype=object)
+
+
+class Network:
+    """A network as a model that can be served; see `nonn.runtime.serving.Model`.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Connected.
+    """
+
+    platform = "nonn"
+
+    def __init__(self, coordinator: Coordinator):
+        self.coordinator = coordinator
+        manifest, image = coordinator.manifest, coordinator.manifest.image
+        name = coordinator.cluster.export.resolve().name
+        self.contract = NetworkContract(name, image.channels, image.size, len(manifest.classes))
+        self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any node is not left alone."""
+        return not all(link.is_open for link in self.coordinator.links)
+
+    async def infer(self, request: ModelInferRequest, image: np.ndarray) -> ModelInferResponse:
+        """Answer with whichever students replied by the deadline."""
+        try:
+            answer = await self.coordinator.classify(image[0])
+        except NobodyAnsweredError as error:
+            raise ProtocolError(StatusCode.UNAVAILABLE, str(error)) from None
+        for name in answer.absent:
+            self.absences.labels(name).inc()
+        return make_answer(self.contract, request, answer)
+
+
+async def coordinate(
+    cluster: Cluster, address: str, identity: Identity | None, allowed: Collection[str], metrics_port: int | None
+) -> None:
+    """Serve the network of a cluster until SIGINT or SIGTERM.
+
+    Raises
+    ------
+    UserError
+        The cluster does not fit its export, or for the reasons of `nonn.runtime.serving.serving`.
+    """
+    async with Coordinator(cluster) as coordinator:
+        network = Network(coordinator)
+        await serve(network, address, identity, allowed, metrics_port, counters=[network.absences])
+
+
+def run(options) -> None:
+    """The command ``nonn coordinate``."""
+    cluster = load_cluster(options.cluster)
+    # To applications it shows the certificate that it shows to its nodes.
+    identity = None if options.insecure else cluster.own_identity
+    if options.allow and identity is None:
+        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
+    allowed = options.allow or DEFAULT_CALLERS
+    asyncio.run(coordinate(cluster, options.address, identity, allowed, options.metrics_port))

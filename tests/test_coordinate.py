@@ -1,0 +1,207 @@
+"""Applications call a whole network with the stock Triton client, and get no more of it than a node gives."""
+
+import asyncio
+import contextlib
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton
+from clusters import CLASSES, make_image, plain_node
+from grpc import StatusCode, aio
+from test_coordinator import cluster_of
+from test_node import BROKEN, raw, refusal, stub_of
+from test_up import free_ports
+from tritonclient.grpc import service_pb2 as oip
+
+from nonn.cli import main
+from nonn.predict import classify
+from nonn.runtime.cluster import Cluster, write_cluster
+from nonn.runtime.coordinate import Network
+from nonn.runtime.coordinator import Coordinator
+from nonn.runtime.node import Student
+from nonn.runtime.protocol import MESSAGE_LIMIT, make_request
+from nonn.runtime.serving import serving
+from nonn.runtime.tls import Identity
+
+
+@contextlib.asynccontextmanager
+async def network_of(cluster: Cluster, identity: Identity | None = None):
+    """Address of a coordinator that serves, and its network."""
+    async with Coordinator(cluster) as coordinator:
+        network = Network(coordinator)
+        async with serving(network, "127.0.0.1:0", identity, ["application"]) as (port, _):
+            yield f"127.0.0.1:{port}", network
+
+
+@contextlib.asynccontextmanager
+async def small_network(export, absent: int = 0):
+    """A served network of three nodes, the last `absent` of which are not there."""
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = [await stack.enter_async_context(plain_node(export, i)) for i in range(3 - absent)]
+        addresses = [address for address, _ in nodes] + [f"127.0.0.1:{port}" for port in free_ports(absent)]
+        yield await stack.enter_async_context(network_of(cluster_of(export, addresses)))
+
+
+def infer(address: str, image: np.ndarray, outputs: list[str] | None = None, **connection) -> triton.InferResult:
+    with triton.InferenceServerClient(address, **connection) as client:
+        tensor = triton.InferInput("image", [1, *image.shape], "UINT8")
+        tensor.set_data_from_numpy(image[None])
+        wanted = [triton.InferRequestedOutput(name) for name in outputs] if outputs else None
+        return client.infer("export", [tensor], outputs=wanted, request_id="nine", client_timeout=5)
+
+
+def test_the_stock_triton_client_can_call_a_network(network_folder):
+    def describe(address: str) -> dict:
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_live()
+            assert client.is_server_ready()
+            assert client.is_model_ready("export")
+            assert not client.is_model_ready("0")  # a student, not the network
+            return client.get_model_metadata("export", as_json=True)
+
+    async def scenario():
+        async with small_network(network_folder) as (address, _):
+            metadata = await asyncio.to_thread(describe, address)
+            assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["1", "1", "4", "4"]}]
+            assert metadata["outputs"] == [
+                {"name": "probabilities", "datatype": "FP32", "shape": ["1", "4"]},
+                {"name": "label", "datatype": "BYTES", "shape": ["1"]},
+                {"name": "present", "datatype": "BYTES", "shape": ["-1"]},
+            ]
+            for seed in range(5):
+                result = await asyncio.to_thread(infer, address, make_image(seed))
+                alone = classify(network_folder, make_image(seed))
+                assert result.get_response().id == "nine"
+                np.testing.assert_allclose(result.as_numpy("probabilities"), [alone.probabilities], rtol=1e-4)
+                assert result.as_numpy("label").tolist() == [alone.label.encode()]
+                assert result.as_numpy("present").tolist() == [b"node-0", b"node-1", b"node-2"]
+            result = await asyncio.to_thread(infer, address, make_image(), ["present"])
+            assert [output.name for output in result.get_response().outputs] == ["present"]
+
+    asyncio.run(scenario())
+
+
+def test_a_missing_node_is_not_among_the_present_and_is_counted(network_folder):
+    async def scenario():
+        async with small_network(network_folder, absent=1) as (address, network):
+            result = await asyncio.to_thread(infer, address, make_image())
+            assert result.as_numpy("present").tolist() == [b"node-0", b"node-1"]
+            assert result.as_numpy("label").tolist()[0].decode() in CLASSES
+            samples = [sample for metric in network.absences.collect() for sample in metric.samples]
+            assert {s.labels["node"]: s.value for s in samples if s.name == "nonn_absences_total"} == {"node-2": 1}
+
+    asyncio.run(scenario())
+
+
+def test_without_any_node_it_is_unavailable_and_says_so(network_folder):
+    async def scenario():
+        async with small_network(network_folder, absent=3) as (address, network), stub_of(address) as stub:
+            for _ in range(3):
+                status, details = await refusal(stub.ModelInfer(make_request(network.contract, make_image())))
+                assert status == StatusCode.UNAVAILABLE
+                assert "no node answered (node-0: " in details
+            assert not (await stub.ServerReady(oip.ServerReadyRequest())).ready  # all breakers are open
+            assert (await stub.ServerLive(oip.ServerLiveRequest())).live
+
+    asyncio.run(scenario())
+
+
+def test_what_is_not_agreed_is_refused_as_at_a_node(network_folder):
+    async def scenario():
+        async with small_network(network_folder) as (address, network), stub_of(address) as stub:
+            sound = make_request(network.contract, make_image())
+            for what, (damage, code, _) in BROKEN.items():
+                request = oip.ModelInferRequest()
+                request.CopyFrom(sound)
+                damage(request)
+                assert (await refusal(stub.ModelInfer(request)))[0] == (code or StatusCode.INVALID_ARGUMENT), what
+            request = oip.ModelInferRequest()
+            request.CopyFrom(sound)
+            request.outputs.extend([oip.ModelInferRequest.InferRequestedOutputTensor(name="label")] * 2)
+            assert "asked for twice" in (await refusal(stub.ModelInfer(request)))[1]
+            request.raw_input_contents[:] = raw(MESSAGE_LIMIT)
+            assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.RESOURCE_EXHAUSTED
+            async with aio.insecure_channel(address) as channel:
+                call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+                assert (await refusal(call(b"\xff" * 100)))[0] == StatusCode.INVALID_ARGUMENT
+            assert (await stub.ModelInfer(sound)).outputs  # it is unharmed
+
+    asyncio.run(scenario())
+
+
+def test_under_mutual_tls_only_applications_may_call(network_folder, certificates, tmp_path):
+    from nonn.runtime.certs import write_certificates
+
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    for name in ("ca.pem", "ca.key", "coordinator.pem", "coordinator.key"):
+        (folder / name).write_bytes((certificates / name).read_bytes())
+    write_certificates(folder, ["application"])
+
+    def call(address: str) -> list[bytes]:
+        files = {
+            "root_certificates": "ca.pem",
+            "private_key": "application.key",
+            "certificate_chain": "application.pem",
+        }
+        tls = {key: str(folder / name) for key, name in files.items()}
+        return infer(address, make_image(), ssl=True, **tls).as_numpy("present").tolist()
+
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = []
+            for i in range(3):
+                identity = Identity.of(f"node-{i}", certificates)
+                node = serving(Student(network_folder / f"{i}.onnx"), "127.0.0.1:0", identity, ["coordinator"])
+                addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
+            cluster = cluster_of(network_folder, addresses, certificates)
+            address, network = await stack.enter_async_context(network_of(cluster, cluster.own_identity))
+            assert await asyncio.to_thread(call, address) == [b"node-0", b"node-1", b"node-2"]
+            request = make_request(network.contract, make_image())
+            async with stub_of(address, Identity.of("stranger", certificates).for_client()) as stub:
+                assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.PERMISSION_DENIED
+            async with stub_of(address) as stub:
+                assert (await refusal(stub.ModelInfer(request, timeout=5)))[0] == StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
+def test_the_command_serves_counts_and_stops(network_folder, free_port, tmp_path):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(3)]
+            path = tmp_path / "cluster.yaml"
+            write_cluster(path, cluster_of(network_folder, [address for address, _ in nodes]))
+            await asyncio.to_thread(call, path)
+
+    def call(path):
+        arguments = ["--cluster", str(path), "--address", "127.0.0.1:0", "--metrics-port", str(free_port)]
+        command = [sys.executable, "-m", "nonn", "coordinate", *arguments]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            announced = process.stderr.readline()
+            assert announced.startswith("model export at 127.0.0.1:"), announced
+            assert len(infer(announced.split()[3].rstrip(","), make_image()).as_numpy("present")) == 3
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=5) as page:
+                assert 'nonn_requests_total{model="export"} 1.0' in page.read().decode()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=10) == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--address", "0.0.0.0:0"], "plain text is for loopback addresses only"),
+        (["--allow", "me"], "--allow: callers have no names in plain text"),
+        (["--address", "nowhere"], "'nowhere' is not host:port"),
+    ],
+)
+def test_impossible_settings_are_refused(network_folder, folder, flags, complaint):
+    write_cluster(folder / "cluster.yaml", cluster_of(network_folder, [f"127.0.0.1:{port}" for port in free_ports(3)]))
+    with pytest.raises(SystemExit, match=complaint):
+        main(["coordinate", *flags])
