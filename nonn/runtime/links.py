@@ -1,0 +1,258 @@
+"""Emulated links between the devices: network namespaces on this machine, joined by a relay that keeps time.
+
+A link is described by its rate, delay and loss and by whether all hosts share one medium; `PRESETS`
+names the usual ones. In `emulated_network` each host is a network namespace in which ordinary
+programs run; what the link does to their packets is the model of `nonn.runtime.relay.Switch`.
+The kernel's own shaper (tbf) would let a short message through at full speed, as a burst.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from nonn.errors import UserError
+from nonn.progress import log
+
+#: Largest IP packet in bytes, on every link: also on 802.15.4, whose adaptation layer (6LoWPAN) would
+#: cut packets into frames of at most 127 bytes. Headers below IP are not modelled.
+MTU = 1500
+#: Name of each host's network device, in its namespace.
+DEVICE = "link0"
+IP_HEADER, UDP_HEADER, TCP_HEADER = 20, 8, 32  # TCP's with the timestamps that Linux sends
+
+#: Addresses of the hosts; the namespaces are apart, so every network has the same.
+SUBNET, SUBNET_BITS, MOST_HOSTS = "10.77.0.{}", 24, 250
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the hosts.
+
+    Attributes
+    ----------
+    rate_bps : float
+        Bits of IP packets a second, for each host in each direction; of all together if `shared`.
+    delay_s : float
+        Seconds one way, beyond the time that the bits take.
+    shared : bool
+        One half-duplex medium for all hosts, on which one packet is sent at a time.
+    loss : float
+        Probability that a packet is lost, each by itself.
+    seed : int
+        Of the losses.
+
+    Raises
+    ------
+    UserError
+        There is no such link.
+    """
+
+    rate_bps: float
+    delay_s: float = 0.0
+    shared: bool = False
+    loss: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.rate_bps > 0 and self.delay_s >= 0 and 0 <= self.loss < 1):
+            raise UserError(f"{self}: a link has rate_bps > 0, delay_s >= 0 and 0 <= loss < 1")
+
+
+#: Links by name. Wired ones are full duplex with a switch. The Wi-Fi scenarios and 802.15.4 are shared:
+#: one radio channel, on which one station sends at a time.
+PRESETS = {
+    "ethernet941": Link(941e6),  # gigabit Ethernet of a Raspberry Pi 4: what TCP gets of the 1000 Mbit/s
+    "ethernet100": Link(100e6),  # fast Ethernet of a Raspberry Pi 3B
+    "wifi100": Link(100e6, 0.002, shared=True),  # assumed goodputs and delay of good, fair, and poor reception
+    "wifi50": Link(50e6, 0.002, shared=True),
+    "wifi20": Link(20e6, 0.002, shared=True),
+    "ieee802154": Link(250e3, shared=True),  # IEEE 802.15.4 at 2.4 GHz (O-QPSK): 250 kbit/s
+}
+
+
+def datagram_bytes(payload: int) -> int:
+    """Bytes on the wire of one UDP message: fragments of at most `MTU` bytes, each with an IP header."""
+    content = payload + UDP_HEADER
+    return content + IP_HEADER * math.ceil(content / (MTU - IP_HEADER))
+
+
+def round_trip(link: Link, payload: int) -> float:
+    """Seconds from sending a UDP message to its echo, when nothing else is sent.
+
+    With ``bytes = payload + 8 + 20 n`` and ``n = ceil((payload + 8) / 1480)`` fragments, which follow
+    each other without a gap, both ways take ``2 (8 bytes / rate + delay)``, on a shared medium too.
+
+    Parameters
+    ----------
+    link : Link
+    payload : int
+        Bytes of the message, and of its echo.
+    """
+    return 2 * (8 * datagram_bytes(payload) / link.rate_bps + link.delay_s)
+
+
+def tcp_goodput(link: Link) -> float:
+    """Most payload bits a second of one TCP stream without losses.
+
+    Segments of 1448 bytes in packets of 1500. On a shared medium acknowledgements of 52 bytes, one
+    for every other segment, take their part.
+    """
+    header = IP_HEADER + TCP_HEADER
+    acknowledgement = header / 2 if link.shared else 0
+    return link.rate_bps * (MTU - header) / (MTU + acknowledgement)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """IP packets, and their bytes with all headers, that a host's device has sent and received."""
+
+    sent_bytes: int
+    sent_packets: int
+    received_bytes: int
+    received_packets: int
+
+    def __sub__(self, before: Counters) -> Counters:
+        pairs = zip(asdict(self).values(), asdict(before).values(), strict=True)
+        return Counters(*(now - then for now, then in pairs))
+
+
+@dataclass
+class Network:
+    """Hosts to run programs on: `prefix` starts a program there, `address` is how others reach it.
+
+    Without a relay it is loopback: every host is this machine, nothing is delayed and nothing counted.
+
+    Attributes
+    ----------
+    hosts : tuple of str
+    link : Link, optional
+        None on loopback.
+    """
+
+    hosts: tuple[str, ...]
+    link: Link | None = None
+    _relay: subprocess.Popen | None = field(default=None, repr=False)
+    _namespaces: dict[str, Path] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_emulated(self) -> bool:
+        return self._relay is not None
+
+    def address(self, host: str) -> str:
+        """IPv4 address of a host."""
+        position = self.hosts.index(host)
+        return SUBNET.format(position + 1) if self.is_emulated else "127.0.0.1"
+
+    def prefix(self, host: str) -> list[str]:
+        """What to put before a command so that it runs on a host: ``[*network.prefix("a"), "python", …]``.
+
+        The process must be ended by whoever starts it, before the network is closed.
+        """
+        return ["nsenter", f"--net={self._namespaces[host]}"] if self.is_emulated else []
+
+    @contextlib.contextmanager
+    def inside(self, host: str) -> Iterator[None]:
+        """Have this thread on a host while the block runs: a socket opened in it stays there for good."""
+        if not self.is_emulated:
+            yield
+            return
+        with Path("/proc/thread-self/ns/net").open() as home, self._namespaces[host].open() as there:
+            _set_namespace(there.fileno())
+            try:
+                yield
+            finally:
+                _set_namespace(home.fileno())
+
+    def counters(self) -> dict[str, Counters]:
+        """Counts of each host's device since the network began; none on loopback."""
+        return {host: self._count(host) for host in self.hosts} if self.is_emulated else {}
+
+    def _count(self, host: str) -> Counters:
+        with self.inside(host):
+            lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
+        device = next(line.split(":")[1].split() for line in lines if line.strip().startswith(f"{DEVICE}:"))
+        received, sent = map(int, device[0:2]), map(int, device[8:10])
+        return Counters(*sent, *received)
+
+
+def _set_namespace(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(descriptor, 0):  # os.setns from Python 3.12 on
+        raise OSError(ctypes.get_errno(), "cannot enter the network namespace")
+
+
+def missing_privileges() -> str | None:
+    """Why links cannot be emulated here, as a note for the reader; None if they can."""
+    if not sys.platform.startswith("linux"):
+        return "network namespaces need Linux"
+    if absent := [tool for tool in ("ip", "nsenter") if shutil.which(tool) is None]:
+        return f"{' and '.join(absent)} not found; install iproute2 and util-linux"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun is missing or not ours to open"
+    try:  # a container may lack what its root seems to have, so nothing but trying tells
+        with emulated_network(["probe"], PRESETS["ethernet100"]):
+            return None
+    except UserError as error:
+        return str(error)
+
+
+@contextlib.contextmanager
+def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
+    """Join hosts by emulated links while the block runs.
+
+    Each host is a network namespace with an address of its own, reachable from the others at the
+    link's rate and delay and from nowhere else. Nothing of it has a name on this machine: several
+    networks may run at once, and nothing is left behind however this process ends.
+
+    Parameters
+    ----------
+    hosts : sequence of str
+        Their names, all different.
+    link : Link
+
+    Raises
+    ------
+    UserError
+        This machine or user may not have network namespaces; `missing_privileges` says so beforehand.
+    """
+    if len(set(hosts)) != len(hosts) or not 1 <= len(hosts) <= MOST_HOSTS:
+        raise UserError(f"an emulated network has 1 to {MOST_HOSTS} hosts with different names, not {list(hosts)}")
+    addresses = [SUBNET.format(position + 1) for position in range(len(hosts))]
+    plan = {"addresses": addresses, "prefix": SUBNET_BITS, "link": asdict(link), "parent": os.getpid()}
+    relay = subprocess.Popen(
+        [sys.executable, "-m", "nonn.runtime.relay", json.dumps(plan)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C reaches it through us, after the programs on the hosts
+    )
+    try:
+        answer = json.loads(relay.stdout.readline() or '{"error": "the relay did not start"}')
+        if "error" in answer:
+            raise UserError(f"links cannot be emulated here: {answer['error']} (are you root?)")
+        places = [Path(f"/proc/{relay.pid}/fd/{descriptor}") for descriptor in answer["namespaces"]]
+        yield Network(tuple(hosts), link, relay, dict(zip(hosts, places, strict=True)))
+    finally:
+        relay.kill()
+        relay.wait()
+        relay.stdout.close()
+
+
+@contextlib.contextmanager
+def open_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
+    """The emulated network, or loopback with a note where the privileges for it are missing."""
+    if reason := missing_privileges():
+        log(f"note: {reason}. Running on loopback instead: without the link's rate, delay and loss.")
+        yield Network(tuple(hosts))
+        return
+    with emulated_network(hosts, link) as network:
+        yield network
