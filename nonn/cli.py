@@ -49,6 +49,8 @@ STAGES = {
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
 RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak")
+#: What only the pipeline imports, as it is imported: a device has none of it.
+PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
 SEEDED = ("distill", "assemble", "baseline")
 
 
@@ -144,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_tool(options)
     except UserError as error:
         sys.exit(f"nonn {options.command}: {error}")
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] not in PIPELINE:
+            raise
+        sys.exit(f"nonn {options.command}: this command needs the pipeline: pip install nonn[pipeline]")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -186,8 +186,10 @@ class Figures(Section):
     @field_validator("style")
     @classmethod
     def _is_known(cls, style: str) -> str:
-        import matplotlib.style
-
+        try:
+            import matplotlib.style
+        except ModuleNotFoundError:  # on a device, where nothing is drawn
+            return style
         if style != "default" and style not in matplotlib.style.available:
             raise ValueError(f"no such matplotlib style; one of: default, {', '.join(matplotlib.style.available)}")
         return style

@@ -1,0 +1,110 @@
+"""Devices get by without the pipeline: without torch, dvc, and all else of the extra `pipeline`."""
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from clusters import make_image, plain_node
+from conftest import REPOSITORY
+from packaging.requirements import Requirement
+from PIL import Image
+from ruamel.yaml import YAML
+from test_coordinator import cluster_of
+
+from nonn.cli import PIPELINE
+from nonn.runtime.cluster import write_cluster
+
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+#: Runs `nonn` where importing anything of the pipeline fails, as on a device.
+WITHOUT = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {(*PIPELINE, "snakemake")!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+from nonn.cli import main
+"""
+
+
+def run_without(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", f"{WITHOUT}main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {Requirement(requirement).name.lower() for requirement in requirements}
+
+
+def test_the_conda_environment_is_that_of_the_pipeline():
+    listed = YAML(typ="safe").load(REPOSITORY / "workflow/envs/nonn.yaml")["dependencies"][-1]["pip"]
+    assert listed == sorted(PROJECT["dependencies"] + EXTRAS["pipeline"])
+
+
+def test_every_dependency_is_pinned():
+    wanted = names(PROJECT["dependencies"] + EXTRAS["pipeline"] + EXTRAS["dev"]) - {"nonn"}
+    pinned = {line.partition("==")[0].lower() for line in (REPOSITORY / "requirements.lock").read_text().split()}
+    assert wanted - {name.replace("_", "-") for name in pinned} == set()
+
+
+def test_the_command_knows_what_only_the_pipeline_imports():
+    """Each of its names belongs to a package of the extra; snakemake is a command, never imported."""
+    distributions = packages_distributions()
+    assert {distributions[name][0].lower() for name in PIPELINE} == names(EXTRAS["pipeline"]) - {"snakemake"}
+
+
+def test_a_stage_says_which_extra_it_needs(folder):
+    (folder / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    done = run_without("teacher")
+    assert done.returncode == 1
+    assert done.stderr == "nonn teacher: this command needs the pipeline: pip install nonn[pipeline]\n"
+
+
+def test_another_missing_module_is_a_fault_and_looks_like_one(monkeypatch):
+    from nonn import cli
+
+    def fail(_):
+        raise ModuleNotFoundError("No module named 'nonsense'", name="nonsense")
+
+    monkeypatch.setattr(cli, "run_tool", fail)
+    with pytest.raises(ModuleNotFoundError, match="nonsense"):
+        cli.main(["check"])
+
+
+def test_a_cluster_is_described_certified_and_checked(folder, network_folder):
+    (folder / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
+    (folder / "results/mnist5k/export").mkdir(parents=True)
+    (folder / "results/mnist5k/export/2s").symlink_to(network_folder)
+    for command in (["check"], ["cluster", "2s"], ["certs", "certs", "coordinator", "node-0"]):
+        done = run_without(*command)
+        assert done.returncode == 0, done.stderr
+    assert Path("cluster.yaml").is_file()
+    assert Path("certs/node-0.key").is_file()
+
+
+def test_an_image_is_classified(folder, network_folder):
+    Image.fromarray(make_image()[0]).save("image.png")
+
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(3)]
+            write_cluster(folder / "cluster.yaml", cluster_of(network_folder, [address for address, _ in nodes]))
+            return await asyncio.to_thread(run_without, "predict", "image.png", "--cluster", "cluster.yaml")
+
+    done = asyncio.run(scenario())
+    assert done.returncode == 0, done.stderr
+    assert "of the lead" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["node", "coordinate", "up", "web", "certs", "cluster", "hosting", "fuzz", "soak"])
+def test_what_runs_on_devices_imports(module):
+    command = [sys.executable, "-c", f"{WITHOUT}import nonn.runtime.{module}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
