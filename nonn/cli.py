@@ -48,7 +48,7 @@ STAGES = {
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak")
+RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak", "split", "split-node")
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
 SEEDED = ("distill", "assemble", "baseline")
@@ -87,15 +87,8 @@ def add_runtime(commands) -> None:
     node = commands.add_parser("node", help="serve one exported student over gRPC")
     node.add_argument("model", type=Path, metavar="MODEL.onnx", help="beside the manifest.json of its export")
     node.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
-    node.add_argument("--cert", type=Path, help="this node's certificate")
-    node.add_argument("--key", type=Path, help="its private key")
-    node.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
-    node.add_argument(
-        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
-    )
-    node.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
+    add_serving(node)
     node.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
-    node.add_argument("--attached", action="store_true", help="stop when standard input closes")
     coordinate = commands.add_parser("coordinate", help="serve a whole network to applications over gRPC")
     coordinate.add_argument(
         "--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)"
@@ -134,6 +127,34 @@ def add_runtime(commands) -> None:
     soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
     soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     soak.add_argument("--seed", type=int, default=0)
+
+    split = commands.add_parser("split", help="split one exported model over devices: the baseline of a NoNN")
+    split.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
+    split.add_argument("-n", "--devices", type=int, required=True)
+    split.add_argument("--method", choices=["channels", "rows"], required=True)
+    split.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
+    split_node = commands.add_parser("split-node", help="serve one device's part of a split model over gRPC")
+    split_node.add_argument("part", type=Path, metavar="FOLDER/POSITION", help="of a plan that `nonn split` wrote")
+    split_node.add_argument(
+        "--devices",
+        nargs="+",
+        required=True,
+        metavar="HOST:PORT",
+        help="of all devices in order; it listens on its own",
+    )
+    add_serving(split_node)
+
+
+def add_serving(command) -> None:
+    """What every command that serves something takes."""
+    command.add_argument("--cert", type=Path, help="this node's certificate")
+    command.add_argument("--key", type=Path, help="its private key")
+    command.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
+    command.add_argument(
+        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
+    )
+    command.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
+    command.add_argument("--attached", action="store_true", help="stop when standard input closes")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -203,7 +224,7 @@ def run_tool(options: argparse.Namespace) -> None:
     from nonn.params import load_params
 
     if options.command in RUNTIME:
-        importlib.import_module(f"nonn.runtime.{options.command}").run(options)
+        importlib.import_module(f"nonn.runtime.{options.command.replace('-', '_')}").run(options)
         return
     if options.command == "bench":
         from nonn.bench import BENCHES
