@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -26,6 +27,9 @@ from nonn.runtime.cluster import Cluster, Node, load_cluster
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, read_response
 from nonn.runtime.tls import Identity
+
+if TYPE_CHECKING:
+    from nonn.runtime.split_plan import Part
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 #: Absences in a row after which a node's circuit breaker opens.
@@ -73,8 +77,11 @@ class Answer:
         return list(self.features)
 
 
-def open_channel(node: Node, contract: Contract, identity: Identity | None) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is."""
+def open_channel(node: Node, contract: Contract | Part, identity: Identity | None) -> aio.Channel:
+    """A channel to a node, who must show a certificate with its own name wherever it is.
+
+    Of the contract, only the size of its largest message matters here.
+    """
     limit = contract.message_limit
     options = CHANNEL_OPTIONS | {"grpc.max_receive_message_length": limit, "grpc.max_send_message_length": limit}
     if identity is None:

@@ -78,17 +78,26 @@ class Student:
         return features
 
 
-def run(options) -> None:
-    """The command ``nonn node``."""
+def identity_from(options) -> Identity | None:
+    """Who a command is that serves something; None where it was told to do so in plain text.
+
+    Raises
+    ------
+    UserError
+    """
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
         raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
-    identity = None if options.insecure else Identity(*files)
+    return None if options.insecure else Identity(*files)
+
+
+def run(options) -> None:
+    """The command ``nonn node``."""
     asyncio.run(
         serve(
             Student(options.model),
             options.address,
-            identity,
+            identity_from(options),
             options.allow or DEFAULT_CALLERS,
             options.metrics_port,
             options.attached,

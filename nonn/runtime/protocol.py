@@ -103,20 +103,20 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
     """
     check_model(contract, request.model_name, request.model_version)
     if len(request.inputs) != 1:
-        raise _invalid(f"expected 1 input, not {len(request.inputs)}")
+        raise invalid(f"expected 1 input, not {len(request.inputs)}")
     (tensor,) = request.inputs
     if tensor.name != INPUT:
-        raise _invalid(f"expected the input {INPUT!r}, not {tensor.name[:64]!r}")
+        raise invalid(f"expected the input {INPUT!r}, not {tensor.name[:64]!r}")
     if request.parameters or tensor.parameters or any(output.parameters for output in request.outputs):
-        raise _invalid("parameters are not supported; send none")
+        raise invalid("parameters are not supported; send none")
     wanted = [output.name for output in request.outputs]
     if unknown := [name for name in wanted if name not in contract.outputs]:
-        raise _invalid(f"no output {unknown[0][:64]!r}; ask for {', '.join(contract.outputs)}, or for none to have all")
+        raise invalid(f"no output {unknown[0][:64]!r}; ask for {', '.join(contract.outputs)}, or for none to have all")
     if len(set(wanted)) < len(wanted):
-        raise _invalid("an output is asked for twice")
+        raise invalid("an output is asked for twice")
     if tensor.HasField("contents"):
-        raise _invalid("send the pixels as raw_input_contents, not as contents")
-    data = _read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
+        raise invalid("send the pixels as raw_input_contents, not as contents")
+    data = read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
     return np.frombuffer(data, np.uint8).reshape(contract.image_shape)
 
 
@@ -138,14 +138,14 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
         Of another type, shape or length, or not finite: a node must not sway the vote by infinities.
     """
     if response.model_name != contract.model:
-        raise _invalid(f"expected an answer of model {contract.model!r}, not of {response.model_name[:64]!r}")
+        raise invalid(f"expected an answer of model {contract.model!r}, not of {response.model_name[:64]!r}")
     if [output.name for output in response.outputs] != [OUTPUT]:
-        raise _invalid(f"expected the output {OUTPUT!r} alone")
+        raise invalid(f"expected the output {OUTPUT!r} alone")
     (tensor,) = response.outputs
-    data = _read_raw(tensor, response.raw_output_contents, "FP32", (1, contract.n_features), itemsize=4)
+    data = read_raw(tensor, response.raw_output_contents, "FP32", (1, contract.n_features), itemsize=4)
     features = np.frombuffer(data, "<f4")
     if not np.isfinite(features).all():
-        raise _invalid("features that are not finite")
+        raise invalid("features that are not finite")
     return features
 
 
@@ -157,17 +157,19 @@ def check_model(contract: ImageContract, model: str, version: str) -> None:
         raise ProtocolError(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
 
 
-def _read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: int) -> bytes:
+def read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: int) -> bytes:
+    """Content of a message's only tensor, which must be of this type and shape."""
     if tensor.datatype != datatype:
-        raise _invalid(f"{tensor.name}: expected the type {datatype}, not {tensor.datatype[:64]!r}")
+        raise invalid(f"{tensor.name}: expected the type {datatype}, not {tensor.datatype[:64]!r}")
     if tuple(tensor.shape) != shape:
-        raise _invalid(f"{tensor.name}: expected the shape {list(shape)}, not {list(tensor.shape)[:8]}")
+        raise invalid(f"{tensor.name}: expected the shape {list(shape)}, not {list(tensor.shape)[:8]}")
     if len(contents) != 1:
-        raise _invalid(f"{tensor.name}: expected its data as one raw tensor, not {len(contents)}")
+        raise invalid(f"{tensor.name}: expected its data as one raw tensor, not {len(contents)}")
     if len(contents[0]) != math.prod(shape) * itemsize:
-        raise _invalid(f"{tensor.name}: expected {math.prod(shape) * itemsize} bytes, not {len(contents[0])}")
+        raise invalid(f"{tensor.name}: expected {math.prod(shape) * itemsize} bytes, not {len(contents[0])}")
     return contents[0]
 
 
-def _invalid(message: str) -> ProtocolError:
+def invalid(message: str) -> ProtocolError:
+    """The error of a message that is not what was agreed."""
     return ProtocolError(StatusCode.INVALID_ARGUMENT, message)

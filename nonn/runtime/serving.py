@@ -158,25 +158,20 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def serving(
-    model: Model, address: str, identity: Identity | None = None, allowed: Collection[str] = ()
-) -> AsyncIterator[tuple[int, Meters]]:
-    """Serve a model while the block runs; yield the port (useful where 0 was asked for) and its meters.
+async def listening(
+    service: oip_grpc.GRPCInferenceServiceServicer,
+    address: str,
+    message_limit: int,
+    identity: Identity | None,
+    allowed: Collection[str],
+) -> AsyncIterator[int]:
+    """Let a service be called while the block runs, by whom it may; yield the port.
 
-    Parameters
-    ----------
-    model : Model
-    address : str
-        ``host:port``.
-    identity : Identity, optional
-        For mutual TLS. Without it everything is plain text, which only loopback addresses may be.
-    allowed : collection of str
-        Common names of the certificates that may call.
+    Parameters are those of `serving`; `message_limit` in bytes.
 
     Raises
     ------
     UserError
-        Plain text beyond loopback, an address that is taken or impossible, or unusable certificates.
     """
     try:
         split_address(address)
@@ -184,11 +179,10 @@ async def serving(
         raise UserError(f"--address: {error}") from None
     if identity is None and not is_loopback(address):
         raise UserError(f"{address}: plain text is for loopback addresses only. Use certificates elsewhere.")
-    service = Service(model)
-    limit = model.contract.message_limit
     options = {
-        "grpc.max_receive_message_length": limit,
-        "grpc.max_send_message_length": limit,
+        "grpc.max_receive_message_length": message_limit,
+        "grpc.max_send_message_length": message_limit,
+        "grpc.http2.lookahead_bytes": message_limit,  # a whole message may come without asking for room again
         "grpc.max_metadata_size": 8 * 1024,
         "grpc.max_concurrent_streams": CONCURRENT_STREAMS,
         "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
@@ -210,10 +204,46 @@ async def serving(
         raise UserError(f"{address}: cannot listen there. Is the port free, and the address this machine's?") from None
     await server.start()
     try:
-        yield port, service.meters
+        yield port
     finally:
         await status.enter_graceful_shutdown()
         await server.stop(GRACE)
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    model: Model, address: str, identity: Identity | None = None, allowed: Collection[str] = ()
+) -> AsyncIterator[tuple[int, Meters]]:
+    """Serve a model while the block runs; yield the port (useful where 0 was asked for) and its meters.
+
+    Parameters
+    ----------
+    model : Model
+    address : str
+        ``host:port``.
+    identity : Identity, optional
+        For mutual TLS. Without it everything is plain text, which only loopback addresses may be.
+    allowed : collection of str
+        Common names of the certificates that may call.
+
+    Raises
+    ------
+    UserError
+        Plain text beyond loopback, an address that is taken or impossible, or unusable certificates.
+    """
+    service = Service(model)
+    async with listening(service, address, model.contract.message_limit, identity, allowed) as port:
+        yield port, service.meters
+
+
+def told_to_stop(attached: bool) -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set, and, if `attached`, standard input when it closes."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    if attached:
+        loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+    return stopped
 
 
 async def serve(
@@ -229,11 +259,7 @@ async def serve(
 
     Metrics are those of every server, and `counters` of the model's own.
     """
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    if attached:
-        loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+    stopped = told_to_stop(attached)
     async with serving(model, address, identity, allowed) as (port, meters):
         for counter in counters:
             meters.registry.register(counter)

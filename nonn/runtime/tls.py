@@ -73,6 +73,11 @@ def is_loopback(address: str) -> bool:
         return host == "localhost"
 
 
+def callers_of(context: aio.ServicerContext) -> set[bytes]:
+    """Common names of the certificate that a caller has shown; empty for plain text."""
+    return set(context.auth_context().get("x509_common_name", []))
+
+
 class Guard(aio.ServerInterceptor):
     """Lets through what a node answers: one request, one response, from a caller on the allow-list.
 
@@ -111,6 +116,6 @@ class Guard(aio.ServerInterceptor):
     async def _check(self, context: aio.ServicerContext) -> None:
         if self.names is None:
             return
-        callers = set(context.auth_context().get("x509_common_name", []))
+        callers = callers_of(context)
         if not callers or not callers <= self.names:
             await context.abort(StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list")

@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from grpc import aio
@@ -75,8 +76,13 @@ async def start(cluster: Cluster, node: Node, contract: Contract) -> Child:
         arguments += ["--allow", cluster.tls.coordinator if cluster.tls else COORDINATOR]
     else:
         arguments.append("--insecure")
+    return await spawn(node, contract, ["node", *arguments])
+
+
+async def spawn(node: Node, contract: Contract, arguments: Sequence[str], prefix: Sequence[str] = ()) -> Child:
+    """Run ``nonn`` with some arguments as a child process, for example behind ``ip netns exec NAME``."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nonn", "node", *arguments),
+        *(*prefix, sys.executable, "-m", "nonn", *arguments),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
