@@ -7,10 +7,12 @@ differ from run to run: this stage and `figures` are the only ones whose bytes d
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -65,12 +67,34 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     }
 
 
+@contextlib.contextmanager
+def pinned_to(core: int) -> Iterator[None]:
+    """Keep this process on one core while the block runs, where the system can.
+
+    Raises
+    ------
+    UserError
+        This machine has no such core.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    if core not in cores:
+        raise UserError(f"params.yaml: benchmark.core: this machine has the cores {sorted(cores)}; choose one.")
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def _measure_window(path: Path, params: dict) -> dict[str, float]:
-    if hasattr(os, "sched_setaffinity"):
-        cores = os.sched_getaffinity(0)
-        if params["core"] not in cores:
-            raise UserError(f"params.yaml: benchmark.core: this machine has the cores {sorted(cores)}; choose one.")
-        os.sched_setaffinity(0, {params["core"]})
+    with pinned_to(params["core"]):
+        return _measure_here(path, params)
+
+
+def _measure_here(path: Path, params: dict) -> dict[str, float]:
     import numpy as np
 
     from nonn.runtime.session import open_session

@@ -28,7 +28,7 @@ Network of Neural Networks: split one large image classifier into small students
 
 Stages, in order (the pipeline calls them; `nonn STAGE --help` says more):
   dataset  teacher  signals  graph  design  partition  distill  assemble
-  baseline  evaluate  export  benchmark  figures
+  baseline  evaluate  export  benchmark  distributed  figures
 """
 
 #: Stage: what it does, and the kind of item that it takes.
@@ -45,6 +45,10 @@ STAGES = {
     "evaluate": ("score everything on the test images", None),
     "export": ("write ONNX files and score them again", "NETWORK or solo"),
     "benchmark": ("measure latency and memory of the exported models", "NETWORK or solo"),
+    "distributed": (
+        "run the devices together over emulated links, and split networks for comparison",
+        "NETWORK or solo",
+    ),
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
@@ -154,6 +158,7 @@ def add_serving(command) -> None:
         "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
     )
     command.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
+    command.add_argument("--sensor", type=Path, metavar="FILE.npy", help="images that stand for its camera")
     command.add_argument("--attached", action="store_true", help="stop when standard input closes")
 
 
@@ -209,7 +214,7 @@ def parse_item(stage: str, item: str | None, params) -> dict:
         return {}
     if stage in ("design", "partition", "assemble"):
         known = {network: {"network": network} for network in params.networks}
-    elif stage in ("export", "benchmark"):
+    elif stage in ("export", "benchmark", "distributed"):
         known = {name: {"name": name} for name in [*params.networks, "solo"]}
     elif stage == "distill":
         known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in params.students}

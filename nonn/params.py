@@ -178,6 +178,37 @@ class Benchmark(Section):
     core: Annotated[int, Field(ge=0)]
 
 
+class Distributed(Section):
+    """Devices at once over emulated links, and what a split network takes there."""
+
+    links: Annotated[list[str], Field(min_length=1)]
+    board: str
+    slowdown: Positive
+    reference: Architecture | None
+    images: Annotated[int, Field(ge=2)]
+    seconds: Positive
+    longest: Positive
+
+    @field_validator("links")
+    @classmethod
+    def _are_known(cls, links: list[str]) -> list[str]:
+        from nonn.runtime.links import PRESETS
+
+        for link in links:
+            if link not in PRESETS:
+                raise ValueError(f"no link {link!r}; choose of {', '.join(PRESETS)}")
+        return links
+
+    @field_validator("board")
+    @classmethod
+    def _is_a_board(cls, board: str) -> str:
+        from nonn.energy import BOARDS
+
+        if board not in BOARDS:
+            raise ValueError(f"no board {board!r}; choose one of {', '.join(BOARDS)}")
+        return board
+
+
 class Figures(Section):
     style: str
     dpi: Annotated[int, Field(ge=50, le=600)]
@@ -216,6 +247,7 @@ class Params(Section):
     assemble: Assemble
     evaluate: Evaluate
     benchmark: Benchmark
+    distributed: Distributed
     figures: Figures
 
     def baseline_jobs(self) -> Iterator[tuple[str, str, list[int]]]:

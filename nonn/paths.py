@@ -83,6 +83,9 @@ class Paths:
     def benchmark(self, name: str) -> Path:
         return self / f"benchmark/{name}.json"
 
+    def distributed(self, name: str) -> Path:
+        return self / f"distributed/{name}.json"
+
     def log(self, artifact: Path) -> Path:
         """Training log beside a weights file."""
         return artifact.with_suffix(".csv")

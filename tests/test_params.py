@@ -75,7 +75,7 @@ WRONG = [
     ({"networks.2s": ["stm32f7"]}, "networks.2s: has 1 devices; give it 2 to 16"),
     ({"networks.2s": ["stm32f7"] * 17}, "networks.2s: has 17 devices; give it 2 to 16"),
     ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of `networks`"),
-    ({"networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3: `networks` has no such device"),
+    ({"networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3, 8s/0,"),
     ({"students": [*SHIPPED["students"], "2s/0"]}, "students: an entry is listed twice; remove one"),
     ({"seeds": [0, 1, 0]}, "seeds: an entry is listed twice; remove one"),
     ({"seeds": []}, "seeds: list should have at least 1 item"),
@@ -112,6 +112,11 @@ WRONG = [
     ({"dataset.size": 27}, "dataset.size: input should be greater than or equal to 28 (it is 27)"),
     ({"dataset.test": 0.9}, "dataset: validation and test together leave no training images; lower one of them"),
     ({"dataset.sha256": "abc"}, "dataset.sha256: string should match pattern"),
+    (
+        {"distributed.links": ["wifi20", "pigeon"]},
+        "distributed.links: no link 'pigeon'; choose of ethernet941, ethernet100, wifi100, wifi50, wifi20, ieee802154",
+    ),
+    ({"distributed.board": "abacus"}, "distributed.board: no board 'abacus'; choose one of cortex_m7, pi3b, pi3b_plus"),
     ({"figures.style": "pretty"}, "figures.style: no such matplotlib style; one of: default"),
 ]
 

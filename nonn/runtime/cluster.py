@@ -60,6 +60,8 @@ class Cluster(Section):
     deadline_ms : float
         When an image is answered with whichever students have replied.
     tls : Tls, optional
+    sensor : Path, optional
+        A file of images that stands for the camera of each node that `nonn up` starts; see `nonn.runtime.sensor`.
     insecure : bool
         Plain text instead of ``tls``; all nodes must then be on this machine.
     nodes : list of Node
@@ -69,6 +71,7 @@ class Cluster(Section):
     export: Path
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
+    sensor: Path | None = None
     insecure: bool = False
     nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
 
@@ -125,6 +128,8 @@ def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
     changes: dict = {"export": path.parent / cluster.export}
     if cluster.tls:
         changes["tls"] = cluster.tls.model_copy(update={"folder": path.parent / cluster.tls.folder})
+    if cluster.sensor:
+        changes["sensor"] = path.parent / cluster.sensor
     return cluster.model_copy(update=changes)
 
 
@@ -158,6 +163,8 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     if cluster.tls:
         content["tls"] = {"folder": os.path.relpath(cluster.tls.folder, path.parent)}
         content["tls"]["coordinator"] = cluster.tls.coordinator
+    if cluster.sensor:
+        content["sensor"] = os.path.relpath(cluster.sensor, path.parent)
     text, yaml = StringIO(), YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump(content, text)

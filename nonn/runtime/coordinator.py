@@ -214,8 +214,10 @@ class Coordinator:
         await asyncio.gather(*(link.close() for link in self.links))
         self.links = []
 
-    async def classify(self, image: np.ndarray) -> Answer:
-        """Classify an image, uint8 of shape (channels, size, size), by the deadline.
+    async def classify(self, image: np.ndarray | np.integer) -> Answer:
+        """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
+
+        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`.
 
         Raises
         ------
@@ -224,7 +226,7 @@ class Coordinator:
             The image is of another type or shape.
         """
         shape = self.links[0].contract.image_shape[1:]
-        if image.dtype != np.uint8 or image.shape != shape:
+        if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
             raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
         features, absent = await self._collect(image)
         if not features:

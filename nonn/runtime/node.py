@@ -19,6 +19,7 @@ from nonn.errors import UserError
 from nonn.progress import log
 from nonn.runtime.exported import read_manifest, read_verified
 from nonn.runtime.protocol import INPUT, OUTPUT, Contract, ProtocolError, make_response
+from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serve
 from nonn.runtime.session import open_session
 from nonn.runtime.tls import Identity
@@ -34,6 +35,8 @@ class Student:
     ----------
     path : Path
         An ONNX file beside the ``manifest.json`` that the stage `export` wrote with it.
+    sensor : Path, optional
+        See `nonn.runtime.sensor`.
 
     Raises
     ------
@@ -43,14 +46,16 @@ class Student:
 
     platform, is_ready = "onnxruntime_onnx", True
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, sensor: Path | None = None):
         manifest = read_manifest(path.parent)
         entry = next((entry for entry in manifest.students if entry.file == path.name), None)
         if entry is None:
             known = ", ".join(entry.file for entry in manifest.students)
             raise UserError(f"{path}: not a student of the manifest beside it. Choose one of {known}.")
         content = read_verified(path, entry.sha256)
-        self.contract = Contract(entry.model, manifest.image.channels, manifest.image.size, entry.n_features)
+        shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
+        images = load_sensor(sensor, shape)
+        self.contract = Contract(entry.model, *shape[:2], entry.n_features, sensor=images)
         self.session = open_session(content)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         features = self.run(np.zeros(self.contract.image_shape, np.uint8))
@@ -95,7 +100,7 @@ def run(options) -> None:
     """The command ``nonn node``."""
     asyncio.run(
         serve(
-            Student(options.model),
+            Student(options.model, options.sensor),
             options.address,
             identity_from(options),
             options.allow or DEFAULT_CALLERS,

@@ -12,13 +12,15 @@ References
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 INPUT, OUTPUT = "image", "features"
+#: Input in place of an image where the device has a sensor: int64 of shape (1, 1), which of its images is meant.
+SAMPLE = "sample"
 #: Models are replaced by restarting the node, so there is one version.
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
@@ -45,11 +47,14 @@ class ImageContract:
         Name of what is served.
     channels, size : int
         Of an image, uint8 of shape (1, channels, size, size).
+    sensor : ndarray of shape (n, channels, size, size), uint8, optional
+        Images that the server sees for itself; it then takes the number of one of them too.
     """
 
     model: str
     channels: int
     size: int
+    sensor: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
@@ -87,8 +92,12 @@ class Contract(ImageContract):
         return max(super().message_limit, 4 * self.n_features + ENVELOPE)
 
 
-def make_request(contract: Contract, image: np.ndarray) -> ModelInferRequest:
-    """Ask for the features of an image, uint8 of shape (channels, size, size)."""
+def make_request(contract: Contract, image: np.ndarray | np.integer) -> ModelInferRequest:
+    """Ask for the features of an image, uint8 of shape (channels, size, size), or of one by its sensor's number."""
+    if np.ndim(image) == 0:
+        tensor = ModelInferRequest.InferInputTensor(name=SAMPLE, datatype="INT64", shape=(1, 1))
+        raw = np.asarray(image, "<i8").tobytes()
+        return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[raw])
     tensor = ModelInferRequest.InferInputTensor(name=INPUT, datatype="UINT8", shape=contract.image_shape)
     return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[image.tobytes()])
 
@@ -105,7 +114,8 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
     if len(request.inputs) != 1:
         raise invalid(f"expected 1 input, not {len(request.inputs)}")
     (tensor,) = request.inputs
-    if tensor.name != INPUT:
+    takes_samples = contract.sensor is not None
+    if tensor.name != INPUT and not (takes_samples and tensor.name == SAMPLE):
         raise invalid(f"expected the input {INPUT!r}, not {tensor.name[:64]!r}")
     if request.parameters or tensor.parameters or any(output.parameters for output in request.outputs):
         raise invalid("parameters are not supported; send none")
@@ -116,6 +126,12 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
         raise invalid("an output is asked for twice")
     if tensor.HasField("contents"):
         raise invalid("send the pixels as raw_input_contents, not as contents")
+    if tensor.name == SAMPLE:
+        data = read_raw(tensor, request.raw_input_contents, "INT64", (1, 1), itemsize=8)
+        number = int(np.frombuffer(data, "<i8")[0])
+        if not 0 <= number < len(contract.sensor):
+            raise invalid(f"the sensor has images 0 to {len(contract.sensor) - 1}, none of number {number}")
+        return contract.sensor[number][None]
     data = read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
     return np.frombuffer(data, np.uint8).reshape(contract.image_shape)
 

@@ -86,8 +86,10 @@ class SplitCoordinator:
         await asyncio.gather(*(channel.close() for channel in self._channels))
         self._channels, self._calls = [], []
 
-    async def classify(self, image: np.ndarray) -> np.ndarray:
-        """Logits (C,) of an image, uint8 of shape (channels, size, size), by the deadline.
+    async def classify(self, image: np.ndarray | np.integer) -> np.ndarray:
+        """Logits (C,) of an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
+
+        A number is for devices with sensors of their own; see `nonn.runtime.sensor`.
 
         Raises
         ------
@@ -97,7 +99,7 @@ class SplitCoordinator:
             The image is of another type or shape.
         """
         shape = self.plan.parts[0].contract.image_shape[1:]
-        if image.dtype != np.uint8 or image.shape != shape:
+        if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
             raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
         async with self._one_at_a_time:
             return self.plan.logits(await self._collect(image))
@@ -146,6 +148,7 @@ async def start_devices(
     addresses: Sequence[str],
     certificates: Path | None = None,
     prefixes: Sequence[Sequence[str]] | None = None,
+    sensor: Path | None = None,
 ) -> list[Child]:
     """Start all devices of a plan as child processes, and wait until they have reached each other.
 
@@ -162,6 +165,8 @@ async def start_devices(
         it plain text.
     prefixes : sequence of sequence of str, optional
         What each device's command is run behind, for example ``ip netns exec NAME``.
+    sensor : Path, optional
+        A file of images that stands for the camera of each device.
 
     Raises
     ------
@@ -180,6 +185,8 @@ async def start_devices(
                 arguments += ["--allow", COORDINATOR]
             else:
                 arguments.append("--insecure")
+            if sensor:
+                arguments += ["--sensor", str(sensor)]
             children.append(await spawn(node, part.contract, arguments, prefix))
         async with asyncio.timeout(START_TIMEOUT):
             await asyncio.gather(*(_ready(child) for child in children))
@@ -211,9 +218,10 @@ async def running_devices(
     addresses: Sequence[str],
     certificates: Path | None = None,
     prefixes: Sequence[Sequence[str]] | None = None,
+    sensor: Path | None = None,
 ) -> AsyncIterator[list[Child]]:
     """Run all devices of a plan while the block runs; parameters are those of `start_devices`."""
-    children = await start_devices(folder, addresses, certificates, prefixes)
+    children = await start_devices(folder, addresses, certificates, prefixes, sensor)
     try:
         yield children
     finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from nonn.runtime.coordinator import MODEL_INFER, open_channel, reason_of
 from nonn.runtime.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.runtime.node import DEFAULT_CALLERS, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
+from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import Service, listening, told_to_stop
 from nonn.runtime.split_plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 from nonn.runtime.tls import Identity, callers_of, is_loopback, split_address
@@ -38,7 +40,7 @@ KEPT_EXCHANGES = 4
 
 
 class Device:
-    """One device's part of a plan, verified and warmed up.
+    """One device's part of a plan, verified and warmed up; `sensor` as in `nonn.runtime.sensor`.
 
     Raises
     ------
@@ -48,9 +50,10 @@ class Device:
 
     platform, is_ready = "onnxruntime_onnx", True
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, sensor: Path | None = None):
         self.part, models = load_part(folder)
-        self.contract = self.part.contract
+        contract = self.part.contract
+        self.contract = replace(contract, sensor=load_sensor(sensor, contract.image_shape[1:]))
         try:
             self.sessions = open_sessions(models)
             self._warm_up()
@@ -289,11 +292,10 @@ async def serving(
 
 
 async def serve(
-    folder: Path, addresses: Sequence[str], identity: Identity | None, allowed: Collection[str], attached: bool
+    device: Device, addresses: Sequence[str], identity: Identity | None, allowed: Collection[str], attached: bool
 ) -> None:
     """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
     stopped = told_to_stop(attached)
-    device = Device(folder)
     async with serving(device, addresses, identity, allowed) as (port, service):
         host, _ = split_address(addresses[device.part.position])
         where = f"model {device.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}"
@@ -309,5 +311,5 @@ async def serve(
 
 def run(options) -> None:
     """The command ``nonn split-node``."""
-    identity = identity_from(options)
-    asyncio.run(serve(options.part, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))
+    identity, device = identity_from(options), Device(options.part, options.sensor)
+    asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))

@@ -68,15 +68,20 @@ class Child:
         return COLUMNS.format(self.node.name, self.node.model, self.node.address, self.state, *counts)
 
 
-async def start(cluster: Cluster, node: Node, contract: Contract) -> Child:
-    """Start a node as a child process, in a session of its own so that Ctrl-C reaches it only through us."""
+async def start(cluster: Cluster, node: Node, contract: Contract, prefix: Sequence[str] = ()) -> Child:
+    """Start a node as a child process, in a session of its own so that Ctrl-C reaches it only through us.
+
+    `prefix` is a command that runs another, such as ``ip netns exec NAME``.
+    """
     arguments = [str(cluster.export / f"{node.model}.onnx"), "--address", node.address, "--attached"]
     if identity := cluster.identity(node.name):
         arguments += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
         arguments += ["--allow", cluster.tls.coordinator if cluster.tls else COORDINATOR]
     else:
         arguments.append("--insecure")
-    return await spawn(node, contract, ["node", *arguments])
+    if cluster.sensor:
+        arguments += ["--sensor", str(cluster.sensor)]
+    return await spawn(node, contract, ["node", *arguments], prefix)
 
 
 async def spawn(node: Node, contract: Contract, arguments: Sequence[str], prefix: Sequence[str] = ()) -> Child:

@@ -56,17 +56,43 @@ rule benchmark:
         REPRO
 
 
+rule distributed:
+    input:
+        lambda wildcards: inputs(named_stage("distributed", wildcards.name)),
+    output:
+        f"{RESULTS}/distributed/{{name}}.json",
+    log:
+        "logs/distributed/{name}.log",
+    conda:
+        "../envs/nonn.yaml"
+    # All cores, so that nothing else runs while latencies are measured.
+    threads: workflow.cores
+    params:
+        stage=lambda wildcards: named_stage("distributed", wildcards.name),
+        knobs=lambda wildcards: knobs(named_stage("distributed", wildcards.name)),
+    message:
+        "distributed {wildcards.name}: devices at once, over emulated links"
+    shell:
+        REPRO
+
+
 rule figures:
     input:
         inputs("figures"),
     output:
         kept(f"{RESULTS}/claims.json"),
+        kept(f"{RESULTS}/distributed.csv"),
         kept(f"{RESULTS}/metrics.json"),
+        kept(f"{RESULTS}/ratios.json"),
         kept(f"{RESULTS}/summary.csv"),
         kept(f"{RESULTS}/summary.tex"),
         kept(report(f"{RESULTS}/summary.md", caption="../report/summary.rst", category="Tables")),
         reported("accuracy_memory"),
         reported("missing_devices"),
+        reported("communication"),
+        reported("latency"),
+        reported("scaling"),
+        reported("ratios"),
         reported("filter_graph"),
         reported("adjacency"),
         reported("top_k"),

@@ -1,0 +1,31 @@
+"""The images that a device sees for itself, in a test bed: a file stands for its camera.
+
+Where every device has a sensor of its own, the coordinator sends no image, only which one is meant.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nonn.errors import UserError
+
+
+def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Images of a ``.npy`` file, uint8 of shape (n, channels, size, size); None without a file.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or its images are not of the shape (channels, size, size).
+    """
+    if path is None:
+        return None
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--sensor: {path} cannot be read ({error}). Save images with numpy.save.") from None
+    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
+        raise UserError(f"--sensor: {path} holds {images.dtype} {images.shape}; give uint8 of shape (n, *{shape})")
+    return images
