@@ -52,7 +52,7 @@ STAGES = {
     "figures": ("draw figures and write tables from the results", None),
 }
 #: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak", "split", "split-node")
+RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak", "links", "split", "split-node")
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
 SEEDED = ("distill", "assemble", "baseline")
@@ -131,6 +131,9 @@ def add_runtime(commands) -> None:
     soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
     soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     soak.add_argument("--seed", type=int, default=0)
+    links = commands.add_parser("links", help="measure the emulated links against their theory")
+    links.add_argument("--link", metavar="NAME", help="only this one, for example wifi20")
+    links.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
 
     split = commands.add_parser("split", help="split one exported model over devices: the baseline of a NoNN")
     split.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")

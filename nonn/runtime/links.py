@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nonn.errors import UserError
+from nonn.files import write_json
 from nonn.progress import log
 
 #: Largest IP packet in bytes, on every link: also on 802.15.4, whose adaptation layer (6LoWPAN) would
@@ -32,6 +33,9 @@ IP_HEADER, UDP_HEADER, TCP_HEADER = 20, 8, 32  # TCP's with the timestamps that 
 
 #: Addresses of the hosts; the namespaces are apart, so every network has the same.
 SUBNET, SUBNET_BITS, MOST_HOSTS = "10.77.0.{}", 24, 250
+
+
+ON_LOOPBACK = "note: {}. Running on loopback instead: without any link's rate, delay and loss."
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,24 @@ class Link:
     def __post_init__(self) -> None:
         if not (self.rate_bps > 0 and self.delay_s >= 0 and 0 <= self.loss < 1):
             raise UserError(f"{self}: a link has rate_bps > 0, delay_s >= 0 and 0 <= loss < 1")
+
+    def __str__(self) -> str:
+        medium = "one shared medium" if self.shared else "full duplex"
+        loss = f", {self.loss:.2%} lost" if self.loss else ""
+        return f"{self.rate_bps / 1e6:g} Mbit/s, {1000 * self.delay_s:g} ms one way, {medium}{loss}"
+
+
+def find_link(name: str) -> Link:
+    """A link of `PRESETS`.
+
+    Raises
+    ------
+    UserError
+        There is none of that name.
+    """
+    if name not in PRESETS:
+        raise UserError(f"no link {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 #: Links by name. Wired ones are full duplex with a switch. The Wi-Fi scenarios and 802.15.4 are shared:
@@ -193,17 +215,21 @@ def _set_namespace(descriptor: int) -> None:
 
 def missing_privileges() -> str | None:
     """Why links cannot be emulated here, as a note for the reader; None if they can."""
-    if not sys.platform.startswith("linux"):
-        return "network namespaces need Linux"
-    if absent := [tool for tool in ("ip", "nsenter") if shutil.which(tool) is None]:
-        return f"{' and '.join(absent)} not found; install iproute2 and util-linux"
-    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-        return "/dev/net/tun is missing or not ours to open"
     try:  # a container may lack what its root seems to have, so nothing but trying tells
         with emulated_network(["probe"], PRESETS["ethernet100"]):
             return None
     except UserError as error:
         return str(error)
+
+
+def _missing_means() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return "network namespaces need Linux"
+    if absent := [tool for tool in ("ip", "nsenter") if shutil.which(tool) is None]:
+        return f"{' and '.join(absent)} not found; install iproute2 and util-linux"
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        return "/dev/net/tun is missing, or not ours to open"
+    return None
 
 
 @contextlib.contextmanager
@@ -227,6 +253,8 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
     """
     if len(set(hosts)) != len(hosts) or not 1 <= len(hosts) <= MOST_HOSTS:
         raise UserError(f"an emulated network has 1 to {MOST_HOSTS} hosts with different names, not {list(hosts)}")
+    if reason := _missing_means():
+        raise UserError(f"links cannot be emulated here: {reason}")
     addresses = [SUBNET.format(position + 1) for position in range(len(hosts))]
     plan = {"addresses": addresses, "prefix": SUBNET_BITS, "link": asdict(link), "parent": os.getpid()}
     relay = subprocess.Popen(
@@ -238,9 +266,11 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
     try:
         answer = json.loads(relay.stdout.readline() or '{"error": "the relay did not start"}')
         if "error" in answer:
-            raise UserError(f"links cannot be emulated here: {answer['error']} (are you root?)")
+            raise UserError(f"links cannot be emulated here: {answer['error']}; it takes root's capabilities")
         places = [Path(f"/proc/{relay.pid}/fd/{descriptor}") for descriptor in answer["namespaces"]]
         yield Network(tuple(hosts), link, relay, dict(zip(hosts, places, strict=True)))
+        if relay.poll() is not None:
+            raise UserError(f"the relay of the emulated network ended early ({relay.returncode}); run this again")
     finally:
         relay.kill()
         relay.wait()
@@ -251,8 +281,29 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
 def open_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
     """The emulated network, or loopback with a note where the privileges for it are missing."""
     if reason := missing_privileges():
-        log(f"note: {reason}. Running on loopback instead: without the link's rate, delay and loss.")
+        log(ON_LOOPBACK.format(reason))
         yield Network(tuple(hosts))
         return
     with emulated_network(hosts, link) as network:
         yield network
+
+
+def run(options) -> None:
+    """The command ``nonn links``: measure each preset against its theory."""
+    from nonn.benchmark import describe_system
+    from nonn.runtime.echo import format_measurement, measure_link  # they measure what is defined here
+
+    links = {options.link: find_link(options.link)} if options.link else PRESETS
+    hosts = ("sender", "receiver")
+    measured = {}
+    if reason := missing_privileges():
+        log(ON_LOOPBACK.format(reason))
+        measured["loopback"] = measure_link(Network(hosts))
+        print(f"loopback\n{format_measurement(measured['loopback'])}")
+    for name, link in {} if reason else links.items():
+        log(f"{name}: {link}")
+        with emulated_network(hosts, link) as network:
+            measured[name] = asdict(link) | measure_link(network)
+        print(f"{name}: {link}\n{format_measurement(measured[name])}\n", flush=True)
+    if options.json:
+        write_json(options.json, {"system": describe_system(), "note": reason, "links": measured})

@@ -29,6 +29,8 @@ from nonn.runtime.links import DEVICE, MTU, Link
 DEVICE_QUEUE = 2000
 #: Longest sleep in seconds, after which the relay looks whether its parent is still there.
 IDLE = 0.25
+#: Packets read from one device before the others have their turn; one at a time costs 8 % at 941 Mbit/s.
+BATCH = 16
 #: A queue holds this many bytes, or this many seconds of its link, whichever is more: see `Switch`.
 QUEUE_BYTES, QUEUE_SECONDS = 256 * 1024, 0.1
 
@@ -149,7 +151,7 @@ def open_host(address: str) -> tuple[int, int]:
         It is not permitted.
     """
     if _LIBC.unshare(CLONE_NEWNET):  # os.unshare from Python 3.12 on
-        raise OSError(ctypes.get_errno(), "a network namespace is not permitted")
+        raise OSError(ctypes.get_errno(), "network namespaces are not permitted")
     namespace = os.open("/proc/self/ns/net", os.O_RDONLY)
     device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
@@ -183,10 +185,12 @@ def relay(devices: Sequence[int], addresses: Sequence[str], link: Link, parent: 
     while os.getppid() == parent:
         pause = min(max(switch.next_event - clock(), 0), IDLE)
         for device in select.select(devices, [], [], pause)[0]:
-            packet = os.read(device, MTU)
-            receiver = hosts.get(packet[16:20])  # destination address of the IPv4 header
-            if receiver is not None:
-                switch.send(clock(), senders[device], receiver, packet)
+            with contextlib.suppress(BlockingIOError):  # no more for now
+                for _ in range(BATCH):
+                    packet = os.read(device, MTU)
+                    receiver = hosts.get(packet[16:20])  # destination address of the IPv4 header
+                    if receiver is not None:
+                        switch.send(clock(), senders[device], receiver, packet)
         for receiver, packet in switch.arrived(clock()):
             with contextlib.suppress(OSError):  # a device that was set down, or is full, loses it
                 os.write(devices[receiver], packet)

@@ -1,0 +1,383 @@
+"""Emulated links: the model by hand, real packets against theory, and nothing left behind."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from clusters import make_image
+from PIL import Image
+
+from nonn.cli import main
+from nonn.errors import UserError
+from nonn.files import read_json
+from nonn.runtime.cluster import local_cluster, write_cluster
+from nonn.runtime.echo import measure_round_trips, measure_throughput
+from nonn.runtime.links import (
+    DEVICE,
+    PRESETS,
+    Counters,
+    Link,
+    datagram_bytes,
+    emulated_network,
+    missing_privileges,
+    open_network,
+    round_trip,
+    tcp_goodput,
+)
+from nonn.runtime.relay import Switch
+
+MISSING = missing_privileges()
+emulated = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+#: One bit a microsecond: a packet of 125 bytes takes 1 ms.
+MEGABIT = Link(1e6)
+PACKET = bytes(125)
+
+
+def arrivals(switch: Switch) -> list[tuple[float, int]]:
+    """Milliseconds and receivers of all packets under way, when the switch itself says when to look."""
+    found = []
+    while (now := switch.next_event) < float("inf"):
+        found += [(round(1000 * now, 6), receiver) for receiver, _ in switch.arrived(now)]
+    return found
+
+
+# ---- theory, by hand
+
+
+@pytest.mark.parametrize(
+    ("payload", "n_bytes"),
+    [(64, 92), (1024, 1052), (1472, 1500), (1473, 1521), (4096, 4164), (12288, 12476)],  # 1, 1, 1, 2, 3 and 9 packets
+)
+def test_bytes_of_a_message(payload, n_bytes):
+    assert datagram_bytes(payload) == n_bytes
+
+
+def test_round_trips_by_hand():
+    assert round_trip(Link(250e3), 64) == pytest.approx(2 * 92 * 8 / 250e3) == pytest.approx(5.888e-3)
+    assert round_trip(Link(250e3), 12288) == pytest.approx(0.798464)
+    assert round_trip(Link(20e6, 0.002), 1024) == pytest.approx(4.8416e-3)
+    assert round_trip(Link(20e6, 0.002, shared=True), 1024) == pytest.approx(4.8416e-3)
+
+
+def test_tcp_goodput_by_hand():
+    assert tcp_goodput(Link(100e6)) == pytest.approx(100e6 * 1448 / 1500)
+    assert tcp_goodput(Link(100e6, shared=True)) == pytest.approx(100e6 * 2896 / 3052)
+
+
+@pytest.mark.parametrize("wrong", [{"rate_bps": 0}, {"delay_s": -1}, {"loss": 1}, {"rate_bps": float("nan")}])
+def test_impossible_links_are_refused(wrong):
+    with pytest.raises(UserError, match="a link has rate_bps > 0"):
+        Link(**{"rate_bps": 1e6} | wrong)
+
+
+# ---- the model, by hand
+
+
+def test_one_packet_pays_its_time_once_and_the_delay():
+    switch = Switch(Link(1e6, 0.010), 2)
+    switch.send(0, 0, 1, PACKET)
+    assert switch.arrived(0.0109) == []
+    assert arrivals(switch) == [(11, 1)]
+
+
+def test_packets_of_one_sender_follow_each_other():
+    switch = Switch(Link(1e6, 0.010), 3)
+    for receiver in (1, 2, 1):
+        switch.send(0, 0, receiver, PACKET)
+    assert arrivals(switch) == [(11, 1), (12, 2), (13, 1)]
+
+
+def test_packets_of_several_senders_to_one_receiver_queue():
+    switch = Switch(MEGABIT, 4)
+    for sender in (0, 1, 2):
+        switch.send(0, sender, 3, PACKET)
+    assert arrivals(switch) == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_both_directions_and_other_pairs_do_not_wait_for_each_other():
+    switch = Switch(MEGABIT, 4)
+    for sender, receiver in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        switch.send(0, sender, receiver, PACKET)
+    assert sorted(arrivals(switch)) == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_what_still_waits_at_its_sender_does_not_hold_the_line_to_its_receiver():
+    switch = Switch(MEGABIT, 4)
+    for receiver in (1, 1, 1, 2):
+        switch.send(0, 0, receiver, PACKET)
+    switch.send(0.001, 3, 2, PACKET)  # host 0 gets to its packet for host 2 at 3 ms
+    assert arrivals(switch) == [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2)]
+
+
+def test_on_a_shared_medium_one_packet_is_sent_at_a_time():
+    switch = Switch(Link(1e6, 0.010, shared=True), 4)
+    for sender, receiver in ((0, 1), (2, 3), (1, 0)):
+        switch.send(0, sender, receiver, PACKET)
+    assert arrivals(switch) == [(11, 1), (12, 3), (13, 0)]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_full_queues_drop_what_comes_last(shared):
+    switch = Switch(Link(1e6, shared=shared), 2)
+    for _ in range(10_000):  # 1.25 MB at once; the queue holds 256 KiB
+        switch.send(0, 0, 1, PACKET)
+    kept = arrivals(switch)
+    assert kept == [(n + 1, 1) for n in range(len(kept))]
+    assert 256 * 1024 <= len(kept) * 125 <= 256 * 1024 + 250
+
+
+def test_loss_is_about_its_share_and_the_same_for_the_same_seed():
+    def received(seed: int) -> list[tuple[float, int]]:
+        switch = Switch(Link(1e9, loss=0.2, seed=seed), 2)
+        for number in range(2000):
+            switch.send(number / 1000, 0, 1, PACKET)
+        return arrivals(switch)
+
+    assert len(received(0)) == pytest.approx(1600, abs=90)  # five standard deviations
+    assert received(0) == received(0) != received(1)
+
+
+# ---- real packets
+
+
+@emulated
+@pytest.mark.parametrize("link", [Link(250e3), Link(20e6, 0.002), Link(100e6)], ids=str)
+def test_median_round_trips_are_those_of_theory(link):
+    with emulated_network(["a", "b"], link) as network:
+        for payload in (64, 1024, 12288):
+            expected = round_trip(link, payload)
+            excess = []
+            while len(excess) < 3 and (not excess or excess[-1] > 0.0015):  # other work here only ever adds
+                times = measure_round_trips(network, "a", "b", payload, 3 if expected > 0.1 else 15)
+                excess.append(statistics.median(times) - expected)
+            assert -0.0001 < excess[-1] < 0.0015, (payload, excess)
+
+
+@emulated
+def test_two_senders_get_half_of_a_shared_medium():
+    def rates(shared: bool) -> list[float]:
+        pairs = [("a", "b"), ("c", "d")]
+        with (
+            emulated_network(["a", "b", "c", "d"], Link(8e6, shared=shared)) as network,
+            ThreadPoolExecutor() as threads,
+        ):
+            streams = [threads.submit(measure_throughput, network, *pair, 0.5, 1.5) for pair in pairs]
+            return [stream.result() for stream in streams]
+
+    alone = tcp_goodput(Link(8e6))
+    assert min(rates(shared=False)) > 0.9 * alone
+    assert 0.8 * alone < sum(rates(shared=True)) < 1.02 * alone
+
+
+@emulated
+def test_lost_packets_do_not_arrive():
+    with emulated_network(["a", "b"], Link(100e6, loss=0.3)) as network:
+        with network.inside("a"):
+            sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with sender:
+            for _ in range(1000):
+                sender.sendto(b"x", (network.address("b"), 9))
+                time.sleep(0.0001)
+        time.sleep(0.1)
+        counters = network.counters()
+        # Nobody listens at b: of the answers that say so (ICMP) the kernel sends a few only.
+        assert counters["a"].sent_packets == 1000
+        assert counters["b"].received_packets == pytest.approx(700, abs=73)  # five standard deviations
+
+
+@emulated
+def test_counters_are_exact():
+    with emulated_network(["a", "b", "c"], Link(100e6)) as network:
+        before = network.counters()
+        assert set(before.values()) == {Counters(0, 0, 0, 0)}
+        assert len(measure_round_trips(network, "a", "b", 100, 7)) == 7
+        assert len(measure_round_trips(network, "a", "b", 3000, 2)) == 2  # three packets each way
+        after = network.counters()
+    n_bytes = 7 * 128 + 2 * (3008 + 3 * 20)
+    assert after["a"] - before["a"] == after["b"] == Counters(n_bytes, 13, n_bytes, 13)
+    assert after["c"] == Counters(0, 0, 0, 0)
+
+
+@emulated
+def test_hosts_are_apart_from_this_machine_and_from_other_networks():
+    devices = socket.if_nameindex()
+    with (
+        emulated_network(["a", "b"], Link(100e6)) as one,
+        emulated_network(["a", "b"], Link(100e6, 0.030)) as two,
+    ):
+        assert one.address("b") == two.address("b")
+        assert statistics.median(measure_round_trips(one, "a", "b", 64, 5)) < 0.030
+        assert statistics.median(measure_round_trips(two, "a", "b", 64, 5)) > 0.060
+        assert one.counters()["a"] == two.counters()["a"] == Counters(5 * 92, 5, 5 * 92, 5)
+        assert socket.if_nameindex() == devices  # no way there from here
+        with one.inside("a"):
+            assert [name for _, name in socket.if_nameindex()] == ["lo", DEVICE]
+        assert socket.if_nameindex() == devices
+
+
+@emulated
+def test_commands_run_on_their_host():
+    with emulated_network(["a", "b"], Link(100e6)) as network:
+        shown = subprocess.check_output([*network.prefix("b"), "ip", "-brief", "address"], text=True)
+    assert f"{network.address('b')}/24" in shown
+    assert "127.0.0.1/8" in shown
+
+
+@emulated
+def test_a_cluster_works_across_links(network_folder, certificates, tmp_path, monkeypatch):
+    """Nodes and coordinator on hosts of their own: gRPC under mutual TLS."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(make_image()[0]).save("image.png")
+    cluster = local_cluster(network_folder, certificates, 7100, 20_000)
+    names = [node.name for node in cluster.nodes]
+    with emulated_network(["coordinator", *names], Link(20e6, 0.002)) as network, contextlib.ExitStack() as stack:
+        nodes = [n.model_copy(update={"address": f"{network.address(n.name)}:7100"}) for n in cluster.nodes]
+        cluster = cluster.model_copy(update={"nodes": nodes})
+        write_cluster(Path("cluster.yaml"), cluster)
+        for node in nodes:
+            identity = cluster.identity(node.name)
+            command = [*network.prefix(node.name), sys.executable, "-m", "nonn", "node"]
+            command += [str(network_folder / f"{node.model}.onnx"), "--address", node.address]
+            command += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
+            process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+            stack.callback(process.kill)
+            while "mutual TLS" not in (line := process.stderr.readline()):
+                assert line, "the node has ended"
+        command = [*network.prefix("coordinator"), sys.executable, "-m", "nonn", "predict", "image.png"]
+        said = subprocess.check_output([*command, "--cluster", "cluster.yaml"], text=True)
+        assert all(f"{name}:" in said for name in names)
+        assert "absent" not in said
+        assert all(count.received_packets > 5 for count in network.counters().values())
+
+
+# ---- nothing is left behind
+
+
+def relays_of(parent: int) -> set[int]:
+    """Processes of relays that a process has started, also if it is gone by now."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            _, *arguments = path.read_text().split("\0")
+            if arguments[:2] == ["-m", "nonn.runtime.relay"] and json.loads(arguments[2])["parent"] == parent:
+                found.add(int(path.parent.name))
+    return found
+
+
+@emulated
+def test_nothing_is_left_after_an_error():
+    places = []
+
+    def fail() -> None:
+        with emulated_network(["a", "b"], Link(1e6)) as network:
+            places.append(Path(network.prefix("a")[-1].removeprefix("--net=")))
+            assert places[0].exists()
+            assert len(relays_of(os.getpid())) == 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not places[0].exists()
+    assert not relays_of(os.getpid())
+
+
+@emulated
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_when_the_owner_is_ended(number):
+    code = """
+import time
+from nonn.runtime.links import Link, emulated_network
+with emulated_network(["a", "b"], Link(1e6)) as network:
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as owner:
+        assert owner.stdout.readline() == "ready\n"
+        assert len(relays_of(owner.pid)) == 1
+        owner.send_signal(number)
+        owner.wait()
+    end = time.monotonic() + 5
+    while relays_of(owner.pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not relays_of(owner.pid)
+
+
+@emulated
+def test_a_relay_that_ends_early_is_reported():
+    network = emulated_network(["a"], Link(1e6))
+    network.__enter__()
+    (relay,) = relays_of(os.getpid())
+    os.kill(relay, signal.SIGKILL)
+    os.waitid(os.P_PID, relay, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(UserError, match="ended early"):
+        network.__exit__(None, None, None)
+
+
+# ---- without privileges, and the command
+
+
+@pytest.fixture
+def unprivileged(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_without_the_means_it_is_loopback_with_a_note(capsys):
+    assert "ip and nsenter not found; install iproute2" in missing_privileges()
+    with pytest.raises(UserError, match="links cannot be emulated here"), emulated_network(["a"], Link(1e6)):
+        pass
+    with open_network(["a", "b"], Link(1e6)) as network:
+        assert not network.is_emulated
+        assert network.prefix("a") == []
+        assert network.counters() == {}
+        assert len(measure_round_trips(network, "a", "b", 3000, 3)) == 3
+    assert "Running on loopback instead" in capsys.readouterr().err
+
+
+def test_hosts_need_different_names():
+    with pytest.raises(UserError, match="different names"), emulated_network(["a", "a"], Link(1e6)):
+        pass
+
+
+@emulated
+def test_the_command_measures_a_link(folder, monkeypatch, capsys):
+    monkeypatch.setattr("nonn.runtime.echo.ECHO_SECONDS", 0.05)
+    monkeypatch.setattr("nonn.runtime.echo.WARMUP_SECONDS", 0.1)
+    monkeypatch.setattr("nonn.runtime.echo.STREAM_SECONDS", 0.2)
+    main(["links", "--link", "wifi50", "--json", "links.json"])
+    assert "wifi50: 50 Mbit/s, 2 ms one way, one shared medium" in capsys.readouterr().out
+    written = read_json(folder / "links.json")
+    assert written["note"] is None
+    rows = written["links"]["wifi50"]["round_trips"]
+    assert [row["payload_bytes"] for row in rows] == [64, 256, 1024, 4096, 12288]
+    assert rows[-1]["theory_ms"] == pytest.approx(1000 * round_trip(PRESETS["wifi50"], 12288))
+    assert written["links"]["wifi50"]["tcp_mbps"] > 0
+
+
+@pytest.mark.usefixtures("unprivileged")
+def test_the_command_without_the_means(folder, monkeypatch, capsys):
+    monkeypatch.setattr("nonn.runtime.echo.WARMUP_SECONDS", 0.0)
+    monkeypatch.setattr("nonn.runtime.echo.STREAM_SECONDS", 0.1)
+    monkeypatch.setattr("nonn.runtime.echo.MOST", 10)
+    main(["links", "--json", "links.json"])
+    assert capsys.readouterr().out.startswith("loopback\n")
+    written = read_json(folder / "links.json")
+    assert "not found" in written["note"]
+    assert written["links"]["loopback"]["round_trips"][0]["theory_ms"] is None
+
+
+def test_an_unknown_link_is_refused():
+    with pytest.raises(SystemExit) as stopped:
+        main(["links", "--link", "wifi"])
+    assert str(stopped.value).startswith("nonn links: no link 'wifi'; choose one of ethernet941, ")
