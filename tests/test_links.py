@@ -180,6 +180,27 @@ def test_two_senders_get_half_of_a_shared_medium():
 
 
 @emulated
+def test_on_a_slow_link_tcp_waits_for_a_long_queue_instead_of_sending_again():
+    hosts, answer = [f"node-{i}" for i in range(8)], bytes(2800)
+    with emulated_network(["coordinator", *hosts], Link(250e3)) as network, contextlib.ExitStack() as sockets:
+        with network.inside("coordinator"):
+            server = sockets.enter_context(socket.create_server((network.address("coordinator"), 0)))
+        pairs = []
+        for host in hosts:
+            with network.inside(host):
+                node = sockets.enter_context(socket.create_connection(server.getsockname()))
+            pairs.append((node, sockets.enter_context(server.accept()[0])))
+        before = network.counters()
+        for node, _ in pairs:
+            node.sendall(answer)
+        for _, connection in pairs:
+            assert connection.recv(len(answer), socket.MSG_WAITALL) == answer
+        after = network.counters()
+    # Two packets each; in all they keep the coordinator's line busy for 0.75 s.
+    assert {(after[host] - before[host]).sent_bytes for host in hosts} == {len(answer) + 2 * 52}
+
+
+@emulated
 def test_lost_packets_do_not_arrive():
     with emulated_network(["a", "b"], Link(100e6, loss=0.3)) as network:
         with network.inside("a"):
@@ -244,6 +265,7 @@ def test_a_cluster_works_across_links(network_folder, certificates, tmp_path, mo
         nodes = [n.model_copy(update={"address": f"{network.address(n.name)}:7100"}) for n in cluster.nodes]
         cluster = cluster.model_copy(update={"nodes": nodes})
         write_cluster(Path("cluster.yaml"), cluster)
+        processes = []
         for node in nodes:
             identity = cluster.identity(node.name)
             command = [*network.prefix(node.name), sys.executable, "-m", "nonn", "node"]
@@ -251,6 +273,8 @@ def test_a_cluster_works_across_links(network_folder, certificates, tmp_path, mo
             command += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
             process = stack.enter_context(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
             stack.callback(process.kill)
+            processes.append(process)
+        for process in processes:
             while "mutual TLS" not in (line := process.stderr.readline()):
                 assert line, "the node has ended"
         command = [*network.prefix("coordinator"), sys.executable, "-m", "nonn", "predict", "image.png"]

@@ -176,10 +176,7 @@ class Network:
         return SUBNET.format(position + 1) if self.is_emulated else "127.0.0.1"
 
     def prefix(self, host: str) -> list[str]:
-        """What to put before a command so that it runs on a host: ``[*network.prefix("a"), "python", …]``.
-
-        The process must be ended by whoever starts it, before the network is closed.
-        """
+        """What to put before a command so that it runs on a host: ``[*network.prefix("a"), "python", …]``."""
         return ["nsenter", f"--net={self._namespaces[host]}"] if self.is_emulated else []
 
     @contextlib.contextmanager
@@ -238,7 +235,11 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
 
     Each host is a network namespace with an address of its own, reachable from the others at the
     link's rate and delay and from nowhere else. Nothing of it has a name on this machine: several
-    networks may run at once, and nothing is left behind however this process ends.
+    networks may run at once, and nothing is left behind however this process ends. Programs on the
+    hosts must be ended by whoever started them.
+
+    Packets are those of the kernel's own TCP and IP, unsegmented by offloads, so that `Network.counters`
+    are exact. On slow links TCP is told to be patient: see `nonn.runtime.relay.retransmission_timeout`.
 
     Parameters
     ----------
@@ -256,7 +257,7 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
     if reason := _missing_means():
         raise UserError(f"links cannot be emulated here: {reason}")
     addresses = [SUBNET.format(position + 1) for position in range(len(hosts))]
-    plan = {"addresses": addresses, "prefix": SUBNET_BITS, "link": asdict(link), "parent": os.getpid()}
+    plan = {"addresses": addresses, "link": asdict(link), "parent": os.getpid()}
     relay = subprocess.Popen(
         [sys.executable, "-m", "nonn.runtime.relay", json.dumps(plan)],
         stdin=subprocess.DEVNULL,
