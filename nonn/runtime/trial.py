@@ -25,7 +25,6 @@ from pydantic import BaseModel
 from nonn.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.volley import echoing
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.links import Counters, Network
 from nonn.runtime.split_cluster import SplitCoordinator, running_devices
@@ -33,6 +32,7 @@ from nonn.runtime.split_plan import SplitPlan
 from nonn.runtime.testbed import announced_address
 from nonn.runtime.tls import Identity
 from nonn.runtime.up import start, stop
+from nonn.runtime.volley import echoing
 
 #: Of every device on its host; on loopback those of the following devices come after it.
 PORT = 7100
