@@ -394,8 +394,8 @@ def plan_split(path: Path, n_devices: int, method: Method) -> SplitPlan:
 def describe(plan: SplitPlan) -> str:
     """What each device holds, computes and sends for one image."""
     lines = [
-        f"{plan.n_devices} devices by {plan.method}: {plan.rounds} rounds, "
-        f"{len(plan.messages)} messages, {plan.payload_bytes():,} bytes between devices",
+        f"split over {plan.n_devices} by {plan.method}; for one image rounds: {plan.rounds}, "
+        f"messages: {len(plan.messages)}, bytes between devices: {plan.payload_bytes():,}",
         "{:<10} {:>10} {:>12} {:>9} {:>12} {:>9}".format("device", "params", "MACs", "messages", "sent", "features"),
     ]
     for part in plan.parts:

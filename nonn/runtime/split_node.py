@@ -32,7 +32,7 @@ from nonn.runtime.split_plan import AGAIN, FEATURES, IMAGE, Message, load_part, 
 from nonn.runtime.tls import Identity, callers_of, is_loopback, split_address
 
 #: Seconds at the end of a call's time in which a device says whom it has waited for in vain.
-REPORTING = 0.25
+REPORTING = 0.5
 #: Seconds that a device works on an image whose caller has not set a deadline.
 LONGEST_PATIENCE = 60.0
 #: Images of which slices are kept; more than one, because slices may overtake their image.
@@ -266,10 +266,10 @@ async def serving(
     if len(addresses) != part.n_devices:
         raise UserError(f"--devices: the plan is for {part.n_devices} devices, not {len(addresses)}")
     try:
-        nodes = devices_at(addresses)
         outside = [address for address in addresses if not is_loopback(address)]
     except ValueError as error:
         raise UserError(f"--devices: {error}") from None
+    nodes = devices_at(addresses)
     if identity is None and outside:
         raise UserError(f"{outside[0]}: plain text is for loopback addresses only. Give --cert, --key and --ca.")
     async with contextlib.AsyncExitStack() as stack:

@@ -263,6 +263,8 @@ def load_part(folder: Path) -> tuple[Part, list[bytes | None]]:
 
 
 def _read(path: Path, schema: type[Section]):
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. {AGAIN}")
     try:
         return schema.model_validate(read_json(path))
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:

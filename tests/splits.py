@@ -1,0 +1,92 @@
+"""Untrained classifiers to split: exported ones, and ones put together by hand in milliseconds."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from nonn.export import Logits, export_onnx
+from nonn.models import Network
+from nonn.params import Architecture
+
+
+def export_untrained(path: Path, channels: int, size: int, n_filters: int | None = None, **architecture) -> None:
+    """Export a classifier of ten classes whose batch norms all differ, as after a training."""
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.full((channels,), 100.0), torch.full((channels,), 60.0)
+    network = Network(Architecture(**architecture), channels, 10, n_filters, mean, std)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor in (module.weight.data, module.running_var):
+                tensor.uniform_(0.5, 1.5, generator=generator)
+            for tensor in (module.bias.data, module.running_mean):
+                tensor.normal_(0, 0.3, generator=generator)
+    export_onnx(Logits(network), torch.zeros(1, channels, size, size, dtype=torch.uint8), path, "image", "logits")
+
+
+class Build:
+    """A classifier in the making, with random weights; `map` is the name of its last map so far."""
+
+    def __init__(self, channels: int, size: int, seed: int = 0):
+        self.generator = np.random.default_rng(seed)
+        self.image = [1, channels, size, size]
+        self.nodes, self.constants = [], []
+        self.map, self.channels = "image", channels
+        self.add("Cast", to=TensorProto.FLOAT)
+        self.add("Sub", self.constant(self.generator.uniform(50, 150, (1, channels, 1, 1))))
+        self.add("Div", self.constant(self.generator.uniform(50, 80, (1, channels, 1, 1))))
+
+    def constant(self, value: np.ndarray, dtype=np.float32) -> str:
+        self.constants.append(numpy_helper.from_array(np.asarray(value, dtype), f"constant{len(self.constants)}"))
+        return self.constants[-1].name
+
+    def add(self, operation: str, *inputs: str, read: str | None = None, **attributes) -> str:
+        output = f"map{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operation, [read or self.map, *inputs], [output], **attributes))
+        self.map = output
+        return output
+
+    def convolve(self, outputs: int, kernel: int = 3, stride: int = 1, read: str | None = None, inputs: int = 0) -> str:
+        inputs = inputs or self.channels
+        weight = self.generator.normal(size=(outputs, inputs, kernel, kernel)) / np.sqrt(inputs * kernel**2)
+        names = [self.constant(weight), self.constant(self.generator.normal(size=outputs) / 10)]
+        pads = [kernel // 2] * 4
+        self.channels = outputs
+        return self.add(
+            "Conv", *names, read=read, kernel_shape=[kernel] * 2, strides=[stride] * 2, pads=pads, dilations=[1, 1]
+        )
+
+    def normalize(self) -> str:
+        values = [self.generator.uniform(0.5, 1.5, self.channels) for _ in range(4)]
+        return self.add("BatchNormalization", *map(self.constant, values))
+
+    def pool(self) -> str:
+        return self.add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+
+    def write(self, path: Path, n_classes: int = 3) -> None:
+        axes = self.constant([2, 3], np.int64)
+        self.nodes.append(helper.make_node("ReduceMean", [self.map, axes], ["features"], keepdims=0))
+        weight = self.constant(self.generator.normal(size=(n_classes, self.channels)))
+        bias = self.constant(self.generator.normal(size=n_classes))
+        self.nodes.append(helper.make_node("Gemm", ["features", weight, bias], ["logits"], transB=1))
+        graph = helper.make_graph(
+            self.nodes,
+            "built",
+            [helper.make_tensor_value_info("image", TensorProto.UINT8, self.image)],
+            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, n_classes])],
+            self.constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+        onnx.checker.check_model(model)
+        path.write_bytes(model.SerializeToString())
+
+
+def write_tiny(path: Path) -> None:
+    """Two 3×3 convolutions, of 4 and 6 channels, on an image of 4×4 pixels: small enough to count by hand."""
+    build = Build(channels=1, size=4)
+    build.convolve(4)
+    build.add("Relu")
+    build.convolve(6)
+    build.write(path)
