@@ -139,6 +139,9 @@ def add_runtime(commands) -> None:
     split.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
     split.add_argument("-n", "--devices", type=int, required=True)
     split.add_argument("--method", choices=["channels", "rows"], required=True)
+    split.add_argument(
+        "--recomputed", type=int, default=0, metavar="K", help="leading convolutions that every device does for itself"
+    )
     split.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
     split_node = commands.add_parser("split-node", help="serve one device's part of a split model over gRPC")
     split_node.add_argument("part", type=Path, metavar="FOLDER/POSITION", help="of a plan that `nonn split` wrote")

@@ -78,8 +78,9 @@ def test_a_split_network_computes_what_the_whole_does(exports, name, method, n_d
     ),
     n_devices=st.integers(2, 6),
     method=st.sampled_from(METHODS),
+    recomputed=st.integers(0, 3),
 )
-def test_any_sizes_can_be_split(tmp_path_factory, size, channels, layers, n_devices, method):
+def test_any_sizes_can_be_split(tmp_path_factory, size, channels, layers, n_devices, method, recomputed):
     build, rows = Build(channels, size), size
     build.convolve(4)
     for kind, outputs, kernel, stride in layers:
@@ -102,7 +103,7 @@ def test_any_sizes_can_be_split(tmp_path_factory, size, channels, layers, n_devi
         rows = rows if kind == "pool" else -(-rows // stride)
     path = tmp_path_factory.mktemp("any") / "any.onnx"
     build.write(path)
-    assert difference(path, plan_split(path, n_devices, method)) < TOLERANCE
+    assert difference(path, plan_split(path, n_devices, method, recomputed)) < TOLERANCE
 
 
 def test_seconds_are_told_by_device_and_segment(exports):
@@ -158,6 +159,17 @@ def test_rounds_are_one_for_each_map_that_convolutions_read(exports):
     assert [plan_split(exports / "wrn-16-2.onnx", 4, method).rounds for method in METHODS] == [12, 12]
     assert [plan_split(exports / "wrn-10-1.onnx", 4, method).rounds for method in METHODS] == [7, 6]
     assert [plan_split(exports / "fast.onnx", 1, method).rounds for method in METHODS] == [0, 0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputed_convolutions_cost_work_and_save_rounds(exports, method):
+    path = exports / "wrn-16-2.onnx"
+    plans = [plan_split(path, 3, method, recomputed) for recomputed in (0, 1, 4, 99)]
+    # Of the first four convolutions one is a shortcut, which has no round of its own.
+    assert [plan.rounds for plan in plans] == [12, 11, 9, 0]
+    work = [sum(part.macs for part in plan.parts) for plan in plans]
+    assert work == sorted(set(work))
+    assert all(difference(path, plan) < TOLERANCE for plan in plans)
 
 
 def test_only_neighbours_exchange_rows(exports):
@@ -222,6 +234,8 @@ def test_unsuitable_files_are_refused(network_folder, tmp_path, tiny):
     for n_devices in (0, 17):
         with pytest.raises(UserError, match=f"-n: {n_devices} devices are not possible; give 1 to 16"):
             plan_split(tiny, n_devices, "rows")
+    with pytest.raises(UserError, match="--recomputed: -1 convolutions are not possible"):
+        plan_split(tiny, 2, "rows", recomputed=-1)
 
 
 def test_unknown_operations_are_refused(tmp_path):

@@ -19,6 +19,8 @@ References
 .. [1] Mao et al., MoDNN: Local distributed mobile computing system for Deep Neural Network, DATE 2017.
 .. [2] Zeng et al., CoEdge: Cooperative DNN inference with adaptive workload partitioning over
    heterogeneous edge devices, IEEE/ACM Transactions on Networking 29(2), 2021.
+.. [3] Zhao et al., DeepThings: Distributed adaptive deep learning inference on resource-constrained
+   IoT edge clusters, IEEE TCAD 37(11), 2018.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from nonn.errors import UserError
 from nonn.progress import log
 from nonn.runtime.exported import Image
-from nonn.runtime.split_graph import POINTWISE, WINDOWED, Network, attributes_of, read_network
+from nonn.runtime.split_graph import WINDOWED, Network, attributes_of, read_network
 from nonn.runtime.split_plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
 
 CHANNELS, ROWS = 1, 2
@@ -113,11 +115,12 @@ class Cuts:
     exchanged: set[str]
 
     @classmethod
-    def of(cls, network: Network, axis: int, n_devices: int) -> Cuts:
-        known = {IMAGE}  # whole on every device, as is what follows from the image pixel by pixel
-        exchanged, levels = set(), {IMAGE: 0}
+    def of(cls, network: Network, axis: int, n_devices: int, recomputed: int) -> Cuts:
+        known = {IMAGE}  # what a device can make from the image, which is whole on every device
+        exchanged, levels, convolutions = set(), {IMAGE: 0}, 0
         for node in network.nodes:
-            if node.op_type in POINTWISE and set(network.maps(node)) <= known:
+            convolutions += node.op_type == "Conv"
+            if set(network.maps(node)) <= known and (node.op_type != "Conv" or convolutions <= recomputed):
                 known.add(node.output[0])
             wide = node.op_type == "Conv" if axis == CHANNELS else node.op_type in WINDOWED and Window.of(node).overlaps
             if wide and n_devices > 1:
@@ -359,7 +362,7 @@ class Writer:
         return part, models
 
 
-def plan_split(path: Path, n_devices: int, method: Method) -> SplitPlan:
+def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) -> SplitPlan:
     """Split an exported classifier over devices.
 
     Parameters
@@ -368,6 +371,9 @@ def plan_split(path: Path, n_devices: int, method: Method) -> SplitPlan:
         An ONNX file of the export ``solo``.
     n_devices : int
     method : {"channels", "rows"}
+    recomputed : int
+        Of how many leading convolutions each device computes all that it needs from the image, instead
+        of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
 
     Raises
     ------
@@ -376,8 +382,10 @@ def plan_split(path: Path, n_devices: int, method: Method) -> SplitPlan:
     """
     if not 1 <= n_devices <= MOST_DEVICES:
         raise UserError(f"-n: {n_devices} devices are not possible; give 1 to {MOST_DEVICES}")
+    if recomputed < 0:
+        raise UserError(f"--recomputed: {recomputed} convolutions are not possible; give 0 or more")
     network = read_network(path)
-    cuts = Cuts.of(network, AXES[method], n_devices)
+    cuts = Cuts.of(network, AXES[method], n_devices, recomputed)
     writers = [Writer(cuts, position) for position in range(n_devices)]
     for writer in writers:
         writer.write()
@@ -408,7 +416,7 @@ def describe(plan: SplitPlan) -> str:
 
 def run(options) -> None:
     """The command ``nonn split``."""
-    plan = plan_split(options.model, options.devices, options.method)
+    plan = plan_split(options.model, options.devices, options.method, options.recomputed)
     print(describe(plan))
     if options.output:
         plan.save(options.output)
