@@ -118,6 +118,12 @@ def add_runtime(commands) -> None:
     cluster.add_argument("--insecure", action="store_true", help="plain text without certificates")
     up = commands.add_parser("up", help="run all nodes of a cluster on this machine and watch them")
     up.add_argument("--cluster", type=Path, default=Path("cluster.yaml"), metavar="FILE", help="(default: %(default)s)")
+    up.add_argument(
+        "--web", type=int, nargs="?", const=7080, metavar="PORT", help="serve a live page on 127.0.0.1:PORT (7080)"
+    )
+    up.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="pictures for the page, files or folders (test images)"
+    )
     hosting = commands.add_parser("hosting", help="write a model repository for Triton or OpenVINO Model Server")
     hosting.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     hosting.add_argument("folder", type=Path, metavar="TARGET", help="a new folder")

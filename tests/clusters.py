@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from nonn.files import write_json
+from nonn.runtime.cluster import Cluster
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 
@@ -86,3 +88,22 @@ async def plain_node(folder: Path, position: int = 0, port: int = 0):
     """Address of a node on loopback that serves one student in plain text, and the node's meters."""
     async with serving(Student(folder / f"{position}.onnx"), f"127.0.0.1:{port}") as (bound, meters):
         yield f"127.0.0.1:{bound}", meters
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens, for what cannot be asked to choose one itself."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def nobody_listens(cluster: Cluster) -> bool:
+    for node in cluster.nodes:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(node.address.split(":")[1]))) == 0:
+                return False
+    return True

@@ -2,12 +2,11 @@
 
 import contextlib
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-from clusters import write_export
+from clusters import free_ports, write_export
 from ruamel.yaml import YAML
 
 from nonn import assemble, baseline, design, distill, export, graph, partition, signals, teacher
@@ -16,6 +15,7 @@ from nonn.files import write_json, write_tensors
 from nonn.params import Params
 from nonn.paths import Paths
 from nonn.runtime.certs import write_certificates
+from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
 from nonn.training import Checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -160,9 +160,21 @@ def certificates(tmp_path_factory) -> Path:
 @pytest.fixture
 def free_port() -> int:
     """A port of 127.0.0.1 on which nobody listens, for what cannot be asked to choose one itself."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return free_ports(1)[0]
+
+
+@pytest.fixture
+def cluster(network_folder, certificates, tmp_path, monkeypatch) -> Cluster:
+    """Three nodes on free ports under mutual TLS, also written to ``cluster.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    cluster = local_cluster(network_folder, certificates, 7100, 5000)
+    nodes = [
+        node.model_copy(update={"address": f"127.0.0.1:{port}"})
+        for node, port in zip(cluster.nodes, free_ports(3), strict=True)
+    ]
+    cluster = cluster.model_copy(update={"nodes": nodes})
+    write_cluster(Path("cluster.yaml"), cluster)
+    return cluster
 
 
 def pytest_collection_modifyitems(items):

@@ -10,11 +10,10 @@ import urllib.request
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from clusters import CLASSES, make_image, plain_node
+from clusters import CLASSES, free_ports, make_image, plain_node
 from grpc import StatusCode, aio
 from test_coordinator import cluster_of
 from test_node import BROKEN, raw, refusal, stub_of
-from test_up import free_ports
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main

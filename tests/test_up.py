@@ -9,36 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from clusters import make_image
+from clusters import make_image, nobody_listens
 
 from nonn.errors import UserError
-from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
+from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.up import Child, run_cluster
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
-
-
-@pytest.fixture
-def cluster(network_folder, certificates, tmp_path, monkeypatch) -> Cluster:
-    """Three nodes on free ports under mutual TLS, also written to ``cluster.yaml``."""
-    monkeypatch.chdir(tmp_path)
-    cluster = local_cluster(network_folder, certificates, 7100, 5000)
-    nodes = [
-        node.model_copy(update={"address": f"127.0.0.1:{port}"})
-        for node, port in zip(cluster.nodes, free_ports(3), strict=True)
-    ]
-    cluster = cluster.model_copy(update={"nodes": nodes})
-    write_cluster(Path("cluster.yaml"), cluster)
-    return cluster
 
 
 def start_up() -> subprocess.Popen:
@@ -58,14 +34,6 @@ def lines_until_up(process: subprocess.Popen) -> list[str]:
         lines.append(line)
     timer.cancel()
     return lines
-
-
-def nobody_listens(cluster: Cluster) -> bool:
-    for node in cluster.nodes:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(node.address.split(":")[1]))) == 0:
-                return False
-    return True
 
 
 def test_up_starts_all_and_control_c_leaves_nothing(cluster):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import signal
 import sys
 import time
@@ -33,6 +34,8 @@ CONCURRENT_CALLS = 64
 CONCURRENT_STREAMS = 256
 #: Seconds that calls under way have left when the server is told to stop.
 GRACE = 1.0
+#: Of Linux's prctl(2).
+PR_SET_PDEATHSIG = 1
 #: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
@@ -236,6 +239,12 @@ async def serving(
         yield port, service.meters
 
 
+def continue_after_parent() -> None:
+    """Have the kernel wake this process when its parent dies, should it be stopped then (SIGSTOP); Linux only."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
 def told_to_stop(attached: bool) -> asyncio.Event:
     """An event that SIGINT and SIGTERM set, and, if `attached`, standard input when it closes."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -243,6 +252,7 @@ def told_to_stop(attached: bool) -> asyncio.Event:
         loop.add_signal_handler(number, stopped.set)
     if attached:
         loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+        continue_after_parent()
     return stopped
 
 

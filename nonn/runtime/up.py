@@ -11,8 +11,10 @@ import contextlib
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from grpc import aio
 from tritonclient.grpc import service_pb2 as oip
@@ -66,6 +68,10 @@ class Child:
         latency = "" if self.latency_ms is None else f"{self.latency_ms:.2f} ms"
         counts = (latency, self.requests, self.failures)
         return COLUMNS.format(self.node.name, self.node.model, self.node.address, self.state, *counts)
+
+
+#: Something that goes on beside the nodes until it is cancelled.
+Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
 
 
 async def start(cluster: Cluster, node: Node, contract: Contract, prefix: Sequence[str] = ()) -> Child:
@@ -156,13 +162,13 @@ async def show(children: list[Child]) -> None:
         await asyncio.sleep(INTERVAL / 2)
 
 
-async def run_cluster(cluster: Cluster, stopped: asyncio.Event) -> None:
-    """Run all nodes of a cluster until `stopped` is set.
+async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) -> None:
+    """Run all nodes of a cluster until `stopped` is set, and `pages` beside them.
 
     Raises
     ------
     UserError
-        The cluster does not fit its export, certificates are missing, or all nodes have exited.
+        The cluster does not fit its export, certificates are missing, all nodes have exited, or a page failed.
     """
     _, placed = cluster.placed()
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
@@ -175,8 +181,11 @@ async def run_cluster(cluster: Cluster, stopped: asyncio.Event) -> None:
             children.append(await start(cluster, node, contract))
         exits = asyncio.gather(*(watch(child, cluster) for child in children))
         end = asyncio.create_task(stopped.wait())
-        tasks = [exits, end, asyncio.create_task(show(children))]
-        await asyncio.wait([exits, end], return_when=asyncio.FIRST_COMPLETED)
+        served = [asyncio.create_task(page(children)) for page in pages]
+        tasks = [exits, end, *served, asyncio.create_task(show(children))]
+        done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
         for task in tasks:
             task.cancel()
@@ -187,15 +196,37 @@ async def run_cluster(cluster: Cluster, stopped: asyncio.Event) -> None:
         raise UserError(f"all nodes have exited ({reasons})")
 
 
-async def run_until_signal(cluster: Cluster) -> None:
+async def run_until_signal(cluster: Cluster, *pages: Page) -> None:
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stopped.set)
-    await run_cluster(cluster, stopped)
+    await run_cluster(cluster, stopped, *pages)
+
+
+def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:
+    """The page of ``--web``, with the pictures that were given or the test images of the network's experiment.
+
+    Raises
+    ------
+    UserError
+        There are no pictures.
+    """
+    from nonn.runtime.pictures import dataset_pictures, find_pictures
+    from nonn.runtime.web import serve_page
+
+    manifest, _ = cluster.placed()
+    if images:
+        pictures = find_pictures(images, manifest)
+    else:
+        pictures = dataset_pictures(cluster.export.resolve().parents[1] / "dataset.safetensors", manifest)
+    return lambda children: serve_page(cluster, children, pictures, port)
 
 
 def run(options) -> None:
     """The command ``nonn up``."""
     cluster = load_cluster(options.cluster)
-    asyncio.run(run_until_signal(cluster))
+    if options.images and options.web is None:
+        raise UserError("--images: are shown on the page. Give --web, too.")
+    pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
+    asyncio.run(run_until_signal(cluster, *pages))
     log(f"{len(cluster.nodes)} nodes stopped")
