@@ -2,12 +2,13 @@
 
 The layer starts as the mean of the students' own training heads, block by block, so the assembled
 network averages their logits. It is fitted further on the training images' features, and the
-fitted layer is kept only if it is right on more validation images.
+fitted layer is kept only if it is right on more validation images. What it says when students are
+missing is chosen here too: see `nonn.missing`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from nonn.dataset import Dataset, load_dataset
 from nonn.files import read_json, read_tensors, write_json, write_tensors
+from nonn.final_layer import FinalLayer, averaged_layer
+from nonn.missing import fit_strategies
 from nonn.models import Network, accuracy, predict
 from nonn.params import Architecture, Assemble, Params
 from nonn.paths import Paths
@@ -24,43 +27,23 @@ from nonn.training import epoch_order
 BATCH_SIZE = 500
 
 
-class FinalLayer(nn.Module):
-    """One linear layer over the students' concatenated feature vectors, in blocks.
-
-    Each student i has a block W_i (C, F_i) and a share b_i (C,) of the bias, so the layer also
-    answers when students are missing: N/|present| · Σ_present (W_i f_i + b_i).
+class NetworkOfNetworks(nn.Module):
+    """The assembled network: students that never exchange anything, and the final layer.
 
     Parameters
     ----------
-    weights : sequence of N tensors of shape (C, F_i)
-    biases : sequence of N tensors of shape (C,)
+    students : sequence of Network
+    final : FinalLayer
+        Of the strategy chosen for missing students.
+    others : mapping of str to FinalLayer
+        Of the strategies not chosen, for comparison.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor]):
-        super().__init__()
-        self.weights = nn.ParameterList([w.clone() for w in weights])
-        self.biases = nn.ParameterList([b.clone() for b in biases])
-
-    def contributions(self, features: Sequence[Tensor]) -> Tensor:
-        """What each student adds to the logits, (N, B, C), from its feature vectors (B, F_i)."""
-        blocks = zip(features, self.weights, self.biases, strict=True)
-        return torch.stack([F.linear(f, weight, bias) for f, weight, bias in blocks])
-
-    def forward(self, features: Sequence[Tensor], present: Sequence[int] | None = None) -> Tensor:
-        """Logits (B, C) of the students `present`, all by default."""
-        terms = self.contributions(features)
-        if present is None:
-            return terms.sum(0)
-        return terms[list(present)].sum(0) * (len(terms) / len(present))
-
-
-class NetworkOfNetworks(nn.Module):
-    """The assembled network: students that never exchange anything, and the final layer."""
-
-    def __init__(self, students: Sequence[Network], final: FinalLayer):
+    def __init__(self, students: Sequence[Network], final: FinalLayer, others: Mapping[str, FinalLayer] | None = None):
         super().__init__()
         self.students = nn.ModuleList(students)
         self.final = final
+        self.others = nn.ModuleDict(others or {})
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
@@ -68,12 +51,6 @@ class NetworkOfNetworks(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.final([student(images)[0] for student in self.students])
-
-
-def averaged_layer(heads: Sequence[nn.Linear]) -> FinalLayer:
-    """The final layer that averages the logits of N heads."""
-    n = len(heads)
-    return FinalLayer([head.weight.detach() / n for head in heads], [head.bias.detach() / n for head in heads])
 
 
 def fit_layer(
@@ -125,36 +102,33 @@ def assemble_network(
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer came about."""
     averaged = averaged_layer([student.head for student in students])
-    images, labels = data.split("train")
-    validation_images, validation_labels = data.split("validation")
-    layer, accuracies = fit_layer(
-        averaged,
-        [predict(student, images)[0] for student in students],
-        labels,
-        ([predict(student, validation_images)[0] for student in students], validation_labels),
-        params,
-        seed,
-    )
+    (images, labels), (validation_images, validation_labels) = data.split("train"), data.split("validation")
+    train = [predict(student, images)[0] for student in students], labels
+    validation = [predict(student, validation_images)[0] for student in students], validation_labels
+    layer, accuracies = fit_layer(averaged, *train, validation, params, seed)
+    layers, missing = fit_strategies(layer, averaged, train, validation, params, seed)
     summary = {
         "final_layer": "averaged" if layer is averaged else "fitted",
+        "missing": missing,
         "validation_accuracy": max(accuracies),
         "validation_accuracy_averaged": accuracies[0],
         "validation_accuracy_by_epoch": accuracies,
     }
-    return NetworkOfNetworks(students, layer), summary
+    return NetworkOfNetworks(students, layers.pop(missing["chosen"]), layers), summary
 
 
 def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
     """An assembled network, ready to predict, from the file of its weights."""
-    tensors = read_tensors(path)
-    students = [Network(*_shape(design, data)) for design in read_json(path.with_suffix(".json"))["students"]]
-    positions = range(len(students))
-    layer = FinalLayer(
-        [tensors[f"final.weights.{i}"] for i in positions], [tensors[f"final.biases.{i}"] for i in positions]
-    )
-    model = NetworkOfNetworks(students, layer)
+    tensors, info = read_tensors(path), read_json(path.with_suffix(".json"))
+    students = [Network(*_shape(design, data)) for design in info["students"]]
+    others = {name: FinalLayer.of(_below(tensors, f"others.{name}.")) for name in info["missing"]["not_chosen"]}
+    model = NetworkOfNetworks(students, FinalLayer.of(_below(tensors, "final.")), others)
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _shape(design: dict, data: Dataset) -> tuple[Architecture, int, int, int]:

@@ -2,32 +2,35 @@
 
 Nothing is chosen here. Each method and network gets its accuracy for each seed, the mean and the
 standard deviation, and two paired tests against the network of networks on the same devices. The
-accuracy of every network is also measured with devices missing.
+accuracy of every network is also measured with devices missing: of NoNN with each strategy of
+`nonn.missing`, of all others by adding up what the devices present say.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from nonn.assemble import FinalLayer, averaged_layer, load_network
+from nonn.assemble import NetworkOfNetworks, load_network
 from nonn.baseline import load_baseline
 from nonn.dataset import Dataset, load_dataset
-from nonn.files import write_json
-from nonn.models import Network, predict
-from nonn.params import Evaluate, Params
+from nonn.files import read_json, write_json
+from nonn.final_layer import FinalLayer, averaged_layer
+from nonn.models import Network, accuracy, predict
+from nonn.params import STRATEGIES, Evaluate, Params
 from nonn.paths import Paths
 from nonn.progress import track
+from nonn.subsets import subsets_missing
 from nonn.teacher import load_teacher
 
-#: Subsets of missing devices scored for each number of them; all of them up to 10 devices.
-MAX_SUBSETS = 252
+#: Logits (n_test, C) of a network when only these of its devices are present.
+Answers = Callable[[Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,21 @@ class Scores:
     Attributes
     ----------
     correct : ndarray of shape (n_seeds, n_test), bool
-    contributions : list of Tensor of shape (n_devices, n_test, C)
-        For each seed, what each device adds to the logits; empty for a single model.
+    answers : list of Answers
+        One for each seed; empty for a single model.
+    strategies : mapping of str to list of Answers
+        Of NoNN: the same with each strategy for missing devices, whichever was chosen.
+    chosen : list of str
+        Of NoNN: the strategy that each seed's network takes.
     """
 
     method: str
     network: str
     n_students: int
     correct: np.ndarray
-    contributions: list[Tensor]
+    answers: list[Answers]
+    strategies: Mapping[str, list[Answers]] = field(default_factory=dict)
+    chosen: Sequence[str] = ()
 
     @property
     def accuracies(self) -> list[float]:
@@ -87,16 +96,18 @@ def seed_test(a: Sequence[float], b: Sequence[float]) -> float | None:
     return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
 
 
-def missing_devices(contributions: Sequence[Tensor], labels: Tensor, seed: int) -> list[dict]:
+@torch.inference_mode()
+def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, seed: int) -> list[dict]:
     """Accuracy with 0, 1, … N−1 of N devices missing.
 
     Parameters
     ----------
-    contributions : sequence of Tensor of shape (N, n_test, C)
+    answers : sequence of Answers
         One for each seed.
+    n_devices : int  # N
     labels : Tensor of shape (n_test,)
     seed : int
-        Draws the subsets where there are more than `MAX_SUBSETS`.
+        Draws the subsets where there are too many: see `nonn.subsets`.
 
     Returns
     -------
@@ -104,23 +115,34 @@ def missing_devices(contributions: Sequence[Tensor], labels: Tensor, seed: int) 
         ``missing``, ``n_subsets``; over the subsets of devices present, ``mean`` and ``worst``
         accuracy, averaged over the seeds, each with its standard deviation over the seeds.
     """
-    n_devices, rows = len(contributions[0]), []
+    rows = []
     for missing in range(n_devices):
-        subsets = list(itertools.combinations(range(n_devices), n_devices - missing))
-        if len(subsets) > MAX_SUBSETS:
-            picked = np.random.default_rng(seed).choice(len(subsets), MAX_SUBSETS, replace=False)
-            subsets = [subsets[i] for i in sorted(picked)]
-        scores = np.array(
-            [
-                [(terms[list(subset)].sum(0).argmax(1) == labels).double().mean().item() for subset in subsets]
-                for terms in contributions
-            ]
-        )
+        subsets = subsets_missing(n_devices, missing, seed)
+        scores = np.array([[accuracy(answer(subset), labels) for subset in subsets] for answer in answers])
         row = {"missing": missing, "n_subsets": len(subsets)}
         for name, over_subsets in (("mean", scores.mean(1)), ("worst", scores.min(1))):
             row |= {name: float(over_subsets.mean()), f"{name}_sd": _sd(over_subsets)}
         rows.append(row)
     return rows
+
+
+def missing_strategies(scores: Scores, labels: Tensor, seed: int) -> list[dict]:
+    """The rows of `missing_devices` for each strategy of a NoNN.
+
+    Each with ``network``, ``strategy``, ``n_seeds`` and ``chosen``, for how many of the seeds validation
+    data chose the strategy.
+    """
+    return [
+        {
+            "network": scores.network,
+            "strategy": strategy,
+            "chosen": list(scores.chosen).count(strategy),
+            "n_seeds": len(answers),
+            **row,
+        }
+        for strategy, answers in scores.strategies.items()
+        for row in missing_devices(answers, scores.n_students, labels, seed)
+    ]
 
 
 def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
@@ -150,9 +172,33 @@ def _sd(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def _add(terms: Tensor, present: Sequence[int]) -> Tensor:
+    return terms[list(present)].sum(0)
+
+
 def _scores(method: str, network: str, terms: list[Tensor], labels: Tensor) -> Scores:
+    """Scores of a method whose devices' contributions, (n_devices, n_test, C) for each seed, are added up."""
     correct = np.stack([(t.sum(0).argmax(1) == labels).numpy() for t in terms])
-    return Scores(method, network, len(terms[0]), correct, terms if len(terms[0]) > 1 else [])
+    answers = [partial(_add, t) for t in terms] if len(terms[0]) > 1 else []
+    return Scores(method, network, len(terms[0]), correct, answers)
+
+
+@torch.inference_mode()
+def _nonn_scores(
+    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], images: Tensor, labels: Tensor
+) -> Scores:
+    """Scores of a NoNN, given the network and the strategy chosen of each seed."""
+    features = [model.features(images) for model in models]
+    final = [partial(model.final, f) for model, f in zip(models, features, strict=True)]
+    everyone = range(len(features[0]))
+    correct = np.stack([(answer(everyone).argmax(1) == labels).numpy() for answer in final])
+    layers = [{own: model.final, **dict(model.others.items())} for model, own in zip(models, chosen, strict=True)]
+    strategies = {
+        name: [partial(by_name[name], f) for by_name, f in zip(layers, features, strict=True)]
+        for name in STRATEGIES
+        if name in layers[0]
+    }
+    return Scores("nonn", network, len(everyone), correct, final, strategies, chosen)
 
 
 @torch.inference_mode()
@@ -168,8 +214,9 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         _, logits = predict(load_teacher(paths, data), images)
     yield _scores("teacher", "", [logits[None]], labels)
     for network in params.networks:
-        models = [load_network(paths.network(network, seed), data) for seed in params.seeds]
-        yield _scores("nonn", network, [_terms(m.students, m.final, images) for m in models], labels)
+        files = [paths.network(network, seed) for seed in params.seeds]
+        chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
+        yield _nonn_scores(network, [load_network(path, data) for path in files], chosen, images, labels)
     pool = []
     for network, method, seeds in params.baseline_jobs():
         terms = []
@@ -201,8 +248,9 @@ def run(params: Params, paths: Paths) -> None:
             "missing": [
                 {"method": s.method, "network": s.network, **row}
                 for s in scores
-                if s.contributions
-                for row in missing_devices(s.contributions, labels, params.evaluate.seed)
+                if s.answers
+                for row in missing_devices(s.answers, s.n_students, labels, params.evaluate.seed)
             ],
+            "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],
         },
     )

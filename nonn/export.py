@@ -18,12 +18,13 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from nonn.assemble import FinalLayer, NetworkOfNetworks, load_network
+from nonn.assemble import NetworkOfNetworks, load_network
 from nonn.baseline import load_baseline
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
 from nonn.files import replacing, write_json, write_tensors
+from nonn.final_layer import LinearBlocks
 from nonn.models import Network, predict
 from nonn.params import PARTITION_METHODS, Params
 from nonn.paths import Paths
@@ -60,7 +61,7 @@ class Logits(nn.Module):
         return self.model(images)[1]
 
 
-def joined(layer: FinalLayer) -> nn.Linear:
+def joined(layer: LinearBlocks) -> nn.Linear:
     """The final layer as one linear layer over the concatenated feature vectors."""
     weight = torch.cat(list(layer.weights), dim=1)
     linear = nn.Linear(weight.shape[1], weight.shape[0])
@@ -138,9 +139,9 @@ def _entry(path: Path, model: Network, data: Dataset, bytes_per_value: int) -> d
 def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_per_value: int) -> dict:
     """Export an assembled network into `folder`; return its manifest.
 
-    The manifest lists each student's file, its SHA-256, feature length and cost, the final layer
-    (as one ONNX file, and in blocks by student for when some are missing), the classes, and the
-    accuracy of the exported files on the test images.
+    The manifest lists each student's file, its SHA-256, feature length and cost, the final layer (as one ONNX file for when all students are present, and in blocks by
+    student for when some are missing), the classes, and the accuracy of the exported files on the
+    test images.
     """
     images, labels = data.split("test")
     example, students, features = images[:1], [], []
@@ -149,9 +150,10 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
         export_onnx(Features(student), example, path, "image", "features")
         features.append(run_onnx(path, images.numpy()))
         check_same(path, features[-1], predict(student, images)[0])
-        students.append(_entry(path, student, data, bytes_per_value) | {"n_features": student.n_features})
+        entry = {"n_features": student.n_features}
+        students.append(_entry(path, student, data, bytes_per_value) | entry)
     path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
-    export_onnx(joined(model.final), torch.from_numpy(joint[:1]), path, "features", "logits")
+    export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
     logits = run_onnx(path, joint)
     with torch.inference_mode():
         check_same(path, logits, model.final(model.features(images)))

@@ -7,7 +7,7 @@ Nothing is computed or chosen here but ratios of numbers that other stages measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from nonn import graph_plots, plots
 from nonn.errors import UserError
 from nonn.files import read_json, write_json, write_text
 from nonn.graph import load_graph
+from nonn.missing_tables import chosen_strategies, describe_missing, write_missing_csv
 from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Params
 from nonn.paths import Paths
 from nonn.plots import METHODS
@@ -217,9 +218,15 @@ def write_summary_tex(methods: pd.DataFrame) -> str:
 
 
 def write_summary_md(
-    experiment: str, methods: pd.DataFrame, comparisons: list[dict], n_test: int, system: Mapping, bytes_per_value: int
+    experiment: str,
+    methods: pd.DataFrame,
+    comparisons: list[dict],
+    missing: Sequence[Mapping],
+    n_test: int,
+    system: Mapping,
+    bytes_per_value: int,
 ) -> str:
-    """Write the report: the table, what it says in words, and how its numbers came about."""
+    """Write the report: the table, what it says in words, missing devices, and how its numbers came about."""
     table = format_table(methods)
     rule = [":--", ":--"] + ["--:"] * (len(table.columns) - 2)
     cells = [list(table.columns), rule, *table.to_numpy().tolist()]
@@ -237,6 +244,7 @@ def write_summary_md(
     ]
     for comparison in comparisons:
         lines += [_describe_network(methods, comparison), ""]
+    lines += describe_missing(missing)
     lines += ["## How the numbers came about", ""]
     lines += _describe_sources(methods, n_test, system, bytes_per_value)
     return "\n".join(lines) + "\n"
@@ -392,8 +400,10 @@ def run(params: Params, paths: Paths) -> None:
     system = read_json(paths.benchmark("solo"))["system"]
     write_text(paths / "summary.csv", write_summary_csv(methods))
     write_text(paths / "summary.tex", write_summary_tex(methods))
-    report = write_summary_md(params.experiment, methods, comparisons, n_test, system, precision)
+    strategies = evaluation["missing_strategies"]
+    report = write_summary_md(params.experiment, methods, comparisons, strategies, n_test, system, precision)
     write_text(paths / "summary.md", report)
+    write_text(paths / "missing.csv", write_missing_csv(strategies))
     write_json(paths / "metrics.json", collect_metrics(methods, comparisons))
     write_json(paths / "claims.json", collect_claims(comparisons))
 
@@ -407,7 +417,7 @@ def run(params: Params, paths: Paths) -> None:
             "top_k": plots.draw_top_k(read_json(paths.graph_info)),
             "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": plots.draw_accuracy_memory(methods, n_test),
-            "missing_devices": plots.draw_missing_devices(missing, n_seeds, n_test),
+            "missing_devices": plots.draw_missing_devices(missing, chosen_strategies(strategies), n_seeds, n_test),
         }
         for name, figure in figures.items():
             plots.save_figure(figure, paths / f"figures/{name}.{section.format}", section)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -22,6 +22,13 @@ PARAMS_FILE = Path("params.yaml")
 #: Baselines of one student on one device of the network, and of the network on another partition.
 SINGLE_METHODS = ("labels", "kd", "at_kd", "total")
 PARTITION_METHODS = ("random", "contiguous", "classwise", "full")
+
+#: What the final layer does when students are missing, the simplest first: see `nonn.missing`. Of the two
+#: simplest, rescaling keeps the size of the logits, and so the probabilities.
+Strategy = Literal["rescale", "zero_fill", "mean_fill", "fail_out", "subset_layers"]
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+#: Students up to which each subset of them can have a layer of its own, 2^N − 1 of them.
+MAX_SUBSET_STUDENTS = 8
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -164,6 +171,7 @@ class Baseline(Section):
 class Assemble(Section):
     epochs: Annotated[int, Field(ge=0)]
     lr: Positive
+    missing: Literal["auto", Strategy] = "auto"
 
 
 class Evaluate(Section):
@@ -271,6 +279,11 @@ class Params(Section):
                 if device not in self.devices:
                     hint = _hint(device, self.devices)
                     yield f"networks.{network}: device {device!r} is not under `devices`; add it there{hint}"
+            if self.assemble.missing == "subset_layers" and len(devices) > MAX_SUBSET_STUDENTS:
+                yield (
+                    f"assemble.missing: subset_layers is for up to {MAX_SUBSET_STUDENTS} devices, "
+                    f"and networks.{network} has {len(devices)}; choose auto or another strategy"
+                )
         expected = [f"{n}/{i}" for n, devices in self.networks.items() for i in range(len(devices))]
         missing = [s for s in expected if s not in self.students]
         surplus = [s for s in self.students if s not in expected]

@@ -363,7 +363,9 @@ def _place_methods(figure: Figure, axis: Axes, rows: pd.DataFrame) -> None:
         )
 
 
-def draw_missing_devices(missing: pd.DataFrame, n_seeds: Mapping[tuple[str, str], int], n_test: int) -> Figure:
+def draw_missing_devices(
+    missing: pd.DataFrame, chosen: Mapping[str, str], n_seeds: Mapping[tuple[str, str], int], n_test: int
+) -> Figure:
     """Draw test accuracy against the number of missing devices, a panel for each network.
 
     Parameters
@@ -371,6 +373,8 @@ def draw_missing_devices(missing: pd.DataFrame, n_seeds: Mapping[tuple[str, str]
     missing : DataFrame
         ``method``, ``network``, ``missing``; ``mean`` and ``worst`` accuracy over the subsets of
         devices, each with its ``_sd`` over seeds.
+    chosen : mapping
+        Network to how its final layer makes up for missing devices, in words.
     n_seeds : mapping
         Method and network to the number of seeds.
     n_test : int
@@ -409,7 +413,7 @@ def draw_missing_devices(missing: pd.DataFrame, n_seeds: Mapping[tuple[str, str]
                     zorder=4 if method == "nonn" else 3,
                 )
         axis.set_title(f"{network}: NoNN n = {n_seeds['nonn', network]}, {n_test:,} test images")
-        axis.set_xlabel("missing devices")
+        axis.set_xlabel(f"missing devices (NoNN: {chosen[network]})")
         most = missing.loc[missing["network"] == network, "missing"].max()
         axis.set_xlim(-0.12 * most, 1.12 * most)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
-from safetensors.numpy import load_file
 
 from nonn.errors import UserError
-from nonn.files import read_json
 from nonn.params import Params
 from nonn.paths import Paths
-from nonn.runtime.final import Prediction, read_out
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.session import run_onnx
 from nonn.sources import fit_image
 
@@ -46,12 +45,11 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
         As the stage `export` wrote it.
     image : ndarray of shape (channels, size, size), uint8
     """
-    manifest = read_json(folder / "manifest.json")
-    features = [run_onnx(folder / student["file"], image[None]) for student in manifest["students"]]
-    logits = run_onnx(folder / manifest["final"]["file"], np.concatenate(features, axis=1))[0]
-    layer = load_file(folder / manifest["final"]["blocks"])
-    terms = [layer[f"weights.{i}"] @ feature[0] + layer[f"biases.{i}"] for i, feature in enumerate(features)]
-    return read_out(manifest["classes"], logits, terms)
+    manifest = read_manifest(folder)
+    features = [run_onnx(folder / student.file, image[None]) for student in manifest.students]
+    logits = run_onnx(folder / manifest.final.file, np.concatenate(features, axis=1))[0]
+    terms = FinalLayer.load(folder, manifest).contributions({i: f[0] for i, f in enumerate(features)})
+    return read_out(manifest.classes, logits, list(terms.values()))
 
 
 def run(params: Params, path: Path, network: str | None) -> None:
@@ -60,8 +58,8 @@ def run(params: Params, path: Path, network: str | None) -> None:
     if network not in params.networks:
         raise UserError(f"params.yaml: networks: no {network!r}; choose one of {', '.join(params.networks)}.")
     folder = Paths(params.experiment).export(network)
-    shape = read_json(folder / "manifest.json")["image"]
-    prediction = classify(folder, read_image(path, shape["channels"], shape["size"]))
+    shape = read_manifest(folder).image
+    prediction = classify(folder, read_image(path, shape.channels, shape.size))
     print(f"{prediction.label}  {prediction.probability:.1%}  ({network}, {path})")
     for student, (device, share) in enumerate(zip(params.networks[network], prediction.shares, strict=True)):
         print(f"  student {student} on {device}: {share:6.1%} of the lead")

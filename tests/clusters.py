@@ -17,6 +17,8 @@ from nonn.runtime.serving import serving
 
 CHANNELS, SIZE, N_FEATURES, CLASSES = 1, 4, (3, 5, 2), ["ant", "bee", "cat", "dog"]
 PIXELS = CHANNELS * SIZE * SIZE
+#: More than the students can reach, as their weights are.
+FEATURE_LIMIT = 20.0
 
 
 def _save(path: Path, nodes: list, inputs: tuple, outputs: tuple, constants: dict) -> None:
@@ -55,10 +57,12 @@ def write_export(folder: Path) -> Path:
         write_student(folder / f"{position}.onnx", weight)
         blocks[f"weights.{position}"] = generator.normal(size=(len(CLASSES), n_features)).astype(np.float32)
         blocks[f"biases.{position}"] = generator.normal(size=len(CLASSES)).astype(np.float32)
-        students.append({"file": f"{position}.onnx", "n_features": n_features})
+        students.append({"file": f"{position}.onnx", "n_features": n_features, "feature_limit": FEATURE_LIMIT})
+    n = len(students)
+    blocks |= {"scales": n / np.arange(1, n + 1), "fills": np.zeros((n, len(CLASSES)), np.float32)}
     save_file(blocks, folder / "final.safetensors")
-    joined = np.concatenate([blocks[f"weights.{i}"] for i in range(len(students))], axis=1)
-    constants = {"weight": joined, "bias": sum(blocks[f"biases.{i}"] for i in range(len(students)))}
+    joined = np.concatenate([blocks[f"weights.{i}"] for i in range(n)], axis=1)
+    constants = {"weight": joined, "bias": sum(blocks[f"biases.{i}"] for i in range(n))}
     gemm = helper.make_node("Gemm", ["features", "weight", "bias"], ["logits"], transB=1)
     shapes = ([1, sum(N_FEATURES)], [1, len(CLASSES)])
     ends = [(name, TensorProto.FLOAT, shape) for name, shape in zip(("features", "logits"), shapes, strict=True)]

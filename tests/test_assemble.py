@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from nonn import assemble
-from nonn.assemble import FinalLayer, NetworkOfNetworks, averaged_layer, fit_layer, load_network
+from nonn.assemble import NetworkOfNetworks, fit_layer, load_network
 from nonn.dataset import load_dataset
 from nonn.export import joined
 from nonn.files import read_json, read_tensors
+from nonn.final_layer import FinalLayer, averaged_layer
 from nonn.models import Network, predict
 from nonn.params import Architecture, Assemble
 
@@ -118,7 +119,7 @@ def test_the_network_is_its_students_and_a_linear_layer(data, experiment):
     images, _ = data.split("test")
     network = load_network(experiment.network("2s", 0), data)
     concatenated = torch.cat([predict(student, images)[0] for student in network.students], dim=1)
-    torch.testing.assert_close(joined(network.final)(concatenated), network(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joined(network.final.whole)(concatenated), network(images), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(network.final(network.features(images)), network(images), rtol=1e-5, atol=1e-5)
 
 

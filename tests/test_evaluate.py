@@ -9,9 +9,11 @@ import torch
 from scipy import stats
 
 from nonn import evaluate
-from nonn.evaluate import MAX_SUBSETS, Scores, missing_devices, permutation_test, score_all, seed_test, summarise
+from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
 from nonn.models import predict
+from nonn.params import STRATEGIES
+from nonn.subsets import MAX_SUBSETS
 from nonn.teacher import load_teacher
 
 
@@ -82,11 +84,16 @@ def test_seed_test_needs_variation(a, b):
 # Missing devices
 
 
+def adding(terms: torch.Tensor):
+    """A network whose devices' contributions (N, n_images, C) are added up."""
+    return lambda present: terms[list(present)].sum(0)
+
+
 def test_missing_devices_equals_a_loop():
     generator = torch.Generator().manual_seed(0)
     contributions = [torch.randn(4, 30, 3, generator=generator) for _ in range(3)]
     labels = torch.randint(3, (30,), generator=generator)
-    rows = missing_devices(contributions, labels, seed=0)
+    rows = missing_devices([adding(terms) for terms in contributions], 4, labels, seed=0)
     assert [row["missing"] for row in rows] == [0, 1, 2, 3]
     assert [row["n_subsets"] for row in rows] == [1, 4, 6, 4]
     for row in rows:
@@ -105,11 +112,33 @@ def test_missing_devices_equals_a_loop():
 
 
 def test_many_devices_are_sampled():
-    contributions = [torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0))]
-    rows = missing_devices(contributions, torch.tensor([0, 1, 0]), seed=0)
+    answers = [adding(torch.randn(12, 3, 2, generator=torch.Generator().manual_seed(0)))]
+    rows = missing_devices(answers, 12, torch.tensor([0, 1, 0]), seed=0)
     assert [row["n_subsets"] for row in rows] == [1, 12, 66, 220, *[MAX_SUBSETS] * 5, 220, 66, 12]
-    assert rows == missing_devices(contributions, torch.tensor([0, 1, 0]), seed=0)
+    assert rows == missing_devices(answers, 12, torch.tensor([0, 1, 0]), seed=0)
     assert all(row["mean_sd"] is None for row in rows), "one seed has no deviation"
+
+
+def test_strategies_by_hand():
+    """Of two images of class 0, a strategy is right on as many as it says, whoever is present."""
+
+    def right_on(count):
+        return lambda _present: torch.eye(2)[[0] * count + [1] * (2 - count)]
+
+    strategies = {"rescale": [right_on(1), right_on(2)], "fail_out": [right_on(2), right_on(2)]}
+    scores = Scores("nonn", "2s", 2, np.ones((2, 2), bool), [], strategies, ["fail_out", "fail_out"])
+    rows = missing_strategies(scores, torch.tensor([0, 0]), seed=0)
+    assert [(row["strategy"], row["missing"], row["n_subsets"]) for row in rows] == [
+        ("rescale", 0, 1),
+        ("rescale", 1, 2),
+        ("fail_out", 0, 1),
+        ("fail_out", 1, 2),
+    ]
+    assert [(row["mean"], row["worst"], row["chosen"], row["n_seeds"]) for row in rows[1::2]] == [
+        (3 / 4, 3 / 4, 0, 2),
+        (1, 1, 2, 2),
+    ]
+    assert rows[1]["mean_sd"] == pytest.approx((1 - 1 / 2) / 2**0.5)
 
 
 # The table
@@ -167,6 +196,13 @@ def test_the_stage_scores_everything_once(params, data, experiment):
     assert set(missing) == set(itertools.product(["nonn", "random", "ensemble"], [0, 1]))
     for method in ("nonn", "random", "ensemble"):
         assert missing[method, 0]["mean"] == pytest.approx(rows[method, "2s"]["accuracy_mean"])
+    strategies = {(row["strategy"], row["missing"]): row for row in result["missing_strategies"]}
+    assert set(strategies) == set(itertools.product(STRATEGIES, [0, 1]))
+    chosen = read_json(experiment.network("2s", 0).with_suffix(".json"))["missing"]["chosen"]
+    for (strategy, number), row in strategies.items():
+        assert row["chosen"] == (strategy == chosen)
+        if strategy == chosen or number == 0:
+            assert row["mean"] == missing["nonn", number]["mean"]
 
 
 def test_ensembles_average_probabilities(params, data, experiment):

@@ -105,8 +105,8 @@ def test_outputs_that_differ_are_refused():
 
 
 def test_joined_layer_has_the_sum_of_the_biases(network):
-    linear = joined(network.final)
-    torch.testing.assert_close(linear.bias, sum(network.final.biases))
+    linear = joined(network.final.whole)
+    torch.testing.assert_close(linear.bias, sum(network.final.whole.biases))
     assert linear.in_features == sum(student.n_features for student in network.students)
 
 

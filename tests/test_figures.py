@@ -1,6 +1,7 @@
 """Tables by hand-computed numbers, and all outputs from a small made-up experiment."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -11,14 +12,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import design, figures, graph, graph_plots, partition, plots
+from nonn import design, figures, graph, graph_plots, missing_tables, partition, plots
 from nonn.benchmark import describe_system
 from nonn.cost import measure_cost
 from nonn.errors import UserError
-from nonn.evaluate import Scores, missing_devices, summarise
+from nonn.evaluate import Scores, missing_devices, missing_strategies, summarise
 from nonn.files import read_json, write_json, write_tensors
 from nonn.models import Network
-from nonn.params import SINGLE_METHODS, load_params
+from nonn.params import SINGLE_METHODS, STRATEGIES, load_params
 from nonn.paths import Paths
 from nonn.training import LOG_COLUMNS, write_log
 
@@ -35,8 +36,10 @@ ACCURACY = {
     "labels": 0.974,
     "random": 0.983,
 }
+#: By the seeds of the made-up networks.
+CHOSEN = ["fail_out", "subset_layers", "fail_out"]
 FIGURES = ("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices")
-TABLES = ("summary.csv", "summary.md", "summary.tex", "metrics.json", "claims.json")
+TABLES = ("missing.csv", "summary.csv", "summary.md", "summary.tex", "metrics.json", "claims.json")
 
 
 def write_graph(params, paths, n_filters, generator):
@@ -82,6 +85,10 @@ def write_logs(params, paths, generator):
             write_log(paths.log(paths.baseline(network, method, seed)), pd.concat(logs))
 
 
+def add_terms(terms, present):
+    return terms[list(present)].sum(0)
+
+
 def write_evaluation(params, paths, n_test, generator):
     hard = generator.permutation(n_test)
     labels = torch.from_numpy(generator.integers(0, N_CLASSES, n_test))
@@ -95,7 +102,10 @@ def write_evaluation(params, paths, n_test, generator):
             + torch.from_numpy(generator.normal(0, 0.42, (n_students, n_test, N_CLASSES)))
             for _ in range(n_seeds)
         ]
-        return Scores(method, network, n_students, correct, terms if n_students > 1 else [])
+        answers = [partial(add_terms, t) for t in terms] if n_students > 1 else []
+        if method != "nonn":
+            return Scores(method, network, n_students, correct, answers)
+        return Scores(method, network, n_students, correct, answers, dict.fromkeys(STRATEGIES, answers), CHOSEN)
 
     scores = [score("teacher", "", 1, 1)]
     n_pool = len(params.seeds) + len(params.ensemble.seeds)
@@ -110,11 +120,13 @@ def write_evaluation(params, paths, n_test, generator):
     missing = [
         {"method": s.method, "network": s.network, **row}
         for s in scores
-        if s.contributions
-        for row in missing_devices(s.contributions, labels, 0)
+        if s.answers
+        for row in missing_devices(s.answers, s.n_students, labels, 0)
     ]
     section = params.evaluate.model_copy(update={"resamples": 1000})
-    write_json(paths.evaluation, {"n_test": n_test, "rows": summarise(scores, section), "missing": missing})
+    strategies = [row for s in scores for row in missing_strategies(s, labels, 0)]
+    evaluation = {"n_test": n_test, "rows": summarise(scores, section)}
+    write_json(paths.evaluation, evaluation | {"missing": missing, "missing_strategies": strategies})
 
 
 def write_benchmarks(params, paths):
@@ -307,7 +319,7 @@ def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict
     rows = [*ROWS[1:], row("ensemble", "2s", 2, accuracy, 0.01, p)]
     methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
     comparison = figures.compare_network(methods, "2s")
-    report = figures.write_summary_md("x", methods, [comparison], 500, describe_system(), 4)
+    report = figures.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
     assert comparison["best_baseline_beaten"] is beaten
     assert verdict in report
     assert "500 test images" in report
@@ -319,7 +331,60 @@ def test_a_network_without_baselines_claims_nothing_about_them():
     methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
     comparison = figures.compare_network(methods, "2s")
     assert comparison["best_baseline"] is comparison["p_value"] is None
-    assert "no baseline" in figures.write_summary_md("x", methods, [comparison], 500, describe_system(), 4)
+    assert "no baseline" in figures.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
+
+
+def strategy_row(strategy, chosen, missing, mean, worst):
+    return {
+        **{"network": "2s", "strategy": strategy, "chosen": chosen, "missing": missing, "n_subsets": missing + 1},
+        **{"n_seeds": 3, "mean": mean, "mean_sd": 0.01 if missing else None, "worst": worst, "worst_sd": None},
+    }
+
+
+STRATEGY_ROWS = [
+    strategy_row("rescale", 0, 0, 0.95, 0.95),
+    strategy_row("rescale", 0, 1, 0.8, 0.7),
+    strategy_row("fail_out", 3, 0, 0.95, 0.95),
+    strategy_row("fail_out", 3, 1, 0.85, 0.75),
+]
+
+
+def test_missing_csv_by_hand():
+    assert missing_tables.write_missing_csv(STRATEGY_ROWS) == (
+        "network,strategy,chosen,missing,n_subsets,n_seeds,mean,mean_sd,worst\n"
+        "2s,rescale,0,0,1,3,0.950000,,0.950000\n"
+        "2s,rescale,0,1,2,3,0.800000,0.010000,0.700000\n"
+        "2s,fail_out,3,0,1,3,0.950000,,0.950000\n"
+        "2s,fail_out,3,1,2,3,0.850000,0.010000,0.750000\n"
+    )
+
+
+def test_the_report_tells_of_missing_devices():
+    lines = missing_tables.describe_missing(STRATEGY_ROWS)
+    assert lines[-5:] == [
+        "| 2s | Chosen by | 1 missing |",
+        "| :-- | --: | --: |",
+        "| Rescaled | 0 of 3 | 80.00 % (70.00 %) |",
+        "| Fail-out | 3 of 3 | 85.00 % (75.00 %) |",
+        "",
+    ]
+
+
+def test_chosen_strategies_in_words():
+    assert missing_tables.chosen_strategies(STRATEGY_ROWS) == {"2s": "fail-out"}
+    divided = [*STRATEGY_ROWS[:2], *({**row, "chosen": 1} for row in STRATEGY_ROWS[2:])]
+    divided = [{**row, "chosen": 2} if row["strategy"] == "rescale" else row for row in divided]
+    assert missing_tables.chosen_strategies(divided) == {"2s": "rescaled (2), fail-out (1)"}
+
+
+def test_missing_csv_has_every_strategy_of_every_network(inside):
+    params, paths = inside
+    table = pd.read_csv(paths / "missing.csv")
+    assert list(table.columns) == list(missing_tables.COLUMNS)
+    expected = sum(len(devices) for devices in params.networks.values()) * len(STRATEGIES)
+    assert len(table) == expected
+    assert len(table[["network", "strategy", "missing"]].drop_duplicates()) == expected
+    assert "## When devices are missing" in (paths / "summary.md").read_text()
 
 
 def test_claims_are_of_the_most_accurate_network():
@@ -416,7 +481,7 @@ def test_all_points_are_in_view(methods):
             for k in range(2)
         ]
     ).assign(worst_sd=None)
-    (axis,) = plots.draw_missing_devices(missing, {("nonn", "2s"): 3}, 100).axes
+    (axis,) = plots.draw_missing_devices(missing, {"2s": "rescaled"}, {("nonn", "2s"): 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
     (axis,) = plots.draw_accuracy_memory(methods, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])

@@ -72,6 +72,11 @@ WRONG = [
         {"networks.2s": ["stm32f7", "stm32f8"]},
         "networks.2s: device 'stm32f8' is not under `devices`; add it there (did you mean 'stm32f7'?)",
     ),
+    ({"assemble.missing": "ignore"}, "assemble.missing: input should be 'auto', 'rescale', 'zero_fill'"),
+    (
+        {"assemble.missing": "subset_layers", "networks.2s": ["stm32f7"] * 9},
+        "assemble.missing: subset_layers is for up to 8 devices, and networks.2s has 9; choose auto or another",
+    ),
     ({"networks.2s": ["stm32f7"]}, "networks.2s: has 1 devices; give it 2 to 16"),
     ({"networks.2s": ["stm32f7"] * 17}, "networks.2s: has 17 devices; give it 2 to 16"),
     ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of `networks`"),

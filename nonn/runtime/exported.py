@@ -40,6 +40,7 @@ class StudentFile(Section):
 
 
 class FinalFiles(Section):
+    file: FileName
     blocks: FileName
     blocks_sha256: Sha256
 

@@ -83,6 +83,7 @@ rule figures:
         kept(f"{RESULTS}/claims.json"),
         kept(f"{RESULTS}/distributed.csv"),
         kept(f"{RESULTS}/metrics.json"),
+        kept(f"{RESULTS}/missing.csv"),
         kept(f"{RESULTS}/ratios.json"),
         kept(f"{RESULTS}/summary.csv"),
         kept(f"{RESULTS}/summary.tex"),
