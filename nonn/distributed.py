@@ -240,7 +240,9 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
         {
             "classes": manifest["classes"],
             "image": manifest["image"],
-            "students": [{"file": path.name, "sha256": sha256_of(path), "n_features": n_classes}],
+            "students": [
+                {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
+            ],
             "final": {"blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
         },
     )

@@ -41,6 +41,14 @@ def test_a_coordinator_that_lets_nan_through_is_found_out(network_folder, monkey
     assert wrong(asyncio.run(fuzz.fuzz_coordinator(network_folder, 100, seed=1))) > 0
 
 
+def test_a_coordinator_that_lets_any_finite_number_through_is_found_out(network_folder, monkeypatch):
+    def finite(_contract, features):
+        return "" if np.isfinite(features).all() else "that are not finite"
+
+    monkeypatch.setattr("nonn.runtime.protocol.check_features", finite)
+    assert wrong(asyncio.run(fuzz.fuzz_coordinator(network_folder, 100, seed=1))) > 0
+
+
 def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
     monkeypatch.setattr("nonn.runtime.soak.NAP", 1.0)
     soak = asyncio.run(soak_cluster(network_folder, 800, deadline_ms=500, every=2, seed=0))

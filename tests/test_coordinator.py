@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, CLASSES, N_FEATURES, SIZE, make_image, plain_node
+from clusters import CHANNELS, CLASSES, FEATURE_LIMIT, N_FEATURES, SIZE, make_image, plain_node
 from grpc import StatusCode, aio
 from PIL import Image
 from safetensors.numpy import load_file
@@ -206,7 +206,9 @@ def test_nobody_left(network_folder, free_port):
 
 def with_features(values):
     async def answer(request, context):
-        return make_response(Contract("2", CHANNELS, SIZE, N_FEATURES[2]), "", np.array([values], np.float32))
+        return make_response(
+            Contract("2", CHANNELS, SIZE, N_FEATURES[2], FEATURE_LIMIT), "", np.array([values], np.float32)
+        )
 
     return answer
 
@@ -224,6 +226,9 @@ ROGUES = {
     "nan": (with_features([np.nan, 0]), "not finite"),
     "infinity": (with_features([0, np.inf]), "not finite"),
     "minus infinity": (with_features([-np.inf, 0]), "not finite"),
+    "huge": (with_features([3e38, 0]), "features up to 3e+38, beyond the limit of 20"),
+    "beyond the limit": (with_features([0, np.nextafter(np.float32(FEATURE_LIMIT), 99)]), "beyond the limit of 20"),
+    "negative": (with_features([-1e-6, 0]), "features below 0"),
     "too many": (with_features([1, 2, 3]), "expected 8 bytes, not 12"),
     "too few": (with_features([1]), "expected 8 bytes, not 4"),
     "another shape": (with_change(lambda r: r.outputs[0].shape.append(1)), "the shape [1, 2], not [1, 2, 1]"),
@@ -245,6 +250,31 @@ def test_what_a_rogue_node_sends_changes_nothing(network_folder, behave, reason)
             assert_answer(answer, network_folder, make_image(), [0, 1])
             assert reason in answer.absent["node-2"]
             assert rogue.asked == 1
+
+    asyncio.run(scenario())
+
+
+def test_a_rogue_nodes_sway_is_bounded(network_folder):
+    """Of features f within [0, L], the lead of class a over b has a range of L Σ_k |W_ak − W_bk|, and no more."""
+    block = load_file(network_folder / "final.safetensors")["weights.2"].astype(float)  # all present: its scale is 1
+    pairs = block[:, None] - block  # (C, C, F)
+    bound = FEATURE_LIMIT * np.abs(pairs).sum(2)
+    corners = FEATURE_LIMIT * np.stack([pairs > 0, pairs < 0]).reshape(-1, N_FEATURES[2])
+    within = np.random.default_rng(0).uniform(0, FEATURE_LIMIT, (50, N_FEATURES[2]))
+    sent = iter([*corners, *within])
+
+    async def behave(request, context):
+        return await with_features(next(sent))(request, context)
+
+    async def scenario():
+        leads = []
+        async with rogue_node(behave) as (third, _), two_and(network_folder, third) as coordinator:
+            for _ in range(len(corners) + len(within)):
+                answer = await coordinator.classify(make_image())
+                assert "node-2" in answer.present
+                logits = np.log(answer.prediction.probabilities)  # but for a constant, which leads do not have
+                leads.append(logits[:, None] - logits)
+        np.testing.assert_allclose(np.ptp(leads, axis=0), bound, rtol=1e-6)  # reached by the corners
 
     asyncio.run(scenario())
 

@@ -17,7 +17,7 @@ from nonn.assemble import load_network
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset
 from nonn.errors import UserError
-from nonn.export import Features, check_same, export_onnx, export_solo, joined, solo_models
+from nonn.export import FEATURE_MARGIN, Features, check_same, export_onnx, export_solo, joined, solo_models
 from nonn.files import read_json, read_tensors
 from nonn.models import predict
 from nonn.paths import Paths
@@ -67,6 +67,8 @@ def test_the_manifest_describes_the_files(network, data, exported, params):
         assert manifest["test_accuracy"] == (network(images).argmax(1) == labels).double().mean()
     for student, entry in zip(network.students, manifest["students"], strict=True):
         assert entry["n_features"] == student.n_features
+        largest = predict(student, data.split("validation")[0])[0].max().item()
+        assert entry["feature_limit"] == pytest.approx(FEATURE_MARGIN * largest)
         assert entry["cost"] == vars(measure_cost(student, 1, 28, params.design.bytes_per_value))
     final = manifest["final"]
     sums = {entry["file"]: entry["sha256"] for entry in [*manifest["students"], final]}

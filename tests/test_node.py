@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from clusters import CHANNELS, N_FEATURES, SIZE, make_image, plain_node, write_student
+from clusters import CHANNELS, FEATURE_LIMIT, N_FEATURES, SIZE, make_image, plain_node, write_student
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2 as oip
@@ -28,7 +28,7 @@ from nonn.runtime.serving import serve, serving
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity, is_loopback, split_address
 
-CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0])
+CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
 
 
 async def refusal(call) -> tuple[StatusCode, str]:
@@ -168,23 +168,29 @@ def test_nobody_can_load_unload_or_share_memory(network_folder, method):
     asyncio.run(scenario())
 
 
-def test_a_node_does_not_send_what_is_not_finite(network_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("weight", "problem"),
+    [(np.inf, "that are not finite"), (1e9, "beyond the limit of 20")],  # inf − and 0·inf
+)
+def test_a_node_does_not_send_what_a_student_cannot_have(network_folder, tmp_path, weight, problem):
     shutil.copytree(network_folder, tmp_path / "export")
     student = Student(tmp_path / "export/0.onnx")
-    write_student(tmp_path / "nan.onnx", np.full((16, 3), np.inf, np.float32))
-    student.session = node.open_session(tmp_path / "nan.onnx")  # inf − and 0·inf
+    write_student(tmp_path / "other.onnx", np.full((16, 3), weight, np.float32))
+    student.session = node.open_session(tmp_path / "other.onnx")
 
     async def scenario():
         async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
             status, details = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image())))
-            assert (status, details) == (StatusCode.INTERNAL, "the student's features are not finite")
+            assert status == StatusCode.INTERNAL
+            assert details.startswith("the student has features ")
+            assert problem in details
 
     asyncio.run(scenario())
 
 
 def test_large_images_raise_the_message_limit():
-    assert Contract("0", 3, 32, 64).message_limit == MESSAGE_LIMIT
-    assert 3 * 224 * 224 < Contract("0", 3, 224, 64).message_limit < 3 * 224 * 224 + 5000
+    assert Contract("0", 3, 32, 64, 1.0).message_limit == MESSAGE_LIMIT
+    assert 3 * 224 * 224 < Contract("0", 3, 224, 64, 1.0).message_limit < 3 * 224 * 224 + 5000
 
 
 # Mutual TLS

@@ -113,7 +113,9 @@ class Cluster(Section):
             raise UserError(f"nodes: no student {', '.join(surplus)} in {self.export}; it has {', '.join(models)}.")
         if missing := sorted(set(models) - set(nodes)):
             raise UserError(f"nodes: no node serves student {', '.join(missing)} of {self.export}. Add one for each.")
-        contracts = [Contract(s.model, image.channels, image.size, s.n_features) for s in manifest.students]
+        contracts = [
+            Contract(s.model, image.channels, image.size, s.n_features, s.feature_limit) for s in manifest.students
+        ]
         return manifest, [(nodes[contract.model], i, contract) for i, contract in enumerate(contracts)]
 
 

@@ -32,6 +32,8 @@ class StudentFile(Section):
     file: FileName
     sha256: Sha256
     n_features: Count
+    #: Largest value that a feature may have, none being negative; null for any finite ones.
+    feature_limit: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 
     @property
     def model(self) -> str:

@@ -39,6 +39,8 @@ STRANGERS = 100
 PATIENCE = 10.0
 #: What a number in a hostile feature vector may be.
 HOSTILE_FLOATS = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 0.0)
+#: What all numbers of a hostile vector may be that is finite: huge, below 0, or within any limit.
+FINITE_FLOATS = (3e38, 1e9, 1e4, -1.0, -1e-3, 1e-45)
 WORDS = ("", "0", "1", "image", "features", "FP32", "UINT8", "BYTES", "\x00", "é" * 50, "x" * 70_000)
 
 
@@ -83,7 +85,8 @@ def damage_fields(message: Message, random: Random) -> bytes:
         lambda: contents.__setitem__(0, contents[0] * random.randint(2, 9)),
     ]
     if not request:
-        values = [random.choice(HOSTILE_FLOATS) for _ in range(len(contents[0]) // 4)]
+        floats = random.choice([HOSTILE_FLOATS, FINITE_FLOATS, [random.choice(FINITE_FLOATS)]])
+        values = [random.choice(floats) for _ in range(len(contents[0]) // 4)]
         changes += 5 * [lambda: contents.__setitem__(0, np.array(values, "<f4").tobytes())]
     for change in random.choices(changes, k=random.randint(1, 3)):
         change()
@@ -183,7 +186,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
     random, outcomes, last = Random(seed), Counter(), {}
     manifest, placed = local_cluster(export, None, 7100, 1000).placed()
     *sound_nodes, (_, rogue, contract) = placed
-    sound = make_response(contract, "", np.ones((1, contract.n_features), np.float32))
+    sound = make_response(contract, "", np.full((1, contract.n_features), contract.feature_limit / 2, np.float32))
 
     async def misbehave(_: bytes, context: aio.ServicerContext) -> bytes:
         last["content"] = b""
@@ -219,6 +222,8 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             expected = read_out(manifest.classes, coordinator.final.logits(terms), list(terms.values()))
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
+            # Not what `read_response` thinks of them, which is what is being tried here.
+            right = right and (said is None or 0 <= said.min() <= said.max() <= contract.feature_limit)
             kind = "discarded" if len(present) == len(features) else "harmless, used as a sound one"
             outcomes[kind if right else f"WRONG {kind}"] += 1
     return outcomes

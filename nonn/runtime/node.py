@@ -18,7 +18,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from nonn.errors import UserError
 from nonn.progress import log
 from nonn.runtime.exported import read_manifest, read_verified
-from nonn.runtime.protocol import INPUT, OUTPUT, Contract, ProtocolError, make_response
+from nonn.runtime.protocol import INPUT, OUTPUT, Contract, ProtocolError, check_features, make_response
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serve
 from nonn.runtime.session import open_session
@@ -55,7 +55,7 @@ class Student:
         content = read_verified(path, entry.sha256)
         shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         images = load_sensor(sensor, shape)
-        self.contract = Contract(entry.model, *shape[:2], entry.n_features, sensor=images)
+        self.contract = Contract(entry.model, *shape[:2], entry.n_features, entry.feature_limit, sensor=images)
         self.session = open_session(content)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
         features = self.run(np.zeros(self.contract.image_shape, np.uint8))
@@ -78,8 +78,8 @@ class Student:
             log(f"model {self.contract.model}: {error}")
             # What went wrong inside is for this node's log, not for whoever asks.
             raise ProtocolError(StatusCode.INTERNAL, "the student failed; see the node's log") from error
-        if not np.isfinite(features).all():
-            raise ProtocolError(StatusCode.INTERNAL, "the student's features are not finite")
+        if problem := check_features(self.contract, features):
+            raise ProtocolError(StatusCode.INTERNAL, f"the student has features {problem}")
         return features
 
 

@@ -79,9 +79,12 @@ class Contract(ImageContract):
     ----------
     n_features : int
         Length F_i of the feature vector, float32 of shape (1, F_i).
+    feature_limit : float, optional
+        Features that are means of rectified activations go from 0 up to this; None: any finite ones.
     """
 
     n_features: int
+    feature_limit: float | None = None
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -151,7 +154,7 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
     Raises
     ------
     ProtocolError
-        Of another type, shape or length, or not finite: a node must not sway the vote by infinities.
+        Of another type, shape or length, or with features that no student has: see `check_features`.
     """
     if response.model_name != contract.model:
         raise invalid(f"expected an answer of model {contract.model!r}, not of {response.model_name[:64]!r}")
@@ -160,12 +163,30 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
     (tensor,) = response.outputs
     data = read_raw(tensor, response.raw_output_contents, "FP32", (1, contract.n_features), itemsize=4)
     features = np.frombuffer(data, "<f4")
-    if not np.isfinite(features).all():
-        raise invalid("features that are not finite")
+    if problem := check_features(contract, features):
+        raise invalid(f"features {problem}")
     return features
 
 
-def check_model(contract: ImageContract, model: str, version: str) -> None:
+def check_features(contract: Contract, features: np.ndarray) -> str:
+    """What is wrong with the values of a feature vector, in a few words; empty if nothing is.
+
+    A node must not sway the vote by values that an honest one cannot have. Of features within [0, L],
+    whatever they are, the student's part in the logit of class c stays within a range of
+    s L Σ_k |W_ck|, where W is its block of the final layer and s its scale.
+    """
+    if not np.isfinite(features).all():
+        return "that are not finite"
+    if contract.feature_limit is None:
+        return ""
+    if (features < 0).any():
+        return "below 0"
+    if (features > contract.feature_limit).any():
+        return f"up to {features.max():.3g}, beyond the limit of {contract.feature_limit:.3g}"
+    return ""
+
+
+def check_model(contract: Contract, model: str, version: str) -> None:
     """Refuse the name of another model, or another version of it."""
     if model != contract.model:
         raise ProtocolError(StatusCode.NOT_FOUND, f"this address serves model {contract.model!r}, not {model[:64]!r}")
