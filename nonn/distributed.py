@@ -233,8 +233,9 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     path, blocks, n_classes = folder / "0.onnx", folder / "final.safetensors", len(manifest["classes"])
     onnx.save(model, path)
-    identity = {"weights.0": np.eye(n_classes, dtype=np.float32), "biases.0": np.zeros(n_classes, np.float32)}
-    save_file(identity, blocks)
+    zeros = np.zeros((1, n_classes), np.float32)
+    identity = {"weights.0": np.eye(n_classes, dtype=np.float32), "biases.0": zeros[0]}
+    save_file(identity | {"scales": np.ones(1, np.float32), "fills": zeros}, blocks)
     write_json(
         folder / "manifest.json",
         {
