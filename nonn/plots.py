@@ -413,7 +413,7 @@ def draw_missing_devices(
                     zorder=4 if method == "nonn" else 3,
                 )
         axis.set_title(f"{network}: NoNN n = {n_seeds['nonn', network]}, {n_test:,} test images")
-        axis.set_xlabel(f"missing devices (NoNN: {chosen[network]})")
+        axis.set_xlabel(f"missing devices\nNoNN: {chosen[network]}")
         most = missing.loc[missing["network"] == network, "missing"].max()
         axis.set_xlim(-0.12 * most, 1.12 * most)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
