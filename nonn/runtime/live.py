@@ -60,7 +60,7 @@ class Device:
             "model": child.node.model,
             "address": child.node.address,
             "state": child.state,
-            "silent": self.silent,
+            "silent": self.silent and not child.has_exited,
             "breaker": "open" if link and link.is_open else "closed",
             "failures_in_a_row": link.failures if link else 0,
             "latency_ms": self.recent[-1] if self.recent else None,
