@@ -33,7 +33,7 @@ from nonn.params import Params
 from nonn.partition import load_baseline_sets
 from nonn.paths import Paths
 from nonn.signals import load_signals
-from nonn.training import Checkpoint, write_log
+from nonn.training import Checkpoint, keep_freed_memory, write_log
 
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
@@ -70,6 +70,7 @@ def load_baseline(path: Path, data: Dataset) -> list[Network]:
 
 def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
     name = f"{network}/{method} seed {seed}"
     checkpoint = Checkpoint.of(
         [name, params.distill.model_dump(), params.baseline.model_dump(), params.signals.model_dump()],

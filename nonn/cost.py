@@ -11,7 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from nonn.models import Network, count_parameters, deployed
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
-IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.Identity)
+IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)
 IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 
 

@@ -25,7 +25,7 @@ from nonn.models import Network
 from nonn.params import Architecture, Distill, Params, Signals
 from nonn.paths import Paths
 from nonn.signals import load_signals
-from nonn.training import Checkpoint, mixed_precision, pick_device, train, write_log
+from nonn.training import Checkpoint, keep_freed_memory, mixed_precision, pick_device, train, write_log
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def distill_student(
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
     # One thread a student: students are trained side by side, and the sums come out the same anywhere.
     torch.set_num_threads(1)
+    keep_freed_memory()
     section = params.distill
     design_path, partition_path = paths.design(network, student), paths.partition(network, student)
     ((architecture, _),) = load_design(design_path)

@@ -31,6 +31,9 @@ from torch import Tensor, nn
 
 from nonn.params import Architecture
 
+#: Side of the patches that the first layer of family airbench whitens, in pixels.
+WHITENED = 2
+
 
 class Normalize(nn.Module):
     """``(x - mean) / std`` by channel; `mean` and `std` in units of the raw pixel values, 0 to 255."""
@@ -69,6 +72,35 @@ def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, lis
         stages.append(nn.Sequential(*layers))
         width = outputs
     return stem, stages, width
+
+
+def identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
+    """A convolution whose first filters hand on its inputs as they are; the others begin at random."""
+    layer = convolution(inputs, outputs)
+    nn.init.dirac_(layer.weight[: min(inputs, outputs)])
+    return layer
+
+
+def unscaled_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm with a bias alone, whose statistics follow a short training closely."""
+    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+def airbench_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    width = 2 * channels * WHITENED**2  # each direction of a patch and its opposite
+    # Padded, where airbench's output is a pixel smaller: the stages are as large as a student's.
+    padding, whitening, stages = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, width, WHITENED, bias=False), []
+    whitening.weight.requires_grad_(False)
+    for outputs in architecture.widths:
+        layers = [identity_convolution(width, outputs), nn.MaxPool2d(2), unscaled_norm(outputs), nn.GELU()]
+        for _ in range(architecture.depth - 1):
+            layers += [identity_convolution(outputs, outputs), unscaled_norm(outputs), nn.GELU()]
+        stages.append(nn.Sequential(*layers))
+        width = outputs
+    stages[-1][-1] = nn.ReLU(inplace=True)  # the features that students imitate are rectified
+    return nn.Sequential(padding, whitening, nn.GELU()), stages, width
 
 
 class WideBlock(nn.Module):
@@ -131,7 +163,7 @@ def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, l
     return stem, stages, width
 
 
-BODIES = {"fast": fast_body, "wrn": wrn_body, "resnet": resnet_body}
+BODIES = {"fast": fast_body, "airbench": airbench_body, "wrn": wrn_body, "resnet": resnet_body}
 
 
 class Network(nn.Module):
@@ -162,6 +194,7 @@ class Network(nn.Module):
         self.normalize = Normalize(
             torch.zeros(channels) if mean is None else mean, torch.ones(channels) if std is None else std
         )
+        self.family = architecture.family
         self.stem, stages, width = BODIES[architecture.family](channels, architecture)
         self.stages = nn.ModuleList(stages)
         self.bridge = nn.Sequential(*rectified(width, n_filters, kernel=1)) if n_filters else nn.Identity()
@@ -184,6 +217,31 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.read_out(self.stage_maps(images)[-1])
+
+
+@torch.no_grad()
+def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
+    """Set the first layer of family airbench; a network of another family stays as it is.
+
+    Its filters are the eigenvectors of the patches' covariance, divided by the standard deviation in
+    their direction, and their opposites: the outputs have no correlation and about one variance.
+
+    Parameters
+    ----------
+    model : Network, changed in place
+    images : Tensor of shape (N, channels, H, W), uint8
+        Training images, of which the first `n_images` count.
+    eps : float
+        Added to the variances: directions without any are noise.
+    """
+    if model.family != "airbench":
+        return
+    pixels = model.normalize(images[:n_images])
+    patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + eps).sqrt()).T
+    weight = model.stem[1].weight
+    weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
 
 def deployed(model: Network) -> Network:

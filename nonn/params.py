@@ -77,25 +77,35 @@ class Augment(Section):
 class Architecture(Section):
     """A convolutional network of one family: see `nonn.models`."""
 
-    family: Literal["fast", "wrn", "resnet"]
+    family: Literal["fast", "airbench", "wrn", "resnet"]
     widths: list[Count] = []
     depth: Count
     width: Count = 1
 
     @model_validator(mode="after")
     def _is_complete(self) -> Architecture:
-        if self.family == "fast" and len(self.widths) != 3:
-            raise ValueError("family fast needs `widths`, three numbers, such as [64, 256, 256]")
-        if self.family != "fast" and self.widths:
-            raise ValueError(f"`widths` belongs to family fast; family {self.family} takes `depth` and `width`")
+        has_widths = self.family in ("fast", "airbench")
+        if has_widths and len(self.widths) != 3:
+            raise ValueError(f"family {self.family} needs `widths`, three numbers, such as [64, 256, 256]")
+        if not has_widths and self.widths:
+            raise ValueError(
+                f"`widths` belongs to families fast and airbench; family {self.family} takes `depth` and `width`"
+            )
         step = {"wrn": (6, 4), "resnet": (6, 2)}.get(self.family)
         if step and (self.depth < sum(step) or self.depth % step[0] != step[1]):
             raise ValueError(f"family {self.family} needs depth = {step[0]}n + {step[1]}, not {self.depth}")
         return self
 
 
+class Muon(Section):
+    """Of the filters of convolutions: see `nonn.muon`."""
+
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+
+
 class Schedule(Section):
-    """Stochastic gradient descent with a triangular learning rate."""
+    """Stochastic gradient descent with a triangular learning rate; with `muon`, of all but the filters."""
 
     epochs: Count
     batch_size: Count
@@ -103,6 +113,14 @@ class Schedule(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegative
     warmup: Fraction
+    muon: Muon | None = None
+
+
+class Progressive(Section):
+    """Smaller images in the first epochs, which cost less."""
+
+    size: Annotated[int, Field(ge=8)]
+    share: Fraction
 
 
 class Normalization(Section):
@@ -118,6 +136,7 @@ class Teacher(Schedule):
     normalization: Normalization | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     augment: Augment
+    progressive: Progressive | None = None
     threads: Count
     seed: Seed
 
@@ -307,6 +326,9 @@ class Params(Section):
                 )
             if method == "at_kd" and not self.signals.attention:
                 yield f"baselines: {name} needs attention maps; set signals.attention to true"
+        smaller = self.teacher.progressive
+        if smaller and smaller.size >= self.dataset.size:
+            yield f"teacher.progressive.size: is not below dataset.size ({self.dataset.size}); lower or remove it"
         if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
             yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
 

@@ -14,15 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.augment import View, apply_view, draw_view
+from nonn.augment import View, apply_view, draw_view, shrink
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
 from nonn.files import read_json, read_tensors, write_json, write_tensors
-from nonn.models import Network, accuracy, predict
+from nonn.models import Network, accuracy, predict, whiten
 from nonn.params import Architecture, Params, Teacher
 from nonn.paths import Paths
-from nonn.training import LOG_COLUMNS, Checkpoint, mixed_precision, pick_device, train, write_log
+from nonn.training import (
+    LOG_COLUMNS,
+    Checkpoint,
+    keep_freed_memory,
+    mixed_precision,
+    pick_device,
+    train,
+    write_log,
+)
 
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
@@ -48,6 +56,8 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     device = pick_device()
     model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
+    whiten(model, images)
+    n_small_epochs = params.progressive.share * params.epochs if params.progressive else 0
 
     @lru_cache(maxsize=1)  # an epoch sees one view
     def view_of(epoch: int) -> View:
@@ -55,6 +65,8 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
         batch = apply_view(images, view_of(epoch), index, params.augment.pad)
+        if epoch < n_small_epochs:
+            batch = shrink(batch, params.progressive.size)
         with mixed_precision(device):
             _, logits = model(batch.to(device))
         return F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=params.label_smoothing)
@@ -148,6 +160,7 @@ def load_teacher(paths: Paths, data: Dataset) -> Network:
 def run(params: Params, paths: Paths) -> None:
     section, data = params.teacher, load_dataset(paths)
     torch.set_num_threads(section.threads)
+    keep_freed_memory()
     checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset])
     if section.weights:
         model, log = import_teacher(data, section)

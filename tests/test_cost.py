@@ -21,6 +21,16 @@ def test_fast_network_by_hand():
     assert measure_cost(model, channels=1, size=8) == Cost(params, stem + stages + bridge, 4 * params, 4 * peak)
 
 
+def test_airbench_network_by_hand():
+    """An image of 1×8×8, whitened to 8 channels; all its parameters are counted, trained or not."""
+    model = Network(Architecture(family="airbench", widths=[8, 8, 8], depth=1), 1, 3)
+    whitening = (8 * 8 * 8) * (1 * 4)
+    stages = sum((8 * side * side) * (8 * 9) for side in (8, 4, 2))
+    params = 8 * 4 + 3 * (8 * 8 * 9 + 2 * 8) + (8 * 3 + 3)
+    peak = 2 * 8 * 8 * 8  # input and output of the first convolution of the stages
+    assert measure_cost(model, channels=1, size=8) == Cost(params, whitening + stages + 8 * 3, 4 * params, 4 * peak)
+
+
 def test_residual_network_by_hand():
     """ResNet-8 on 1×4×4; while a block computes, its input stays alive for the shortcut."""
     model = Network(Architecture(family="resnet", depth=8), 1, 3)

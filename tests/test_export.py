@@ -19,7 +19,8 @@ from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.export import FEATURE_MARGIN, Features, check_same, export_onnx, export_solo, joined, solo_models
 from nonn.files import read_json, read_tensors
-from nonn.models import predict
+from nonn.models import Network, predict, whiten
+from nonn.params import Architecture
 from nonn.paths import Paths
 from nonn.predict import classify, read_image
 from nonn.runtime.session import open_session, run_onnx
@@ -113,6 +114,17 @@ def test_joined_layer_has_the_sum_of_the_biases(network):
 
 
 # Models that run alone
+
+
+def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
+    torch.manual_seed(0)
+    architecture = Architecture(family="airbench", widths=[8, 16, 16], depth=2)
+    teacher = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    whiten(teacher, data.images)
+    teacher.train()(data.images)  # statistics for the batch norms
+    images, _ = data.split("test")
+    export_solo({"teacher": teacher.eval()}, data, tmp_path, bytes_per_value=4)  # compares with torch itself
+    assert run_onnx(tmp_path / "teacher.onnx", images.numpy()).shape == (len(images), data.n_classes)
 
 
 def test_solo_models_are_the_teacher_and_single_baselines(params, data, experiment):

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from nonn.models import Network, accuracy, count_parameters, deployed, predict
+from nonn.models import Network, accuracy, count_parameters, deployed, predict, whiten
 from nonn.params import Architecture
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
 WRN = Architecture(family="wrn", depth=10, width=1)
 RESNET = Architecture(family="resnet", depth=8)
-FAMILIES = {"fast": FAST, "wrn": WRN, "resnet": RESNET}
+AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2)
+FAMILIES = {"fast": FAST, "airbench": AIRBENCH, "wrn": WRN, "resnet": RESNET}
 
 
 def random_images(n_images: int, channels: int, size: int) -> torch.Tensor:
@@ -60,6 +61,8 @@ def test_outputs_are_finite_and_every_parameter_learns(family, channels, size):
     assert logits.isfinite().all()
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         # A bias right before a batch norm has no effect, so its gradient may be zero.
@@ -86,7 +89,7 @@ def test_features_are_the_spatial_mean_of_a_rectified_map(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_maps_halve_from_stage_to_stage(family):
     sizes = [m.shape[-1] for m in make_network(FAMILIES[family]).stage_maps(random_images(2, 1, 32))]
-    assert sizes == ([16, 8, 4] if family == "fast" else [32, 16, 8])
+    assert sizes == ([16, 8, 4] if family in ("fast", "airbench") else [32, 16, 8])
 
 
 def test_raw_pixels_are_normalised_inside():
@@ -128,3 +131,42 @@ def test_predict_does_not_depend_on_the_batches():
 def test_accuracy_by_hand():
     logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
     assert accuracy(logits, torch.tensor([1, 0, 0, 1])) == 2 / 4
+
+
+# Family airbench
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening_leaves_no_correlation_and_one_variance(channels):
+    smooth = torch.nn.functional.avg_pool2d(random_images(300, channels, 32).float(), 3, 1, 1).byte()
+    model = make_network(AIRBENCH, channels)
+    whiten(model, smooth)
+    inside = model.stem[1](model.normalize(smooth))
+    outputs = inside.transpose(0, 1).flatten(1)  # (filters, positions)
+    half = len(outputs) // 2
+    assert half == channels * 4
+    torch.testing.assert_close(outputs[half:], -outputs[:half])
+    second_moments = outputs[:half] @ outputs[:half].T / outputs.shape[1]
+    torch.testing.assert_close(second_moments, torch.eye(half), atol=0.05, rtol=0)
+
+
+def test_only_family_airbench_is_whitened():
+    images, model = random_images(4, 1, 28), make_network(FAST)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    whiten(model, images)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_first_filters_of_family_airbench_begin_as_the_identity():
+    model = make_network(AIRBENCH)
+    x = torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(model.stages[0][4](x), x)  # 4 to 4 channels
+    torch.testing.assert_close(model.stages[1][0](x)[:, :4], x)  # 4 to 8
+    assert not torch.equal(model.stages[1][0].weight[4], model.stages[1][0].weight[5])
+
+
+def test_the_first_layer_and_the_scales_of_family_airbench_are_fixed():
+    model = make_network(AIRBENCH)
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    norms = {n for n, m in model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert fixed == {"stem.1.weight"} | {f"{name}.weight" for name in norms}
