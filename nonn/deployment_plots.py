@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from nonn.deployment import PAPER
+from nonn.params import Architecture
 from nonn.plots import METHODS, Look, _legend_below, panels
 
 #: How a layout of the devices appears; those that are methods of accuracy too keep their look.
@@ -67,15 +68,15 @@ def _time(value: float, _: int = 0) -> str:
     return f"{value / 1e3:g} s" if value >= 1e3 else f"{value:g} ms"
 
 
-def draw_communication(rows: pd.DataFrame, reference: str) -> Figure:
+def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Figure:
     """Draw what travels for one image against the number of devices: bytes and rounds; the paper's Fig. 3.
 
     Parameters
     ----------
     rows : DataFrame
         From `nonn.deployment.join_rows`.
-    reference : str
-        Name of the architecture that was split for reference.
+    reference : Architecture or None
+        That was split for reference.
     """
     chosen = rows[(rows["scenario"] == "sensor") & (rows["badge"] == "modelled") & (rows["network"] != "")]
     chosen = chosen.drop_duplicates(["method", "n_devices"])
@@ -93,7 +94,7 @@ def draw_communication(rows: pd.DataFrame, reference: str) -> Figure:
         axes[0].plot(line["n_devices"], line["wire_bytes"], **style)
         # Asking and answering take a message each way, whatever happens between.
         axes[1].plot(line["n_devices"], line["rounds"] + 2, **style)
-        label = f"{reference}, {look.label}" if method in REFERENCES else look.label
+        label = f"{reference.name}, {look.label}" if method in REFERENCES else look.label
         handles.append(Line2D([], [], **style, label=label))
     _count_decades(axes[0])
     axes[0].yaxis.set_major_formatter(FuncFormatter(_size))

@@ -7,13 +7,13 @@ Nothing is computed or chosen here but ratios of numbers that other stages measu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nonn import graph_plots, plots
+from nonn import deployment, deployment_plots, graph_plots, plots
 from nonn.errors import UserError
 from nonn.files import read_json, write_json, write_text
 from nonn.graph import load_graph
@@ -21,6 +21,7 @@ from nonn.missing_tables import chosen_strategies, describe_missing, write_missi
 from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Params
 from nonn.paths import Paths
 from nonn.plots import METHODS
+from nonn.report import SIGNIFICANCE, row_of, write_summary_md, write_summary_tex
 
 #: Columns of ``summary.csv`` and how each is written; pandas' own formatting may change.
 COLUMNS = {
@@ -38,8 +39,6 @@ COLUMNS = {
     "latency_p50_ms": "{:.4f}",
     "p_value_vs_nonn": "{:.6f}",
 }
-#: p-values below are called significant.
-SIGNIFICANCE = 0.05
 
 Key = tuple[str, str]  # network and method
 
@@ -118,7 +117,7 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         costs; None for all of its keys where there is no baseline. It counts as beaten where the
         network's mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
     """
-    teacher, nonn = _row(methods, "", "teacher"), _row(methods, network, "nonn")
+    teacher, nonn = row_of(methods, "", "teacher"), row_of(methods, network, "nonn")
     comparison = {
         "network": network,
         "accuracy": round(nonn["accuracy_mean"], 6),
@@ -142,11 +141,6 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
     }
 
 
-def _row(methods: pd.DataFrame, network: str, method: str) -> pd.Series | None:
-    rows = methods[(methods["network"] == network) & (methods["method"] == method)]
-    return None if rows.empty else rows.iloc[0]
-
-
 def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
     """Say what the experiment shows, of its most accurate network; the first of equals."""
     return max(comparisons, key=lambda comparison: comparison["accuracy"])
@@ -159,7 +153,7 @@ def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str,
         network = comparison["network"]
         for key in ("accuracy", "memory_ratio", "performance_ratio", "best_baseline", "best_baseline_accuracy"):
             metrics[f"{network}_{key}"] = comparison[key]
-        ensemble = _row(methods, network, "ensemble")
+        ensemble = row_of(methods, network, "ensemble")
         if ensemble is not None:
             metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)
     return metrics
@@ -172,154 +166,6 @@ def write_summary_csv(methods: pd.DataFrame) -> str:
         for name, form in COLUMNS.items()
     }
     return pd.DataFrame(text).to_csv(index=False, lineterminator="\n")
-
-
-def format_table(methods: pd.DataFrame) -> pd.DataFrame:
-    """Format the table for readers: units in the headings, ratios to the teacher beside the numbers."""
-    teacher = _row(methods, "", "teacher")
-    lines = []
-    for row in methods.to_dict("records"):
-        memory, latency = row["memory_bytes_per_device"], row["latency_p50_ms"]
-        ratio = f" ({teacher['memory_bytes_per_device'] / memory:.1f}×)"
-        speed = f" ({teacher['latency_p50_ms'] / latency:.1f}×)"
-        is_teacher = row["method"] == "teacher"
-        lines.append(
-            {
-                "Network": row["network"] or "–",
-                "Method": METHODS[row["method"]].label,
-                "Models": str(row["n_students"]),
-                "n": str(row["n_seeds"]),
-                "Accuracy": _percent(row["accuracy_mean"], row["accuracy_sd"]),
-                "p vs NoNN": _p_value(row["p_value_vs_nonn"]),
-                "Memory (KiB)": f"{memory / 1024:,.0f}" + ("" if is_teacher else ratio),
-                "Parameters": f"{row['params_per_device']:,}",
-                "MMACs": f"{row['macs_per_device'] / 1e6:.2f}",
-                "Sent (bytes)": f"{row['feature_bytes']:,}",
-                "Latency (ms)": "–" if pd.isna(latency) else f"{latency:.3f}" + ("" if is_teacher else speed),
-            }
-        )
-    return pd.DataFrame(lines)
-
-
-def _percent(mean: float, deviation: float) -> str:
-    return f"{100 * mean:.2f} %" if pd.isna(deviation) else f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
-
-
-def _p_value(p: float) -> str:
-    if pd.isna(p):
-        return "–"
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def write_summary_tex(methods: pd.DataFrame) -> str:
-    """Format the table for readers as LaTeX; needs the package booktabs."""
-    table = format_table(methods)
-    return table.to_latex(index=False, escape=True, column_format="ll" + "r" * (len(table.columns) - 2))
-
-
-def write_summary_md(
-    experiment: str,
-    methods: pd.DataFrame,
-    comparisons: list[dict],
-    missing: Sequence[Mapping],
-    n_test: int,
-    system: Mapping,
-    bytes_per_value: int,
-) -> str:
-    """Write the report: the table, what it says in words, missing devices, and how its numbers came about."""
-    table = format_table(methods)
-    rule = [":--", ":--"] + ["--:"] * (len(table.columns) - 2)
-    cells = [list(table.columns), rule, *table.to_numpy().tolist()]
-    lines = [
-        f"# Results of {experiment}",
-        "",
-        *("| " + " | ".join(line) + " |" for line in cells),
-        "",
-        "Memory, parameters, multiply-accumulates (MMACs, millions), latency and bytes sent are those of one "
-        "device for one image, the largest among the network's devices. In parentheses: how many times less "
-        "memory, and how many times sooner an answer, than the teacher's.",
-        "",
-        "## In words",
-        "",
-    ]
-    for comparison in comparisons:
-        lines += [_describe_network(methods, comparison), ""]
-    lines += describe_missing(missing)
-    lines += ["## How the numbers came about", ""]
-    lines += _describe_sources(methods, n_test, system, bytes_per_value)
-    return "\n".join(lines) + "\n"
-
-
-def _describe_network(methods: pd.DataFrame, comparison: Mapping) -> str:
-    network = comparison["network"]
-    nonn = _row(methods, network, "nonn")
-    gap = comparison["accuracy_gap_points"]
-    text = [
-        f"**{network}**: {nonn['n_students']} students reach "
-        f"{_percent(nonn['accuracy_mean'], nonn['accuracy_sd'])} (n = {nonn['n_seeds']}), "
-        f"{abs(gap):.2f} percentage points {'below' if gap >= 0 else 'above'} the teacher, with "
-        f"{comparison['memory_ratio']:.1f}× less memory on each device and an answer from the slowest student "
-        f"{comparison['performance_ratio']:.1f}× sooner than the teacher's."
-    ]
-    if comparison["best_baseline"] is None:
-        return " ".join([*text, "It has no baseline."])
-    best = _row(methods, network, comparison["best_baseline"])
-    text.append(
-        f"The best baseline is *{METHODS[best['method']].label}* with "
-        f"{_percent(best['accuracy_mean'], best['accuracy_sd'])} (n = {best['n_seeds']}"
-        + (
-            f"; one model of {best['memory_bytes_per_device'] / 1024:,.0f} KiB, which no device of the network holds)."
-            if best["method"] == "total"
-            else ")."
-        )
-    )
-    text.append(_verdict(nonn, best))
-    ensemble = _row(methods, network, "ensemble")
-    if ensemble is not None and best["method"] != "ensemble":
-        text.append(
-            f"The ensemble of {ensemble['n_students']} KD students reaches "
-            f"{_percent(ensemble['accuracy_mean'], ensemble['accuracy_sd'])} (n = {ensemble['n_seeds']})."
-        )
-        text.append(_verdict(nonn, ensemble))
-    return " ".join(text)
-
-
-def _verdict(nonn: pd.Series, other: pd.Series) -> str:
-    """Say in plain words whether NoNN beats a baseline, and whether that is significant."""
-    difference = 100 * (nonn["accuracy_mean"] - other["accuracy_mean"])
-    p = other["p_value_vs_nonn"]
-    name = "the ensemble" if other["method"] == "ensemble" else "it"
-    evidence = f"by {abs(difference):.2f} points (p {_p_value(p) if p < 0.001 else '= ' + _p_value(p)})"
-    if p >= SIGNIFICANCE:
-        side = "ahead of" if difference >= 0 else "behind"
-        return f"NoNN is {side} {name} {evidence}: the difference is not significant."
-    if difference > 0:
-        return f"NoNN beats {name} significantly, {evidence}."
-    return f"NoNN is beaten significantly by {name}, {evidence}."
-
-
-def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes_per_value: int) -> list[str]:
-    seeds = sorted({int(n) for n in methods.loc[methods["method"] == "nonn", "n_seeds"]})
-    precision = {4: "float32", 2: "16-bit", 1: "8-bit"}[bytes_per_value]
-    lines = [
-        f"- *Accuracy* is measured on {n_test:,} test images, on which nothing was chosen. ± is the standard deviation "
-        f"over n independent trainings ({', '.join(map(str, seeds))} seeds for NoNN; for ensembles, n disjoint "
-        "groups of independently trained students). There is one teacher.",
-        "- *p* is that of a two-sided paired permutation test over the test images, on the mean over seeds, against "
-        f"NoNN on the same devices; below {SIGNIFICANCE} it is called significant. It is not corrected for the number "
-        "of comparisons.",
-        f"- *Memory*, parameters, multiply-accumulates and bytes sent are counted, not measured: memory is weights "
-        f"and the largest set of activations alive at once, at {precision} precision.",
-        "- *Latency* is measured: the median of single images in ONNX Runtime on one core, in the least disturbed "
-        "window, of the slowest student. "
-        "It leaves out the network and the final layer. Students on another partition have NoNN's architectures, "
-        "so its latency stands for theirs.",
-        f"- Measured on {system['cpu']} ({system['cores']} cores), {system['system']}, Python {system['python']}, "
-        f"ONNX Runtime {system['onnxruntime']}, PyTorch {system['torch']}.",
-    ]
-    if bytes_per_value != 4:
-        lines.append("- The teacher's memory is counted at float32: its ratio includes the change of precision.")
-    return lines
 
 
 def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
@@ -375,6 +221,12 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
     return logs
 
 
+def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
+    """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
+    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, "solo"]}
+    return deployment.join_rows(results, {network: len(devices) for network, devices in params.networks.items()})
+
+
 def read_log(path: Path) -> pd.DataFrame:
     """Read a training log.
 
@@ -401,8 +253,14 @@ def run(params: Params, paths: Paths) -> None:
     write_text(paths / "summary.csv", write_summary_csv(methods))
     write_text(paths / "summary.tex", write_summary_tex(methods))
     strategies = evaluation["missing_strategies"]
-    report = write_summary_md(params.experiment, methods, comparisons, strategies, n_test, system, precision)
+    deployed = load_deployment(params, paths)
+    ratios, devices = deployment.collect_ratios(deployed, comparisons), params.distributed
+    sections = deployment.describe_deployment(deployed, ratios, devices.board, devices.longest)
+    sections += describe_missing(strategies)
+    report = write_summary_md(params.experiment, methods, comparisons, sections, n_test, system, precision)
     write_text(paths / "summary.md", report)
+    write_text(paths / "distributed.csv", deployment.write_csv(deployed))
+    write_json(paths / "ratios.json", ratios)
     write_text(paths / "missing.csv", write_missing_csv(strategies))
     write_json(paths / "metrics.json", collect_metrics(methods, comparisons))
     write_json(paths / "claims.json", collect_claims(comparisons))
@@ -418,6 +276,12 @@ def run(params: Params, paths: Paths) -> None:
             "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": plots.draw_accuracy_memory(methods, n_test),
             "missing_devices": plots.draw_missing_devices(missing, chosen_strategies(strategies), n_seeds, n_test),
+        }
+        figures |= {
+            "communication": deployment_plots.draw_communication(deployed, devices.reference),
+            "latency": deployment_plots.draw_latency(deployed),
+            "scaling": deployment_plots.draw_scaling(deployed, comparisons, devices.board),
+            "ratios": deployment_plots.draw_ratios(ratios),
         }
         for name, figure in figures.items():
             plots.save_figure(figure, paths / f"figures/{name}.{section.format}", section)

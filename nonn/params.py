@@ -82,6 +82,13 @@ class Architecture(Section):
     depth: Count
     width: Count = 1
 
+    @property
+    def name(self) -> str:
+        """As the literature writes it, such as WRN-16-2."""
+        if self.widths:
+            return f"{self.family} {'-'.join(map(str, self.widths))}"
+        return f"WRN-{self.depth}-{self.width}" if self.family == "wrn" else f"ResNet-{self.depth}"
+
     @model_validator(mode="after")
     def _is_complete(self) -> Architecture:
         has_widths = self.family in ("fast", "airbench")

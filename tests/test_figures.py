@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import design, figures, graph, graph_plots, missing_tables, partition, plots
+from nonn import design, figures, graph, graph_plots, missing_tables, partition, plots, report
 from nonn.benchmark import describe_system
 from nonn.cost import measure_cost
 from nonn.errors import UserError
@@ -38,8 +38,20 @@ ACCURACY = {
 }
 #: By the seeds of the made-up networks.
 CHOSEN = ["fail_out", "subset_layers", "fail_out"]
-FIGURES = ("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices")
-TABLES = ("missing.csv", "summary.csv", "summary.md", "summary.tex", "metrics.json", "claims.json")
+FIGURES = (
+    *("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices"),
+    *("communication", "latency", "scaling", "ratios"),
+)
+TABLES = (
+    "missing.csv",
+    "distributed.csv",
+    "ratios.json",
+    "summary.csv",
+    "summary.md",
+    "summary.tex",
+    "metrics.json",
+    "claims.json",
+)
 
 
 def write_graph(params, paths, n_filters, generator):
@@ -140,6 +152,26 @@ def write_benchmarks(params, paths):
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 
+def write_distributed(params, paths):
+    def row(method, link, n, **values):
+        return {"method": method, "link": link, "scenario": "sensor", "n_devices": n} | values
+
+    for name, n in [*((network, len(devices)) for network, devices in params.networks.items()), ("solo", 1)]:
+        methods = ("teacher", "kd") if name == "solo" else ("nonn", "channels", "rows")
+        live, composed = [], []
+        for link in params.distributed.links:
+            for slower, method in enumerate(methods, start=1):
+                ms = 2.0 * slower * n
+                times = {"p50_ms": ms, "p95_ms": 2 * ms, "p99_ms": 3 * ms, "images": 30, "absent": 0}
+                live.append(row(method, link, n, emulated=True, **times))
+                parts = {"compute_ms": ms, "link_ms": ms, "final_ms": 0.1, "total_ms": 2.1 * ms, "rounds": slower}
+                energies = {
+                    f"energy_{what}{idle}_mj": [ms, 2 * ms] for what in ("node", "total") for idle in ("", "_with_idle")
+                }
+                composed.append(row(method, link, n, wire_bytes=100 * ms, memory_bytes=1000, **parts, **energies))
+        write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})
+
+
 def write_experiment(params, n_filters, n_test):
     """Write all inputs of the stage, into the current folder."""
     paths, generator = Paths(params.experiment), np.random.default_rng(0)
@@ -147,6 +179,7 @@ def write_experiment(params, n_filters, n_test):
     write_logs(params, paths, generator)
     write_evaluation(params, paths, n_test, generator)
     write_benchmarks(params, paths)
+    write_distributed(params, paths)
     return paths
 
 
@@ -319,11 +352,11 @@ def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict
     rows = [*ROWS[1:], row("ensemble", "2s", 2, accuracy, 0.01, p)]
     methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
     comparison = figures.compare_network(methods, "2s")
-    report = figures.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
+    text = report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
     assert comparison["best_baseline_beaten"] is beaten
-    assert verdict in report
-    assert "500 test images" in report
-    assert "10.0×" in report
+    assert verdict in text
+    assert "500 test images" in text
+    assert "10.0×" in text
 
 
 def test_a_network_without_baselines_claims_nothing_about_them():
@@ -331,7 +364,7 @@ def test_a_network_without_baselines_claims_nothing_about_them():
     methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
     comparison = figures.compare_network(methods, "2s")
     assert comparison["best_baseline"] is comparison["p_value"] is None
-    assert "no baseline" in figures.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
+    assert "no baseline" in report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
 
 
 def strategy_row(strategy, chosen, missing, mean, worst):

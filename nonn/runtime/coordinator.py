@@ -44,7 +44,8 @@ CHANNEL_OPTIONS = {
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
     "grpc.service_config_disable_resolution": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.min_reconnect_backoff_ms": 1000,
+    # What an attempt may take, despite the name: a dozen TLS handshakes at once need seconds at 250 kbit/s.
+    "grpc.min_reconnect_backoff_ms": 15_000,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
 

@@ -36,6 +36,25 @@ rule export:
         REPRO
 
 
+rule cluster:
+    input:
+        lambda wildcards: inputs(f"cluster@{wildcards.network}"),
+    output:
+        f"{RESULTS}/cluster/{{network}}.yaml",
+    log:
+        "logs/cluster/{network}.log",
+    conda:
+        "../envs/nonn.yaml"
+    threads: 1
+    params:
+        stage=lambda wildcards: f"cluster@{wildcards.network}",
+        knobs=lambda wildcards: knobs(f"cluster@{wildcards.network}"),
+    message:
+        "cluster {wildcards.network}: describe its nodes"
+    shell:
+        REPRO
+
+
 rule benchmark:
     input:
         lambda wildcards: inputs(named_stage("benchmark", wildcards.name)),
