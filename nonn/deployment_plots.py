@@ -152,7 +152,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     rows = rows[(rows["scenario"] == "sensor") & (rows["badge"] == "modelled")]
     rows = rows[rows["link"] == rows["link"].iloc[0]]
     counts = rows[rows["network"] != ""].groupby("network")["n_devices"].first()
-    figure = Figure(figsize=(8.2, 3.5), layout="constrained")
+    figure = Figure(figsize=(8.2, 3.9), layout="constrained")
     speed, energy = figure.subplots(1, 2)
     look = LAYOUTS["nonn"]
     places = [counts[comparison["network"]] for comparison in comparisons]
@@ -164,7 +164,8 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         )
     speed.plot(1, 1, color=LAYOUTS["teacher"].colour, marker=LAYOUTS["teacher"].marker, markersize=11)
     speed.set_ylim(0, 1.2 * max(ratios))
-    speed.set_ylabel("performance against the teacher (measured)")
+    speed.set_ylabel("times faster than the teacher")
+    speed.set_title("performance of the slowest device (measured)")
     for method in ("teacher", "channels", "rows", "nonn"):
         line, look = rows[rows["method"] == method].sort_values("n_devices"), LAYOUTS[method]
         for key, fill, dash in (("node", look.colour, "-"), ("total", "none", (0, (3, 2)))):
@@ -185,7 +186,9 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
                 capsize=2,
             )
     _count_decades(energy)
-    energy.set_ylabel(f"energy of one image on {board.replace('_', '-')} (mJ, modelled)")
+    energy.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    energy.set_ylabel("energy of one image (mJ)")
+    energy.set_title(f"energy on {board.replace('_', '-')} (modelled)")
     everywhere = sorted({1, *map(int, counts)})
     for axis in (speed, energy):
         _count_devices(axis, everywhere)
@@ -198,7 +201,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         Line2D([], [], **neutral, label="of the neediest device"),
         Line2D([], [], **neutral, markerfacecolor="none", linestyle=(0, (3, 2)), label="of all devices"),
     ]
-    _legend_below(figure, handles, columns=6)
+    _legend_below(figure, handles, columns=3)
     return figure
 
 
@@ -212,16 +215,20 @@ def draw_ratios(ratios: Mapping[str, Mapping | None]) -> Figure:
         axis.barh(place - 0.19, entry["ratio"], 0.36, color=METHODS["nonn"].colour)
         about = f"{entry['n']} devices" + (f", {LINK_NAMES[entry['link']]}" if entry["link"] else "")
         note = f" {entry['ratio']:.1f}×  {about} ({entry['badge']})"
-        axis.annotate(note, (entry["ratio"], place - 0.19), va="center", xytext=(2, 0), textcoords="offset points")
+        axis.annotate(
+            note, (entry["ratio"], place - 0.19), va="center", xytext=(2, 0), textcoords="offset points", size=8
+        )
         if name in PAPER:
             axis.barh(place + 0.19, PAPER[name], 0.36, color="0.75")
             note = f" {PAPER[name]:.0f}×  paper (cited)"
-            axis.annotate(note, (PAPER[name], place + 0.19), va="center", xytext=(2, 0), textcoords="offset points")
+            axis.annotate(
+                note, (PAPER[name], place + 0.19), va="center", xytext=(2, 0), textcoords="offset points", size=8
+            )
     axis.set_yticks(range(len(names)), [RATIO_NAMES[name] for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xscale("log")
     largest = max([*(ratios[name]["ratio"] for name in names), *PAPER.values()])
-    axis.set_xlim(1, largest**1.75)  # a wide right margin, for the notes
+    axis.set_xlim(1, largest**2.1)  # a wide right margin, for the notes
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×" if value <= 2 * largest else ""))
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("times less than the baseline")

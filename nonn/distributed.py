@@ -244,7 +244,7 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
             "students": [
                 {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
             ],
-            "final": {"blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
+            "final": {"file": blocks.name, "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
         },
     )
     return folder

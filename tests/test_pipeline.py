@@ -48,6 +48,8 @@ TINY = {
     "assemble": {"epochs": 1},
     "evaluate": {"resamples": 100},
     "benchmark": {"warmup": 1, "runs": 10, "windows": 1},
+    # Every image would take "too long": the devices themselves are tested elsewhere.
+    "distributed": {"links": ["wifi20"], "reference": None, "longest": 1e-6},
     "figures": {"dpi": 50},
 }
 
@@ -59,10 +61,10 @@ TABLES = {"evaluate", "figures"}
 
 def after(network: str) -> set[str]:
     """Stages that follow the training of a network's students."""
-    return {f"assemble {network} 0", f"export {network}", f"benchmark {network}"}
+    return {f"assemble {network} 0", f"export {network}", f"benchmark {network}", f"distributed {network}"}
 
 
-AFTER_TRAINING = after("low") | after("high") | {"export solo", "benchmark solo"} | TABLES
+AFTER_TRAINING = after("low") | after("high") | {"export solo", "benchmark solo", "distributed solo"} | TABLES
 FROM_TEACHER = {"teacher", "signals", "graph", "partition low", "partition high"} | DESIGNS | TRAINING | AFTER_TRAINING
 
 
@@ -146,7 +148,8 @@ def write_images(path: Path, per_class: int) -> None:
 
 def holds_times(path: Path) -> bool:
     """Whether an artifact holds measured latencies."""
-    return path.parts[0] == "benchmark" or path.stem in ("summary", "metrics", "claims")
+    files = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
+    return path.parts[0] in ("benchmark", "distributed") or path.stem in files
 
 
 def merge(params: dict, changes: dict) -> None:
