@@ -182,9 +182,11 @@ RATIO_NOTE = (
 )
 LATENCY_NOTE = (
     "From the image to its class: median of all devices at once as processes over an emulated link, each with a "
-    "sensor of its own (*n* images; in parentheses p99), then composed of each device's own computing and of the "
-    "counted bytes as on {board}. *a* and *b*: how many times longer one network of the same total size takes, split "
-    "over the devices by channels and by rows. Dashes: one image would take longer than {longest:g} s on the link."
+    "sensor of its own (*n* images; in parentheses p99), and how much of it exceeds the slowest node's own inference "
+    "and a round trip of plain TCP messages of the same sizes (*overhead*); then composed of each device's own "
+    "computing and of the counted bytes as on {board}. *a* and *b*: how many times longer one network of the same "
+    "total size takes, split over the devices by channels and by rows. Dashes: not timed, since one image would take "
+    "longer than {longest:g} s on the link, or not composed."
 )
 
 
@@ -203,8 +205,8 @@ def describe_deployment(rows: pd.DataFrame, ratios: Mapping[str, Any], board: st
         cells = [label, f"{entry['ratio']:.1f}×", entry["network"], entry["link"] or "–", entry["badge"], paper]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", RATIO_NOTE, ""]
-    lines += ["| Network | Link | n | NoNN (ms) | a | b | NoNN, composed (ms) | a | b |"]
-    lines += ["| :-- | :-- |" + " --: |" * 7]
+    lines += ["| Network | Link | n | NoNN (ms) | Overhead (ms) | a | b | NoNN, composed (ms) | a | b |"]
+    lines += ["| :-- | :-- |" + " --: |" * 8]
     splits, nonn = compare_splits(rows), rows[(rows["method"] == "nonn") & (rows["scenario"] == "sensor")]
     for (network, link), group in nonn.groupby(["network", "link"], sort=False):
         cells = [network, link]
@@ -217,6 +219,8 @@ def describe_deployment(rows: pd.DataFrame, ratios: Mapping[str, Any], board: st
             if not is_modelled:
                 cells.append("–" if own.empty else f"{own.iloc[0]['images']:.0f}")
             cells.append(total)
+            if not is_modelled:
+                cells.append("–" if own.empty else f"{own.iloc[0]['overhead_ms']:.1f}")
             here = splits.query("network == @network and link == @link and scenario == 'sensor'")
             here = here[(here["badge"] == "modelled") == is_modelled].set_index("method")["ratio"]
             cells += [f"{here[method]:.1f}×" if method in here else "–" for method in ("channels", "rows")]

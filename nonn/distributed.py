@@ -31,8 +31,8 @@ import numpy as np
 import onnx
 from safetensors.numpy import save_file
 
-from nonn.benchmark import describe_system, pinned_to
-from nonn.energy import BOARDS, compute_seconds, inference_energy
+from nonn.benchmark import describe_system
+from nonn.composed import Load, compose, load_of_network, load_of_split, payload_bytes
 from nonn.export import SOLO
 from nonn.files import read_json, sha256_of, write_json
 from nonn.params import Distributed, Params
@@ -42,183 +42,18 @@ from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer
-from nonn.runtime.links import PRESETS, Link, Network, open_network
+from nonn.runtime.links import PRESETS, Network, emulated_network, missing_privileges
 from nonn.runtime.split import plan_split
-from nonn.runtime.split_plan import SplitPlan, open_sessions, run_in_process
 from nonn.runtime.trial import PORT, Measured, Trial, measure
 
 SPLITS = ("channels", "rows")
-#: Images whose computing is timed segment by segment.
-COMPUTE_RUNS = 50
+#: Name of the link that is none: all devices on this machine, nothing delayed.
+LOOPBACK = "loopback"
 #: Bytes of IP's and TCP's headers in each packet, with timestamps; and of a message's own framing, where it
 #: cannot be counted.
 HEADERS, ENVELOPE = 52, 200
 #: Images that a device of a test bed holds, and the coordinator has.
 N_IMAGES = 16
-
-Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one image costs the devices of a layout, whatever the link.
-
-    Attributes
-    ----------
-    seconds : ndarray of shape (rounds, N)
-        Of computing, measured alone on one core of this machine.
-    macs : ndarray of shape (rounds, N)
-    memory_bytes : int
-        Weights and activations of the device that needs most.
-    payload : list of Transfers
-        Bytes that devices send each other after each round but the last; framing aside.
-    image_bytes, answer_bytes : float
-        What one device gets in broadcast, and what it sends the coordinator; framing aside.
-    """
-
-    seconds: np.ndarray
-    macs: np.ndarray
-    memory_bytes: int
-    payload: list[Transfers]
-    image_bytes: float
-    answer_bytes: float
-
-    @property
-    def n_devices(self) -> int:
-        return self.seconds.shape[1]
-
-    def transfers(self, scenario: str) -> list[Transfers]:
-        """Everything that is sent for one image, in order: the request, the exchanges, the answers."""
-        asked = self.image_bytes if scenario == "broadcast" else 8.0
-        devices = [str(device) for device in range(self.n_devices)]
-        request = {(COORDINATOR, device): asked for device in devices}
-        answer = {(device, COORDINATOR): self.answer_bytes for device in devices}
-        return [request, *self.payload, answer]
-
-
-def payload_bytes(transfers: Sequence[Transfers]) -> float:
-    return sum(sum(sent.values()) for sent in transfers)
-
-
-def link_seconds(link: Link, transfers: Transfers) -> float:
-    """Seconds from the first byte sent to the last received, all senders starting at once.
-
-    Every host sends and receives at the link's rate, or all share one medium; then the delay. This is
-    what `nonn.runtime.links` emulates, for messages that need many packets.
-    """
-    if not transfers:
-        return 0.0
-    if link.shared:
-        busiest = sum(transfers.values())
-    else:
-        hosts = {host for pair in transfers for host in pair}
-        busiest = max(
-            max(sum(size for (sender, _), size in transfers.items() if sender == host) for host in hosts),
-            max(sum(size for (_, receiver), size in transfers.items() if receiver == host) for host in hosts),
-        )
-    return busiest * 8 / link.rate_bps + link.delay_s
-
-
-def compose(
-    load: Load, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
-) -> dict[str, Any]:
-    """Latency and energy of one image, from each part alone.
-
-    Parameters
-    ----------
-    load : Load
-    link : Link
-    scenario : str
-    framing : float
-        Bytes on the wire for each byte of payload, as counted live.
-    final_s : float
-        Seconds of the final layer.
-    params : Distributed
-
-    Returns
-    -------
-    dict
-        Milliseconds, bytes and millijoules: ``compute_ms`` (of the slowest device, round by round),
-        ``link_ms``, ``final_ms``, ``total_ms``; ``wire_bytes``; for the device that needs most, and for
-        all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``, and the same with
-        what the devices draw anyway, ``…_with_idle_mj``.
-    """
-    board = BOARDS[params.board]
-    compute = np.vectorize(lambda macs, s: compute_seconds(board, macs, s, params.slowdown), otypes=[float])(
-        load.macs, load.seconds
-    )
-    transfers = load.transfers(scenario)
-    on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transfers)
-    computing = compute.max(axis=1).sum()
-    total = computing + on_link + final_s
-    devices = [str(device) for device in range(load.n_devices)]
-    moved = [framing * sum(n for sent in transfers for pair, n in sent.items() if device in pair) for device in devices]
-    row = {
-        "compute_ms": 1e3 * computing,
-        "link_ms": 1e3 * on_link,
-        "final_ms": 1e3 * final_s,
-        "total_ms": 1e3 * total,
-        "wire_bytes": framing * payload_bytes(transfers),
-    }
-    for suffix, idle in (("", False), ("_with_idle", True)):
-        energies = [
-            inference_energy(board, spent, total, bytes_moved, idle)
-            for spent, bytes_moved in zip(compute.sum(axis=0), moved, strict=True)
-        ]
-        worst = max(energies, key=lambda energy: energy.high)
-        row[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]
-        row[f"energy_total{suffix}_mj"] = [1e3 * sum(e.low for e in energies), 1e3 * sum(e.high for e in energies)]
-    return row
-
-
-def load_of_network(export: Path, benchmark: Mapping) -> Load:
-    """What one image costs the devices of an exported network, each as `nonn.benchmark` measured it alone."""
-    manifest = read_manifest(export)
-    students = [benchmark[student.model] for student in manifest.students]
-    image = manifest.image
-    return Load(
-        seconds=np.array([[student["latency_p50_ms"] / 1e3 for student in students]]),
-        macs=np.array([[student["macs"] for student in students]]),
-        memory_bytes=max(student["weight_bytes"] + student["peak_activation_bytes"] for student in students),
-        payload=[],
-        image_bytes=image.channels * image.size**2,
-        answer_bytes=4 * max(student.n_features for student in manifest.students),
-    )
-
-
-def load_of_split(plan: SplitPlan, core: int) -> Load:
-    """What one image costs the devices of a split network; each segment timed on one pinned core.
-
-    Activations are counted as the inputs and outputs of a device's largest segment: what lives in
-    between is left out, in favour of the split.
-    """
-    image = plan.parts[0].image
-    pixels = np.random.default_rng(0).integers(0, 256, (image.channels, image.size, image.size), dtype=np.uint8)
-    sessions = [open_sessions(models) for models in plan.models]
-    with pinned_to(core):
-        runs = [run_in_process(plan, pixels, sessions).seconds for _ in range(COMPUTE_RUNS)]
-    payload = []
-    for number in range(plan.rounds):
-        sent: dict[tuple[str, str], float] = {}
-        for message in plan.messages:
-            if message.round == number:
-                pair = str(message.sender), str(message.receiver)
-                sent[pair] = sent.get(pair, 0.0) + message.n_bytes
-        payload.append(sent)
-    activations = [
-        sum(4 * int(np.prod(value.shape)) for value in [*session.get_inputs(), *session.get_outputs()])
-        for own in sessions
-        for session in own
-        if session
-    ]
-    return Load(
-        seconds=np.median(runs, axis=0).T,
-        macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=max(4 * part.params for part in plan.parts) + max(activations),
-        payload=payload,
-        image_bytes=image.channels * image.size**2,
-        answer_bytes=4 * max(part.n_features for part in plan.parts),
-    )
 
 
 def as_network(solo: Path, name: str, folder: Path) -> Path:
@@ -413,35 +248,51 @@ class Bed:
 def measure_live(layouts: Sequence[Layout], bed: Bed, params: Distributed) -> list[dict]:
     """Time every layout on every link: one row each.
 
-    The fastest link comes first, since there the bytes are counted that tell whether a slower one
-    would take longer than `params.longest` an image: then the row says so instead.
+    On loopback first, where a network of networks shows what its coordinator and nodes take; then the
+    fastest link, since there the bytes are counted that tell whether a slower one would take longer
+    than `params.longest` an image: then the row says so instead. Where links cannot be emulated,
+    everything runs on loopback and there alone.
     """
     n_devices = max(layout.load.n_devices for layout in layouts)
     hosts = [COORDINATOR, *(f"host-{position}" for position in range(n_devices))]
-    rows: list[dict] = []
-    names = sorted(params.links, key=lambda name: -PRESETS[name].rate_bps)
     cases = [(layout, scenario) for layout in layouts for scenario in scenarios(layout)]
-    progress = iter(track(range(len(names) * len(cases)), "distributed"))
-    for link_name in names:
-        with open_network(hosts, PRESETS[link_name]) as network:
+    links = sorted(params.links, key=lambda name: -PRESETS[name].rate_bps)
+    if reason := missing_privileges():
+        log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
+        links, on_loopback = [], cases
+    else:
+        on_loopback = [case for case in cases if case[0].method == "nonn"]
+    rows: list[dict] = []
+    progress = iter(track(range(len(on_loopback) + len(links) * len(cases)), "distributed"))
+    for layout, scenario in on_loopback:
+        next(progress)
+        rows.append(measure_case(layout, scenario, bed, Network(tuple(hosts))) | {"link": LOOPBACK})
+    for name in links:
+        with emulated_network(hosts, PRESETS[name]) as network:
             for layout, scenario in cases:
                 next(progress)
                 framing = framing_of(layout, scenario, rows)
-                row = {"method": layout.method, "scenario": scenario, "link": link_name}
-                expected = compose(layout.load, PRESETS[link_name], scenario, framing, 0.0, params)
-                if expected["link_ms"] > 1e3 * params.longest:
-                    rows.append(row | {"images": 0, "expected_ms": expected["link_ms"]})
-                    continue
-                measured = bed.measure(layout, network, scenario == "broadcast")
-                row |= {"emulated": network.is_emulated, "absent": measured.absent}
-                row |= describe_latencies(measured.latencies_ms) | describe_traffic(measured)
-                if measured.traffic:
-                    row["framing"] = row["wire_bytes"] / payload_bytes(layout.load.transfers(scenario))
-                if layout.method == "nonn":
-                    row |= bed.overhead(layout, network, measured, scenario == "broadcast")
-                rows.append(row)
+                expected = compose(layout.load, PRESETS[name], scenario, framing, 0.0, params)["link_ms"]
+                if expected <= 1e3 * params.longest:
+                    row = measure_case(layout, scenario, bed, network)
+                else:
+                    row = {"method": layout.method, "scenario": scenario, "images": 0, "expected_ms": expected}
+                rows.append(row | {"link": name})
     next(progress, None)
     return rows
+
+
+def measure_case(layout: Layout, scenario: str, bed: Bed, network: Network) -> dict[str, Any]:
+    """Latencies, absences and traffic of one layout on one link, and of a network of networks its overhead."""
+    broadcast = scenario == "broadcast"
+    measured = bed.measure(layout, network, broadcast)
+    row = {"method": layout.method, "scenario": scenario, "emulated": network.is_emulated, "absent": measured.absent}
+    row |= describe_latencies(measured.latencies_ms) | describe_traffic(measured)
+    if measured.traffic:
+        row["framing"] = row["wire_bytes"] / payload_bytes(layout.load.transfers(scenario))
+    if layout.method == "nonn":
+        row |= bed.overhead(layout, network, measured, broadcast)
+    return row
 
 
 def scenarios(layout: Layout) -> tuple[str, ...]:
