@@ -59,8 +59,3 @@ def apply_view(images: Tensor, view: View, index: Tensor, pad: int) -> Tensor:
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     cropped = windows[torch.arange(len(index)), :, view.top[index], view.left[index]]
     return torch.where(view.flip[index].reshape(-1, 1, 1, 1), cropped.flip(-1), cropped)
-
-
-def shrink(images: Tensor, size: int) -> Tensor:
-    """Images of shape (B, channels, H, W), uint8, resized to `size` pixels a side (bilinear, antialiased)."""
-    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

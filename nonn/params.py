@@ -123,13 +123,6 @@ class Schedule(Section):
     muon: Muon | None = None
 
 
-class Progressive(Section):
-    """Smaller images in the first epochs, which cost less."""
-
-    size: Annotated[int, Field(ge=8)]
-    share: Fraction
-
-
 class Normalization(Section):
     """Mean and standard deviation of each channel, pixels scaled to 0..1."""
 
@@ -143,7 +136,6 @@ class Teacher(Schedule):
     normalization: Normalization | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     augment: Augment
-    progressive: Progressive | None = None
     threads: Count
     seed: Seed
 
@@ -333,9 +325,6 @@ class Params(Section):
                 )
             if method == "at_kd" and not self.signals.attention:
                 yield f"baselines: {name} needs attention maps; set signals.attention to true"
-        smaller = self.teacher.progressive
-        if smaller and smaller.size >= self.dataset.size:
-            yield f"teacher.progressive.size: is not below dataset.size ({self.dataset.size}); lower or remove it"
         if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
             yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.augment import View, apply_view, draw_view, shrink
+from nonn.augment import View, apply_view, draw_view
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
@@ -57,7 +57,6 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
     whiten(model, images)
-    n_small_epochs = params.progressive.share * params.epochs if params.progressive else 0
 
     @lru_cache(maxsize=1)  # an epoch sees one view
     def view_of(epoch: int) -> View:
@@ -65,8 +64,6 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
         batch = apply_view(images, view_of(epoch), index, params.augment.pad)
-        if epoch < n_small_epochs:
-            batch = shrink(batch, params.progressive.size)
         with mixed_precision(device):
             _, logits = model(batch.to(device))
         return F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=params.label_smoothing)

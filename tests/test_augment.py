@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nonn.augment import apply_view, draw_view, shrink
+from nonn.augment import apply_view, draw_view
 from nonn.params import Augment
 
 N_IMAGES = 200
@@ -76,15 +76,3 @@ def test_a_subset_is_the_subset_of_all():
     index = torch.tensor([7, 0, 199, 7, 42])
     everything = apply_view(images, view, torch.arange(N_IMAGES), 2)
     assert torch.equal(apply_view(images, view, index, 2), everything[index])
-
-
-def test_shrinking_averages_and_keeps_what_is_plain():
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    images[0] = 200
-    images[1, :, :, 16:] = 100
-    small = shrink(images, 24)
-    assert small.shape == (2, 3, 24, 24)
-    assert small.dtype == torch.uint8
-    assert (small[0] == 200).all()
-    assert (small[1, :, :, :11] == 0).all()
-    assert (small[1, :, :, 13:] == 100).all()

@@ -60,8 +60,6 @@ WRONG = [
     ({"teacher.lr": -0.1}, "teacher.lr: input should be greater than 0 (it is -0.1); change it"),
     ({"teacher.muon": {"lr": 0.1}}, "teacher.muon.momentum: missing; add it"),
     ({"teacher.muon": {"lr": 0, "momentum": 0.6}}, "teacher.muon.lr: input should be greater than 0 (it is 0)"),
-    ({"teacher.progressive": {"size": 28, "share": 0.5}}, "teacher.progressive.size: is not below dataset.size (28)"),
-    ({"teacher.progressive": {"size": 24}}, "teacher.progressive.share: missing; add it"),
     ({"devices.stm32f7.memory_kib": 0}, "devices.stm32f7.memory_kib: input should be greater than 0 (it is 0)"),
     ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
     ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),

@@ -1,5 +1,6 @@
 """The teacher: trained from labels, or imported, with a public network as the proof."""
 
+import dataclasses
 import zipfile
 from io import BytesIO
 
@@ -14,8 +15,8 @@ from nonn.augment import draw_view
 from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.files import STATE, read_json, write_tensors
-from nonn.models import Network, predict
-from nonn.params import Architecture, Normalization
+from nonn.models import Network, predict, whiten
+from nonn.params import Architecture, Muon, Normalization
 from nonn.teacher import import_teacher, load_teacher, train_teacher
 from nonn.training import LOG_COLUMNS
 
@@ -70,6 +71,52 @@ def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
         assert torch.equal(a, b), name
     assert not torch.equal(model.head.weight, other.head.weight)
     torch.testing.assert_close(model.normalize.mean.flatten(), data.mean)
+
+
+def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder, monkeypatch):
+    """Family airbench by Muon: killed in the middle of its schedule, it ends in the same weights."""
+    architecture = Architecture(family="airbench", widths=[8, 16, 32], depth=2)
+    section = params.teacher.model_copy(update={"architecture": architecture, "muon": Muon(lr=0.1, momentum=0.6)})
+    whole, log = train_teacher(data, section, teacher.Checkpoint(folder / "whole"))
+    assert log["validation_accuracy"].iloc[-1] > 0.9
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+
+    def dies_at_epoch_3(n_images, view, *arguments):
+        if view == 3:
+            raise KeyboardInterrupt
+        return draw_view(n_images, view, *arguments)
+
+    checkpoint = teacher.Checkpoint(folder / "killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "draw_view", dies_at_epoch_3)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher(data, section, checkpoint)
+    resumed, log_resumed = train_teacher(data, section, checkpoint)
+    assert log_resumed.equals(log)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert (folder / "whole").read_bytes() == checkpoint.path.read_bytes()
+
+
+def test_the_whitened_layer_comes_from_training_images_and_stays(params, data, checkpoint):
+    architecture = Architecture(family="airbench", widths=[4, 8, 8], depth=1)
+    section = params.teacher.model_copy(update={"architecture": architecture, "epochs": 2})
+    model, _ = train_teacher(data, section, checkpoint)
+    expected = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    whiten(expected, data.split("train")[0])
+    assert torch.equal(model.stem[1].weight, expected.stem[1].weight)
+
+
+@pytest.mark.parametrize("depth", [16, 40])
+def test_wide_resnets_of_the_paper_are_trained(params, data, checkpoint, depth):
+    few = dataclasses.replace(data, train=data.train[:4], validation=data.validation[:2])
+    architecture = Architecture(family="wrn", depth=depth, width=4)
+    section = params.teacher.model_copy(
+        update={"architecture": architecture, "epochs": 3, "batch_size": 2, "lr": 0.01, "warmup": 0.0}
+    )
+    model, log = train_teacher(few, section, checkpoint)
+    assert model.n_features == 256
+    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
 
 
 def test_every_epoch_sees_a_view_of_its_own(params, data, checkpoint, monkeypatch):
