@@ -230,13 +230,14 @@ def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e
     ----------
     model : Network, changed in place
     images : Tensor of shape (N, channels, H, W), uint8
-        Training images, of which the first `n_images` count.
+        Training images, of which at most `n_images` count.
     eps : float
         Added to the variances: directions without any are noise.
     """
     if model.family != "airbench":
         return
-    pixels = model.normalize(images[:n_images])
+    # Evenly spaced: a source may list its images class by class.
+    pixels = model.normalize(images[:: -(-len(images) // n_images)])
     patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (directions / (variances + eps).sqrt()).T

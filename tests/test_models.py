@@ -141,13 +141,21 @@ def test_whitening_leaves_no_correlation_and_one_variance(channels):
     smooth = torch.nn.functional.avg_pool2d(random_images(300, channels, 32).float(), 3, 1, 1).byte()
     model = make_network(AIRBENCH, channels)
     whiten(model, smooth)
-    inside = model.stem[1](model.normalize(smooth))
-    outputs = inside.transpose(0, 1).flatten(1)  # (filters, positions)
+    outputs = model.stem[1](model.normalize(smooth)).transpose(0, 1).flatten(1)  # (filters, positions)
     half = len(outputs) // 2
     assert half == channels * 4
     torch.testing.assert_close(outputs[half:], -outputs[:half])
     second_moments = outputs[:half] @ outputs[:half].T / outputs.shape[1]
     torch.testing.assert_close(second_moments, torch.eye(half), atol=0.05, rtol=0)
+
+
+def test_whitening_looks_at_images_from_the_whole_list():
+    """Folders list their images class by class: the first ones alone are no sample."""
+    noise, model = random_images(100, 1, 16), make_network(AIRBENCH)
+    images = torch.cat([noise // 8, noise])
+    whiten(model, images, n_images=50)
+    outputs = model.stem[1](model.normalize(images)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(outputs.square().mean(1), torch.ones(8), atol=0.2, rtol=0)
 
 
 def test_only_family_airbench_is_whitened():
