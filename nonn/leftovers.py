@@ -18,7 +18,8 @@ def expected_artifacts(params: Params, paths: Paths) -> set[Path]:
     expected = set()
     for network, devices in params.networks.items():
         expected |= {paths.sizes(network), paths.design(network), paths.partition(network)}
-        expected |= {paths.export(network), paths.benchmark(network)}
+        expected |= {paths.export(network), paths.cluster(network)}
+        expected |= {paths.benchmark(network), paths.distributed(network)}
         for seed in params.seeds:
             weights = [paths.student(network, student, seed) for student in range(len(devices))]
             assembled = paths.network(network, seed)
@@ -27,16 +28,15 @@ def expected_artifacts(params: Params, paths: Paths) -> set[Path]:
         for seed in seeds:
             weights = paths.baseline(network, method, seed)
             expected |= {weights, paths.log(weights), weights.with_suffix(".json")}
-    return expected | {paths.export("solo"), paths.benchmark("solo")}
+    return expected | {paths.export("solo"), paths.benchmark("solo"), paths.distributed("solo")}
 
 
 def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     """Delete what `expected_artifacts` does not name; return what was deleted."""
     expected = expected_artifacts(params, paths)
     found: set[Path] = set()
-    for pattern in ("sizes/*", "design/*", "partition/*", "export/*", "benchmark/*", "networks/*/*"):
-        found |= set(paths.root.glob(pattern))
-    for pattern in ("students/*/*/*", "baselines/*/*/*"):
+    single = ("sizes/*", "design/*", "partition/*", "export/*", "cluster/*", "benchmark/*", "distributed/*")
+    for pattern in (*single, "networks/*/*", "students/*/*/*", "baselines/*/*/*"):
         found |= set(paths.root.glob(pattern))
     leftovers = sorted(found - expected)
     for path in leftovers:

@@ -83,6 +83,10 @@ class Paths:
     def benchmark(self, name: str) -> Path:
         return self / f"benchmark/{name}.json"
 
+    def cluster(self, network: str) -> Path:
+        """The ``cluster.yaml`` of a network's nodes on this machine."""
+        return self / f"cluster/{network}.yaml"
+
     def distributed(self, name: str) -> Path:
         return self / f"distributed/{name}.json"
 

@@ -231,6 +231,7 @@ def test_what_is_no_longer_named_goes(params):
     assert paths.student("2s", 0, 5) in surplus, "one seed more"
     assert paths.baseline("2s", "full", 0) in surplus, "one baseline more"
     assert {paths.sizes("3s"), paths.design("3s"), paths.network("3s", 0), paths.export("3s")} <= surplus
+    assert {paths.cluster("3s"), paths.distributed("3s")} <= surplus
     removed = remove_leftovers(params, paths)
     assert set(removed) == surplus
     assert removed == sorted(removed)
