@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
     add_runtime(commands)
     bench = commands.add_parser("bench", help="measure what the design rests on")
-    bench.add_argument("what", choices=["graph"])
+    bench.add_argument("what", choices=["graph", "distill"])
     return parser
 
 

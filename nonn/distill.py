@@ -7,6 +7,7 @@ leaves the device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,11 +61,21 @@ class Classroom:
         self.images, self.labels = data.split("train")
         self.signals = signals
         self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
+        self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
 
     def view(self, epoch: int) -> tuple[int, View]:
         """Number and crops of the view an epoch sees: the K views in turn."""
         number = epoch % self.params.views
         return number, draw_view(len(self.images), number, self.params.augment, self.params.seed)
+
+    def batch(self, index: Tensor, epoch: int) -> tuple[Tensor, Callable[[str], Tensor]]:
+        """The images `index`, uint8 of shape (B, channels, H, W), as an epoch sees them, and the teacher's say.
+
+        The latter gives a signal of these images, of shape (B, …), by its name.
+        """
+        number, view = self._view(epoch)
+        images = apply_view(self.images, view, index, self.params.augment.pad)
+        return images, lambda name: self.signals[name][number][index]
 
 
 def distill_student(
@@ -102,24 +113,15 @@ def distill_student(
     """
     torch.manual_seed(seed)
     device = pick_device()
-    data, signals = classroom.data, classroom.signals
+    data = classroom.data
     n_filters = len(lesson.filters) if lesson.filters else None
     student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
 
-    @lru_cache(maxsize=1)  # an epoch sees one view
-    def taught_in(epoch: int) -> tuple[View, dict[str, Tensor]]:
-        number, view = classroom.view(epoch)
-        taught = {name: signals[name][number] for name in ("logits", *classroom.stages)}
-        if lesson.filters:
-            taught["pooled"] = signals["pooled"][number][:, lesson.filters]
-        return view, taught
-
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        view, signals_of_view = taught_in(epoch)
-        batch = apply_view(classroom.images, view, index, classroom.params.augment.pad)
+        batch, signal = classroom.batch(index, epoch)
 
-        def taught(name: str) -> Tensor:
-            return signals_of_view[name][index].to(device).float()
+        def taught(name: str, columns: list[int] | slice = slice(None)) -> Tensor:
+            return signal(name)[:, columns].to(device).float()
 
         with mixed_precision(device):
             maps = student.stage_maps(batch.to(device))
@@ -129,7 +131,7 @@ def distill_student(
         if lesson.kd_weight:
             loss = loss + lesson.kd_weight * kd_loss(logits, taught("logits"), schedule.temperature)
         if lesson.transfer_weight:
-            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught("pooled"))
+            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught("pooled", lesson.filters))
         if lesson.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
             attention = {t.shape[1]: t for t in map(taught, classroom.stages)}

@@ -50,20 +50,21 @@ def compute_signals(teacher: Network, data: Dataset, params: Signals) -> dict[st
     jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(BATCH_SIZE)]
     batches = []
     for view, index in track(jobs, "signals"):
-        batches.append(_signals_of(teacher, apply_view(images, view, index, params.augment.pad), params.attention))
+        batches.append(signals_of(teacher, apply_view(images, view, index, params.augment.pad), params.attention))
     signals = {
         name: torch.cat([batch[name] for batch in batches]).unflatten(0, (params.views, len(images)))
         for name in batches[0]
     }
     validation, _ = data.split("validation")
-    batches = [_signals_of(teacher, batch, attention=False) for batch in validation.split(BATCH_SIZE)]
+    batches = [signals_of(teacher, batch, attention=False) for batch in validation.split(BATCH_SIZE)]
     for name in ("logits", "pooled"):
         signals[f"validation_{name}"] = torch.cat([batch[name] for batch in batches])
     return signals
 
 
 @torch.inference_mode()
-def _signals_of(teacher: Network, images: Tensor, attention: bool) -> dict[str, Tensor]:
+def signals_of(teacher: Network, images: Tensor, attention: bool) -> dict[str, Tensor]:
+    """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
     device = pick_device()
     teacher = teacher.to(device, memory_format=torch.channels_last).eval()
     with mixed_precision(device):
