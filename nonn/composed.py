@@ -55,11 +55,14 @@ class Load:
     def n_devices(self) -> int:
         return self.seconds.shape[1]
 
+    def request_bytes(self, scenario: str) -> float:
+        """What one device is asked with: the image, or the number of the one that its sensor has."""
+        return self.image_bytes if scenario == "broadcast" else 8.0
+
     def transfers(self, scenario: str) -> list[Transfers]:
         """Everything that is sent for one image, in order: the request, the exchanges, the answers."""
-        asked = self.image_bytes if scenario == "broadcast" else 8.0
         devices = [str(device) for device in range(self.n_devices)]
-        request = {(COORDINATOR, device): asked for device in devices}
+        request = {(COORDINATOR, device): self.request_bytes(scenario) for device in devices}
         answer = {(device, COORDINATOR): self.answer_bytes for device in devices}
         return [request, *self.payload, answer]
 

@@ -234,7 +234,8 @@ class Bed:
 
         The round trip is that of plain TCP messages of the same sizes, of all devices at once.
         """
-        asked, answered = layout.load.image_bytes + ENVELOPE, layout.load.answer_bytes + ENVELOPE
+        asked = layout.load.request_bytes("broadcast" if broadcast else "sensor") + ENVELOPE
+        answered = layout.load.answer_bytes + ENVELOPE
         if measured.traffic:  # what the messages really took, without the headers of TCP and IP
             images, node = len(measured.latencies_ms), measured.traffic[network.hosts[1]]
             asked = (node.received_bytes - HEADERS * node.received_packets) / images

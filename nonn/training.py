@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
     """Let the process keep large blocks that it frees, for the next step of a training.
 
     By default glibc hands them back to the kernel, which then clears every page of every activation
-    again: a fifth of the processor time of a small network's step, 4 % of a large one's.
+    again: up to a fifth of the processor time of a step.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

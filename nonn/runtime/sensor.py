@@ -6,6 +6,7 @@ Where every device has a sensor of its own, the coordinator sends no image, only
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -23,9 +24,11 @@ def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
     if path is None:
         return None
     try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        # numpy.load would also open archives of arrays (.npz), and has an error of its own for an empty file.
+        images = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, TokenError) as error:  # the last where the header does not parse
         raise UserError(f"--sensor: {path} cannot be read ({error}). Save images with numpy.save.") from None
     if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
-        raise UserError(f"--sensor: {path} holds {images.dtype} {images.shape}; give uint8 of shape (n, *{shape})")
+        wanted = ", ".join(map(str, shape))
+        raise UserError(f"--sensor: {path} holds {images.dtype} {images.shape}; give uint8 of shape (n, {wanted})")
     return images

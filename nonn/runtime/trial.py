@@ -182,7 +182,7 @@ async def warm_up(ask: Ask, inputs: np.ndarray, n_devices: int) -> None:
         await asyncio.sleep(PAUSE)
     begin = time.monotonic()
     for number in range(WARMUP):
-        await ask(inputs[number])
+        await ask(inputs[number % len(inputs)])
         if time.monotonic() - begin > LONGEST_WARMUP:
             break
 
@@ -228,7 +228,8 @@ def measure(trial: Trial, network: Network) -> Measured:
     except BrokenPipeError:
         raise _failure(trial) from None
     finally:
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # of what it has not read
+            process.stdin.close()
         process.wait()
         process.stdout.close()
         watchdog.cancel()
@@ -252,4 +253,7 @@ def _failure(trial: Trial) -> UserError:
 
 
 if __name__ == "__main__":
-    asyncio.run(carry_out(Trial.model_validate_json(sys.stdin.readline())))
+    try:
+        asyncio.run(carry_out(Trial.model_validate_json(sys.stdin.readline())))
+    except UserError as error:
+        sys.exit(str(error))

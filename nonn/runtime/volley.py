@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator, Sequence
 
+from nonn.errors import UserError
 from nonn.runtime.tls import split_address
 
 #: Seconds in which an echo process must have started.
@@ -18,7 +19,7 @@ async def serve(address: str, request_bytes: int, response_bytes: int) -> None:
     answer = bytes(response_bytes)
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 await reader.readexactly(request_bytes)
                 writer.write(answer)
@@ -45,6 +46,11 @@ async def echoing(
         Command that runs the process of each address in its place, such as ``ip netns exec NAME``.
     request_bytes, response_bytes : int
         Of the messages, without headers of TCP and IP.
+
+    Raises
+    ------
+    UserError
+        One of them cannot listen there.
     """
     processes, streams = [], []
 
@@ -63,7 +69,8 @@ async def echoing(
             process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
             processes.append(process)
         for address, process in zip(addresses, processes, strict=True):
-            await asyncio.wait_for(process.stdout.readline(), START)
+            if not await asyncio.wait_for(process.stdout.readline(), START):  # it has ended
+                raise UserError(f"{address}: the echo did not start. Is the port free, and the address this host's?")
             streams.append(await asyncio.open_connection(*split_address(address)))
         yield ask_all
     finally:
