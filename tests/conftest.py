@@ -8,6 +8,7 @@ import pytest
 import torch
 from clusters import free_ports, write_export
 from ruamel.yaml import YAML
+from splits import write_solo
 
 from nonn import assemble, baseline, design, distill, export, graph, partition, signals, teacher
 from nonn.dataset import Dataset, measure_channels
@@ -147,6 +148,12 @@ def network_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("network")
     with contextlib.chdir(folder):
         return write_export(folder / "export")
+
+
+@pytest.fixture(scope="session")
+def solo_folder(tmp_path_factory) -> Path:
+    """An untrained model that runs alone, exported as ``teacher`` and as ``2s-kd``. Not to be changed."""
+    return write_solo(tmp_path_factory.mktemp("solo") / "export", ["teacher", "2s-kd"])
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from nonn.export import Logits, export_onnx
+from nonn.files import write_json
 from nonn.models import Network
 from nonn.params import Architecture
 
@@ -24,6 +25,19 @@ def export_untrained(path: Path, channels: int, size: int, n_filters: int | None
             for tensor in (module.bias.data, module.running_mean):
                 tensor.normal_(0, 0.3, generator=generator)
     export_onnx(Logits(network), torch.zeros(1, channels, size, size, dtype=torch.uint8), path, "image", "logits")
+
+
+def write_solo(folder: Path, names: list[str]) -> Path:
+    """An export of the models that run alone, which are all the same here, as the stage `export` would write it."""
+    folder.mkdir(parents=True)
+    export_untrained(folder / "model.onnx", 1, 28, family="fast", widths=[4, 4, 4], depth=1)
+    manifest = {
+        "classes": [f"class {number}" for number in range(10)],
+        "image": {"channels": 1, "size": 28, "dtype": "uint8"},
+        "students": [{"file": "model.onnx"}],
+    }
+    write_json(folder / "manifest.json", dict.fromkeys(names, manifest))
+    return folder
 
 
 class Build:

@@ -1,0 +1,434 @@
+"""Devices at once: what is composed by hand, loads against what they come from, and the stage on a tiny network."""
+
+import asyncio
+import math
+import os
+import socket
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from clusters import CLASSES, N_FEATURES, free_ports
+from splits import write_tiny
+
+from nonn import distributed
+from nonn.benchmark import describe_system
+from nonn.distributed import (
+    Layout,
+    Load,
+    as_network,
+    compose,
+    compose_all,
+    framing_of,
+    link_seconds,
+    load_of_network,
+    load_of_split,
+    measure_live,
+    network_layouts,
+    payload_bytes,
+    solo_layouts,
+)
+from nonn.files import read_json, write_json
+from nonn.params import Architecture
+from nonn.paths import Paths
+from nonn.runtime.cluster import COORDINATOR, local_cluster
+from nonn.runtime.coordinator import Coordinator
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.links import PRESETS, Counters, Link, Network, missing_privileges
+from nonn.runtime.node import Student
+from nonn.runtime.serving import serving
+from nonn.runtime.session import run_onnx
+from nonn.runtime.split import plan_split
+from nonn.runtime.trial import Measured
+
+CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+#: A byte takes a microsecond; and the same as one medium for all.
+MEGABYTE, SHARED = Link(8e6), Link(8e6, shared=True)
+DELAYED = Link(8e6, 0.001)
+
+
+@pytest.fixture(scope="module")
+def section(params):
+    """The parameters of the stage: Raspberry Pi at a third of this machine's speed."""
+    changes = {"board": "pi3b", "slowdown": 3.0, "links": ["ethernet100"], "images": 2, "seconds": 0.001}
+    return params.distributed.model_copy(update=changes | {"reference": None})
+
+
+#: Two devices, two rounds.
+LOAD = Load(
+    seconds=np.array([[0.010, 0.020], [0.040, 0.035]]),
+    macs=np.array([[10e6, 30e6], [50e6, 20e6]]),
+    memory_bytes=1000,
+    payload=[{("0", "1"): 1000, ("1", "0"): 1000}],
+    image_bytes=2000,
+    answer_bytes=500,
+)
+
+
+# The link, by hand
+
+
+@pytest.mark.parametrize(
+    ("transfers", "full_duplex", "shared"),
+    [
+        ({}, 0, 0),
+        ({("a", "b"): 1000}, 1, 1),
+        # Both ways and other pairs at once.
+        ({("a", "b"): 1000, ("b", "a"): 700, ("c", "d"): 300}, 1, 2),
+        # One sends to all, all send to one.
+        ({("a", "b"): 1000, ("a", "c"): 500}, 1.5, 1.5),
+        ({("b", "a"): 1000, ("c", "a"): 1000, ("d", "a"): 1000}, 3, 3),
+        # Everybody sends everybody the same.
+        ({(a, b): 100 for a in "abcd" for b in "abcd" if a != b}, 0.3, 1.2),
+    ],
+    ids=["nothing", "one", "pairs", "broadcast", "incast", "all-gather"],
+)
+def test_milliseconds_on_the_link_by_hand(transfers, full_duplex, shared):
+    assert 1e3 * link_seconds(MEGABYTE, transfers) == pytest.approx(full_duplex)
+    assert 1e3 * link_seconds(SHARED, transfers) == pytest.approx(shared)
+    delay = 1 if transfers else 0  # once for all that is sent at once
+    assert 1e3 * link_seconds(DELAYED, transfers) == pytest.approx(full_duplex + delay)
+
+
+def test_an_image_is_asked_for_exchanged_and_answered():
+    request, exchange, answer = LOAD.transfers("broadcast")
+    assert request == {(COORDINATOR, "0"): 2000, (COORDINATOR, "1"): 2000}
+    assert exchange == LOAD.payload[0]
+    assert answer == {("0", COORDINATOR): 500, ("1", COORDINATOR): 500}
+    assert payload_bytes(LOAD.transfers("broadcast")) == 2 * (2000 + 1000 + 500)
+    assert LOAD.transfers("sensor")[0] == {(COORDINATOR, "0"): 8, (COORDINATOR, "1"): 8}
+    assert payload_bytes(LOAD.transfers("sensor")) == 2 * (8 + 1000 + 500)
+
+
+# Latency and energy, by hand
+
+
+def test_latency_and_energy_by_hand(section):
+    row = compose(LOAD, DELAYED, "sensor", framing=2.0, final_s=0.005, params=section)
+    compute = 3 * (0.020 + 0.040)
+    # 16, 1000 and 1000 bytes at each host that has most to do, twice because of the framing, and three delays.
+    link = 2 * (16 + 1000 + 1000) * 1e-6 + 0.003
+    total = compute + link + 0.005
+    assert row["compute_ms"] == pytest.approx(1e3 * compute)
+    assert row["link_ms"] == pytest.approx(1e3 * link)
+    assert row["final_ms"] == pytest.approx(5)
+    assert row["total_ms"] == pytest.approx(1e3 * total)
+    assert row["wire_bytes"] == 2 * 2 * (8 + 1000 + 500)
+    # Each device gets 8 bytes, sends 1000, gets 1000, and sends 500; twice because of the framing.
+    bits = 8 * 2 * (8 + 1000 + 1000 + 500)
+    spent = [3 * (0.010 + 0.040), 3 * (0.020 + 0.035)]
+    low = [1e3 * (0.575 * s + bits * 10e-9) for s in spent]
+    high = [1e3 * (2.3 * s + bits * 50e-9) for s in spent]
+    idle = 1e3 * 1.4 * total
+    assert row["energy_node_mj"] == pytest.approx([low[1], high[1]])
+    assert row["energy_total_mj"] == pytest.approx([sum(low), sum(high)])
+    assert row["energy_node_with_idle_mj"] == pytest.approx([low[1] + idle, high[1] + idle])
+    assert row["energy_total_with_idle_mj"] == pytest.approx([sum(low) + 2 * idle, sum(high) + 2 * idle])
+
+
+def test_on_a_microcontroller_the_work_counts_and_not_the_time_measured(section):
+    board = section.model_copy(update={"board": "cortex_m7"})
+    row = compose(LOAD, MEGABYTE, "sensor", 1.0, 0.0, board)
+    assert row["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / (18.2 * 12.5e6))
+    slower = replace(LOAD, seconds=100 * LOAD.seconds)
+    assert compose(slower, MEGABYTE, "sensor", 1.0, 0.0, board) == row
+
+
+def test_framing_scales_bytes_and_what_they_take(section):
+    plain, framed = (compose(LOAD, SHARED, "broadcast", framing, 0.0, section) for framing in (1.0, 2.5))
+    assert framed["wire_bytes"] == 2.5 * plain["wire_bytes"] == 2.5 * 7000
+    assert framed["link_ms"] == pytest.approx(2.5 * plain["link_ms"]) == pytest.approx(2.5 * 7)
+    assert framed["compute_ms"] == plain["compute_ms"]
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 8])
+def test_equal_devices_in_parallel_take_the_time_of_one(section, n_devices):
+    load = Load(np.full((1, n_devices), 0.02), np.full((1, n_devices), 1e6), 1000, [], 2000, 500)
+    one = Load(np.full((1, 1), 0.02), np.full((1, 1), 1e6), 1000, [], 2000, 500)
+    row, alone = (compose(each, Link(1e15), "sensor", 1.0, 0.0, section) for each in (load, one))
+    assert row["total_ms"] == pytest.approx(alone["total_ms"]) == pytest.approx(60)
+    assert row["energy_node_mj"] == pytest.approx(alone["energy_node_mj"])
+    assert row["energy_total_mj"] == pytest.approx([n_devices * end for end in alone["energy_total_mj"]])
+    # Their answers come over one line, one after another.
+    assert compose(load, MEGABYTE, "sensor", 1.0, 0.0, section)["link_ms"] == pytest.approx(n_devices * 0.508)
+
+
+# Loads
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 3])
+@pytest.mark.parametrize("method", ["channels", "rows"])
+def test_the_load_of_a_split_is_that_of_its_plan(folder, monkeypatch, method, n_devices):
+    monkeypatch.setattr(distributed, "COMPUTE_RUNS", 3)
+    write_tiny(folder / "model.onnx")
+    plan = plan_split(folder / "model.onnx", n_devices, method)
+    load = load_of_split(plan, CORE)
+    assert load.n_devices == n_devices
+    assert len(load.payload) == plan.rounds
+    assert payload_bytes(load.payload) == plan.payload_bytes()
+    for number, sent in enumerate(load.payload):
+        for (sender, receiver), n_bytes in sent.items():
+            assert n_bytes == plan.payload_bytes(number, int(sender), int(receiver))
+    assert load.macs.shape == load.seconds.shape == (plan.rounds + 1, n_devices)
+    assert load.macs.sum(axis=0).tolist() == [part.macs for part in plan.parts]
+    assert (load.seconds >= 0).all()
+    assert load.seconds.sum() > 0
+    assert load.memory_bytes > 4 * max(part.params for part in plan.parts)
+    assert load.image_bytes == 16
+    assert load.answer_bytes == 4 * max(part.n_features for part in plan.parts)
+
+
+def student_row(position: int) -> dict:
+    times = {"latency_p50_ms": 1.0 + position, "macs": 100 * (position + 1)}
+    return times | {"weight_bytes": 1000 - 400 * position, "peak_activation_bytes": 500 * position}
+
+
+def test_the_load_of_a_network_is_that_of_its_benchmark(network_folder):
+    load = load_of_network(network_folder, {str(i): student_row(i) for i in range(3)})
+    np.testing.assert_allclose(load.seconds, [[0.001, 0.002, 0.003]])
+    np.testing.assert_array_equal(load.macs, [[100, 200, 300]])
+    assert load.memory_bytes == 200 + 1000  # of 1000, 600 + 500, and 200 + 1000
+    assert (load.payload, load.image_bytes, load.answer_bytes) == ([], 16, 4 * max(N_FEATURES))
+
+
+# A model that runs alone, as a network
+
+
+def test_a_model_alone_gives_the_same_logits_as_a_network_of_one(solo_folder, tmp_path):
+    folder = as_network(solo_folder, "teacher", tmp_path / "network")
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 28, 28), dtype=np.uint8)
+    expected = run_onnx(solo_folder / "model.onnx", images)
+    assert (expected < 0).any()  # features of a student never are
+    assert read_manifest(folder).students[0].feature_limit is None
+
+    async def scenario():
+        async with serving(Student(folder / "0.onnx"), "127.0.0.1:0") as (port, _):
+            cluster = local_cluster(folder, None, port, 20_000)
+            async with Coordinator(cluster) as coordinator:
+                for image, logits in zip(images, expected, strict=True):
+                    answer = await coordinator.classify(image)
+                    np.testing.assert_array_equal(answer.features["node-0"], logits)
+                    exponentials = np.exp(logits.astype(float) - logits.max())
+                    np.testing.assert_allclose(answer.prediction.probabilities, exponentials / exponentials.sum())
+                    assert answer.prediction.label == f"class {logits.argmax()}"
+
+    asyncio.run(scenario())
+
+
+# Live rows, without devices
+
+
+def counted(latencies_ms: list[float], absent: int, scale: int = 1) -> Measured:
+    """Two images: 2000 bytes of the coordinator, 600 and 1000 of its devices, or so many times as much."""
+    counts = {COORDINATOR: (2000, 20, 1600, 16), "host-0": (600, 6, 1000, 10), "host-1": (1000, 10, 1000, 10)}
+    traffic = {host: Counters(*(scale * count for count in own)) for host, own in counts.items()}
+    return Measured(np.array(latencies_ms), absent, traffic)
+
+
+class PaperBed:
+    """A test bed on which nothing runs."""
+
+    def __init__(self):
+        self.asked = []
+
+    def measure(self, layout, _, broadcast):
+        self.asked.append((layout.method, broadcast))
+        return counted([3.0, 5.0], absent=1, scale=2000 if layout.is_split else 1)
+
+    def overhead(self, *_):
+        return {"overhead_ms": 0.5, "ideal_ms": 3.5, "ideal_over_total": 0.875}
+
+
+def layout(method: str, load: Load) -> Layout:
+    return Layout(method, None, method != "nonn", load, 0.001)
+
+
+HEAVY = replace(LOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
+
+
+def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
+    monkeypatch.setattr(distributed, "open_network", lambda hosts, link: nullcontext(Network(tuple(hosts), link)))
+    links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
+    bed = PaperBed()
+    live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], bed, links)
+    where = [(row["link"], row["method"], row["scenario"], row["images"]) for row in live]
+    assert where == [  # the fastest link first
+        ("ethernet100", "nonn", "sensor", 2),
+        ("ethernet100", "nonn", "broadcast", 2),
+        ("ethernet100", "rows", "sensor", 2),
+        ("ieee802154", "nonn", "sensor", 2),
+        ("ieee802154", "nonn", "broadcast", 2),
+        ("ieee802154", "rows", "sensor", 0),
+    ]
+    assert bed.asked == [("nonn", False), ("nonn", True), ("rows", False), ("nonn", False), ("nonn", True)]
+    first, third, last = live[0], live[2], live[-1]
+    assert (first["p50_ms"], first["p95_ms"], first["absent"]) == (4.0, pytest.approx(4.9), 1)
+    assert (first["wire_bytes"], first["wire_packets"], first["device_bytes"]) == (1800, 18, 1000)
+    # For 2 · (8 + 1000 + 500) bytes of payload, and for 2 · (8 + 1,000,000 + 500).
+    assert first["framing"] == pytest.approx(1800 / 3016)
+    assert third["framing"] == pytest.approx(3.6e6 / 2_001_016)
+    assert "overhead_ms" in first
+    assert "overhead_ms" not in third
+    # 3.6 MB at 250 kbit/s, as it was counted on the fast link.
+    assert last["expected_ms"] == pytest.approx(1e3 * 3.6e6 * 8 / 250e3)
+
+
+def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_path, monkeypatch):
+    bed = distributed.Bed(tmp_path, section, (1, 4, 4))
+    sizes = []
+
+    def echo(*_, request_bytes, response_bytes):
+        sizes.append((request_bytes, response_bytes))
+        return Measured(np.array([1.0, 2.0]), 0, {})
+
+    monkeypatch.setattr(bed, "measure", echo)
+    network, nonn = Network((COORDINATOR, "host-0", "host-1")), layout("nonn", LOAD)
+    row = bed.overhead(nonn, network, counted([50.0, 70.0], absent=0), broadcast=True)
+    # The slowest device's 40 ms of computing, and an echo of 1.5 ms.
+    assert row == {"ideal_ms": 41.5, "overhead_ms": 18.5, "ideal_over_total": pytest.approx(41.5 / 60)}
+    uncounted = Measured(np.array([50.0, 70.0]), 0, {})
+    for broadcast in (False, True):
+        bed.overhead(nonn, network, uncounted, broadcast)
+    # Of an image, host-0 got 5 packets in 500 bytes and sent 3 in 300, with headers of 52 bytes each.
+    assert sizes == [(240, 144), (208, 700), (2200, 700)]
+
+
+def test_framing_is_that_of_the_layout_in_the_scenario_or_the_nearest_to_it():
+    live = [
+        {"method": "nonn", "scenario": "sensor", "framing": 9.0},
+        {"method": "nonn", "scenario": "broadcast", "framing": 2.0},
+        {"method": "rows", "scenario": "sensor", "framing": 3.0},
+        {"method": "nonn", "scenario": "broadcast", "framing": 2.5},  # on a slower link
+        {"method": "channels", "scenario": "sensor", "images": 0},
+    ]
+    cases = {("nonn", "sensor"): 9.0, ("nonn", "broadcast"): 2.0, ("rows", "broadcast"): 3.0, ("channels", "sensor"): 1}
+    cases |= {("reference_rows", "sensor"): 3.0, ("kd", "sensor"): 1}
+    for (method, scenario), framing in cases.items():
+        assert framing_of(layout(method, LOAD), scenario, live) == framing
+
+
+def test_a_composed_row_for_every_layout_link_and_scenario(section):
+    links = section.model_copy(update={"links": ["wifi20", "ethernet941"]})
+    live = [{"method": "rows", "scenario": "sensor", "framing": 3.0}]
+    rows = list(compose_all([layout("nonn", LOAD), layout("reference_rows", HEAVY)], live, links))
+    assert len({(row["method"], row["link"], row["scenario"]) for row in rows}) == len(rows) == 8
+    for row in rows:
+        load = LOAD if row["method"] == "nonn" else HEAVY
+        framing = 1.0 if row["method"] == "nonn" else 3.0
+        expected = compose(load, PRESETS[row["link"]], row["scenario"], framing, 0.001, links)
+        assert {key: row[key] for key in expected} == expected
+        assert (row["n_devices"], row["rounds"], row["memory_bytes"], row["macs"]) == (2, 1, 1000, 60e6)
+
+
+# The stage
+
+
+@pytest.fixture
+def stage(params, section, network_folder, folder, monkeypatch):
+    """Parameters and paths of a hand-made experiment: three students, and the same budget as one network."""
+    paths = Paths("tiny")
+    write_json(paths.dataset_info, {"classes": CLASSES, "channels": 1, "size": 4})
+    (folder / paths.export("3s")).parent.mkdir(parents=True)
+    paths.export("3s").symlink_to(network_folder)
+    write_json(paths.benchmark("3s"), {"models": {str(i): student_row(i) for i in range(3)}})
+    paths.export("solo").mkdir()
+    write_tiny(paths.export("solo") / "3s-total.onnx")
+    write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [{"file": "3s-total.onnx"}]}})
+    monkeypatch.setattr(distributed, "COMPUTE_RUNS", 3)
+    changes = {"benchmark": params.benchmark.model_copy(update={"core": CORE}), "distributed": section}
+    return params.model_copy(update=changes | {"networks": {"3s": ["small"] * 3}}), paths
+
+
+def all_numbers(content) -> list[float]:
+    if isinstance(content, dict | list):
+        parts = content.values() if isinstance(content, dict) else content
+        return [number for part in parts for number in all_numbers(part)]
+    return [content] if isinstance(content, int | float) else []
+
+
+LIVE = {"method", "scenario", "link", "emulated", "absent", "images", "p50_ms", "p95_ms", "p99_ms"}
+LIVE |= {"wire_bytes", "wire_packets", "device_bytes"}
+OVERHEAD = {"ideal_ms", "overhead_ms", "ideal_over_total"}
+ENERGIES = {f"energy_{which}{idle}_mj" for which in ("node", "total") for idle in ("", "_with_idle")}
+COMPOSED = {"method", "n_devices", "rounds", "memory_bytes", "macs", "link", "scenario", "framing", "wire_bytes"}
+COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
+
+
+def test_the_stage_writes_all_rows(stage, monkeypatch):
+    params, paths = stage
+    monkeypatch.setattr(distributed, "PORT", consecutive_ports(3))
+    monkeypatch.setattr(distributed, "SPLITS", ("rows",))  # saves seconds
+    monkeypatch.setattr("nonn.export.export_onnx", export_tiny)
+    reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
+    section = params.distributed.model_copy(update={"reference": reference})
+    distributed.run(params.model_copy(update={"distributed": section}), paths, "3s")
+    result = read_json(paths.distributed("3s"))
+    assert result["system"] == describe_system()
+    assert all(map(math.isfinite, all_numbers(result)))
+    live, composed = result["live"], result["composed"]
+    measured = [("nonn", "sensor"), ("nonn", "broadcast"), ("rows", "sensor")]
+    assert [(row["method"], row["scenario"]) for row in live] == measured
+    emulated = missing_privileges() is None
+    for row in live:
+        assert set(row) == LIVE | (OVERHEAD if row["method"] == "nonn" else set()) | (
+            {"framing"} if emulated else set()
+        )
+        assert (row["link"], row["emulated"], row["absent"], row["images"]) == ("ethernet100", emulated, 0, 2)
+        assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert not emulated or row["framing"] > 1
+    methods = ["nonn", "rows", "reference_rows"]
+    expected = [(method, scenario) for method in methods for scenario in ("sensor", "broadcast")]
+    assert [(row["method"], row["scenario"]) for row in composed] == expected
+    for row in composed:
+        assert set(row) == COMPOSED
+        assert (row["n_devices"], row["rounds"]) == (3, 0 if row["method"] == "nonn" else 1)
+        assert row["total_ms"] == pytest.approx(row["compute_ms"] + row["link_ms"] + row["final_ms"])
+        assert all(0 < low <= high for low, high in (row[key] for key in ENERGIES))
+    assert composed[0]["compute_ms"] == pytest.approx(3 * 3)  # the slowest student's, on a board a third as fast
+    if emulated:
+        assert composed[0]["wire_bytes"] == pytest.approx(live[0]["wire_bytes"])
+
+
+def export_tiny(model, example, path, *_):
+    """In place of an export that takes seconds: the hand-made model, after a look at the one that was meant."""
+    assert model.eval()(example.repeat(1, 1, 8, 8)).shape == (1, len(CLASSES))
+    write_tiny(path)
+
+
+def consecutive_ports(count: int) -> int:
+    """The first of so many ports in a row that were free a moment ago, should there be loopback only."""
+    return next(port for port in range(free_ports(1)[0] % 20_000 + 30_000, 65_000) if all_free(port, count))
+
+
+def all_free(first: int, count: int) -> bool:
+    with ExitStack() as stack:
+        try:
+            for port in range(first, first + count):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+        except OSError:
+            return False
+    return True
+
+
+def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp_path, capsys):
+    params, paths = stage
+    write_json(paths.export("solo") / "manifest.json", {})
+    (only,) = network_layouts(params, paths, "3s", tmp_path / "scratch")
+    assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
+    assert only.final_s > 0
+    assert "note: baselines has no 3s/total" in capsys.readouterr().err
+
+
+def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder, tmp_path):
+    params, paths = stage
+    for path in solo_folder.iterdir():
+        (paths.export("solo") / path.name).write_bytes(path.read_bytes())
+    write_json(paths.benchmark("solo"), {"models": {"teacher": student_row(4), "2s-kd": student_row(0)}})
+    teacher, student = solo_layouts(params, paths, tmp_path / "scratch")
+    assert [teacher.method, student.method] == ["teacher", "kd"]
+    assert [each.load.n_devices for each in (teacher, student)] == [1, 1]
+    assert (teacher.load.seconds.item(), student.load.seconds.item()) == (0.005, 0.001)
+    assert (teacher.load.image_bytes, teacher.load.answer_bytes, teacher.load.payload) == (784, 40, [])
+    assert not teacher.is_split
+    assert teacher.final_s > 0

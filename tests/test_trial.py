@@ -1,0 +1,238 @@
+"""Trials with real processes: what is counted could be right, and nothing is left behind, whatever fails."""
+
+import asyncio
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clusters import CHANNELS, SIZE, free_ports
+
+from nonn.distributed import as_network, link_seconds
+from nonn.errors import UserError
+from nonn.runtime.certs import write_certificates
+from nonn.runtime.cluster import COORDINATOR
+from nonn.runtime.links import Link, Network, emulated_network, missing_privileges
+from nonn.runtime.trial import PORT, Trial, measure
+from nonn.runtime.volley import echoing
+
+MISSING = missing_privileges()
+emulated = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+#: Images of the sensor: fewer than a warm-up asks for.
+N_IMAGES = 2
+
+
+@pytest.fixture(scope="module")
+def sensor(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sensor") / "images.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, CHANNELS, SIZE, SIZE), dtype=np.uint8))
+    return path
+
+
+@pytest.fixture
+def trial(network_folder, certificates, sensor) -> Trial:
+    """The hand-made network of three students on loopback, three images."""
+    return Trial(
+        method="nonn",
+        folder=network_folder,
+        names=[f"node-{position}" for position in range(3)],
+        addresses=[f"127.0.0.1:{port}" for port in free_ports(3)],
+        prefixes=[[], [], []],
+        certificates=certificates,
+        sensor=sensor,
+        runs=3,
+        seconds=30,
+    )
+
+
+LOOPBACK = Network((COORDINATOR, "host-0", "host-1", "host-2"))
+
+
+def changed(trial: Trial, **changes) -> Trial:
+    return trial.model_copy(update=changes)
+
+
+def children() -> set[int]:
+    """Processes that this one has started."""
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def mentions(text: str) -> set[str]:
+    """Processes whose command says `text`, whoever started them."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text in path.read_text():
+                found.add(path.parent.name)
+        except OSError:  # gone meanwhile
+            continue
+    return found
+
+
+def nobody_listens(addresses: list[str]) -> bool:
+    for address in addresses:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
+                return False
+    return True
+
+
+# On loopback
+
+
+def test_a_network_on_loopback_is_timed_and_not_counted(trial):
+    before = children()
+    measured = measure(trial, LOOPBACK)
+    assert measured.latencies_ms.shape == (3,)
+    assert (measured.latencies_ms > 0).all()
+    assert (measured.absent, measured.traffic, measured.wire_bytes()) == (0, {}, None)
+    assert children() == before
+    assert nobody_listens(trial.addresses)
+
+
+def test_echoes_end_in_time_but_not_before_two(trial):
+    sizes = {"request_bytes": 3000, "response_bytes": 70}
+    measured = measure(changed(trial, method="echo", runs=10**6, seconds=1e-9, **sizes), LOOPBACK)
+    assert measured.latencies_ms.shape == (2,)
+    assert (measured.latencies_ms > 0).all()
+    assert nobody_listens(trial.addresses)
+
+
+# Over a link
+
+
+@emulated
+def test_over_a_link_bytes_and_time_are_plausible(solo_folder, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (4, 1, 28, 28), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    write_certificates(tmp_path / "certs", [COORDINATOR, "node-0"])
+    link = Link(10e6, 0.005)
+    with emulated_network([COORDINATOR, "host-0"], link) as network:
+        trial = Trial(
+            method="nonn",
+            folder=as_network(solo_folder, "teacher", tmp_path / "network"),
+            names=["node-0"],
+            addresses=[f"{network.address('host-0')}:{PORT}"],
+            prefixes=[network.prefix("host-0")],
+            certificates=tmp_path / "certs",
+            sensor=tmp_path / "images.npy",
+            broadcast=True,
+            runs=5,
+            seconds=30,
+        )
+        measured = measure(trial, network)
+    assert (len(measured.latencies_ms), measured.absent) == (5, 0)
+    asked, answered = images[0].size, 4 * 10
+    assert asked + answered < measured.wire_bytes() < 1.6 * (asked + answered) + 2048
+    coordinator, node = measured.traffic[COORDINATOR], measured.traffic["host-0"]
+    assert coordinator.sent_bytes > 5 * asked
+    assert node.sent_bytes > 5 * answered
+    # Acknowledgements may be under way when the counters are read.
+    assert node.received_bytes == pytest.approx(coordinator.sent_bytes, abs=200)
+    theory = link_seconds(link, {(COORDINATOR, "0"): asked}) + link_seconds(link, {("0", COORDINATOR): answered})
+    assert theory > 0.010
+    assert measured.latencies_ms.min() > 1e3 * theory
+
+
+# Failures
+
+
+def test_a_network_that_is_not_there_is_an_error(trial, tmp_path, capfd):
+    before = children()
+    with pytest.raises(UserError, match="measuring nonn on 3 devices failed; its messages stand above"):
+        measure(changed(trial, folder=tmp_path / "nowhere"), LOOPBACK)
+    assert children() == before
+    said = capfd.readouterr().err
+    assert "nowhere/manifest.json: no such file" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("method", ["nonn", "echo"])
+def test_a_device_that_cannot_start_stops_the_others(trial, tmp_path, capfd, method):
+    before, marked = children(), tmp_path / "network"
+    marked.symlink_to(trial.folder)  # so that the nodes' commands say whose they are
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        blocked = f"127.0.0.1:{taken.getsockname()[1]}"
+        addresses = [*trial.addresses[:2], blocked]
+        sizes = {"request_bytes": 10, "response_bytes": 10}
+        with pytest.raises(UserError, match=f"measuring {method} on 3 devices failed"):
+            measure(changed(trial, method=method, folder=marked, addresses=addresses, **sizes), LOOPBACK)
+    assert blocked in capfd.readouterr().err
+    assert children() == before
+    assert not mentions(str(marked))
+    assert nobody_listens(trial.addresses[:2])
+
+
+@pytest.mark.parametrize("length", [1, 200_000], ids=["read first", "left unread"])
+def test_a_process_that_ends_at_once_is_an_error(trial, monkeypatch, length):
+    monkeypatch.setattr(sys, "executable", "false")
+    before = children()
+    with pytest.raises(UserError, match="measuring nonn on 1 devices failed"):
+        measure(changed(trial, names=["x" * length]), LOOPBACK)
+    assert children() == before
+    watchdogs = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(watchdog.finished.is_set() for watchdog in watchdogs)  # or they would keep this process for minutes
+
+
+# Echoes
+
+
+async def exchange(address: str, request: bytes, n_bytes: int) -> bytes:
+    """All that comes back for a request, after which nothing more is sent."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(request)
+    answer = await reader.readexactly(n_bytes)
+    writer.write_eof()
+    rest = await reader.read()
+    writer.close()
+    return answer + rest
+
+
+def test_every_request_is_answered_with_as_many_bytes_as_agreed():
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
+
+    async def scenario():
+        async with asyncio.timeout(60), echoing(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
+            for _ in range(3):
+                await ask_all()
+            for address in addresses:
+                # Two requests and a half.
+                assert await exchange(address, bytes(250), 600) == bytes(600)
+
+    before = children()
+    asyncio.run(scenario())
+    assert children() == before
+    assert nobody_listens(addresses)
+
+
+def test_an_echo_that_cannot_listen_is_an_error():
+    first = f"127.0.0.1:{free_ports(1)[0]}"
+
+    async def scenario(blocked):
+        async with asyncio.timeout(60):
+            with pytest.raises(UserError, match=f"{blocked}: the echo did not start"):
+                async with echoing([first, blocked], [[], []], 1, 1):
+                    pass
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        asyncio.run(scenario(f"127.0.0.1:{taken.getsockname()[1]}"))
+    assert nobody_listens([first])
+
+
+def test_an_echo_does_not_outlive_its_standard_input():
+    """As when the trial is killed."""
+
+    async def scenario():
+        port = free_ports(1)[0]
+        command = [sys.executable, "-m", "nonn.runtime.volley", f"127.0.0.1:{port}", "1", "1"]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+        async with asyncio.timeout(60):
+            assert await process.stdout.readline() == b"listening\n"
+            process.stdin.close()
+            assert await process.wait() == 0
+
+    asyncio.run(scenario())
