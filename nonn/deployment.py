@@ -124,8 +124,8 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
         ``memory``, ``performance``, ``energy_per_node`` and ``total_latency``: each ``ratio``, the
         ``baseline`` that it is against, ``link`` and ``scenario`` (None where none takes part), ``n``
         devices, ``network``, ``images`` timed, and ``badge``. Total latency is against the split by
-        channels; ``total_latency_rows`` is the same against the split by rows, on the same link, and
-        ``paper`` holds the paper's ratios.
+        channels; ``total_latency_rows`` is the same against the split by rows, of the same network on
+        the same link, and ``paper`` holds the paper's ratios.
     """
     sizes = rows.groupby("network")["n_devices"].first()
     ratios: dict[str, Any] = {}
@@ -139,7 +139,8 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
         candidates = live[live["method"] == method]
         if name == "total_latency_rows" and ratios["total_latency"]:
             chosen = ratios["total_latency"]
-            candidates = candidates[(candidates["link"] == chosen["link"]) & (candidates["n_devices"] == chosen["n"])]
+            same = ["network", "link", "scenario"]
+            candidates = candidates[(candidates[same] == [chosen[key] for key in same]).all(axis=1)]
         if candidates.empty:
             ratios[name] = None
             continue

@@ -227,8 +227,9 @@ def draw_ratios(ratios: Mapping[str, Mapping | None]) -> Figure:
     axis.set_yticks(range(len(names)), [RATIO_NAMES[name] for name in names])
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_xscale("log")
-    largest = max([*(ratios[name]["ratio"] for name in names), *PAPER.values()])
-    axis.set_xlim(1, largest**2.1)  # a wide right margin, for the notes
+    found = [ratios[name]["ratio"] for name in names]
+    largest = max(*found, *PAPER.values())
+    axis.set_xlim(min(1, 0.8 * min(found)), largest**2.1)  # a wide right margin, for the notes
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×" if value <= 2 * largest else ""))
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("times less than the baseline")

@@ -1,0 +1,236 @@
+"""Rows of all devices joined, the paper's ratios by hand, and figures of them."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from nonn import deployment_plots
+from nonn.deployment import COLUMNS, PAPER, collect_ratios, compare_splits, describe_deployment, join_rows, write_csv
+from nonn.params import Architecture, Figures
+from nonn.plots import drawing_style, save_figure
+
+FIGURES = Figures(style="default", dpi=50, format="svg")
+REFERENCE = Architecture(family="wrn", depth=16, width=2)
+#: Wi-Fi, and a link on which a split by channels takes too long.
+FAST, SLOW = "wifi20", "ieee802154"
+
+
+def live(method: str, link: str, p50_ms: float, images: int = 30, emulated: bool = True, **more) -> dict:
+    row = {"method": method, "scenario": "sensor", "link": link, "emulated": emulated, "absent": 0, "images": images}
+    row |= {"p50_ms": p50_ms, "p95_ms": p50_ms + 1, "p99_ms": p50_ms + 2, "wire_bytes": 1000.0 if emulated else None}
+    return row | more
+
+
+def left_out(method: str, link: str) -> dict:
+    return {"method": method, "scenario": "sensor", "link": link, "images": 0, "expected_ms": 99_000.0}
+
+
+def composed(method: str, link: str, n_devices: int, total_ms: float, energy: float = 1.0) -> dict:
+    row = {"method": method, "scenario": "sensor", "link": link, "n_devices": n_devices, "rounds": 2, "macs": 1000}
+    row |= {"memory_bytes": 5000, "framing": 2.0, "wire_bytes": 900.0 * n_devices}
+    row |= {"compute_ms": 1.0, "link_ms": total_ms - 1.5, "final_ms": 0.5, "total_ms": total_ms}
+    for which in ("node", "total", "node_with_idle", "total_with_idle"):
+        row[f"energy_{which}_mj"] = [energy / 2, energy]
+    return row
+
+
+SOLO = {
+    "live": [live("teacher", FAST, 8.0), live("kd", FAST, 4.0)],
+    "composed": [
+        composed("teacher", FAST, 1, 50.0, energy=12.0),
+        composed("teacher", SLOW, 1, 60.0, energy=14.0),
+        composed("kd", FAST, 1, 9.0),
+    ],
+}
+TWO = {
+    "live": [
+        live("nonn", FAST, 5.0, images=20, overhead_ms=1.25, ideal_over_total=0.75),
+        live("channels", FAST, 60.0, images=25),
+        live("rows", FAST, 20.0),
+        live("nonn", SLOW, 10.0),
+        left_out("channels", SLOW),
+        live("rows", SLOW, 900.0, images=2),
+    ],
+    "composed": [
+        composed("nonn", FAST, 2, 4.0, energy=3.0),
+        composed("channels", FAST, 2, 40.0),
+        composed("rows", FAST, 2, 12.0),
+        composed("nonn", SLOW, 2, 8.0, energy=7.0),
+        composed("channels", SLOW, 2, 90_000.0),
+        composed("reference_rows", FAST, 2, 300.0),
+    ],
+}
+#: Without a network of its total budget to split.
+FOUR = {
+    "live": [live("nonn", FAST, 6.0)],
+    "composed": [composed("nonn", FAST, 4, 3.0, energy=1.5), composed("nonn", SLOW, 4, 8.0, energy=1.0)],
+}
+RESULTS = {"solo": SOLO, "2s": TWO, "4s": FOUR}
+COMPARISONS = [
+    {"network": "2s", "memory_ratio": 10.0, "performance_ratio": 4.0},
+    {"network": "4s", "memory_ratio": 30.0, "performance_ratio": 3.0},
+]
+
+
+def join(*names: str) -> pd.DataFrame:
+    return join_rows({name: RESULTS[name] for name in names}, {"2s": 2, "4s": 4})
+
+
+@pytest.fixture
+def rows() -> pd.DataFrame:
+    return join("solo", "2s", "4s")
+
+
+def cell(rows: pd.DataFrame, column: str, **where):
+    (value,) = rows.loc[(rows[list(where)] == pd.Series(where)).all(axis=1), column]
+    return value
+
+
+# Rows
+
+
+def test_rows_are_joined_without_those_left_out(rows):
+    assert list(rows.columns) == list(COLUMNS)
+    n_live = 2 + 5 + 1
+    assert (rows["badge"] == "emulated").sum() == n_live
+    assert (rows["badge"] == "modelled").sum() == len(rows) - n_live == 3 + 6 + 2
+    where = {"network": "2s", "method": "nonn", "link": FAST}
+    assert cell(rows, "total_ms", badge="emulated", **where) == 5.0
+    assert cell(rows, "total_ms", badge="modelled", **where) == 4.0
+    assert cell(rows, "energy_node_mj_low", badge="modelled", **where) == 1.5
+    assert cell(rows, "energy_total_with_idle_mj_high", badge="modelled", **where) == 3.0
+    assert math.isnan(cell(rows, "p99_ms", badge="modelled", **where))
+    assert set(rows[rows["network"] == ""]["method"]) == {"teacher", "kd"}
+    assert set(rows[rows["network"] == ""]["n_devices"]) == {1}
+    assert rows[(rows["method"] == "channels") & (rows["link"] == SLOW)]["badge"].tolist() == ["modelled"]
+
+
+def test_on_loopback_the_badge_is_measured():
+    rows = join_rows({"2s": {"live": [live("nonn", FAST, 5.0, emulated=False)], "composed": []}}, {"2s": 2})
+    assert rows["badge"].tolist() == ["measured"]
+    assert rows["wire_bytes"].isna().all()
+    assert write_csv(rows).splitlines()[1].startswith(f"2s,nonn,2,{FAST},sensor,measured,30,0,5.000,6.000,7.000,")
+
+
+def test_csv_by_hand(rows):
+    header, *lines = write_csv(rows).splitlines()
+    assert header == ",".join(COLUMNS)
+    assert len(lines) == len(rows)
+    assert lines[0] == f",teacher,1,{FAST},sensor,emulated,30,0,8.000,9.000,10.000,,,,,1000,,,,,,,,,,,"
+    energies = "1.50000,3.00000," * 4
+    modelled = f"2s,nonn,2,{FAST},sensor,modelled,,,4.000,,,1.0000,2.500,0.5000,2,1800,5000,{energies},"
+    assert modelled in lines
+    assert f"2s,nonn,2,{FAST},sensor,emulated,20,0,5.000,6.000,7.000,,,,,1000,,,,,,,,,,1.250,0.750" in lines
+
+
+# Ratios
+
+
+def test_splits_against_nonn_by_hand(rows):
+    splits = compare_splits(rows)
+    table = {
+        (row.link, row.badge, row.method): (row.nonn_ms, row.split_ms, row.ratio, row.images)
+        for row in splits.itertuples()
+    }
+    assert set(splits["network"]) == {"2s"}  # of the other there is no split
+    assert table.pop((FAST, "emulated", "channels")) == (5, 60, 12, 20)  # the fewer of 20 and 25 images
+    assert table.pop((FAST, "emulated", "rows")) == (5, 20, 4, 20)
+    assert table.pop((SLOW, "emulated", "rows")) == (10, 900, 90, 2)
+    ratios = {key: value[2] for key, value in table.items()}
+    modelled = {(FAST, "channels"): 10, (FAST, "rows"): 3, (SLOW, "channels"): 11_250}
+    assert ratios == {(link, "modelled", method): ratio for (link, method), ratio in modelled.items()}
+
+
+def test_the_papers_ratios_by_hand(rows):
+    ratios = collect_ratios(rows, COMPARISONS)
+    nowhere = {"link": None, "scenario": None, "images": None}
+    best = {"baseline": "teacher", "network": "4s", "n": 4, "badge": "modelled"}
+    assert ratios["memory"] == nowhere | best | {"ratio": 30.0}
+    best = {"baseline": "teacher", "network": "2s", "n": 2, "badge": "measured"}
+    assert ratios["performance"] == nowhere | best | {"ratio": 4.0}
+    # 14 / 1 on the slow link, beyond 12 / 1.5 on the fast one.
+    best = {"baseline": "teacher", "network": "4s", "n": 4, "badge": "modelled", "link": SLOW}
+    assert ratios["energy_per_node"] == best | {"ratio": 14.0, "scenario": "sensor", "images": None}
+    # What was left out on the slow link does not count, however large its composed ratio.
+    best = {"ratio": 12.0, "baseline": "split by channels", "network": "2s", "n": 2, "badge": "emulated"}
+    assert ratios["total_latency"] == best | {"link": FAST, "scenario": "sensor", "images": 20}
+    # On the same link, though it is larger on the other.
+    best = {"ratio": 4.0, "baseline": "split by rows", "network": "2s", "n": 2, "badge": "emulated"}
+    assert ratios["total_latency_rows"] == best | {"link": FAST, "scenario": "sensor", "images": 20}
+    assert {name: entry["ratio"] for name, entry in ratios["paper"].items()} == PAPER
+
+
+def test_both_splits_are_compared_on_the_same_network():
+    """Also where another network has as many devices."""
+    other = {"live": [live("nonn", FAST, 1.0), live("rows", FAST, 50.0), live("channels", FAST, 2.0)], "composed": []}
+    results = {"solo": SOLO, "2s": TWO, "2b": other}
+    ratios = collect_ratios(join_rows(results, {"2s": 2, "2b": 2}), COMPARISONS[:1])
+    assert (ratios["total_latency"]["network"], ratios["total_latency"]["ratio"]) == ("2s", 12.0)
+    assert (ratios["total_latency_rows"]["network"], ratios["total_latency_rows"]["ratio"]) == ("2s", 4.0)
+
+
+def test_without_a_split_there_is_no_ratio_of_it():
+    rows = join("solo", "4s")
+    assert compare_splits(rows).empty
+    ratios = collect_ratios(rows, COMPARISONS[1:])
+    assert ratios["total_latency"] is ratios["total_latency_rows"] is None
+    assert ratios["energy_per_node"]["ratio"] == 14.0
+    report = "\n".join(describe_deployment(rows, ratios, "cortex_m7", 30.0))
+    assert "Total latency" not in report
+    assert f"| 4s | {FAST} | 30 | 6.0 (8.0) | – | – | 3.0 | – | – |" in report
+
+
+def test_report_by_hand(rows):
+    report = describe_deployment(rows, collect_ratios(rows, COMPARISONS), "cortex_m7", 30.0)
+    assert f"| Total latency, against a split by channels | 12.0× | 2s | {FAST} | emulated | 33× |" in report
+    assert f"| Total latency, against a split by rows | 4.0× | 2s | {FAST} | emulated | – |" in report
+    assert f"| 2s | {FAST} | 20 | 5.0 (7.0) | 12.0× | 4.0× | 4.0 | 10.0× | 3.0× |" in report
+    assert f"| 2s | {SLOW} | 30 | 10.0 (12.0) | – | 90.0× | 8.0 | 11250.0× | – |" in report
+
+
+# Figures
+
+
+def draw_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None):
+    yield deployment_plots.draw_communication(rows, reference)
+    yield deployment_plots.draw_latency(rows)
+    yield deployment_plots.draw_scaling(rows, comparisons, "cortex_m7")
+    yield deployment_plots.draw_ratios(collect_ratios(rows, comparisons))
+
+
+def save_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None, folder) -> list[bytes]:
+    with drawing_style("default"):
+        for number, figure in enumerate(draw_all(rows, comparisons, reference)):
+            save_figure(figure, folder / f"{number}.svg", FIGURES)
+    return [path.read_bytes() for path in sorted(folder.glob("*.svg"))]
+
+
+#: The second network as a third one too, of eight devices.
+RESULTS["8s"] = {
+    "live": [row | {"p50_ms": row.get("p50_ms", 0) + 1} for row in TWO["live"]],
+    "composed": [row | {"n_devices": 8} for row in TWO["composed"]],
+}
+
+
+@pytest.mark.parametrize("networks", [["2s"], ["4s"], ["2s", "4s", "8s"]], ids="-".join)
+def test_figures_of_any_number_of_networks_are_the_same_bytes_again(networks, folder):
+    counts = {"2s": 2, "4s": 4, "8s": 8}
+    rows = join_rows({name: RESULTS[name] for name in ["solo", *networks]}, counts)
+    comparisons = [{"network": name, "memory_ratio": 9.0, "performance_ratio": 3.0} for name in networks]
+    reference = REFERENCE if "2s" in networks else None
+    before = save_all(rows, comparisons, reference, folder)
+    assert len(before) == 4
+    assert len(set(before)) == 4
+    assert all(content.startswith(b"<?xml") for content in before)
+    assert save_all(rows.copy(), comparisons, reference, folder) == before
+
+
+def test_a_ratio_below_one_is_seen(rows):
+    """Where NoNN needs more than the baseline, its bar shows it, to the left of 1."""
+    ratios = collect_ratios(rows, COMPARISONS)
+    ratios["total_latency_rows"]["ratio"] = 0.5
+    with drawing_style("default"):
+        (axis,) = deployment_plots.draw_ratios(ratios).axes
+    assert axis.get_xlim()[0] < 0.5
+    assert axis.get_xlim()[1] > max(PAPER.values())
