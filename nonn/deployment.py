@@ -221,7 +221,8 @@ def describe_deployment(rows: pd.DataFrame, ratios: Mapping[str, Any], board: st
                 cells.append("–" if own.empty else f"{own.iloc[0]['images']:.0f}")
             cells.append(total)
             if not is_modelled:
-                cells.append("–" if own.empty else f"{own.iloc[0]['overhead_ms']:.1f}")
+                overhead = own["overhead_ms"].dropna()
+                cells.append("–" if overhead.empty else f"{overhead.iloc[0]:.1f}")
             here = splits.query("network == @network and link == @link and scenario == 'sensor'")
             here = here[(here["badge"] == "modelled") == is_modelled].set_index("method")["ratio"]
             cells += [f"{here[method]:.1f}×" if method in here else "–" for method in ("channels", "rows")]

@@ -12,21 +12,17 @@ import pytest
 from clusters import CLASSES, N_FEATURES, free_ports
 from splits import write_tiny
 
-from nonn import distributed
+from nonn import composed, distributed
 from nonn.benchmark import describe_system
+from nonn.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
 from nonn.distributed import (
+    LOOPBACK,
     Layout,
-    Load,
     as_network,
-    compose,
     compose_all,
     framing_of,
-    link_seconds,
-    load_of_network,
-    load_of_split,
     measure_live,
     network_layouts,
-    payload_bytes,
     solo_layouts,
 )
 from nonn.files import read_json, write_json
@@ -160,7 +156,7 @@ def test_equal_devices_in_parallel_take_the_time_of_one(section, n_devices):
 @pytest.mark.parametrize("n_devices", [1, 2, 3])
 @pytest.mark.parametrize("method", ["channels", "rows"])
 def test_the_load_of_a_split_is_that_of_its_plan(folder, monkeypatch, method, n_devices):
-    monkeypatch.setattr(distributed, "COMPUTE_RUNS", 3)
+    monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     write_tiny(folder / "model.onnx")
     plan = plan_split(folder / "model.onnx", n_devices, method)
     load = load_of_split(plan, CORE)
@@ -248,12 +244,15 @@ HEAVY = replace(LOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
 
 
 def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
-    monkeypatch.setattr(distributed, "open_network", lambda hosts, link: nullcontext(Network(tuple(hosts), link)))
+    monkeypatch.setattr(distributed, "missing_privileges", lambda: None)
+    monkeypatch.setattr(distributed, "emulated_network", lambda hosts, link: nullcontext(Network(tuple(hosts), link)))
     links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
     bed = PaperBed()
     live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], bed, links)
     where = [(row["link"], row["method"], row["scenario"], row["images"]) for row in live]
-    assert where == [  # the fastest link first
+    assert where == [  # no link and then the fastest first
+        (LOOPBACK, "nonn", "sensor", 2),
+        (LOOPBACK, "nonn", "broadcast", 2),
         ("ethernet100", "nonn", "sensor", 2),
         ("ethernet100", "nonn", "broadcast", 2),
         ("ethernet100", "rows", "sensor", 2),
@@ -261,8 +260,9 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
         ("ieee802154", "nonn", "broadcast", 2),
         ("ieee802154", "rows", "sensor", 0),
     ]
-    assert bed.asked == [("nonn", False), ("nonn", True), ("rows", False), ("nonn", False), ("nonn", True)]
-    first, third, last = live[0], live[2], live[-1]
+    both = [("nonn", False), ("nonn", True)]
+    assert bed.asked == [*both, *both, ("rows", False), *both]
+    first, third, last = live[2], live[4], live[-1]
     assert (first["p50_ms"], first["p95_ms"], first["absent"]) == (4.0, pytest.approx(4.9), 1)
     assert (first["wire_bytes"], first["wire_packets"], first["device_bytes"]) == (1800, 18, 1000)
     # For 2 · (8 + 1000 + 500) bytes of payload, and for 2 · (8 + 1,000,000 + 500).
@@ -272,6 +272,13 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
     assert "overhead_ms" not in third
     # 3.6 MB at 250 kbit/s, as it was counted on the fast link.
     assert last["expected_ms"] == pytest.approx(1e3 * 3.6e6 * 8 / 250e3)
+
+
+def test_without_emulation_everything_runs_on_loopback(section, monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "missing_privileges", lambda: "no namespaces here")
+    live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], PaperBed(), section)
+    assert [(row["link"], row["method"]) for row in live] == [(LOOPBACK, m) for m in ("nonn", "nonn", "rows")]
+    assert "no namespaces here" in capsys.readouterr().err
 
 
 def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_path, monkeypatch):
@@ -335,7 +342,7 @@ def stage(params, section, network_folder, folder, monkeypatch):
     paths.export("solo").mkdir()
     write_tiny(paths.export("solo") / "3s-total.onnx")
     write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [{"file": "3s-total.onnx"}]}})
-    monkeypatch.setattr(distributed, "COMPUTE_RUNS", 3)
+    monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     changes = {"benchmark": params.benchmark.model_copy(update={"core": CORE}), "distributed": section}
     return params.model_copy(update=changes | {"networks": {"3s": ["small"] * 3}}), paths
 
@@ -366,28 +373,30 @@ def test_the_stage_writes_all_rows(stage, monkeypatch):
     result = read_json(paths.distributed("3s"))
     assert result["system"] == describe_system()
     assert all(map(math.isfinite, all_numbers(result)))
-    live, composed = result["live"], result["composed"]
-    measured = [("nonn", "sensor"), ("nonn", "broadcast"), ("rows", "sensor")]
-    assert [(row["method"], row["scenario"]) for row in live] == measured
+    live, calculated = result["live"], result["composed"]
+    nonn = [("nonn", "sensor"), ("nonn", "broadcast")]
     emulated = missing_privileges() is None
+    links = ["loopback", "ethernet100"] if emulated else ["loopback"]
+    measured = [*nonn, *nonn, ("rows", "sensor")] if emulated else [*nonn, ("rows", "sensor")]
+    assert [(row["method"], row["scenario"]) for row in live] == measured
+    assert list(dict.fromkeys(row["link"] for row in live)) == links
     for row in live:
-        assert set(row) == LIVE | (OVERHEAD if row["method"] == "nonn" else set()) | (
-            {"framing"} if emulated else set()
-        )
-        assert (row["link"], row["emulated"], row["absent"], row["images"]) == ("ethernet100", emulated, 0, 2)
+        on_link = row["link"] != LOOPBACK
+        assert set(row) == LIVE | (OVERHEAD if row["method"] == "nonn" else set()) | ({"framing"} if on_link else set())
+        assert (row["emulated"], row["absent"], row["images"]) == (on_link, 0, 2)
         assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"]
-        assert not emulated or row["framing"] > 1
+        assert not on_link or row["framing"] > 1
     methods = ["nonn", "rows", "reference_rows"]
     expected = [(method, scenario) for method in methods for scenario in ("sensor", "broadcast")]
-    assert [(row["method"], row["scenario"]) for row in composed] == expected
-    for row in composed:
+    assert [(row["method"], row["scenario"]) for row in calculated] == expected
+    for row in calculated:
         assert set(row) == COMPOSED
         assert (row["n_devices"], row["rounds"]) == (3, 0 if row["method"] == "nonn" else 1)
         assert row["total_ms"] == pytest.approx(row["compute_ms"] + row["link_ms"] + row["final_ms"])
         assert all(0 < low <= high for low, high in (row[key] for key in ENERGIES))
-    assert composed[0]["compute_ms"] == pytest.approx(3 * 3)  # the slowest student's, on a board a third as fast
+    assert calculated[0]["compute_ms"] == pytest.approx(3 * 3)  # the slowest student's, on a board a third as fast
     if emulated:
-        assert composed[0]["wire_bytes"] == pytest.approx(live[0]["wire_bytes"])
+        assert calculated[0]["wire_bytes"] == pytest.approx(live[2]["wire_bytes"])
 
 
 def export_tiny(model, example, path, *_):
