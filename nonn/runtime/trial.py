@@ -38,7 +38,7 @@ from nonn.runtime.volley import echoing
 PORT = 7100
 DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
-WARMUP = 3
+WARMUP = 20
 #: Seconds after which no further one is sent, and between attempts to reach all devices.
 LONGEST_WARMUP, PAUSE = 5.0, 0.2
 #: Images to time at least, however long they take.
