@@ -20,6 +20,8 @@ the image to each (``broadcast``).
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import tempfile
 import timeit
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,6 +190,13 @@ def describe_latencies(latencies_ms: np.ndarray) -> dict[str, float]:
     return {"images": len(latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
 
 
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
 class Bed:
     """Where trials take place: certificates, images, and hosts on one link after another.
 
@@ -213,12 +222,13 @@ class Bed:
         if missing := {COORDINATOR, *names} - self.named:
             write_certificates(self.certificates, sorted(missing))
             self.named |= missing
-        # On loopback all hosts have one address, so each device has a port of its own.
+        # On loopback all hosts have one address, and share it with whatever else runs on this machine.
+        ports = [PORT] * len(hosts) if network.is_emulated else free_ports(len(hosts))
         trial = Trial(
             method="echo" if echo else "split" if layout.is_split else "nonn",
             folder=layout.folder.resolve(),
             names=names,
-            addresses=[f"{network.address(host)}:{PORT + i}" for i, host in enumerate(hosts)],
+            addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
             prefixes=[network.prefix(host) for host in hosts],
             certificates=self.certificates.resolve(),
             sensor=self.sensor.resolve(),

@@ -3,13 +3,12 @@
 import asyncio
 import math
 import os
-import socket
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from clusters import CLASSES, N_FEATURES, free_ports
+from clusters import CLASSES, N_FEATURES
 from splits import write_tiny
 
 from nonn import composed, distributed
@@ -364,7 +363,6 @@ COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
 
 def test_the_stage_writes_all_rows(stage, monkeypatch):
     params, paths = stage
-    monkeypatch.setattr(distributed, "PORT", consecutive_ports(3))
     monkeypatch.setattr(distributed, "SPLITS", ("rows",))  # saves seconds
     monkeypatch.setattr("nonn.export.export_onnx", export_tiny)
     reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
@@ -403,21 +401,6 @@ def export_tiny(model, example, path, *_):
     """In place of an export that takes seconds: the hand-made model, after a look at the one that was meant."""
     assert model.eval()(example.repeat(1, 1, 8, 8)).shape == (1, len(CLASSES))
     write_tiny(path)
-
-
-def consecutive_ports(count: int) -> int:
-    """The first of so many ports in a row that were free a moment ago, should there be loopback only."""
-    return next(port for port in range(free_ports(1)[0] % 20_000 + 30_000, 65_000) if all_free(port, count))
-
-
-def all_free(first: int, count: int) -> bool:
-    with ExitStack() as stack:
-        try:
-            for port in range(first, first + count):
-                stack.enter_context(socket.create_server(("127.0.0.1", port)))
-        except OSError:
-            return False
-    return True
 
 
 def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp_path, capsys):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from clusters import CHANNELS, SIZE, free_ports
 
-from nonn.distributed import as_network, link_seconds
+from nonn.composed import link_seconds
+from nonn.distributed import as_network
 from nonn.errors import UserError
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
