@@ -74,7 +74,7 @@ class Classroom:
         The latter gives a signal of these images, of shape (B, …), by its name.
         """
         number, view = self._view(epoch)
-        images = apply_view(self.images, view, index, self.params.augment.pad)
+        images = apply_view(self.images, view, index, self.params.augment)
         return images, lambda name: self.signals[name][number][index]
 
 

@@ -72,6 +72,7 @@ class Dataset(Section):
 class Augment(Section):
     pad: Annotated[int, Field(ge=0, le=16)]
     flip: bool
+    cutout: Annotated[int, Field(ge=0, le=64)] = 0
 
 
 class Architecture(Section):

@@ -50,7 +50,7 @@ def compute_signals(teacher: Network, data: Dataset, params: Signals) -> dict[st
     jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(BATCH_SIZE)]
     batches = []
     for view, index in track(jobs, "signals"):
-        batches.append(signals_of(teacher, apply_view(images, view, index, params.augment.pad), params.attention))
+        batches.append(signals_of(teacher, apply_view(images, view, index, params.augment), params.attention))
     signals = {
         name: torch.cat([batch[name] for batch in batches]).unflatten(0, (params.views, len(images)))
         for name in batches[0]

@@ -63,7 +63,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         return draw_view(len(images), epoch, params.augment, params.seed)
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        batch = apply_view(images, view_of(epoch), index, params.augment.pad)
+        batch = apply_view(images, view_of(epoch), index, params.augment)
         with mixed_precision(device):
             _, logits = model(batch.to(device))
         return F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=params.label_smoothing)

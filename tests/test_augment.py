@@ -1,5 +1,7 @@
 """Augmented views: the bulk crop against a plain loop, and that a view can be drawn again."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -30,8 +32,9 @@ def naive_view(images: torch.Tensor, view, pad: int) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bulk_crops_equal_a_loop(channels, pad, flip):
     images = random_images(channels=channels)
-    view = draw_view(N_IMAGES, 1, Augment(pad=pad, flip=flip), seed=3)
-    cropped = apply_view(images, view, torch.arange(N_IMAGES), pad)
+    augment = Augment(pad=pad, flip=flip)
+    view = draw_view(N_IMAGES, 1, augment, seed=3)
+    cropped = apply_view(images, view, torch.arange(N_IMAGES), augment)
     assert cropped.dtype == torch.uint8
     np.testing.assert_array_equal(cropped.numpy(), naive_view(images, view, pad))
 
@@ -52,8 +55,9 @@ def test_a_view_is_a_function_of_number_and_seed():
 
 def test_no_padding_and_no_flip_is_the_image():
     images = random_images()
-    view = draw_view(N_IMAGES, 5, Augment(pad=0, flip=False), seed=0)
-    assert torch.equal(apply_view(images, view, torch.arange(N_IMAGES), 0), images)
+    augment = Augment(pad=0, flip=False)
+    view = draw_view(N_IMAGES, 5, augment, seed=0)
+    assert torch.equal(apply_view(images, view, torch.arange(N_IMAGES), augment), images)
 
 
 def test_flips_alternate_from_view_to_view():
@@ -72,7 +76,38 @@ def test_crops_use_the_whole_border_and_no_more():
 
 def test_a_subset_is_the_subset_of_all():
     images = random_images()
-    view = draw_view(N_IMAGES, 1, Augment(pad=2, flip=True), seed=0)
+    augment = Augment(pad=2, flip=True, cutout=5)
+    view = draw_view(N_IMAGES, 1, augment, seed=0)
     index = torch.tensor([7, 0, 199, 7, 42])
-    everything = apply_view(images, view, torch.arange(N_IMAGES), 2)
-    assert torch.equal(apply_view(images, view, index, 2), everything[index])
+    everything = apply_view(images, view, torch.arange(N_IMAGES), augment)
+    assert torch.equal(apply_view(images, view, index, augment), everything[index])
+
+
+def test_cutout_hides_one_square_of_each_image_anywhere_inside_it():
+    images, augment = random_images(), Augment(pad=2, flip=True, cutout=5)
+    images[images == 128] = 0
+    view = draw_view(N_IMAGES, 1, augment, seed=0)
+    whole = apply_view(images, replace(view, hole=None), torch.arange(N_IMAGES), augment)
+    cut = apply_view(images, view, torch.arange(N_IMAGES), augment)
+    hidden = cut == 128
+    assert torch.equal(cut[~hidden], whole[~hidden])
+    tops, lefts = set(), set()
+    for image in hidden:
+        _, rows, columns = (where.unique().tolist() for where in image.nonzero().T)
+        assert rows == list(range(rows[0], rows[0] + 5)) and columns == list(range(columns[0], columns[0] + 5))
+        assert image.sum() == 3 * 5 * 5  # that square, in every channel
+        tops.add(rows[0])
+        lefts.add(columns[0])
+    assert tops == lefts == set(range(12 - 5 + 1))
+
+
+def test_cutout_changes_nothing_else_of_a_view():
+    with_it, without = (draw_view(N_IMAGES, 3, Augment(pad=2, flip=True, cutout=c), seed=0) for c in (5, 0))
+    assert torch.equal(with_it.top, without.top) and torch.equal(with_it.left, without.left)
+    assert torch.equal(with_it.flip, without.flip) and without.hole is None
+
+
+def test_cutout_larger_than_the_image_hides_all_of_it():
+    augment = Augment(pad=0, flip=False, cutout=64)
+    view = draw_view(N_IMAGES, 0, augment, seed=0)
+    assert (apply_view(random_images(), view, torch.arange(N_IMAGES), augment) == 128).all()

@@ -61,7 +61,7 @@ def test_signals_are_the_teacher_s_answers_on_the_view(model, data, section):
     images, _ = data.split("train")
     for number in range(section.views):
         view = draw_view(len(images), number, section.augment, section.seed)
-        expected = run_teacher(model, apply_view(images, view, torch.arange(len(images)), section.augment.pad))
+        expected = run_teacher(model, apply_view(images, view, torch.arange(len(images)), section.augment))
         for name, tensor in expected.items():
             assert torch.equal(computed[name][number], tensor), name
     expected = run_teacher(model, data.split("validation")[0])
