@@ -4,8 +4,9 @@ Two kinds of results, kept apart:
 
 live
     Every device is a process, all run at once over an emulated link: real messages over real sockets.
-    Latencies, bytes on the wire and absences are what happened. On a machine with fewer cores than
-    devices the processes wait for each other, which real devices would not.
+    Each is held on one core of this machine, in turns. Latencies, bytes on the wire and absences are
+    what happened. On a machine with fewer cores than devices the processes wait for each other, which
+    real devices would not.
 composed
     The computing of each device alone on one pinned core (or from its multiply-accumulates, for a
     board that cannot be measured here), the time on the link from the bytes that were counted live:
@@ -21,6 +22,8 @@ the image to each (``broadcast``).
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 import socket
 import tempfile
 import timeit
@@ -197,6 +200,18 @@ def free_ports(count: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
+def on_one_core(position: int) -> list[str]:
+    """What to put before a device's command so that it has one core, as most small devices have; Linux only.
+
+    Its threads then wake each other where they are: across the cores of a virtual machine every such
+    call is a matter for the hypervisor.
+    """
+    if not shutil.which("taskset"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(cores[position % len(cores)])]
+
+
 class Bed:
     """Where trials take place: certificates, images, and hosts on one link after another.
 
@@ -229,7 +244,7 @@ class Bed:
             folder=layout.folder.resolve(),
             names=names,
             addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
-            prefixes=[network.prefix(host) for host in hosts],
+            prefixes=[[*network.prefix(host), *on_one_core(i)] for i, host in enumerate(hosts)],
             certificates=self.certificates.resolve(),
             sensor=self.sensor.resolve(),
             broadcast=broadcast,

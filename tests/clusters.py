@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
 from nonn.files import write_json
-from nonn.runtime.cluster import Cluster
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 
@@ -105,9 +105,9 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def nobody_listens(cluster: Cluster) -> bool:
-    for node in cluster.nodes:
+def nobody_listens(addresses: Iterable[str]) -> bool:
+    for address in addresses:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(node.address.split(":")[1]))) == 0:
+            if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
                 return False
     return True

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 
 import grpc
@@ -93,6 +94,51 @@ def test_health_is_told_in_the_standard_way(network_folder):
             assert code == StatusCode.UNIMPLEMENTED
 
     asyncio.run(scenario())
+
+
+# Students of any speed
+
+
+@pytest.mark.parametrize(("quick", "has_thread"), [(0.0, True), (60.0, False)])
+def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has_thread):
+    monkeypatch.setattr(node, "QUICK", quick)
+    image = make_image()
+
+    async def scenario():
+        async with plain_node(network_folder) as (address, _), stub_of(address) as stub:
+            answer = await stub.ModelInfer(make_request(CONTRACT, image))
+            features = np.frombuffer(answer.raw_output_contents[0], np.float32)
+            np.testing.assert_array_equal(features, run_onnx(network_folder / "0.onnx", image[None])[0])
+
+    asyncio.run(scenario())
+    assert (Student(network_folder / "0.onnx").worker is not None) == has_thread
+
+
+def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
+    monkeypatch.setattr(node, "QUICK", 0.0)
+    student = Student(network_folder / "0.onnx")
+    run, images = student.run, []
+
+    def slowly(image: np.ndarray) -> np.ndarray:
+        images.append(image)
+        time.sleep(0.5)
+        return run(image)
+
+    student.run = slowly
+
+    async def scenario():
+        async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
+            first = asyncio.ensure_future(stub.ModelInfer(make_request(CONTRACT, make_image(0))))
+            while not images:
+                await asyncio.sleep(0.01)
+            assert (await stub.ServerLive(oip.ServerLiveRequest(), timeout=0.3)).live
+            given_up = stub.ModelInfer(make_request(CONTRACT, make_image(1)), timeout=0.1)
+            assert (await refusal(given_up))[0] == StatusCode.DEADLINE_EXCEEDED
+            assert (await first).outputs
+            assert (await stub.ModelInfer(make_request(CONTRACT, make_image(2)))).outputs
+
+    asyncio.run(scenario())
+    assert [image.tobytes() for image in images] == [make_image(seed).tobytes() for seed in (0, 2)]
 
 
 # Requests that are not what was agreed

@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from clusters import free_ports, nobody_listens
 from grpc import StatusCode, aio
 from splits import Build, write_tiny
 from tritonclient.grpc import service_pb2 as oip
@@ -67,11 +68,7 @@ def certs(tmp_path_factory):
 
 
 def free_addresses(count: int) -> list[str]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{probe.getsockname()[1]}" for probe in probes]
+    return [f"127.0.0.1:{port}" for port in free_ports(count)]
 
 
 def image_of(plan, seed: int = 0) -> np.ndarray:
@@ -361,14 +358,6 @@ def test_an_answer_that_is_not_agreed_is_refused(tiny):
 
 
 # Processes
-
-
-def nobody_listens(addresses: list[str]) -> bool:
-    for address in addresses:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
-                return False
-    return True
 
 
 def test_processes_serve_survive_a_stopped_peer_and_leave_nothing(model, folder, certs):

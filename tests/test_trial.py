@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, SIZE, free_ports
+from clusters import CHANNELS, SIZE, free_ports, nobody_listens
 
 from nonn.composed import link_seconds
 from nonn.distributed import as_network
@@ -70,14 +70,6 @@ def mentions(text: str) -> set[str]:
         except OSError:  # gone meanwhile
             continue
     return found
-
-
-def nobody_listens(addresses: list[str]) -> bool:
-    for address in addresses:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
-                return False
-    return True
 
 
 # On loopback

@@ -184,7 +184,7 @@ def test_events_tell_what_goes_on_and_the_switch_silences(cluster):
             await post("switch", node="node-2", silent=True)
         # Had the page not let it go on, it could not have ended by itself.
         assert children["node-2"].process.returncode == 0
-        assert nobody_listens(cluster)
+        assert nobody_listens(node.address for node in cluster.nodes)
 
     asyncio.run(scenario())
 
@@ -244,7 +244,7 @@ def test_nothing_is_left_behind_not_even_a_silenced_node(cluster, pictures_folde
 
     async def gone():
         async with asyncio.timeout(20):
-            while not nobody_listens(cluster):
+            while not nobody_listens(node.address for node in cluster.nodes):
                 await asyncio.sleep(0.05)
 
     asyncio.run(gone())
@@ -318,7 +318,7 @@ def test_wrong_settings_are_refused(cluster, tmp_path):
         port = str(taken.getsockname()[1])
         with pytest.raises(SystemExit, match=f"--web: cannot listen on 127.0.0.1:{port}"):
             main(["up", "--web", port, "--images", "image.png"])
-    assert nobody_listens(cluster)
+    assert nobody_listens(node.address for node in cluster.nodes)
 
 
 # In a browser

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -89,6 +89,14 @@ def open_channel(node: Node, contract: Contract | Part, identity: Identity | Non
         return aio.insecure_channel(node.address, list(options.items()))
     options["grpc.ssl_target_name_override"] = node.name
     return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
+
+
+async def settle_all(channels: Iterable[aio.Channel]) -> None:
+    """Wait until each channel is connected or has failed once, but not for long."""
+    connecting = [asyncio.create_task(settle(channel)) for channel in channels]
+    _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
+    for task in waiting:
+        task.cancel()
 
 
 async def settle(channel: aio.Channel) -> None:
@@ -203,10 +211,7 @@ class Coordinator:
         for node, _, contract in self.placed:
             channel = open_channel(node, contract, self.cluster.own_identity)
             self.links.append(Link(node, contract, channel, self.patience))
-        connecting = [asyncio.create_task(settle(link.channel)) for link in self.links]
-        _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
-        for task in waiting:
-            task.cancel()
+        await settle_all(link.channel for link in self.links)
         return self
 
     async def __aexit__(

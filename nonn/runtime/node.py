@@ -2,12 +2,14 @@
 
 The student's file is checked against its manifest before it is loaded, every request before it
 reaches the student, every feature vector before it leaves. Calls are answered one after another, as
-they would be on a small device; a call whose caller has given up while it waited is not computed.
+they would be on a small device; a call whose caller has given up while it waited is not computed,
+unless the student is so quick that it does not matter.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +28,9 @@ from nonn.runtime.tls import Identity
 
 #: Who may call a node that is not told otherwise.
 DEFAULT_CALLERS = ("coordinator",)
+#: Seconds within which a student may keep the event loop from everything else. To compute in a thread
+#: takes two changes of thread, each of which costs about as much as a very small student.
+QUICK = 1e-3
 
 
 class Student:
@@ -57,10 +62,14 @@ class Student:
         images = load_sensor(sensor, shape)
         self.contract = Contract(entry.model, *shape[:2], entry.n_features, entry.feature_limit, sensor=images)
         self.session = open_session(content)
-        self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
-        features = self.run(np.zeros(self.contract.image_shape, np.uint8))
+        blank = np.zeros(self.contract.image_shape, np.uint8)
+        features = self.run(blank)
         if features.shape != (1, self.contract.n_features) or features.dtype != np.float32:
             raise UserError(f"{path}: its output is not what the manifest says. Export the network again.")
+        start = time.perf_counter()  # the first run, above, has allocated what this one finds
+        self.run(blank)
+        is_quick = time.perf_counter() - start < QUICK
+        self.worker = None if is_quick else ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
 
     def run(self, image: np.ndarray) -> np.ndarray:
         """Feature vector (1, F_i) of an image, uint8 of shape (1, channels, size, size)."""
@@ -68,7 +77,10 @@ class Student:
 
     async def infer(self, request: ModelInferRequest, image: np.ndarray) -> ModelInferResponse:
         """Answer with the features of an image; see `nonn.runtime.serving.Model`."""
-        features = await asyncio.get_running_loop().run_in_executor(self.worker, self._checked, image)
+        if self.worker is None:
+            features = self._checked(image)
+        else:
+            features = await asyncio.get_running_loop().run_in_executor(self.worker, self._checked, image)
         return make_response(self.contract, request.id, features)
 
     def _checked(self, image: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, LONGEST_DEADLINE_MS
-from nonn.runtime.coordinator import CONNECT_TIMEOUT, MODEL_INFER, open_channel, reason_of, settle
+from nonn.runtime.coordinator import MODEL_INFER, open_channel, reason_of, settle_all
 from nonn.runtime.protocol import ProtocolError, make_request, read_response
 from nonn.runtime.split_node import REPORTING, devices_at
 from nonn.runtime.split_plan import Part, SplitPlan, load_part
@@ -74,10 +74,7 @@ class SplitCoordinator:
             self._channels.append(open_channel(node, part, self.identity))
         # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
         self._calls = [c.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString) for c in self._channels]
-        connecting = [asyncio.create_task(settle(channel)) for channel in self._channels]
-        _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
-        for task in waiting:
-            task.cancel()
+        await settle_all(self._channels)
         return self
 
     async def __aexit__(
