@@ -135,15 +135,24 @@ def _shape(design: dict, data: Dataset) -> tuple[Architecture, int, int, int]:
     return Architecture(**design["architecture"]), data.channels, data.n_classes, design["n_filters"]
 
 
-def run(params: Params, paths: Paths, network: str, seed: int) -> None:
-    torch.set_num_threads(1)
-    data, students, designs = load_dataset(paths), [], []
+def load_students(
+    params: Params, paths: Paths, data: Dataset, network: str, seed: int
+) -> tuple[list[Network], list[dict]]:
+    """The trained students of a network, ready to predict, and their designs."""
+    students, designs = [], []
     for position in range(len(params.networks[network])):
         (design,) = read_json(paths.design(network, position))
         student = Network(*_shape(design, data))
         student.load_state_dict(read_tensors(paths.student(network, position, seed)))
         students.append(student.eval())
         designs.append(design)
+    return students, designs
+
+
+def run(params: Params, paths: Paths, network: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    data = load_dataset(paths)
+    students, designs = load_students(params, paths, data, network, seed)
     model, summary = assemble_network(students, data, params.assemble, seed)
     target = paths.network(network, seed)
     write_tensors(target, model.state_dict())

@@ -80,6 +80,13 @@ def build_parser() -> argparse.ArgumentParser:
         "timeline", help="draw when each job of the last run ran, and how parallel they were"
     )
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    attempt = commands.add_parser("try", help="train a network or a baseline with changed params, for validation")
+    attempt.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
+    attempt.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of params.yaml; repeatable"
+    )
+    attempt.add_argument("--seed", type=int, default=0)
+    attempt.add_argument("--table", type=Path, metavar="FILE.csv", help="append a row to it")
     add_runtime(commands)
     bench = commands.add_parser("bench", help="measure what the design rests on")
     bench.add_argument("what", choices=["graph", "distill"])
@@ -247,6 +254,11 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.bench import BENCHES
 
         BENCHES[options.what]()
+        return
+    if options.command == "try":
+        from nonn.attempt import run
+
+        run(options.item, options.set, options.seed, options.table)
         return
     if options.command == "predict" and options.cluster:
         from nonn.runtime.coordinator import run

@@ -166,7 +166,8 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     speed.set_ylim(0, 1.2 * max(ratios))
     speed.set_ylabel("times faster than the teacher")
     speed.set_title("performance of the slowest device (measured)")
-    for method in ("teacher", "channels", "rows", "nonn"):
+    methods = [m for m in ("teacher", "channels", "rows", "nonn") if m in set(rows["method"])]
+    for method in methods:
         line, look = rows[rows["method"] == method].sort_values("n_devices"), LAYOUTS[method]
         for key, fill, dash in (("node", look.colour, "-"), ("total", "none", (0, (3, 2)))):
             if method == "teacher" and key == "total":
@@ -194,7 +195,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         _count_devices(axis, everywhere)
     handles = [
         Line2D([], [], color=k.colour, marker=k.marker, markersize=5.5, label=k.label)
-        for k in (LAYOUTS[method] for method in ("teacher", "channels", "rows", "nonn"))
+        for k in (LAYOUTS[method] for method in methods)
     ]
     neutral = {"color": "0.4", "marker": "o", "markersize": 5.5}
     handles += [

@@ -6,22 +6,20 @@ is refused with the key and the remedy before a stage runs.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import Field, field_validator, model_validator
 
-from nonn.errors import UserError
+from nonn.schema import Section, did_you_mean, load_yaml
 
 PARAMS_FILE = Path("params.yaml")
 
 #: Baselines of one student on one device of the network, and of the network on another partition.
 SINGLE_METHODS = ("labels", "kd", "at_kd", "total")
 PARTITION_METHODS = ("random", "contiguous", "classwise", "full")
+BASELINE_METHODS = (*SINGLE_METHODS, *PARTITION_METHODS)
 
 #: What the final layer does when students are missing, the simplest first: see `nonn.missing`. Of the two
 #: simplest, rescaling keeps the size of the logits, and so the probabilities.
@@ -36,10 +34,6 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Device(Section):
@@ -79,7 +73,7 @@ class Architecture(Section):
     """A convolutional network of one family: see `nonn.models`."""
 
     family: Literal["fast", "airbench", "wrn", "resnet"]
-    widths: list[Count] = []
+    widths: list[Count] = Field(default=[])
     depth: Count
     width: Count = 1
 
@@ -160,7 +154,7 @@ class Partition(Section):
 
 
 class Design(Section):
-    family: Literal["fast", "wrn"]
+    family: Literal["fast", "airbench", "wrn"]
     depths: Annotated[list[Count], Field(min_length=1)]
     min_width: Count
     max_width: Count
@@ -224,6 +218,8 @@ class Distributed(Section):
         for link in links:
             if link not in PRESETS:
                 raise ValueError(f"no link {link!r}; choose of {', '.join(PRESETS)}")
+        if len(set(links)) < len(links):
+            raise ValueError("a link is listed twice; remove one")
         return links
 
     @field_validator("board")
@@ -296,7 +292,7 @@ class Params(Section):
                 yield f"networks.{network}: has {len(devices)} devices; give it 2 to 16"
             for device in devices:
                 if device not in self.devices:
-                    hint = _hint(device, self.devices)
+                    hint = did_you_mean(device, self.devices)
                     yield f"networks.{network}: device {device!r} is not under `devices`; add it there{hint}"
             if self.assemble.missing == "subset_layers" and len(devices) > MAX_SUBSET_STUDENTS:
                 yield (
@@ -318,11 +314,10 @@ class Params(Section):
             yield f"ensemble.seeds: {sorted(repeated)} are already in `seeds`; list only further ones"
         for name in self.baselines:
             network, _, method = name.partition("/")
-            methods = (*SINGLE_METHODS, *PARTITION_METHODS)
-            if network not in self.networks or method not in methods:
+            if network not in self.networks or method not in BASELINE_METHODS:
                 yield (
                     f"baselines: {name!r} is not network/method, with a network of `networks` and a method "
-                    f"of {', '.join(methods)}"
+                    f"of {', '.join(BASELINE_METHODS)}"
                 )
             if method == "at_kd" and not self.signals.attention:
                 yield f"baselines: {name} needs attention maps; set signals.attention to true"
@@ -330,74 +325,18 @@ class Params(Section):
             yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
 
 
-def load_params(path: Path = PARAMS_FILE) -> Params:
+def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:
     """Read and check a parameter file.
 
-    Raises
-    ------
-    UserError
-        One line a problem: file, key, what is wrong, what to do.
-    """
-    return load_yaml(path, Params, "Run nonn from the repository's top folder.")
-
-
-Schema = TypeVar("Schema", bound=Section)
-
-
-def load_yaml(path: Path, schema: type[Schema], remedy: str) -> Schema:
-    """Read a YAML file and check it against a schema; `remedy` is for a user who has no such file.
+    Parameters
+    ----------
+    path : Path
+    changes : mapping of str to value, optional
+        Keys in dotted form, such as ``distill.lr``, and what they are to be in place of what stands there.
 
     Raises
     ------
     UserError
         One line a problem: file, key, what is wrong, what to do.
     """
-    try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. {remedy}") from None
-    except MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not text in UTF-8 ({str(error).splitlines()[0]}). Save it as such.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds no keys. Restore it from version control.")
-    try:
-        return schema.model_validate(raw)
-    except ValidationError as error:
-        problems = [line for e in error.errors() for line in _explain(e, schema).splitlines()]
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
-
-
-def _explain(error: Any, schema: type[Section]) -> str:
-    """Turn one of pydantic's errors into a sentence with the key and the remedy, a line for each key."""
-    location = [str(part) for part in error["loc"] if part != "[key]"]
-    key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1], schema)
-        return f"{key}: unknown key; remove it{_hint(location[-1], known)}"
-    if error["type"] == "missing":
-        return f"{key}: missing; add it"
-    if error["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    is_number = error["type"] == "string_type" and isinstance(error["input"], int | float)
-    remedy = "put it in quotes" if is_number else "change it"
-    return f"{key}: {message[0].lower()}{message[1:]} (it is {error['input']!r}); {remedy}"
-
-
-def _fields_at(location: list[str], schema: type[Section]) -> list[str]:
-    """Names of the keys that the schema knows in a section."""
-    model: Any = schema
-    for part in location:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
-
-
-def _hint(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return load_yaml(path, Params, "Run nonn from the repository's top folder.", changes)

@@ -123,6 +123,7 @@ WRONG = [
         {"distributed.links": ["wifi20", "pigeon"]},
         "distributed.links: no link 'pigeon'; choose of ethernet941, ethernet100, wifi100, wifi50, wifi20, ieee802154",
     ),
+    ({"distributed.links": ["wifi20", "wifi20"]}, "distributed.links: a link is listed twice; remove one"),
     ({"distributed.board": "abacus"}, "distributed.board: no board 'abacus'; choose one of cortex_m7, pi3b, pi3b_plus"),
     ({"figures.style": "pretty"}, "figures.style: no such matplotlib style; one of: default"),
 ]

@@ -12,12 +12,13 @@ from ruamel.yaml import YAML
 
 from nonn.errors import UserError
 from nonn.files import write_text
-from nonn.params import Name, Section, load_params, load_yaml
+from nonn.params import Name, load_params
 from nonn.paths import Paths
 from nonn.progress import log
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract
 from nonn.runtime.tls import Identity, is_loopback, split_address
+from nonn.schema import Section, load_yaml
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"

@@ -1,0 +1,81 @@
+"""`nonn try` trains as the pipeline does, with other params, and touches none of its results."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from nonn.attempt import COLUMNS, run
+from nonn.cli import main
+from nonn.errors import UserError
+from nonn.files import STATE, read_json
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_without_changes_it_is_the_network_of_the_pipeline(experiment, tmp_path):
+    before = contents(experiment.root)
+    run("2s", [], 0, tmp_path / "table.csv")
+    assert contents(experiment.root) == before
+    assert not list((STATE / "attempts").iterdir())
+    (row,) = rows_of(tmp_path / "table.csv")
+    summary = read_json(experiment.network("2s", 0).with_suffix(".json"))
+    assert float(row["validation_accuracy"]) == pytest.approx(summary["validation_accuracy_averaged"], abs=1e-4)
+    assert int(row["params_per_student"]) == max(student["cost"]["params"] for student in summary["students"])
+    assert (row["item"], row["students"], row["seed"]) == ("2s", "2", "0")
+
+
+def test_changes_reach_the_stages_and_rows_add_up(experiment, tmp_path, capsys):
+    table = tmp_path / "new/table.csv"
+    narrow = ["devices.large.memory_kib=40", "distill.epochs=1"]
+    run("2s", narrow, 0, table)
+    by_muon = [
+        "distill.epochs=2",
+        "design.family=airbench",
+        "design.min_width=2",
+        "distill.muon={lr: 0.1, momentum: 0.6}",
+    ]
+    run("2s/kd", by_muon, 3, table)
+    network, student = rows_of(table)
+    assert tuple(network) == COLUMNS
+    assert (network["changes"], network["epochs"]) == (" ".join(narrow), "1")
+    large = read_json(experiment.design("2s", 1))[0]
+    assert int(network["params_per_student"]) < large["cost"]["params"]  # both devices are small now
+    assert (student["item"], student["students"], student["seed"], student["epochs"]) == ("2s/kd", "1", "3", "2")
+    assert f"{'validation_accuracy':<20} {student['validation_accuracy']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("item", "settings", "problem"),
+    [
+        ("3s", [], "params.yaml has no network '3s'; choose of 2s"),
+        ("2s/best", [], "no method 'best'; choose of labels, kd"),
+        ("2s", ["distill.epoch=1"], "distill.epoch: unknown key; remove it (did you mean 'epochs'?)"),
+        ("2s", ["distil.epochs=1"], "distil: unknown key; remove it (did you mean 'distill'?)"),
+        ("2s", ["distill.epochs=none"], "distill.epochs: "),
+        ("2s", ["distill.epochs"], "distill.epochs: is not KEY=VALUE"),
+        ("2s", ["distill.muon={lr: 0.1"], "is not KEY=VALUE with a value in YAML"),
+        ("2s", ["teacher.lr=1"], "teacher.lr: an attempt begins with the signals"),
+        ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits a device of 1 KiB"),
+    ],
+)
+@pytest.mark.usefixtures("experiment")
+def test_what_cannot_be_tried_is_refused(item, settings, problem):
+    with pytest.raises(UserError) as error:
+        run(item, settings, 0, None)
+    assert problem in str(error.value)
+
+
+def test_it_begins_with_the_signals(experiment):
+    experiment.signals.unlink()
+    arguments = ["try", "2s/kd", "--set", "distill.epochs=1", "--seed", "2", "--table", "table.csv"]
+    with pytest.raises(SystemExit, match=r"signals\.safetensors: is not there; attempts begin with the signals"):
+        main(arguments)
+    assert not Path("table.csv").exists()
