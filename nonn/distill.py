@@ -22,7 +22,7 @@ from nonn.design import load_design
 from nonn.errors import UserError
 from nonn.files import read_json, write_tensors
 from nonn.losses import attention_loss, kd_loss, transfer_loss
-from nonn.models import Network
+from nonn.models import Network, whiten
 from nonn.params import Architecture, Distill, Params, Signals
 from nonn.paths import Paths
 from nonn.signals import load_signals
@@ -116,6 +116,7 @@ def distill_student(
     data = classroom.data
     n_filters = len(lesson.filters) if lesson.filters else None
     student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    whiten(student, classroom.images)
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
         batch, signal = classroom.batch(index, epoch)

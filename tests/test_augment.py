@@ -94,7 +94,8 @@ def test_cutout_hides_one_square_of_each_image_anywhere_inside_it():
     tops, lefts = set(), set()
     for image in hidden:
         _, rows, columns = (where.unique().tolist() for where in image.nonzero().T)
-        assert rows == list(range(rows[0], rows[0] + 5)) and columns == list(range(columns[0], columns[0] + 5))
+        assert rows == list(range(rows[0], rows[0] + 5))
+        assert columns == list(range(columns[0], columns[0] + 5))
         assert image.sum() == 3 * 5 * 5  # that square, in every channel
         tops.add(rows[0])
         lefts.add(columns[0])
@@ -103,8 +104,10 @@ def test_cutout_hides_one_square_of_each_image_anywhere_inside_it():
 
 def test_cutout_changes_nothing_else_of_a_view():
     with_it, without = (draw_view(N_IMAGES, 3, Augment(pad=2, flip=True, cutout=c), seed=0) for c in (5, 0))
-    assert torch.equal(with_it.top, without.top) and torch.equal(with_it.left, without.left)
-    assert torch.equal(with_it.flip, without.flip) and without.hole is None
+    assert torch.equal(with_it.top, without.top)
+    assert torch.equal(with_it.left, without.left)
+    assert torch.equal(with_it.flip, without.flip)
+    assert without.hole is None
 
 
 def test_cutout_larger_than_the_image_hides_all_of_it():
