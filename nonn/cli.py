@@ -80,6 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
         "timeline", help="draw when each job of the last run ran, and how parallel they were"
     )
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    share = commands.add_parser("share", help="write the trained teacher to a small file, for others to import")
+    share.add_argument("file", type=Path, metavar="FILE.safetensors")
     attempt = commands.add_parser("try", help="train a network or a baseline with changed params, for validation")
     attempt.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
     attempt.add_argument(
@@ -272,6 +274,11 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.predict import run
 
         run(params, options.image, options.network)
+    elif options.command == "share":
+        from nonn.paths import Paths
+        from nonn.share import run
+
+        run(params, Paths(params.experiment), options.file)
     elif options.command == "timeline":
         from nonn.timeline import run
 

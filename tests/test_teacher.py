@@ -3,6 +3,7 @@
 import dataclasses
 import zipfile
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from nonn import teacher
 from nonn.augment import draw_view
+from nonn.cli import main
 from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.files import STATE, read_json, write_tensors
@@ -170,6 +172,24 @@ def test_a_public_resnet_is_the_same_network(params, colour, tmp_path, wrap):
     mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std))
     expected = model((pixels - mean) / std)[1]  # its own normalisation is that of zeros and ones
     torch.testing.assert_close(predict(imported, colour.images[:8])[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shared_teacher_is_half_the_size_and_says_the_same(params, data, experiment, capsys):
+    main(["share", "shared.safetensors"])
+    assert "set teacher.weights to shared.safetensors" in capsys.readouterr().out
+    assert Path("shared.safetensors").stat().st_size < 0.6 * experiment.teacher.stat().st_size
+    section = importing(params, "shared.safetensors", params.teacher.architecture)
+    imported, _ = import_teacher(data, section)
+    expected = predict(load_teacher(experiment, data), data.images)[1]
+    torch.testing.assert_close(predict(imported, data.images)[1], expected, rtol=0.02, atol=0.02)
+
+
+def test_a_teacher_is_shared_as_safetensors_once_it_is_trained(experiment):
+    with pytest.raises(SystemExit, match=r"teacher\.pt: the weights are written as safetensors"):
+        main(["share", "teacher.pt"])
+    experiment.teacher.unlink()
+    with pytest.raises(SystemExit, match=r"teacher\.safetensors: no such file"):
+        main(["share", "shared.safetensors"])
 
 
 def test_the_stage_notes_where_a_teacher_comes_from(params, data, experiment):
