@@ -48,7 +48,7 @@ def test_up_starts_all_and_control_c_leaves_nothing(cluster):
         output, _ = process.communicate(timeout=20)
         assert output.splitlines()[-1] == "3 nodes stopped"
         assert process.returncode == 0
-    assert nobody_listens(cluster)
+    assert nobody_listens(node.address for node in cluster.nodes)
 
 
 def test_nodes_end_when_their_parent_is_killed(cluster):
@@ -58,7 +58,7 @@ def test_nodes_end_when_their_parent_is_killed(cluster):
 
     async def gone():
         async with asyncio.timeout(20):
-            while not nobody_listens(cluster):
+            while not nobody_listens(node.address for node in cluster.nodes):
                 await asyncio.sleep(0.05)
 
     asyncio.run(gone())
