@@ -326,17 +326,10 @@ class Params(Section):
 
 
 def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:
-    """Read and check a parameter file.
-
-    Parameters
-    ----------
-    path : Path
-    changes : mapping of str to value, optional
-        Keys in dotted form, such as ``distill.lr``, and what they are to be in place of what stands there.
+    """Read and check a parameter file, with `changes` as `nonn.schema.load_yaml` takes them.
 
     Raises
     ------
     UserError
-        One line a problem: file, key, what is wrong, what to do.
     """
     return load_yaml(path, Params, "Run nonn from the repository's top folder.", changes)
