@@ -43,9 +43,10 @@ def apportion(total: int, shares: list[float]) -> list[int]:
 def family(grid: Design, depth: int) -> list[Architecture]:
     """The students of one depth, from narrow to wide; widths double from stage to stage."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
+    common = {"family": grid.family, "depth": depth, "mirror": grid.mirror}
     if grid.family in ("fast", "airbench"):
-        return [Architecture(family=grid.family, widths=[w, 2 * w, 4 * w], depth=depth) for w in widths]
-    return [Architecture(family="wrn", depth=depth, width=width) for width in widths]
+        return [Architecture(widths=[w, 2 * w, 4 * w], **common) for w in widths]
+    return [Architecture(width=width, **common) for width in widths]
 
 
 def design_student(

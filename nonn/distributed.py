@@ -142,8 +142,11 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     if total is None:
         log(f"note: baselines has no {name}/total, so there is no network to split over the devices of {name}")
         return
+    student = total["students"][0]
+    # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
+    model = solo / student.get("single_pass", student["file"])
     for method in SPLITS:
-        yield split_layout(method, solo / total["students"][0]["file"], n_devices, scratch / method, core)
+        yield split_layout(method, model, n_devices, scratch / method, core)
 
 
 def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Layout]:

@@ -25,7 +25,7 @@ from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
 from nonn.files import replacing, write_json, write_tensors
 from nonn.final_layer import LinearBlocks
-from nonn.models import Network, predict
+from nonn.models import Network, predict, single_pass
 from nonn.params import PARTITION_METHODS, Params
 from nonn.paths import Paths
 from nonn.progress import track
@@ -183,7 +183,11 @@ def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_p
         export_onnx(Logits(model), images[:1], path, "image", "logits")
         logits = run_onnx(path, images.numpy())
         check_same(path, logits, predict(model, images)[1])
-        manifests[name] = _manifest(data, [_entry(path, model, data, bytes_per_value)], logits, labels)
+        entry = _entry(path, model, data, bytes_per_value)
+        if model.mirrors:  # `distributed` splits a network over devices only as a single pass
+            entry["single_pass"] = f"{name}-single.onnx"
+            export_onnx(Logits(single_pass(model)), images[:1], folder / entry["single_pass"], "image", "logits")
+        manifests[name] = _manifest(data, [entry], logits, labels)
     return manifests
 
 

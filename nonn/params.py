@@ -69,6 +69,10 @@ class Augment(Section):
     cutout: Annotated[int, Field(ge=0, le=64)] = 0
 
 
+#: Left out of files where it is false, its value before there was such a key.
+Mirror = Annotated[bool, Field(exclude_if=lambda mirror: not mirror)]
+
+
 class Architecture(Section):
     """A convolutional network of one family: see `nonn.models`."""
 
@@ -76,6 +80,7 @@ class Architecture(Section):
     widths: list[Count] = Field(default=[])
     depth: Count
     width: Count = 1
+    mirror: Mirror = False
 
     @property
     def name(self) -> str:
@@ -125,12 +130,20 @@ class Normalization(Section):
     std: Annotated[list[Positive], Field(min_length=1, max_length=3)]
 
 
+class Selection(Section):
+    """Of the hardest images of each batch, by a small network: see `nonn.selection`."""
+
+    keep: Annotated[float, Field(gt=0, le=1)]
+    proxy: Architecture
+
+
 class Teacher(Schedule):
     architecture: Architecture
     weights: str | None
     normalization: Normalization | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     augment: Augment
+    selection: Selection | None = None
     threads: Count
     seed: Seed
 
@@ -159,6 +172,7 @@ class Design(Section):
     min_width: Count
     max_width: Count
     step: Count
+    mirror: Mirror = False
     bytes_per_value: Literal[1, 2, 4]
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from nonn.files import read_json, read_tensors, write_json, write_tensors
 from nonn.models import Network, accuracy, predict, whiten
 from nonn.params import Architecture, Params, Teacher
 from nonn.paths import Paths
+from nonn.selection import Proxy
 from nonn.training import (
     LOG_COLUMNS,
     Checkpoint,
@@ -57,16 +58,25 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
     whiten(model, images)
+    proxy = None
+    if params.selection:
+        small = Network(params.selection.proxy, data.channels, data.n_classes, mean=data.mean, std=data.std)
+        whiten(small, images)
+        proxy = Proxy(small, params, params.selection.keep, params.label_smoothing)
 
     @lru_cache(maxsize=1)  # an epoch sees one view
     def view_of(epoch: int) -> View:
         return draw_view(len(images), epoch, params.augment, params.seed)
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        batch = apply_view(images, view_of(epoch), index, params.augment)
+        batch = apply_view(images, view_of(epoch), index, params.augment).to(device)
+        targets = labels[index].to(device)
+        if proxy:
+            hardest = proxy.hardest(batch, targets)
+            batch, targets = batch[hardest], targets[hardest]
         with mixed_precision(device):
-            _, logits = model(batch.to(device))
-        return F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=params.label_smoothing)
+            _, logits = model(batch)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=params.label_smoothing)
 
     log = train(
         model,
@@ -78,6 +88,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         checkpoint=checkpoint,
         device=device,
         label="teacher",
+        proxy=proxy,
     )
     return model, log
 

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -21,6 +21,9 @@ from nonn.models import Network, accuracy, predict
 from nonn.muon import Muon
 from nonn.params import Schedule
 from nonn.progress import track
+
+if TYPE_CHECKING:
+    from nonn.selection import Proxy
 
 #: Columns of a training log.
 LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
@@ -150,6 +153,7 @@ def train(
     checkpoint: Checkpoint,
     device: torch.device,
     label: str,
+    proxy: Proxy | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place, resuming from `checkpoint` if it exists.
 
@@ -170,16 +174,19 @@ def train(
     device : torch.device
     label : str
         Shown with the progress.
+    proxy : Proxy, optional
+        That `batch_loss` selects images with: it is on the same schedule and in the same checkpoint.
 
     Returns
     -------
     DataFrame
         One row an epoch, columns `LOG_COLUMNS`.
     """
-    model.to(device, memory_format=torch.channels_last)
+    trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)
     optimizers = make_optimizers(model, schedule)
-    rows = checkpoint.load(model, optimizers)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    every_optimizer = [*optimizers, *(proxy.optimizers if proxy else [])]
+    rows = checkpoint.load(trained, every_optimizer)
+    groups = [group for optimizer in every_optimizer for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
     batch_size = min(schedule.batch_size, n_images)
     steps = n_images // batch_size
@@ -204,7 +211,7 @@ def train(
                 accuracy(logits, validation[1]),
             ]
         )
-        checkpoint.save(model, optimizers, rows)
+        checkpoint.save(trained, every_optimizer, rows)
     model.cpu()
     return pd.DataFrame(rows, columns=LOG_COLUMNS).astype({"epoch": int})
 

@@ -31,6 +31,14 @@ def test_airbench_network_by_hand():
     assert measure_cost(model, channels=1, size=8) == Cost(params, whitening + stages + 8 * 3, 4 * params, 4 * peak)
 
 
+def test_the_mirror_image_takes_the_operations_again_but_no_weights():
+    plain = Architecture(family="fast", widths=[8, 8, 8], depth=1)
+    mirror = plain.model_copy(update={"mirror": True})
+    once, both = (measure_cost(Network(a, 1, 3, n_filters=5), channels=1, size=8) for a in (plain, mirror))
+    # The image has to be kept for the second pass, so it is alive throughout the first.
+    assert both == Cost(once.params, 2 * once.macs, once.weight_bytes, once.peak_activation_bytes + 4 * 8 * 8)
+
+
 def test_residual_network_by_hand():
     """ResNet-8 on 1×4×4; while a block computes, its input stays alive for the shortcut."""
     model = Network(Architecture(family="resnet", depth=8), 1, 3)

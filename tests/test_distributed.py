@@ -412,6 +412,17 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
     assert "note: baselines has no 3s/total" in capsys.readouterr().err
 
 
+def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(stage, tmp_path):
+    params, paths = stage
+    entry = {"file": "missing.onnx", "single_pass": "3s-total.onnx"}
+    write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [entry]}})
+    assert [layout.is_split for layout in network_layouts(params, paths, "3s", tmp_path / "scratch")] == [
+        False,
+        True,
+        True,
+    ]
+
+
 def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder, tmp_path):
     params, paths = stage
     for path in solo_folder.iterdir():

@@ -19,7 +19,7 @@ from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.export import FEATURE_MARGIN, Features, check_same, export_onnx, export_solo, joined, solo_models
 from nonn.files import read_json, read_tensors
-from nonn.models import Network, predict, whiten
+from nonn.models import Network, predict, single_pass, whiten
 from nonn.params import Architecture
 from nonn.paths import Paths
 from nonn.predict import classify, read_image
@@ -125,6 +125,16 @@ def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
     images, _ = data.split("test")
     export_solo({"teacher": teacher.eval()}, data, tmp_path, bytes_per_value=4)  # compares with torch itself
     assert run_onnx(tmp_path / "teacher.onnx", images.numpy()).shape == (len(images), data.n_classes)
+
+
+def test_a_model_that_sees_the_mirror_image_too_is_also_exported_as_a_single_pass(data, tmp_path):
+    torch.manual_seed(0)
+    architecture = Architecture(family="fast", widths=[4, 8, 8], depth=1, mirror=True)
+    model = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
+    manifest = export_solo({"total": model}, data, tmp_path, bytes_per_value=4)["total"]  # compares with torch
+    images = data.split("test")[0][:5]
+    once = run_onnx(tmp_path / manifest["students"][0]["single_pass"], images.numpy())
+    np.testing.assert_allclose(once, predict(single_pass(model), images)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_solo_models_are_the_teacher_and_single_baselines(params, data, experiment):

@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from nonn.models import Network, accuracy, count_parameters, deployed, predict, whiten
+from nonn.models import Network, accuracy, count_parameters, deployed, predict, single_pass, whiten
 from nonn.params import Architecture
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
 WRN = Architecture(family="wrn", depth=10, width=1)
 RESNET = Architecture(family="resnet", depth=8)
 AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2)
-FAMILIES = {"fast": FAST, "airbench": AIRBENCH, "wrn": WRN, "resnet": RESNET}
+DEEP_AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=3)
+FAMILIES = {"fast": FAST, "airbench": AIRBENCH, "airbench of depth 3": DEEP_AIRBENCH, "wrn": WRN, "resnet": RESNET}
 
 
 def random_images(n_images: int, channels: int, size: int) -> torch.Tensor:
@@ -89,7 +90,7 @@ def test_features_are_the_spatial_mean_of_a_rectified_map(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_maps_halve_from_stage_to_stage(family):
     sizes = [m.shape[-1] for m in make_network(FAMILIES[family]).stage_maps(random_images(2, 1, 32))]
-    assert sizes == ([16, 8, 4] if family in ("fast", "airbench") else [32, 16, 8])
+    assert sizes == ([32, 16, 8] if family in ("wrn", "resnet") else [16, 8, 4])
 
 
 def test_raw_pixels_are_normalised_inside():
@@ -171,6 +172,42 @@ def test_first_filters_of_family_airbench_begin_as_the_identity():
     torch.testing.assert_close(model.stages[0][4](x), x)  # 4 to 4 channels
     torch.testing.assert_close(model.stages[1][0](x)[:, :4], x)  # 4 to 8
     assert not torch.equal(model.stages[1][0].weight[4], model.stages[1][0].weight[5])
+
+
+@torch.no_grad()
+def test_from_depth_3_on_a_shortcut_passes_all_but_the_first_convolution_of_a_stage():
+    stage = make_network(DEEP_AIRBENCH).stages[1].eval()
+    first, shortcut = stage[:4], stage[4]
+    x = torch.randn(2, 4, 6, 6)
+    before = first(x)
+    assert len([layer for layer in shortcut if isinstance(layer, torch.nn.Conv2d)]) == 2
+    shortcut[-2].weight.zero_()  # the last convolution
+    torch.testing.assert_close(stage(x), torch.nn.functional.gelu(before))
+
+
+# Mirror images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("n_filters", [None, 5])
+def test_a_network_with_mirror_answers_with_the_mean_of_an_image_and_its_mirror_image(n_filters):
+    images = random_images(4, 3, 32)
+    model = make_network(FAST.model_copy(update={"mirror": True}), 3, n_filters)
+    model.train()(images)  # statistics for the batch norms
+    once = single_pass(model.eval())
+    pairs = zip(model(images), once(images), once(images.flip(-1)), strict=True)
+    for both, plain, mirrored in pairs:
+        assert not torch.allclose(plain, mirrored)
+        torch.testing.assert_close(both, (plain + mirrored) / 2)
+    torch.testing.assert_close(model(images.flip(-1)), model(images))
+    assert model.mirrors, "single_pass changes a copy"
+
+
+def test_in_training_each_image_is_seen_once():
+    images = random_images(4, 1, 28)
+    plain, mirrors = make_network(FAST), make_network(FAST.model_copy(update={"mirror": True}))
+    for a, b in zip(plain.train()(images), mirrors.train()(images), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_first_layer_and_the_scales_of_family_airbench_are_fixed():

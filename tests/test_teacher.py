@@ -18,7 +18,7 @@ from nonn.dataset import Dataset
 from nonn.errors import UserError
 from nonn.files import STATE, read_json, write_tensors
 from nonn.models import Network, predict, whiten
-from nonn.params import Architecture, Muon, Normalization
+from nonn.params import Architecture, Muon, Normalization, Selection
 from nonn.teacher import import_teacher, load_teacher, train_teacher
 from nonn.training import LOG_COLUMNS
 
@@ -75,10 +75,15 @@ def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
     torch.testing.assert_close(model.normalize.mean.flatten(), data.mean)
 
 
-def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder, monkeypatch):
+SMALL = Architecture(family="airbench", widths=[4, 8, 8], depth=2)
+
+
+@pytest.mark.parametrize(("depth", "selection"), [(2, None), (3, Selection(keep=0.5, proxy=SMALL))])
+def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder, monkeypatch, depth, selection):
     """Family airbench by Muon: killed in the middle of its schedule, it ends in the same weights."""
-    architecture = Architecture(family="airbench", widths=[8, 16, 32], depth=2)
-    section = params.teacher.model_copy(update={"architecture": architecture, "muon": Muon(lr=0.1, momentum=0.6)})
+    architecture = Architecture(family="airbench", widths=[8, 16, 32], depth=depth)
+    changes = {"architecture": architecture, "muon": Muon(lr=0.1, momentum=0.6), "selection": selection}
+    section = params.teacher.model_copy(update=changes)
     whole, log = train_teacher(data, section, teacher.Checkpoint(folder / "whole"))
     assert log["validation_accuracy"].iloc[-1] > 0.9
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
