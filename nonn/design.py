@@ -41,11 +41,11 @@ def apportion(total: int, shares: list[float]) -> list[int]:
 
 
 def family(grid: Design, depth: int) -> list[Architecture]:
-    """The students of one depth, from narrow to wide; widths double from stage to stage."""
+    """The students of one depth, from narrow to wide, the widths of their stages in a fixed proportion."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
-    common = {"family": grid.family, "depth": depth, "mirror": grid.mirror}
+    common = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
     if grid.family in ("fast", "airbench"):
-        return [Architecture(widths=[w, 2 * w, 4 * w], **common) for w in widths]
+        return [Architecture(widths=[round(w * factor) for factor in grid.widths], **common) for w in widths]
     return [Architecture(width=width, **common) for width in widths]
 
 

@@ -20,7 +20,8 @@ fast
 airbench
     The same with what makes a short training go far: a first layer that whitens, filters that begin
     as identities, GELU, batch norm without scales. From depth 3 on, a shortcut passes by all but
-    the first convolution of a stage, as in airbench96.
+    the first convolution of a stage, as in airbench96. Where it is ``strided``, the first stage
+    skips every second pixel in place of pooling: the largest map of the network is never made.
 wrn
     Wide ResNets WRN-d-k (https://arxiv.org/abs/1605.07146), the paper's teachers and students.
 resnet
@@ -81,9 +82,9 @@ def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, lis
     return stem, stages, width
 
 
-def identity_convolution(inputs: int, outputs: int) -> nn.Conv2d:
+def identity_convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     """A convolution whose first filters hand on its inputs as they are; the others begin at random."""
-    layer = convolution(inputs, outputs)
+    layer = convolution(inputs, outputs, stride=stride)
     nn.init.dirac_(layer.weight[: min(inputs, outputs)])
     return layer
 
@@ -108,8 +109,11 @@ def airbench_body(channels: int, architecture: Architecture) -> tuple[nn.Module,
     padding, whitening, stages = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, width, WHITENED, bias=False), []
     whitening.weight.requires_grad_(False)
     for outputs in architecture.widths:
-        layers = [identity_convolution(width, outputs), nn.MaxPool2d(2), unscaled_norm(outputs), nn.GELU()]
-        rest = []
+        if architecture.strided and not stages:
+            shrinking = [identity_convolution(width, outputs, stride=2)]
+        else:
+            shrinking = [identity_convolution(width, outputs), nn.MaxPool2d(2)]
+        layers, rest = [*shrinking, unscaled_norm(outputs), nn.GELU()], []
         for _ in range(architecture.depth - 1):
             rest += [identity_convolution(outputs, outputs), unscaled_norm(outputs), nn.GELU()]
         layers += rest if architecture.depth < 3 else [Shortcut(*rest[:-1]), rest[-1]]

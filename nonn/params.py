@@ -70,7 +70,7 @@ class Augment(Section):
 
 
 #: Left out of files where it is false, its value before there was such a key.
-Mirror = Annotated[bool, Field(exclude_if=lambda mirror: not mirror)]
+Switch = Annotated[bool, Field(exclude_if=lambda on: not on)]
 
 
 class Architecture(Section):
@@ -80,7 +80,8 @@ class Architecture(Section):
     widths: list[Count] = Field(default=[])
     depth: Count
     width: Count = 1
-    mirror: Mirror = False
+    mirror: Switch = False
+    strided: Switch = False
 
     @property
     def name(self) -> str:
@@ -98,6 +99,8 @@ class Architecture(Section):
             raise ValueError(
                 f"`widths` belongs to families fast and airbench; family {self.family} takes `depth` and `width`"
             )
+        if self.strided and self.family != "airbench":
+            raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
         step = {"wrn": (6, 4), "resnet": (6, 2)}.get(self.family)
         if step and (self.depth < sum(step) or self.depth % step[0] != step[1]):
             raise ValueError(f"family {self.family} needs depth = {step[0]}n + {step[1]}, not {self.depth}")
@@ -172,13 +175,17 @@ class Design(Section):
     min_width: Count
     max_width: Count
     step: Count
-    mirror: Mirror = False
+    widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
+    mirror: Switch = False
+    strided: Switch = False
     bytes_per_value: Literal[1, 2, 4]
 
     @model_validator(mode="after")
     def _grid_is_not_empty(self) -> Design:
         if self.min_width > self.max_width:
             raise ValueError("min_width is above max_width")
+        if self.strided and self.family != "airbench":
+            raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
         for depth in self.depths:
             if self.family == "wrn" and (depth < 10 or depth % 6 != 4):
                 raise ValueError(f"family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not {depth}")

@@ -31,6 +31,16 @@ def test_airbench_network_by_hand():
     assert measure_cost(model, channels=1, size=8) == Cost(params, whitening + stages + 8 * 3, 4 * params, 4 * peak)
 
 
+def test_strided_network_by_hand():
+    """The same, where the first stage computes every second pixel only: a quarter of its operations."""
+    model = Network(Architecture(family="airbench", widths=[8, 8, 8], depth=1, strided=True), 1, 3)
+    whitening = (8 * 8 * 8) * (1 * 4)
+    stages = sum((8 * side * side) * (8 * 9) for side in (4, 4, 2))
+    params = 8 * 4 + 3 * (8 * 8 * 9 + 2 * 8) + (8 * 3 + 3)
+    peak = 8 * 8 * 8 + 8 * 4 * 4  # input and output of the first convolution of the stages
+    assert measure_cost(model, channels=1, size=8) == Cost(params, whitening + stages + 8 * 3, 4 * params, 4 * peak)
+
+
 def test_the_mirror_image_takes_the_operations_again_but_no_weights():
     plain = Architecture(family="fast", widths=[8, 8, 8], depth=1)
     mirror = plain.model_copy(update={"mirror": True})

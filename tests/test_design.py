@@ -98,6 +98,11 @@ def test_with_ample_budget_the_grid_s_largest_is_taken():
     assert find_student(WRN, AMPLE, None)[0] == Architecture(family="wrn", depth=16, width=2)
 
 
+def test_the_widths_of_the_stages_follow_their_proportion():
+    balanced = FAST.model_copy(update={"widths": [1, 2, 2.25]})
+    assert find_student(balanced, AMPLE, 5)[0] == Architecture(family="fast", widths=[12, 24, 27], depth=2)
+
+
 def test_lower_precision_leaves_room_for_a_larger_student():
     device = Device(memory_kib=60, mmacs=1000)
     quarter = FAST.model_copy(update={"bytes_per_value": 1})
@@ -198,9 +203,10 @@ def test_the_stage_names_the_network_that_does_not_fit(params, experiment):
     assert experiment.sizes("2s").read_bytes() == before
 
 
-def test_the_shipped_grid_is_monotone():
+@pytest.mark.parametrize("experiment", ["params.yaml", "workflow/experiments/cifar10.yaml"])
+def test_the_shipped_grid_is_monotone(experiment):
     """The search halves the widths of a depth again and again, so a wider student must cost more in every respect."""
-    grid = load_params(REPOSITORY / "params.yaml").design.model_copy(update={"max_width": 20})
+    grid = load_params(REPOSITORY / experiment).design.model_copy(update={"max_width": 20})
     for depth in grid.depths:
         costs = [measure_cost(Network(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]
         for narrow, wide in itertools.pairwise(costs):

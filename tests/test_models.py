@@ -11,7 +11,15 @@ WRN = Architecture(family="wrn", depth=10, width=1)
 RESNET = Architecture(family="resnet", depth=8)
 AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2)
 DEEP_AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=3)
-FAMILIES = {"fast": FAST, "airbench": AIRBENCH, "airbench of depth 3": DEEP_AIRBENCH, "wrn": WRN, "resnet": RESNET}
+STRIDED_AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2, strided=True)
+FAMILIES = {
+    "fast": FAST,
+    "airbench": AIRBENCH,
+    "airbench of depth 3": DEEP_AIRBENCH,
+    "airbench strided": STRIDED_AIRBENCH,
+    "wrn": WRN,
+    "resnet": RESNET,
+}
 
 
 def random_images(n_images: int, channels: int, size: int) -> torch.Tensor:

@@ -113,6 +113,12 @@ WRONG = [
         {"teacher.architecture": {"family": "wrn", "depth": 16, "widths": [1, 2, 3]}},
         "teacher.architecture: `widths` belongs to families fast and airbench; family wrn takes `depth` and `width`",
     ),
+    (
+        {"teacher.architecture": {"family": "wrn", "depth": 16, "strided": True}},
+        "teacher.architecture: `strided` belongs to family airbench, not to wrn; remove it",
+    ),
+    ({"design.strided": True}, "design: `strided` belongs to family airbench, not to fast; remove it"),
+    ({"design.widths": [1, 2]}, "design.widths: list should have at least 3 items"),
     ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
     ({"design.min_width": 200}, "design: min_width is above max_width"),
     ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1, 2 or 4 (it is 3)"),
