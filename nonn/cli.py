@@ -82,6 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     timeline.add_argument("--all", action="store_true", help="every job on record, not only the last run")
     share = commands.add_parser("share", help="write the trained teacher to a small file, for others to import")
     share.add_argument("file", type=Path, metavar="FILE.safetensors")
+    keep = commands.add_parser("keep", help="copy finished trainings from DVC's cache, for another machine")
+    keep.add_argument("folder", type=Path, metavar="FOLDER")
+    restore = commands.add_parser("restore", help="put kept trainings into DVC's cache, in place of training again")
+    restore.add_argument("folder", type=Path, metavar="FOLDER")
     attempt = commands.add_parser("try", help="train a network or a baseline with changed params, for validation")
     attempt.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
     attempt.add_argument(
@@ -261,6 +265,11 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.attempt import run
 
         run(options.item, options.set, options.seed, options.table)
+        return
+    if options.command in ("keep", "restore"):
+        from nonn import keep
+
+        {"keep": keep.keep, "restore": keep.restore}[options.command](options.folder)
         return
     if options.command == "predict" and options.cluster:
         from nonn.runtime.coordinator import run

@@ -73,6 +73,7 @@ class Clone:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
         self.git("init", "--quiet")
         listed = subprocess.check_output(
@@ -237,6 +238,24 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     assert not list(checkpoints.iterdir()), "the checkpoint of a finished training is left behind"
     assert "resumed at" not in clone.call([BIN / "nonn", "distill", "low/0", "--seed", "0"])
     assert (student.read_bytes(), student.with_suffix(".csv").read_bytes()) == resumed
+
+
+def test_kept_trainings_are_not_run_again_elsewhere(tmp_path):
+    here, there = Clone(tmp_path / "here"), Clone(tmp_path / "there")
+    shutil.copy(here.folder / "images.zip", there.folder)  # archives know when they were written
+    student, target = "results/tiny/students/seed0/low/0.safetensors", [BIN / "dvc", "repro", "distill@low/0-0"]
+    refusal = here.start([BIN / "nonn", "keep", "kept"])
+    assert "no training of this experiment is finished" in refusal.communicate()[0]
+    assert refusal.returncode != 0
+    assert "distill low/0 0" in here.stages_of(target)
+    assert "kept: 1 trainings, 3 new files" in here.call([BIN / "nonn", "keep", "kept"])
+    assert "kept: 1 trainings, 0 new files" in here.call([BIN / "nonn", "keep", "kept"])
+    shutil.copytree(here.folder / "kept", there.folder / "kept")
+    assert "kept: 3 new files in the cache" in there.call([BIN / "nonn", "restore", "kept"])
+    assert there.stages_of(target) == ["dataset", "teacher", "signals", "graph", "design low", "partition low"]
+    assert (there.folder / student).read_bytes() == (here.folder / student).read_bytes()
+    there.edit(set_to("distill", "kd_weight", value=0.8))
+    assert there.stages_of(target) == ["distill low/0 0"], "a training of other parameters is no substitute"
 
 
 def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
