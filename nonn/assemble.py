@@ -9,6 +9,7 @@ missing is chosen here too: see `nonn.missing`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class NetworkOfNetworks(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
-        return [predict(student, images)[0] for student in self.students]
+        return features_of(self.students, images)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.final([student(images)[0] for student in self.students])
@@ -97,22 +98,55 @@ def fit_layer(
     return best, accuracies
 
 
+@dataclass(frozen=True)
+class Joint:
+    """A final layer over several students, and what it was fitted on.
+
+    Attributes
+    ----------
+    averaged, layer : FinalLayer
+        The mean of the students' heads, where it starts; and what it has become, maybe the same.
+    accuracies : list of float
+        On validation, before the first epoch and after each.
+    train, validation : (features, labels)
+        Of the images as they are.
+    """
+
+    averaged: FinalLayer
+    layer: FinalLayer
+    accuracies: list[float]
+    train: tuple[list[Tensor], Tensor]
+    validation: tuple[list[Tensor], Tensor]
+
+
+@torch.no_grad()
+def features_of(students: Sequence[Network], images: Tensor) -> list[Tensor]:
+    """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
+    return [predict(student, images)[0] for student in students]
+
+
+def join_students(students: Sequence[Network], data: Dataset, params: Assemble, seed: int) -> Joint:
+    """Fit a final layer to students of whatever kind: of a NoNN, of a baseline, of an ensemble."""
+    averaged = averaged_layer([student.head for student in students])
+    (images, labels), (validation_images, validation_labels) = data.split("train"), data.split("validation")
+    train = features_of(students, images), labels
+    validation = features_of(students, validation_images), validation_labels
+    layer, accuracies = fit_layer(averaged, *train, validation, params, seed)
+    return Joint(averaged, layer, accuracies, train, validation)
+
+
 def assemble_network(
     students: Sequence[Network], data: Dataset, params: Assemble, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer came about."""
-    averaged = averaged_layer([student.head for student in students])
-    (images, labels), (validation_images, validation_labels) = data.split("train"), data.split("validation")
-    train = [predict(student, images)[0] for student in students], labels
-    validation = [predict(student, validation_images)[0] for student in students], validation_labels
-    layer, accuracies = fit_layer(averaged, *train, validation, params, seed)
-    layers, missing = fit_strategies(layer, averaged, train, validation, params, seed)
+    joint = join_students(students, data, params, seed)
+    layers, missing = fit_strategies(joint.layer, joint.averaged, joint.train, joint.validation, params, seed)
     summary = {
-        "final_layer": "averaged" if layer is averaged else "fitted",
+        "final_layer": "averaged" if joint.layer is joint.averaged else "fitted",
         "missing": missing,
-        "validation_accuracy": max(accuracies),
-        "validation_accuracy_averaged": accuracies[0],
-        "validation_accuracy_by_epoch": accuracies,
+        "validation_accuracy": max(joint.accuracies),
+        "validation_accuracy_averaged": joint.accuracies[0],
+        "validation_accuracy_by_epoch": joint.accuracies,
     }
     return NetworkOfNetworks(students, layers.pop(missing["chosen"]), layers), summary
 

@@ -4,6 +4,10 @@ Nothing is chosen here. Each method and network gets its accuracy for each seed,
 standard deviation, and two paired tests against the network of networks on the same devices. The
 accuracy of every network is also measured with devices missing: of NoNN with each strategy of
 `nonn.missing`, of all others by adding up what the devices present say.
+
+With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that
+is fitted further, so that they differ in the students alone; and so do the ensembles, as a method of
+their own, ``ensemble_fitted``. Otherwise the students' heads are averaged.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nonn.assemble import NetworkOfNetworks, load_network
+from nonn.assemble import NetworkOfNetworks, features_of, join_students, load_network
 from nonn.baseline import load_baseline
 from nonn.dataset import Dataset, load_dataset
 from nonn.files import read_json, write_json
@@ -204,7 +208,7 @@ def _nonn_scores(
 @torch.inference_mode()
 def _terms(students: Sequence[Network], layer: FinalLayer, images: Tensor) -> Tensor:
     """What each student adds to the logits of each image, (N, n_test, C)."""
-    return layer.contributions([predict(student, images)[0] for student in students])
+    return layer.contributions(features_of(students, images))
 
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
@@ -217,28 +221,50 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         files = [paths.network(network, seed) for seed in params.seeds]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
         yield _nonn_scores(network, [load_network(path, data) for path in files], chosen, images, labels)
-    pool = []
+    pool: list[Network] = []
     for network, method, seeds in params.baseline_jobs():
         terms = []
         for seed in seeds:
             students = load_baseline(paths.baseline(network, method, seed), data)
-            terms.append(_terms(students, averaged_layer([s.head for s in students]), images))
-        if f"{network}/{method}" == params.ensemble.pool:
-            pool = [t[0] for t in terms]
+            terms.append(_terms(students, _baseline_layer(params, students, data, seed), images))
+            if f"{network}/{method}" == params.ensemble.pool:
+                pool += students
         yield _scores(method, network, terms, labels)
     for network, devices in params.networks.items():
-        n = len(devices)
+        groups = [pool[start : start + len(devices)] for start in range(0, len(pool), len(devices))]
+        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], data)
+
+
+def _baseline_layer(params: Params, students: Sequence[Network], data: Dataset, seed: int) -> FinalLayer:
+    """Final layer of a baseline; a single student needs none but its head."""
+    if len(students) > 1 and params.evaluate.final_layer == "fitted":
+        return join_students(students, data, params.assemble, seed).layer
+    return averaged_layer([student.head for student in students])
+
+
+def _ensemble_scores(
+    params: Params, network: str, groups: Sequence[Sequence[Network]], data: Dataset
+) -> Iterator[Scores]:
+    """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
+    images, labels = data.split("test")
+    if not groups:
+        return
+    with torch.inference_mode():
         # Probabilities are averaged, not logits: that is what users of ensembles do.
-        groups = [torch.stack(pool[start : start + n]).softmax(2) for start in range(0, len(pool) - n + 1, n)]
-        if groups:
-            yield _scores("ensemble", network, groups, labels)
+        terms = [torch.stack([predict(student, images)[1] for student in group]).softmax(2) for group in groups]
+    yield _scores("ensemble", network, terms, labels)
+    if params.evaluate.final_layer == "fitted":
+        layers = [join_students(group, data, params.assemble, seed).layer for seed, group in enumerate(groups)]
+        terms = [_terms(group, layer, images) for group, layer in zip(groups, layers, strict=True)]
+        yield _scores("ensemble_fitted", network, terms, labels)
 
 
 def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     _, labels = data.split("test")
-    n_models = 1 + 2 * len(params.networks) + len(params.baselines)
+    of_network = 3 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles
+    n_models = 1 + of_network * len(params.networks) + len(params.baselines)
     scores = list(track(score_all(params, paths, data), "evaluate", total=n_models))
     write_json(
         paths.evaluation,

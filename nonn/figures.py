@@ -174,7 +174,8 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
     designs = {("", "teacher"): [{"n_filters": None, "cost": read_json(paths.teacher_info)["cost"]}]}
     for network, devices in params.networks.items():
         designs[network, "nonn"] = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
-        designs[network, "ensemble"] = read_json(paths.design(pool_network, pool_method)) * len(devices)
+        ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
+        designs |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), ensemble)
     for network, method, _ in params.baseline_jobs():
         designs[network, method] = read_json(paths.design(network, method))
     return designs
@@ -187,7 +188,8 @@ def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
         latencies[network, "nonn"] = max(student["latency_p50_ms"] for student in students)
-        latencies[network, "ensemble"] = solo[params.ensemble.pool.replace("/", "-")]
+        member = solo[params.ensemble.pool.replace("/", "-")]
+        latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
     for network, method, _ in params.baseline_jobs():
         if method in SINGLE_METHODS:
             latencies[network, method] = solo[f"{network}-{method}"]

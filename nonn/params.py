@@ -211,6 +211,7 @@ class Assemble(Section):
 class Evaluate(Section):
     resamples: Annotated[int, Field(ge=100)]
     seed: Seed
+    final_layer: Literal["averaged", "fitted"] = "averaged"
 
 
 class Benchmark(Section):

@@ -47,6 +47,7 @@ METHODS = {
     "teacher": Look("Teacher", "#666666", "*"),
     "nonn": Look("NoNN", "#D55E00", "o"),
     "ensemble": Look("Ensemble of KD", "#0072B2", "s"),
+    "ensemble_fitted": Look("Ensemble of KD, fitted", "#004D80", "d"),
     "total": Look("KD, total budget", "#009E73", "D"),
     "at_kd": Look("AT+KD", "#CC79A7", "^"),
     "kd": Look("KD", "#56B4E9", "v"),

@@ -9,6 +9,8 @@ import torch
 from scipy import stats
 
 from nonn import evaluate
+from nonn.assemble import assemble_network, features_of, join_students
+from nonn.baseline import load_baseline
 from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
 from nonn.models import predict
@@ -214,6 +216,27 @@ def test_ensembles_average_probabilities(params, data, experiment):
         write_tensors(path, tensors | head)
     scores = {score.method: score for score in score_all(params, experiment, data)}
     assert scores["ensemble"].correct.tolist() == [(data.split("test")[1] == 0).tolist()]
+
+
+def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params, data, experiment):
+    """Of methods with several students only; each such layer is the one that a NoNN of these students would get."""
+    fitted = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"final_layer": "fitted"})})
+    before = {(s.method, s.network): s for s in score_all(params, experiment, data)}
+    after = {(s.method, s.network): s for s in score_all(fitted, experiment, data)}
+    assert set(after) - set(before) == {("ensemble_fitted", "2s")}
+    images, labels = data.split("test")
+    members = [load_baseline(experiment.baseline("2s", "kd", seed), data)[0] for seed in (0, 1)]
+    for method, students in {
+        "random": load_baseline(experiment.baseline("2s", "random", 0), data),
+        "ensemble_fitted": members,
+    }.items():
+        network, _ = assemble_network(students, data, params.assemble, seed=0)
+        layer = join_students(students, data, params.assemble, seed=0).layer
+        logits = layer(features_of(students, images))
+        assert after[method, "2s"].correct[0].tolist() == (logits.argmax(1) == labels).tolist()
+        torch.testing.assert_close(network(images), logits)
+    for key in set(before) - {("random", "2s")}:
+        assert after[key].correct.tolist() == before[key].correct.tolist(), key
 
 
 def test_the_stage_writes_the_same_bytes_again(params, experiment):
