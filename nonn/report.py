@@ -164,6 +164,11 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
         f"- Measured on {system['cpu']} ({system['cores']} cores), {system['system']}, Python {system['python']}, "
         f"ONNX Runtime {system['onnxruntime']}, PyTorch {system['torch']}.",
     ]
+    if "ensemble_fitted" in set(methods["method"]):
+        lines.append(
+            "- The *final layer* of baselines with several students is fitted further as NoNN's is, and kept if "
+            "validation gains; of ensembles, both that and the mean of the members' probabilities are listed."
+        )
     if bytes_per_value != 4:
         lines.append("- The teacher's memory is counted at float32: its ratio includes the change of precision.")
     return lines

@@ -359,6 +359,19 @@ def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict
     assert "10.0×" in text
 
 
+def test_fitted_ensembles_are_a_method_of_their_own():
+    designs = DESIGNS | {("2s", "ensemble_fitted"): DESIGNS["2s", "ensemble"]}
+    texts = []
+    for more in ([], [row("ensemble_fitted", "2s", 2, 0.97, 0.01, 0.3)]):
+        methods = figures.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10, bytes_per_value=4)
+        comparison = figures.compare_network(methods, "2s")
+        texts.append(report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4))
+    assert "fitted" not in texts[0]
+    assert "| 2s | Ensemble of KD, fitted | 2 | 2 | 97.00 ± 1.00 % | 0.300 |" in texts[1]
+    assert "The best baseline is *Ensemble of KD, fitted*" in texts[1]
+    assert "is fitted further as NoNN's is" in texts[1]
+
+
 def test_a_network_without_baselines_claims_nothing_about_them():
     alone = [entry for entry in ROWS if entry["method"] in ("teacher", "nonn")]
     methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
