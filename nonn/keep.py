@@ -10,7 +10,7 @@ of megabytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dvc.lock import LockError
@@ -50,7 +50,7 @@ def cached_runs(cache: Path, finished: dict[str, set[str]]) -> Iterator[tuple[Pa
             yield entry, hashes
 
 
-def copy(source: Path, target: Path, names: Iterator[Path] | list[Path]) -> int:
+def copy(source: Path, target: Path, names: Iterable[Path]) -> int:
     """Copy files to the same names below another folder; return how many were not there yet."""
     missing = [name for name in names if not (target / name).exists()]
     for name in missing:
@@ -72,13 +72,14 @@ def keep(folder: Path) -> None:
         There are none.
     """
     repo = Repo(".")
-    cache, finished = cache_folder(repo), finished_trainings(repo)
-    names: list[Path] = []
-    for entry, hashes in cached_runs(cache, finished):
-        names += [entry.relative_to(cache), *(Path("files", "md5", h[:2], h[2:]) for h in sorted(hashes))]
-    if not names:
+    cache = cache_folder(repo)
+    runs = list(cached_runs(cache, finished_trainings(repo)))
+    if not runs:
         raise UserError("params.yaml: no training of this experiment is finished; run `snakemake --cores 2` first.")
-    print(f"{folder}: {len(finished)} trainings, {copy(cache, folder, names)} new files")
+    names: list[Path] = []
+    for entry, hashes in runs:  # outputs first: an entry never stands there without them
+        names += [*(Path("files", "md5", h[:2], h[2:]) for h in sorted(hashes)), entry.relative_to(cache)]
+    print(f"{folder}: {len(runs)} trainings, {copy(cache, folder, names)} new files")
 
 
 def restore(folder: Path) -> None:
