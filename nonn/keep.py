@@ -52,7 +52,7 @@ def cached_runs(cache: Path, finished: dict[str, set[str]]) -> Iterator[tuple[Pa
 
 def copy(source: Path, target: Path, names: Iterable[Path]) -> int:
     """Copy files to the same names below another folder; return how many were not there yet."""
-    missing = [name for name in names if not (target / name).exists()]
+    missing = [name for name in dict.fromkeys(names) if not (target / name).exists()]
     for name in missing:
         with replacing(target / name) as temporary:
             shutil.copyfile(source / name, temporary)
