@@ -15,10 +15,11 @@ from nonn.runtime.split_plan import SplitPlan, hollow, load_part, run_in_process
 
 METHODS = ("channels", "rows")
 TOLERANCE = 1e-4
-#: Exported classifiers: an even one, one with odd widths, and Wide ResNets with and without bridge.
+#: Exported classifiers: an even one, one with odd widths, one with GELU, and Wide ResNets with and without bridge.
 EXPORTS = {
     "fast": {"channels": 1, "size": 28, "family": "fast", "widths": [16, 24, 32], "depth": 1},
     "fast-odd": {"channels": 1, "size": 28, "family": "fast", "widths": [7, 9, 11], "depth": 2},
+    "airbench": {"channels": 3, "size": 32, "family": "airbench", "widths": [8, 12, 16], "depth": 2, "strided": True},
     "wrn-16-2": {"channels": 3, "size": 32, "family": "wrn", "depth": 16, "width": 2},
     "wrn-10-1": {"channels": 3, "size": 17, "n_filters": 5, "family": "wrn", "depth": 10, "width": 1},
 }

@@ -14,7 +14,7 @@ from nonn.errors import UserError
 from nonn.runtime.split_plan import IMAGE
 
 #: Operations that work value by value, constants broadcast; the batch norm of inference is one.
-POINTWISE = {"Cast", "Sub", "Div", "Add", "Relu", "BatchNormalization"}
+POINTWISE = {"Add", "BatchNormalization", "Cast", "Div", "Erf", "Mul", "Relu", "Sub"}
 WINDOWED = {"Conv", "MaxPool"}
 
 
@@ -66,7 +66,7 @@ def read_network(path: Path) -> Network:
         raise UserError(f"{path}: not a sound ONNX file ({str(error).splitlines()[0][:200]}).") from None
 
     def refuse(why: str) -> UserError:
-        return UserError(f"{path}: cannot be split: {why}. Give a classifier of family fast or wrn from `nonn export`.")
+        return UserError(f"{path}: cannot be split: {why}. Give a classifier of family fast, airbench or wrn from `nonn export`.")
 
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
