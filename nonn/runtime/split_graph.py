@@ -66,7 +66,8 @@ def read_network(path: Path) -> Network:
         raise UserError(f"{path}: not a sound ONNX file ({str(error).splitlines()[0][:200]}).") from None
 
     def refuse(why: str) -> UserError:
-        return UserError(f"{path}: cannot be split: {why}. Give a classifier of family fast, airbench or wrn from `nonn export`.")
+        remedy = "Give a classifier of family fast, airbench or wrn from `nonn export`."
+        return UserError(f"{path}: cannot be split: {why}. {remedy}")
 
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
