@@ -9,7 +9,6 @@ missing is chosen here too: see `nonn.missing`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -98,57 +97,61 @@ def fit_layer(
     return best, accuracies
 
 
-@dataclass(frozen=True)
-class Joint:
-    """A final layer over several students, and what it was fitted on.
-
-    Attributes
-    ----------
-    averaged, layer : FinalLayer
-        The mean of the students' heads, where it starts; and what it has become, maybe the same.
-    accuracies : list of float
-        On validation, before the first epoch and after each.
-    train, validation : (features, labels)
-        Of the images as they are.
-    """
-
-    averaged: FinalLayer
-    layer: FinalLayer
-    accuracies: list[float]
-    train: tuple[list[Tensor], Tensor]
-    validation: tuple[list[Tensor], Tensor]
-
-
 @torch.no_grad()
 def features_of(students: Sequence[Network], images: Tensor) -> list[Tensor]:
     """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
     return [predict(student, images)[0] for student in students]
 
 
-def join_students(students: Sequence[Network], data: Dataset, params: Assemble, seed: int) -> Joint:
-    """Fit a final layer to students of whatever kind: of a NoNN, of a baseline, of an ensemble."""
+class Features:
+    """Feature vectors of students for whole splits of a dataset, each calculated once."""
+
+    def __init__(self, data: Dataset):
+        self.data = data
+        self._known: dict[tuple[Network, str], Tensor] = {}
+
+    def __call__(self, students: Sequence[Network], split: str) -> tuple[list[Tensor], Tensor]:
+        """N tensors of shape (M, F_i), and the labels (M,), of ``train``, ``validation`` or ``test``."""
+        images, labels = self.data.split(split)
+        for student in students:
+            if (student, split) not in self._known:
+                (self._known[student, split],) = features_of([student], images)
+        return [self._known[student, split] for student in students], labels
+
+
+def join_students(
+    students: Sequence[Network], features: Features, params: Assemble, seed: int
+) -> tuple[dict[str, FinalLayer], dict]:
+    """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
+
+    Returns
+    -------
+    layers : dict of FinalLayer
+        By strategy for missing students; with all present they answer alike.
+    summary : dict
+        Which strategy was ``chosen`` (under ``missing``: see `nonn.missing.fit_strategies`), and how the
+        layer came about.
+    """
     averaged = averaged_layer([student.head for student in students])
-    (images, labels), (validation_images, validation_labels) = data.split("train"), data.split("validation")
-    train = features_of(students, images), labels
-    validation = features_of(students, validation_images), validation_labels
+    train, validation = features(students, "train"), features(students, "validation")
     layer, accuracies = fit_layer(averaged, *train, validation, params, seed)
-    return Joint(averaged, layer, accuracies, train, validation)
+    layers, missing = fit_strategies(layer, averaged, train, validation, params, seed)
+    summary = {
+        "final_layer": "averaged" if layer is averaged else "fitted",
+        "missing": missing,
+        "validation_accuracy": max(accuracies),
+        "validation_accuracy_averaged": accuracies[0],
+        "validation_accuracy_by_epoch": accuracies,
+    }
+    return layers, summary
 
 
 def assemble_network(
-    students: Sequence[Network], data: Dataset, params: Assemble, seed: int
+    students: Sequence[Network], features: Features, params: Assemble, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer came about."""
-    joint = join_students(students, data, params, seed)
-    layers, missing = fit_strategies(joint.layer, joint.averaged, joint.train, joint.validation, params, seed)
-    summary = {
-        "final_layer": "averaged" if joint.layer is joint.averaged else "fitted",
-        "missing": missing,
-        "validation_accuracy": max(joint.accuracies),
-        "validation_accuracy_averaged": joint.accuracies[0],
-        "validation_accuracy_by_epoch": joint.accuracies,
-    }
-    return NetworkOfNetworks(students, layers.pop(missing["chosen"]), layers), summary
+    layers, summary = join_students(students, features, params, seed)
+    return NetworkOfNetworks(students, layers.pop(summary["missing"]["chosen"]), layers), summary
 
 
 def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
@@ -187,7 +190,7 @@ def run(params: Params, paths: Paths, network: str, seed: int) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     students, designs = load_students(params, paths, data, network, seed)
-    model, summary = assemble_network(students, data, params.assemble, seed)
+    model, summary = assemble_network(students, Features(data), params.assemble, seed)
     target = paths.network(network, seed)
     write_tensors(target, model.state_dict())
     write_json(target.with_suffix(".json"), summary | {"students": designs})

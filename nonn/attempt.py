@@ -47,8 +47,9 @@ COLUMNS = (
 )
 
 
-#: Sections that the signals depend on, which are taken as they are.
+#: Sections that the signals depend on, which are taken as they are, but for the number of views.
 FIXED = ("experiment", "dataset", "teacher", "signals")
+VIEWS = "signals.views"
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,11 @@ def run(item: str, settings: Sequence[str], seed: int, table: Path | None) -> No
     UserError
     """
     changes = parse_changes(settings)
-    if late := [key for key in changes if key.split(".")[0] in FIXED]:
+    if late := [key for key in changes if key.split(".")[0] in FIXED and key != VIEWS]:
         raise UserError(f"{late[0]}: an attempt begins with the signals of the experiment; change params.yaml instead")
     params = load_params(changes=changes)
+    if params.signals.views > (there := load_params().signals.views):
+        raise UserError(f"{VIEWS}: the experiment's signals have {there}, of which an attempt may take fewer")
     content = f"{item} {seed} {params.model_dump_json()}"
     paths = AttemptPaths(params.experiment, hashlib.sha256(content.encode()).hexdigest()[:16])
     for path in (paths.dataset, paths.signals):

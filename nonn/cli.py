@@ -244,7 +244,7 @@ def parse_item(stage: str, item: str | None, params) -> dict:
     elif stage == "distill":
         known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in params.students}
     else:
-        known = {b: {"network": b.split("/")[0], "method": b.split("/")[1]} for b in params.baselines}
+        known = {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baseline_jobs()}
     if item not in known:
         raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
     return known[item]

@@ -2,18 +2,19 @@
 
 Nothing is chosen here. Each method and network gets its accuracy for each seed, the mean and the
 standard deviation, and two paired tests against the network of networks on the same devices. The
-accuracy of every network is also measured with devices missing: of NoNN with each strategy of
-`nonn.missing`, of all others by adding up what the devices present say.
+accuracy of every network is also measured with devices missing, of NoNN with each strategy of
+`nonn.missing`.
 
 With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that
-is fitted further, so that they differ in the students alone; and so do the ensembles, as a method of
-their own, ``ensemble_fitted``. Otherwise the students' heads are averaged.
+is fitted further and a strategy for missing devices chosen on validation, so that they differ in the
+students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. Otherwise the
+heads of the students present are averaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nonn.assemble import NetworkOfNetworks, features_of, join_students, load_network
+from nonn.assemble import Features, NetworkOfNetworks, join_students, load_network
 from nonn.baseline import load_baseline
 from nonn.dataset import Dataset, load_dataset
 from nonn.files import read_json, write_json
@@ -187,28 +188,31 @@ def _scores(method: str, network: str, terms: list[Tensor], labels: Tensor) -> S
     return Scores(method, network, len(terms[0]), correct, answers)
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def _joined_scores(
+    method: str, network: str, seeds: Sequence[tuple[Sequence[Network], FinalLayer]], features: Features
+) -> Scores:
+    """Scores of students joined by a final layer, given both of each seed."""
+    _, labels = features.data.split("test")
+    answers = [partial(layer, features(students, "test")[0]) for students, layer in seeds]
+    n = len(seeds[0][0])
+    correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
+    return Scores(method, network, n, correct, answers if n > 1 else [])
+
+
 def _nonn_scores(
-    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], images: Tensor, labels: Tensor
+    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], features: Features
 ) -> Scores:
     """Scores of a NoNN, given the network and the strategy chosen of each seed."""
-    features = [model.features(images) for model in models]
-    final = [partial(model.final, f) for model, f in zip(models, features, strict=True)]
-    everyone = range(len(features[0]))
-    correct = np.stack([(answer(everyone).argmax(1) == labels).numpy() for answer in final])
+    students = [list(model.students) for model in models]
     layers = [{own: model.final, **dict(model.others.items())} for model, own in zip(models, chosen, strict=True)]
-    strategies = {
-        name: [partial(by_name[name], f) for by_name, f in zip(layers, features, strict=True)]
+    by_strategy = {
+        name: _joined_scores("nonn", network, [(s, of[name]) for s, of in zip(students, layers, strict=True)], features)
         for name in STRATEGIES
         if name in layers[0]
     }
-    return Scores("nonn", network, len(everyone), correct, final, strategies, chosen)
-
-
-@torch.inference_mode()
-def _terms(students: Sequence[Network], layer: FinalLayer, images: Tensor) -> Tensor:
-    """What each student adds to the logits of each image, (N, n_test, C)."""
-    return layer.contributions(features_of(students, images))
+    scores = _joined_scores("nonn", network, [(s, m.final) for s, m in zip(students, models, strict=True)], features)
+    return replace(scores, strategies={name: s.answers for name, s in by_strategy.items()}, chosen=chosen)
 
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
@@ -217,36 +221,36 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     with torch.inference_mode():
         _, logits = predict(load_teacher(paths, data), images)
     yield _scores("teacher", "", [logits[None]], labels)
+    features = Features(data)  # ensembles of all sizes are formed of the same students
     for network in params.networks:
         files = [paths.network(network, seed) for seed in params.seeds]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
-        yield _nonn_scores(network, [load_network(path, data) for path in files], chosen, images, labels)
+        yield _nonn_scores(network, [load_network(path, data) for path in files], chosen, features)
     pool: list[Network] = []
     for network, method, seeds in params.baseline_jobs():
-        terms = []
-        for seed in seeds:
-            students = load_baseline(paths.baseline(network, method, seed), data)
-            terms.append(_terms(students, _baseline_layer(params, students, data, seed), images))
-            if f"{network}/{method}" == params.ensemble.pool:
-                pool += students
-        yield _scores(method, network, terms, labels)
+        students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
+        layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
+        yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
+        if f"{network}/{method}" == params.ensemble.pool:
+            pool = [student for (student,) in students]
     for network, devices in params.networks.items():
         groups = [pool[start : start + len(devices)] for start in range(0, len(pool), len(devices))]
-        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], data)
+        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
 
 
-def _baseline_layer(params: Params, students: Sequence[Network], data: Dataset, seed: int) -> FinalLayer:
+def _baseline_layer(params: Params, students: Sequence[Network], features: Features, seed: int) -> FinalLayer:
     """Final layer of a baseline; a single student needs none but its head."""
     if len(students) > 1 and params.evaluate.final_layer == "fitted":
-        return join_students(students, data, params.assemble, seed).layer
+        layers, summary = join_students(students, features, params.assemble, seed)
+        return layers[summary["missing"]["chosen"]]
     return averaged_layer([student.head for student in students])
 
 
 def _ensemble_scores(
-    params: Params, network: str, groups: Sequence[Sequence[Network]], data: Dataset
+    params: Params, network: str, groups: Sequence[Sequence[Network]], features: Features
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
-    images, labels = data.split("test")
+    images, labels = features.data.split("test")
     if not groups:
         return
     with torch.inference_mode():
@@ -254,9 +258,8 @@ def _ensemble_scores(
         terms = [torch.stack([predict(student, images)[1] for student in group]).softmax(2) for group in groups]
     yield _scores("ensemble", network, terms, labels)
     if params.evaluate.final_layer == "fitted":
-        layers = [join_students(group, data, params.assemble, seed).layer for seed, group in enumerate(groups)]
-        terms = [_terms(group, layer, images) for group, layer in zip(groups, layers, strict=True)]
-        yield _scores("ensemble_fitted", network, terms, labels)
+        layers = [_baseline_layer(params, group, features, seed) for seed, group in enumerate(groups)]
+        yield _joined_scores("ensemble_fitted", network, list(zip(groups, layers, strict=True)), features)
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -264,7 +267,7 @@ def run(params: Params, paths: Paths) -> None:
     data = load_dataset(paths)
     _, labels = data.split("test")
     of_network = 3 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles
-    n_models = 1 + of_network * len(params.networks) + len(params.baselines)
+    n_models = 1 + of_network * len(params.networks) + len(list(params.baseline_jobs()))
     scores = list(track(score_all(params, paths, data), "evaluate", total=n_models))
     write_json(
         paths.evaluation,

@@ -21,7 +21,7 @@ from nonn.errors import UserError
 from nonn.files import replacing
 
 #: Stages of ``dvc.yaml`` whose results are kept.
-TRAININGS = ("baseline", "distill", "ensemble")
+TRAININGS = ("baseline", "baseline_once", "distill", "ensemble")
 
 
 def finished_trainings(repo: Repo) -> dict[str, set[str]]:

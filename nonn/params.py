@@ -279,6 +279,7 @@ class Params(Section):
     students: list[str]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baselines: list[str]
+    baselines_once: list[str]
     ensemble: Ensemble
     devices: dict[Name, Device]
     dataset: Dataset
@@ -297,10 +298,11 @@ class Params(Section):
 
     def baseline_jobs(self) -> Iterator[tuple[str, str, list[int]]]:
         """Yield ``(network, method, seeds)`` of every baseline; the pool also has the ensemble's seeds."""
-        for name in self.baselines:
+        for name in [*self.baselines, *self.baselines_once]:
             network, method = name.split("/")
+            seeds = self.seeds if name in self.baselines else self.seeds[:1]
             extra = self.ensemble.seeds if name == self.ensemble.pool else []
-            yield network, method, [*self.seeds, *extra]
+            yield network, method, [*seeds, *extra]
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
@@ -328,21 +330,24 @@ class Params(Section):
             yield f"students: add {', '.join(missing)}: one entry for each device of `networks`"
         if surplus:
             yield f"students: remove {', '.join(surplus)}: `networks` has no such device"
-        listed = {"students": self.students, "seeds": self.seeds, "baselines": self.baselines}
-        for key, values in {**listed, "ensemble.seeds": self.ensemble.seeds}.items():
+        baselines = {"baselines": self.baselines, "baselines_once": self.baselines_once}
+        listed = {"students": self.students, "seeds": self.seeds, "ensemble.seeds": self.ensemble.seeds, **baselines}
+        for key, values in listed.items():
             if len(set(values)) < len(values):
                 yield f"{key}: an entry is listed twice; remove one"
+        if repeated := set(self.baselines) & set(self.baselines_once):
+            yield f"baselines_once: {', '.join(sorted(repeated))} is in `baselines` already; remove one of the two"
         if repeated := set(self.seeds) & set(self.ensemble.seeds):
             yield f"ensemble.seeds: {sorted(repeated)} are already in `seeds`; list only further ones"
-        for name in self.baselines:
+        for key, name in ((key, name) for key, names in baselines.items() for name in names):
             network, _, method = name.partition("/")
             if network not in self.networks or method not in BASELINE_METHODS:
                 yield (
-                    f"baselines: {name!r} is not network/method, with a network of `networks` and a method "
+                    f"{key}: {name!r} is not network/method, with a network of `networks` and a method "
                     f"of {', '.join(BASELINE_METHODS)}"
                 )
             if method == "at_kd" and not self.signals.attention:
-                yield f"baselines: {name} needs attention maps; set signals.attention to true"
+                yield f"{key}: {name} needs attention maps; set signals.attention to true"
         if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
             yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
 

@@ -166,8 +166,9 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
     ]
     if "ensemble_fitted" in set(methods["method"]):
         lines.append(
-            "- The *final layer* of baselines with several students is fitted further as NoNN's is, and kept if "
-            "validation gains; of ensembles, both that and the mean of the members' probabilities are listed."
+            "- The *final layer* of baselines with several students is fitted further as NoNN's is, kept if "
+            "validation gains, and makes up for missing devices by the strategy that is best on validation images; of "
+            "ensembles, both that and the mean of the members' probabilities are listed."
         )
     if bytes_per_value != 4:
         lines.append("- The teacher's memory is counted at float32: its ratio includes the change of precision.")

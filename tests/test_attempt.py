@@ -52,6 +52,16 @@ def test_changes_reach_the_stages_and_rows_add_up(experiment, tmp_path, capsys):
     assert f"{'validation_accuracy':<20} {student['validation_accuracy']}" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("experiment")
+def test_fewer_views_than_there_are_can_be_tried(tmp_path):
+    table = tmp_path / "table.csv"
+    for settings in ([], ["signals.views=1"]):
+        run("2s/kd", settings, 0, table)
+    both, one = rows_of(table)
+    assert one["changes"] == "signals.views=1"
+    assert one["validation_loss"] != both["validation_loss"]
+
+
 @pytest.mark.parametrize(
     ("item", "settings", "problem"),
     [
@@ -62,6 +72,12 @@ def test_changes_reach_the_stages_and_rows_add_up(experiment, tmp_path, capsys):
         ("2s", ["distill.epochs=none"], "distill.epochs: "),
         ("2s", ["distill.epochs"], "distill.epochs: is not KEY=VALUE"),
         ("2s", ["distill.muon={lr: 0.1"], "is not KEY=VALUE with a value in YAML"),
+        (
+            "2s",
+            ["signals.views=3"],
+            "signals.views: the experiment's signals have 2, of which",
+        ),
+        ("2s", ["signals={views: 1}"], "signals: an attempt begins with the signals"),
         ("2s", ["teacher.lr=1"], "teacher.lr: an attempt begins with the signals"),
         ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits a device of 1 KiB"),
     ],

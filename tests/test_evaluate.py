@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nonn import evaluate
-from nonn.assemble import assemble_network, features_of, join_students
+from nonn.assemble import Features, assemble_network
 from nonn.baseline import load_baseline
 from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
@@ -230,11 +230,13 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
         "random": load_baseline(experiment.baseline("2s", "random", 0), data),
         "ensemble_fitted": members,
     }.items():
-        network, _ = assemble_network(students, data, params.assemble, seed=0)
-        layer = join_students(students, data, params.assemble, seed=0).layer
-        logits = layer(features_of(students, images))
-        assert after[method, "2s"].correct[0].tolist() == (logits.argmax(1) == labels).tolist()
-        torch.testing.assert_close(network(images), logits)
+        network, _ = assemble_network(students, Features(data), params.assemble, seed=0)
+        with torch.inference_mode():
+            right = network(images).argmax(1) == labels
+            left = network.final(network.features(images), [1]).argmax(1)
+        assert after[method, "2s"].correct[0].tolist() == right.tolist()
+        (answer,) = after[method, "2s"].answers
+        assert answer([1]).argmax(1).tolist() == left.tolist(), "the strategy for missing students is NoNN's, too"
     for key in set(before) - {("random", "2s")}:
         assert after[key].correct.tolist() == before[key].correct.tolist(), key
 

@@ -90,6 +90,8 @@ WRONG = [
     ({"baselines": [*SHIPPED["baselines"], "2s/kd"]}, "baselines: an entry is listed twice; remove one"),
     ({"baselines": ["2s/kd", "2s/magic"]}, "baselines: '2s/magic' is not network/method, with a network of `networks`"),
     ({"baselines": ["2s/kd", "9s/kd"]}, "baselines: '9s/kd' is not network/method"),
+    ({"baselines_once": ["2s/kd"]}, "baselines_once: 2s/kd is in `baselines` already; remove one of the two"),
+    ({"baselines_once": ["2s/magic"]}, "baselines_once: '2s/magic' is not network/method"),
     ({"ensemble.pool": "4s/kd"}, "ensemble.pool: '4s/kd' is not one of the kd baselines; add it to `baselines`"),
     ({"ensemble.pool": "2s/labels"}, "ensemble.pool: '2s/labels' is not one of the kd baselines"),
     ({"ensemble.seeds": [2, 3]}, "ensemble.seeds: [2] are already in `seeds`; list only further ones"),
@@ -175,13 +177,15 @@ def test_a_missing_file_says_where_to_run(tmp_path):
     assert complaint(path) == f"{path}: no such file. Run nonn from the repository's top folder."
 
 
-def test_the_ensemble_s_seeds_belong_to_its_pool_only():
-    params = Params.model_validate(merge(SHIPPED, TINY))
+def test_a_baseline_has_every_seed_or_the_first_and_the_pool_those_of_the_ensembles_too():
+    params = Params.model_validate(
+        merge(SHIPPED, TINY | {"seeds": [4, 0], "ensemble": {"pool": "2s/kd", "seeds": [1]}})
+    )
     assert list(params.baseline_jobs()) == [
-        ("2s", "labels", [0]),
-        ("2s", "kd", [0, 1]),
-        ("2s", "at_kd", [0]),
-        ("2s", "random", [0]),
+        ("2s", "labels", [4, 0]),
+        ("2s", "kd", [4, 0, 1]),
+        ("2s", "random", [4, 0]),
+        ("2s", "at_kd", [4]),
     ]
 
 

@@ -37,6 +37,7 @@ TINY = {
     "students": ["low/0", "low/1", "high/0", "high/1"],
     "seeds": [0],
     "baselines": ["low/kd"],
+    "baselines_once": ["low/labels"],
     "ensemble": {"pool": "low/kd", "seeds": [1]},
     "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
     "dataset": {"source": "images.zip", "validation": 0.25, "test": 0.25},
@@ -55,7 +56,8 @@ TINY = {
 
 DESIGNS = {"design low", "design high"}
 STUDENTS_HIGH = {"distill high/0 0", "distill high/1 0"}
-TRAINING = STUDENTS_HIGH | {"distill low/0 0", "distill low/1 0", "baseline low/kd 0", "baseline low/kd 1"}
+BASELINES = {"baseline low/kd 0", "baseline low/kd 1", "baseline low/labels 0"}
+TRAINING = STUDENTS_HIGH | {"distill low/0 0", "distill low/1 0"} | BASELINES
 TABLES = {"evaluate", "figures"}
 
 

@@ -58,10 +58,12 @@ def knobs(stage):
 
 
 def baseline_stage(wildcards):
-    """Stage that trains a baseline: the further seeds of the ensembles' pool have one of their own."""
+    """Stage that trains a baseline: those trained once, and the further seeds of the ensembles' pool, have their own."""
     baseline = f"{wildcards.network}/{wildcards.method}"
     if baseline == PARAMS.ensemble.pool and int(wildcards.seed) in PARAMS.ensemble.seeds:
         return f"ensemble@{wildcards.seed}"
+    if baseline in PARAMS.baselines_once:
+        return f"baseline_once@{baseline}"
     return f"baseline@{baseline}-{wildcards.seed}"
 
 
