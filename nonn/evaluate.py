@@ -7,8 +7,9 @@ accuracy of every network is also measured with devices missing, of NoNN with ea
 
 With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that
 is fitted further and a strategy for missing devices chosen on validation, so that they differ in the
-students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. Otherwise the
-heads of the students present are averaged.
+students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN gains by it is told
+by ``nonn_averaged``, the same students with their heads averaged. Otherwise the heads of the
+students present are averaged.
 """
 
 from __future__ import annotations
@@ -225,7 +226,13 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     for network in params.networks:
         files = [paths.network(network, seed) for seed in params.seeds]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
-        yield _nonn_scores(network, [load_network(path, data) for path in files], chosen, features)
+        models = [load_network(path, data) for path in files]
+        yield _nonn_scores(network, models, chosen, features)
+        if params.evaluate.final_layer == "fitted":
+            averaged = [averaged_layer([student.head for student in model.students]) for model in models]
+            seeds = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
+            scores = _joined_scores("nonn_averaged", network, seeds, features)
+            yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
     pool: list[Network] = []
     for network, method, seeds in params.baseline_jobs():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
@@ -266,7 +273,7 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     _, labels = data.split("test")
-    of_network = 3 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles
+    of_network = 4 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles
     n_models = 1 + of_network * len(params.networks) + len(list(params.baseline_jobs()))
     scores = list(track(score_all(params, paths, data), "evaluate", total=n_models))
     write_json(

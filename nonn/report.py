@@ -168,7 +168,8 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
         lines.append(
             "- The *final layer* of baselines with several students is fitted further as NoNN's is, kept if "
             "validation gains, and makes up for missing devices by the strategy that is best on validation images; of "
-            "ensembles, both that and the mean of the members' probabilities are listed."
+            "ensembles, both that and the mean of the members' probabilities are listed; of NoNN, also the mean of "
+            "its students' heads, which is no baseline, and shows what fitting gives."
         )
     if bytes_per_value != 4:
         lines.append("- The teacher's memory is counted at float32: its ratio includes the change of precision.")

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nonn import evaluate
-from nonn.assemble import Features, assemble_network
+from nonn.assemble import Features, assemble_network, load_network
 from nonn.baseline import load_baseline
 from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
@@ -223,8 +223,12 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
     fitted = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"final_layer": "fitted"})})
     before = {(s.method, s.network): s for s in score_all(params, experiment, data)}
     after = {(s.method, s.network): s for s in score_all(fitted, experiment, data)}
-    assert set(after) - set(before) == {("ensemble_fitted", "2s")}
+    assert set(after) - set(before) == {("ensemble_fitted", "2s"), ("nonn_averaged", "2s")}
     images, labels = data.split("test")
+    nonn = load_network(experiment.network("2s", 0), data)
+    with torch.inference_mode():
+        logits = torch.stack([student(images)[1] for student in nonn.students]).mean(0)
+    assert after["nonn_averaged", "2s"].correct[0].tolist() == (logits.argmax(1) == labels).tolist()
     members = [load_baseline(experiment.baseline("2s", "kd", seed), data)[0] for seed in (0, 1)]
     for method, students in {
         "random": load_baseline(experiment.baseline("2s", "random", 0), data),

@@ -372,6 +372,14 @@ def test_fitted_ensembles_are_a_method_of_their_own():
     assert "is fitted further as NoNN's is" in texts[1]
 
 
+def test_averaged_heads_of_nonn_are_no_baseline():
+    designs = DESIGNS | {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
+    better = row("nonn_averaged", "2s", 2, 0.99, 0.01, 0.3)
+    methods = figures.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10, bytes_per_value=4)
+    assert "NoNN, heads averaged" in list(report.format_table(methods)["Method"])
+    assert figures.compare_network(methods, "2s")["best_baseline"] == "ensemble"
+
+
 def test_a_network_without_baselines_claims_nothing_about_them():
     alone = [entry for entry in ROWS if entry["method"] in ("teacher", "nonn")]
     methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
