@@ -103,7 +103,7 @@ def features_of(students: Sequence[Network], images: Tensor) -> list[Tensor]:
     return [predict(student, images)[0] for student in students]
 
 
-class Features:
+class FeatureCache:
     """Feature vectors of students for whole splits of a dataset, each calculated once."""
 
     def __init__(self, data: Dataset):
@@ -120,7 +120,7 @@ class Features:
 
 
 def join_students(
-    students: Sequence[Network], features: Features, params: Assemble, seed: int
+    students: Sequence[Network], features: FeatureCache, params: Assemble, seed: int
 ) -> tuple[dict[str, FinalLayer], dict]:
     """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
 
@@ -147,7 +147,7 @@ def join_students(
 
 
 def assemble_network(
-    students: Sequence[Network], features: Features, params: Assemble, seed: int
+    students: Sequence[Network], features: FeatureCache, params: Assemble, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer came about."""
     layers, summary = join_students(students, features, params, seed)
@@ -190,7 +190,7 @@ def run(params: Params, paths: Paths, network: str, seed: int) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     students, designs = load_students(params, paths, data, network, seed)
-    model, summary = assemble_network(students, Features(data), params.assemble, seed)
+    model, summary = assemble_network(students, FeatureCache(data), params.assemble, seed)
     target = paths.network(network, seed)
     write_tensors(target, model.state_dict())
     write_json(target.with_suffix(".json"), summary | {"students": designs})

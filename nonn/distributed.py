@@ -140,7 +140,7 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     yield Layout("nonn", folder, False, load, time_final(folder))
     total = read_json(solo / "manifest.json").get(f"{name}-total")
     if total is None:
-        log(f"note: baselines has no {name}/total, so there is no network to split over the devices of {name}")
+        log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
         return
     student = total["students"][0]
     # A network that also sees the mirror image is split as one that does not: half the work, in its favour.

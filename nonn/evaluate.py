@@ -1,15 +1,15 @@
 """Stage `evaluate`: score everything on the test images, once, for the tables.
 
-Nothing is chosen here. Each method and network gets its accuracy for each seed, the mean and the
+Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the
 standard deviation, and two paired tests against the network of networks on the same devices. The
 accuracy of every network is also measured with devices missing, of NoNN with each strategy of
 `nonn.missing`.
 
-With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that
-is fitted further and a strategy for missing devices chosen on validation, so that they differ in the
-students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN gains by it is told
-by ``nonn_averaged``, the same students with their heads averaged. Otherwise the heads of the
-students present are averaged.
+With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is
+fitted further and a strategy for missing devices chosen on validation images, so that they differ in
+the students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN
+gains by it is told by ``nonn_averaged``, the same students with their heads averaged. Otherwise the
+heads of the students present are averaged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nonn.assemble import Features, NetworkOfNetworks, join_students, load_network
+from nonn.assemble import FeatureCache, NetworkOfNetworks, join_students, load_network
 from nonn.baseline import load_baseline
 from nonn.dataset import Dataset, load_dataset
 from nonn.files import read_json, write_json
@@ -47,7 +47,7 @@ class Scores:
     ----------
     correct : ndarray of shape (n_seeds, n_test), bool
     answers : list of Answers
-        One for each seed; empty for a single model.
+        One for each seed; empty for a single model, or where missing devices are of no interest.
     strategies : mapping of str to list of Answers
         Of NoNN: the same with each strategy for missing devices, whichever was chosen.
     chosen : list of str
@@ -191,18 +191,18 @@ def _scores(method: str, network: str, terms: list[Tensor], labels: Tensor) -> S
 
 @torch.no_grad()
 def _joined_scores(
-    method: str, network: str, seeds: Sequence[tuple[Sequence[Network], FinalLayer]], features: Features
+    method: str, network: str, joined: Sequence[tuple[Sequence[Network], FinalLayer]], features: FeatureCache
 ) -> Scores:
     """Scores of students joined by a final layer, given both of each seed."""
     _, labels = features.data.split("test")
-    answers = [partial(layer, features(students, "test")[0]) for students, layer in seeds]
-    n = len(seeds[0][0])
+    answers = [partial(layer, features(students, "test")[0]) for students, layer in joined]
+    n = len(joined[0][0])
     correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
     return Scores(method, network, n, correct, answers if n > 1 else [])
 
 
 def _nonn_scores(
-    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], features: Features
+    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], features: FeatureCache
 ) -> Scores:
     """Scores of a NoNN, given the network and the strategy chosen of each seed."""
     students = [list(model.students) for model in models]
@@ -222,7 +222,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     with torch.inference_mode():
         _, logits = predict(load_teacher(paths, data), images)
     yield _scores("teacher", "", [logits[None]], labels)
-    features = Features(data)  # ensembles of all sizes are formed of the same students
+    features = FeatureCache(data)  # ensembles of all sizes are formed of the same students
     for network in params.networks:
         files = [paths.network(network, seed) for seed in params.seeds]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
@@ -230,8 +230,8 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         yield _nonn_scores(network, models, chosen, features)
         if params.evaluate.final_layer == "fitted":
             averaged = [averaged_layer([student.head for student in model.students]) for model in models]
-            seeds = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
-            scores = _joined_scores("nonn_averaged", network, seeds, features)
+            joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
+            scores = _joined_scores("nonn_averaged", network, joined, features)
             yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
     pool: list[Network] = []
     for network, method, seeds in params.baseline_jobs():
@@ -245,7 +245,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
 
 
-def _baseline_layer(params: Params, students: Sequence[Network], features: Features, seed: int) -> FinalLayer:
+def _baseline_layer(params: Params, students: Sequence[Network], features: FeatureCache, seed: int) -> FinalLayer:
     """Final layer of a baseline; a single student needs none but its head."""
     if len(students) > 1 and params.evaluate.final_layer == "fitted":
         layers, summary = join_students(students, features, params.assemble, seed)
@@ -253,16 +253,22 @@ def _baseline_layer(params: Params, students: Sequence[Network], features: Featu
     return averaged_layer([student.head for student in students])
 
 
+def _terms(students: Sequence[Network], features: FeatureCache) -> Tensor:
+    """Logits of students for the test images, each by its own head, (N, n_test, C)."""
+    outputs, _ = features(students, "test")
+    return torch.stack([student.head(output) for student, output in zip(students, outputs, strict=True)])
+
+
 def _ensemble_scores(
-    params: Params, network: str, groups: Sequence[Sequence[Network]], features: Features
+    params: Params, network: str, groups: Sequence[Sequence[Network]], features: FeatureCache
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
-    images, labels = features.data.split("test")
+    _, labels = features.data.split("test")
     if not groups:
         return
     with torch.inference_mode():
         # Probabilities are averaged, not logits: that is what users of ensembles do.
-        terms = [torch.stack([predict(student, images)[1] for student in group]).softmax(2) for group in groups]
+        terms = [_terms(group, features).softmax(2) for group in groups]
     yield _scores("ensemble", network, terms, labels)
     if params.evaluate.final_layer == "fitted":
         layers = [_baseline_layer(params, group, features, seed) for seed, group in enumerate(groups)]

@@ -18,7 +18,7 @@ from nonn.errors import UserError
 from nonn.files import read_json, write_json, write_text
 from nonn.graph import load_graph
 from nonn.missing_tables import chosen_strategies, describe_missing, write_missing_csv
-from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Params
+from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Params
 from nonn.paths import Paths
 from nonn.plots import METHODS
 from nonn.report import SIGNIFICANCE, row_of, write_summary_md, write_summary_tex
@@ -57,8 +57,8 @@ def summarise_methods(
     rows : iterable of mapping
         Of ``evaluation.json``.
     designs : mapping
-        Network and method to the students, each ``{n_filters, cost}``; ``n_filters`` is None for a
-        model that classifies alone. The teacher's network is "".
+        Network and method to the students, each ``{n_filters, cost}``; ``n_filters``, the features that
+        it sends, is None for a model that classifies by itself. The teacher's network is "".
     latencies : mapping
         Network and method to the p50 latency of the slowest student (ms); without an entry where
         it was not measured.
@@ -176,7 +176,10 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
         students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
-        designs |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), ensemble)
+        designs[network, "ensemble"] = ensemble
+        # Their final layer is over features, as NoNN's is, so those travel in place of logits.
+        features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
+        designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
     for network, method, _ in params.baseline_jobs():
         designs[network, method] = read_json(paths.design(network, method))
     return designs

@@ -13,19 +13,22 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dvc.dependency.param import ParamsDependency
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.stage import PipelineStage
 from ruamel.yaml import YAML
 
 from nonn.errors import UserError
 from nonn.files import replacing
+from nonn.params import load_params
 
 #: Stages of ``dvc.yaml`` whose results are kept.
 TRAININGS = ("baseline", "baseline_once", "distill", "ensemble")
 
 
-def finished_trainings(repo: Repo) -> dict[str, set[str]]:
-    """Command of each training that has run with the current parameters, and the MD5s of its outputs.
+def finished_trainings(repo: Repo) -> dict[str, tuple[dict[str, str], set[str]]]:
+    """Command of each training that has run with the current parameters, the MD5s of its inputs, and of its outputs.
 
     Raises
     ------
@@ -38,15 +41,20 @@ def finished_trainings(repo: Repo) -> dict[str, set[str]]:
             finished = [stage for stage in stages if not stage.changed()]
     except LockError as error:
         raise UserError(f"DVC is at work in this folder; try again when it is done. {error}") from None
-    return {stage.cmd: {out.hash_info.value for out in stage.outs} for stage in finished}
+    return {stage.cmd: (_inputs(stage), {out.hash_info.value for out in stage.outs}) for stage in finished}
 
 
-def cached_runs(cache: Path, finished: dict[str, set[str]]) -> Iterator[tuple[Path, set[str]]]:
-    """Entries of DVC's run cache that gave these outputs, with the MD5s of the outputs."""
+def _inputs(stage: PipelineStage) -> dict[str, str]:
+    files = [dependency for dependency in stage.deps if not isinstance(dependency, ParamsDependency)]
+    return {file.def_path: file.hash_info.value for file in files}
+
+
+def cached_runs(cache: Path, finished: dict[str, tuple[dict[str, str], set[str]]]) -> Iterator[tuple[Path, set[str]]]:
+    """Entries of DVC's run cache with these inputs and outputs, and the MD5s of the outputs."""
     for entry in sorted(cache.glob("runs/*/*/*")):
         run = YAML(typ="safe").load(entry.read_text(encoding="utf-8"))
         hashes = {out["md5"] for out in run["outs"]}
-        if finished.get(run["cmd"]) == hashes:
+        if finished.get(run["cmd"]) == ({dep["path"]: dep["md5"] for dep in run["deps"]}, hashes):
             yield entry, hashes
 
 
@@ -71,6 +79,7 @@ def keep(folder: Path) -> None:
     UserError
         There are none.
     """
+    load_params()  # refuses what DVC would choke on
     repo = Repo(".")
     cache = cache_folder(repo)
     runs = list(cached_runs(cache, finished_trainings(repo)))

@@ -90,6 +90,11 @@ class Architecture(Section):
             return f"{self.family} {'-'.join(map(str, self.widths))}"
         return f"WRN-{self.depth}-{self.width}" if self.family == "wrn" else f"ResNet-{self.depth}"
 
+    @property
+    def n_features(self) -> int:
+        """Length of the feature vector, without a bridge."""
+        return {"wrn": 64 * self.width, "resnet": 64}.get(self.family) or self.widths[-1]
+
     @model_validator(mode="after")
     def _is_complete(self) -> Architecture:
         has_widths = self.family in ("fast", "airbench")
@@ -186,6 +191,10 @@ class Design(Section):
             raise ValueError("min_width is above max_width")
         if self.strided and self.family != "airbench":
             raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
+        if self.family == "wrn" and "widths" in self.model_fields_set:
+            raise ValueError("`widths` belongs to families fast and airbench; remove it")
+        if self.widths[0] != 1:
+            raise ValueError(f"widths are in units of the first, so it is 1, not {self.widths[0]:g}")
         for depth in self.depths:
             if self.family == "wrn" and (depth < 10 or depth % 6 != 4):
                 raise ValueError(f"family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not {depth}")

@@ -164,7 +164,7 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
         f"- Measured on {system['cpu']} ({system['cores']} cores), {system['system']}, Python {system['python']}, "
         f"ONNX Runtime {system['onnxruntime']}, PyTorch {system['torch']}.",
     ]
-    if "ensemble_fitted" in set(methods["method"]):
+    if "nonn_averaged" in set(methods["method"]):
         lines.append(
             "- The *final layer* of baselines with several students is fitted further as NoNN's is, kept if "
             "validation gains, and makes up for missing devices by the strategy that is best on validation images; of "

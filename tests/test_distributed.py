@@ -409,7 +409,7 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
     (only,) = network_layouts(params, paths, "3s", tmp_path / "scratch")
     assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
     assert only.final_s > 0
-    assert "note: baselines has no 3s/total" in capsys.readouterr().err
+    assert "note: there is no baseline 3s/total" in capsys.readouterr().err
 
 
 def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(stage, tmp_path):

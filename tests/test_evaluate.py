@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from nonn import evaluate
-from nonn.assemble import Features, assemble_network, load_network
+from nonn.assemble import FeatureCache, assemble_network, load_network
 from nonn.baseline import load_baseline
 from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
@@ -234,7 +234,7 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
         "random": load_baseline(experiment.baseline("2s", "random", 0), data),
         "ensemble_fitted": members,
     }.items():
-        network, _ = assemble_network(students, Features(data), params.assemble, seed=0)
+        network, _ = assemble_network(students, FeatureCache(data), params.assemble, seed=0)
         with torch.inference_mode():
             right = network(images).argmax(1) == labels
             left = network.final(network.features(images), [1]).argmax(1)

@@ -272,6 +272,9 @@ def test_summary_counts_match_the_designs(inside):
         assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (len(devices) - 1))
         (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
         assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
+        assert table.loc[network, "ensemble"]["feature_bytes"] == N_CLASSES * params.design.bytes_per_value
+        fitted = figures.load_designs(params, paths)[network, "ensemble_fitted"]
+        assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * len(devices)
 
 
 def cost(params, macs, weights, activations):
@@ -362,7 +365,9 @@ def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict
 def test_fitted_ensembles_are_a_method_of_their_own():
     designs = DESIGNS | {("2s", "ensemble_fitted"): DESIGNS["2s", "ensemble"]}
     texts = []
-    for more in ([], [row("ensemble_fitted", "2s", 2, 0.97, 0.01, 0.3)]):
+    designs |= {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
+    fitted = [row("nonn_averaged", "2s", 2, 0.9, 0.01, 0.3), row("ensemble_fitted", "2s", 2, 0.97, 0.01, 0.3)]
+    for more in ([], fitted):
         methods = figures.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10, bytes_per_value=4)
         comparison = figures.compare_network(methods, "2s")
         texts.append(report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4))

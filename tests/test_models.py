@@ -58,6 +58,12 @@ def test_wrn_40_4_and_resnet_20_have_the_published_sizes():
     assert count_parameters(Network(Architecture(family="resnet", depth=20), 3, 10)) == 269_722
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_bridge_the_feature_vector_has_the_length_that_the_architecture_says(family):
+    features, _ = make_network(FAMILIES[family])(random_images(2, 1, 28))
+    assert features.shape == (2, FAMILIES[family].n_features)
+
+
 @pytest.mark.parametrize("size", [28, 32, 40])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -121,6 +121,11 @@ WRONG = [
     ),
     ({"design.strided": True}, "design: `strided` belongs to family airbench, not to fast; remove it"),
     ({"design.widths": [1, 2]}, "design.widths: list should have at least 3 items"),
+    ({"design.widths": [2, 4, 8]}, "design: widths are in units of the first, so it is 1, not 2"),
+    (
+        {"design.family": "wrn", "design.widths": [1, 2, 4], "design.depths": [10]},
+        "design: `widths` belongs to families fast and airbench; remove it",
+    ),
     ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
     ({"design.min_width": 200}, "design: min_width is above max_width"),
     ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1, 2 or 4 (it is 3)"),

@@ -62,7 +62,7 @@ def baseline_stage(wildcards):
     baseline = f"{wildcards.network}/{wildcards.method}"
     if baseline == PARAMS.ensemble.pool and int(wildcards.seed) in PARAMS.ensemble.seeds:
         return f"ensemble@{wildcards.seed}"
-    if baseline in PARAMS.baselines_once:
+    if baseline in PARAMS.baselines_once and int(wildcards.seed) == PARAMS.seeds[0]:
         return f"baseline_once@{baseline}"
     return f"baseline@{baseline}-{wildcards.seed}"
 
