@@ -276,7 +276,7 @@ def _ensemble_scores(
 
 
 def run(params: Params, paths: Paths) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
     _, labels = data.split("test")
     of_network = 4 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles

@@ -221,6 +221,7 @@ class Evaluate(Section):
     resamples: Annotated[int, Field(ge=100)]
     seed: Seed
     final_layer: Literal["averaged", "fitted"] = "averaged"
+    threads: Count = 1
 
 
 class Benchmark(Section):

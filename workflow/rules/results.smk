@@ -7,7 +7,7 @@ rule evaluate:
         "logs/evaluate.log",
     conda:
         "../envs/nonn.yaml"
-    threads: 1
+    threads: PARAMS.evaluate.threads
     params:
         stage="evaluate",
         knobs=knobs("evaluate"),
