@@ -46,7 +46,7 @@ class Look(NamedTuple):
 METHODS = {
     "teacher": Look("Teacher", "#666666", "*"),
     "nonn": Look("NoNN", "#D55E00", "o"),
-    "nonn_averaged": Look("NoNN, heads averaged", "#F0A070", "o"),
+    "nonn_averaged": Look("NoNN, averaged", "#F0A070", "o"),
     "ensemble": Look("Ensemble of KD", "#0072B2", "s"),
     "ensemble_fitted": Look("Ensemble of KD, fitted", "#004D80", "d"),
     "total": Look("KD, total budget", "#009E73", "D"),

@@ -381,7 +381,7 @@ def test_averaged_heads_of_nonn_are_no_baseline():
     designs = DESIGNS | {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
     better = row("nonn_averaged", "2s", 2, 0.99, 0.01, 0.3)
     methods = figures.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10, bytes_per_value=4)
-    assert "NoNN, heads averaged" in list(report.format_table(methods)["Method"])
+    assert "NoNN, averaged" in list(report.format_table(methods)["Method"])
     assert figures.compare_network(methods, "2s")["best_baseline"] == "ensemble"
 
 
