@@ -172,6 +172,7 @@ def draw_top_k(info: Mapping) -> Figure:
         axis.set_xscale("log")
         axis.xaxis.set_major_locator(FixedLocator(places))
         axis.xaxis.set_minor_locator(NullLocator())
+        axis.tick_params(axis="x", labelsize="small")  # on the scale's right places are close
         names = {
             place: "all" if point["top_k"] is None else str(place) for place, point in zip(places, curve, strict=True)
         }
