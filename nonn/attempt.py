@@ -47,8 +47,8 @@ COLUMNS = (
 )
 
 
-#: Sections that the signals depend on, which are taken as they are, but for the number of views.
-FIXED = ("experiment", "dataset", "teacher", "signals")
+#: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
+OPEN = ("networks", "students", "devices", "graph", "partition", "design", "distill", "baseline")
 VIEWS = "signals.views"
 
 
@@ -137,9 +137,12 @@ def run(item: str, settings: Sequence[str], seed: int, table: Path | None) -> No
     UserError
     """
     changes = parse_changes(settings)
-    if late := [key for key in changes if key.split(".")[0] in FIXED and key != VIEWS]:
-        raise UserError(f"{late[0]}: an attempt begins with the signals of the experiment; change params.yaml instead")
     params = load_params(changes=changes)
+    if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:
+        raise UserError(
+            f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "
+            f"students; change params.yaml instead. What can be tried: {VIEWS}, {', '.join(OPEN)}"
+        )
     if params.signals.views > (there := load_params().signals.views):
         raise UserError(f"{VIEWS}: the experiment's signals have {there}, of which an attempt may take fewer")
     content = f"{item} {seed} {params.model_dump_json()}"

@@ -2,7 +2,7 @@
 
 Every model runs alone in a fresh process: latency of one image and memory of the session are
 measured, parameters, weight bytes, peak activations and multiply-accumulates are counted. Times
-differ from run to run: this stage and `figures` are the only ones whose bytes do.
+differ from run to run: only the bytes of this stage, of `distributed`, and of `figures`, which shows both, do.
 """
 
 from __future__ import annotations

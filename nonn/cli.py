@@ -214,9 +214,7 @@ def run_stage(stage: str, item: str | None, seed: int | None) -> None:
 
     params = load_params()
     paths = Paths(params.experiment)
-    arguments = parse_item(stage, item, params)
-    if seed is not None:
-        arguments["seed"] = seed
+    arguments = parse_item(stage, item, params) | parse_seed(stage, item, seed, params)
     sweep()
     remove_leftovers(params, paths)
     start = time.time()
@@ -248,6 +246,25 @@ def parse_item(stage: str, item: str | None, params) -> dict:
     if item not in known:
         raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
     return known[item]
+
+
+def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
+    """Keyword argument of a stage's `run` from a seed, for stages that take one.
+
+    Raises
+    ------
+    UserError
+        The parameters name no such seed: what it trained would be nobody's, and swept away.
+    """
+    if seed is None:
+        return {}
+    known = params.seeds
+    if stage == "baseline":
+        known = next(seeds for network, method, seeds in params.baseline_jobs() if f"{network}/{method}" == item)
+    if seed not in known:
+        listed = ", ".join(map(str, known))
+        raise UserError(f"params.yaml: {item} has no seed {seed}, but {listed}; add it to `seeds`.")
+    return {"seed": seed}
 
 
 def run_tool(options: argparse.Namespace) -> None:

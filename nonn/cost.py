@@ -22,7 +22,7 @@ class Cost:
     Attributes
     ----------
     params : int
-        Trainable parameters of what the device runs: a student's training head is left behind.
+        Parameters, trained or not, of what the device runs: a student's training head is left behind.
     macs : int
         Multiply-accumulates of convolutions and linear layers.
     weight_bytes, peak_activation_bytes : int

@@ -38,9 +38,8 @@ from safetensors.numpy import save_file
 
 from nonn.benchmark import describe_system
 from nonn.composed import Load, compose, load_of_network, load_of_split, payload_bytes
-from nonn.export import SOLO
 from nonn.files import read_json, sha256_of, write_json
-from nonn.params import Distributed, Params
+from nonn.params import SOLO, Distributed, Params
 from nonn.paths import Paths
 from nonn.progress import log, track
 from nonn.runtime.certs import write_certificates

@@ -1,7 +1,8 @@
 """Stage `evaluate`: score everything on the test images, once, for the tables.
 
 Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the
-standard deviation, and two paired tests against the network of networks on the same devices. The
+standard deviation, and two tests against the network of networks on the same devices: a paired one over
+test images, and one over seeds, which are not pairs. The
 accuracy of every network is also measured with devices missing, of NoNN with each strategy of
 `nonn.missing`.
 

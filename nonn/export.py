@@ -8,7 +8,6 @@ images in ONNX Runtime: an export that changes an accuracy is an error.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from pathlib import Path
@@ -23,10 +22,10 @@ from nonn.baseline import load_baseline
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
-from nonn.files import replacing, write_json, write_tensors
+from nonn.files import replacing, sha256_of, write_json, write_tensors
 from nonn.final_layer import LinearBlocks
 from nonn.models import Network, predict, single_pass
-from nonn.params import PARTITION_METHODS, Params
+from nonn.params import PARTITION_METHODS, SOLO, Params
 from nonn.paths import Paths
 from nonn.progress import track
 from nonn.runtime.session import run_onnx
@@ -34,7 +33,6 @@ from nonn.teacher import load_teacher
 
 OPSET = 18
 #: Name under which models that run alone on one device are exported and benchmarked together.
-SOLO = "solo"
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
 TOLERANCE = 1e-4
 #: Largest feature accepted of a student, relative to its largest on validation images. Measured on 14
@@ -137,13 +135,9 @@ def feature_limit(student: Network, data: Dataset) -> float:
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _entry(path: Path, model: Network, data: Dataset, bytes_per_value: int) -> dict:
     cost = measure_cost(model, data.channels, data.size, bytes_per_value)
-    return {"file": path.name, "sha256": _sha256(path), "cost": vars(cost)}
+    return {"file": path.name, "sha256": sha256_of(path), "cost": vars(cost)}
 
 
 def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_per_value: int) -> dict:
@@ -170,7 +164,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
         check_same(path, logits, model.final(model.features(images)))
     blocks = folder / "final.safetensors"
     write_tensors(blocks, model.final.state_dict())
-    final = {"file": path.name, "sha256": _sha256(path), "blocks": blocks.name, "blocks_sha256": _sha256(blocks)}
+    final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     return _manifest(data, students, logits, labels) | {"final": final}
 
 

@@ -21,6 +21,9 @@ SINGLE_METHODS = ("labels", "kd", "at_kd", "total")
 PARTITION_METHODS = ("random", "contiguous", "classwise", "full")
 BASELINE_METHODS = (*SINGLE_METHODS, *PARTITION_METHODS)
 
+#: In place of a network: the models that run alone, on one device, in ``export``, ``benchmark`` and ``distributed``.
+SOLO = "solo"
+
 #: What the final layer does when students are missing, the simplest first: see `nonn.missing`. Of the two
 #: simplest, rescaling keeps the size of the logits, and so the probabilities.
 Strategy = Literal["rescale", "zero_fill", "mean_fill", "fail_out", "subset_layers"]
@@ -34,6 +37,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Device(Section):
@@ -50,7 +54,7 @@ class Ensemble(Section):
 
 class Dataset(Section):
     source: str
-    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256 | None = None
     size: Annotated[int, Field(ge=28, le=512)]
     validation: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(gt=0, lt=1)]
@@ -88,12 +92,14 @@ class Architecture(Section):
         """As the literature writes it, such as WRN-16-2."""
         if self.widths:
             return f"{self.family} {'-'.join(map(str, self.widths))}"
-        return f"WRN-{self.depth}-{self.width}" if self.family == "wrn" else f"ResNet-{self.depth}"
+        if self.family == "wrn":
+            return f"WRN-{self.depth}-{self.width}"
+        return f"ResNet-{self.depth}" if self.width == 1 else f"ResNet-{self.depth} (width ×{self.width})"
 
     @property
     def n_features(self) -> int:
         """Length of the feature vector, without a bridge."""
-        return {"wrn": 64 * self.width, "resnet": 64}.get(self.family) or self.widths[-1]
+        return self.widths[-1] if self.widths else 64 * self.width
 
     @model_validator(mode="after")
     def _is_complete(self) -> Architecture:
@@ -148,6 +154,7 @@ class Selection(Section):
 class Teacher(Schedule):
     architecture: Architecture
     weights: str | None
+    weights_sha256: Sha256 | None = None
     normalization: Normalization | None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     augment: Augment
@@ -321,6 +328,8 @@ class Params(Section):
         return self
 
     def _disagreements(self) -> Iterator[str]:
+        if SOLO in self.networks:
+            yield f"networks.{SOLO}: this is what models that run alone are called; choose another name"
         for network, devices in self.networks.items():
             if not 2 <= len(devices) <= 16:
                 yield f"networks.{network}: has {len(devices)} devices; give it 2 to 16"

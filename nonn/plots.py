@@ -224,8 +224,8 @@ def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequenc
             shown[method] = look
             lows.append(accuracies.mean(0)[len(epochs) // 3])
             highs.append(accuracies.max())
-        n_students = len(by_method["nonn"])
-        axis.set_title(f"{network}: NoNN, mean of {_plural(n_students, 'training')}")
+        n_trainings = len(by_method["nonn"])
+        axis.set_title(f"{network}: NoNN, mean of {_plural(n_trainings, 'training')}")
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(left=1 if len(epochs) > 1 else 0)

@@ -115,7 +115,7 @@ def _describe_network(methods: pd.DataFrame, comparison: Mapping) -> str:
         f"The best baseline is *{METHODS[best['method']].label}* with "
         f"{_percent(best['accuracy_mean'], best['accuracy_sd'])} (n = {best['n_seeds']}"
         + (
-            f"; one model of {best['memory_bytes_per_device'] / 1024:,.0f} KiB, which no device of the network holds)."
+            f"; one model of {best['memory_bytes_per_device'] / 1024:,.0f} KiB, for the budgets of all devices)."
             if best["method"] == "total"
             else ")."
         )
@@ -154,7 +154,7 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
         "groups of independently trained students). There is one teacher.",
         "- *p* is that of a two-sided paired permutation test over the test images, on the mean over seeds, against "
         f"NoNN on the same devices; below {SIGNIFICANCE} it is called significant. It is not corrected for the number "
-        "of comparisons.",
+        "of comparisons. `summary.csv` has Welch's test over seeds too, where both methods have several.",
         f"- *Memory*, parameters, multiply-accumulates and bytes sent are counted, not measured: memory is weights "
         f"and the largest set of activations alive at once, at {precision} precision.",
         "- *Latency* is measured: the median of single images in ONNX Runtime on one core, in the least disturbed "

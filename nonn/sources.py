@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nonn.errors import UserError
-from nonn.files import STATE
+from nonn.files import STATE, sha256_of
 from nonn.progress import track
 
 #: torchvision keeps its downloads here, verified by its own checksums.
@@ -170,10 +170,10 @@ def _load_files(path: Path, size: int, expected: str | None) -> RawImages:
     with _damage_explained(path):
         layout = read_layout(_names(path), path)
         if path.is_dir():
-            lines = (f"{_sha256(path / name)}  {name}\n" for name in sorted(layout.names))
+            lines = (f"{sha256_of(path / name)}  {name}\n" for name in sorted(layout.names))
             sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
         else:
-            sha256 = _sha256(path)
+            sha256 = sha256_of(path)
         _check_sha256(str(path), sha256, expected)
         index = {name: index for index, name in enumerate(layout.names)}
         pictures = ((index[name], f"{path}: {name}", data) for name, data in _contents(path, index))
@@ -354,11 +354,6 @@ def fit_image(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_sha256(source: str, found: str, expected: str | None) -> None:

@@ -18,7 +18,7 @@ from nonn.augment import View, apply_view, draw_view
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset, load_dataset
 from nonn.errors import UserError
-from nonn.files import read_json, read_tensors, write_json, write_tensors
+from nonn.files import read_json, read_tensors, sha256_of, write_json, write_tensors
 from nonn.models import Network, accuracy, predict, whiten
 from nonn.params import Architecture, Params, Teacher
 from nonn.paths import Paths
@@ -102,7 +102,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[Network, pd.DataFram
         The file is missing, damaged, or does not fit `teacher.architecture` and the dataset.
     """
     model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    weights = {_own_name(name): tensor for name, tensor in _read_weights(Path(params.weights)).items()}
+    weights = {_own_name(name): tensor for name, tensor in _read_weights(params).items()}
     expected = model.state_dict()
     if params.normalization:
         for name in ("mean", "std"):
@@ -132,9 +132,15 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[Network, pd.DataFram
     return model, pd.DataFrame([row], columns=LOG_COLUMNS)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(params: Teacher) -> dict[str, Tensor]:
+    path = Path(params.weights)
     if not path.is_file():
         raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
+    if params.weights_sha256 not in (None, found := sha256_of(path)):
+        raise UserError(
+            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
+            "Fetch the right file, or correct the key."
+        )
     if path.suffix == ".safetensors":
         return read_tensors(path)
     try:

@@ -77,8 +77,9 @@ def test_fewer_views_than_there_are_can_be_tried(tmp_path):
             ["signals.views=3"],
             "signals.views: the experiment's signals have 2, of which",
         ),
-        ("2s", ["signals={views: 1}"], "signals: an attempt begins with the signals"),
-        ("2s", ["teacher.lr=1"], "teacher.lr: an attempt begins with the signals"),
+        ("2s", ["signals.threads=1"], "signals.threads: has no effect on an attempt, which begins with"),
+        ("2s", ["teacher.lr=1"], "teacher.lr: has no effect on an attempt"),
+        ("2s", ["assemble.lr=1"], "What can be tried: signals.views, networks, students, devices, graph,"),
         ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits a device of 1 KiB"),
     ],
 )

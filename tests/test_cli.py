@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from ruamel.yaml import YAML
 
 from nonn import __version__
-from nonn.cli import SEEDED, STAGES, main, parse_item
+from nonn.cli import RUNTIME, SEEDED, STAGES, main, parse_item, parse_seed
 from nonn.errors import UserError
 from nonn.files import STATE, read_json
 
@@ -37,8 +37,8 @@ def test_help_names_every_stage_and_command(capsys):
         assert stage in overview
         assert stop(stage, "--help") == 0
         assert summary in " ".join(capsys.readouterr().out.split())
-    for command in ("check", "predict", "timeline", "bench"):
-        assert f"    {command} " in shown
+    for command in (*RUNTIME, "check", "predict", "try", "keep", "restore", "share", "timeline", "bench"):
+        assert re.search(rf"^    {command}\s+\w", shown, re.MULTILINE), "commands without a help text are not listed"
 
 
 def test_stages_are_those_of_the_pipeline():
@@ -91,6 +91,17 @@ def test_unknown_items_are_refused(stage, item, known, params):
     with pytest.raises(UserError) as refusal:
         parse_item(stage, item, params)
     assert str(refusal.value) == f"params.yaml: '{item}' is not there; {stage} takes one of {known}."
+
+
+def test_seeds_that_nobody_asked_for_are_refused(params):
+    assert parse_seed("design", "2s", None, params) == {}
+    assert parse_seed("distill", "2s/0", params.seeds[0], params) == {"seed": params.seeds[0]}
+    of_pool = params.ensemble.seeds[0]
+    assert parse_seed("baseline", "2s/kd", of_pool, params) == {"seed": of_pool}
+    wrong = [("distill", "2s/0", of_pool), ("baseline", "2s/at_kd", of_pool), ("baseline", "2s/kd", 99)]
+    for stage, item, seed in wrong:
+        with pytest.raises(UserError, match=f"{item} has no seed {seed}, but 0"):
+            parse_seed(stage, item, seed, params)
 
 
 @pytest.mark.usefixtures("experiment")

@@ -208,6 +208,7 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
     assert set(clone.stages_of(run)) == {"dataset", *FROM_TEACHER}
     assert "up to date" in clone.call([BIN / "dvc", "status"])
     assert "Nothing to be done" in clone.call([BIN / "snakemake", "--dry-run", "--cores", "2"])
+    assert "Report created" in clone.call([BIN / "snakemake", "--report", "report.html"])
     untouched, original = (tmp_path / "params.yaml").read_bytes(), clone.results()
     for name, (change, expected) in EDITS.items():
         (tmp_path / "params.yaml").write_bytes(untouched)

@@ -16,7 +16,7 @@ from nonn.augment import draw_view
 from nonn.cli import main
 from nonn.dataset import Dataset
 from nonn.errors import UserError
-from nonn.files import STATE, read_json, write_tensors
+from nonn.files import STATE, read_json, sha256_of, write_tensors
 from nonn.models import Network, predict, whiten
 from nonn.params import Architecture, Muon, Normalization, Selection
 from nonn.teacher import import_teacher, load_teacher, train_teacher
@@ -217,6 +217,13 @@ def test_files_without_a_state_dict_are_refused(params, colour, tmp_path, conten
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UserError, match=r"teacher\.pt: .*state dict.*teacher\.weights"):
         import_teacher(colour, importing(params, path))
+
+
+def test_the_sum_of_the_weights_is_checked(params, data, experiment):
+    section = importing(params, experiment.teacher, params.teacher.architecture)
+    import_teacher(data, section.model_copy(update={"weights_sha256": sha256_of(experiment.teacher)}))
+    with pytest.raises(UserError, match=r"weights_sha256: .*teacher\.safetensors has SHA-256 [0-9a-f]{64}, not"):
+        import_teacher(data, section.model_copy(update={"weights_sha256": "0" * 64}))
 
 
 def test_a_missing_file_is_named(params, colour, tmp_path):

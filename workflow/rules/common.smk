@@ -18,6 +18,9 @@ RESULTS = f"results/{PARAMS.experiment}"
 STAGES = {stage.addressing: stage for stage in Repo(".").index.stages}
 OUTPUTS = [Path(str(out)) for stage in STAGES.values() for out in stage.outs]
 
+# Not known where nothing is run, by --report, or where jobs go to other machines.
+ALL_CORES = workflow.resource_settings.cores or 1
+
 # Stages run in the environment of Snakemake, unless Snakemake has made one for them.
 shell.prefix(
     f"""case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH='{Path(sys.executable).parent}':"$PATH" ;; esac; """

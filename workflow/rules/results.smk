@@ -65,7 +65,7 @@ rule benchmark:
     conda:
         "../envs/nonn.yaml"
     # All cores, so that nothing else runs while a latency is measured.
-    threads: workflow.cores
+    threads: ALL_CORES
     params:
         stage=lambda wildcards: named_stage("benchmark", wildcards.name),
         knobs=lambda wildcards: knobs(named_stage("benchmark", wildcards.name)),
@@ -85,7 +85,7 @@ rule distributed:
     conda:
         "../envs/nonn.yaml"
     # All cores, so that nothing else runs while latencies are measured.
-    threads: workflow.cores
+    threads: ALL_CORES
     params:
         stage=lambda wildcards: named_stage("distributed", wildcards.name),
         knobs=lambda wildcards: knobs(named_stage("distributed", wildcards.name)),
