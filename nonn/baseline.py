@@ -35,6 +35,9 @@ from nonn.paths import Paths
 from nonn.signals import load_signals
 from nonn.training import Checkpoint, keep_freed_memory, write_log
 
+#: Modules that a baseline depends on; `dvc.yaml` lists the same. Random partitions are drawn in this stage.
+CODE = ("augment", "baseline", "distill", "losses", "models", "muon", "partition", "training")
+
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
     """What the students of a baseline are to learn: one lesson for each."""
@@ -75,6 +78,7 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     checkpoint = Checkpoint.of(
         [name, params.distill.model_dump(), params.baseline.model_dump(), params.signals.model_dump()],
         [paths.dataset, paths.signals, paths.design(network, method), paths.partition(network, method)],
+        CODE,
     )
     classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
     students, logs = [], []

@@ -28,6 +28,9 @@ from nonn.paths import Paths
 from nonn.signals import load_signals
 from nonn.training import Checkpoint, keep_freed_memory, mixed_precision, pick_device, train, write_log
 
+#: Modules that a student depends on; `dvc.yaml` lists the same.
+CODE = ("augment", "distill", "losses", "models", "muon", "training")
+
 
 @dataclass(frozen=True)
 class Lesson:
@@ -139,7 +142,7 @@ def distill_student(
             shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
             if not shared:
                 raise UserError(
-                    "params.yaml: baselines: at_kd: no stage of the student has the size of one of the teacher's; "
+                    "params.yaml: the baseline at_kd: no stage of the student has the size of one of the teacher's; "
                     "set dataset.size to a multiple of 4, or remove at_kd."
                 )
             loss = loss + lesson.attention_weight * attention_loss(*zip(*shared, strict=True))
@@ -176,6 +179,7 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     checkpoint = Checkpoint.of(
         [name, section.model_dump(), params.signals.model_dump()],
         [design_path, partition_path, paths.dataset, paths.signals],
+        CODE,
     )
     classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
     model, log = distill_student(

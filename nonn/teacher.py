@@ -33,6 +33,9 @@ from nonn.training import (
     write_log,
 )
 
+#: Modules that a teacher depends on; `dvc.yaml` lists the same.
+CODE = ("augment", "cost", "models", "muon", "selection", "teacher", "training")
+
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
@@ -175,7 +178,7 @@ def run(params: Params, paths: Paths) -> None:
     section, data = params.teacher, load_dataset(paths)
     torch.set_num_threads(section.threads)
     keep_freed_memory()
-    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset])
+    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset], CODE)
     if section.weights:
         model, log = import_teacher(data, section)
     else:

@@ -62,16 +62,16 @@ class Checkpoint:
     """State of an unfinished training, kept outside the outputs, which DVC and Snakemake delete.
 
     The file is named by a hash of everything the training depends on, so that a checkpoint of
-    other settings or inputs is never resumed.
+    other settings, inputs or code is never resumed.
     """
 
     path: Path
 
     @classmethod
-    def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
-        """Checkpoint of a training with these settings (JSON) and these input files."""
+    def of(cls, settings: Any, inputs: Iterable[Path], code: Iterable[str]) -> Checkpoint:
+        """Checkpoint of a training with these settings (JSON) and input files, by these modules of `nonn`."""
         key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode())
-        for path in inputs:
+        for path in [*inputs, *(Path(__file__).with_name(f"{name}.py") for name in code)]:
             with path.open("rb") as file:
                 key.update(hashlib.file_digest(file, "sha256").digest())
         return cls(STATE / "checkpoints" / f"{key.hexdigest()[:32]}.safetensors")

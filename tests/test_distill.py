@@ -34,7 +34,7 @@ def teach(params):
     def train(classroom, seed=0, epochs=2, **lesson):
         lesson = Lesson(**{"architecture": STUDENT, "filters": [1, 4, 9], "kd_weight": 0.9} | lesson)
         schedule = params.distill.model_copy(update={"epochs": epochs})
-        checkpoint = Checkpoint.of("test", [])
+        checkpoint = Checkpoint.of("test", [], [])
         checkpoint.discard()
         student, log = distill_student(classroom, lesson, schedule, seed=seed, checkpoint=checkpoint, label="test")
         return student.state_dict(), log
@@ -114,7 +114,7 @@ def test_attention_is_transferred_where_sizes_agree(teach, classroom):
 def test_attention_without_a_common_size_is_refused(teach, classroom):
     for stage in range(3):
         classroom = changed(classroom, f"attention.{stage}", lambda t: t[:, :, :5])
-    with pytest.raises(UserError, match=r"params\.yaml: baselines: at_kd: no stage"):
+    with pytest.raises(UserError, match=r"params\.yaml: the baseline at_kd: no stage"):
         teach(classroom, filters=None, attention_weight=1.0)
 
 
