@@ -2,9 +2,8 @@
 
 Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the
 standard deviation, and two tests against the network of networks on the same devices: a paired one over
-test images, and one over seeds, which are not pairs. The
-accuracy of every network is also measured with devices missing, of NoNN with each strategy of
-`nonn.missing`.
+test images, and one over seeds, which are not pairs. The accuracy of every network is also measured
+with devices missing, of NoNN with each strategy of `nonn.missing`.
 
 With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is
 fitted further and a strategy for missing devices chosen on validation images, so that they differ in

@@ -32,7 +32,6 @@ from nonn.runtime.session import run_onnx
 from nonn.teacher import load_teacher
 
 OPSET = 18
-#: Name under which models that run alone on one device are exported and benchmarked together.
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
 TOLERANCE = 1e-4
 #: Largest feature accepted of a student, relative to its largest on validation images. Measured on 14
