@@ -48,7 +48,10 @@ COLUMNS = (
 
 
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
-OPEN = ("networks", "students", "devices", "graph", "partition", "design", "distill", "baseline")
+OPEN = (
+    *("networks", "assembled", "assembled_once", "students", "students_once"),
+    *("devices", "graph", "partition", "design", "distill", "baseline"),
+)
 VIEWS = "signals.views"
 
 

@@ -240,7 +240,8 @@ def parse_item(stage: str, item: str | None, params) -> dict:
     elif stage in ("export", "benchmark", "distributed"):
         known = {name: {"name": name} for name in [*params.networks, "solo"]}
     elif stage == "distill":
-        known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in params.students}
+        students = [*params.students, *params.students_once]
+        known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in students}
     else:
         known = {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baseline_jobs()}
     if item not in known:
@@ -258,9 +259,10 @@ def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
     """
     if seed is None:
         return {}
-    known = params.seeds
     if stage == "baseline":
         known = next(seeds for network, method, seeds in params.baseline_jobs() if f"{network}/{method}" == item)
+    else:
+        known = params.seeds_of(item.split("/")[0])
     if seed not in known:
         listed = ", ".join(map(str, known))
         raise UserError(f"params.yaml: {item} has no seed {seed}, but {listed}; add it to `seeds`.")
@@ -295,7 +297,8 @@ def run_tool(options: argparse.Namespace) -> None:
         return
     params = load_params()
     if options.command == "check":
-        print(f"params.yaml is sound: experiment {params.experiment}, {len(params.students)} students.")
+        n_students = sum(map(len, params.networks.values()))
+        print(f"params.yaml is sound: experiment {params.experiment}, {n_students} students.")
     elif options.command == "predict":
         from nonn.predict import run
 

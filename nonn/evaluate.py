@@ -227,7 +227,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     yield _scores("teacher", "", [logits[None]], labels)
     features = FeatureCache(data)  # ensembles of all sizes are formed of the same students
     for network in params.networks:
-        files = [paths.network(network, seed) for seed in params.seeds]
+        files = [paths.network(network, seed) for seed in params.seeds_of(network)]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
         models = [load_network(path, data) for path in files]
         yield _nonn_scores(network, models, chosen, features)

@@ -218,7 +218,7 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
         network: {
             "nonn": [
                 read_log(paths.log(paths.student(network, student, seed)))
-                for seed in params.seeds
+                for seed in params.seeds_of(network)
                 for student in range(len(devices))
             ]
         }

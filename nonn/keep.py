@@ -24,7 +24,7 @@ from nonn.files import replacing
 from nonn.params import load_params
 
 #: Stages of ``dvc.yaml`` whose results are kept.
-TRAININGS = ("baseline", "baseline_once", "distill", "ensemble")
+TRAININGS = ("baseline", "baseline_once", "distill", "distill_once", "ensemble")
 
 
 def finished_trainings(repo: Repo) -> dict[str, tuple[dict[str, str], set[str]]]:

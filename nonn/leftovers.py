@@ -20,7 +20,7 @@ def expected_artifacts(params: Params, paths: Paths) -> set[Path]:
         expected |= {paths.sizes(network), paths.design(network), paths.partition(network)}
         expected |= {paths.export(network), paths.cluster(network)}
         expected |= {paths.benchmark(network), paths.distributed(network)}
-        for seed in params.seeds:
+        for seed in params.seeds_of(network):
             weights = [paths.student(network, student, seed) for student in range(len(devices))]
             assembled = paths.network(network, seed)
             expected |= {*weights, *map(paths.log, weights), assembled, assembled.with_suffix(".json")}

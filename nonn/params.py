@@ -294,6 +294,9 @@ class Params(Section):
     experiment: Name
     networks: Annotated[dict[Name, list[Name]], Field(min_length=1)]
     students: list[str]
+    students_once: list[str]
+    assembled: list[str]
+    assembled_once: list[str]
     seeds: Annotated[list[Seed], Field(min_length=1)]
     baselines: list[str]
     baselines_once: list[str]
@@ -312,6 +315,10 @@ class Params(Section):
     benchmark: Benchmark
     distributed: Distributed
     figures: Figures
+
+    def seeds_of(self, network: str) -> list[int]:
+        """Seeds that the students of a network are trained with."""
+        return self.seeds if network in self.assembled else self.seeds[:1]
 
     def baseline_jobs(self) -> Iterator[tuple[str, str, list[int]]]:
         """Yield ``(network, method, seeds)`` of every baseline; the pool also has the ensemble's seeds."""
@@ -342,15 +349,9 @@ class Params(Section):
                     f"assemble.missing: subset_layers is for up to {MAX_SUBSET_STUDENTS} devices, "
                     f"and networks.{network} has {len(devices)}; choose auto or another strategy"
                 )
-        expected = [f"{n}/{i}" for n, devices in self.networks.items() for i in range(len(devices))]
-        missing = [s for s in expected if s not in self.students]
-        surplus = [s for s in self.students if s not in expected]
-        if missing:
-            yield f"students: add {', '.join(missing)}: one entry for each device of `networks`"
-        if surplus:
-            yield f"students: remove {', '.join(surplus)}: `networks` has no such device"
+        yield from self._networks_disagree()
         baselines = {"baselines": self.baselines, "baselines_once": self.baselines_once}
-        listed = {"students": self.students, "seeds": self.seeds, "ensemble.seeds": self.ensemble.seeds, **baselines}
+        listed = {"seeds": self.seeds, "ensemble.seeds": self.ensemble.seeds, **baselines}
         for key, values in listed.items():
             if len(set(values)) < len(values):
                 yield f"{key}: an entry is listed twice; remove one"
@@ -369,6 +370,24 @@ class Params(Section):
                 yield f"{key}: {name} needs attention maps; set signals.attention to true"
         if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
             yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
+
+    def _networks_disagree(self) -> Iterator[str]:
+        """Each network is assembled either with every seed or once, and its students are trained likewise."""
+        for network in self.networks:
+            if (network in self.assembled) + (network in self.assembled_once) != 1:
+                yield f"assembled: {network} of `networks` must stand either there or in `assembled_once`"
+        for key, students in (("assembled", "students"), ("assembled_once", "students_once")):
+            names, listed = getattr(self, key), getattr(self, students)
+            if unknown := [name for name in names if name not in self.networks]:
+                yield f"{key}: remove {', '.join(unknown)}: `networks` has no such entry"
+            expected = [f"{n}/{i}" for n in names if n in self.networks for i in range(len(self.networks[n]))]
+            if missing := [s for s in expected if s not in listed]:
+                yield f"{students}: add {', '.join(missing)}: one entry for each device of the networks in `{key}`"
+            if surplus := [s for s in listed if s not in expected]:
+                yield f"{students}: remove {', '.join(surplus)}: no network in `{key}` has such a device"
+            for repeated in (key, students):
+                if len(set(getattr(self, repeated))) < len(getattr(self, repeated)):
+                    yield f"{repeated}: an entry is listed twice; remove one"
 
 
 def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:

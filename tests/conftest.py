@@ -26,6 +26,7 @@ SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
 TINY = {
     "experiment": "tiny",
     "networks": {"2s": ["small", "large"]},
+    "assembled": ["2s"],
     "students": ["2s/0", "2s/1"],
     "seeds": [0],
     "baselines": ["2s/labels", "2s/kd", "2s/random"],

@@ -16,13 +16,19 @@ PAIR = ["stm32f7"] * 2
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_shipped_files_are_sound(path):
     params = load_params(path)
-    assert len(params.students) == sum(map(len, params.networks.values()))
+    assert len(params.students + params.students_once) == sum(map(len, params.networks.values()))
 
 
 def test_shipped_experiments_do_not_share_a_folder():
     names = [load_params(path).experiment for path in FILES if path.name != "params.yaml"]
     assert names
     assert len(set(names)) == len(names)
+
+
+def test_networks_assembled_once_have_the_first_seed_only():
+    params = load_params(REPOSITORY / "workflow" / "experiments" / "cifar10.yaml")
+    assert params.assembled_once == ["8s"]
+    assert (params.seeds_of("8s"), params.seeds_of("2s")) == ([0], [0, 1, 2])
 
 
 def complaint(path) -> str:
@@ -83,8 +89,13 @@ WRONG = [
     ({"networks.solo": PAIR}, "networks.solo: this is what models that run alone are called; choose another name"),
     ({"networks.2s": ["stm32f7"]}, "networks.2s: has 1 devices; give it 2 to 16"),
     ({"networks.2s": ["stm32f7"] * 17}, "networks.2s: has 17 devices; give it 2 to 16"),
-    ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of `networks`"),
-    ({"networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3, 8s/0,"),
+    ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of the networks in `assembled`"),
+    ({"assembled": ["2s"], "networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3, 8s/0,"),
+    ({"networks": {"2s": PAIR}}, "assembled: remove 4s, 8s: `networks` has no such entry"),
+    ({"networks.3s": PAIR}, "assembled: 3s of `networks` must stand either there or in `assembled_once`"),
+    ({"assembled_once": ["2s"]}, "assembled: 2s of `networks` must stand either there or in `assembled_once`"),
+    ({"students_once": ["2s/0"]}, "students_once: remove 2s/0: no network in `assembled_once` has such a device"),
+    ({"assembled": ["2s", "4s", "8s", "8s"]}, "assembled: an entry is listed twice; remove one"),
     ({"students": [*SHIPPED["students"], "2s/0"]}, "students: an entry is listed twice; remove one"),
     ({"seeds": [0, 1, 0]}, "seeds: an entry is listed twice; remove one"),
     ({"seeds": []}, "seeds: list should have at least 1 item"),

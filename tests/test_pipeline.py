@@ -34,7 +34,10 @@ FRONT_ENDS = {
 TINY = {
     "experiment": "tiny",
     "networks": {"low": ["small", "small"], "high": ["large", "large"]},
-    "students": ["low/0", "low/1", "high/0", "high/1"],
+    "assembled": ["low"],
+    "students": ["low/0", "low/1"],
+    "assembled_once": ["high"],
+    "students_once": ["high/0", "high/1"],
     "seeds": [0],
     "baselines": ["low/kd"],
     "baselines_once": ["low/labels"],
@@ -178,7 +181,7 @@ def set_to(*keys: str, value) -> Callable[[dict], None]:
 
 def add_device(params: dict) -> None:
     params["networks"]["high"].append("large")
-    params["students"].append("high/2")
+    params["students_once"].append("high/2")
 
 
 #: Each edit of the original parameters, and exactly the stages that run.

@@ -60,6 +60,18 @@ def knobs(stage):
     return {key: value for dependency in tracked for key, value in dependency.read_params().items()}
 
 
+def student_stage(wildcards):
+    """Stage that trains a student: those trained once have their own."""
+    student = f"{wildcards.network}/{wildcards.student}"
+    return f"distill_once@{student}" if student in PARAMS.students_once else f"distill@{student}-{wildcards.seed}"
+
+
+def network_stage(wildcards):
+    """Stage that assembles a network: those assembled once have their own."""
+    network = wildcards.network
+    return f"assemble_once@{network}" if network in PARAMS.assembled_once else f"assemble@{network}-{wildcards.seed}"
+
+
 def baseline_stage(wildcards):
     """Stage that trains a baseline: those trained once, and the further seeds of the ensembles' pool, have their own."""
     baseline = f"{wildcards.network}/{wildcards.method}"

@@ -37,7 +37,7 @@ rule partition:
 
 rule distill:
     input:
-        lambda wildcards: inputs("distill@{network}/{student}-{seed}".format(**wildcards)),
+        lambda wildcards: inputs(student_stage(wildcards)),
     output:
         f"{RESULTS}/students/seed{{seed}}/{{network}}/{{student}}.safetensors",
         f"{RESULTS}/students/seed{{seed}}/{{network}}/{{student}}.csv",
@@ -48,8 +48,8 @@ rule distill:
         "../envs/nonn.yaml"
     threads: 1
     params:
-        stage=lambda wildcards: "distill@{network}/{student}-{seed}".format(**wildcards),
-        knobs=lambda wildcards: knobs("distill@{network}/{student}-{seed}".format(**wildcards)),
+        stage=student_stage,
+        knobs=lambda wildcards: knobs(student_stage(wildcards)),
     message:
         "distill {wildcards.network}/{wildcards.student}, seed {wildcards.seed}"
     shell:
@@ -58,7 +58,7 @@ rule distill:
 
 rule assemble:
     input:
-        lambda wildcards: inputs("assemble@{network}-{seed}".format(**wildcards)),
+        lambda wildcards: inputs(network_stage(wildcards)),
     output:
         f"{RESULTS}/networks/seed{{seed}}/{{network}}.safetensors",
         f"{RESULTS}/networks/seed{{seed}}/{{network}}.json",
@@ -68,8 +68,8 @@ rule assemble:
         "../envs/nonn.yaml"
     threads: 1
     params:
-        stage=lambda wildcards: "assemble@{network}-{seed}".format(**wildcards),
-        knobs=lambda wildcards: knobs("assemble@{network}-{seed}".format(**wildcards)),
+        stage=network_stage,
+        knobs=lambda wildcards: knobs(network_stage(wildcards)),
     message:
         "assemble {wildcards.network}, seed {wildcards.seed}"
     shell:
