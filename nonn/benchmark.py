@@ -13,7 +13,8 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nonn.errors import UserError
@@ -41,7 +42,7 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     dict
         Name to ``latency_p50_ms`` and ``latency_p99_ms`` of the least disturbed window and the
         largest ``latency_p50_ms_worst`` of all; ``session_memory_kib``, the growth of the process's
-        peak memory from loading the runtime to the last run; ``windows``, ``runs`` in each, and
+        peak memory from opening the model to the last run; ``windows``, ``runs`` in each, and
         whether the process was ``pinned``.
 
     Raises
@@ -53,8 +54,8 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     windows: dict[str, list[dict]] = {name: [] for name in models}
     for name in track(turns, "benchmark"):
         # `spawn`, because a forked process would inherit this one's memory and threads.
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            windows[name].append(pool.apply(_measure_window, (models[name], params.model_dump())))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            windows[name].append(pool.submit(_measure_window, models[name], params.model_dump()).result())
     return {
         name: {
             **min(measured, key=lambda window: window["latency_p50_ms"]),
@@ -142,9 +143,16 @@ def describe_system() -> dict:
         "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "onnxruntime": version("onnxruntime"),
-        "torch": version("torch"),
+        "onnxruntime": _version("onnxruntime"),
+        "torch": _version("torch"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # torch, on a device
+        return None
 
 
 def run(params: Params, paths: Paths, name: str) -> None:

@@ -29,10 +29,6 @@ class Range:
     low: float
     high: float
 
-    @property
-    def middle(self) -> float:
-        return (self.low + self.high) / 2
-
 
 @dataclass(frozen=True)
 class Board:

@@ -32,7 +32,7 @@ def read_image(path: Path, channels: int, size: int) -> np.ndarray:
             return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of an image.") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
 
 

@@ -44,6 +44,8 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None

@@ -12,6 +12,7 @@ from cryptography.x509.verification import PolicyBuilder, Store
 
 from nonn.cli import main
 from nonn.errors import UserError
+from nonn.runtime import certs
 from nonn.runtime.certs import write_certificates
 
 
@@ -63,6 +64,17 @@ def test_an_authority_is_kept_and_names_are_renewed(tmp_path):
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert {name for name in before if before[name] == after[name]} == {"ca.pem", "ca.key"}
     assert set(after) - set(before) == {"node-1.pem", "node-1.key"}
+
+
+def test_an_authority_outlives_what_it_renews(tmp_path, monkeypatch):
+    write_certificates(tmp_path / "certs", ["node-0"], days=1)
+    write_certificates(tmp_path / "certs", ["node-0"], days=3650)
+    authority, node = (read(tmp_path / "certs" / name) for name in ("ca.pem", "node-0.pem"))
+    assert authority.not_valid_after_utc > node.not_valid_after_utc
+    monkeypatch.setattr(certs, "AUTHORITY_DAYS", 30)
+    write_certificates(tmp_path / "old", ["node-0"], days=20)
+    with pytest.raises(UserError, match=r"ca\.pem: is good for (29|30) more days, not 365\. Use an empty folder"):
+        write_certificates(tmp_path / "old", ["node-0"])
 
 
 @pytest.mark.parametrize("name", ["../node", "", "a b", "ca", "localhost", "a" * 64, ".hidden"])

@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc as triton
 from clusters import CLASSES, free_ports, make_image, plain_node
 from grpc import StatusCode, aio
-from test_coordinator import cluster_of
+from test_coordinator import cluster_of, hang, rogue_node
 from test_node import BROKEN, raw, refusal, stub_of
 from tritonclient.grpc import service_pb2 as oip
 
@@ -92,6 +92,28 @@ def test_a_missing_node_is_not_among_the_present_and_is_counted(network_folder):
             assert result.as_numpy("label").tolist()[0].decode() in CLASSES
             samples = [sample for metric in network.absences.collect() for sample in metric.samples]
             assert {s.labels["node"]: s.value for s in samples if s.name == "nonn_absences_total"} == {"node-2": 1}
+
+    asyncio.run(scenario())
+
+
+def test_a_caller_in_a_hurry_is_answered_without_a_node_that_hangs(network_folder):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(2)]
+            nodes.append(await stack.enter_async_context(rogue_node(hang)))
+            cluster = cluster_of(network_folder, [address for address, _ in nodes]).model_copy(
+                update={"deadline_ms": 30_000}
+            )
+            address, network = await stack.enter_async_context(network_of(cluster))
+            stub = await stack.enter_async_context(stub_of(address))
+            for _ in range(4):
+                request = make_request(network.contract, make_image())
+                answer = await stub.ModelInfer(request, timeout=1)
+                present = answer.raw_output_contents[list(network.contract.outputs).index("present")]
+                assert b"node-1" in present
+                assert b"node-2" not in present
+            # Whoever waits less than the cluster's deadline proves nothing about a node.
+            assert not any(link.failures for link in network.coordinator.links)
 
     asyncio.run(scenario())
 

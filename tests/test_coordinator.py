@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -356,6 +358,25 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
             for seed, answer in enumerate(await asyncio.gather(*calls)):
                 assert_answer(answer, network_folder, make_image(seed), [0, 1])
                 assert answer.absent["node-2"].endswith("(no answer by the deadline)")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="TCP_USER_TIMEOUT is an option of Linux")
+def test_connections_that_nobody_acknowledges_are_given_up(network_folder):
+    def given_up_after(port: int) -> set[int]:
+        """TCP_USER_TIMEOUT in milliseconds of this process's connections to a port."""
+        found = set()
+        for descriptor in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as copy:
+                if copy.family != socket.AF_UNIX and copy.getpeername()[1] == port:
+                    found.add(copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        return found
+
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            await coordinator.classify(make_image())
+            assert given_up_after(int(third.rpartition(":")[2])) == {20_000}
 
     asyncio.run(scenario())
 

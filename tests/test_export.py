@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +227,16 @@ def test_pixels_that_fit_are_not_touched(data, tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "image.png", 1, 28), data.images[0])
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", "cut", None])
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+#: Says that it has 900 million pixels.
+BOMB = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))
+BOMB += png_chunk(b"IDAT", b"")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", BOMB, "cut", None])
 def test_unreadable_images_are_refused(tmp_path, data: Dataset, content):
     path = tmp_path / "image.png"
     if content == "cut":

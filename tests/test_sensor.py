@@ -76,7 +76,7 @@ BAD_FILES = {
     "floats": (lambda path: np.save(path, IMAGES.astype(np.float32)), r"holds float32 \(3, 1, 4, 4\)"),
     "one image": (
         lambda path: np.save(path, IMAGES[0]),
-        r"holds uint8 \(1, 4, 4\); give uint8 of shape \(n, 1, 4, 4\)",
+        r"holds uint8 \(1, 4, 4\); give a sensor uint8 of shape \(n, 1, 4, 4\)",
     ),
     "larger": (lambda path: np.save(path, np.zeros((3, 1, 5, 5), np.uint8)), r"holds uint8 \(3, 1, 5, 5\)"),
     "a number": (lambda path: np.save(path, np.uint8(3)), r"holds uint8 \(\)"),
@@ -88,7 +88,7 @@ BAD_FILES = {
 def test_a_bad_file_is_one_clear_error(tmp_path, write, message):
     path = tmp_path / "images.npy"
     write(path)
-    with pytest.raises(UserError, match=f"^--sensor: {path} {message}"):
+    with pytest.raises(UserError, match=f"^{path}: {message}"):
         load_sensor(path, SHAPE)
 
 
@@ -99,7 +99,7 @@ def test_commands_refuse_a_bad_file_before_they_serve(network_folder, folder):
     for command in (["node", str(network_folder / "0.onnx")], split_node):
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--insecure", "--sensor", "nowhere.npy"])
-        assert stopped.value.code.startswith(f"nonn {command[0]}: --sensor: nowhere.npy cannot be read")
+        assert stopped.value.code.startswith(f"nonn {command[0]}: nowhere.npy: cannot be read")
 
 
 # Nodes

@@ -11,7 +11,7 @@ from nonn.errors import UserError
 from nonn.runtime.session import run_onnx
 from nonn.runtime.split import describe, plan_split
 from nonn.runtime.split_graph import read_network
-from nonn.runtime.split_plan import SplitPlan, hollow, load_part, run_in_process
+from nonn.runtime.split_plan import SplitPlan, load_part, run_in_process
 
 METHODS = ("channels", "rows")
 TOLERANCE = 1e-4
@@ -135,9 +135,8 @@ def test_seconds_are_told_by_device_and_segment(exports):
 def test_bytes_by_hand(tiny, method, n_devices, expected):
     plan = plan_split(tiny, n_devices, method)
     assert plan.rounds == 1
-    pairs = [(a, b) for a in range(n_devices) for b in range(n_devices)]
-    assert {pair: n for pair in pairs if (n := plan.payload_bytes(0, *pair))} == expected
-    assert plan.payload_bytes() == plan.payload_bytes(round=0) == sum(expected.values())
+    assert {(m.sender, m.receiver): m.n_bytes for m in plan.messages} == expected
+    assert plan.payload_bytes() == sum(expected.values())
     assert plan.payload_bytes(sender=0) == sum(n for (sender, _), n in expected.items() if sender == 0)
 
 
@@ -178,16 +177,6 @@ def test_only_neighbours_exchange_rows(exports):
     assert {abs(message.sender - message.receiver) for message in plan.messages} == {1}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_hollow_plan_sends_the_same_and_computes_nothing(exports, method):
-    path = exports / "fast.onnx"
-    plan = plan_split(path, 3, method)
-    empty = hollow(plan)
-    assert empty.messages == plan.messages
-    assert sum(part.macs + part.params for part in empty.parts) == 0
-    np.testing.assert_array_equal(run_in_process(empty, random_image(path)).logits, plan.bias)
-
-
 # Files
 
 
@@ -213,6 +202,17 @@ def test_a_damaged_plan_is_refused(tiny, folder, file):
         damaged.write(b" ")
     with pytest.raises(UserError, match=f"{file}: its SHA-256 is not that of the manifest"):
         SplitPlan.load(folder / "plan")
+
+
+def test_only_a_plan_is_replaced_by_a_plan(tiny, folder):
+    plan = plan_split(tiny, 2, "rows")
+    (folder / "results").mkdir()
+    (folder / "results" / "kept").write_text("hours of work")
+    with pytest.raises(UserError, match="results: is there, and is no plan of a split network"):
+        plan.save(folder / "results")
+    assert (folder / "results" / "kept").exists()
+    for _ in range(2):
+        plan.save(folder / "plan")
 
 
 def test_what_is_no_plan_is_refused(folder):

@@ -25,7 +25,6 @@ from nonn.runtime.session import run_onnx
 from nonn.runtime.split import plan_split
 from nonn.runtime.split_cluster import SplitCoordinator, SplitFailedError, running_devices
 from nonn.runtime.split_node import Device, devices_at, serving
-from nonn.runtime.split_plan import hollow
 from nonn.runtime.tls import Identity
 
 METHODS = ("channels", "rows")
@@ -116,7 +115,7 @@ def test_over_sockets_the_logits_are_those_of_the_whole(model, folder, certs, me
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_full_and_hollow_plans_move_the_bytes_that_are_announced(model, folder, monkeypatch, method):
+def test_a_plan_moves_the_bytes_that_are_announced(model, folder, monkeypatch, method):
     taken = []
     put = Exchange.put
     monkeypatch.setattr(
@@ -124,15 +123,12 @@ def test_full_and_hollow_plans_move_the_bytes_that_are_announced(model, folder, 
     )
     plan = plan_split(model, 3, method)
 
-    async def scenario(plan, folder):
+    async def scenario():
         async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY) as coordinator:
             return await coordinator.classify(image_of(plan))
 
-    for variant in (plan, hollow(plan)):
-        taken.clear()
-        logits = asyncio.run(scenario(variant, folder / str(len(variant.parts[0].segments[0].inputs))))
-        assert (len(taken), sum(taken)) == (len(plan.messages), plan.payload_bytes())
-    np.testing.assert_array_equal(logits, plan.bias)
+    asyncio.run(scenario())
+    assert (len(taken), sum(taken)) == (len(plan.messages), plan.payload_bytes())
 
 
 def test_images_wait_for_each_other(tiny, folder):

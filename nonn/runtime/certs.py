@@ -26,19 +26,21 @@ from nonn.runtime.tls import CA, CERTIFICATE, KEY
 CA_KEY = "ca.key"
 RESERVED = ("ca", "localhost")
 DAYS = 365
+#: Of the authority, so that it outlives all that it renews.
+AUTHORITY_DAYS = 7300
 #: A node's clock may be behind that of the machine that signed.
 CLOCK_SKEW = datetime.timedelta(hours=1)
 
 Authority = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
 
 
-def make_authority(days: int) -> Authority:
+def make_authority() -> Authority:
     """A new key (EC P-256) and its self-signed certificate, which may sign nodes but no further authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = _named("nonn test bed")
     usage = _usage(key_cert_sign=True, crl_sign=True)
     builder = (
-        _builder(name, name, key, days)
+        _builder(name, name, key, AUTHORITY_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(usage, critical=True)
     )
@@ -71,7 +73,7 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
     Raises
     ------
     UserError
-        A name that no certificate can bear, or an authority that is damaged.
+        A name that no certificate can bear, or an authority that is damaged or would end first.
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name in RESERVED:
@@ -79,8 +81,11 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if (folder / CA_KEY).exists():
         authority = _read_authority(folder)
+        left = (authority[1].not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
+        if left < days:
+            raise UserError(f"{folder / CA}: is good for {max(left, 0)} more days, not {days}. Use an empty folder.")
     else:
-        authority = make_authority(days)
+        authority = make_authority()
         _write_pair(authority, folder / CA, folder / CA_KEY)
     for name in names:
         pair = make_certificate(name, authority, days)

@@ -133,7 +133,12 @@ def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
         changes["tls"] = cluster.tls.model_copy(update={"folder": path.parent / cluster.tls.folder})
     if cluster.sensor:
         changes["sensor"] = path.parent / cluster.sensor
-    return cluster.model_copy(update=changes)
+    cluster = cluster.model_copy(update=changes)
+    try:
+        cluster.placed()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return cluster
 
 
 def local_cluster(export: Path, certificates: Path | None, port: int, deadline_ms: float) -> Cluster:
@@ -180,6 +185,8 @@ def run(options) -> None:
     if options.network not in params.networks:
         known = ", ".join(params.networks)
         raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {known}.")
+    if not options.port:
+        raise UserError("--port: 0 leaves the nodes without addresses to write down; give 1024 to 60000")
     export = Paths(params.experiment).export(options.network)
     certificates = None if options.insecure else options.certs
     cluster = local_cluster(export, certificates, options.port, options.deadline_ms)

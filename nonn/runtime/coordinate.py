@@ -26,6 +26,8 @@ from nonn.runtime.tls import Identity
 
 #: Who may call a coordinator that is not told otherwise: the name in an application's certificate.
 DEFAULT_CALLERS = ("application",)
+#: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
+CALLERS_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ class Network:
         """Whether any node is not left alone."""
         return not all(link.is_open for link in self.coordinator.links)
 
-    async def infer(self, request: ModelInferRequest, image: np.ndarray) -> ModelInferResponse:
-        """Answer with whichever students replied by the deadline."""
+    async def infer(self, request: ModelInferRequest, image: np.ndarray, seconds: float | None) -> ModelInferResponse:
+        """Answer with whichever students replied by the deadline, the caller's if that is sooner."""
         try:
-            answer = await self.coordinator.classify(image[0])
+            answer = await self.coordinator.classify(image[0], None if seconds is None else CALLERS_SHARE * seconds)
         except NobodyAnsweredError as error:
             raise ProtocolError(StatusCode.UNAVAILABLE, str(error)) from None
         for name in answer.absent:

@@ -39,6 +39,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 #: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
 CONNECT_TIMEOUT = 1.0
 
+LATE = "no answer by the deadline"
+
 CHANNEL_OPTIONS = {
     "grpc.enable_http_proxy": 0,
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
@@ -47,6 +49,10 @@ CHANNEL_OPTIONS = {
     # What an attempt may take, despite the name: a dozen TLS handshakes at once need seconds at 250 kbit/s.
     "grpc.min_reconnect_backoff_ms": 15_000,
     "grpc.max_reconnect_backoff_ms": 1000,
+    # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
+    # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
+    "grpc.keepalive_time_ms": 60_000,
+    "grpc.keepalive_timeout_ms": 20_000,
 }
 
 
@@ -111,7 +117,7 @@ def reason_of(error: BaseException) -> str:
     """Why a node is absent, in a few words."""
     if isinstance(error, aio.AioRpcError):
         if error.code() == StatusCode.DEADLINE_EXCEEDED:
-            return "no answer by the deadline"
+            return LATE
         return f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or '')[:200]}"
     return str(error) or type(error).__name__
 
@@ -220,10 +226,11 @@ class Coordinator:
         await asyncio.gather(*(link.close() for link in self.links))
         self.links = []
 
-    async def classify(self, image: np.ndarray | np.integer) -> Answer:
+    async def classify(self, image: np.ndarray | np.integer, seconds: float | None = None) -> Answer:
         """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
 
-        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`.
+        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. Whoever is in more of a hurry
+        than the cluster gives `seconds`; nodes that miss this deadline are absent, but it counts against none.
 
         Raises
         ------
@@ -234,7 +241,7 @@ class Coordinator:
         shape = self.links[0].contract.image_shape[1:]
         if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
             raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
-        features, absent = await self._collect(image)
+        features, absent = await self._collect(image, seconds)
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
@@ -242,10 +249,13 @@ class Coordinator:
         prediction = read_out(self.manifest.classes, self.final.logits(terms), list(terms.values()))
         return Answer(prediction, {self.links[i].name: feature for i, feature in features.items()}, absent)
 
-    async def _collect(self, image: np.ndarray) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
+    async def _collect(
+        self, image: np.ndarray, seconds: float | None
+    ) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
         """Features by position of the nodes that answer in time, and why the others do not."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.patience
+        hurried = seconds is not None and seconds < self.patience
+        deadline = loop.time() + (seconds if hurried else self.patience)
         # When all are left alone, there is nothing to lose by asking them all the same.
         desperate = all(link.is_open for link in self.links)
         calls = {
@@ -264,11 +274,13 @@ class Coordinator:
             if call is None:
                 absent[link.name] = f"left alone after {TOLERATED_FAILURES} failures in a row ({link.reason})"
             elif not call.done():
-                absent[link.name] = "no answer by the deadline"
-                link.failed(absent[link.name])
+                absent[link.name] = LATE
+                if not hurried:
+                    link.failed(LATE)
             elif error := call.exception():
                 absent[link.name] = reason_of(error)
-                link.failed(absent[link.name])
+                if not (hurried and absent[link.name] == LATE):
+                    link.failed(absent[link.name])
             else:
                 features[position] = call.result()
                 link.succeeded()

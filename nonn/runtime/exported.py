@@ -65,6 +65,8 @@ def read_manifest(folder: Path) -> Manifest:
         It is missing or damaged, or not that of a network.
     """
     path = folder / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Copy the whole folder that `nonn export` wrote, or run the pipeline.")
     try:
         return Manifest.model_validate(read_json(path))
     except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:

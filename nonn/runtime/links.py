@@ -278,22 +278,12 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
         relay.stdout.close()
 
 
-@contextlib.contextmanager
-def open_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
-    """The emulated network, or loopback with a note where the privileges for it are missing."""
-    if reason := missing_privileges():
-        log(ON_LOOPBACK.format(reason))
-        yield Network(tuple(hosts))
-        return
-    with emulated_network(hosts, link) as network:
-        yield network
-
-
 def run(options) -> None:
     """The command ``nonn links``: measure each preset against its theory."""
     from nonn.benchmark import describe_system
     from nonn.runtime.echo import format_measurement, measure_link  # they measure what is defined here
 
+    system = describe_system()
     links = {options.link: find_link(options.link)} if options.link else PRESETS
     hosts = ("sender", "receiver")
     measured = {}
@@ -307,4 +297,4 @@ def run(options) -> None:
             measured[name] = asdict(link) | measure_link(network)
         print(f"{name}: {link}\n{format_measurement(measured[name])}\n", flush=True)
     if options.json:
-        write_json(options.json, {"system": describe_system(), "note": reason, "links": measured})
+        write_json(options.json, {"system": system, "note": reason, "links": measured})

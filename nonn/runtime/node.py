@@ -75,7 +75,7 @@ class Student:
         """Feature vector (1, F_i) of an image, uint8 of shape (1, channels, size, size)."""
         return self.session.run([OUTPUT], {INPUT: image})[0]
 
-    async def infer(self, request: ModelInferRequest, image: np.ndarray) -> ModelInferResponse:
+    async def infer(self, request: ModelInferRequest, image: np.ndarray, _seconds: float | None) -> ModelInferResponse:
         """Answer with the features of an image; see `nonn.runtime.serving.Model`."""
         if self.worker is None:
             features = self._checked(image)

@@ -27,8 +27,8 @@ def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
         # numpy.load would also open archives of arrays (.npz), and has an error of its own for an empty file.
         images = np.lib.format.open_memmap(path, mode="r")
     except (OSError, ValueError, TokenError) as error:  # the last where the header does not parse
-        raise UserError(f"--sensor: {path} cannot be read ({error}). Save images with numpy.save.") from None
+        raise UserError(f"{path}: cannot be read ({error}). Save a sensor's images with numpy.save.") from None
     if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
         wanted = ", ".join(map(str, shape))
-        raise UserError(f"--sensor: {path} holds {images.dtype} {images.shape}; give uint8 of shape (n, {wanted})")
+        raise UserError(f"{path}: holds {images.dtype} {images.shape}; give a sensor uint8 of shape (n, {wanted})")
     return images

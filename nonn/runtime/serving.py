@@ -57,8 +57,12 @@ class Model(Protocol):
     platform: str
     is_ready: bool
 
-    async def infer(self, request: oip.ModelInferRequest, image: np.ndarray) -> oip.ModelInferResponse:
+    async def infer(
+        self, request: oip.ModelInferRequest, image: np.ndarray, seconds: float | None
+    ) -> oip.ModelInferResponse:
         """Answer a request whose image, uint8 of shape (1, channels, size, size), has been checked.
+
+        `seconds` are left until the caller gives up; None if it waits for ever.
 
         Raises
         ------
@@ -149,7 +153,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         try:
             with self.meters.measuring():
                 image = read_request(self.contract, request)
-                return await self.model.infer(request, image)
+                return await self.model.infer(request, image, context.time_remaining())
         except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 
@@ -204,7 +208,10 @@ async def listening(
         else:
             port = server.add_secure_port(address, identity.for_server())
     except RuntimeError:
-        raise UserError(f"{address}: cannot listen there. Is the port free, and the address this machine's?") from None
+        problem = f"{address}: cannot listen there. Is the port free, and the address this machine's?"
+        if identity:
+            problem += f" Do {identity.certificate} and {identity.key} belong together?"
+        raise UserError(problem) from None
     await server.start()
     try:
         yield port

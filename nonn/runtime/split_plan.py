@@ -3,8 +3,8 @@
 This is the baseline that a NoNN is compared with, since its devices must exchange activations all
 the time. A plan consists of *segments*, ONNX files that each device runs one after another, and of
 *rounds* between them, in which devices send each other slices of one activation map; it computes
-exactly what the unsplit network does. `nonn.runtime.split` makes plans, this module keeps, runs and
-hollows them out.
+exactly what the unsplit network does. `nonn.runtime.split` makes plans, this module keeps and runs
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -185,11 +185,9 @@ class SplitPlan:
             key=lambda m: (m.round, m.sender, m.receiver),
         )
 
-    def payload_bytes(self, round: int | None = None, sender: int | None = None, receiver: int | None = None) -> int:
-        """Bytes that devices send each other for one image, framing aside: all, or those of one round or device."""
-        wanted = {"round": round, "sender": sender, "receiver": receiver}
-        fixed = {key: value for key, value in wanted.items() if value is not None}
-        return sum(m.n_bytes for m in self.messages if all(getattr(m, key) == fixed[key] for key in fixed))
+    def payload_bytes(self, sender: int | None = None) -> int:
+        """Bytes that one device, or all, send the others for one image, framing aside."""
+        return sum(m.n_bytes for m in self.messages if sender in (None, m.sender))
 
     def logits(self, features: Sequence[np.ndarray]) -> np.ndarray:
         """Logits (C,) from what the devices answer, each float32 of shape (F_d,)."""
@@ -199,8 +197,17 @@ class SplitPlan:
         return self.weight @ (total * np.float32(self.scale)) + self.bias
 
     def save(self, folder: Path) -> None:
-        """Write the plan: ``plan.json``, the last layer, and a folder for each device with all that it needs."""
+        """Write the plan: ``plan.json``, the last layer, and a folder for each device with all that it needs.
+
+        Raises
+        ------
+        UserError
+            The folder is there and holds something else than a plan.
+        """
         from safetensors.numpy import save
+
+        if folder.exists() and not (folder / PLAN).is_file():
+            raise UserError(f"{folder}: is there, and is no plan of a split network. Name a new folder.")
 
         with replacing(folder) as scratch:
             for part, models in zip(self.parts, self.models, strict=True):
@@ -325,30 +332,3 @@ def run_in_process(plan: SplitPlan, image: np.ndarray, sessions: Sequence[Sessio
                 values[message.receiver][message.name] = np.ascontiguousarray(sliced)
     none = np.zeros((1, 0), np.float32)
     return LocalRun(plan.logits([known.get(FEATURES, none)[0] for known in values]), seconds)
-
-
-def hollow(plan: SplitPlan) -> SplitPlan:
-    """The same messages without the computing: every segment gives zeros of the right shapes at once."""
-    from onnx import helper, load_from_string, numpy_helper
-
-    def emptied(segment: Segment | None, model: bytes | None) -> tuple[Segment | None, bytes | None]:
-        if segment is None:
-            return None, None
-        full = load_from_string(model)
-        nodes, constants = [], []
-        for output in full.graph.output:
-            shape = np.array([size.dim_value for size in output.type.tensor_type.shape.dim])
-            constants.append(numpy_helper.from_array(shape, f"{output.name}.shape"))
-            nodes.append(helper.make_node("ConstantOfShape", [constants[-1].name], [output.name]))
-        graph = helper.make_graph(nodes, "hollow", [], full.graph.output, constants)
-        empty = helper.make_model(graph, opset_imports=full.opset_import, ir_version=full.ir_version)
-        content = empty.SerializeToString(deterministic=True)
-        sha256 = _sha256(content)
-        return segment.model_copy(update={"inputs": [], "params": 0, "macs": 0, "sha256": sha256}), content
-
-    parts, models = [], []
-    for part, own in zip(plan.parts, plan.models, strict=True):
-        pairs = [emptied(*pair) for pair in zip(part.segments, own, strict=True)]
-        parts.append(part.model_copy(update={"segments": [segment for segment, _ in pairs]}))
-        models.append([model for _, model in pairs])
-    return replace(plan, parts=parts, models=models)

@@ -22,7 +22,7 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.errors import UserError
 from nonn.progress import log
-from nonn.runtime.cluster import COORDINATOR, Cluster, Node, load_cluster
+from nonn.runtime.cluster import Cluster, Node, load_cluster
 from nonn.runtime.coordinator import open_channel
 from nonn.runtime.protocol import Contract
 
@@ -82,7 +82,7 @@ async def start(cluster: Cluster, node: Node, contract: Contract, prefix: Sequen
     arguments = [str(cluster.export / f"{node.model}.onnx"), "--address", node.address, "--attached"]
     if identity := cluster.identity(node.name):
         arguments += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
-        arguments += ["--allow", cluster.tls.coordinator if cluster.tls else COORDINATOR]
+        arguments += ["--allow", cluster.tls.coordinator]
     else:
         arguments.append("--insecure")
     if cluster.sensor:
