@@ -264,8 +264,10 @@ def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
     else:
         known = params.seeds_of(item.split("/")[0])
     if seed not in known:
-        listed = ", ".join(map(str, known))
-        raise UserError(f"params.yaml: {item} has no seed {seed}, but {listed}; add it to `seeds`.")
+        listed, remedy = ", ".join(map(str, known)), "add it to `seeds`"
+        if seed in params.seeds:
+            remedy = "move it from `…_once` to the list with all `seeds`"
+        raise UserError(f"params.yaml: {item} has no seed {seed}, but {listed}; {remedy}.")
     return {"seed": seed}
 
 

@@ -127,7 +127,8 @@ def design_network(
         Filters for each student.
     designs : dict
         Name to students, each ``{architecture, n_filters, cost}``: one for "0", "1", …; and for each
-        method of `nonn.baseline` those that it trains.
+        method of `nonn.baseline` those that it trains. A bridge to all filters may not fit where one to a
+        student's own does: then ``full`` has none.
 
     Raises
     ------
@@ -150,13 +151,27 @@ def design_network(
     designs |= dict.fromkeys(("random", "contiguous", "classwise"), students)
     designs |= {method: [design(smallest, None)] for method in ("labels", "kd", "at_kd")}
     designs["total"] = [design(combined_budget(devices), None)]
-    designs["full"] = [design(device, n_live) for device in devices]
+    try:
+        designs["full"] = [design(device, n_live) for device in devices]
+    except UserError:
+        designs["full"] = []
     return sizes, designs
 
 
 def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
-    """Architecture and bridge outputs of each student in a file of this stage."""
-    return [(Architecture(**design["architecture"]), design["n_filters"]) for design in read_json(path)]
+    """Architecture and bridge outputs of each student in a file of this stage.
+
+    Raises
+    ------
+    UserError
+        It has none.
+    """
+    if not (designs := read_json(path)):
+        raise UserError(
+            f"{path}: the devices of `networks` fit no students of this baseline. Take it out of `baselines` and "
+            "`baselines_once`, or raise devices.*.memory_kib."
+        )
+    return [(Architecture(**design["architecture"]), design["n_filters"]) for design in designs]
 
 
 def run(params: Params, paths: Paths, network: str) -> None:

@@ -33,8 +33,9 @@ MAX_SUBSET_STUDENTS = 8
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -44,7 +45,7 @@ class Device(Section):
     """Budget of one device."""
 
     memory_kib: Positive
-    mmacs: Positive
+    mmacs: Limit
 
 
 class Ensemble(Section):
@@ -110,6 +111,8 @@ class Architecture(Section):
             raise ValueError(
                 f"`widths` belongs to families fast and airbench; family {self.family} takes `depth` and `width`"
             )
+        if has_widths and self.width != 1:
+            raise ValueError(f"`width` belongs to families wrn and resnet; family {self.family} takes `widths`")
         if self.strided and self.family != "airbench":
             raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
         step = {"wrn": (6, 4), "resnet": (6, 2)}.get(self.family)
@@ -161,6 +164,12 @@ class Teacher(Schedule):
     selection: Selection | None = None
     threads: Count
     seed: Seed
+
+    @model_validator(mode="after")
+    def _normalization_has_an_effect(self) -> Teacher:
+        if self.normalization and not self.weights:
+            raise ValueError("normalization: is that of imported `weights`, and they are null; set it to null too")
+        return self
 
 
 class Signals(Section):
@@ -247,7 +256,7 @@ class Distributed(Section):
     reference: Architecture | None
     images: Annotated[int, Field(ge=2)]
     seconds: Positive
-    longest: Positive
+    longest: Limit
 
     @field_validator("links")
     @classmethod

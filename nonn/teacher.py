@@ -145,7 +145,10 @@ def _read_weights(params: Teacher) -> dict[str, Tensor]:
             "Fetch the right file, or correct the key."
         )
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        try:
+            return read_tensors(path)
+        except UserError:
+            raise UserError(f"params.yaml: teacher.weights: {path} is damaged. Fetch or save it again.") from None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged data, torch raises almost anything

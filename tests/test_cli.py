@@ -98,6 +98,9 @@ def test_seeds_that_nobody_asked_for_are_refused(params):
     assert parse_seed("distill", "2s/0", params.seeds[0], params) == {"seed": params.seeds[0]}
     of_pool = params.ensemble.seeds[0]
     assert parse_seed("baseline", "2s/kd", of_pool, params) == {"seed": of_pool}
+    only_first = params.model_copy(update={"seeds": [*params.seeds, 7]})
+    with pytest.raises(UserError, match=r"2s/at_kd has no seed 7, but 0; move it from `…_once`"):
+        parse_seed("baseline", "2s/at_kd", 7, only_first)
     wrong = [("distill", "2s/0", of_pool), ("baseline", "2s/at_kd", of_pool), ("baseline", "2s/kd", 99)]
     for stage, item, seed in wrong:
         with pytest.raises(UserError, match=f"{item} has no seed {seed}, but 0"):

@@ -11,7 +11,7 @@ from nonn import design
 from nonn.cost import measure_cost
 from nonn.design import apportion, combined_budget, design_network, design_student, family, load_design
 from nonn.errors import UserError
-from nonn.files import read_json
+from nonn.files import read_json, write_json
 from nonn.models import Network
 from nonn.params import Architecture, Design, Device, load_params
 
@@ -159,6 +159,19 @@ def test_every_baseline_has_its_budget():
     assert [student["n_filters"] for student in designs["full"]] == [40, 40]
     assert [student["cost"] for student in designs["full"]] == [vars(find_student(FAST, d, 40)[1]) for d in devices]
     assert sizes == [24, 16]
+
+
+def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
+    smallest = Network(family(FAST, 1)[0], INFO["channels"], len(INFO["classes"]), 5)
+    needed = measure_cost(smallest, INFO["channels"], INFO["size"])
+    devices = [Device(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
+    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    assert sizes == [5] * 8
+    assert designs["0"]
+    assert designs["full"] == []
+    write_json(tmp_path / "full.json", designs["full"])
+    with pytest.raises(UserError, match=r"full\.json: the devices of `networks` fit no students of this baseline"):
+        load_design(tmp_path / "full.json")
 
 
 def test_combined_budget_is_the_sum():

@@ -67,6 +67,15 @@ WRONG = [
     ({"teacher.weights_sha256": "abc"}, "teacher.weights_sha256: string should match pattern"),
     ({"teacher.muon": {"lr": 0.1}}, "teacher.muon.momentum: missing; add it"),
     ({"teacher.muon": {"lr": 0, "momentum": 0.6}}, "teacher.muon.lr: input should be greater than 0 (it is 0)"),
+    ({"devices.stm32f7.memory_kib": float("inf")}, "devices.stm32f7.memory_kib: input should be a finite number"),
+    (
+        {"teacher.normalization": {"mean": [0.5], "std": [0.5]}},
+        "teacher: normalization: is that of imported `weights`, and they are null; set it to null too",
+    ),
+    (
+        {"teacher.architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 2, "width": 2}},
+        "teacher.architecture: `width` belongs to families wrn and resnet; family fast takes `widths`",
+    ),
     ({"devices.stm32f7.memory_kib": 0}, "devices.stm32f7.memory_kib: input should be greater than 0 (it is 0)"),
     ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
     ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),
