@@ -157,7 +157,7 @@ def load_of_network(export: Path, benchmark: Mapping) -> Load:
     )
 
 
-def load_of_split(plan: SplitPlan, core: int) -> Load:
+def load_of_split(plan: SplitPlan, core: int, bytes_per_value: int) -> Load:
     """What one image costs the devices of a split network; each segment timed on one pinned core.
 
     Activations are counted as the inputs and outputs of a device's largest segment: what lives in
@@ -177,15 +177,18 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
                 sent[pair] = sent.get(pair, 0.0) + message.n_bytes
         payload.append(sent)
     activations = [
-        sum(4 * int(np.prod(value.shape)) for value in [*session.get_inputs(), *session.get_outputs()])
+        max(
+            sum(int(np.prod(value.shape)) for value in [*session.get_inputs(), *session.get_outputs()])
+            for session in own
+            if session
+        )
         for own in sessions
-        for session in own
-        if session
     ]
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=max(4 * part.params for part in plan.parts) + max(activations),
+        memory_bytes=bytes_per_value
+        * max(part.params + values for part, values in zip(plan.parts, activations, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(part.n_features for part in plan.parts),

@@ -152,7 +152,7 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
 
 
 def _ratio(ratio: float, baseline: str, network: str, n_devices: int, badge: str) -> dict[str, Any]:
-    entry = {"ratio": round(float(ratio), 2), "baseline": baseline, "network": network, "n": int(n_devices)}
+    entry = {"ratio": round(float(ratio), 4), "baseline": baseline, "network": network, "n": int(n_devices)}
     return entry | {"link": None, "scenario": None, "images": None, "badge": badge}
 
 
@@ -177,17 +177,19 @@ RATIO_LABELS = {
 }
 RATIO_NOTE = (
     'Each is the best over networks and links, as the paper\'s "up to"; the rows below show all. The paper splits by '
-    "channels; splitting by rows is the better baseline, and stands beside it on the same link. *Measured*: timed on "
-    "this machine; *emulated*: over a link that a relay slows down; *modelled*: calculated from counted bytes and "
-    "multiply-accumulates with published constants; *cited*: the paper's."
+    "channels; splitting by rows is the better baseline, and stands beside it on the same link. *Images*: timed of the "
+    "two that are compared, whichever has fewer. *Measured*: timed on this machine; *emulated*: over a link that a "
+    "relay slows down; *modelled*: calculated from counted bytes and multiply-accumulates with published constants; "
+    "*cited*: the paper's."
 )
 LATENCY_NOTE = (
     "From the image to its class: median of all devices at once as processes over an emulated link, each with a "
-    "sensor of its own (*n* images; in parentheses p99), and how much of it exceeds the slowest node's own inference "
-    "and a round trip of plain TCP messages of the same sizes (*overhead*); then composed of each device's own "
-    "computing and of the counted bytes as on {board}. *a* and *b*: how many times longer one network of the same "
-    "total size takes, split over the devices by channels and by rows. Dashes: not timed, since one image would take "
-    "longer than {longest:g} s on the link, or not composed."
+    "sensor of its own (*n* images of NoNN; in parentheses p99), and how much of it exceeds the slowest node's own "
+    "inference and a round trip of plain TCP messages of the same sizes (*overhead*); then composed of each device's "
+    "own computing and of the counted bytes as on {board}. *a* and *b*: how many times longer one network of the same "
+    "total size takes, split over the devices by channels and by rows, of fewer images where it is slow (at least two: "
+    "`distributed.csv`). Dashes: not timed, since one image would take longer than {longest:g} s on the link, or not "
+    "composed."
 )
 
 
@@ -196,15 +198,15 @@ def describe_deployment(rows: pd.DataFrame, ratios: Mapping[str, Any], board: st
     lines = [
         "## On devices",
         "",
-        "| | NoNN | Network | Link | Badge | Paper |",
-        "| :-- | --: | :-- | :-- | :-- | --: |",
+        "| | NoNN | Network | Link | Images | Badge | Paper |",
+        "| :-- | --: | :-- | :-- | --: | :-- | --: |",
     ]
     for name, label in RATIO_LABELS.items():
         if not (entry := ratios[name]):
             continue
         paper = f"{PAPER[name]:.0f}×" if name in PAPER else "–"
-        cells = [label, f"{entry['ratio']:.1f}×", entry["network"], entry["link"] or "–", entry["badge"], paper]
-        lines.append("| " + " | ".join(cells) + " |")
+        about = [entry["network"], entry["link"] or "–", str(entry["images"] or "–"), entry["badge"]]
+        lines.append("| " + " | ".join([label, f"{entry['ratio']:.1f}×", *about, paper]) + " |")
     lines += ["", RATIO_NOTE, ""]
     lines += ["| Network | Link | n | NoNN (ms) | Overhead (ms) | a | b | NoNN, composed (ms) | a | b |"]
     lines += ["| :-- | :-- |" + " --: |" * 8]

@@ -214,7 +214,7 @@ def draw_ratios(ratios: Mapping[str, Mapping | None]) -> Figure:
     for place, name in enumerate(names):
         entry = ratios[name]
         axis.barh(place - 0.19, entry["ratio"], 0.36, color=METHODS["nonn"].colour)
-        about = f"{entry['n']} devices" + (f", {LINK_NAMES[entry['link']]}" if entry["link"] else "")
+        about = f"{entry['n']} devices" + (f", {LINK_NAMES.get(entry['link'], entry['link'])}" if entry["link"] else "")
         note = f" {entry['ratio']:.1f}×  {about} ({entry['badge']})"
         axis.annotate(
             note, (entry["ratio"], place - 0.19), va="center", xytext=(2, 0), textcoords="offset points", size=8

@@ -123,12 +123,14 @@ def _seconds(work) -> float:
     return min(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
-def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Layout:
+def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int, bytes_per_value: int) -> Layout:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
-    return Layout(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))
+    return Layout(
+        method, folder, True, load_of_split(plan, core, bytes_per_value), _seconds(lambda: plan.logits(features))
+    )
 
 
 def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
@@ -145,7 +147,7 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
     model = solo / student.get("single_pass", student["file"])
     for method in SPLITS:
-        yield split_layout(method, model, n_devices, scratch / method, core)
+        yield split_layout(method, model, n_devices, scratch / method, core, params.design.bytes_per_value)
 
 
 def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Layout]:
@@ -174,7 +176,8 @@ def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) ->
     export_onnx(model, example, path, "image", "logits")
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
-        yield split_layout(folder.name, path, len(params.networks[name]), folder, params.benchmark.core)
+        n_devices, precision = len(params.networks[name]), params.design.bytes_per_value
+        yield split_layout(folder.name, path, n_devices, folder, params.benchmark.core, precision)
 
 
 def describe_traffic(measured: Measured) -> dict[str, Any]:

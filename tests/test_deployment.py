@@ -183,8 +183,8 @@ def test_without_a_split_there_is_no_ratio_of_it():
 
 def test_report_by_hand(rows):
     report = describe_deployment(rows, collect_ratios(rows, COMPARISONS), "cortex_m7", 30.0)
-    assert f"| Total latency, against a split by channels | 12.0× | 2s | {FAST} | emulated | 33× |" in report
-    assert f"| Total latency, against a split by rows | 4.0× | 2s | {FAST} | emulated | – |" in report
+    assert f"| Total latency, against a split by channels | 12.0× | 2s | {FAST} | 20 | emulated | 33× |" in report
+    assert f"| Total latency, against a split by rows | 4.0× | 2s | {FAST} | 20 | emulated | – |" in report
     assert f"| 2s | {FAST} | 20 | 5.0 (7.0) | 1.2 | 12.0× | 4.0× | 4.0 | 10.0× | 3.0× |" in report
     assert f"| 2s | {SLOW} | 30 | 10.0 (12.0) | – | – | 90.0× | 8.0 | 11250.0× | – |" in report
 
@@ -224,6 +224,15 @@ def test_figures_of_any_number_of_networks_are_the_same_bytes_again(networks, fo
     assert len(set(before)) == 4
     assert all(content.startswith(b"<?xml") for content in before)
     assert save_all(rows.copy(), comparisons, reference, folder) == before
+
+
+def test_figures_where_links_cannot_be_emulated(folder):
+    """Then everything is timed on loopback, splits too."""
+    here = [row | {"link": "loopback", "emulated": False} for row in TWO["live"] if row["link"] == FAST]
+    results = {"solo": SOLO, "2s": TWO | {"live": here}}
+    rows = join_rows(results, {"2s": 2})
+    assert collect_ratios(rows, COMPARISONS[:1])["total_latency"]["link"] == "loopback"
+    assert len(save_all(rows, COMPARISONS[:1], REFERENCE, folder)) == 4
 
 
 def test_a_ratio_below_one_is_seen(rows):
