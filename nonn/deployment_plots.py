@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from nonn.deployment import PAPER
 from nonn.params import Architecture
-from nonn.plots import METHODS, Look, _legend_below, panels
+from nonn.plots import METHODS, Look, legend_below, panels
 
 #: How a layout of the devices appears; those that are methods of accuracy too keep their look.
 LAYOUTS = {
@@ -103,7 +103,7 @@ def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Fi
     axes[1].set_ylim(bottom=0)
     for axis in axes:
         _count_devices(axis, sorted(chosen["n_devices"].unique()))
-    _legend_below(figure, handles[::-1], columns=3)
+    legend_below(figure, handles[::-1], columns=3)
     return figure
 
 
@@ -139,7 +139,7 @@ def draw_latency(rows: pd.DataFrame) -> Figure:
         Line2D([], [], **neutral, label="timed, all devices at once"),
         Line2D([], [], **neutral, markerfacecolor="none", linestyle=(0, (3, 2)), label="composed, each device alone"),
     ]
-    _legend_below(figure, handles, columns=4)
+    legend_below(figure, handles, columns=4)
     return figure
 
 
@@ -202,7 +202,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         Line2D([], [], **neutral, label="of the neediest device"),
         Line2D([], [], **neutral, markerfacecolor="none", linestyle=(0, (3, 2)), label="of all devices"),
     ]
-    _legend_below(figure, handles, columns=3)
+    legend_below(figure, handles, columns=3)
     return figure
 
 

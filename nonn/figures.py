@@ -2,7 +2,7 @@
 
 Nothing is computed or chosen here but ratios of numbers that other stages measured (`nonn.evaluate`,
 `nonn.benchmark`) or counted (`nonn.design`). How figures look is left to `nonn.plots` and
-`nonn.graph_plots`.
+its neighbours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from nonn import deployment, deployment_plots, graph_plots, plots
+from nonn import accuracy_plots, deployment, deployment_plots, graph_plots, plots
 from nonn.errors import UserError
 from nonn.files import read_json, write_json, write_text
 from nonn.graph import load_graph
@@ -276,15 +276,15 @@ def run(params: Params, paths: Paths) -> None:
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = {(row["method"], row["network"]): row["n_seeds"] for row in evaluation["rows"]}
-    missing = pd.DataFrame(evaluation["missing"])
+    missing, chosen = pd.DataFrame(evaluation["missing"]), chosen_strategies(strategies)
     with plots.drawing_style(section.style):
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
             "top_k": plots.draw_top_k(read_json(paths.graph_info)),
             "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
-            "accuracy_memory": plots.draw_accuracy_memory(methods, n_test),
-            "missing_devices": plots.draw_missing_devices(missing, chosen_strategies(strategies), n_seeds, n_test),
+            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
+            "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
         }
         figures |= {
             "communication": deployment_plots.draw_communication(deployed, devices.reference),

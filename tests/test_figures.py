@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import design, figures, graph, graph_plots, missing_tables, partition, plots, report
+from nonn import accuracy_plots, design, figures, graph, graph_plots, missing_tables, partition, plots, report
 from nonn.benchmark import describe_system
 from nonn.cost import measure_cost
 from nonn.errors import UserError
@@ -491,7 +491,7 @@ def test_filters_are_ordered_by_student_then_community():
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.floats(0.01, 0.2))
 def test_spread_keeps_the_gap_the_order_and_the_bounds(values, gap):
     values = sorted(values)
-    placed = plots.spread(values, gap, 0, 1)
+    placed = accuracy_plots.spread(values, gap, 0, 1)
     fits = min(gap, 1 / max(len(values) - 1, 1))
     assert (np.diff(placed) >= fits - 1e-9).all()
     assert placed[0] >= -1e-9
@@ -501,9 +501,9 @@ def test_spread_keeps_the_gap_the_order_and_the_bounds(values, gap):
 
 
 def test_spread_moves_as_little_as_needed():
-    assert plots.spread([], 0.1, 0, 1).tolist() == []
-    assert plots.spread([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.45, 0.55])
-    assert plots.spread([0.0, 0.02], 0.1, 0, 1) == pytest.approx([0.0, 0.1])
+    assert accuracy_plots.spread([], 0.1, 0, 1).tolist() == []
+    assert accuracy_plots.spread([0.5, 0.5], 0.1, 0, 1) == pytest.approx([0.45, 0.55])
+    assert accuracy_plots.spread([0.0, 0.02], 0.1, 0, 1) == pytest.approx([0.0, 0.1])
 
 
 def test_top_k_is_drawn_without_a_curve():
@@ -541,13 +541,13 @@ def test_all_points_are_in_view(methods):
             for k in range(2)
         ]
     ).assign(worst_sd=None)
-    (axis,) = plots.draw_missing_devices(missing, {"2s": "rescaled"}, {("nonn", "2s"): 3}, 100).axes
+    (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {("nonn", "2s"): 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
-    (axis,) = plots.draw_accuracy_memory(methods, 100).axes
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])
     assert len(axis.containers) == len(methods)
 
 
 def test_every_method_is_named_beside_its_point(methods):
-    (axis,) = plots.draw_accuracy_memory(methods, 100).axes
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
     assert sorted(text.get_text() for text in axis.texts) == sorted(plots.METHODS[m].label for m in methods["method"])
