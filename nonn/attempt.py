@@ -150,8 +150,6 @@ def run(item: str, settings: Sequence[str], seed: int, table: Path | None) -> No
         raise UserError(f"{VIEWS}: the experiment's signals have {there}, of which an attempt may take fewer")
     if item.endswith("/at_kd") and not params.signals.attention:
         raise UserError(f"{item}: needs attention maps; set signals.attention to true in params.yaml")
-    if seed < 0:
-        raise UserError(f"--seed: {seed} is below 0; give 0 or more")
     if table and (table.is_dir() or any(folder.is_file() for folder in table.parents)):
         raise UserError(f"--table: {table} cannot be written; give the path of a file")
     content = f"{item} {seed} {params.model_dump_json()}"

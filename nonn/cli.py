@@ -58,6 +58,13 @@ PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "p
 SEEDED = ("distill", "assemble", "baseline")
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on, as `argparse` wants it."""
+    if (number := int(text)) < 0:
+        raise ValueError
+    return number
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nonn", description=OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     attempt.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of params.yaml; repeatable"
     )
-    attempt.add_argument("--seed", type=int, default=0)
+    attempt.add_argument("--seed", type=natural, default=0)
     attempt.add_argument("--table", type=Path, metavar="FILE.csv", help="append a row to it")
     add_runtime(commands)
     bench = commands.add_parser("bench", help="measure what the design rests on")
@@ -143,13 +150,13 @@ def add_runtime(commands) -> None:
     fuzz = commands.add_parser("fuzz", help="send hostile messages to a node and a coordinator on this machine")
     fuzz.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     fuzz.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
-    fuzz.add_argument("--seed", type=int, default=0)
+    fuzz.add_argument("--seed", type=natural, default=0)
     soak = commands.add_parser("soak", help="classify on and on while nodes of a cluster on this machine die")
     soak.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     soak.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
     soak.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
     soak.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
-    soak.add_argument("--seed", type=int, default=0)
+    soak.add_argument("--seed", type=natural, default=0)
     links = commands.add_parser("links", help="measure the emulated links against their theory")
     links.add_argument("--link", metavar="NAME", help="only this one, for example wifi20")
     links.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
@@ -221,8 +228,10 @@ def run_stage(stage: str, item: str | None, seed: int | None) -> None:
     importlib.import_module(f"nonn.{stage}").run(params, paths, **arguments)
     entry = {"experiment": params.experiment, "stage": stage, "item": item, "seed": seed}
     entry |= {"start": start, "end": time.time()}
-    with (STATE / "journal.jsonl").open("a") as journal:
-        journal.write(json.dumps(entry) + "\n")
+    path = STATE / "journal.jsonl"
+    is_cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a crash
+    with path.open("a") as journal:
+        journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")
 
 
 def parse_item(stage: str, item: str | None, params) -> dict:

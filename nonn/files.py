@@ -37,14 +37,16 @@ def replacing(target: Path) -> Iterator[Path]:
     remove(temporary)
     try:
         yield temporary
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.is_dir():
-            remove(target)  # a directory cannot be renamed over a full one
-        temporary.replace(target)
-    except OSError as error:
-        if error.errno != errno.EXDEV:
-            raise
-        raise UserError(f"{target}: is on another file system than this folder. Write here, then copy.") from None
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if temporary.is_dir():
+                remove(target)  # a directory cannot be renamed over a full one
+            temporary.replace(target)
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror}). Name another place."
+            if error.errno == errno.EXDEV:
+                problem = "is on another file system than this folder. Write here, then copy."
+            raise UserError(f"{target}: {problem}") from None
     finally:
         remove(temporary)
 

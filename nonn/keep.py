@@ -99,6 +99,7 @@ def restore(folder: Path) -> None:
     UserError
         The folder holds none.
     """
+    load_params()  # refuses a folder that is no experiment's
     names = [path.relative_to(folder) for part in ("files", "runs") for path in sorted(folder.glob(f"{part}/**/*"))]
     names = [name for name in names if (folder / name).is_file()]
     if not names:

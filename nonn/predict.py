@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from nonn.errors import UserError
 from nonn.params import Params
@@ -32,7 +32,7 @@ def read_image(path: Path, channels: int, size: int) -> np.ndarray:
             return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of an image.") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+    except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
         raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
 
 

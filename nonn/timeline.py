@@ -6,6 +6,7 @@ cache did not run, and one that failed left no entry.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,15 +29,17 @@ COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 def read_journal(path: Path, experiment: str) -> pd.DataFrame:
     """Read all jobs of an experiment, in order of their start; seconds since the epoch.
 
-    A last line that was cut off is left out: the machine went down while it was written.
+    Lines that were cut off are left out: the machine went down while they were written.
 
     Raises
     ------
     UserError
         No job ran yet.
     """
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
     entries = [entry for entry in entries if entry["experiment"] == experiment]
     if not entries:
         raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from clusters import free_ports, write_export
+from hypothesis import settings
 from ruamel.yaml import YAML
 from splits import write_solo
 
@@ -18,6 +19,10 @@ from nonn.paths import Paths
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
 from nonn.training import Checkpoint
+
+# By default an example that takes more than 200 ms fails, as any may on a busy machine.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")

@@ -51,7 +51,7 @@ def test_a_coordinator_that_lets_any_finite_number_through_is_found_out(network_
 
 def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
     monkeypatch.setattr("nonn.runtime.soak.NAP", 1.0)
-    soak = asyncio.run(soak_cluster(network_folder, 800, deadline_ms=500, every=2, seed=0))
+    soak = asyncio.run(soak_cluster(network_folder, 1600, deadline_ms=500, every=2, seed=0))
     assert soak.kills >= 1
     assert soak.unanswered == 0
     assert soak.present.max() == 3
@@ -59,8 +59,6 @@ def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
 
 
 def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
-    monkeypatch.setattr("nonn.runtime.soak.RECOVERY", 0.5)
-
     async def scenario():
         async with running_bed(network_folder, 1000) as bed, coordinator.Coordinator(bed.cluster) as coordinating:
             image = np.zeros((1, 4, 4), np.uint8)
@@ -73,6 +71,7 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
                 pass
 
             monkeypatch.setattr(bed, "restart", nothing)
+            monkeypatch.setattr("nonn.runtime.soak.RECOVERY", 0.5)
             assert not await becomes_whole(bed, coordinating, image)
 
     asyncio.run(scenario())

@@ -128,10 +128,14 @@ def test_a_stage_needs_its_item_and_seed(capsys):
 def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
     before = read_json(experiment.sizes("2s"))
     experiment.sizes("2s").unlink()
+    STATE.mkdir(exist_ok=True)
+    (STATE / "journal.jsonl").write_text('{"stage": "eval')  # as a crash would leave it
     call("design", "2s")
     call("distill", "2s/0", "--seed", "0")
     assert read_json(experiment.sizes("2s")) == before
-    design, distill = map(json.loads, (STATE / "journal.jsonl").read_text().splitlines())
+    cut, design, distill = (STATE / "journal.jsonl").read_text().splitlines()
+    assert cut == '{"stage": "eval'
+    design, distill = json.loads(design), json.loads(distill)
     assert (design["stage"], design["item"], design["seed"]) == ("design", "2s", None)
     assert design["experiment"] == distill["experiment"] == "tiny"
     assert (distill["stage"], distill["item"], distill["seed"]) == ("distill", "2s/0", 0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, CLASSES, FEATURE_LIMIT, N_FEATURES, SIZE, make_image, plain_node
+from clusters import CHANNELS, CLASSES, FEATURE_LIMIT, N_FEATURES, SIZE, free_ports, make_image, plain_node
 from grpc import StatusCode, aio
 from PIL import Image
 from safetensors.numpy import load_file
@@ -28,7 +28,7 @@ from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity
 
-PATIENCE_MS = 300.0
+PATIENCE_MS = 500.0
 
 
 def cluster_of(export: Path, addresses: list[str], tls: Path | None = None) -> Cluster:
@@ -193,9 +193,9 @@ def test_a_node_that_accepts_and_never_speaks(network_folder):
     asyncio.run(scenario())
 
 
-def test_nobody_left(network_folder, free_port):
+def test_nobody_left(network_folder):
     async def scenario():
-        cluster = cluster_of(network_folder, [f"127.0.0.1:{free_port + i}" for i in range(3)])
+        cluster = cluster_of(network_folder, [f"127.0.0.1:{port}" for port in free_ports(3)])
         async with Coordinator(cluster) as coordinator:
             with pytest.raises(NobodyAnsweredError, match=r"no node answered \(node-0: unavailable.*node-2: "):
                 await coordinator.classify(make_image())
@@ -354,8 +354,10 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
             for _ in range(coordination.TOLERATED_FAILURES):
                 await coordinator.classify(make_image())
             assert coordinator.links[2].is_open
-            calls = [coordinator.classify(make_image(seed)) for seed in range(5)]
-            for seed, answer in enumerate(await asyncio.gather(*calls)):
+            coordinator.patience = 60  # nobody waits for this deadline
+            async with asyncio.timeout(30):
+                answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
+            for seed, answer in enumerate(answers):
                 assert_answer(answer, network_folder, make_image(seed), [0, 1])
                 assert answer.absent["node-2"].endswith("(no answer by the deadline)")
 
@@ -399,11 +401,10 @@ def test_a_node_that_restarts_rejoins(network_folder, free_port):
     async def scenario():
         third = f"127.0.0.1:{free_port}"
         async with two_and(network_folder, third) as coordinator:
-            for restarted in range(2):
+            for _ in range(2):
                 await until_present(coordinator, [0, 1])
                 async with plain_node(network_folder, 2, free_port):
                     await until_present(coordinator, [0, 1, 2])
-                assert restarted in (0, 1)
             await until_present(coordinator, [0, 1])
 
     async def until_present(coordinator, present):
@@ -411,7 +412,7 @@ def test_a_node_that_restarts_rejoins(network_folder, free_port):
             while True:
                 answer = await coordinator.classify(make_image())
                 assert_answer(answer, network_folder, make_image(), [int(n[-1]) for n in answer.present])
-                if len(answer.present) == len(present):
+                if answer.present == [f"node-{i}" for i in present]:
                     return
                 await asyncio.sleep(0.02)
 

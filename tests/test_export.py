@@ -234,9 +234,12 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
 #: Says that it has 900 million pixels.
 BOMB = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))
 BOMB += png_chunk(b"IDAT", b"")
+#: Its second chunk has no name: Pillow raises a SyntaxError.
+NO_CHUNK = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 28, 8, 0, 0, 0, 0))
+NO_CHUNK += png_chunk(b"IDAT", zlib.compress(bytes(29 * 28), 0)[:400]) + png_chunk(b"\0\0\0\0", b"x" * 9)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", BOMB, "cut", None])
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", BOMB, NO_CHUNK, "cut", None])
 def test_unreadable_images_are_refused(tmp_path, data: Dataset, content):
     path = tmp_path / "image.png"
     if content == "cut":

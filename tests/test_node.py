@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 import urllib.request
 
 import grpc
@@ -117,23 +117,26 @@ def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has
 def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
     monkeypatch.setattr(node, "QUICK", 0.0)
     student = Student(network_folder / "0.onnx")
-    run, images = student.run, []
+    run, images, released = student.run, [], threading.Event()
 
     def slowly(image: np.ndarray) -> np.ndarray:
         images.append(image)
-        time.sleep(0.5)
+        assert released.wait(60)
         return run(image)
 
     student.run = slowly
 
     async def scenario():
-        async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
+        async with serving(student, "127.0.0.1:0") as (port, meters), stub_of(f"127.0.0.1:{port}") as stub:
             first = asyncio.ensure_future(stub.ModelInfer(make_request(CONTRACT, make_image(0))))
             while not images:
                 await asyncio.sleep(0.01)
-            assert (await stub.ServerLive(oip.ServerLiveRequest(), timeout=0.3)).live
-            given_up = stub.ModelInfer(make_request(CONTRACT, make_image(1)), timeout=0.1)
+            assert (await stub.ServerLive(oip.ServerLiveRequest(), timeout=30)).live
+            given_up = stub.ModelInfer(make_request(CONTRACT, make_image(1)), timeout=0.5)
             assert (await refusal(given_up))[0] == StatusCode.DEADLINE_EXCEEDED
+            while not meters.n_failed:  # the node has heard of it
+                await asyncio.sleep(0.01)
+            released.set()
             assert (await first).outputs
             assert (await stub.ModelInfer(make_request(CONTRACT, make_image(2)))).outputs
 

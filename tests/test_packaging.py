@@ -103,7 +103,10 @@ def test_an_image_is_classified(folder, network_folder):
     assert "of the lead" in done.stdout
 
 
-@pytest.mark.parametrize("module", ["node", "coordinate", "up", "web", "certs", "cluster", "hosting", "fuzz", "soak"])
+ON_DEVICES = ["node", "coordinate", "up", "web", "certs", "cluster", "hosting", "fuzz", "soak", "links", "split_node"]
+
+
+@pytest.mark.parametrize("module", ON_DEVICES)
 def test_what_runs_on_devices_imports(module):
     command = [sys.executable, "-c", f"{WITHOUT}import nonn.runtime.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)

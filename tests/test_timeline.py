@@ -111,6 +111,9 @@ def test_a_line_cut_off_by_a_crash_is_left_out(journal):
     with journal.open("a") as file:
         file.write('{"stage": "eval')
     assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS)
+    with journal.open("a") as file:
+        file.write(f"\n{json.dumps(JOBS[-1])}")
+    assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS) + 1
 
 
 def test_without_a_journal_the_user_is_told_what_to_run(tmp_path):

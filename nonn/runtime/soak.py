@@ -168,6 +168,8 @@ def run(options) -> None:
     """The command ``nonn soak``."""
     if options.requests < 1:
         raise UserError("--requests: give at least 1")
+    if not options.kill_every > 0:
+        raise UserError("--kill-every: give more than 0 seconds")
     soak = asyncio.run(
         soak_cluster(options.export, options.requests, options.deadline_ms, options.kill_every, options.seed)
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from nonn.runtime.up import Child, start, stop
 
 #: A name that the authority has signed and that no node allows, and the folder of another authority.
 STRANGER, OTHER = "stranger", "other"
+#: Seconds that a node may take to start, on a busy machine.
+STARTING = 60.0
 
 
 @dataclass
@@ -38,11 +41,12 @@ async def announced_address(child: Child) -> str:
     Raises
     ------
     UserError
-        It has exited instead.
+        It has exited instead, or takes too long.
     """
+    end = time.monotonic() + STARTING
     while f"model {child.node.model} at " not in child.said:
-        if child.has_exited:
-            raise UserError(f"{child.node.name} did not start: {child.said}")
+        if child.has_exited or time.monotonic() > end:
+            raise UserError(f"{child.node.name} did not start: {child.said or 'it says nothing'}")
         await asyncio.sleep(0.02)
     return child.said.split(" at ")[1].split(",")[0]
 

@@ -218,7 +218,7 @@ def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Pag
     if images:
         pictures = find_pictures(images, manifest)
     else:
-        pictures = dataset_pictures(cluster.export.resolve().parents[1] / "dataset.safetensors", manifest)
+        pictures = dataset_pictures(cluster.export.resolve().parent.parent / "dataset.safetensors", manifest)
     return lambda children: serve_page(cluster, children, pictures, port)
 
 
