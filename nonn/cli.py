@@ -59,9 +59,9 @@ SEEDED = ("distill", "assemble", "baseline")
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on, as `argparse` wants it."""
+    """A whole number from 0 on; what else an argument may say is refused by `argparse`."""
     if (number := int(text)) < 0:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{number} is below 0; give 0 or more")
     return number
 
 

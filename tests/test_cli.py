@@ -125,6 +125,18 @@ def test_a_stage_needs_its_item_and_seed(capsys):
     assert "required: --seed" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", ["keep", "restore"])
+def test_trainings_are_kept_of_an_experiment_only(command):
+    assert "params.yaml: no such file. Run nonn from the repository's top folder" in stop(command, "kept")
+
+
+def test_seeds_below_zero_are_refused(capsys):
+    for command in (["try", "2s/kd"], ["fuzz", "export"], ["soak", "export"]):
+        assert stop(*command, "--seed", "-1") == 2
+        assert "argument --seed: -1 is below 0; give 0 or more" in capsys.readouterr().err
+
+
 def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
     before = read_json(experiment.sizes("2s"))
     experiment.sizes("2s").unlink()

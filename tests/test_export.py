@@ -231,12 +231,15 @@ def png_chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-#: Says that it has 900 million pixels.
-BOMB = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0))
-BOMB += png_chunk(b"IDAT", b"")
-#: Its second chunk has no name: Pillow raises a SyntaxError.
-NO_CHUNK = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 28, 28, 8, 0, 0, 0, 0))
-NO_CHUNK += png_chunk(b"IDAT", zlib.compress(bytes(29 * 28), 0)[:400]) + png_chunk(b"\0\0\0\0", b"x" * 9)
+def png(size: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A grey picture of `size` times `size` pixels, by its header, and what else the file holds."""
+    header = b"IHDR", struct.pack(">IIBBBBB", size, size, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in (header, *chunks))
+
+
+BOMB = png(30_000, (b"IDAT", b""))
+#: Its pixels end in a chunk without a name: Pillow raises a SyntaxError.
+NO_CHUNK = png(28, (b"IDAT", zlib.compress(bytes(29 * 28), 0)[:400]), (b"\0\0\0\0", b"x" * 9))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n cut off", BOMB, NO_CHUNK, "cut", None])

@@ -197,6 +197,19 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
     assert "2/5" in shown
 
 
+# Targets that users name
+
+
+def test_what_cannot_be_written_is_one_clear_error(folder):
+    Path("folder").mkdir()
+    Path("file").write_text("as it was")
+    for target, content in (("folder", "is a folder"), ("file/below", "is below a file")):
+        with pytest.raises(UserError, match=rf"^{target}: cannot be written \(.+\)\. Name another place\."):
+            write_text(Path(target), content)
+    assert Path("file").read_text() == "as it was"
+    assert not any((folder / ".nonn" / "tmp").iterdir())
+
+
 # Leftovers
 
 
