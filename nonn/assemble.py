@@ -20,15 +20,17 @@ from nonn.files import read_json, read_tensors, write_json, write_tensors
 from nonn.final_layer import FinalLayer, averaged_layer
 from nonn.missing import fit_strategies
 from nonn.models import Network, accuracy, predict
+from nonn.onnx_files import student_content
 from nonn.params import Architecture, Assemble, Params
 from nonn.paths import Paths
+from nonn.runtime.session import run_onnx
 from nonn.training import epoch_order
 
 BATCH_SIZE = 500
 
 
 class NetworkOfNetworks(nn.Module):
-    """The assembled network: students that never exchange anything, and the final layer.
+    """The assembled network: students that never exchange anything, and the final layer, in float32.
 
     Parameters
     ----------
@@ -105,19 +107,30 @@ def features_of(students: Sequence[Network], images: Tensor) -> list[Tensor]:
 
 
 class FeatureCache:
-    """Feature vectors of students for whole splits of a dataset, each calculated once."""
+    """Feature vectors of students for whole splits of a dataset, each calculated once.
 
-    def __init__(self, data: Dataset):
-        self.data = data
+    They are those that devices calculate: of int8 students with 1 byte a value, by ONNX Runtime.
+    """
+
+    def __init__(self, data: Dataset, bytes_per_value: int):
+        self.data, self.bytes_per_value = data, bytes_per_value
         self._known: dict[tuple[Network, str], Tensor] = {}
+        self._files: dict[Network, bytes] = {}
 
     def __call__(self, students: Sequence[Network], split: str) -> tuple[list[Tensor], Tensor]:
         """N tensors of shape (M, F_i), and the labels (M,), of ``train``, ``validation`` or ``test``."""
         images, labels = self.data.split(split)
         for student in students:
             if (student, split) not in self._known:
-                (self._known[student, split],) = features_of([student], images)
+                self._known[student, split] = self._calculate(student, images)
         return [self._known[student, split] for student in students], labels
+
+    def _calculate(self, student: Network, images: Tensor) -> Tensor:
+        if self.bytes_per_value == 4:
+            return features_of([student], images)[0]
+        if student not in self._files:
+            self._files[student] = student_content(student, self.data, self.bytes_per_value)
+        return torch.from_numpy(run_onnx(self._files[student], images.numpy()))
 
 
 def join_students(
@@ -191,7 +204,8 @@ def run(params: Params, paths: Paths, network: str, seed: int) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     students, designs = load_students(params, paths, data, network, seed)
-    model, summary = assemble_network(students, FeatureCache(data), params.assemble, seed)
+    features = FeatureCache(data, params.design.bytes_per_value)
+    model, summary = assemble_network(students, features, params.assemble, seed)
     target = paths.network(network, seed)
     write_tensors(target, model.state_dict())
     write_json(target.with_suffix(".json"), summary | {"students": designs})

@@ -104,7 +104,7 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[Netwo
 
 
 def score(students: Sequence[Network], paths: Paths) -> dict[str, Any]:
-    """What the students cost, and how right their averaged logits are on the validation images."""
+    """What the students cost, and how right their averaged logits are on the validation images, in float32."""
     data = load_dataset(paths)
     images, labels = data.split("validation")
     outputs = [predict(student, images) for student in students]

@@ -157,8 +157,8 @@ def load_of_network(export: Path, benchmark: Mapping) -> Load:
     )
 
 
-def load_of_split(plan: SplitPlan, core: int, bytes_per_value: int) -> Load:
-    """What one image costs the devices of a split network; each segment timed on one pinned core.
+def load_of_split(plan: SplitPlan, core: int) -> Load:
+    """What one image costs the devices of a split network, in float32; each segment timed on one pinned core.
 
     Activations are counted as the inputs and outputs of a device's largest segment: what lives in
     between is left out, in favour of the split.
@@ -187,8 +187,7 @@ def load_of_split(plan: SplitPlan, core: int, bytes_per_value: int) -> Load:
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=bytes_per_value
-        * max(part.params + values for part, values in zip(plan.parts, activations, strict=True)),
+        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, activations, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(part.n_features for part in plan.parts),

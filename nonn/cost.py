@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nonn.models import Network, count_parameters, deployed
+from nonn.quantize import weight_bytes
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
 IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)
@@ -26,7 +27,8 @@ class Cost:
     macs : int
         Multiply-accumulates of convolutions and linear layers.
     weight_bytes, peak_activation_bytes : int
-        At the deployed precision.
+        At the deployed precision. Activations of int8 models count as in a runtime that has integer kernels for
+        all of the model; ONNX Runtime holds more, since it calculates GELU in float32.
     """
 
     params: int
@@ -44,7 +46,9 @@ class Cost:
 
 
 def measure_cost(model: Network, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
-    """Count the cost of one image of shape (channels, size, size); the model stays as it is.
+    """Count the cost of one image of shape (channels, size, size), in float32 or, with 1 byte a value, in int8.
+
+    The model stays as it is.
 
     Activations are counted by liveness: a tensor occupies memory from the operation that makes it
     to the last one that reads it. Batch norm and ReLU are fused into the convolution before them.
@@ -57,7 +61,7 @@ def measure_cost(model: Network, channels: int, size: int, bytes_per_value: int 
     return Cost(
         params=params,
         macs=sum(_macs(node, modules) for node in traced.graph.nodes),
-        weight_bytes=params * bytes_per_value,
+        weight_bytes=params * 4 if bytes_per_value == 4 else weight_bytes(deployed(model)),
         peak_activation_bytes=_peak_values(traced.graph, modules) * bytes_per_value,
     )
 

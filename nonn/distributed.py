@@ -123,14 +123,12 @@ def _seconds(work) -> float:
     return min(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
-def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int, bytes_per_value: int) -> Layout:
+def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Layout:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
-    return Layout(
-        method, folder, True, load_of_split(plan, core, bytes_per_value), _seconds(lambda: plan.logits(features))
-    )
+    return Layout(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))
 
 
 def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
@@ -139,6 +137,9 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     core, n_devices = params.benchmark.core, len(params.networks[name])
     load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
     yield Layout("nonn", folder, False, load, time_final(folder))
+    if params.design.bytes_per_value == 1:
+        log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
+        return
     total = read_json(solo / "manifest.json").get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
@@ -147,7 +148,7 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
     model = solo / student.get("single_pass", student["file"])
     for method in SPLITS:
-        yield split_layout(method, model, n_devices, scratch / method, core, params.design.bytes_per_value)
+        yield split_layout(method, model, n_devices, scratch / method, core)
 
 
 def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Layout]:
@@ -165,8 +166,8 @@ def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) ->
         return
     import torch
 
-    from nonn.export import Logits, export_onnx
     from nonn.models import Network as Model
+    from nonn.onnx_files import Logits, export_onnx
 
     info = read_json(paths.dataset_info)
     torch.manual_seed(0)
@@ -176,8 +177,8 @@ def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) ->
     export_onnx(model, example, path, "image", "logits")
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
-        n_devices, precision = len(params.networks[name]), params.design.bytes_per_value
-        yield split_layout(folder.name, path, n_devices, folder, params.benchmark.core, precision)
+        n_devices = len(params.networks[name])
+        yield split_layout(folder.name, path, n_devices, folder, params.benchmark.core)
 
 
 def describe_traffic(measured: Measured) -> dict[str, Any]:

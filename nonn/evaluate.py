@@ -10,6 +10,10 @@ fitted further and a strategy for missing devices chosen on validation images, s
 the students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN
 gains by it is told by ``nonn_averaged``, the same students with their heads averaged. Otherwise the
 heads of the students present are averaged.
+
+Where devices run int8, students of all methods are scored as such. What that costs is told by
+``nonn_float32``, NoNN's students before they were quantised, and ``teacher_int8`` says what quantising would do
+for the teacher.
 """
 
 from __future__ import annotations
@@ -222,10 +226,14 @@ def _nonn_scores(
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
     images, labels = data.split("test")
+    teacher = load_teacher(paths, data)
     with torch.inference_mode():
-        _, logits = predict(load_teacher(paths, data), images)
+        _, logits = predict(teacher, images)
     yield _scores("teacher", "", [logits[None]], labels)
-    features = FeatureCache(data)  # ensembles of all sizes are formed of the same students
+    precision = params.design.bytes_per_value
+    features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
+    if precision == 1:
+        yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
         files = [paths.network(network, seed) for seed in params.seeds_of(network)]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
@@ -236,6 +244,9 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
             joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
             scores = _joined_scores("nonn_averaged", network, joined, features)
             yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
+        if precision == 1:
+            joined = [(list(model.students), model.final) for model in models]
+            yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
     pool: list[Network] = []
     for network, method, seeds in params.baseline_jobs():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
@@ -282,8 +293,9 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
     _, labels = data.split("test")
-    of_network = 4 if params.evaluate.final_layer == "fitted" else 2  # NoNN, and its ensembles
-    n_models = 1 + of_network * len(params.networks) + len(list(params.baseline_jobs()))
+    int8 = params.design.bytes_per_value == 1
+    of_network = (4 if params.evaluate.final_layer == "fitted" else 2) + int8  # NoNN, and its ensembles
+    n_models = 1 + int8 + of_network * len(params.networks) + len(list(params.baseline_jobs()))
     scores = list(track(score_all(params, paths, data), "evaluate", total=n_models))
     write_json(
         paths.evaluation,

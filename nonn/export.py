@@ -3,17 +3,15 @@
 A network becomes one file a student (uint8 image in, feature vector out) and one for the final
 layer (concatenated feature vectors in, logits out). Teacher and single baselines, which run alone
 on one device, become one file each (image in, logits out). Every file is re-scored on the test
-images in ONNX Runtime: an export that changes an accuracy is an error.
+images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.bytes_per_value: 1`` students
+and baselines are int8 (see `nonn.quantize`), and the teacher is there in both precisions.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
@@ -25,41 +23,20 @@ from nonn.errors import UserError
 from nonn.files import replacing, sha256_of, write_json, write_tensors
 from nonn.final_layer import LinearBlocks
 from nonn.models import Network, predict, single_pass
+from nonn.onnx_files import export_onnx, write_classifier, write_student
 from nonn.params import PARTITION_METHODS, SOLO, Params
 from nonn.paths import Paths
 from nonn.progress import track
+from nonn.quantize import check_close
 from nonn.runtime.session import run_onnx
 from nonn.teacher import load_teacher
 
-OPSET = 18
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
 TOLERANCE = 1e-4
 #: Largest feature accepted of a student, relative to its largest on validation images. Measured on 14
 #: students of mnist5k: test images reach 1.15, images of another kind (inverted, noise, stripes) 1.5, so
 #: that no honest node is refused; and no rogue has more than four times an honest node's range.
 FEATURE_MARGIN = 4.0
-
-
-class Features(nn.Module):
-    """What a device runs: the student without its training head."""
-
-    def __init__(self, student: Network):
-        super().__init__()
-        self.student = student
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.student(images)[0]
-
-
-class Logits(nn.Module):
-    """A model that classifies alone."""
-
-    def __init__(self, model: Network):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)[1]
 
 
 def joined(layer: LinearBlocks) -> nn.Linear:
@@ -70,46 +47,6 @@ def joined(layer: LinearBlocks) -> nn.Linear:
         linear.weight.copy_(weight)
         linear.bias.copy_(torch.stack(list(layer.biases)).sum(0))
     return linear
-
-
-def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str) -> None:
-    """Write a model as one ONNX file for batches of one, the same bytes each time.
-
-    Parameters
-    ----------
-    model : nn.Module
-    example : Tensor
-        An input, with its batch dimension of 1.
-    path : Path
-    input_name, output_name : str
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        program = torch.onnx.export(
-            model.eval(),
-            (example,),
-            input_names=[input_name],
-            output_names=[output_name],
-            opset_version=OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
-    proto = program.model_proto
-    # The exporter notes source lines with absolute paths: they differ between machines.
-    for item in (
-        proto,
-        proto.graph,
-        *proto.graph.node,
-        *proto.graph.value_info,
-        *proto.graph.input,
-        *proto.graph.output,
-    ):
-        del item.metadata_props[:]
-        item.doc_string = ""
-    onnx.checker.check_model(proto)
-    path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
@@ -126,6 +63,19 @@ def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
             f"{path.name}: outputs differ from the trained model by {difference:.1e} of the largest output. "
             "This is a fault of the exporter: try the versions in requirements.lock."
         )
+
+
+def check_outputs(path: Path, exported: np.ndarray, original: Tensor, bytes_per_value: int) -> None:
+    """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8.
+
+    Raises
+    ------
+    UserError
+    """
+    if bytes_per_value == 4:
+        check_same(path, exported, original)
+    else:
+        check_close(path.name, exported, original)
 
 
 def feature_limit(student: Network, data: Dataset) -> float:
@@ -148,19 +98,19 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     test images.
     """
     images, labels = data.split("test")
-    example, students, features = images[:1], [], []
+    students, features = [], []
     for position, student in enumerate(track(list(model.students), "export")):
         path = folder / f"{position}.onnx"
-        export_onnx(Features(student), example, path, "image", "features")
+        write_student(student, data, path, bytes_per_value)
         features.append(run_onnx(path, images.numpy()))
-        check_same(path, features[-1], predict(student, images)[0])
+        check_outputs(path, features[-1], predict(student, images)[0], bytes_per_value)
         entry = {"n_features": student.n_features, "feature_limit": feature_limit(student, data)}
         students.append(_entry(path, student, data, bytes_per_value) | entry)
     path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
     export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
     logits = run_onnx(path, joint)
     with torch.inference_mode():
-        check_same(path, logits, model.final(model.features(images)))
+        check_same(path, logits, model.final([torch.from_numpy(f) for f in features]))
     blocks = folder / "final.safetensors"
     write_tensors(blocks, model.final.state_dict())
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
@@ -168,19 +118,21 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
 
 
 def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
-    """Export models that run alone, named by the keys of `models`; return their manifests."""
+    """Export models that run alone, named by the keys of `models`; return their manifests.
+
+    The model ``teacher`` is float32 whatever the students are.
+    """
     images, labels = data.split("test")
     manifests = {}
     for name, model in track(list(models.items()), "export"):
-        path = folder / f"{name}.onnx"
-        export_onnx(Logits(model), images[:1], path, "image", "logits")
+        path, precision = folder / f"{name}.onnx", 4 if name == "teacher" else bytes_per_value
+        write_classifier(model, data, path, precision)
         logits = run_onnx(path, images.numpy())
-        check_same(path, logits, predict(model, images)[1])
-        # At lower precision only students run: the teacher's ratio includes the change.
-        entry = _entry(path, model, data, 4 if name == "teacher" else bytes_per_value)
-        if model.mirrors:  # `distributed` splits a network over devices only as a single pass
+        check_outputs(path, logits, predict(model, images)[1], precision)
+        entry = _entry(path, model, data, precision)
+        if model.mirrors and bytes_per_value == 4:  # `distributed` splits a network only as a single pass, in float32
             entry["single_pass"] = f"{name}-single.onnx"
-            export_onnx(Logits(single_pass(model)), images[:1], folder / entry["single_pass"], "image", "logits")
+            write_classifier(single_pass(model), data, folder / entry["single_pass"], 4)
         manifests[name] = _manifest(data, [entry], logits, labels)
     return manifests
 
@@ -195,8 +147,10 @@ def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: T
 
 
 def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, Network]:
-    """The teacher and the first seed of every single-model baseline, by export name."""
+    """The teacher, once more for int8 where students are, and each single-model baseline of the first seed."""
     models = {"teacher": load_teacher(paths, data)}
+    if params.design.bytes_per_value == 1:
+        models["teacher_int8"] = models["teacher"]
     for network, method, seeds in params.baseline_jobs():
         if method not in PARTITION_METHODS:
             models[f"{network}-{method}"] = load_baseline(paths.baseline(network, method, seeds[0]), data)[0]

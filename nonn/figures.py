@@ -49,7 +49,6 @@ def summarise_methods(
     designs: Mapping[Key, list[dict]],
     latencies: Mapping[Key, float],
     n_classes: int,
-    bytes_per_value: int,
 ) -> pd.DataFrame:
     """Join what was measured and counted of each method on each network.
 
@@ -63,7 +62,7 @@ def summarise_methods(
     latencies : mapping
         Network and method to the p50 latency of the slowest student (ms); without an entry where
         it was not measured.
-    n_classes, bytes_per_value : int
+    n_classes : int
         What a model that classifies alone sends.
 
     Returns
@@ -71,7 +70,7 @@ def summarise_methods(
     DataFrame
         `COLUMNS` and ``memory_bytes_per_device``, ``weight_bytes`` plus peak activations. The
         teacher first, then each network's methods in the order of `METHODS`. *Per device* is the
-        largest of the devices; ``feature_bytes`` is what one device sends for one image.
+        largest of the devices; ``feature_bytes`` is what one device sends for one image, in float32 always.
     """
     table = []
     for row in rows:
@@ -87,7 +86,7 @@ def summarise_methods(
                 "params_total": sum(cost["params"] for cost in costs),
                 "weight_bytes_per_device": max(cost["weight_bytes"] for cost in costs),
                 "macs_per_device": max(cost["macs"] for cost in costs),
-                "feature_bytes": max(sent) * bytes_per_value,
+                "feature_bytes": max(sent) * 4,
                 "latency_p50_ms": latencies.get(key),
                 "p_value_vs_nonn": row["p_value_vs_nonn"],
                 "p_value_vs_nonn_seeds": row["p_value_vs_nonn_seeds"],
@@ -128,7 +127,8 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         "memory_ratio": round(teacher["memory_bytes_per_device"] / nonn["memory_bytes_per_device"], 4),
         "performance_ratio": round(teacher["latency_p50_ms"] / nonn["latency_p50_ms"], 4),
     }
-    baselines = methods[(methods["network"] == network) & ~methods["method"].isin(["nonn", "nonn_averaged"])]
+    own = methods["method"].str.startswith("nonn")  # NoNN's students, with another final layer or precision
+    baselines = methods[(methods["network"] == network) & ~own]
     if baselines.empty:
         keys = ("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")
         return comparison | dict.fromkeys(keys)
@@ -174,9 +174,18 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
     pool_network, pool_method = params.ensemble.pool.split("/")
     designs = {("", "teacher"): [{"n_filters": None, "cost": read_json(paths.teacher_info)["cost"]}]}
+    int8 = params.design.bytes_per_value == 1
+    if int8:
+        designs["", "teacher_int8"] = [
+            {"n_filters": None, "cost": read_json(paths.benchmark("solo"))["models"]["teacher_int8"]}
+        ]
     for network, devices in params.networks.items():
         students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
+        if int8:
+            designs[network, "nonn_float32"] = [
+                student | {"cost": _in_float32(student["cost"])} for student in students
+            ]
         ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
         designs[network, "ensemble"] = ensemble
         # Their final layer is over features, as NoNN's is, so those travel in place of logits.
@@ -187,10 +196,16 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
     return designs
 
 
+def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
+    """Cost of the same student before it was quantised."""
+    activations = 4 * cost["peak_activation_bytes"]
+    return {**cost, "weight_bytes": 4 * cost["params"], "peak_activation_bytes": activations}
+
+
 def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
     """p50 latency (ms) of the slowest student of every method that was benchmarked."""
     solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark("solo"))["models"].items()}
-    latencies = {("", "teacher"): solo["teacher"]}
+    latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
         slowest = max(student["latency_p50_ms"] for student in students)
@@ -255,7 +270,7 @@ def run(params: Params, paths: Paths) -> None:
     evaluation, graph = read_json(paths.evaluation), load_graph(paths)
     n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
     methods = summarise_methods(
-        evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes, precision
+        evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
     comparisons = [compare_network(methods, network) for network in params.networks]
     system = read_json(paths.benchmark("solo"))["system"]

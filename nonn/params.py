@@ -199,7 +199,7 @@ class Design(Section):
     widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
     mirror: Switch = False
     strided: Switch = False
-    bytes_per_value: Literal[1, 2, 4]
+    bytes_per_value: Literal[1, 4]
 
     @model_validator(mode="after")
     def _grid_is_not_empty(self) -> Design:

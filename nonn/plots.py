@@ -45,8 +45,10 @@ class Look(NamedTuple):
 #: In the order in which tables and legends list them.
 METHODS = {
     "teacher": Look("Teacher", "#666666", "*"),
+    "teacher_int8": Look("Teacher, int8", "#B0B0B0", "*"),
     "nonn": Look("NoNN", "#D55E00", "o"),
     "nonn_averaged": Look("NoNN, averaged", "#F0A070", "o"),
+    "nonn_float32": Look("NoNN, float32", "#A04000", "o"),
     "ensemble": Look("Ensemble of KD", "#0072B2", "s"),
     "ensemble_fitted": Look("Ensemble of KD, fitted", "#004D80", "d"),
     "total": Look("KD, total budget", "#009E73", "D"),

@@ -147,7 +147,7 @@ def _verdict(nonn: pd.Series, other: pd.Series) -> str:
 
 def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes_per_value: int) -> list[str]:
     seeds = sorted({int(n) for n in methods.loc[methods["method"] == "nonn", "n_seeds"]})
-    precision = {4: "float32", 2: "16-bit", 1: "8-bit"}[bytes_per_value]
+    precision = {4: "float32", 1: "int8"}[bytes_per_value]
     lines = [
         f"- *Accuracy* is measured on {n_test:,} test images, on which nothing was chosen. ± is the standard deviation "
         f"over n independent trainings ({', '.join(map(str, seeds))} seeds for NoNN; for ensembles, n disjoint "
@@ -171,6 +171,11 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
             "ensembles, both that and the mean of the members' probabilities are listed; of NoNN, also the mean of "
             "its students' heads, which is no baseline, and shows what fitting gives."
         )
-    if bytes_per_value != 4:
-        lines.append("- The teacher's memory is counted at float32: its ratio includes the change of precision.")
+    if bytes_per_value == 1:
+        lines.append(
+            "- *int8*: students of all methods are quantised after training and scored as such. The teacher is "
+            "float32, so ratios to it include the change of precision; *Teacher, int8* shows what quantising does for "
+            "the teacher, and *NoNN, float32* NoNN's students before they were quantised. Feature vectors are sent in "
+            "float32."
+        )
     return lines

@@ -7,9 +7,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from nonn.export import Logits, export_onnx
 from nonn.files import write_json
 from nonn.models import Network
+from nonn.onnx_files import Logits, export_onnx
 from nonn.params import Architecture
 
 

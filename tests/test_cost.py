@@ -99,10 +99,11 @@ def test_measuring_leaves_the_model_alone(n_filters):
 )
 def test_bytes_follow_the_precision_and_nothing_else_does(family):
     model = Network(Architecture(**family), 3, 10, n_filters=7)
-    one, two = (measure_cost(model, 3, 32, bytes_per_value) for bytes_per_value in (1, 2))
-    assert (two.params, two.macs) == (one.params, one.macs)
-    assert two.weight_bytes == 2 * one.weight_bytes
-    assert two.peak_activation_bytes == 2 * one.peak_activation_bytes
+    one, four = (measure_cost(model, 3, 32, bytes_per_value) for bytes_per_value in (1, 4))
+    assert (four.params, four.macs) == (one.params, one.macs)
+    assert four.weight_bytes == 4 * one.params
+    assert one.params < one.weight_bytes < 2 * one.params  # scales and biases of filters are no bytes
+    assert four.peak_activation_bytes == 4 * one.peak_activation_bytes
     assert one.memory_bytes == one.weight_bytes + one.peak_activation_bytes
 
 

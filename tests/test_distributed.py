@@ -158,7 +158,7 @@ def test_the_load_of_a_split_is_that_of_its_plan(folder, monkeypatch, method, n_
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     write_tiny(folder / "model.onnx")
     plan = plan_split(folder / "model.onnx", n_devices, method)
-    load = load_of_split(plan, CORE, bytes_per_value=4)
+    load = load_of_split(plan, CORE)
     assert load.n_devices == n_devices
     assert len(load.payload) == plan.rounds
     assert payload_bytes(load.payload) == plan.payload_bytes()
@@ -367,7 +367,7 @@ COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
 def test_the_stage_writes_all_rows(stage, monkeypatch):
     params, paths = stage
     monkeypatch.setattr(distributed, "SPLITS", ("rows",))  # saves seconds
-    monkeypatch.setattr("nonn.export.export_onnx", export_tiny)
+    monkeypatch.setattr("nonn.onnx_files.export_onnx", export_tiny)
     reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
     section = params.distributed.model_copy(update={"reference": reference})
     distributed.run(params.model_copy(update={"distributed": section}), paths, "3s")

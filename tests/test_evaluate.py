@@ -14,7 +14,9 @@ from nonn.baseline import load_baseline
 from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
 from nonn.files import read_json, read_tensors, write_tensors
 from nonn.models import predict
+from nonn.onnx_files import student_content
 from nonn.params import STRATEGIES
+from nonn.runtime.session import run_onnx
 from nonn.subsets import MAX_SUBSETS
 from nonn.teacher import load_teacher
 
@@ -234,7 +236,7 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
         "random": load_baseline(experiment.baseline("2s", "random", 0), data),
         "ensemble_fitted": members,
     }.items():
-        network, _ = assemble_network(students, FeatureCache(data), params.assemble, seed=0)
+        network, _ = assemble_network(students, FeatureCache(data, 4), params.assemble, seed=0)
         with torch.inference_mode():
             right = network(images).argmax(1) == labels
             left = network.final(network.features(images), [1]).argmax(1)
@@ -250,3 +252,25 @@ def test_the_stage_writes_the_same_bytes_again(params, experiment):
     before = experiment.evaluation.read_bytes()
     evaluate.run(params, experiment)
     assert experiment.evaluation.read_bytes() == before
+
+
+def test_int8_students_are_scored_as_devices_run_them(params, data, experiment):
+    """Each by the file that would be exported, whatever the method; the float32 ones are a row of their own."""
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    scores = {(s.method, s.network): s for s in score_all(int8, experiment, data)}
+    plain = {(s.method, s.network): s for s in score_all(params, experiment, data)}
+    assert set(scores) - set(plain) == {("teacher_int8", ""), ("nonn_float32", "2s")}
+    assert scores["teacher", ""].correct.tolist() == plain["teacher", ""].correct.tolist()
+    assert scores["nonn_float32", "2s"].correct.tolist() == plain["nonn", "2s"].correct.tolist()
+    images, labels = data.split("test")
+
+    def features(student):
+        return torch.from_numpy(run_onnx(student_content(student, data, 1), images.numpy()))
+
+    nonn = load_network(experiment.network("2s", 0), data)
+    member = load_baseline(experiment.baseline("2s", "kd", 0), data)[0]
+    with torch.inference_mode():
+        joint = nonn.final([features(student) for student in nonn.students])
+        alone = member.head(features(member))
+    assert scores["nonn", "2s"].correct[0].tolist() == (joint.argmax(1) == labels).tolist()
+    assert scores["kd", "2s"].correct[0].tolist() == (alone.argmax(1) == labels).tolist()

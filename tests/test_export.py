@@ -14,15 +14,18 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
+from nonn import assemble, export
 from nonn import predict as prediction
 from nonn.assemble import load_network
 from nonn.cost import measure_cost
 from nonn.dataset import Dataset
 from nonn.errors import UserError
-from nonn.export import FEATURE_MARGIN, Features, check_same, export_onnx, export_solo, joined, solo_models
+from nonn.evaluate import score_all
+from nonn.export import FEATURE_MARGIN, check_same, export_solo, joined, solo_models
 from nonn.files import read_json, read_tensors
 from nonn.models import Network, predict, single_pass, whiten
-from nonn.params import Architecture
+from nonn.onnx_files import Features, export_onnx
+from nonn.params import Architecture, Params
 from nonn.paths import Paths
 from nonn.predict import classify, read_image
 from nonn.runtime.session import open_session, run_onnx
@@ -153,6 +156,42 @@ def test_a_solo_model_classifies(params, data, experiment, tmp_path):
     assert manifests["teacher"]["test_accuracy"] == (logits.argmax(1) == labels.numpy()).mean()
     (entry,) = manifests["teacher"]["students"]
     assert entry["cost"] == read_json(experiment.teacher_info)["cost"]
+
+
+# int8
+
+
+@pytest.fixture
+def int8(params) -> Params:
+    """The parameters of the tiny experiment, but for int8 devices."""
+    return params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+
+
+@pytest.fixture
+def quantised(int8, experiment) -> dict:
+    """Manifests of the tiny network and of the models that run alone, exported for int8 devices."""
+    for stage, *of in ((assemble, "2s", 0), (export, "2s"), (export, "solo")):
+        stage.run(int8, experiment, *of)
+    return {name: read_json(experiment.export(name) / "manifest.json") for name in ("2s", "solo")}
+
+
+def test_an_int8_network_scores_in_onnx_runtime_as_it_is_evaluated(int8, data, experiment, quantised):
+    (scores,) = [s for s in score_all(int8, experiment, data) if s.method == "nonn"]
+    assert quantised["2s"]["test_accuracy"] == scores.accuracies[0]
+    students = load_network(experiment.network("2s", 0), data).students
+    for student, entry in zip(students, quantised["2s"]["students"], strict=True):
+        assert entry["cost"] == vars(measure_cost(student, 1, 28, bytes_per_value=1))
+        weights = onnx.load(experiment.export("2s") / entry["file"]).graph.initializer
+        kernels = [t for t in weights if len(t.dims) == 4 and t.dims[2] > 1]
+        assert {t.data_type for t in kernels} == {onnx.TensorProto.INT8}
+
+
+def test_the_teacher_is_exported_in_both_precisions(quantised):
+    solo = {name: manifest["students"][0] for name, manifest in quantised["solo"].items()}
+    whole, int8 = solo["teacher"]["cost"], solo["teacher_int8"]["cost"]
+    assert whole["weight_bytes"] == 4 * whole["params"]
+    assert int8["params"] < int8["weight_bytes"] < whole["weight_bytes"] / 2
+    assert solo["2s-kd"]["cost"]["weight_bytes"] < 4 * solo["2s-kd"]["cost"]["params"]
 
 
 # Classifying one image

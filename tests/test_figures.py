@@ -1,6 +1,7 @@
 """Tables by hand-computed numbers, and all outputs from a small made-up experiment."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -267,12 +268,12 @@ def test_summary_counts_match_the_designs(inside):
         students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
         row = table.loc[network, "nonn"]
         assert row["params_total"] == sum(s["cost"]["params"] for s in students)
-        assert row["feature_bytes"] == max(s["n_filters"] for s in students) * params.design.bytes_per_value
+        assert row["feature_bytes"] == 4 * max(s["n_filters"] for s in students)
         # The slowest student's, as written by `write_benchmarks`.
         assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (len(devices) - 1))
         (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
         assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
-        assert table.loc[network, "ensemble"]["feature_bytes"] == N_CLASSES * params.design.bytes_per_value
+        assert table.loc[network, "ensemble"]["feature_bytes"] == 4 * N_CLASSES
         fitted = figures.load_designs(params, paths)[network, "ensemble_fitted"]
         assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * len(devices)
 
@@ -309,7 +310,7 @@ LATENCIES = {("", "teacher"): 6.0, ("2s", "nonn"): 1.5, ("2s", "ensemble"): 1.2}
 
 @pytest.fixture
 def methods():
-    return figures.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+    return figures.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10)
 
 
 def test_summary_csv_by_hand(methods):
@@ -354,7 +355,7 @@ def test_comparison_by_hand(methods):
 )
 def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict):
     rows = [*ROWS[1:], row("ensemble", "2s", 2, accuracy, 0.01, p)]
-    methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+    methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10)
     comparison = figures.compare_network(methods, "2s")
     text = report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
     assert comparison["best_baseline_beaten"] is beaten
@@ -369,7 +370,7 @@ def test_fitted_ensembles_are_a_method_of_their_own():
     designs |= {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
     fitted = [row("nonn_averaged", "2s", 2, 0.9, 0.01, 0.3), row("ensemble_fitted", "2s", 2, 0.97, 0.01, 0.3)]
     for more in ([], fitted):
-        methods = figures.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10, bytes_per_value=4)
+        methods = figures.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10)
         comparison = figures.compare_network(methods, "2s")
         texts.append(report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4))
     assert "fitted" not in texts[0]
@@ -378,17 +379,47 @@ def test_fitted_ensembles_are_a_method_of_their_own():
     assert "is fitted further as NoNN's is" in texts[1]
 
 
-def test_averaged_heads_of_nonn_are_no_baseline():
-    designs = DESIGNS | {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
-    better = row("nonn_averaged", "2s", 2, 0.99, 0.01, 0.3)
-    methods = figures.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10, bytes_per_value=4)
-    assert "NoNN, averaged" in list(report.format_table(methods)["Method"])
+@pytest.mark.parametrize(("method", "label"), [("nonn_averaged", "NoNN, averaged"), ("nonn_float32", "NoNN, float32")])
+def test_nonns_own_variants_are_no_baselines(method, label):
+    designs = DESIGNS | {("2s", method): DESIGNS["2s", "nonn"]}
+    better = row(method, "2s", 2, 0.99, 0.01, 0.3)
+    methods = figures.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10)
+    assert label in list(report.format_table(methods)["Method"])
     assert figures.compare_network(methods, "2s")["best_baseline"] == "ensemble"
+
+
+def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(inside, tmp_path, monkeypatch):
+    params, paths = inside
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    solo = read_json(paths.benchmark("solo"))
+    shutil.copytree(Path.cwd(), tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    for network in params.networks:
+        design.run(int8, paths, network)
+    models = solo["models"] | {"teacher_int8": cost(1000, 5000, 1100, 300) | {"latency_p50_ms": 4.0}}
+    write_json(paths.benchmark("solo"), solo | {"models": models})
+    evaluation = read_json(paths.evaluation)
+    of_nonn = [entry for entry in evaluation["rows"] if entry["method"] == "nonn"]
+    more = [entry | {"method": "nonn_float32"} for entry in of_nonn]
+    write_json(paths.evaluation, evaluation | {"rows": [*evaluation["rows"], *more, row("teacher_int8", "", 1, 0.99)]})
+    figures.run(int8, paths)
+    table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
+    teacher = table.loc[(np.nan, "teacher_int8")]
+    assert (teacher["weight_bytes_per_device"], teacher["latency_p50_ms"]) == (1100, 4.0)
+    for network in params.networks:
+        quantised, whole = (table.loc[network, method] for method in ("nonn", "nonn_float32"))
+        assert whole["weight_bytes_per_device"] == 4 * whole["params_per_device"]
+        assert quantised["weight_bytes_per_device"] < whole["weight_bytes_per_device"] / 2
+        assert quantised["feature_bytes"] == whole["feature_bytes"], "vectors are sent in float32 either way"
+        assert pd.isna(whole["latency_p50_ms"]), "only what is deployed is timed"
+    text = (paths / "summary.md").read_text()
+    assert "ratios to it include the change of precision" in text
+    assert "at int8 precision" in text
 
 
 def test_a_network_without_baselines_claims_nothing_about_them():
     alone = [entry for entry in ROWS if entry["method"] in ("teacher", "nonn")]
-    methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10, bytes_per_value=4)
+    methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10)
     comparison = figures.compare_network(methods, "2s")
     assert comparison["best_baseline"] is comparison["p_value"] is None
     assert "no baseline" in report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)

@@ -150,7 +150,7 @@ WRONG = [
     ),
     ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
     ({"design.min_width": 200}, "design: min_width is above max_width"),
-    ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1, 2 or 4 (it is 3)"),
+    ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1 or 4 (it is 3)"),
     ({"dataset.size": 27}, "dataset.size: input should be greater than or equal to 28 (it is 27)"),
     ({"dataset.test": 0.9}, "dataset: validation and test together leave no training images; lower one of them"),
     ({"dataset.sha256": "abc"}, "dataset.sha256: string should match pattern"),

@@ -23,8 +23,8 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(path: Path, inputs: np.ndarray) -> np.ndarray:
+def run_onnx(model: Path | bytes, inputs: np.ndarray) -> np.ndarray:
     """Outputs of an exported model for a batch of inputs, one at a time."""
-    session = open_session(path)
+    session = open_session(model)
     name = session.get_inputs()[0].name
     return np.concatenate([session.run(None, {name: row[None]})[0] for row in inputs])

@@ -1,0 +1,130 @@
+"""int8: the same answers by and large, integers inside, honest counts, the same bytes each time."""
+
+import hashlib
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from nonn.cost import measure_cost
+from nonn.errors import UserError
+from nonn.models import Network, predict, whiten
+from nonn.onnx_files import write_classifier, write_student
+from nonn.params import Architecture
+from nonn.quantize import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
+from nonn.runtime.session import open_session, run_onnx
+
+ARCHITECTURES = [
+    Architecture(family="airbench", widths=[8, 12, 16], depth=2, mirror=True, strided=True),
+    Architecture(family="airbench", widths=[8, 12, 16], depth=3),
+    Architecture(family="fast", widths=[8, 12, 16], depth=2),
+    Architecture(family="wrn", depth=10),
+    Architecture(family="resnet", depth=8),
+]
+NAMES = [f"{a.family}-{a.depth}" for a in ARCHITECTURES]
+
+
+def make_student(architecture, data, n_filters=6):
+    """A student whose batch norms are not what they begin as: statistics, scales of both signs, biases."""
+    torch.manual_seed(0)
+    student = Network(architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    whiten(student, data.images)
+    for norm in (module for module in student.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.bias, -0.3, 0.3)
+        if norm.weight.requires_grad:
+            nn.init.uniform_(norm.weight, -1.5, 1.5)
+    with torch.no_grad():
+        for _ in range(3):
+            student.train()(data.images)
+    return student.eval()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
+def test_folding_changes_nothing_but_the_number_of_layers(architecture, data):
+    student = make_student(architecture, data)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    folded = fold_norms(student)
+    for original, found in zip(predict(student, data.images), predict(folded, data.images), strict=True):
+        torch.testing.assert_close(found, original, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    n_norms = [sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) for model in (student, folded)]
+    if architecture.family == "airbench":
+        assert n_norms[1] == 0
+    assert n_norms[1] < n_norms[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
+def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path):
+    student = make_student(architecture, data)
+    for precision in (4, 1):
+        write_student(student, data, tmp_path / f"{precision}.onnx", precision)
+    images, _ = data.split("test")
+    expected = predict(student, images)[0]
+    found = run_onnx(tmp_path / "1.onnx", images.numpy())
+    assert not np.array_equal(found, expected)
+    check_close("1.onnx", found, expected)
+    spec, whole = open_session(tmp_path / "1.onnx"), open_session(tmp_path / "4.onnx")
+    for of in ("get_inputs", "get_outputs"):
+        assert [(v.name, v.type, v.shape) for v in getattr(spec, of)()] == [
+            (v.name, v.type, v.shape) for v in getattr(whole, of)()
+        ]
+
+
+def test_weights_are_integers_and_there_once(data, tmp_path):
+    """Although the network sees an image twice, and so has each convolution twice."""
+    student = make_student(ARCHITECTURES[0], data)
+    write_student(student, data, tmp_path / "0.onnx", 1)
+    model = onnx.load(tmp_path / "0.onnx")
+    n_convolutions = sum(isinstance(module, nn.Conv2d) for module in student.modules())
+    assert sum(node.op_type == "Conv" for node in model.graph.node) == 2 * n_convolutions
+    assert not any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    kernels = [tensor for tensor in tensors.values() if len(tensor.dims) == 4 and tensor.dims[2] > 1]
+    assert [k.data_type for k in kernels] == [onnx.TensorProto.INT8] * (n_convolutions - 1)  # the bridge is 1×1
+    scales = [node.input[1] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert any(len(tensors[scale].dims) == 1 and tensors[scale].dims[0] > 1 for scale in scales), "by filter"
+
+
+def test_the_same_student_gives_the_same_bytes(data, tmp_path):
+    sums = set()
+    for name in ("a", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_classifier(make_student(ARCHITECTURES[0], data, n_filters=None), data, folder / "0.onnx", 1)
+        content = (folder / "0.onnx").read_bytes()
+        assert bytes(tmp_path) not in content
+        sums.add(hashlib.sha256(content).hexdigest())
+    assert len(sums) == 1
+
+
+def test_outputs_that_have_nothing_to_do_with_the_students_are_refused():
+    original = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
+    check_close("0.onnx", original.numpy() * 1.2, original)
+    for wrong in (original.numpy() * 1.3, np.full((2, 2), np.nan, np.float32)):
+        with pytest.raises(UserError, match=r"0\.onnx: in int8 its outputs differ .* Set design\.bytes_per_value to 4"):
+            check_close("0.onnx", wrong, original)
+
+
+def test_calibration_images_are_few_and_from_all_of_the_training_images(data):
+    train, _ = data.split("train")
+    assert np.array_equal(calibration_images(data), train.numpy()), "all, where there are few"
+    many = data.train.repeat(10)
+    found = calibration_images(type(data)(**{**vars(data), "train": many}))
+    assert 0.5 * CALIBRATION_IMAGES < len(found) <= CALIBRATION_IMAGES
+
+
+def test_bytes_of_the_weights_are_those_of_the_tensors_in_the_file(data, tmp_path):
+    """But for what the file holds besides: zero points, scales of activations and constants."""
+    student = make_student(ARCHITECTURES[2], data)
+    write_student(student, data, tmp_path / "0.onnx", 1)
+    model = onnx.load(tmp_path / "0.onnx")
+    kernels = [t for t in model.graph.initializer if len(t.dims) == 4 and t.data_type == onnx.TensorProto.INT8]
+    weights, filters = sum(int(np.prod(t.dims)) for t in kernels), sum(t.dims[0] for t in kernels)
+    counted = measure_cost(student, data.channels, data.size, 1).weight_bytes
+    unfolded = 16 * sum(m.num_features for m in fold_norms(student).modules() if isinstance(m, nn.BatchNorm2d)) // 2
+    assert len(kernels) == sum(isinstance(module, nn.Conv2d) for module in student.modules())
+    head = 4 * sum(parameter.numel() for parameter in student.head.parameters())
+    assert weight_bytes(student) == weights + 8 * filters + unfolded + head
+    assert counted == weights + 8 * filters + unfolded, "a student's head stays behind"
