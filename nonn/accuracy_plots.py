@@ -103,7 +103,7 @@ def _place_methods(figure: Figure, axis: Axes, rows: pd.DataFrame) -> None:
             zorder=4 if hero else 3,
         )
         where = {"textcoords": "offset points", "xytext": (9, 0), "va": "center"}
-        if row["method"] == "teacher":
+        if row["method"] in ("teacher", "teacher_int8"):
             where = {"textcoords": "offset points", "xytext": (0, -9), "ha": "center", "va": "top"}
         elif row["method"] == "total":  # between the crowd and the teacher: the room is above and to the right
             top = row["accuracy_mean"] + np.nan_to_num(row["accuracy_sd"])
