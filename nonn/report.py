@@ -150,8 +150,8 @@ def _describe_sources(methods: pd.DataFrame, n_test: int, system: Mapping, bytes
     precision = {4: "float32", 1: "int8"}[bytes_per_value]
     lines = [
         f"- *Accuracy* is measured on {n_test:,} test images, on which nothing was chosen. ± is the standard deviation "
-        f"over n independent trainings ({', '.join(map(str, seeds))} seeds for NoNN; for ensembles, n disjoint "
-        "groups of independently trained students). There is one teacher.",
+        f"over n independent trainings ({', '.join(map(str, seeds))} {'seed' if seeds == [1] else 'seeds'} for NoNN; "
+        "for ensembles, n disjoint groups of independently trained students). There is one teacher.",
         "- *p* is that of a two-sided paired permutation test over the test images, on the mean over seeds, against "
         f"NoNN on the same devices; below {SIGNIFICANCE} it is called significant. It is not corrected for the number "
         "of comparisons. `summary.csv` has Welch's test over seeds too, where both methods have several.",
