@@ -125,7 +125,20 @@ def label_rows(axes: Sequence[Axes], label: str) -> None:
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 5) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), columns))
+    """Put a legend below the panels, in at most so many columns.
+
+    In a figure too narrow for them it has fewer, and the figure grows by the rows that come with that.
+    """
+    heights = []
+    for n_columns in range(min(len(handles), columns), 0, -1):
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=n_columns)
+        box = legend.get_window_extent()
+        heights.append(box.height)
+        if box.width <= figure.bbox.width or n_columns == 1:
+            break
+        legend.remove()
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + (heights[-1] - heights[0]) / figure.dpi)
 
 
 def plural(count: int, noun: str) -> str:

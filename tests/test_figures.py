@@ -549,6 +549,17 @@ def test_an_imported_teacher_is_a_level_line():
     assert set(axis.lines[0].get_ydata()) == {0.9}
 
 
+def test_a_legend_is_no_wider_than_its_figure():
+    """A single network makes narrow figures, and all baselines a long legend."""
+    log = make_log(4, 0.95, np.random.default_rng(0))
+    trained = ["nonn", "labels", "kd", "at_kd", "total", "random", "classwise", "full"]
+    figure = plots.draw_training(log, {"2s": {method: [log] for method in trained}})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 1 + len(trained)
+    assert figure.bbox.x0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.x1
+
+
 def assert_in_view(axis, lines):
     left, right = axis.get_xlim()
     bottom, top = axis.get_ylim()
