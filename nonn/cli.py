@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nonn import __version__
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 
 OVERVIEW = """\
 Network of Neural Networks: split one large image classifier into small students, one a device.
@@ -51,8 +51,10 @@ STAGES = {
     ),
     "figures": ("draw figures and write tables from the results", None),
 }
-#: Commands that run an exported network, each a module of `nonn.runtime`.
-RUNTIME = ("node", "coordinate", "certs", "cluster", "up", "hosting", "fuzz", "soak", "links", "split", "split-node")
+#: Commands that run an exported network, and the module of each.
+RUNTIME = {name: f"runtime.{name}" for name in ("node", "coordinate", "certs", "cluster", "hosting")}
+RUNTIME |= {"up": "live.up", "split": "split.command", "split-node": "split.node"}
+RUNTIME |= {name: f"testbed.{name}" for name in ("fuzz", "soak", "links")}
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
 SEEDED = ("distill", "assemble", "baseline")
@@ -214,10 +216,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_stage(stage: str, item: str | None, seed: int | None) -> None:
     """Run one stage on one item, and note in the journal when it ran."""
-    from nonn.files import STATE, sweep
-    from nonn.leftovers import remove_leftovers
-    from nonn.params import load_params
-    from nonn.paths import Paths
+    from nonn.core.files import STATE, sweep
+    from nonn.core.leftovers import remove_leftovers
+    from nonn.core.params import load_params
+    from nonn.core.paths import Paths
 
     params = load_params()
     paths = Paths(params.experiment)
@@ -225,7 +227,7 @@ def run_stage(stage: str, item: str | None, seed: int | None) -> None:
     sweep()
     remove_leftovers(params, paths)
     start = time.time()
-    importlib.import_module(f"nonn.{stage}").run(params, paths, **arguments)
+    importlib.import_module(f"nonn.stages.{stage}").run(params, paths, **arguments)
     entry = {"experiment": params.experiment, "stage": stage, "item": item, "seed": seed}
     entry |= {"start": start, "end": time.time()}
     path = STATE / "journal.jsonl"
@@ -281,23 +283,23 @@ def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
 
 
 def run_tool(options: argparse.Namespace) -> None:
-    from nonn.params import load_params
+    from nonn.core.params import load_params
 
     if options.command in RUNTIME:
-        importlib.import_module(f"nonn.runtime.{options.command.replace('-', '_')}").run(options)
+        importlib.import_module(f"nonn.{RUNTIME[options.command]}").run(options)
         return
     if options.command == "bench":
-        from nonn.bench import BENCHES
+        from nonn.commands.bench import BENCHES
 
         BENCHES[options.what]()
         return
     if options.command == "try":
-        from nonn.attempt import run
+        from nonn.commands.attempt import run
 
         run(options.item, options.set, options.seed, options.table)
         return
     if options.command in ("keep", "restore"):
-        from nonn import keep
+        from nonn.commands import keep
 
         {"keep": keep.keep, "restore": keep.restore}[options.command](options.folder)
         return
@@ -311,15 +313,15 @@ def run_tool(options: argparse.Namespace) -> None:
         n_students = sum(map(len, params.networks.values()))
         print(f"params.yaml is sound: experiment {params.experiment}, {n_students} students.")
     elif options.command == "predict":
-        from nonn.predict import run
+        from nonn.runtime.predict import run
 
         run(params, options.image, options.network)
     elif options.command == "share":
-        from nonn.paths import Paths
-        from nonn.share import run
+        from nonn.commands.share import run
+        from nonn.core.paths import Paths
 
         run(params, Paths(params.experiment), options.file)
     elif options.command == "timeline":
-        from nonn.timeline import run
+        from nonn.commands.timeline import run
 
         run(params, whole=options.all)

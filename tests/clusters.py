@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
 
-from nonn.files import write_json
+from nonn.core.files import write_json
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 

@@ -7,10 +7,10 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from nonn.files import write_json
-from nonn.models import Network
-from nonn.onnx_files import Logits, export_onnx
-from nonn.params import Architecture
+from nonn.core.files import write_json
+from nonn.core.params import Architecture
+from nonn.deploy.onnx_files import Logits, export_onnx
+from nonn.training.networks import Network
 
 
 def export_untrained(path: Path, channels: int, size: int, n_filters: int | None = None, **architecture) -> None:

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from nonn import assemble
-from nonn.assemble import NetworkOfNetworks, fit_layer, load_network
-from nonn.dataset import load_dataset
-from nonn.export import joined
-from nonn.files import read_json, read_tensors
-from nonn.final_layer import FinalLayer, averaged_layer
-from nonn.models import Network, predict
-from nonn.params import Architecture, Assemble
+from nonn.core.files import read_json
+from nonn.core.params import Architecture, Assemble
+from nonn.data.dataset import load_dataset
+from nonn.data.tensors import read_tensors
+from nonn.method.exporting import joined
+from nonn.method.final_layer import FinalLayer, averaged_layer
+from nonn.method.joining import NetworkOfNetworks, fit_layer
+from nonn.method.store import load_network
+from nonn.stages import assemble as assemble_stage
+from nonn.training.networks import Network, predict
 
 LENGTHS = [3, 5, 2]
 
@@ -153,13 +155,13 @@ def test_the_stage_writes_the_same_bytes_again(params, experiment):
     before = {path: path.read_bytes() for path in (weights, weights.with_suffix(".json"))}
     for path in before:
         path.unlink()
-    assemble.run(params, experiment, "2s", 0)
+    assemble_stage.run(params, experiment, "2s", 0)
     assert {path: path.read_bytes() for path in before} == before
 
 
 def test_without_epochs_the_average_is_taken(params, experiment):
     section = params.assemble.model_copy(update={"epochs": 0})
-    assemble.run(params.model_copy(update={"assemble": section}), experiment, "2s", 0)
+    assemble_stage.run(params.model_copy(update={"assemble": section}), experiment, "2s", 0)
     data = load_dataset(experiment)
     network = load_network(experiment.network("2s", 0), data)
     assert read_json(experiment.network("2s", 0).with_suffix(".json"))["final_layer"] == "averaged"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nonn.attempt import COLUMNS, run
 from nonn.cli import main
-from nonn.errors import UserError
-from nonn.files import STATE, read_json
+from nonn.commands.attempt import COLUMNS, run
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from nonn.augment import apply_view, draw_view
-from nonn.params import Augment
+from nonn.core.params import Augment
+from nonn.training.augment import apply_view, draw_view
 
 N_IMAGES = 200
 

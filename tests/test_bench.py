@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from nonn.bench import DistillTimes, TaughtLive, random_images, time_distill
-from nonn.distill import Classroom, Lesson, distill_student
-from nonn.models import Network
-from nonn.params import Architecture
-from nonn.signals import compute_signals
-from nonn.training import Checkpoint
+from nonn.commands.bench import DistillTimes, TaughtLive, random_images, time_distill
+from nonn.core.params import Architecture
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.networks import Network
+from nonn.training.signals import compute_signals
 
 TINY = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 LESSON = Lesson(TINY, filters=[0, 5, 7], kd_weight=0.9, transfer_weight=10.0)

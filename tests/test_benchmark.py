@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
-from nonn import benchmark
-from nonn.benchmark import describe_system, measure_models
-from nonn.errors import UserError
-from nonn.files import read_json, write_json
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json
+from nonn.core.system import describe_system
+from nonn.stages import benchmark as benchmark_stage
+from nonn.testbed import latency as benchmark
+from nonn.testbed.latency import measure_models
 
 COUNTED = {"params", "macs", "weight_bytes", "peak_activation_bytes"}
 MEASURED = {
@@ -30,7 +32,7 @@ def section(params, **changes):
 
 def test_the_stage_writes_a_row_for_each_student(params, exported, experiment):
     shutil.copytree(exported, experiment.export("2s"))
-    benchmark.run(params.model_copy(update={"benchmark": section(params)}), experiment, "2s")
+    benchmark_stage.run(params.model_copy(update={"benchmark": section(params)}), experiment, "2s")
     result = read_json(experiment.benchmark("2s"))
     assert result["system"] == describe_system()
     assert set(result["models"]) == {"0", "1"}
@@ -51,7 +53,7 @@ def test_solo_models_have_a_row_by_name(params, exported, experiment, monkeypatc
     student = read_json(exported / "manifest.json")["students"][0]
     folder = experiment.export("solo")
     write_json(folder / "manifest.json", {"teacher": {"students": [student]}, "2s-kd": {"students": [student]}})
-    benchmark.run(params, experiment, "solo")
+    benchmark_stage.run(params, experiment, "solo")
     rows = read_json(experiment.benchmark("solo"))["models"]
     assert rows == dict.fromkeys(("teacher", "2s-kd"), student["cost"] | {"measured": str(folder / "0.onnx")})
 

@@ -5,9 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from nonn.runtime import coordinator, fuzz
-from nonn.runtime.soak import Soak, becomes_whole, soak_cluster
-from nonn.runtime.testbed import running_bed
+from nonn.runtime import coordinator
+from nonn.testbed import fuzz
+from nonn.testbed.bed import running_bed
+from nonn.testbed.soak import Soak, becomes_whole, soak_cluster
 
 
 def wrong(outcomes) -> int:
@@ -50,7 +51,7 @@ def test_a_coordinator_that_lets_any_finite_number_through_is_found_out(network_
 
 
 def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
-    monkeypatch.setattr("nonn.runtime.soak.NAP", 1.0)
+    monkeypatch.setattr("nonn.testbed.soak.NAP", 1.0)
     soak = asyncio.run(soak_cluster(network_folder, 1600, deadline_ms=500, every=2, seed=0))
     assert soak.kills >= 1
     assert soak.unanswered == 0
@@ -71,7 +72,7 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
                 pass
 
             monkeypatch.setattr(bed, "restart", nothing)
-            monkeypatch.setattr("nonn.runtime.soak.RECOVERY", 0.5)
+            monkeypatch.setattr("nonn.testbed.soak.RECOVERY", 0.5)
             assert not await becomes_whole(bed, coordinating, image)
 
     asyncio.run(scenario())

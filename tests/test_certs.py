@@ -11,7 +11,7 @@ from cryptography.x509.oid import NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from nonn.cli import main
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime import certs
 from nonn.runtime.certs import write_certificates
 

@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 
 from nonn import __version__
 from nonn.cli import RUNTIME, SEEDED, STAGES, main, parse_item, parse_seed
-from nonn.errors import UserError
-from nonn.files import STATE, read_json
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json
 
 
 def call(*arguments: str) -> None:

@@ -8,8 +8,8 @@ from clusters import N_FEATURES
 from ruamel.yaml import YAML
 
 from nonn import cli
-from nonn.errors import UserError
-from nonn.paths import Paths
+from nonn.core.errors import UserError
+from nonn.core.paths import Paths
 from nonn.runtime.cluster import load_cluster, local_cluster, write_cluster
 
 SOUND = {

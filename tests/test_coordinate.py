@@ -17,11 +17,11 @@ from test_node import BROKEN, raw, refusal, stub_of
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main
-from nonn.predict import classify
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinate import Network
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
+from nonn.runtime.predict import classify
 from nonn.runtime.protocol import MESSAGE_LIMIT, make_request
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import Identity

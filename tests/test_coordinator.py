@@ -17,12 +17,12 @@ from safetensors.numpy import load_file
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
-from nonn.errors import UserError
-from nonn.predict import classify
+from nonn.core.errors import UserError
 from nonn.runtime import coordinator as coordination
 from nonn.runtime.cluster import Cluster, Node, Tls, write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.node import Student
+from nonn.runtime.predict import classify
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_response
 from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nonn.cost import Cost, measure_cost
-from nonn.models import Network
-from nonn.params import Architecture
+from nonn.core.params import Architecture
+from nonn.deploy.cost import Cost, measure_cost
+from nonn.training.networks import Network
 
 
 def test_fast_network_by_hand():

@@ -12,12 +12,14 @@ import torch
 import torchvision
 from PIL import Image
 
-from nonn.dataset import load_dataset, measure_channels, run, split_dataset
-from nonn.errors import UserError
-from nonn.files import read_json
-from nonn.params import Params, load_params
-from nonn.paths import Paths
-from nonn.sources import DOWNLOADS, _contents, _names, decode_images, fit_image, load_images, read_layout
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.images import fit_image
+from nonn.core.params import Params, load_params
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset, measure_channels, split_dataset
+from nonn.data.sources import DOWNLOADS, _contents, _names, decode_images, load_images, read_layout
+from nonn.stages.dataset import run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"

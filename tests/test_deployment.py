@@ -5,12 +5,20 @@ import math
 import pandas as pd
 import pytest
 
-from nonn import deployment_plots
-from nonn.deployment import COLUMNS, PAPER, collect_ratios, compare_splits, describe_deployment, join_rows, write_csv
-from nonn.params import Architecture, Figures
-from nonn.plots import drawing_style, save_figure
+from nonn.core.params import Architecture, Figures
+from nonn.report import deployment_plots
+from nonn.report.deployment import (
+    COLUMNS,
+    PAPER,
+    collect_ratios,
+    compare_splits,
+    describe_deployment,
+    join_rows,
+    write_csv,
+)
+from nonn.report.plots import drawing_style, save_figure
 
-FIGURES = Figures(style="default", dpi=50, format="svg")
+FIGURES = Figures(dpi=50, format="svg")
 REFERENCE = Architecture(family="wrn", depth=16, width=2)
 #: Wi-Fi, and a link on which a split by channels takes too long.
 FAST, SLOW = "wifi20", "ieee802154"
@@ -200,7 +208,7 @@ def draw_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architectur
 
 
 def save_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None, folder) -> list[bytes]:
-    with drawing_style("default"):
+    with drawing_style():
         for number, figure in enumerate(draw_all(rows, comparisons, reference)):
             save_figure(figure, folder / f"{number}.svg", FIGURES)
     return [path.read_bytes() for path in sorted(folder.glob("*.svg"))]
@@ -239,7 +247,7 @@ def test_a_ratio_below_one_is_seen(rows):
     """Where NoNN needs more than the baseline, its bar shows it, to the left of 1."""
     ratios = collect_ratios(rows, COMPARISONS)
     ratios["total_latency_rows"]["ratio"] = 0.5
-    with drawing_style("default"):
+    with drawing_style():
         (axis,) = deployment_plots.draw_ratios(ratios).axes
     assert axis.get_xlim()[0] < 0.5
     assert axis.get_xlim()[1] > max(PAPER.values())

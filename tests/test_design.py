@@ -7,13 +7,14 @@ from conftest import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import design
-from nonn.cost import measure_cost
-from nonn.design import apportion, combined_budget, design_network, design_student, family, load_design
-from nonn.errors import UserError
-from nonn.files import read_json, write_json
-from nonn.models import Network
-from nonn.params import Architecture, Design, Device, load_params
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json
+from nonn.core.params import Architecture, Design, Device, load_params
+from nonn.deploy.cost import measure_cost
+from nonn.method.sizing import apportion, combined_budget, design_network, design_student, family
+from nonn.method.store import load_design
+from nonn.stages import design as design_stage
+from nonn.training.networks import Network
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, bytes_per_value=4)
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, bytes_per_value=4)
@@ -204,7 +205,7 @@ def test_a_budget_that_changes_nothing_leaves_the_bytes_alone(params, experiment
 
     before = artifacts()
     devices = {name: Device(memory_kib=d.memory_kib, mmacs=d.mmacs + 0.001) for name, d in params.devices.items()}
-    design.run(params.model_copy(update={"devices": devices}), experiment, "2s")
+    design_stage.run(params.model_copy(update={"devices": devices}), experiment, "2s")
     assert artifacts() == before
 
 
@@ -212,7 +213,7 @@ def test_the_stage_names_the_network_that_does_not_fit(params, experiment):
     before = experiment.sizes("2s").read_bytes()
     devices = {name: Device(memory_kib=1, mmacs=1) for name in params.devices}
     with pytest.raises(UserError, match=r"params\.yaml: networks\.2s: no student"):
-        design.run(params.model_copy(update={"devices": devices}), experiment, "2s")
+        design_stage.run(params.model_copy(update={"devices": devices}), experiment, "2s")
     assert experiment.sizes("2s").read_bytes() == before
 
 

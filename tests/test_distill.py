@@ -5,19 +5,23 @@ import itertools
 import pytest
 import torch
 
-from nonn import baseline, distill, training
-from nonn.augment import draw_view
-from nonn.baseline import load_baseline, plan_lessons
-from nonn.dataset import load_dataset
-from nonn.design import design_network
-from nonn.distill import Classroom, Lesson, distill_student
-from nonn.errors import UserError
-from nonn.files import STATE, read_json, read_tensors, write_json
-from nonn.models import predict
-from nonn.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Augment
-from nonn.paths import Paths
-from nonn.signals import load_signals
-from nonn.training import Checkpoint
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json, write_json
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Augment
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset
+from nonn.data.tensors import read_tensors
+from nonn.method.sizing import design_network
+from nonn.method.store import load_baseline, load_signals
+from nonn.stages import baseline
+from nonn.stages import distill as distill_stage
+from nonn.stages.baseline import plan_lessons
+from nonn.training import lessons as distill
+from nonn.training import loop as training
+from nonn.training.augment import draw_view
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.networks import predict
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
@@ -145,7 +149,7 @@ def test_the_stage_writes_the_same_bytes_again(params, experiment):
     before = {path: path.read_bytes() for path in (weights, experiment.log(weights))}
     for path in before:
         path.unlink()
-    distill.run(params, experiment, "2s", 1, 0)
+    distill_stage.run(params, experiment, "2s", 1, 0)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -160,13 +164,13 @@ def test_students_and_seeds_differ_in_their_start(params, experiment, monkeypatc
     for student in (0, 1):
         for seed in (0, 1, 2):
             with pytest.raises(KeyboardInterrupt):
-                distill.run(params, experiment, "2s", student, seed)
+                distill_stage.run(params, experiment, "2s", student, seed)
     assert len(set(seeds)) == 6
 
 
 @pytest.mark.parametrize(
     ("run", "path", "item", "killed_after"),
-    [(distill.run, Paths.student, ("2s", 0, 0), 3), (baseline.run, Paths.baseline, ("2s", "random", 0), 7)],
+    [(distill_stage.run, Paths.student, ("2s", 0, 0), 3), (baseline.run, Paths.baseline, ("2s", "random", 0), 7)],
     ids=["student", "second student of a baseline"],
 )
 def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatch, run, path, item, killed_after):
@@ -189,7 +193,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatc
     trained = []
     monkeypatch.setattr(training, "predict", lambda *arguments: trained.append(1) or predict(*arguments))
     run(params, experiment, *item)
-    assert len(trained) == params.distill.epochs * (1 if run is distill.run else 2) - (killed_after - 1)
+    assert len(trained) == params.distill.epochs * (1 if run is distill_stage.run else 2) - (killed_after - 1)
     assert target.read_bytes() == before
     assert not list((STATE / "checkpoints").iterdir())
     assert not list((STATE / "tmp").iterdir())

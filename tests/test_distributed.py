@@ -11,31 +11,26 @@ import pytest
 from clusters import CLASSES, N_FEATURES
 from splits import write_tiny
 
-from nonn import composed, distributed
-from nonn.benchmark import describe_system
-from nonn.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
-from nonn.distributed import (
-    LOOPBACK,
-    Layout,
-    as_network,
-    compose_all,
-    framing_of,
-    measure_live,
-    network_layouts,
-    solo_layouts,
-)
-from nonn.files import read_json, write_json
-from nonn.params import Architecture
-from nonn.paths import Paths
+from nonn.core.files import read_json, write_json
+from nonn.core.links import PRESETS, Link
+from nonn.core.params import Architecture
+from nonn.core.paths import Paths
+from nonn.core.system import describe_system
 from nonn.runtime.cluster import COORDINATOR, local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.links import PRESETS, Counters, Link, Network, missing_privileges
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
-from nonn.runtime.split import plan_split
-from nonn.runtime.trial import Measured
+from nonn.split.planner import plan_split
+from nonn.stages import distributed as distributed_stage
+from nonn.stages.distributed import network_layouts, solo_layouts
+from nonn.testbed import composed, distributed, layouts
+from nonn.testbed.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
+from nonn.testbed.distributed import LOOPBACK, compose_all, framing_of, measure_live
+from nonn.testbed.emulation import Counters, Network, missing_privileges
+from nonn.testbed.layouts import Layout, as_network
+from nonn.testbed.trial import Measured
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 #: A byte takes a microsecond; and the same as one medium for all.
@@ -366,11 +361,11 @@ COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
 
 def test_the_stage_writes_all_rows(stage, monkeypatch):
     params, paths = stage
-    monkeypatch.setattr(distributed, "SPLITS", ("rows",))  # saves seconds
-    monkeypatch.setattr("nonn.onnx_files.export_onnx", export_tiny)
+    monkeypatch.setattr(layouts, "SPLITS", ("rows",))  # saves seconds
+    monkeypatch.setattr("nonn.deploy.onnx_files.export_onnx", export_tiny)
     reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
     section = params.distributed.model_copy(update={"reference": reference})
-    distributed.run(params.model_copy(update={"distributed": section}), paths, "3s")
+    distributed_stage.run(params.model_copy(update={"distributed": section}), paths, "3s")
     result = read_json(paths.distributed("3s"))
     assert result["system"] == describe_system()
     assert all(map(math.isfinite, all_numbers(result)))

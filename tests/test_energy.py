@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from nonn.energy import BOARDS, RADIO_J_PER_BIT, Board, Range, compute_seconds, inference_energy
+from nonn.core.boards import BOARDS, RADIO_J_PER_BIT, Board, Range, compute_seconds, inference_energy
 
 #: 2 W idle and 4 to 6 W with one core busy.
 BOARD = Board(2.0, Range(4.0, 6.0))

@@ -8,17 +8,25 @@ import pytest
 import torch
 from scipy import stats
 
-from nonn import evaluate
-from nonn.assemble import FeatureCache, assemble_network, load_network
-from nonn.baseline import load_baseline
-from nonn.evaluate import Scores, missing_devices, missing_strategies, permutation_test, score_all, seed_test, summarise
-from nonn.files import read_json, read_tensors, write_tensors
-from nonn.models import predict
-from nonn.onnx_files import student_content
-from nonn.params import STRATEGIES
+from nonn.core.files import read_json
+from nonn.core.params import STRATEGIES
+from nonn.data.tensors import read_tensors, write_tensors
+from nonn.deploy.onnx_files import student_content
+from nonn.method.joining import FeatureCache, assemble_network
+from nonn.method.scoring import (
+    Scores,
+    missing_devices,
+    missing_strategies,
+    permutation_test,
+    score_all,
+    seed_test,
+    summarise,
+)
+from nonn.method.store import load_baseline, load_network, load_teacher
 from nonn.runtime.session import run_onnx
-from nonn.subsets import MAX_SUBSETS
-from nonn.teacher import load_teacher
+from nonn.runtime.subsets import MAX_SUBSETS
+from nonn.stages import evaluate as evaluate_stage
+from nonn.training.networks import predict
 
 
 def answers(n_seeds: int, n_images: int, share: float, seed: int = 0) -> np.ndarray:
@@ -179,7 +187,7 @@ def test_rows_by_hand(params):
 
 
 def test_the_stage_scores_everything_once(params, data, experiment):
-    evaluate.run(params, experiment)
+    evaluate_stage.run(params, experiment)
     result = read_json(experiment.evaluation)
     assert result["n_test"] == 30
     rows = {(row["method"], row["network"]): row for row in result["rows"]}
@@ -248,9 +256,9 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
 
 
 def test_the_stage_writes_the_same_bytes_again(params, experiment):
-    evaluate.run(params, experiment)
+    evaluate_stage.run(params, experiment)
     before = experiment.evaluation.read_bytes()
-    evaluate.run(params, experiment)
+    evaluate_stage.run(params, experiment)
     assert experiment.evaluation.read_bytes() == before
 
 

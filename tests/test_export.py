@@ -14,21 +14,25 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
-from nonn import assemble, export
-from nonn import predict as prediction
-from nonn.assemble import load_network
-from nonn.cost import measure_cost
-from nonn.dataset import Dataset
-from nonn.errors import UserError
-from nonn.evaluate import score_all
-from nonn.export import FEATURE_MARGIN, check_same, export_solo, joined, solo_models
-from nonn.files import read_json, read_tensors
-from nonn.models import Network, predict, single_pass, whiten
-from nonn.onnx_files import Features, export_onnx
-from nonn.params import Architecture, Params
-from nonn.paths import Paths
-from nonn.predict import classify, read_image
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.images import read_image
+from nonn.core.params import Architecture, Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset
+from nonn.data.tensors import read_tensors
+from nonn.deploy.cost import measure_cost
+from nonn.deploy.onnx_files import Features, export_onnx
+from nonn.method import exporting as export
+from nonn.method import joining as assemble
+from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
+from nonn.method.scoring import score_all
+from nonn.method.store import load_network
+from nonn.runtime import predict as prediction
+from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
+from nonn.stages.export import solo_models
+from nonn.training.networks import Network, predict, single_pass, whiten
 
 
 @pytest.fixture

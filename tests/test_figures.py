@@ -13,16 +13,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import accuracy_plots, design, figures, graph, graph_plots, missing_tables, partition, plots, report
-from nonn.benchmark import describe_system
-from nonn.cost import measure_cost
-from nonn.errors import UserError
-from nonn.evaluate import Scores, missing_devices, missing_strategies, summarise
-from nonn.files import read_json, write_json, write_tensors
-from nonn.models import Network
-from nonn.params import SINGLE_METHODS, STRATEGIES, load_params
-from nonn.paths import Paths
-from nonn.training import LOG_COLUMNS, write_log
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json
+from nonn.core.params import SINGLE_METHODS, STRATEGIES, load_params
+from nonn.core.paths import Paths
+from nonn.core.system import describe_system
+from nonn.data.tensors import write_tensors
+from nonn.deploy.cost import measure_cost
+from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
+from nonn.report import accuracy_plots, graph_plots, plots
+from nonn.report import methods as figures
+from nonn.report import missing as missing_tables
+from nonn.report import summary as report
+from nonn.stages import design as design_stage
+from nonn.stages import figures as figures_stage
+from nonn.stages import graph as graph_stage
+from nonn.stages import partition as partition_stage
+from nonn.training.loop import LOG_COLUMNS, write_log
+from nonn.training.networks import Network
 
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 N_CLASSES = 10
@@ -69,10 +77,10 @@ def write_graph(params, paths, n_filters, generator):
     classes = [str(label) for label in range(N_CLASSES)]
     write_json(paths.dataset_info, {"classes": classes, "channels": 1, "size": params.dataset.size})
     write_tensors(paths.signals, {"validation_pooled": torch.from_numpy(pooled)})
-    graph.run(params, paths)
+    graph_stage.run(params, paths)
     for network in params.networks:
-        design.run(params, paths, network)
-        partition.run(params, paths, network)
+        design_stage.run(params, paths, network)
+        partition_stage.run(params, paths, network)
 
 
 def make_log(epochs, final, generator, student=None):
@@ -196,7 +204,7 @@ def experiment(tmp_path_factory):
     params = params.model_copy(update={"design": params.design.model_copy(update={"step": 16})})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        figures.run(params, write_experiment(params, n_filters=40, n_test=400))
+        figures_stage.run(params, write_experiment(params, n_filters=40, n_test=400))
     return folder, params
 
 
@@ -218,16 +226,16 @@ def test_running_again_gives_the_same_bytes(inside):
     params, paths = inside
     outputs = [*(paths / f"figures/{name}.svg" for name in FIGURES), *(paths / name for name in TABLES)]
     before = [path.read_bytes() for path in outputs]
-    figures.run(params, paths)
+    figures_stage.run(params, paths)
     assert [path.read_bytes() for path in outputs] == before
 
 
 TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5, "top_k_curve": []}
 
 
-def draw(style, file_format):
-    section = with_figures(PARAMS, style=style, format=file_format).figures
-    with plots.drawing_style(style):
+def draw(file_format):
+    section = with_figures(PARAMS, format=file_format).figures
+    with plots.drawing_style():
         plots.save_figure(plots.draw_top_k(TOP_K), Path("figure"), section)
     return Path("figure").read_bytes()
 
@@ -236,9 +244,9 @@ def draw(style, file_format):
 def test_no_format_tells_the_time(file_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
-    before = draw("default", file_format)
+    before = draw(file_format)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
-    assert draw("default", file_format) == before
+    assert draw(file_format) == before
 
 
 def test_style_is_that_of_params_whatever_the_users_settings(tmp_path, monkeypatch):
@@ -274,7 +282,7 @@ def test_summary_counts_match_the_designs(inside):
         (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
         assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
         assert table.loc[network, "ensemble"]["feature_bytes"] == 4 * N_CLASSES
-        fitted = figures.load_designs(params, paths)[network, "ensemble_fitted"]
+        fitted = figures_stage.load_designs(params, paths)[network, "ensemble_fitted"]
         assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * len(devices)
 
 
@@ -395,14 +403,14 @@ def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(in
     shutil.copytree(Path.cwd(), tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     for network in params.networks:
-        design.run(int8, paths, network)
+        design_stage.run(int8, paths, network)
     models = solo["models"] | {"teacher_int8": cost(1000, 5000, 1100, 300) | {"latency_p50_ms": 4.0}}
     write_json(paths.benchmark("solo"), solo | {"models": models})
     evaluation = read_json(paths.evaluation)
     of_nonn = [entry for entry in evaluation["rows"] if entry["method"] == "nonn"]
     more = [entry | {"method": "nonn_float32"} for entry in of_nonn]
     write_json(paths.evaluation, evaluation | {"rows": [*evaluation["rows"], *more, row("teacher_int8", "", 1, 0.99)]})
-    figures.run(int8, paths)
+    figures_stage.run(int8, paths)
     table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
     teacher = table.loc[(np.nan, "teacher_int8")]
     assert (teacher["weight_bytes_per_device"], teacher["latency_p50_ms"]) == (1100, 4.0)
@@ -505,7 +513,7 @@ def test_tex_table_is_booktabs_and_escaped(inside):
 def test_a_missing_log_is_named(inside, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"teacher\.csv.*dvc repro"):
-        figures.read_log(inside[1].log(inside[1].teacher))
+        figures_stage.read_log(inside[1].log(inside[1].teacher))
 
 
 def test_strongest_links_by_hand():

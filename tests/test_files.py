@@ -8,23 +8,14 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from nonn import files, progress
-from nonn.errors import UserError
-from nonn.files import (
-    STATE,
-    read_json,
-    read_tensors,
-    remove,
-    replacing,
-    sweep,
-    write_json,
-    write_tensors,
-    write_text,
-)
-from nonn.leftovers import expected_artifacts, remove_leftovers
-from nonn.params import Params
-from nonn.paths import Paths
-from nonn.progress import track
+from nonn.core import files, progress
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json, remove, replacing, sweep, write_json, write_text
+from nonn.core.leftovers import expected_artifacts, remove_leftovers
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+from nonn.data.tensors import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("folder")
 TEMPORARIES = STATE / "tmp"

@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nonn import graph
-from nonn.errors import UserError
-from nonn.files import read_json
-from nonn.graph import (
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.params import load_params
+from nonn.core.paths import Paths
+from nonn.method import filter_graph as graph
+from nonn.method import store
+from nonn.method.filter_graph import (
     activation_hub_graph,
     coactivation_graph,
     find_communities,
@@ -23,8 +26,7 @@ from nonn.graph import (
     normalise_activity,
     summarise_graph,
 )
-from nonn.params import load_params
-from nonn.paths import Paths
+from nonn.stages import graph as graph_stage
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 
@@ -171,16 +173,16 @@ def experiment(tmp_path, monkeypatch):
 
 
 def test_run_writes_the_graph_and_its_summary(experiment):
-    graph.run(load_params(PARAMS), experiment)
+    graph_stage.run(load_params(PARAMS), experiment)
     first = experiment.graph.read_bytes(), experiment.graph_info.read_bytes()
     pooled = load_file(experiment.signals)["validation_pooled"]
-    loaded = graph.load_graph(experiment)
+    loaded = store.load_graph(experiment)
     assert np.array_equal(loaded.weights, activation_hub_graph(normalise_activity(pooled, 25)).numpy())
     assert np.flatnonzero(~loaded.live).tolist() == [4, 17]
     assert np.allclose(loaded.class_activity[1], normalise_activity(pooled)[0::3].mean(dim=0))
     assert read_json(experiment.graph_info)["dead_filters"] == [4, 17]
 
-    graph.run(load_params(PARAMS), experiment)
+    graph_stage.run(load_params(PARAMS), experiment)
     assert first == (experiment.graph.read_bytes(), experiment.graph_info.read_bytes())
 
 
@@ -188,4 +190,4 @@ def test_top_k_above_the_number_of_filters_is_refused(experiment):
     params = load_params(PARAMS)
     params = params.model_copy(update={"graph": params.graph.model_copy(update={"top_k": 31})})
     with pytest.raises(UserError, match=r"graph\.top_k: is 31, .* only 30 filters"):
-        graph.run(params, experiment)
+        graph_stage.run(params, experiment)

@@ -6,7 +6,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from nonn.cli import main
-from nonn.files import read_json
+from nonn.core.files import read_json
 from nonn.runtime.session import open_session, run_onnx
 
 

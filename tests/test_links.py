@@ -17,23 +17,13 @@ from clusters import make_image
 from PIL import Image
 
 from nonn.cli import main
-from nonn.errors import UserError
-from nonn.files import read_json
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.links import PRESETS, Link, datagram_bytes, round_trip, tcp_goodput
 from nonn.runtime.cluster import local_cluster, write_cluster
-from nonn.runtime.echo import measure_round_trips, measure_throughput
-from nonn.runtime.links import (
-    DEVICE,
-    PRESETS,
-    Counters,
-    Link,
-    Network,
-    datagram_bytes,
-    emulated_network,
-    missing_privileges,
-    round_trip,
-    tcp_goodput,
-)
-from nonn.runtime.relay import Switch
+from nonn.testbed.echo import measure_round_trips, measure_throughput
+from nonn.testbed.emulation import DEVICE, Counters, Network, emulated_network, missing_privileges
+from nonn.testbed.relay import Switch
 
 MISSING = missing_privileges()
 emulated = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -293,7 +283,7 @@ def relays_of(parent: int) -> set[int]:
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # gone meanwhile
             _, *arguments = path.read_text().split("\0")
-            if arguments[:2] == ["-m", "nonn.runtime.relay"] and json.loads(arguments[2])["parent"] == parent:
+            if arguments[:2] == ["-m", "nonn.testbed.relay"] and json.loads(arguments[2])["parent"] == parent:
                 found.add(int(path.parent.name))
     return found
 
@@ -375,9 +365,9 @@ def test_hosts_need_different_names():
 
 @emulated
 def test_the_command_measures_a_link(folder, monkeypatch, capsys):
-    monkeypatch.setattr("nonn.runtime.echo.ECHO_SECONDS", 0.05)
-    monkeypatch.setattr("nonn.runtime.echo.WARMUP_SECONDS", 0.1)
-    monkeypatch.setattr("nonn.runtime.echo.STREAM_SECONDS", 0.2)
+    monkeypatch.setattr("nonn.testbed.echo.ECHO_SECONDS", 0.05)
+    monkeypatch.setattr("nonn.testbed.echo.WARMUP_SECONDS", 0.1)
+    monkeypatch.setattr("nonn.testbed.echo.STREAM_SECONDS", 0.2)
     main(["links", "--link", "wifi50", "--json", "links.json"])
     assert "wifi50: 50 Mbit/s, 2 ms one way, one shared medium" in capsys.readouterr().out
     written = read_json(folder / "links.json")
@@ -390,9 +380,9 @@ def test_the_command_measures_a_link(folder, monkeypatch, capsys):
 
 @pytest.mark.usefixtures("unprivileged")
 def test_the_command_without_the_means(folder, monkeypatch, capsys):
-    monkeypatch.setattr("nonn.runtime.echo.WARMUP_SECONDS", 0.0)
-    monkeypatch.setattr("nonn.runtime.echo.STREAM_SECONDS", 0.1)
-    monkeypatch.setattr("nonn.runtime.echo.MOST", 10)
+    monkeypatch.setattr("nonn.testbed.echo.WARMUP_SECONDS", 0.0)
+    monkeypatch.setattr("nonn.testbed.echo.STREAM_SECONDS", 0.1)
+    monkeypatch.setattr("nonn.testbed.echo.MOST", 10)
     main(["links", "--json", "links.json"])
     assert capsys.readouterr().out.startswith("loopback\n")
     written = read_json(folder / "links.json")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nonn.losses import attention_loss, attention_map, kd_loss, transfer_loss
+from nonn.training.losses import attention_loss, attention_map, kd_loss, transfer_loss
 
 
 def random_tensor(*shape: int, seed: int = 0) -> torch.Tensor:

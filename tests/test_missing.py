@@ -9,9 +9,10 @@ import torch
 from clusters import sha256
 from safetensors.torch import save, save_file
 
-from nonn.errors import UserError
-from nonn.final_layer import FinalLayer, LinearBlocks
-from nonn.missing import (
+from nonn.core.errors import UserError
+from nonn.core.params import STRATEGIES, Assemble
+from nonn.method.final_layer import FinalLayer, LinearBlocks
+from nonn.method.missing import (
     choose,
     cross_scored,
     fit_fail_out,
@@ -23,10 +24,9 @@ from nonn.missing import (
     tabulate,
     zero_fill,
 )
-from nonn.params import STRATEGIES, Assemble
 from nonn.runtime import final as runtime
 from nonn.runtime.exported import FinalFiles, Image, Manifest, StudentFile
-from nonn.subsets import MAX_SUBSETS, proper_subsets, subset_name, subset_of, subsets_missing
+from nonn.runtime.subsets import MAX_SUBSETS, proper_subsets, subset_name, subset_of, subsets_missing
 
 SECTION = Assemble(epochs=5, lr=0.01)
 #: One feature each of three students, two classes.

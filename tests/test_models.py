@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nonn.models import Network, accuracy, count_parameters, deployed, predict, single_pass, whiten
-from nonn.params import Architecture
+from nonn.core.params import Architecture
+from nonn.training.networks import Network, accuracy, count_parameters, deployed, predict, single_pass, whiten
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
 WRN = Architecture(family="wrn", depth=10, width=1)

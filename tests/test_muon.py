@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nonn.muon import Muon, orthogonalize
+from nonn.training.optim import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 144), (40, 9), (32, 32)])

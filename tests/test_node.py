@@ -20,8 +20,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
-from nonn.errors import UserError
-from nonn.files import read_json, write_json
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json
 from nonn.runtime import node
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request

@@ -6,8 +6,8 @@ import pytest
 from conftest import REPOSITORY, SHIPPED, TINY, merge
 from ruamel.yaml import YAML
 
-from nonn.errors import UserError
-from nonn.params import Params, load_params
+from nonn.core.errors import UserError
+from nonn.core.params import Params, load_params
 
 FILES = [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "workflow" / "experiments").glob("*.yaml"))]
 PAIR = ["stm32f7"] * 2
@@ -160,7 +160,6 @@ WRONG = [
     ),
     ({"distributed.links": ["wifi20", "wifi20"]}, "distributed.links: a link is listed twice; remove one"),
     ({"distributed.board": "abacus"}, "distributed.board: no board 'abacus'; choose one of cortex_m7, pi3b, pi3b_plus"),
-    ({"figures.style": "pretty"}, "figures.style: no such matplotlib style; one of: default"),
 ]
 
 

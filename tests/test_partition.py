@@ -8,19 +8,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nonn import partition
-from nonn.errors import UserError
-from nonn.files import read_json, write_json, write_tensors
-from nonn.graph import find_communities, modularity
-from nonn.params import PARTITION_METHODS, SINGLE_METHODS, load_params
-from nonn.partition import (
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, load_params
+from nonn.core.paths import Paths
+from nonn.data.tensors import write_tensors
+from nonn.method import store
+from nonn.method.filter_graph import find_communities, modularity
+from nonn.method.partitioning import (
     RESOLUTION_STEP,
     fill_sets,
     modularity_matrix,
     partition_filters,
     search_communities,
 )
-from nonn.paths import Paths
+from nonn.stages import partition as partition_stage
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 METHODS = ("communities", "contiguous", "classwise", "random")
@@ -213,7 +215,7 @@ def experiment(tmp_path, monkeypatch):
 
 def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     paths, communities = experiment
-    partition.run(load_params(PARAMS), paths, "2s")
+    partition_stage.run(load_params(PARAMS), paths, "2s")
     folder = paths.partition("2s")
     first = {path.name: path.read_bytes() for path in folder.iterdir()}
     baselines = {f"{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
@@ -230,16 +232,16 @@ def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     assert summary["communities"][20] == -1
     assert summary["modularity"] == summary["modularity_louvain"] > 0.1 > summary["modularity_random_mean"]
 
-    partition.run(load_params(PARAMS), paths, "2s")
+    partition_stage.run(load_params(PARAMS), paths, "2s")
     assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_baselines_get_sets_of_the_same_sizes(experiment):
     paths, _ = experiment
-    partition.run(load_params(PARAMS), paths, "2s")
+    partition_stage.run(load_params(PARAMS), paths, "2s")
 
     def sets(method: str, seed: int = 0) -> list[list[int] | None]:
-        return partition.load_baseline_sets(paths.partition("2s", method), seed)
+        return store.load_baseline_sets(paths.partition("2s", method), seed)
 
     everything = list(range(20))  # the last filter is dead
     for method in ("random", "contiguous", "classwise"):

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from nonn.cost import measure_cost
-from nonn.errors import UserError
-from nonn.models import Network, predict, whiten
-from nonn.onnx_files import write_classifier, write_student
-from nonn.params import Architecture
-from nonn.quantize import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
+from nonn.core.errors import UserError
+from nonn.core.params import Architecture
+from nonn.deploy.cost import measure_cost
+from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
+from nonn.deploy.onnx_files import write_classifier, write_student
 from nonn.runtime.session import open_session, run_onnx
+from nonn.training.networks import Network, predict, whiten
 
 ARCHITECTURES = [
     Architecture(family="airbench", widths=[8, 12, 16], depth=2, mirror=True, strided=True),

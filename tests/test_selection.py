@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nonn.models import Network
-from nonn.params import Architecture, Muon, Schedule
-from nonn.selection import LEARNS_EVERY, Proxy
+from nonn.core.params import Architecture, Muon, Schedule
+from nonn.training.networks import Network
+from nonn.training.selection import LEARNS_EVERY, Proxy
 
 SCHEDULE = Schedule(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0)
 

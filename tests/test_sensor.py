@@ -13,18 +13,18 @@ from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, load_cluster, local_cluster, write_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
+from nonn.runtime.processes import start, stop
 from nonn.runtime.protocol import SAMPLE, Contract, make_request, read_response
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serving
-from nonn.runtime.split import plan_split
-from nonn.runtime.split_cluster import SplitCoordinator, SplitFailedError, running_devices
-from nonn.runtime.split_node import Device
-from nonn.runtime.testbed import announced_address
-from nonn.runtime.up import start, stop
+from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
+from nonn.split.node import Device
+from nonn.split.planner import plan_split
+from nonn.testbed.bed import announced_address
 
 SHAPE, N_IMAGES = (CHANNELS, SIZE, SIZE), 3
 IMAGES = np.stack([make_image(seed) for seed in range(N_IMAGES)])

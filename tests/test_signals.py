@@ -3,14 +3,15 @@
 import pytest
 import torch
 
-from nonn import signals
-from nonn.augment import apply_view, draw_view
-from nonn.files import read_tensors
-from nonn.losses import attention_map
-from nonn.models import Network
-from nonn.params import Architecture
-from nonn.signals import compute_signals
-from nonn.training import mixed_precision
+from nonn.core.params import Architecture
+from nonn.data.tensors import read_tensors
+from nonn.stages import signals as signals_stage
+from nonn.training import signals
+from nonn.training.augment import apply_view, draw_view
+from nonn.training.hardware import mixed_precision
+from nonn.training.losses import attention_map
+from nonn.training.networks import Network
+from nonn.training.signals import compute_signals
 
 
 @pytest.fixture(scope="module")
@@ -89,5 +90,5 @@ def test_the_stage_writes_the_same_bytes_again(params, experiment):
     before = experiment.signals.read_bytes()
     assert read_tensors(experiment.signals)["pooled"].shape == (2, 60, 32)
     experiment.signals.unlink()
-    signals.run(params, experiment)
+    signals_stage.run(params, experiment)
     assert experiment.signals.read_bytes() == before

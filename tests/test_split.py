@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from splits import Build, export_untrained, write_tiny
 
 from nonn.cli import main
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime.session import run_onnx
-from nonn.runtime.split import describe, plan_split
-from nonn.runtime.split_graph import read_network
-from nonn.runtime.split_plan import SplitPlan, load_part, run_in_process
+from nonn.split.command import describe
+from nonn.split.graph import read_network
+from nonn.split.plan import SplitPlan, load_part, run_in_process
+from nonn.split.planner import plan_split
 
 METHODS = ("channels", "rows")
 TOLERANCE = 1e-4

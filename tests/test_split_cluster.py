@@ -16,16 +16,16 @@ from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
-from nonn.errors import UserError
-from nonn.runtime import split_cluster
+from nonn.core.errors import UserError
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.exchange import EXCHANGE, Exchange
 from nonn.runtime.protocol import Contract, make_request, make_response
 from nonn.runtime.session import run_onnx
-from nonn.runtime.split import plan_split
-from nonn.runtime.split_cluster import SplitCoordinator, SplitFailedError, running_devices
-from nonn.runtime.split_node import Device, devices_at, serving
 from nonn.runtime.tls import Identity
+from nonn.split import coordinator as split_cluster
+from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
+from nonn.split.exchange import EXCHANGE, Exchange
+from nonn.split.node import Device, devices_at, serving
+from nonn.split.planner import plan_split
 
 METHODS = ("channels", "rows")
 #: Milliseconds that suffice for an image on any machine, and few that a test waits for in vain.

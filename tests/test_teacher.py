@@ -11,16 +11,19 @@ import torch
 from conftest import REPOSITORY, make_dataset
 from PIL import Image
 
-from nonn import teacher
-from nonn.augment import draw_view
 from nonn.cli import main
-from nonn.dataset import Dataset
-from nonn.errors import UserError
-from nonn.files import STATE, read_json, sha256_of, write_tensors
-from nonn.models import Network, predict, whiten
-from nonn.params import Architecture, Muon, Normalization, Selection
-from nonn.teacher import import_teacher, load_teacher, train_teacher
-from nonn.training import LOG_COLUMNS
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json, sha256_of
+from nonn.core.params import Architecture, Muon, Normalization, Selection
+from nonn.data.dataset import Dataset
+from nonn.data.tensors import write_tensors
+from nonn.method.store import load_teacher
+from nonn.stages import teacher as teacher_stage
+from nonn.training import teacher
+from nonn.training.augment import draw_view
+from nonn.training.loop import LOG_COLUMNS
+from nonn.training.networks import Network, predict, whiten
+from nonn.training.teacher import import_teacher, train_teacher
 
 RESNET_20 = Architecture(family="resnet", depth=20)
 PRETRAINED = REPOSITORY.parent / "shared/data/pretrained/resnet20-cifar10.pt"
@@ -150,7 +153,7 @@ def test_the_stage_writes_the_same_bytes_again_and_no_checkpoint(params, experim
     assert len(before) == 3
     for path in before:
         path.unlink()
-    teacher.run(params, experiment)
+    teacher_stage.run(params, experiment)
     assert {path: path.read_bytes() for path in experiment.root.glob("teacher.*")} == before
     assert not list((STATE / "checkpoints").iterdir())
 
@@ -200,7 +203,7 @@ def test_a_teacher_is_shared_as_safetensors_once_it_is_trained(experiment):
 def test_the_stage_notes_where_a_teacher_comes_from(params, data, experiment):
     weights = experiment.teacher.rename("own.safetensors")
     section = importing(params, weights, params.teacher.architecture)
-    teacher.run(params.model_copy(update={"teacher": section}), experiment)
+    teacher_stage.run(params.model_copy(update={"teacher": section}), experiment)
     info = read_json(experiment.teacher_info)
     assert info["imported_from"] == "own.safetensors"
     assert info["validation_accuracy"] > 0.9

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nonn import timeline
-from nonn.errors import UserError
-from nonn.params import load_params
+from nonn.commands import timeline
+from nonn.core.errors import UserError
+from nonn.core.params import load_params
 
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 

@@ -9,11 +9,15 @@ import torch.nn.functional as F
 from conftest import REPOSITORY
 from ruamel.yaml import YAML
 
-from nonn import baseline, distill, teacher
-from nonn.files import STATE
-from nonn.models import Network
-from nonn.params import Architecture, Muon, Schedule
-from nonn.training import LOG_COLUMNS, Checkpoint, epoch_order, learning_rate, make_optimizers, train, write_log
+from nonn.core.files import STATE
+from nonn.core.params import Architecture, Muon, Schedule
+from nonn.stages import baseline
+from nonn.training import lessons as distill
+from nonn.training import teacher
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.loop import LOG_COLUMNS, epoch_order, train, write_log
+from nonn.training.networks import Network
+from nonn.training.optim import learning_rate, make_optimizers
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0.25)
 WITH_MUON = SCHEDULE.model_copy(update={"muon": Muon(lr=0.1, momentum=0.6)})

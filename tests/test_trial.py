@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from clusters import CHANNELS, SIZE, free_ports, nobody_listens
 
-from nonn.composed import link_seconds
-from nonn.distributed import as_network
-from nonn.errors import UserError
+from nonn.core.errors import UserError
+from nonn.core.links import Link
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
-from nonn.runtime.links import Link, Network, emulated_network, missing_privileges
-from nonn.runtime.trial import PORT, Trial, measure
-from nonn.runtime.volley import echoing
+from nonn.testbed.composed import link_seconds
+from nonn.testbed.emulation import Network, emulated_network, missing_privileges
+from nonn.testbed.layouts import as_network
+from nonn.testbed.trial import PORT, Trial, measure
+from nonn.testbed.volley import echoing
 
 MISSING = missing_privileges()
 emulated = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -220,7 +221,7 @@ def test_an_echo_does_not_outlive_its_standard_input():
 
     async def scenario():
         port = free_ports(1)[0]
-        command = [sys.executable, "-m", "nonn.runtime.volley", f"127.0.0.1:{port}", "1", "1"]
+        command = [sys.executable, "-m", "nonn.testbed.volley", f"127.0.0.1:{port}", "1", "1"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
         async with asyncio.timeout(60):

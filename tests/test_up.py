@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from clusters import make_image, nobody_listens
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
+from nonn.live.up import run_cluster
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.up import Child, run_cluster
+from nonn.runtime.processes import Child
 
 
 def start_up() -> subprocess.Popen:

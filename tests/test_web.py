@@ -20,14 +20,14 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from nonn.cli import main
-from nonn.errors import UserError
+from nonn.core.errors import UserError
+from nonn.live.pictures import Picture, as_png, dataset_pictures, find_pictures
+from nonn.live.state import Live
+from nonn.live.web import Page, read_page, serve_page
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinator import NobodyAnsweredError
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.live import Live
-from nonn.runtime.pictures import Picture, as_png, dataset_pictures, find_pictures
-from nonn.runtime.up import Child, start, stop
-from nonn.runtime.web import Page, read_page, serve_page
+from nonn.runtime.processes import Child, start, stop
 
 #: What a browser with this page sends with a post.
 SAME = {"Content-Type": "application/json"}

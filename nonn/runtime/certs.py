@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from nonn.errors import UserError
-from nonn.progress import log
+from nonn.core.errors import UserError
+from nonn.core.progress import log
 from nonn.runtime.tls import CA, CERTIFICATE, KEY
 
 CA_KEY = "ca.key"

@@ -10,15 +10,15 @@ from typing import Annotated
 from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
-from nonn.errors import UserError
-from nonn.files import write_text
-from nonn.params import Name, load_params
-from nonn.paths import Paths
-from nonn.progress import log
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.params import Name, load_params
+from nonn.core.paths import Paths
+from nonn.core.progress import log
+from nonn.core.schema import Section, load_yaml
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract
 from nonn.runtime.tls import Identity, is_loopback, split_address
-from nonn.schema import Section, load_yaml
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"

@@ -17,7 +17,7 @@ from prometheus_client import Counter
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.utils import serialize_byte_tensor
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, load_cluster
 from nonn.runtime.coordinator import Answer, Coordinator, NobodyAnsweredError
 from nonn.runtime.protocol import ENVELOPE, VERSION, ImageContract, ProtocolError

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,41 +19,22 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from grpc import ChannelConnectivity, StatusCode, aio
+from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, Node, load_cluster
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, read_response
-from nonn.runtime.tls import Identity
 
 if TYPE_CHECKING:
-    from nonn.runtime.split_plan import Part
+    pass
+from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
 
-MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 #: Absences in a row after which a node's circuit breaker opens.
 TOLERATED_FAILURES = 3
 #: Seconds between probes of a node that is left alone: doubled from the first to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-#: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
-CONNECT_TIMEOUT = 1.0
-
-LATE = "no answer by the deadline"
-
-CHANNEL_OPTIONS = {
-    "grpc.enable_http_proxy": 0,
-    "grpc.enable_retries": 0,  # an answer is wanted now or not at all
-    "grpc.service_config_disable_resolution": 1,
-    "grpc.initial_reconnect_backoff_ms": 100,
-    # What an attempt may take, despite the name: a dozen TLS handshakes at once need seconds at 250 kbit/s.
-    "grpc.min_reconnect_backoff_ms": 15_000,
-    "grpc.max_reconnect_backoff_ms": 1000,
-    # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
-    # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
-    "grpc.keepalive_time_ms": 60_000,
-    "grpc.keepalive_timeout_ms": 20_000,
-}
 
 
 class NobodyAnsweredError(UserError):
@@ -82,44 +63,6 @@ class Answer:
     def present(self) -> list[str]:
         """Names of the nodes that took part."""
         return list(self.features)
-
-
-def open_channel(node: Node, contract: Contract | Part, identity: Identity | None) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is.
-
-    Of the contract, only the size of its largest message matters here.
-    """
-    limit = contract.message_limit
-    options = CHANNEL_OPTIONS | {"grpc.max_receive_message_length": limit, "grpc.max_send_message_length": limit}
-    if identity is None:
-        return aio.insecure_channel(node.address, list(options.items()))
-    options["grpc.ssl_target_name_override"] = node.name
-    return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
-
-
-async def settle_all(channels: Iterable[aio.Channel]) -> None:
-    """Wait until each channel is connected or has failed once, but not for long."""
-    connecting = [asyncio.create_task(settle(channel)) for channel in channels]
-    _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
-    for task in waiting:
-        task.cancel()
-
-
-async def settle(channel: aio.Channel) -> None:
-    """Wait until a channel is connected, or its first attempt has failed."""
-    state = channel.get_state(try_to_connect=True)
-    while state not in (ChannelConnectivity.READY, ChannelConnectivity.TRANSIENT_FAILURE):
-        await channel.wait_for_state_change(state)
-        state = channel.get_state()
-
-
-def reason_of(error: BaseException) -> str:
-    """Why a node is absent, in a few words."""
-    if isinstance(error, aio.AioRpcError):
-        if error.code() == StatusCode.DEADLINE_EXCEEDED:
-            return LATE
-        return f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or '')[:200]}"
-    return str(error) or type(error).__name__
 
 
 class Link:
@@ -215,7 +158,7 @@ class Coordinator:
 
     async def __aenter__(self) -> Coordinator:
         for node, _, contract in self.placed:
-            channel = open_channel(node, contract, self.cluster.own_identity)
+            channel = open_channel(node, contract.message_limit, self.cluster.own_identity)
             self.links.append(Link(node, contract, channel, self.patience))
         await settle_all(link.channel for link in self.links)
         return self
@@ -295,7 +238,7 @@ async def classify_once(cluster: Cluster, image: np.ndarray) -> Answer:
 
 def run(path: Path, cluster_path: Path) -> None:
     """The command ``nonn predict IMAGE --cluster``: class, probability, and each node's share or excuse."""
-    from nonn.predict import read_image
+    from nonn.core.images import read_image
 
     cluster = load_cluster(cluster_path)
     shape = cluster.placed()[0].image

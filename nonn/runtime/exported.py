@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nonn.errors import UserError
-from nonn.files import read_json
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
 
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 from nonn.runtime.exported import Manifest, read_verified
-from nonn.subsets import Subset, subset_name, subset_of
+from nonn.runtime.subsets import Subset, subset_name, subset_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ Blocks = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 class FinalLayer:
-    """The final layer of N students, of which any may be missing; see `nonn.final_layer.FinalLayer`.
+    """The final layer of N students, of which any may be missing; see `nonn.method.final_layer.FinalLayer`.
 
     Sums are taken in float64, so that finite features of any size give finite logits.
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nonn.errors import UserError
-from nonn.files import replacing, write_json, write_text
-from nonn.progress import log
+from nonn.core.errors import UserError
+from nonn.core.files import replacing, write_json, write_text
+from nonn.core.progress import log
 from nonn.runtime.exported import Manifest, StudentFile, read_manifest, read_verified
 from nonn.runtime.protocol import INPUT, OUTPUT, VERSION
 

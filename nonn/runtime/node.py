@@ -17,8 +17,8 @@ import numpy as np
 from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
-from nonn.errors import UserError
-from nonn.progress import log
+from nonn.core.errors import UserError
+from nonn.core.progress import log
 from nonn.runtime.exported import read_manifest, read_verified
 from nonn.runtime.protocol import INPUT, OUTPUT, Contract, ProtocolError, check_features, make_response
 from nonn.runtime.sensor import load_sensor

@@ -10,7 +10,7 @@ from tokenize import TokenError
 
 import numpy as np
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 
 
 def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -23,8 +23,8 @@ from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 import nonn
-from nonn.errors import UserError
-from nonn.progress import log
+from nonn.core.errors import UserError
+from nonn.core.progress import log
 from nonn.runtime.protocol import INPUT, VERSION, ImageContract, ProtocolError, check_model, read_request
 from nonn.runtime.tls import Guard, Identity, is_loopback, split_address
 

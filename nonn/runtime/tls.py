@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
-from nonn.errors import UserError
+from nonn.core.errors import UserError
 
 #: Certificates of a test bed as `nonn certs` writes them.
 CA, CERTIFICATE, KEY = "ca.pem", "{}.pem", "{}.key"

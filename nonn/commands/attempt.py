@@ -1,0 +1,173 @@
+"""The command ``nonn try``: train a network or a baseline with changed params, and ask validation.
+
+For choosing params without running the pipeline: the stages from `graph` to `distill` or `baseline`
+run in a folder of their own, on the dataset and the signals of the experiment, whose results stay as
+they are. No test image is looked at.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, remove
+from nonn.core.params import BASELINE_METHODS, Params, load_params
+from nonn.core.paths import Paths
+from nonn.core.schema import parse_changes
+from nonn.data.dataset import load_dataset
+from nonn.deploy.cost import measure_cost
+from nonn.method import filter_graph as graph
+from nonn.method import partitioning as partition
+from nonn.method import sizing as design
+from nonn.method.final_layer import averaged_layer
+from nonn.method.store import load_baseline, load_students
+from nonn.stages import baseline
+from nonn.training import lessons as distill
+from nonn.training.networks import Network, accuracy, predict
+
+#: Of the table of attempts. `validation_loss` is the cross-entropy of the averaged logits.
+COLUMNS = (
+    "item",
+    "changes",
+    "epochs",
+    "seed",
+    "students",
+    "params_per_student",
+    "mmacs_per_student",
+    "validation_images",
+    "validation_accuracy",
+    "validation_loss",
+    "student_accuracy",
+    "cpu_minutes",
+)
+
+
+#: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
+OPEN = (
+    *("networks", "assembled", "assembled_once", "students", "students_once"),
+    *("devices", "graph", "partition", "design", "distill", "baseline"),
+)
+VIEWS = "signals.views"
+
+
+@dataclass(frozen=True)
+class AttemptPaths(Paths):
+    """Where an attempt reads and writes: the experiment's dataset and signals, and all else apart."""
+
+    key: str = ""
+
+    @property
+    def root(self) -> Path:
+        return STATE / "attempts" / self.key
+
+    @property
+    def dataset(self) -> Path:
+        return Paths(self.experiment).dataset
+
+    @property
+    def dataset_info(self) -> Path:
+        return Paths(self.experiment).dataset_info
+
+    @property
+    def signals(self) -> Path:
+        return Paths(self.experiment).signals
+
+
+def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[Network]:
+    """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``.
+
+    Raises
+    ------
+    UserError
+        Params have no such network, or there is no such method.
+    """
+    network, _, method = item.partition("/")
+    if network not in params.networks:
+        raise UserError(f"{item}: params.yaml has no network {network!r}; choose of {', '.join(params.networks)}")
+    if method and method not in BASELINE_METHODS:
+        raise UserError(f"{item}: no method {method!r}; choose of {', '.join(BASELINE_METHODS)}")
+    graph.run(params, paths)
+    design.run(params, paths, network)
+    partition.run(params, paths, network)
+    data = load_dataset(paths)
+    if method:
+        baseline.run(params, paths, network, method, seed)
+        return load_baseline(paths.baseline(network, method, seed), data)
+    for student in range(len(params.networks[network])):
+        distill.run(params, paths, network, student, seed)
+    return load_students(params, paths, data, network, seed)[0]
+
+
+def score(students: Sequence[Network], paths: Paths) -> dict[str, Any]:
+    """What the students cost, and how right their averaged logits are on the validation images, in float32."""
+    data = load_dataset(paths)
+    images, labels = data.split("validation")
+    outputs = [predict(student, images) for student in students]
+    logits = averaged_layer([student.head for student in students])([features for features, _ in outputs])
+    costs = [measure_cost(student, data.channels, data.size) for student in students]
+    own = [accuracy(own_logits, labels) for _, own_logits in outputs]
+    return {
+        "students": len(students),
+        "params_per_student": max(cost.params for cost in costs),
+        "mmacs_per_student": round(max(cost.macs for cost in costs) / 1e6, 2),
+        "validation_images": len(labels),
+        "validation_accuracy": round(accuracy(logits, labels), 4),
+        "validation_loss": round(F.cross_entropy(logits, labels).item(), 4),
+        "student_accuracy": round(sum(own) / len(own), 4),
+    }
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a table of attempts, which is begun if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS)
+        if file.tell() == 0:
+            table.writeheader()
+        table.writerow(row)
+
+
+def run(item: str, settings: Sequence[str], seed: int, table: Path | None) -> None:
+    """Make one attempt; print its row, and append it to a table.
+
+    Raises
+    ------
+    UserError
+    """
+    changes = parse_changes(settings)
+    params = load_params(changes=changes)
+    if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:
+        raise UserError(
+            f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "
+            f"students; change params.yaml instead. What can be tried: {VIEWS}, {', '.join(OPEN)}"
+        )
+    if params.signals.views > (there := load_params().signals.views):
+        raise UserError(f"{VIEWS}: the experiment's signals have {there}, of which an attempt may take fewer")
+    if item.endswith("/at_kd") and not params.signals.attention:
+        raise UserError(f"{item}: needs attention maps; set signals.attention to true in params.yaml")
+    if table and (table.is_dir() or any(folder.is_file() for folder in table.parents)):
+        raise UserError(f"--table: {table} cannot be written; give the path of a file")
+    content = f"{item} {seed} {params.model_dump_json()}"
+    paths = AttemptPaths(params.experiment, hashlib.sha256(content.encode()).hexdigest()[:16])
+    for path in (paths.dataset, paths.signals):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there; attempts begin with the signals. Run `dvc repro signals` first.")
+    start = time.process_time()
+    try:
+        students = train_item(params, paths, item, seed)
+    finally:
+        remove(paths.root)  # an interrupted training goes on from its checkpoint, which is elsewhere
+    minutes = (time.process_time() - start) / 60
+    row = {"item": item, "changes": " ".join(settings), "epochs": params.distill.epochs, "seed": seed}
+    row |= score(students, paths) | {"cpu_minutes": round(minutes, 1)}
+    print("\n".join(f"{name:<20} {row[name]}" for name in COLUMNS))
+    if table:
+        append_row(table, row)

@@ -1,0 +1,113 @@
+"""When each job of a run ran, and how parallel the jobs were.
+
+Reads the journal that `nonn.cli` keeps of every stage it runs. A stage that DVC restored from its
+cache did not run, and one that failed left no entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import pandas as pd
+
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, write_text
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.report.plots import draw_timeline, drawing_style, save_figure
+from nonn.stages import STAGES
+
+JOURNAL = STATE / "journal.jsonl"
+#: Seconds without any job after which the next one belongs to another run.
+IDLE = 120.0
+COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
+
+
+def read_journal(path: Path, experiment: str) -> pd.DataFrame:
+    """Read all jobs of an experiment, in order of their start; seconds since the epoch.
+
+    Lines that were cut off are left out: the machine went down while they were written.
+
+    Raises
+    ------
+    UserError
+        No job ran yet.
+    """
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    entries = [entry for entry in entries if entry["experiment"] == experiment]
+    if not entries:
+        raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")
+    return pd.DataFrame(entries).sort_values(["start", "end"], ignore_index=True)
+
+
+def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
+    """Select the jobs of the last run.
+
+    A run begins with the first job, with the stage `dataset`, and after `IDLE` seconds in which no
+    job ran.
+
+    Parameters
+    ----------
+    jobs : DataFrame
+        From `read_journal`.
+    """
+    idle = jobs["start"] - jobs["end"].cummax().shift()
+    begins = (idle > IDLE) | (jobs["stage"] == "dataset")
+    return jobs[begins.cumsum() == begins.sum()]
+
+
+def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
+    """Give each job, in order of its start, the first lane that is free.
+
+    Returns
+    -------
+    list of int
+        As many lanes are taken as jobs ran at once.
+    """
+    lanes, free_at = [], []
+    for start, end in zip(starts, ends, strict=True):
+        lane = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))
+        free_at[lane : lane + 1] = [end]
+        lanes.append(lane)
+    return lanes
+
+
+def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
+    """Say how long jobs took from the first start to the last end, and one by one."""
+    elapsed = jobs["end_s"].max() - jobs["start_s"].min()
+    total = (jobs["end_s"] - jobs["start_s"]).sum()
+    ratio = total / elapsed if elapsed > 0 else 1.0
+    return f"{name}: {len(jobs)} jobs, elapsed {elapsed:.1f} s, sum {total:.1f} s, {ratio:.2f} x parallel"
+
+
+def run(params: Params, whole: bool) -> None:
+    """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were.
+
+    Parameters
+    ----------
+    params : Params
+    whole : bool
+        All jobs on record instead of the last run.
+    """
+    paths = Paths(params.experiment)
+    jobs = read_journal(JOURNAL, params.experiment)
+    jobs = jobs if whole else last_run(jobs)
+    begin = jobs["start"].min()
+    lanes = assign_lanes(jobs["start"], jobs["end"])
+    jobs = jobs.assign(
+        start_s=(jobs["start"] - begin).round(1), end_s=(jobs["end"] - begin).round(1), lane=lanes
+    ).astype({"seed": "Int64"})
+    write_text(paths / "timeline.csv", jobs[COLUMNS].to_csv(index=False, float_format="%.1f"))
+    with drawing_style():
+        figure = draw_timeline(jobs, STAGES)
+        save_figure(figure, paths / "figures/timeline.png", params.figures, "png")
+    print(describe_parallelism(jobs, "all stages"))
+    training = jobs[jobs["stage"].isin(["distill", "baseline"])]
+    if len(training):
+        print(describe_parallelism(training, "distill and baseline"))

@@ -1,0 +1,1 @@
+"""Words that everyone shares: parameters, paths, files, errors, links, boards. Never imports torch."""

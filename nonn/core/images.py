@@ -1,0 +1,56 @@
+"""A picture as a network takes it: upright, square, of the right size and channels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nonn.core.errors import UserError
+
+
+def read_image(path: Path, channels: int, size: int) -> np.ndarray:
+    """An image file as the network takes it: uint8 of shape (channels, size, size).
+
+    Raises
+    ------
+    UserError
+        The file is missing, is not an image, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = fit_image(image, size)
+            if len(pixels) > channels:
+                pixels = fit_image(image.convert("L"), size)
+            return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Give the path of an image.") from None
+    except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
+        raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
+
+
+#: Pillow modes that are converted to greyscale or colour. Deeper ones would be clipped to 8 bits.
+GREY_MODES = {"1", "L", "LA"}
+COLOUR_MODES = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"}
+
+
+def fit_image(image: Image.Image, size: int) -> np.ndarray:
+    """Turn an image upright, crop it to its central square, resize it.
+
+    Returns
+    -------
+    array of shape (1 or 3, size, size), uint8
+
+    Raises
+    ------
+    ValueError
+        The image has more than 8 bits a channel.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode not in GREY_MODES | COLOUR_MODES:
+        raise ValueError(f"pixels of mode {image.mode}; save it with 8 bits a channel")
+    image = image.convert("L" if image.mode in GREY_MODES else "RGB")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)

@@ -1,0 +1,124 @@
+"""Checking YAML files against a schema: whatever is wrong with one gets a line with its key and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from nonn.core.errors import UserError
+
+
+class Section(BaseModel):
+    """A mapping of known keys, which does not change once it is checked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Schema = TypeVar("Schema", bound=Section)
+
+
+def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[str, Any] | None = None) -> Schema:
+    """Read a YAML file, make changes, and check it all against a schema.
+
+    Parameters
+    ----------
+    path : Path
+    schema : subclass of Section
+    remedy : str
+        What a user is to do who has no such file.
+    changes : mapping of str to value, optional
+        Keys in dotted form, such as ``distill.lr``, and what they are to be in place of what stands there.
+
+    Raises
+    ------
+    UserError
+        One line a problem: file, key, what is wrong, what to do.
+    """
+    try:
+        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not text in UTF-8 ({str(error).splitlines()[0]}). Save it as such.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no keys. Restore it from version control.")
+    for key, value in (changes or {}).items():
+        _change(raw, key, value)
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        problems = [line for e in error.errors() for line in _explain(e, schema).splitlines()]
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+
+
+def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
+    """Changes for `load_yaml` from settings in the form ``KEY=VALUE``, each value in YAML.
+
+    Raises
+    ------
+    UserError
+    """
+    changes = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        try:
+            changes[key] = YAML(typ="safe").load(value)
+        except YAMLError:
+            equals = ""
+        if not (key and equals):
+            raise UserError(f"{setting}: is not KEY=VALUE with a value in YAML; write for example distill.lr=0.1")
+    return changes
+
+
+def _change(raw: dict, key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings; sections that are not there are added, for the schema to refuse."""
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = raw.get(section)
+        raw[section] = raw = dict(inner) if isinstance(inner, dict) else {}
+    raw[name] = value
+
+
+def _explain(error: Any, schema: type[Section]) -> str:
+    """Turn one of pydantic's errors into a sentence with the key and the remedy, a line for each key."""
+    location = [str(part) for part in error["loc"] if part != "[key]"]
+    key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(location[:-1], schema)
+        return f"{key}: unknown key; remove it{did_you_mean(location[-1], known)}"
+    if error["type"] == "missing":
+        return f"{key}: missing; add it"
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    is_number = error["type"] == "string_type" and isinstance(error["input"], int | float)
+    remedy = "put it in quotes" if is_number else "change it"
+    return f"{key}: {message[0].lower()}{message[1:]} (it is {error['input']!r}); {remedy}"
+
+
+def _fields_at(location: list[str], schema: type[Section]) -> list[str]:
+    """Names of the keys that the schema knows in a section."""
+    model: Any = schema
+    for part in location:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        model = annotation
+    return list(model.model_fields)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The known word that is closest to one that is not, as the end of a sentence; empty if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,60 @@
+"""The machine that a number was measured on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from nonn.core.errors import UserError
+
+
+@contextlib.contextmanager
+def pinned_to(core: int) -> Iterator[None]:
+    """Keep this process on one core while the block runs, where the system can.
+
+    Raises
+    ------
+    UserError
+        This machine has no such core.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    if core not in cores:
+        raise UserError(f"params.yaml: benchmark.core: this machine has the cores {sorted(cores)}; choose one.")
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def describe_system() -> dict:
+    """The machine and the versions behind a measured number."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "onnxruntime": _version("onnxruntime"),
+        "torch": _version("torch"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # torch, on a device
+        return None

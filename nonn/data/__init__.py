@@ -1,0 +1,1 @@
+"""Images in: one reader for each kind of source, and the dataset that they become."""

@@ -1,0 +1,158 @@
+"""The dataset of an experiment: all images of a source, and a fixed train/validation/test split.
+
+Reading and resizing images is left to `nonn.data.sources`, augmentation to the stages that train. The
+test split serves the final tables only; whatever is chosen is chosen on the validation split.
+
+The pipeline cannot watch every kind of source for changes: ``dataset.sha256`` pins the content.
+The sum that was found is recorded beside the dataset, so it can be copied from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.paths import Paths
+from nonn.data.tensors import read_tensors
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Images, labels and splits, memory-mapped.
+
+    Attributes
+    ----------
+    images : Tensor of shape (N, C, H, W), uint8
+    labels : Tensor of shape (N,), int64
+    train, validation, test : Tensor of shape (n,), int64
+        Sorted indices of the images of each split; disjoint, and together all of them.
+    mean, std : Tensor of shape (C,), float32
+        Of the training images, in grey levels: a model sees ``(images - mean) / std``.
+    classes : tuple of str
+    """
+
+    images: Tensor
+    labels: Tensor
+    train: Tensor
+    validation: Tensor
+    test: Tensor
+    mean: Tensor
+    std: Tensor
+    classes: tuple[str, ...]
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """Pixels a side."""
+        return self.images.shape[-1]
+
+    def split(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return images and labels of ``train``, ``validation`` or ``test``."""
+        indices = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        return self.images[indices], self.labels[indices]
+
+
+def load_dataset(paths: Paths) -> Dataset:
+    """Open the dataset of an experiment.
+
+    Raises
+    ------
+    UserError
+        The dataset stage has not run, or its file is damaged.
+    """
+    return Dataset(**read_tensors(paths.dataset), classes=tuple(read_json(paths.dataset_info)["classes"]))
+
+
+def split_dataset(
+    labels: np.ndarray,
+    classes: Sequence[str],
+    is_test: np.ndarray | None,
+    validation: float,
+    test: float,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Split images into train, validation and test, class by class.
+
+    Each class gives ``round(fraction * count)`` of its images, and one at least, where `count` is
+    the number of its images that the source does not set aside for testing itself. Test images do
+    not depend on `validation`.
+
+    Parameters
+    ----------
+    labels : array of shape (N,), int64
+    classes : sequence of str
+        Names, for the reader.
+    is_test : array of shape (N,), bool, or None
+        The source's own test split, which is kept; None draws one.
+    validation, test : float
+        Fractions; `test` matters only where `is_test` is None.
+    seed : int
+
+    Returns
+    -------
+    dict of str to array of shape (n,), int64
+        Sorted indices under ``train``, ``validation`` and ``test``.
+
+    Raises
+    ------
+    UserError
+        A class has too few images to train with.
+    """
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    for label, name in enumerate(classes):
+        members = shuffled[labels[shuffled] == label]
+        if is_test is None:
+            n_test = max(1, round(test * len(members)))
+            held, rest = members[:n_test], members[n_test:]
+            count = len(members)
+        else:
+            held, rest = members[is_test[members]], members[~is_test[members]]
+            count = len(rest)
+        n_validation = max(1, round(validation * count))
+        if len(rest) <= n_validation:
+            raise UserError(
+                f"params.yaml: dataset.source: class {name!r} has {count} images to split, which leaves none "
+                "for training. Add images to it, or lower dataset.validation and dataset.test."
+            )
+        parts["validation"].append(rest[:n_validation])
+        parts["train"].append(rest[n_validation:])
+        parts["test"].append(held)
+    return {name: np.sort(np.concatenate(indices)) for name, indices in parts.items()}
+
+
+def measure_channels(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute mean and standard deviation of each channel, in grey levels.
+
+    Counted in integers over the 256 grey levels: exact in whatever order threads work. The
+    deviation of a blank channel is taken as one grey level, so that dividing by it is safe.
+
+    Parameters
+    ----------
+    images : Tensor of shape (N, C, H, W), uint8
+
+    Returns
+    -------
+    mean, std : Tensor of shape (C,), float32
+    """
+    levels = torch.arange(256, dtype=torch.float64)
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    shares = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
+    mean = shares @ levels
+    variance = (shares * (levels - mean[:, None]) ** 2).sum(1)
+    return mean.float(), variance.sqrt().clamp(min=1).float()

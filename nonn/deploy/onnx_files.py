@@ -1,0 +1,109 @@
+"""ONNX files of what a device runs, in float32 or in int8: uint8 image in, feature vector or logits out."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from nonn.data.dataset import Dataset
+from nonn.deploy.int8 import calibration_images, fold_norms, quantise
+from nonn.training.networks import Network
+
+OPSET = 18
+
+
+class Features(nn.Module):
+    """What a device runs: the student without its training head."""
+
+    def __init__(self, student: Network):
+        super().__init__()
+        self.student = student
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.student(images)[0]
+
+
+class Logits(nn.Module):
+    """A model that classifies alone."""
+
+    def __init__(self, model: Network):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images)[1]
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str) -> None:
+    """Write a model as one ONNX file for batches of one, the same bytes each time.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : Tensor
+        An input, with its batch dimension of 1.
+    path : Path
+    input_name, output_name : str
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            model.eval(),
+            (example,),
+            input_names=[input_name],
+            output_names=[output_name],
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    proto = program.model_proto
+    # The exporter notes source lines with absolute paths: they differ between machines.
+    for item in (
+        proto,
+        proto.graph,
+        *proto.graph.node,
+        *proto.graph.value_info,
+        *proto.graph.input,
+        *proto.graph.output,
+    ):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    onnx.checker.check_model(proto)
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def write_student(student: Network, data: Dataset, path: Path, bytes_per_value: int) -> None:
+    """Write what the device of a student runs; with 1 byte a value in int8."""
+    _write(Features, "features", student, data, path, bytes_per_value)
+
+
+def write_classifier(model: Network, data: Dataset, path: Path, bytes_per_value: int) -> None:
+    """Write a model that classifies alone; with 1 byte a value in int8."""
+    _write(Logits, "logits", model, data, path, bytes_per_value)
+
+
+def _write(
+    kind: type[nn.Module], output_name: str, model: Network, data: Dataset, path: Path, bytes_per_value: int
+) -> None:
+    example = data.images[:1]
+    if bytes_per_value == 4:
+        export_onnx(kind(model), example, path, "image", output_name)
+    else:
+        export_onnx(kind(fold_norms(model)), example, path, "image", output_name)
+        quantise(path, calibration_images(data))
+
+
+def student_content(student: Network, data: Dataset, bytes_per_value: int) -> bytes:
+    """Content of the file that `write_student` would write."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "student.onnx")
+        write_student(student, data, path, bytes_per_value)
+        return path.read_bytes()

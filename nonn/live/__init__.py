@@ -1,0 +1,1 @@
+"""`nonn up`: all nodes of a cluster on this machine, and the page that shows them."""

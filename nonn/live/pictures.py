@@ -1,0 +1,102 @@
+"""The pictures of the live page: the user's files, or the test images of the experiment."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from nonn.core.errors import UserError
+from nonn.core.images import read_image
+from nonn.runtime.exported import Manifest
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is read when its turn comes.
+
+    Attributes
+    ----------
+    name : str
+        For the reader.
+    truth : str or None
+        Its class, where that is known.
+    read : callable
+        Returns uint8 of shape (channels, size, size).
+    """
+
+    name: str
+    truth: str | None
+    read: Callable[[], np.ndarray]
+
+
+def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
+    """Picture files, in the order given; those of a folder in a fixed random order.
+
+    The class of a file in a folder that is named as a class is that one.
+
+    Raises
+    ------
+    UserError
+        There are none.
+    """
+    image, found = manifest.image, []
+    for path in paths:
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files = [files[i] for i in _shuffled(len(files))]
+        elif not path.is_file():
+            raise UserError(f"--images: {path}: no such file or folder.")
+        for file in files:
+            truth = file.parent.name if file.parent.name in manifest.classes else None
+            found.append(Picture(file.name, truth, partial(read_image, file, image.channels, image.size)))
+    if not found:
+        raise UserError(f"--images: no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}.")
+    return found
+
+
+def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
+    """Test images of the ``dataset.safetensors`` of an experiment, in a fixed random order.
+
+    Raises
+    ------
+    UserError
+        The file is missing or damaged, or its images are not such as the network takes.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, so there is nothing to classify. Give pictures with --images FOLDER.")
+    try:
+        file = safe_open(path, framework="numpy")
+        images, indices, labels = file.get_slice("images"), file.get_tensor("test"), file.get_tensor("labels")
+        shape = tuple(images.get_shape()[1:])
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}). Give pictures with --images FOLDER.") from None
+    image = manifest.image
+    if shape != (image.channels, image.size, image.size) or labels.max() >= len(manifest.classes):
+        raise UserError(f"{path}: is not the dataset of this network. Give pictures with --images FOLDER.")
+    return [
+        Picture(f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index)))
+        for i, index in ((int(i), indices[i]) for i in _shuffled(len(indices)))
+    ]
+
+
+def as_png(pixels: np.ndarray) -> str:
+    """A picture, uint8 of shape (channels, size, size), as the text of a PNG in base64."""
+    content = BytesIO()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(content, "PNG")
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def _shuffled(count: int) -> np.ndarray:
+    """Datasets and folders are sorted by class: in their own order, a viewer would see one for long."""
+    return np.random.default_rng(0).permutation(count)

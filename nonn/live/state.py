@@ -1,0 +1,215 @@
+"""A cluster at work, for whoever watches: pictures one after another, and devices that can be silenced.
+
+A device is silenced by stopping its process (SIGSTOP), not by no longer asking it: its connection stays
+open and no answer comes, as from a device that hangs. So one sees what the coordinator makes of that:
+the next images wait for the deadline, then the breaker opens and they are fast again. When the process
+continues (SIGCONT) the device rejoins by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nonn.core.errors import UserError
+from nonn.live.pictures import Picture, as_png
+from nonn.runtime.cluster import Cluster
+from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, Link, NobodyAnsweredError
+from nonn.runtime.processes import UP, Child
+
+#: Pictures a second at first, and the bounds of what can be chosen.
+RATE, SLOWEST, FASTEST = 1.0, 0.1, 20.0
+#: Answers whose median latency is told.
+RECENT = 100
+#: Seconds that nodes have to start before pictures go out without them.
+STARTING = 10.0
+
+
+@dataclass
+class Device:
+    """One node: its process, the coordinator's link to it, and its part in the last image."""
+
+    child: Child
+    link: Link | None = None
+    silent: bool = False
+    absences: int = 0
+    reason: str = ""
+    share: float | None = None
+    features: list[float] = field(default_factory=list)
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def took_part(self, features: np.ndarray, share: float) -> None:
+        self.features, self.share, self.reason = [round(float(number), 4) for number in features], share, ""
+        self.recent.append(self.link.latency_ms)
+
+    def was_absent(self, reason: str) -> None:
+        self.features, self.share, self.reason = [], None, reason
+        self.absences += 1
+
+    def describe(self) -> dict:
+        child, link = self.child, self.link
+        return {
+            "name": child.node.name,
+            "model": child.node.model,
+            "address": child.node.address,
+            "state": child.state,
+            "silent": self.silent and not child.has_exited,
+            "breaker": "open" if link and link.is_open else "closed",
+            "failures_in_a_row": link.failures if link else 0,
+            "latency_ms": self.recent[-1] if self.recent else None,
+            "p50_ms": statistics.median(self.recent) if self.recent else None,
+            "requests": child.requests,
+            "failures": child.failures,
+            "absences": self.absences,
+            "reason": self.reason,
+            "share": self.share,
+            "features": self.features,
+        }
+
+
+class Live:
+    """Classifies pictures over and over; `snapshot` says how it stands, `changed` when that is news.
+
+    Parameters
+    ----------
+    cluster : Cluster
+    children : sequence of Child
+        Its nodes, running.
+    pictures : sequence of Picture
+        Shown in turn, without end.
+    """
+
+    def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
+        self.cluster, self.pictures = cluster, pictures
+        self.classes = cluster.placed()[0].classes
+        self.devices = {child.node.name: Device(child) for child in children}
+        self.rate, self.held = RATE, False
+        self.version = 0
+        self._position = 0
+        self._picture: dict | None = None
+        self._prediction: dict | None = None
+        self._problem = "the nodes are starting"
+        self._changed, self._woken = asyncio.Condition(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Show pictures until cancelled; whoever was silenced then goes on."""
+        try:
+            await self._publish()
+            await self._wait_for_nodes()
+            async with Coordinator(self.cluster) as coordinator:
+                for link in coordinator.links:
+                    self.devices[link.name].link = link
+                while True:
+                    await self._classify(coordinator)
+                    await self._publish()
+                    await self._pause()
+        finally:
+            for name in self.devices:
+                with contextlib.suppress(UserError):
+                    self.silence(name, silent=False)
+
+    async def changed(self, version: int) -> int:
+        """Wait for a newer version than this one; what it is can be asked of `snapshot`."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version > version)
+        return self.version
+
+    def snapshot(self) -> dict:
+        return {
+            "network": self.cluster.export.resolve().name,
+            "deadline_ms": self.cluster.deadline_ms,
+            "tolerated_failures": TOLERATED_FAILURES,
+            "classes": self.classes,
+            "rate": self.rate,
+            "held": self.held,
+            "picture": self._picture,
+            "prediction": self._prediction,
+            "problem": self._problem,
+            "devices": [device.describe() for device in self.devices.values()],
+        }
+
+    def silence(self, name: str, silent: bool) -> None:
+        """Stop a node's process, or let it go on; the picture is then classified again.
+
+        Raises
+        ------
+        UserError
+            There is no such node, or its process has ended.
+        """
+        device = self.devices.get(name)
+        if device is None:
+            raise UserError(f"there is no node {name[:64]!r}")
+        if device.silent == silent:
+            return
+        if device.child.has_exited:
+            raise UserError(f"{name} has exited")
+        device.child.process.send_signal(signal.SIGSTOP if silent else signal.SIGCONT)
+        device.silent = silent
+        self._woken.set()
+
+    def play(self, held: bool | None = None, rate: float | None = None, step: bool = False) -> None:
+        """Hold the picture or go on, set the pictures a second, or show the next one now."""
+        self.held = self.held if held is None else held
+        self.rate = self.rate if rate is None else rate
+        self._position += step
+        self._woken.set()
+
+    async def _wait_for_nodes(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STARTING):
+                while not all(d.child.state == UP or d.child.has_exited for d in self.devices.values()):
+                    await asyncio.sleep(0.05)
+
+    async def _pause(self) -> None:
+        """Wait for the next picture's time, or for somebody who wants something else."""
+        try:
+            await asyncio.wait_for(self._woken.wait(), 1 / self.rate)
+        except TimeoutError:
+            self._position += not self.held
+        self._woken.clear()
+
+    async def _classify(self, coordinator: Coordinator) -> None:
+        """Read a picture and have it classified; what goes wrong is told to the viewers."""
+        number = self._position % len(self.pictures)
+        picture, loop = self.pictures[number], asyncio.get_running_loop()
+        try:
+            pixels = await asyncio.to_thread(picture.read)
+            self._picture = {"number": number + 1, "of": len(self.pictures), "name": picture.name}
+            self._picture |= {"truth": picture.truth, "png": as_png(pixels)}
+            start = loop.time()
+            answer = await coordinator.classify(pixels)
+        except NobodyAnsweredError:
+            self._prediction, self._problem = None, "no device answered"
+            for device in self.devices.values():
+                device.was_absent(device.link.reason)
+        except UserError as error:
+            self._prediction, self._problem = None, str(error)
+        else:
+            self._take_over(answer, (loop.time() - start) * 1000)
+
+    def _take_over(self, answer: Answer, took_ms: float) -> None:
+        prediction = answer.prediction
+        self._problem = ""
+        self._prediction = {
+            "label": prediction.label,
+            "probability": prediction.probability,
+            "probabilities": [round(probability, 5) for probability in prediction.probabilities],
+            "present": answer.present,
+            "took_ms": took_ms,
+        }
+        for name, share in zip(answer.present, prediction.shares, strict=True):
+            self.devices[name].took_part(answer.features[name], share)
+        for name, reason in answer.absent.items():
+            self.devices[name].was_absent(reason)
+
+    async def _publish(self) -> None:
+        async with self._changed:
+            self.version += 1
+            self._changed.notify_all()

@@ -1,0 +1,146 @@
+"""A whole cluster on one machine: every node a child process, and a live table of how they do.
+
+Children end with this process however it ends: on Ctrl-C and SIGTERM they are told to stop and
+waited for, and if this process is killed their standard input closes, at which they stop by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpc import aio
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
+
+from nonn.core.errors import UserError
+from nonn.core.progress import log
+from nonn.runtime.channel import open_channel
+from nonn.runtime.cluster import Cluster, load_cluster
+from nonn.runtime.processes import COLUMNS, UP, Child, start, stop
+
+#: Seconds between two looks at a node, and what an answer may take.
+INTERVAL, PATIENCE = 1.0, 0.5
+
+
+#: Looks between two lines of counts where there is no terminal.
+SPARSE = 60
+
+
+#: Something that goes on beside the nodes until it is cancelled.
+Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
+
+
+async def watch(child: Child, cluster: Cluster) -> None:
+    """Ask a node for its counts, again and again, until its process is gone."""
+    async with open_channel(child.node, child.contract.message_limit, cluster.own_identity) as channel:
+        stub = oip_grpc.GRPCInferenceServiceStub(channel)
+        while not child.has_exited:
+            try:
+                request = oip.ModelStatisticsRequest(name=child.contract.model)
+                answer = await stub.ModelStatistics(request, timeout=PATIENCE)
+                child.update(answer.model_stats[0].inference_stats)
+            except (aio.AioRpcError, IndexError):
+                if child.state == UP:
+                    child.state = "no answer"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(child.process.wait(), INTERVAL)
+    child.state = f"exited ({child.process.returncode})"
+
+
+async def show(children: list[Child]) -> None:
+    """A table that renews itself on a terminal; elsewhere a line for each change, and counts now and then."""
+    header = COLUMNS.format("node", "student", "address", "state", "latency", "requests", "failures")
+    known: dict[str, str] = {}
+    look = 0
+    while True:
+        if sys.stdout.isatty():
+            up = f"\x1b[{len(children) + 1}F\x1b[J" if look else ""
+            width = shutil.get_terminal_size().columns  # a line that wraps would spoil the next renewal
+            print(up + "\n".join(line[:width] for line in [header, *(child.row() for child in children)]), flush=True)
+        else:
+            for child in children:
+                if known.get(child.node.name) != child.state:
+                    known[child.node.name] = child.state
+                    details = f": {child.said}" if child.has_exited and child.said else f" at {child.node.address}"
+                    print(f"{child.node.name}: {child.state}{details}", flush=True)
+            if look and look % SPARSE == 0:
+                print("\n".join([header, *(child.row() for child in children)]), flush=True)
+        look += 1
+        await asyncio.sleep(INTERVAL / 2)
+
+
+async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) -> None:
+    """Run all nodes of a cluster until `stopped` is set, and `pages` beside them.
+
+    Raises
+    ------
+    UserError
+        The cluster does not fit its export, certificates are missing, all nodes have exited, or a page failed.
+    """
+    _, placed = cluster.placed()
+    for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
+        if identity:
+            identity.for_server()  # refuses what cannot be read before anything has started
+    children: list[Child] = []
+    tasks: list[asyncio.Future] = []
+    try:
+        for node, _, contract in placed:
+            children.append(await start(cluster, node, contract))
+        exits = asyncio.gather(*(watch(child, cluster) for child in children))
+        end = asyncio.create_task(stopped.wait())
+        served = [asyncio.create_task(page(children)) for page in pages]
+        tasks = [exits, end, *served, asyncio.create_task(show(children))]
+        done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(stop(child) for child in children))
+    if not stopped.is_set():
+        reasons = "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
+        raise UserError(f"all nodes have exited ({reasons})")
+
+
+async def run_until_signal(cluster: Cluster, *pages: Page) -> None:
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, stopped.set)
+    await run_cluster(cluster, stopped, *pages)
+
+
+def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:
+    """The page of ``--web``, with the pictures that were given or the test images of the network's experiment.
+
+    Raises
+    ------
+    UserError
+        There are no pictures.
+    """
+    from nonn.live.pictures import dataset_pictures, find_pictures
+    from nonn.live.web import serve_page
+
+    manifest, _ = cluster.placed()
+    if images:
+        pictures = find_pictures(images, manifest)
+    else:
+        pictures = dataset_pictures(cluster.export.resolve().parent.parent / "dataset.safetensors", manifest)
+    return lambda children: serve_page(cluster, children, pictures, port)
+
+
+def run(options) -> None:
+    """The command ``nonn up``."""
+    cluster = load_cluster(options.cluster)
+    if options.images and options.web is None:
+        raise UserError("--images: are shown on the page. Give --web, too.")
+    pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
+    asyncio.run(run_until_signal(cluster, *pages))
+    log(f"{len(cluster.nodes)} nodes stopped")

@@ -1,0 +1,194 @@
+"""The live page of ``nonn up --web``: one file, one stream of events, two switches' worth of posts.
+
+It listens on 127.0.0.1 only. Pages of other sites get nothing: the Host must be this machine by name
+(against DNS rebinding), an Origin must be the page's own, and a post needs one. The page loads nothing
+from elsewhere, which its Content-Security-Policy also forbids.
+
+aiohttp was chosen because it streams events on the event loop that gRPC uses here, parses HTTP in
+well-tested code, and is in the full environment anyway (dvc needs it).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import resources
+from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from pydantic import Field, ValidationError
+
+from nonn.core.errors import UserError
+from nonn.core.params import Section
+from nonn.core.progress import log
+from nonn.live.pictures import Picture
+from nonn.live.state import FASTEST, SLOWEST, Live
+from nonn.runtime.cluster import Cluster
+from nonn.runtime.processes import Child
+
+HOST = "127.0.0.1"
+#: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
+NAMES = {"127.0.0.1", "localhost"}
+#: Viewers at once, bytes of the longest post, and seconds that streams have to end.
+VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
+
+
+Wish = TypeVar("Wish", bound=Section)
+
+
+class Switch(Section):
+    """Silence a node, or let it answer."""
+
+    node: str
+    silent: bool
+
+
+class Playback(Section):
+    """Hold the picture or go on, pictures a second, or the next one now."""
+
+    held: bool | None = None
+    rate: Annotated[float, Field(ge=SLOWEST, le=FASTEST)] | None = None
+    step: bool = False
+
+
+def read_page() -> tuple[str, str]:
+    """The page, and the Content-Security-Policy that allows its own script and style and nothing else."""
+    page = resources.files("nonn.live").joinpath("page.html").read_text(encoding="utf-8")
+    hashes = {}
+    for element in ("script", "style"):
+        (content,) = re.findall(f"<{element}>(.*?)</{element}>", page, re.DOTALL)
+        hashes[element] = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    policy = [
+        "default-src 'none'",
+        f"script-src 'sha256-{hashes['script']}'",
+        f"style-src 'sha256-{hashes['style']}'",
+        "img-src data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    ]
+    return page, "; ".join(policy)
+
+
+@web.middleware
+async def guard(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    """Refuse what a page of another site, or a name that was rebound to this machine, has sent."""
+    hosts, origin = request.headers.getall("Host", []), request.headers.get("Origin")
+    if len(hosts) != 1 or host_name(hosts[0]) not in NAMES:
+        raise web.HTTPForbidden(text=f"open this page as http://{HOST}:PORT\n")
+    if (origin is not None or request.method != "GET") and origin != f"http://{hosts[0]}":
+        raise web.HTTPForbidden(text="only the page itself may ask this\n")
+    if request.path != "/" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        raise web.HTTPForbidden(text="only the page itself may ask this\n")
+    return await handler(request)
+
+
+def host_name(host: str) -> str | None:
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
+
+
+class Page:
+    """What the page and its script ask for."""
+
+    def __init__(self, live: Live):
+        self.live = live
+        self.page, policy = read_page()
+        self.viewers = 0
+        self.headers = {
+            "Content-Security-Policy": policy,
+            "X-Content-Type-Options": "nosniff",
+            "Referrer-Policy": "no-referrer",
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+        }
+
+    def application(self) -> web.Application:
+        application = web.Application(middlewares=[guard], client_max_size=LONGEST_POST)
+        application.add_routes(
+            [
+                web.get("/", self.show),
+                web.get("/events", self.stream),
+                web.post("/switch", self.switch),
+                web.post("/playback", self.playback),
+            ]
+        )
+        application.on_response_prepare.append(self.protect)
+        return application
+
+    async def protect(self, _: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(self.headers)
+
+    async def show(self, _: web.Request) -> web.Response:
+        return web.Response(text=self.page, content_type="text/html")
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Server-sent events: the newest snapshot, whenever there is one. Slow viewers skip some."""
+        if self.viewers >= VIEWERS:
+            raise web.HTTPServiceUnavailable(text="too many viewers\n")
+        self.viewers += 1
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            version = 0
+            while True:
+                version = await self.live.changed(version)
+                await response.write(f"data: {json.dumps(self.live.snapshot())}\n\n".encode())
+        except ConnectionError:
+            return response  # the viewer has left
+        finally:
+            self.viewers -= 1
+
+    async def switch(self, request: web.Request) -> web.Response:
+        wish = await read_post(request, Switch)
+        try:
+            self.live.silence(wish.node, wish.silent)
+        except UserError as error:
+            raise web.HTTPConflict(text=f"{error}\n") from None
+        return web.Response(status=204)
+
+    async def playback(self, request: web.Request) -> web.Response:
+        wish = await read_post(request, Playback)
+        self.live.play(wish.held, wish.rate, wish.step)
+        return web.Response(status=204)
+
+
+async def read_post(request: web.Request, schema: type[Wish]) -> Wish:
+    """A small JSON object of a schema; anything else is refused."""
+    if request.content_type != "application/json":
+        raise web.HTTPUnsupportedMediaType(text="send application/json\n")
+    try:
+        return schema.model_validate_json(await request.read())
+    except ValidationError:
+        raise web.HTTPBadRequest(text=f"expected the keys {', '.join(schema.model_fields)}\n") from None
+
+
+async def serve_page(cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture], port: int) -> None:
+    """Classify pictures and show how it goes, until cancelled.
+
+    Raises
+    ------
+    UserError
+        The port is taken.
+    """
+    live = Live(cluster, children, pictures)
+    runner = web.AppRunner(Page(live).application(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, HOST, port).start()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"--web: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
+        log(f"live page: http://{HOST}:{runner.addresses[0][1]}")
+        await live.run()
+    finally:
+        await runner.cleanup()

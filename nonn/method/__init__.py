@@ -1,0 +1,1 @@
+"""The paper's decisions: filter graph, partition, sizes of students, final layer, missing students."""

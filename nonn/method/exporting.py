@@ -1,0 +1,146 @@
+"""Writing what the devices run, as ONNX, and scoring the files again.
+
+A network becomes one file a student (uint8 image in, feature vector out) and one for the final
+layer (concatenated feature vectors in, logits out). Teacher and single baselines, which run alone
+on one device, become one file each (image in, logits out). Every file is re-scored on the test
+images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.bytes_per_value: 1`` students
+and baselines are int8 (see `nonn.deploy.int8`), and the teacher is there in both precisions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError
+from nonn.core.files import sha256_of
+from nonn.core.progress import track
+from nonn.data.dataset import Dataset
+from nonn.data.tensors import write_tensors
+from nonn.deploy.cost import measure_cost
+from nonn.deploy.int8 import check_close
+from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
+from nonn.method.final_layer import LinearBlocks
+from nonn.method.joining import NetworkOfNetworks
+from nonn.runtime.session import run_onnx
+from nonn.training.networks import Network, predict, single_pass
+
+#: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
+TOLERANCE = 1e-4
+#: Largest feature accepted of a student, relative to its largest on validation images. Measured on 14
+#: students of mnist5k: test images reach 1.15, images of another kind (inverted, noise, stripes) 1.5, so
+#: that no honest node is refused; and no rogue has more than four times an honest node's range.
+FEATURE_MARGIN = 4.0
+
+
+def joined(layer: LinearBlocks) -> nn.Linear:
+    """The final layer as one linear layer over the concatenated feature vectors."""
+    weight = torch.cat(list(layer.weights), dim=1)
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        linear.bias.copy_(torch.stack(list(layer.biases)).sum(0))
+    return linear
+
+
+def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
+    """Refuse an exported file whose outputs differ from the model's.
+
+    Raises
+    ------
+    UserError
+    """
+    original = original.numpy()
+    difference = np.abs(exported - original).max() / max(np.abs(original).max(), 1e-9)
+    if not difference <= TOLERANCE:
+        raise UserError(
+            f"{path.name}: outputs differ from the trained model by {difference:.1e} of the largest output. "
+            "This is a fault of the exporter: try the versions in requirements.lock."
+        )
+
+
+def check_outputs(path: Path, exported: np.ndarray, original: Tensor, bytes_per_value: int) -> None:
+    """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8.
+
+    Raises
+    ------
+    UserError
+    """
+    if bytes_per_value == 4:
+        check_same(path, exported, original)
+    else:
+        check_close(path.name, exported, original)
+
+
+def feature_limit(student: Network, data: Dataset) -> float:
+    """Largest feature that is accepted of a student: `FEATURE_MARGIN` times the largest on validation images."""
+    images, _ = data.split("validation")
+    return FEATURE_MARGIN * predict(student, images)[0].max().item()
+
+
+def _entry(path: Path, model: Network, data: Dataset, bytes_per_value: int) -> dict:
+    cost = measure_cost(model, data.channels, data.size, bytes_per_value)
+    return {"file": path.name, "sha256": sha256_of(path), "cost": vars(cost)}
+
+
+def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_per_value: int) -> dict:
+    """Export an assembled network into `folder`; return its manifest.
+
+    The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and
+    cost, the final layer (as one ONNX file for when all students are present, and in blocks by
+    student for when some are missing), the classes, and the accuracy of the exported files on the
+    test images.
+    """
+    images, labels = data.split("test")
+    students, features, expected = [], [], []
+    for position, student in enumerate(track(list(model.students), "export")):
+        path = folder / f"{position}.onnx"
+        write_student(student, data, path, bytes_per_value)
+        features.append(run_onnx(path, images.numpy()))
+        original = predict(student, images)[0]
+        check_outputs(path, features[-1], original, bytes_per_value)
+        # In float32 the last check is one of the whole network; the layer of int8 students is checked by itself.
+        expected.append(original if bytes_per_value == 4 else torch.from_numpy(features[-1]))
+        entry = {"n_features": student.n_features, "feature_limit": feature_limit(student, data)}
+        students.append(_entry(path, student, data, bytes_per_value) | entry)
+    path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
+    export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
+    logits = run_onnx(path, joint)
+    with torch.inference_mode():
+        check_same(path, logits, model.final(expected))
+    blocks = folder / "final.safetensors"
+    write_tensors(blocks, model.final.state_dict())
+    final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
+    return _manifest(data, students, logits, labels) | {"final": final}
+
+
+def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
+    """Export models that run alone, named by the keys of `models`; return their manifests.
+
+    The model ``teacher`` is float32 whatever the students are.
+    """
+    images, labels = data.split("test")
+    manifests = {}
+    for name, model in track(list(models.items()), "export"):
+        path, precision = folder / f"{name}.onnx", 4 if name == "teacher" else bytes_per_value
+        write_classifier(model, data, path, precision)
+        logits = run_onnx(path, images.numpy())
+        check_outputs(path, logits, predict(model, images)[1], precision)
+        entry = _entry(path, model, data, precision)
+        if model.mirrors and bytes_per_value == 4:  # `distributed` splits a network only as a single pass, in float32
+            entry["single_pass"] = f"{name}-single.onnx"
+            write_classifier(single_pass(model), data, folder / entry["single_pass"], 4)
+        manifests[name] = _manifest(data, [entry], logits, labels)
+    return manifests
+
+
+def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor) -> dict:
+    return {
+        "classes": list(data.classes),
+        "image": {"channels": data.channels, "size": data.size, "dtype": "uint8"},
+        "students": students,
+        "test_accuracy": float((logits.argmax(1) == labels.numpy()).mean()),
+    }

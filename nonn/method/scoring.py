@@ -1,0 +1,287 @@
+"""Scores of every method on the test images, and what separates them.
+
+Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the
+standard deviation, and two tests against the network of networks on the same devices: a paired one over
+test images, and one over seeds, which are not pairs. The accuracy of every network is also measured
+with devices missing, of NoNN with each strategy of `nonn.method.missing`.
+
+With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is
+fitted further and a strategy for missing devices chosen on validation images, so that they differ in
+the students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN
+gains by it is told by ``nonn_averaged``, the same students with their heads averaged. Otherwise the
+heads of the students present are averaged.
+
+Where devices run int8, students of all methods are scored as such. What that costs is told by
+``nonn_float32``, NoNN's students before they were quantised, and ``teacher_int8`` says what quantising would do
+for the teacher.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from nonn.core.files import read_json
+from nonn.core.params import STRATEGIES, Evaluate, Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset
+from nonn.method.final_layer import FinalLayer, averaged_layer
+from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
+from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.runtime.subsets import subsets_missing
+from nonn.training.networks import Network, accuracy, predict
+
+#: Logits (n_test, C) of a network when only these of its devices are present.
+Answers = Callable[[Sequence[int]], Tensor]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Test results of one method on one network.
+
+    Attributes
+    ----------
+    correct : ndarray of shape (n_seeds, n_test), bool
+    answers : list of Answers
+        One for each seed; empty for a single model, or where missing devices are of no interest.
+    strategies : mapping of str to list of Answers
+        Of NoNN: the same with each strategy for missing devices, whichever was chosen.
+    chosen : list of str
+        Of NoNN: the strategy that each seed's network takes.
+    """
+
+    method: str
+    network: str
+    n_students: int
+    correct: np.ndarray
+    answers: list[Answers]
+    strategies: Mapping[str, list[Answers]] = field(default_factory=dict)
+    chosen: Sequence[str] = ()
+
+    @property
+    def accuracies(self) -> list[float]:
+        return self.correct.mean(1).tolist()
+
+
+def permutation_test(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) -> float:
+    """Two-sided paired permutation test over test images.
+
+    Parameters
+    ----------
+    a, b : ndarray of shape (n_seeds, n_test), bool
+        Whether each seed's model of two methods is right; the numbers of seeds may differ.
+    resamples : int
+    seed : int
+
+    Returns
+    -------
+    float
+        Share of sign flips of the images' differences (of the mean over seeds) whose mean is at
+        least as large as the observed one, the observed one included.
+    """
+    difference = a.mean(0) - b.mean(0)
+    observed = abs(difference.sum())
+    generator = np.random.default_rng(seed)
+    extreme, left = 1, resamples
+    while left:
+        n = min(left, 1000)
+        signs = generator.integers(0, 2, (n, len(difference)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ difference) >= observed - 1e-9).sum())
+        left -= n
+    return extreme / (resamples + 1)
+
+
+def seed_test(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Two-sided Welch test over seeds; None where a method has one seed or neither varies."""
+    if min(len(a), len(b)) < 2 or np.var(a) + np.var(b) == 0:
+        return None
+    with warnings.catch_warnings():  # scipy warns where one of the two does not vary, which is sound
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+@torch.inference_mode()
+def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, seed: int) -> list[dict]:
+    """Accuracy with 0, 1, … N−1 of N devices missing.
+
+    Parameters
+    ----------
+    answers : sequence of Answers
+        One for each seed.
+    n_devices : int  # N
+    labels : Tensor of shape (n_test,)
+    seed : int
+        Draws the subsets where there are too many: see `nonn.runtime.subsets`.
+
+    Returns
+    -------
+    list of dict
+        ``missing``, ``n_subsets``; over the subsets of devices present, ``mean`` and ``worst``
+        accuracy, averaged over the seeds, each with its standard deviation over the seeds.
+    """
+    rows = []
+    for missing in range(n_devices):
+        subsets = subsets_missing(n_devices, missing, seed)
+        scores = np.array([[accuracy(answer(subset), labels) for subset in subsets] for answer in answers])
+        row = {"missing": missing, "n_subsets": len(subsets)}
+        for name, over_subsets in (("mean", scores.mean(1)), ("worst", scores.min(1))):
+            row |= {name: float(over_subsets.mean()), f"{name}_sd": _sd(over_subsets)}
+        rows.append(row)
+    return rows
+
+
+def missing_strategies(scores: Scores, labels: Tensor, seed: int) -> list[dict]:
+    """The rows of `missing_devices` for each strategy of a NoNN.
+
+    Each with ``network``, ``strategy``, ``n_seeds`` and ``chosen``, for how many of the seeds validation
+    data chose the strategy.
+    """
+    return [
+        {
+            "network": scores.network,
+            "strategy": strategy,
+            "chosen": list(scores.chosen).count(strategy),
+            "n_seeds": len(answers),
+            **row,
+        }
+        for strategy, answers in scores.strategies.items()
+        for row in missing_devices(answers, scores.n_students, labels, seed)
+    ]
+
+
+def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
+    """One row a method and network: accuracies, mean, standard deviation, tests against NoNN."""
+    references = {s.network: s for s in scores if s.method == "nonn"}
+    rows = []
+    for s in scores:
+        reference = references.get(s.network) if s.method != "nonn" else None
+        rows.append(
+            {
+                "method": s.method,
+                "network": s.network,
+                "n_students": s.n_students,
+                "n_seeds": len(s.correct),
+                "accuracies": s.accuracies,
+                "accuracy_mean": float(np.mean(s.accuracies)),
+                "accuracy_sd": _sd(s.accuracies),
+                "p_value_vs_nonn": reference
+                and permutation_test(reference.correct, s.correct, params.resamples, params.seed),
+                "p_value_vs_nonn_seeds": reference and seed_test(reference.accuracies, s.accuracies),
+            }
+        )
+    return rows
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def _add(terms: Tensor, present: Sequence[int]) -> Tensor:
+    return terms[list(present)].sum(0)
+
+
+def _scores(method: str, network: str, terms: list[Tensor], labels: Tensor) -> Scores:
+    """Scores of a method whose devices' contributions, (n_devices, n_test, C) for each seed, are added up."""
+    correct = np.stack([(t.sum(0).argmax(1) == labels).numpy() for t in terms])
+    answers = [partial(_add, t) for t in terms] if len(terms[0]) > 1 else []
+    return Scores(method, network, len(terms[0]), correct, answers)
+
+
+@torch.no_grad()
+def _joined_scores(
+    method: str, network: str, joined: Sequence[tuple[Sequence[Network], FinalLayer]], features: FeatureCache
+) -> Scores:
+    """Scores of students joined by a final layer, given both of each seed."""
+    _, labels = features.data.split("test")
+    answers = [partial(layer, features(students, "test")[0]) for students, layer in joined]
+    n = len(joined[0][0])
+    correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
+    return Scores(method, network, n, correct, answers if n > 1 else [])
+
+
+def _nonn_scores(
+    network: str, models: Sequence[NetworkOfNetworks], chosen: Sequence[str], features: FeatureCache
+) -> Scores:
+    """Scores of a NoNN, given the network and the strategy chosen of each seed."""
+    students = [list(model.students) for model in models]
+    layers = [{own: model.final, **dict(model.others.items())} for model, own in zip(models, chosen, strict=True)]
+    by_strategy = {
+        name: _joined_scores("nonn", network, [(s, of[name]) for s, of in zip(students, layers, strict=True)], features)
+        for name in STRATEGIES
+        if name in layers[0]
+    }
+    scores = _joined_scores("nonn", network, [(s, m.final) for s, m in zip(students, models, strict=True)], features)
+    return replace(scores, strategies={name: s.answers for name, s in by_strategy.items()}, chosen=chosen)
+
+
+def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
+    """Score teacher, networks, baselines and ensembles on the test images."""
+    images, labels = data.split("test")
+    teacher = load_teacher(paths, data)
+    with torch.inference_mode():
+        _, logits = predict(teacher, images)
+    yield _scores("teacher", "", [logits[None]], labels)
+    precision = params.design.bytes_per_value
+    features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
+    if precision == 1:
+        yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
+    for network in params.networks:
+        files = [paths.network(network, seed) for seed in params.seeds_of(network)]
+        chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
+        models = [load_network(path, data) for path in files]
+        yield _nonn_scores(network, models, chosen, features)
+        if params.evaluate.final_layer == "fitted":
+            averaged = [averaged_layer([student.head for student in model.students]) for model in models]
+            joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
+            scores = _joined_scores("nonn_averaged", network, joined, features)
+            yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
+        if precision == 1:
+            joined = [(list(model.students), model.final) for model in models]
+            yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
+    pool: list[Network] = []
+    for network, method, seeds in params.baseline_jobs():
+        students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
+        layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
+        yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
+        if f"{network}/{method}" == params.ensemble.pool:
+            pool = [student for (student,) in students]
+    for network, devices in params.networks.items():
+        groups = [pool[start : start + len(devices)] for start in range(0, len(pool), len(devices))]
+        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
+
+
+def _baseline_layer(params: Params, students: Sequence[Network], features: FeatureCache, seed: int) -> FinalLayer:
+    """Final layer of a baseline; a single student needs none but its head."""
+    if len(students) > 1 and params.evaluate.final_layer == "fitted":
+        layers, summary = join_students(students, features, params.assemble, seed)
+        return layers[summary["missing"]["chosen"]]
+    return averaged_layer([student.head for student in students])
+
+
+def _terms(students: Sequence[Network], features: FeatureCache) -> Tensor:
+    """Logits of students for the test images, each by its own head, (N, n_test, C)."""
+    outputs, _ = features(students, "test")
+    return torch.stack([student.head(output) for student, output in zip(students, outputs, strict=True)])
+
+
+def _ensemble_scores(
+    params: Params, network: str, groups: Sequence[Sequence[Network]], features: FeatureCache
+) -> Iterator[Scores]:
+    """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
+    _, labels = features.data.split("test")
+    if not groups:
+        return
+    with torch.inference_mode():
+        # Probabilities are averaged, not logits: that is what users of ensembles do.
+        terms = [_terms(group, features).softmax(2) for group in groups]
+    yield _scores("ensemble", network, terms, labels)
+    if params.evaluate.final_layer == "fitted":
+        layers = [_baseline_layer(params, group, features, seed) for seed, group in enumerate(groups)]
+        yield _joined_scores("ensemble_fitted", network, list(zip(groups, layers, strict=True)), features)

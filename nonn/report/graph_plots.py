@@ -1,0 +1,189 @@
+"""Drawing of the filter graph and of the sets that the students imitate.
+
+References
+----------
+.. [1] A. Noack, "Modularity clustering is force-directed layout", 2009, https://arxiv.org/abs/0807.4052
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import networkx as nx
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+
+from nonn.report.plots import STUDENT_COLOURS, panels
+
+#: Heaviest links of each filter that decide its place, and those that are drawn.
+LINKS_LAID_OUT, LINKS_DRAWN = 6, 3
+LAYOUT_SEED = 0
+
+
+def strongest_links(weights: np.ndarray, n_links: int) -> np.ndarray:
+    """Select the heaviest links of each filter.
+
+    Parameters
+    ----------
+    weights : array of shape (F, F)
+        Symmetric, zero diagonal.
+    n_links : int
+        Links of each filter that are kept; the other end may have more.
+
+    Returns
+    -------
+    array of shape (E, 2), int64
+        Pairs i < j, each once, in ascending order.
+    """
+    heaviest = np.argsort(-weights, axis=1, kind="stable")[:, :n_links]
+    pairs = np.stack([np.repeat(np.arange(len(weights)), heaviest.shape[1]), heaviest.ravel()], axis=1)
+    pairs = pairs[weights[pairs[:, 0], pairs[:, 1]] > 0]
+    return np.unique(np.sort(pairs, axis=1), axis=0)
+
+
+def lay_out(weights: np.ndarray) -> np.ndarray:
+    """Place filters by forces along their strongest links, within the unit square.
+
+    ForceAtlas2 in its logarithmic mode, whose densest groups are those of high modularity [1]_.
+
+    Parameters
+    ----------
+    weights : array of shape (F, F)
+
+    Returns
+    -------
+    array of shape (F, 2)
+        NaN for filters without a link.
+    """
+    graph = nx.Graph()
+    graph.add_edges_from(strongest_links(weights, LINKS_LAID_OUT).tolist())
+    with np.errstate(invalid="ignore"):  # networkx divides a filter's distance to itself by itself
+        places = nx.forceatlas2_layout(
+            graph, max_iter=300, linlog=True, strong_gravity=True, gravity=0.2, seed=LAYOUT_SEED
+        )
+    positions = np.full((len(weights), 2), np.nan)
+    if places:
+        positions[list(places)] = np.stack(list(places.values()))
+        positions -= np.nanmin(positions, axis=0)
+        positions /= np.maximum(np.nanmax(positions, axis=0), 1e-9)
+    return positions
+
+
+def draw_filter_graph(weights: np.ndarray, partitions: Mapping[str, Mapping]) -> Figure:
+    """Draw the filter graph, a panel for each network, filters in the colour of their student.
+
+    Parameters
+    ----------
+    weights : array of shape (F, F)
+        Filter graph.
+    partitions : mapping
+        Network to ``sets``, the filters of each student, and ``modularity`` of the sets.
+    """
+    links, positions = strongest_links(weights, LINKS_DRAWN), lay_out(weights)
+    strength = weights.sum(axis=1)
+    area = 8 + 90 * strength / max(strength.max(), 1e-9)
+    area *= min(1.0, 256 / len(weights))
+    figure, axes = panels(len(partitions), 4.6, 4.7)
+    for axis, (network, partition) in zip(axes, partitions.items(), strict=True):
+        axis.set(xticks=[], yticks=[])
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(False)
+        axis.margins(0.04)
+        owner = np.full(len(weights), -1)
+        for student, filters in enumerate(partition["sets"]):
+            owner[filters] = student
+        inner = owner[links[:, 0]] == owner[links[:, 1]]
+        colours = [STUDENT_COLOURS[owner[i]] if same else "0.6" for (i, _), same in zip(links, inner, strict=True)]
+        widths, alphas = np.where(inner, 0.6, 0.4), np.where(inner, 0.4, 0.25)
+        lines = LineCollection(positions[links], colors=colours, linewidths=widths, alpha=alphas, zorder=1)
+        axis.add_collection(lines)
+        for student, filters in enumerate(partition["sets"]):
+            # Strong filters first, so that none hides a weaker one.
+            drawn = sorted((f for f in filters if not np.isnan(positions[f, 0])), key=lambda f: (-strength[f], f))
+            axis.scatter(
+                *positions[drawn].T,
+                s=area[drawn],
+                color=STUDENT_COLOURS[student],
+                edgecolors=[axis.get_facecolor()],
+                linewidths=0.5,
+                zorder=2,
+                label=f"student {student} ({len(filters)})",
+            )
+        axis.set_title(f"{network}: modularity of the sets {partition['modularity']:.2f}")
+        columns = min(len(partition["sets"]), 4)
+        axis.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.01),
+            ncols=columns,
+            handletextpad=0.1,
+            columnspacing=0.8,
+            fontsize="small",
+        )
+        for handle in axis.get_legend().legend_handles:
+            handle.set_sizes([36])
+    return figure
+
+
+def order_filters(partition: Mapping) -> np.ndarray:
+    """Order the filters that have a student by student, then community, those without one last."""
+    community = np.asarray(partition["communities"])
+    community = np.where(community < 0, len(community), community)
+    return np.concatenate([np.array(s)[np.argsort(community[s], kind="stable")] for s in partition["sets"]])
+
+
+def draw_adjacency(weights: np.ndarray, partitions: Mapping[str, Mapping]) -> Figure:
+    """Draw the filter graph as a matrix: as it is, and ordered by the students of each network.
+
+    Parameters
+    ----------
+    weights : array of shape (F, F)
+        Filter graph, largest weight 1.
+    partitions : mapping
+        Network to ``sets`` and ``communities``, the community of each filter.
+    """
+    colour_map = LinearSegmentedColormap.from_list("ink", ["#FFFFFF", "#9ECAE1", "#2171B5", "#08204B", "#000814"])
+    # Few links are strong: the square root spreads the weak ones out.
+    norm = PowerNorm(0.5, vmin=0, vmax=float(np.quantile(weights, 0.999)) or 1.0)
+    figure, axes = panels(1 + len(partitions), 3.5, 3.3)
+    orders = {"": np.arange(len(weights))} | {n: order_filters(p) for n, p in partitions.items()}
+    image = None
+    for axis, (network, order) in zip(axes, orders.items(), strict=True):
+        image = axis.imshow(weights[np.ix_(order, order)], cmap=colour_map, norm=norm)
+        axis.grid(visible=False)
+        axis.spines[:].set_visible(True)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(f"{network}: by student, then community" if network else "Teacher's order")
+        axis.set_xlabel(f"{len(order)} filters")
+        if network:
+            _mark_sets(axis, [len(filters) for filters in partitions[network]["sets"]])
+        else:
+            axis.set_ylabel("filter")
+    # One bar without a step of its own scale: its ticks are weights.
+    figure.colorbar(image, ax=axes, label="link weight", shrink=0.75, aspect=30, extend="max")
+    return figure
+
+
+def _mark_sets(axis: Axes, sizes: Sequence[int]) -> None:
+    """Outline each student's block, and name it along the left side."""
+    edges = np.concatenate([[0], np.cumsum(sizes)]) - 0.5
+    total = edges[-1] - edges[0]
+    for student, (start, end) in enumerate(itertools.pairwise(edges)):
+        colour = STUDENT_COLOURS[student]
+        axis.plot(
+            [start, end, end, start, start],
+            [start, start, end, end, start],
+            color=colour,
+            linewidth=1.6,
+            clip_on=False,
+            zorder=3,
+        )
+        axis.text(-0.02 * total, (start + end) / 2, str(student), color=colour, ha="right", va="center", weight="bold")
+    axis.set_xlim(edges[0], edges[-1])
+    axis.set_ylim(edges[-1], edges[0])
+    axis.set_ylabel("student", labelpad=16)

@@ -1,0 +1,71 @@
+"""A gRPC channel from a coordinator to a node: how it is opened, and why it may fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from grpc import ChannelConnectivity, StatusCode, aio
+
+from nonn.runtime.cluster import Node
+from nonn.runtime.tls import Identity
+
+MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
+
+
+#: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
+CONNECT_TIMEOUT = 1.0
+
+LATE = "no answer by the deadline"
+
+CHANNEL_OPTIONS = {
+    "grpc.enable_http_proxy": 0,
+    "grpc.enable_retries": 0,  # an answer is wanted now or not at all
+    "grpc.service_config_disable_resolution": 1,
+    "grpc.initial_reconnect_backoff_ms": 100,
+    # What an attempt may take, despite the name: a dozen TLS handshakes at once need seconds at 250 kbit/s.
+    "grpc.min_reconnect_backoff_ms": 15_000,
+    "grpc.max_reconnect_backoff_ms": 1000,
+    # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
+    # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
+    "grpc.keepalive_time_ms": 60_000,
+    "grpc.keepalive_timeout_ms": 20_000,
+}
+
+
+def open_channel(node: Node, message_limit: int, identity: Identity | None) -> aio.Channel:
+    """A channel to a node, who must show a certificate with its own name wherever it is.
+
+    Of the contract, only the size of its largest message matters here.
+    """
+    limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
+    options = CHANNEL_OPTIONS | dict.fromkeys(limits, message_limit)
+    if identity is None:
+        return aio.insecure_channel(node.address, list(options.items()))
+    options["grpc.ssl_target_name_override"] = node.name
+    return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
+
+
+async def settle_all(channels: Iterable[aio.Channel]) -> None:
+    """Wait until each channel is connected or has failed once, but not for long."""
+    connecting = [asyncio.create_task(settle(channel)) for channel in channels]
+    _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
+    for task in waiting:
+        task.cancel()
+
+
+async def settle(channel: aio.Channel) -> None:
+    """Wait until a channel is connected, or its first attempt has failed."""
+    state = channel.get_state(try_to_connect=True)
+    while state not in (ChannelConnectivity.READY, ChannelConnectivity.TRANSIENT_FAILURE):
+        await channel.wait_for_state_change(state)
+        state = channel.get_state()
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a node is absent, in a few words."""
+    if isinstance(error, aio.AioRpcError):
+        if error.code() == StatusCode.DEADLINE_EXCEEDED:
+            return LATE
+        return f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or '')[:200]}"
+    return str(error) or type(error).__name__

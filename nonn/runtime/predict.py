@@ -1,0 +1,44 @@
+"""Classify one image with an exported network, and show what each student contributed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from nonn.core.errors import UserError
+from nonn.core.images import read_image
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.final import FinalLayer, Prediction, read_out
+from nonn.runtime.session import run_onnx
+
+
+def classify(folder: Path, image: np.ndarray) -> Prediction:
+    """Run every student of an exported network, then its final layer.
+
+    Parameters
+    ----------
+    folder : Path
+        As the stage `export` wrote it.
+    image : ndarray of shape (channels, size, size), uint8
+    """
+    manifest = read_manifest(folder)
+    features = [run_onnx(folder / student.file, image[None]) for student in manifest.students]
+    logits = run_onnx(folder / manifest.final.file, np.concatenate(features, axis=1))[0]
+    terms = FinalLayer.load(folder, manifest).contributions({i: f[0] for i, f in enumerate(features)})
+    return read_out(manifest.classes, logits, list(terms.values()))
+
+
+def run(params: Params, path: Path, network: str | None) -> None:
+    """Print class, probability and each student's share."""
+    network = network or next(iter(params.networks))
+    if network not in params.networks:
+        raise UserError(f"params.yaml: networks: no {network!r}; choose one of {', '.join(params.networks)}.")
+    folder = Paths(params.experiment).export(network)
+    shape = read_manifest(folder).image
+    prediction = classify(folder, read_image(path, shape.channels, shape.size))
+    print(f"{prediction.label}  {prediction.probability:.1%}  ({network}, {path})")
+    for student, (device, share) in enumerate(zip(params.networks[network], prediction.shares, strict=True)):
+        print(f"  student {student} on {device}: {share:6.1%} of the lead")

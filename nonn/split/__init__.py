@@ -1,0 +1,1 @@
+"""The rival: one network split over many devices, by channels or by rows."""

@@ -1,0 +1,119 @@
+"""What the devices of a split network send each other, and how a device waits for it.
+
+A slice of an activation map travels as a request of the same protocol that images travel by: one
+fp32 tensor as raw bytes, under the image's id. It may arrive before the image itself does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import numpy as np
+from grpc import StatusCode
+from tritonclient.grpc.service_pb2 import ModelInferRequest
+
+from nonn.runtime.protocol import ProtocolError, invalid, read_raw
+from nonn.split.plan import Message
+
+#: The model that a slice is addressed to.
+EXCHANGE = "exchange"
+LONGEST_ID = 64
+
+
+def make_slice(message: Message, image_id: str, source: np.ndarray) -> bytes:
+    """The request that carries a slice of the sender's map, ready to be sent to any number of receivers."""
+    tensor = ModelInferRequest.InferInputTensor(name=message.name, datatype="FP32", shape=message.shape)
+    raw = [message.cut(source).astype("<f4", copy=False).tobytes()]
+    request = ModelInferRequest(model_name=EXCHANGE, id=image_id, inputs=[tensor], raw_input_contents=raw)
+    return request.SerializeToString()
+
+
+def find_message(expected: dict[str, Message], request: ModelInferRequest) -> Message:
+    """What a request claims to be: a message that the device expects.
+
+    Raises
+    ------
+    ProtocolError
+    """
+    check_id(request)
+    if len(request.inputs) != 1:
+        raise invalid(f"expected 1 input, not {len(request.inputs)}")
+    name = request.inputs[0].name
+    if name not in expected:
+        raise ProtocolError(StatusCode.NOT_FOUND, f"no slice {name[:64]!r} is expected here")
+    return expected[name]
+
+
+def read_slice(message: Message, request: ModelInferRequest) -> np.ndarray:
+    """The slice of a request, float32, without a copy.
+
+    Raises
+    ------
+    ProtocolError
+        Of another type, shape or length, or not finite.
+    """
+    (tensor,) = request.inputs
+    if request.parameters or tensor.parameters or request.outputs or tensor.HasField("contents"):
+        raise invalid(f"{tensor.name}: expected its data as raw_input_contents and nothing else")
+    data = read_raw(tensor, request.raw_input_contents, "FP32", message.shape, itemsize=4)
+    values = np.frombuffer(data, "<f4").reshape(message.shape)
+    if not np.isfinite(values).all():
+        raise invalid(f"{tensor.name}: values that are not finite")
+    return values
+
+
+def check_id(request: ModelInferRequest) -> None:
+    """Refuse what does not say which image it belongs to."""
+    if not 0 < len(request.id) <= LONGEST_ID:
+        raise invalid(f"give the image an id of up to {LONGEST_ID} characters, the same for all devices")
+
+
+class Exchange:
+    """What has arrived for one image, and what is still waited for."""
+
+    def __init__(self) -> None:
+        self.arrived: dict[str, np.ndarray] = {}
+        self.wanted: dict[str, Message] = {}
+        self.failure: Exception | None = None
+        self._waiter: asyncio.Future | None = None
+
+    @property
+    def missing(self) -> list[Message]:
+        """What the present round still waits for."""
+        return [message for name, message in self.wanted.items() if name not in self.arrived]
+
+    def put(self, name: str, values: np.ndarray) -> None:
+        """Take what has arrived.
+
+        Raises
+        ------
+        ProtocolError
+            It was here already.
+        """
+        if name in self.arrived:
+            raise ProtocolError(StatusCode.ALREADY_EXISTS, f"{name} has arrived before")
+        self.arrived[name] = values
+        if not self.missing:
+            self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Let `take` raise an error instead of waiting on; the first one counts."""
+        self.failure = self.failure or error
+        self._wake()
+
+    async def take(self, messages: Iterable[Message]) -> dict[str, np.ndarray]:
+        """The slices of one round, when all have arrived."""
+        self.wanted = {message.name: message for message in messages}
+        # At least once the loop has its turn, in which what this device has to send goes out.
+        await asyncio.sleep(0)
+        if self.missing and not self.failure:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self.failure:
+            raise self.failure
+        return {name: self.arrived[name] for name in self.wanted}
+
+    def _wake(self) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)

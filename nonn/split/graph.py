@@ -1,0 +1,116 @@
+"""An exported classifier taken apart, for those who cut it up: nodes, shapes and constants of its ONNX file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from nonn.core.errors import UserError
+from nonn.split.plan import IMAGE
+
+#: Operations that work value by value, constants broadcast; the batch norm of inference is one.
+POINTWISE = {"Add", "BatchNormalization", "Cast", "Div", "Erf", "Mul", "Relu", "Sub"}
+WINDOWED = {"Conv", "MaxPool"}
+
+
+@dataclass(frozen=True)
+class Network:
+    """An exported classifier, taken apart.
+
+    Attributes
+    ----------
+    nodes : list of NodeProto
+        From the image to the last map, in order.
+    last : str
+        The last map, of which the features are the spatial means.
+    shapes : dict of str to tuple of int
+        Of all maps, the image included: (1, channels, rows, columns).
+    constants : dict of str to ndarray
+    weight, bias : ndarray of shape (C, F) and (C,)
+        Of the last linear layer.
+    opset, ir_version : int
+    """
+
+    nodes: list[NodeProto]
+    last: str
+    shapes: dict[str, tuple[int, ...]]
+    constants: dict[str, np.ndarray]
+    weight: np.ndarray
+    bias: np.ndarray
+    opset: int
+    ir_version: int
+
+    def maps(self, node: NodeProto) -> list[str]:
+        """The maps that a node reads; its other inputs are constants."""
+        return [name for name in node.input if name in self.shapes]
+
+
+def read_network(path: Path) -> Network:
+    """Read a classifier that the stage `export` wrote (``solo``: image in, logits out).
+
+    Raises
+    ------
+    UserError
+        There is no such file, or it is not of a kind that can be split here.
+    """
+    try:
+        model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Export the models first: `nonn export solo`.") from None
+    except (DecodeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
+        raise UserError(f"{path}: not a sound ONNX file ({str(error).splitlines()[0][:200]}).") from None
+
+    def refuse(why: str) -> UserError:
+        remedy = "Give a classifier of family fast, airbench or wrn from `nonn export`."
+        return UserError(f"{path}: cannot be split: {why}. {remedy}")
+
+    graph = model.graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    described = [*graph.input, *graph.value_info, *graph.output]
+    shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in described}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and name not in constants}
+    inputs = [value for value in graph.input if value.name not in constants]
+    if [value.name for value in inputs] != [IMAGE] or inputs[0].type.tensor_type.elem_type != TensorProto.UINT8:
+        raise refuse("its input is not one image of uint8")
+    if len(shapes.get(IMAGE, ())) != 4 or shapes[IMAGE][0] != 1 or shapes[IMAGE][2] != shapes[IMAGE][3]:
+        raise refuse("its input is not one square image")
+    if [node.op_type for node in graph.node[-2:]] != ["ReduceMean", "Gemm"]:
+        raise refuse("it does not end in a spatial mean and one linear layer")
+    *nodes, mean, linear = graph.node
+    settings = attributes_of(mean) | attributes_of(linear)
+    spatial = sorted(axis % 4 for axis in constants.get(mean.input[1], np.array([])).tolist()) == [2, 3]
+    plain = settings.get("transB") == 1 and settings.get("transA", 0) == 0
+    plain = plain and settings.get("alpha", 1) == settings.get("beta", 1) == 1 and settings.get("keepdims", 1) == 0
+    if not (spatial and plain and len(linear.input) == 3 and linear.input[0] == mean.output[0]):
+        raise refuse("it does not end in a spatial mean and one linear layer")
+    for node in nodes:
+        if why := _obstacle(node, shapes):
+            raise refuse(f"{node.op_type} {node.output[0]}: {why}")
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    weight, bias = (constants[name] for name in linear.input[1:])
+    return Network(nodes, mean.input[0], shapes, constants, weight, bias, versions[""], model.ir_version)
+
+
+def _obstacle(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    """Why a node cannot be split, if so."""
+    if node.op_type not in POINTWISE | WINDOWED:
+        return "an unknown operation"
+    if len(node.output) != 1 or node.output[0] not in shapes:
+        return "not one map as its output"
+    if node.op_type in WINDOWED:
+        settings = attributes_of(node)
+        plain = {"group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0, "storage_order": 0, "dilations": [1, 1]}
+        if odd := [key for key, value in plain.items() if settings.get(key, value) != value]:
+            return f"its {odd[0]}"
+    elif any(shapes[name] != shapes[node.output[0]] for name in node.input if name in shapes):
+        return "its maps are not of one shape"
+    return None
+
+
+def attributes_of(node: NodeProto) -> dict:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -1,0 +1,315 @@
+"""A device of a split network: computes its segments, and exchanges slices with its peers in between.
+
+To the coordinator it is a node like any other: an image comes, features go back. In between it
+sends slices of activation maps to the other devices and waits for theirs, round by round; all
+sends of a round are under way at once, over connections that were opened beforehand. One image is
+worked on at a time: a new one takes the place of one that is not finished. If a peer stays silent, the
+image fails, and the answer says whom it waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from grpc import ChannelConnectivity, StatusCode, aio
+from tritonclient.grpc import service_pb2 as oip
+
+from nonn.core.errors import UserError
+from nonn.core.progress import log
+from nonn.runtime.channel import MODEL_INFER, open_channel, reason_of
+from nonn.runtime.cluster import Node
+from nonn.runtime.node import DEFAULT_CALLERS, identity_from
+from nonn.runtime.protocol import ProtocolError, make_response, read_request
+from nonn.runtime.sensor import load_sensor
+from nonn.runtime.serving import Service, listening, told_to_stop
+from nonn.runtime.tls import Identity, callers_of, is_loopback, split_address
+from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
+from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
+
+#: Seconds at the end of a call's time in which a device says whom it has waited for in vain.
+REPORTING = 0.5
+#: Seconds that a device works on an image whose caller has not set a deadline.
+LONGEST_PATIENCE = 60.0
+#: Images of which slices are kept; more than one, because slices may overtake their image.
+KEPT_EXCHANGES = 4
+
+
+class Device:
+    """One device's part of a plan, verified and warmed up; `sensor` as in `nonn.runtime.sensor`.
+
+    Raises
+    ------
+    UserError
+        The folder is damaged.
+    """
+
+    platform, is_ready = "onnxruntime_onnx", True
+
+    def __init__(self, folder: Path, sensor: Path | None = None):
+        self.part, models = load_part(folder)
+        contract = self.part.contract
+        self.contract = replace(contract, sensor=load_sensor(sensor, contract.image_shape[1:]))
+        try:
+            self.sessions = open_sessions(models)
+            self._warm_up()
+        except Exception as error:  # ONNX Runtime has no common base of its errors
+            raise UserError(f"{folder}: its segments do not run ({str(error)[:200]}). {AGAIN}") from error
+
+    def _warm_up(self) -> None:
+        """Run every segment on zeros, which also shows that what is to be sent is there and of its shape."""
+        known = {IMAGE: np.zeros(self.contract.image_shape, np.uint8)}
+        for index in range(len(self.sessions)):
+            known |= self.compute(index, known)
+            for message in self.part.sent(index):
+                if message.cut(known[message.source]).shape != message.shape:
+                    raise ValueError(f"{message.name} is not of the shape {message.shape}")
+            known |= {m.name: np.zeros(m.shape, np.float32) for m in self.part.received(index)}
+        if self.features(known).shape != (1, self.contract.n_features):
+            raise ValueError(f"its features are not {self.contract.n_features}")
+
+    def compute(self, index: int, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What a segment makes of what the device knows so far; nothing where it has no such segment."""
+        segment = self.part.segments[index]
+        return run_segment(segment, self.sessions[index], known) if segment else {}
+
+    def features(self, known: dict[str, np.ndarray]) -> np.ndarray:
+        """What the coordinator gets, float32 of shape (1, F_d)."""
+        return known[FEATURES] if self.contract.n_features else np.zeros((1, 0), np.float32)
+
+
+class Peer:
+    """Another device, as one that sends to it sees it."""
+
+    def __init__(self, name: str, channel: aio.Channel):
+        self.name, self.channel = name, channel
+        # Slices are serialised once for all receivers, and their answers say nothing.
+        self.send = channel.unary_unary(MODEL_INFER)
+
+    async def connect(self) -> None:
+        """Wait until the connection stands, however long it takes."""
+        while (state := self.channel.get_state(try_to_connect=True)) != ChannelConnectivity.READY:
+            await self.channel.wait_for_state_change(state)
+
+
+class SplitService(Service):
+    """The calls that a device of a split network answers: those of a node, and its peers' slices.
+
+    Parameters
+    ----------
+    device : Device
+    peers : dict of int to Peer
+        Those that it sends to, by position.
+    callers : collection of str, or None
+        Who may send images; None where there are no certificates. Slices may only come from the
+        device that owns them.
+    """
+
+    def __init__(self, device: Device, peers: dict[int, Peer], callers: Collection[str] | None):
+        super().__init__(device)
+        self.device, self.part, self.peers = device, device.part, peers
+        self.callers = callers if callers is None else {name.encode() for name in callers}
+        mine = self.part.position
+        self.expected = {m.name: m for m in self.part.messages if m.receiver == mine}
+        self.received = [self.part.received(index) for index in range(len(self.part.segments))]
+        self.sent = [self._by_content(index) for index in range(len(self.part.segments))]
+        self.exchanges: dict[str, Exchange] = {}
+        self.running: Exchange | None = None
+        self.sending: set[asyncio.Task] = set()
+        self.connected = asyncio.Event()
+
+    def _by_content(self, index: int) -> list[list[Message]]:
+        """What is sent after a segment; messages that are the same for several receivers together."""
+        groups: dict[tuple, list[Message]] = {}
+        for message in self.part.sent(index):
+            groups.setdefault((message.name, message.rows), []).append(message)
+        return list(groups.values())
+
+    async def connect(self) -> None:
+        """Wait for the connections to all peers."""
+        await asyncio.gather(*(peer.connect() for peer in self.peers.values()))
+        self.connected.set()
+
+    async def ServerReady(self, request, context):
+        return oip.ServerReadyResponse(ready=self.connected.is_set())
+
+    async def ModelInfer(self, request, context):
+        try:
+            if request.model_name == EXCHANGE:
+                return self._receive(request, context)
+            self._check_caller(context, self.callers)
+            with self.meters.measuring():
+                return await self._classify(request, context.time_remaining())
+        except ProtocolError as refusal:
+            await context.abort(refusal.code, str(refusal))
+
+    def _check_caller(self, context: aio.ServicerContext, names: Collection[bytes] | None) -> None:
+        if self.callers is not None and not callers_of(context) <= set(names):
+            raise ProtocolError(StatusCode.PERMISSION_DENIED, "this certificate's name may not send that")
+
+    def _receive(self, request, context) -> oip.ModelInferResponse:
+        message = find_message(self.expected, request)
+        self._check_caller(context, {f"device-{message.sender}".encode()})
+        values = read_slice(message, request)
+        self._exchange_of(request.id).put(message.name, values)
+        return oip.ModelInferResponse()
+
+    def _exchange_of(self, image_id: str) -> Exchange:
+        if image_id not in self.exchanges:
+            self.exchanges[image_id] = Exchange()
+            waiting = [key for key, exchange in self.exchanges.items() if exchange is not self.running]
+            for key in waiting[:-KEPT_EXCHANGES]:
+                del self.exchanges[key]
+        return self.exchanges[image_id]
+
+    async def _classify(self, request, seconds: float | None) -> oip.ModelInferResponse:
+        image = read_request(self.contract, request)
+        check_id(request)
+        patience = LONGEST_PATIENCE if seconds is None else max(seconds - REPORTING, seconds / 2)
+        if self.running:
+            self.running.fail(ProtocolError(StatusCode.ABORTED, "a newer image has taken this one's place"))
+        exchange = self.running = self._exchange_of(request.id)
+        try:
+            async with asyncio.timeout(patience) as waiting:
+                features = await self._run(image, request.id, exchange, waiting)
+        except TimeoutError:
+            first = exchange.missing[0] if exchange.missing else None
+            silent = ", ".join(sorted({f"device-{message.sender}" for message in exchange.missing}))
+            why = f"round {first.round}: nothing from {silent} by the deadline" if first else "not done by the deadline"
+            raise ProtocolError(StatusCode.UNAVAILABLE, why) from None
+        finally:
+            if self.running is exchange:
+                self.running = None
+            if self.exchanges.get(request.id) is exchange:
+                del self.exchanges[request.id]
+        return make_response(self.contract, request.id, features)
+
+    async def _run(self, image: np.ndarray, image_id: str, exchange: Exchange, waiting: asyncio.Timeout) -> np.ndarray:
+        """Features of an image, by way of all rounds.
+
+        Segments run in the loop itself: a thread of their own would gain nothing, since the device waits
+        for either messages or results, and would cost two changes of thread a round.
+        """
+        known = {IMAGE: image}
+        for index, expected in enumerate(self.received):
+            try:
+                known |= self.device.compute(index, known)
+            except Exception as error:
+                log(f"model {self.contract.model}, segment {index}: {error}")
+                raise ProtocolError(StatusCode.INTERNAL, "a segment failed; see the device's log") from error
+            self._send(index, known, image_id, exchange, waiting.when())
+            if index < len(self.received) - 1:
+                known |= await exchange.take(expected)
+        features = self.device.features(known)
+        if not np.isfinite(features).all():
+            raise ProtocolError(StatusCode.INTERNAL, "the device's features are not finite")
+        return features
+
+    def _send(self, index: int, known: dict, image_id: str, exchange: Exchange, deadline: float) -> None:
+        """Start to send what a round takes from this device."""
+        if not self.sent[index]:
+            return
+        seconds = max(deadline - asyncio.get_running_loop().time(), 0)
+        calls = []
+        for messages in self.sent[index]:
+            content = make_slice(messages[0], image_id, known[messages[0].source])
+            for message in messages:
+                peer = self.peers[message.receiver]
+                calls.append((peer, peer.send(content, timeout=seconds)))
+        task = asyncio.create_task(self._watch(index, calls, exchange))
+        self.sending.add(task)
+        task.add_done_callback(self.sending.discard)
+
+    async def _watch(self, index: int, calls: list[tuple[Peer, aio.UnaryUnaryCall]], exchange: Exchange) -> None:
+        """Fail the image if a peer does not take its slice: one task for all sends of a round."""
+        for peer, call in calls:
+            try:
+                await call
+            except aio.AioRpcError as error:
+                why = f"round {index}: {peer.name}: {reason_of(error)}"
+                exchange.fail(ProtocolError(StatusCode.UNAVAILABLE, why))
+
+
+def devices_at(addresses: Sequence[str]) -> list[Node]:
+    """The devices of a split network, by position."""
+    return [Node(name=f"device-{i}", address=address, model=str(i)) for i, address in enumerate(addresses)]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    device: Device,
+    addresses: Sequence[str],
+    identity: Identity | None = None,
+    allowed: Collection[str] = DEFAULT_CALLERS,
+) -> AsyncIterator[tuple[int, SplitService]]:
+    """Serve a device's part while the block runs; yield its port and the service.
+
+    Parameters
+    ----------
+    device : Device
+    addresses : sequence of str
+        ``host:port`` of all devices, by position; the device listens on its own.
+    identity : Identity, optional
+        For mutual TLS: the device's own, ``device-<position>``.
+    allowed : collection of str
+        Common names of the certificates that may send images.
+
+    Raises
+    ------
+    UserError
+    """
+    part = device.part
+    if len(addresses) != part.n_devices:
+        raise UserError(f"--devices: the plan is for {part.n_devices} devices, not {len(addresses)}")
+    try:
+        outside = [address for address in addresses if not is_loopback(address)]
+    except ValueError as error:
+        raise UserError(f"--devices: {error}") from None
+    nodes = devices_at(addresses)
+    if identity is None and outside:
+        raise UserError(f"{outside[0]}: plain text is for loopback addresses only. Give --cert, --key and --ca.")
+    async with contextlib.AsyncExitStack() as stack:
+        peers = {}
+        for position in sorted({m.receiver for m in part.messages if m.sender == part.position}):
+            channel = await stack.enter_async_context(open_channel(nodes[position], part.message_limit, identity))
+            peers[position] = Peer(nodes[position].name, channel)
+        service = SplitService(device, peers, allowed if identity else None)
+        names = {*allowed, *(node.name for node in nodes)}
+        address = nodes[part.position].address
+        port = await stack.enter_async_context(listening(service, address, part.message_limit, identity, names))
+        connecting = asyncio.create_task(service.connect())
+        try:
+            yield port, service
+        finally:
+            tasks = [connecting, *service.sending]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def serve(
+    device: Device, addresses: Sequence[str], identity: Identity | None, allowed: Collection[str], attached: bool
+) -> None:
+    """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
+    stopped = told_to_stop(attached)
+    async with serving(device, addresses, identity, allowed) as (port, service):
+        host, _ = split_address(addresses[device.part.position])
+        where = f"model {device.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}"
+        names = ", ".join(peer.name for peer in service.peers.values())
+        log(f"{where}; connecting to {names or 'nobody'}")
+        ending, connecting = (asyncio.create_task(event.wait()) for event in (stopped, service.connected))
+        await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
+        if not stopped.is_set():
+            log(f"ready: {where}")
+        await ending
+        connecting.cancel()
+
+
+def run(options) -> None:
+    """The command ``nonn split-node``."""
+    identity, device = identity_from(options), Device(options.part, options.sensor)
+    asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))

@@ -1,0 +1,351 @@
+"""Splitting an exported network over devices that exchange activations: by channels or by rows.
+
+channels
+    Each device computes its share of every convolution's output channels, for which it needs all
+    input channels: an all-gather before each convolution but the first. Weights are shared out.
+rows
+    Each device computes its share of every map's rows, for which it needs a few rows of its
+    neighbours before each convolution wider than one pixel: the halo exchange of MoDNN [1]_ and
+    CoEdge [2]_. Every device holds all weights.
+
+Either way batch norm, ReLU, pooling and additions work on what a device has, before anything is
+sent; the features (of its channels, or sums over its rows) go to the coordinator, who applies the
+last linear layer. Both are one algorithm along another axis of the maps: a map that a wider
+operation reads is *cut*, each device owning an even share of it; backwards from the shares follows
+which interval of each map a device has to compute, and which parts of it others own.
+
+References
+----------
+.. [1] Mao et al., MoDNN: Local distributed mobile computing system for Deep Neural Network, DATE 2017.
+.. [2] Zeng et al., CoEdge: Cooperative DNN inference with adaptive workload partitioning over
+   heterogeneous edge devices, IEEE/ACM Transactions on Networking 29(2), 2021.
+.. [3] Zhao et al., DeepThings: Distributed adaptive deep learning inference on resource-constrained
+   IoT edge clusters, IEEE TCAD 37(11), 2018.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from nonn.core.errors import UserError
+from nonn.runtime.exported import Image
+from nonn.split.geometry import EMPTY, Interval, Window, common, hull, share
+from nonn.split.graph import WINDOWED, Network, attributes_of, read_network
+from nonn.split.plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
+
+CHANNELS, ROWS = 1, 2
+AXES = {"channels": CHANNELS, "rows": ROWS}
+MOST_DEVICES = 16
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """Where a network is cut along one axis, the same for all devices.
+
+    Attributes
+    ----------
+    network : Network
+    axis, n_devices : int
+    levels : dict of str to int
+        The segment that computes each map.
+    exchanged : set of str
+        The maps of which devices send each other slices.
+    """
+
+    network: Network
+    axis: int
+    n_devices: int
+    levels: dict[str, int]
+    exchanged: set[str]
+
+    @classmethod
+    def of(cls, network: Network, axis: int, n_devices: int, recomputed: int) -> Cuts:
+        known = {IMAGE}  # what a device can make from the image, which is whole on every device
+        exchanged, levels, convolutions = set(), {IMAGE: 0}, 0
+        for node in network.nodes:
+            convolutions += node.op_type == "Conv"
+            if set(network.maps(node)) <= known and (node.op_type != "Conv" or convolutions <= recomputed):
+                known.add(node.output[0])
+            wide = node.op_type == "Conv" if axis == CHANNELS else node.op_type in WINDOWED and Window.of(node).overlaps
+            if wide and n_devices > 1:
+                exchanged |= set(network.maps(node)) - known
+        for node in network.nodes:
+            levels[node.output[0]] = max(levels[name] + (name in exchanged) for name in network.maps(node))
+        return cls(network, axis, n_devices, levels, exchanged)
+
+    def size(self, name: str) -> int:
+        return self.network.shapes[name][self.axis]
+
+    def share(self, name: str, position: int) -> Interval:
+        return share(self.size(name), position, self.n_devices)
+
+    def needed_by(self, node: NodeProto, name: str, outputs: Interval) -> Interval:
+        """The interval of a map that a node needs to compute an interval of its output."""
+        if outputs == EMPTY:
+            return EMPTY
+        if self.axis == CHANNELS:
+            return (0, self.size(name)) if node.op_type == "Conv" else outputs
+        return common(Window.of(node).inputs(outputs), (0, self.size(name))) if node.op_type in WINDOWED else outputs
+
+    def intervals(self, position: int) -> tuple[dict[str, Interval], dict[str, Interval]]:
+        """What a device computes of each map, and what it needs of it: they differ where maps are exchanged."""
+        needed = dict.fromkeys(self.levels, EMPTY)
+        needed[self.network.last] = self.share(self.network.last, position)
+        computed = {}
+        for node in reversed(self.network.nodes):
+            name = node.output[0]
+            computed[name] = self.share(name, position) if name in self.exchanged else needed[name]
+            for read in self.network.maps(node):
+                needed[read] = hull(needed[read], self.needed_by(node, read, computed[name]))
+        return computed, needed
+
+    def shape(self, name: str, interval: Interval) -> tuple[int, ...]:
+        whole = self.network.shapes[name]
+        return (*whole[: self.axis], interval[1] - interval[0], *whole[self.axis + 1 :])
+
+
+@dataclass
+class Draft:
+    """A segment that is being written.
+
+    Attributes
+    ----------
+    nodes : list of NodeProto
+    constants, inputs, made : dict of str
+        Arrays, and shapes of what it takes and of what it makes.
+    """
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    constants: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    made: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    params: int = 0
+    macs: int = 0
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.constants[name] = value
+        return name
+
+    def add(self, operation: str, inputs: list[str], output: str, **attributes) -> str:
+        self.nodes.append(helper.make_node(operation, inputs, [output], **attributes))
+        return output
+
+    def sliced(self, name: str, axis: int, interval: Interval) -> str:
+        """An interval of what has some name, counted from its own start."""
+        output = f"{name}[{interval[0]}:{interval[1]}]"
+        if not any(output in node.output for node in self.nodes):
+            ends = [self.constant(f"{output}.{i}", np.array([value])) for i, value in enumerate((*interval, axis))]
+            self.add("Slice", [name, *ends], output)
+        return output
+
+    def finish(self, outputs: list[str], network: Network) -> tuple[Segment, bytes]:
+        def describe(name: str, shape: tuple[int, ...]):
+            kind = TensorProto.UINT8 if name == IMAGE else TensorProto.FLOAT
+            return helper.make_tensor_value_info(name, kind, shape)
+
+        graph = helper.make_graph(
+            self.nodes,
+            "segment",
+            [describe(*item) for item in self.inputs.items()],
+            [describe(name, self.made[name]) for name in outputs],
+            [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in self.constants.items()],
+        )
+        opset = helper.make_opsetid("", network.opset)
+        model = helper.make_model(graph, opset_imports=[opset], ir_version=network.ir_version)
+        onnx.checker.check_model(model)
+        content = model.SerializeToString(deterministic=True)
+        sha256 = hashlib.sha256(content).hexdigest()
+        segment = Segment(inputs=list(self.inputs), outputs=outputs, params=self.params, macs=self.macs, sha256=sha256)
+        return segment, content
+
+
+class Writer:
+    """Writes the segments of one device."""
+
+    def __init__(self, cuts: Cuts, position: int):
+        self.cuts, self.network, self.position = cuts, cuts.network, position
+        self.computed, self.needed = cuts.intervals(position)
+        self.drafts = [Draft() for _ in range(cuts.levels[cuts.network.last] + 1)]
+
+    def write(self) -> None:
+        for node in self.network.nodes:
+            if self.computed[node.output[0]] != EMPTY:
+                self._write_node(node, self.drafts[self.cuts.levels[node.output[0]]])
+        last = self.network.last
+        if self.computed[last] == EMPTY:
+            return
+        draft = self.drafts[-1]
+        axes = draft.constant("axes", np.array([2, 3]))
+        operation = "ReduceMean" if self.cuts.axis == CHANNELS else "ReduceSum"
+        draft.add(operation, [self._take(draft, last, self.computed[last]), axes], FEATURES, keepdims=0)
+        channels = self.cuts.shape(last, self.computed[last])[CHANNELS]
+        draft.made[FEATURES] = (1, channels)
+
+    def _write_node(self, node: NodeProto, draft: Draft) -> None:
+        output, outputs = node.output[0], self.computed[node.output[0]]
+        constants = {
+            name: self._constant(node, name, outputs) for name in node.input if name not in self.network.shapes
+        }
+        if node.op_type in ("Conv", "BatchNormalization"):
+            # Of a batch norm, scale and bias are trained; mean and variance are not.
+            draft.params += sum(constants[name].size for name in node.input[1:3])
+        names = []
+        for name in node.input:
+            if name in constants:
+                names.append(draft.constant(self._constant_name(node, name), constants[name]))
+            else:
+                names.append(self._take(draft, name, self.cuts.needed_by(node, name, outputs)))
+        settings = attributes_of(node)
+        if node.op_type in WINDOWED and self.cuts.axis == ROWS:
+            settings["pads"] = self._pads(node, outputs)
+        draft.add(node.op_type, names, output, **settings)
+        draft.made[output] = self.cuts.shape(output, outputs)
+        if node.op_type == "Conv":
+            draft.macs += math.prod(draft.made[output]) * constants[node.input[1]][0].size
+
+    def _constant(self, node: NodeProto, name: str, outputs: Interval) -> np.ndarray:
+        """A constant as far as it belongs to an interval of the output: of channels, its slice."""
+        value = self.network.constants[name]
+        if self.cuts.axis == ROWS:
+            return value
+        if node.op_type in ("Conv", "BatchNormalization"):
+            return value[slice(*outputs)]
+        return value[:, slice(*outputs)] if value.ndim == 4 and value.shape[CHANNELS] > 1 else value
+
+    def _constant_name(self, node: NodeProto, name: str) -> str:
+        # An exporter may give equal constants to different nodes, which need different slices of them.
+        return f"{node.output[0]}.{name}"
+
+    def _pads(self, node: NodeProto, outputs: Interval) -> list[int]:
+        """Padding of a device's rows: only at the borders of the whole map."""
+        start, stop = Window.of(node).inputs(outputs)
+        size = self.cuts.size(node.input[0])
+        _, left, _, right = attributes_of(node).get("pads", [0, 0, 0, 0])
+        return [max(0, -start), left, max(0, stop - size), right]
+
+    def _take(self, draft: Draft, name: str, interval: Interval) -> str:
+        """Name of an interval of a map in a segment, sliced and put together from parts where needed."""
+        if name in self.cuts.exchanged:
+            whole, available = self._gathered(draft, name), self.needed[name]
+        elif name == IMAGE:
+            whole, available = self._local(draft, name, self.network.shapes[IMAGE]), (0, self.cuts.size(IMAGE))
+        else:
+            available = self.computed[name]
+            whole = self._local(draft, name, self.cuts.shape(name, available))
+        if interval == available:
+            return whole
+        return draft.sliced(whole, self.cuts.axis, (interval[0] - available[0], interval[1] - available[0]))
+
+    def _local(self, draft: Draft, name: str, shape: tuple[int, ...]) -> str:
+        if name not in draft.made:
+            draft.inputs[name] = shape
+        return name
+
+    def _gathered(self, draft: Draft, name: str) -> str:
+        """All that the device needs of an exchanged map: its own part and those of others, in order."""
+        gathered = f"{name}.gathered"
+        if any(gathered in node.output for node in draft.nodes):
+            return gathered
+        parts = []
+        for owner, interval in self.parts_of(name):
+            own = self.computed[name]
+            if owner != self.position:
+                parts.append(self._local(draft, f"{name}@{owner}", self.cuts.shape(name, interval)))
+            elif interval == own:
+                parts.append(self._local(draft, name, self.cuts.shape(name, own)))
+            else:
+                self._local(draft, name, self.cuts.shape(name, own))
+                parts.append(draft.sliced(name, self.cuts.axis, (interval[0] - own[0], interval[1] - own[0])))
+        return draft.add("Concat", parts, gathered, axis=self.cuts.axis)
+
+    def parts_of(self, name: str) -> Iterator[tuple[int, Interval]]:
+        """Owners of what the device needs of an exchanged map, and the intervals."""
+        for owner in range(self.cuts.n_devices):
+            interval = common(self.needed[name], self.cuts.share(name, owner))
+            if interval != EMPTY:
+                yield owner, interval
+
+    def received(self) -> Iterator[Message]:
+        """What others have to send the device."""
+        for name in sorted(self.cuts.exchanged, key=lambda name: self.cuts.levels[name]):
+            for owner, (start, stop) in self.parts_of(name):
+                if owner == self.position:
+                    continue
+                owned = self.cuts.share(name, owner)
+                rows = (start - owned[0], stop - owned[0])
+                yield Message(
+                    round=self.cuts.levels[name],
+                    sender=owner,
+                    receiver=self.position,
+                    source=name,
+                    name=f"{name}@{owner}",
+                    rows=None if (start, stop) == owned else rows,
+                    shape=self.cuts.shape(name, (start, stop)),
+                )
+
+    def finish(self, messages: list[Message]) -> tuple[Part, list[bytes | None]]:
+        """The device's part; `messages` are those of all devices."""
+        segments, models = [], []
+        for level, draft in enumerate(self.drafts):
+            wanted = {name for later in self.drafts[level + 1 :] for name in later.inputs} | {FEATURES}
+            wanted |= {m.source for m in messages if m.sender == self.position}
+            outputs = [name for name in draft.made if name in wanted]
+            segment, model = draft.finish(outputs, self.network) if outputs else (None, None)
+            segments.append(segment)
+            models.append(model)
+        image, last = self.network.shapes[IMAGE], self.network.last
+        columns = self.computed[last] if self.cuts.axis == CHANNELS else (0, self.network.shapes[last][CHANNELS])
+        part = Part(
+            position=self.position,
+            n_devices=self.cuts.n_devices,
+            image=Image(channels=image[CHANNELS], size=image[ROWS], dtype="uint8"),
+            columns=EMPTY if self.computed[last] == EMPTY else columns,
+            segments=segments,
+            messages=[m for m in messages if self.position in (m.sender, m.receiver)],
+        )
+        return part, models
+
+
+def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) -> SplitPlan:
+    """Split an exported classifier over devices.
+
+    Parameters
+    ----------
+    path : Path
+        An ONNX file of the export ``solo``.
+    n_devices : int
+    method : {"channels", "rows"}
+    recomputed : int
+        Of how many leading convolutions each device computes all that it needs from the image, instead
+        of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
+
+    Raises
+    ------
+    UserError
+        The file cannot be split, or not over so many devices.
+    """
+    if not 1 <= n_devices <= MOST_DEVICES:
+        raise UserError(f"-n: {n_devices} devices are not possible; give 1 to {MOST_DEVICES}")
+    if recomputed < 0:
+        raise UserError(f"--recomputed: {recomputed} convolutions are not possible; give 0 or more")
+    network = read_network(path)
+    cuts = Cuts.of(network, AXES[method], n_devices, recomputed)
+    writers = [Writer(cuts, position) for position in range(n_devices)]
+    for writer in writers:
+        writer.write()
+    messages = sorted(
+        (message for writer in writers for message in writer.received()),
+        key=lambda m: (m.round, m.sender, m.receiver),
+    )
+    parts, models = zip(*(writer.finish(messages) for writer in writers), strict=True)
+    pixels = math.prod(network.shapes[network.last][2:])
+    scale = 1.0 if method == "channels" else 1 / pixels
+    return SplitPlan(method, list(parts), list(models), network.weight, network.bias, scale)

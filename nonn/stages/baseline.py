@@ -1,0 +1,86 @@
+"""Stage `baseline`: what a user could do instead, with the same signals, schedule and seeds.
+
+============ =====================================================================
+labels       one student on one device, trained with the labels alone
+kd           one student on one device, knowledge distillation
+at_kd        the same with attention transfer (https://arxiv.org/abs/1612.03928)
+total        one KD student with the budget of all devices of the network
+random       the network on a random partition, another one for each seed
+contiguous   the network on filters in their order
+classwise    the network on filters grouped by the class they respond to
+full         the network with every filter for every student: does partitioning help?
+============ =====================================================================
+
+An ensemble of N independent KD students, what a user would otherwise do with N devices, needs no
+training of its own: the stage `evaluate` forms it from the ``kd`` students.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nonn.core.files import read_json, write_json
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset
+from nonn.data.tensors import write_tensors
+from nonn.method.store import load_baseline_sets, load_design, load_signals
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.hardware import keep_freed_memory
+from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.loop import write_log
+from nonn.training.networks import Network
+
+
+def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
+    """What the students of a baseline are to learn: one lesson for each."""
+    section = params.distill
+    designs = load_design(paths.design(network, method))
+    filter_sets = load_baseline_sets(paths.partition(network, method), seed)
+    return [
+        Lesson(
+            architecture=architecture,
+            filters=filters,
+            kd_weight=0.0 if method == "labels" else section.kd_weight,
+            transfer_weight=section.transfer_weight if filters else 0.0,
+            attention_weight=params.baseline.attention_weight if method == "at_kd" else 0.0,
+        )
+        for (architecture, _), filters in zip(designs, filter_sets, strict=True)
+    ]
+
+
+def pack(students: Sequence[Network]) -> dict[str, Tensor]:
+    """State of several students as one set of tensors, each name led by the student's position."""
+    return {f"{i}.{name}": t for i, student in enumerate(students) for name, t in student.state_dict().items()}
+
+
+def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    name = f"{network}/{method} seed {seed}"
+    checkpoint = Checkpoint.of(
+        [name, params.distill.model_dump(), params.baseline.model_dump(), params.signals.model_dump()],
+        [paths.dataset, paths.signals, paths.design(network, method), paths.partition(network, method)],
+    )
+    classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
+    students, logs = [], []
+    for position, lesson in enumerate(plan_lessons(params, paths, network, method, seed)):
+        student, log = distill_student(
+            classroom,
+            lesson,
+            params.distill,
+            seed=seed * 1000 + position,
+            checkpoint=checkpoint.part(position),
+            label=f"{name} student {position}",
+        )
+        students.append(student)
+        logs.append(log.assign(student=position))
+    target = paths.baseline(network, method, seed)
+    write_tensors(target, pack(students))
+    write_json(target.with_suffix(".json"), read_json(paths.design(network, method)))
+    write_log(paths.log(target), pd.concat(logs))
+    checkpoint.discard()

@@ -1,0 +1,28 @@
+"""Stage `benchmark`: latency and memory of exported models, each alone on one core."""
+
+from __future__ import annotations
+
+from nonn.core.files import read_json, write_json
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.core.system import describe_system
+from nonn.testbed.latency import measure_models
+
+
+def run(params: Params, paths: Paths, name: str) -> None:
+    folder = paths.export(name)
+    manifest = read_json(folder / "manifest.json")
+    # A network's manifest lists its students; the solo manifest has one for each model.
+    models = (
+        {key: m["students"][0] for key, m in manifest.items()}
+        if name == "solo"
+        else {str(position): student for position, student in enumerate(manifest["students"])}
+    )
+    measured = measure_models({key: folder / entry["file"] for key, entry in models.items()}, params.benchmark)
+    write_json(
+        paths.benchmark(name),
+        {
+            "system": describe_system(),
+            "models": {key: entry["cost"] | measured[key] for key, entry in models.items()},
+        },
+    )

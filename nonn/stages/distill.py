@@ -1,0 +1,49 @@
+"""Stage `distill`: train one student of a network with one seed, see `nonn.training.lessons`."""
+
+from __future__ import annotations
+
+import torch
+
+from nonn.core.files import read_json
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset
+from nonn.data.tensors import write_tensors
+from nonn.method.store import load_design, load_signals
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.hardware import keep_freed_memory
+from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.loop import write_log
+
+
+def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
+    # One thread a student: students are trained side by side, and the sums come out the same anywhere.
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    section = params.distill
+    design_path, partition_path = paths.design(network, student), paths.partition(network, student)
+    ((architecture, _),) = load_design(design_path)
+    lesson = Lesson(
+        architecture=architecture,
+        filters=read_json(partition_path)["filters"],
+        kd_weight=section.kd_weight,
+        transfer_weight=section.transfer_weight,
+    )
+    name = f"{network}/{student} seed {seed}"
+    checkpoint = Checkpoint.of(
+        [name, section.model_dump(), params.signals.model_dump()],
+        [design_path, partition_path, paths.dataset, paths.signals],
+    )
+    classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
+    model, log = distill_student(
+        classroom, lesson, section, seed=_student_seed(seed, student), checkpoint=checkpoint, label=name
+    )
+    target = paths.student(network, student, seed)
+    write_tensors(target, model.state_dict())
+    write_log(paths.log(target), log)
+    checkpoint.discard()
+
+
+def _student_seed(seed: int, student: int) -> int:
+    """Students of one network differ in their initial weights, too."""
+    return seed * 1000 + student

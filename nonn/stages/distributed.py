@@ -1,0 +1,81 @@
+"""Stage `distributed`: networks and their rivals on emulated links, see `nonn.testbed.distributed`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from nonn.core.files import read_json, write_json
+from nonn.core.params import SOLO, Params
+from nonn.core.paths import Paths
+from nonn.core.progress import log
+from nonn.core.system import describe_system
+from nonn.testbed.composed import load_of_network
+from nonn.testbed.distributed import Bed, compose_all, measure_live
+from nonn.testbed.layouts import SPLITS, Layout, as_network, split_layout, time_final
+
+
+def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
+    """A network of networks, the student of its total budget split over its devices, and the reference split."""
+    folder, solo = paths.export(name), paths.export(SOLO)
+    core, n_devices = params.benchmark.core, len(params.networks[name])
+    load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
+    yield Layout("nonn", folder, False, load, time_final(folder))
+    if params.design.bytes_per_value == 1:
+        log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
+        return
+    total = read_json(solo / "manifest.json").get(f"{name}-total")
+    if total is None:
+        log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
+        return
+    student = total["students"][0]
+    # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
+    model = solo / student.get("single_pass", student["file"])
+    for method in SPLITS:
+        yield split_layout(method, model, n_devices, scratch / method, core)
+
+
+def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Layout]:
+    """The teacher, and one KD student, each on a single device."""
+    benchmark = read_json(paths.benchmark(SOLO))["models"]
+    for method, name in (("teacher", "teacher"), ("kd", params.ensemble.pool.replace("/", "-"))):
+        folder = as_network(paths.export(SOLO), name, scratch / method)
+        yield Layout(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
+
+
+def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
+    """A well-known architecture split over the devices; its weights are random, which costs the same."""
+    architecture = params.distributed.reference
+    if architecture is None:
+        return
+    import torch
+
+    from nonn.deploy.onnx_files import Logits, export_onnx
+    from nonn.training.networks import Network as Model
+
+    info = read_json(paths.dataset_info)
+    torch.manual_seed(0)
+    model = Logits(Model(architecture, info["channels"], len(info["classes"])))
+    example = torch.zeros(1, info["channels"], info["size"], info["size"], dtype=torch.uint8)
+    path = scratch / "reference.onnx"
+    export_onnx(model, example, path, "image", "logits")
+    for method in SPLITS:
+        folder = scratch / f"reference_{method}"
+        n_devices = len(params.networks[name])
+        yield split_layout(folder.name, path, n_devices, folder, params.benchmark.core)
+
+
+def run(params: Params, paths: Paths, name: str) -> None:
+    info = read_json(paths.dataset_info)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch, reference = Path(folder), []
+        if name == SOLO:
+            layouts = list(solo_layouts(params, paths, scratch))
+        else:
+            layouts = list(network_layouts(params, paths, name, scratch))
+            reference = list(reference_layouts(params, paths, name, scratch))
+        bed = Bed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
+        live = measure_live(layouts, bed, params.distributed)
+    composed = list(compose_all([*layouts, *reference], live, params.distributed))
+    write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})

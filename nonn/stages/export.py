@@ -1,0 +1,36 @@
+"""Stage `export`: write what the devices run, and score the files again, see `nonn.method.exporting`."""
+
+from __future__ import annotations
+
+import torch
+
+from nonn.core.files import replacing, write_json
+from nonn.core.params import PARTITION_METHODS, SOLO, Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset, load_dataset
+from nonn.method.exporting import export_network, export_solo
+from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.training.networks import Network
+
+
+def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, Network]:
+    """The teacher, once more for int8 where students are, and each single-model baseline of the first seed."""
+    models = {"teacher": load_teacher(paths, data)}
+    if params.design.bytes_per_value == 1:
+        models["teacher_int8"] = models["teacher"]
+    for network, method, seeds in params.baseline_jobs():
+        if method not in PARTITION_METHODS:
+            models[f"{network}-{method}"] = load_baseline(paths.baseline(network, method, seeds[0]), data)[0]
+    return models
+
+
+def run(params: Params, paths: Paths, name: str) -> None:
+    torch.set_num_threads(1)
+    data, precision = load_dataset(paths), params.design.bytes_per_value
+    with replacing(paths.export(name)) as folder:
+        folder.mkdir(parents=True)
+        if name == SOLO:
+            manifest = export_solo(solo_models(params, paths, data), data, folder, precision)
+        else:
+            manifest = export_network(load_network(paths.network(name, params.seeds[0]), data), data, folder, precision)
+        write_json(folder / "manifest.json", manifest)

@@ -1,0 +1,171 @@
+"""Stage `figures`: the tables, the report and the figures of an experiment.
+
+Nothing is computed or chosen here but ratios of numbers that other stages measured or counted. How they are drawn
+is left to `nonn.report`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nonn.core.errors import UserError
+from nonn.core.files import read_json, write_json, write_text
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Params
+from nonn.core.paths import Paths
+from nonn.method.store import load_graph
+from nonn.report import accuracy_plots, deployment, deployment_plots, graph_plots, plots
+from nonn.report.methods import (
+    Key,
+    collect_claims,
+    collect_metrics,
+    compare_network,
+    summarise_methods,
+    write_summary_csv,
+)
+from nonn.report.missing import chosen_strategies, describe_missing, write_missing_csv
+from nonn.report.summary import write_summary_md, write_summary_tex
+
+
+def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
+    """Students of every method on every network, as `summarise_methods` takes them."""
+    pool_network, pool_method = params.ensemble.pool.split("/")
+    designs = {("", "teacher"): [{"n_filters": None, "cost": read_json(paths.teacher_info)["cost"]}]}
+    int8 = params.design.bytes_per_value == 1
+    if int8:
+        designs["", "teacher_int8"] = [
+            {"n_filters": None, "cost": read_json(paths.benchmark("solo"))["models"]["teacher_int8"]}
+        ]
+    for network, devices in params.networks.items():
+        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+        designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
+        if int8:
+            designs[network, "nonn_float32"] = [
+                student | {"cost": _in_float32(student["cost"])} for student in students
+            ]
+        ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
+        designs[network, "ensemble"] = ensemble
+        # Their final layer is over features, as NoNN's is, so those travel in place of logits.
+        features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
+        designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
+    for network, method, _ in params.baseline_jobs():
+        designs[network, method] = read_json(paths.design(network, method))
+    return designs
+
+
+def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
+    """Cost of the same student before it was quantised."""
+    activations = 4 * cost["peak_activation_bytes"]
+    return {**cost, "weight_bytes": 4 * cost["params"], "peak_activation_bytes": activations}
+
+
+def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
+    """p50 latency (ms) of the slowest student of every method that was benchmarked."""
+    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark("solo"))["models"].items()}
+    latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
+    for network in params.networks:
+        students = read_json(paths.benchmark(network))["models"].values()
+        slowest = max(student["latency_p50_ms"] for student in students)
+        latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
+        member = solo[params.ensemble.pool.replace("/", "-")]
+        latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
+    for network, method, _ in params.baseline_jobs():
+        if method in SINGLE_METHODS:
+            latencies[network, method] = solo[f"{network}-{method}"]
+        elif method in PARTITION_METHODS and method != "full":
+            latencies[network, method] = latencies[network, "nonn"]
+    return latencies
+
+
+def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
+    """Sets of a network's students, with the summary of its partition."""
+    students = range(len(params.networks[network]))
+    sets = [read_json(paths.partition(network, student))["filters"] for student in students]
+    return read_json(paths.partition_info(network)) | {"sets": sets}
+
+
+def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataFrame]]]:
+    """Training logs of each network and method: one for each seed and student."""
+    logs = {
+        network: {
+            "nonn": [
+                read_log(paths.log(paths.student(network, student, seed)))
+                for seed in params.seeds_of(network)
+                for student in range(len(devices))
+            ]
+        }
+        for network, devices in params.networks.items()
+    }
+    for network, method, seeds in params.baseline_jobs():
+        joint = [read_log(paths.log(paths.baseline(network, method, seed))) for seed in seeds]
+        logs[network][method] = [log for one in joint for _, log in one.groupby("student")]
+    return logs
+
+
+def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
+    """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
+    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, "solo"]}
+    return deployment.join_rows(results, {network: len(devices) for network, devices in params.networks.items()})
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """Read a training log.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    try:
+        return pd.read_csv(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.") from None
+
+
+def run(params: Params, paths: Paths) -> None:
+    section, precision = params.figures, params.design.bytes_per_value
+    evaluation, graph = read_json(paths.evaluation), load_graph(paths)
+    n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
+    methods = summarise_methods(
+        evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
+    )
+    comparisons = [compare_network(methods, network) for network in params.networks]
+    system = read_json(paths.benchmark("solo"))["system"]
+    write_text(paths / "summary.csv", write_summary_csv(methods))
+    write_text(paths / "summary.tex", write_summary_tex(methods))
+    strategies = evaluation["missing_strategies"]
+    deployed = load_deployment(params, paths)
+    ratios, devices = deployment.collect_ratios(deployed, comparisons), params.distributed
+    sections = deployment.describe_deployment(deployed, ratios, devices.board, devices.longest)
+    sections += describe_missing(strategies)
+    report = write_summary_md(params.experiment, methods, comparisons, sections, n_test, system, precision)
+    write_text(paths / "summary.md", report)
+    write_text(paths / "distributed.csv", deployment.write_csv(deployed))
+    write_json(paths / "ratios.json", ratios)
+    write_text(paths / "missing.csv", write_missing_csv(strategies))
+    write_json(paths / "metrics.json", collect_metrics(methods, comparisons))
+    write_json(paths / "claims.json", collect_claims(comparisons))
+
+    partitions = {network: load_partition(params, paths, network) for network in params.networks}
+    n_seeds = {(row["method"], row["network"]): row["n_seeds"] for row in evaluation["rows"]}
+    missing, chosen = pd.DataFrame(evaluation["missing"]), chosen_strategies(strategies)
+    with plots.drawing_style():
+        figures = {
+            "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
+            "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
+            "top_k": plots.draw_top_k(read_json(paths.graph_info)),
+            "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
+            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
+            "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
+        }
+        figures |= {
+            "communication": deployment_plots.draw_communication(deployed, devices.reference),
+            "latency": deployment_plots.draw_latency(deployed),
+            "scaling": deployment_plots.draw_scaling(deployed, comparisons, devices.board),
+            "ratios": deployment_plots.draw_ratios(ratios),
+        }
+        for name, figure in figures.items():
+            plots.save_figure(figure, paths / f"figures/{name}.{section.format}", section)

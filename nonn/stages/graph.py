@@ -1,0 +1,42 @@
+"""Stage `graph`: the weighted graph of the teacher's last filters, see `nonn.method.filter_graph`."""
+
+from __future__ import annotations
+
+import torch
+
+from nonn.core import files
+from nonn.core.errors import UserError
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset
+from nonn.method.filter_graph import RULES, mean_class_activity, normalise_activity, summarise_graph
+
+
+def run(params: Params, paths: Paths) -> None:
+    """Write the graph of the experiment's teacher, and its summary.
+
+    Raises
+    ------
+    UserError
+        ``graph.top_k`` is larger than the number of filters.
+    """
+    rule, top_k = params.graph.rule, params.graph.top_k
+    pooled = files.read_tensors(paths.signals)["validation_pooled"]
+    n_filters = pooled.shape[1]
+    if top_k is not None and top_k > n_filters:
+        raise UserError(
+            f"params.yaml: graph.top_k: is {top_k}, but the teacher has only {n_filters} filters; "
+            f"lower it, or set it to null for all filters"
+        )
+    data = load_dataset(paths)
+    labels = data.labels[data.validation]
+    weights = RULES[rule](normalise_activity(pooled, top_k))
+    files.write_tensors(
+        paths.graph,
+        {
+            "weights": weights,
+            "live": (pooled > 0).any(dim=0).to(torch.uint8),
+            "class_activity": mean_class_activity(normalise_activity(pooled), labels, data.n_classes),
+        },
+    )
+    files.write_json(paths.graph_info, summarise_graph(pooled, weights, rule, top_k))

@@ -1,0 +1,18 @@
+"""Stage `signals`: what the teacher says of every training image, see `nonn.training.signals`."""
+
+from __future__ import annotations
+
+import torch
+
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.data.dataset import load_dataset
+from nonn.data.tensors import write_tensors
+from nonn.method.store import load_teacher
+from nonn.training.signals import compute_signals
+
+
+def run(params: Params, paths: Paths) -> None:
+    torch.set_num_threads(params.signals.threads)
+    data = load_dataset(paths)
+    write_tensors(paths.signals, compute_signals(load_teacher(paths, data), data, params.signals))

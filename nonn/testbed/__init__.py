@@ -1,0 +1,1 @@
+"""This machine plays devices and links: emulation, live runs, composed latencies, campaigns."""

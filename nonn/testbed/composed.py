@@ -1,0 +1,194 @@
+"""What an image costs devices that work together, composed of its parts: each device's computing and the link.
+
+Used by the stage `distributed` for what cannot be timed here: the devices themselves, on boards of
+their own. Everything in it is calculated, from what was measured alone and what was counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonn.core.boards import BOARDS, compute_seconds, inference_energy
+from nonn.core.links import Link
+from nonn.core.params import Distributed
+from nonn.core.system import pinned_to
+from nonn.runtime.cluster import COORDINATOR
+from nonn.runtime.exported import read_manifest
+from nonn.split.plan import SplitPlan, open_sessions, run_in_process
+
+#: Images whose computing is timed segment by segment.
+COMPUTE_RUNS = 50
+
+Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one image costs the devices of a layout, whatever the link.
+
+    Attributes
+    ----------
+    seconds : ndarray of shape (rounds, N)
+        Of computing, measured alone on one core of this machine.
+    macs : ndarray of shape (rounds, N)
+    memory_bytes : int
+        Weights and activations of the device that needs most.
+    payload : list of Transfers
+        Bytes that devices send each other after each round but the last; framing aside.
+    image_bytes, answer_bytes : float
+        What one device gets in broadcast, and what it sends the coordinator; framing aside.
+    """
+
+    seconds: np.ndarray
+    macs: np.ndarray
+    memory_bytes: int
+    payload: list[Transfers]
+    image_bytes: float
+    answer_bytes: float
+
+    @property
+    def n_devices(self) -> int:
+        return self.seconds.shape[1]
+
+    def request_bytes(self, scenario: str) -> float:
+        """What one device is asked with: the image, or the number of the one that its sensor has."""
+        return self.image_bytes if scenario == "broadcast" else 8.0
+
+    def transfers(self, scenario: str) -> list[Transfers]:
+        """Everything that is sent for one image, in order: the request, the exchanges, the answers."""
+        devices = [str(device) for device in range(self.n_devices)]
+        request = {(COORDINATOR, device): self.request_bytes(scenario) for device in devices}
+        answer = {(device, COORDINATOR): self.answer_bytes for device in devices}
+        return [request, *self.payload, answer]
+
+
+def payload_bytes(transfers: Sequence[Transfers]) -> float:
+    return sum(sum(sent.values()) for sent in transfers)
+
+
+def link_seconds(link: Link, transfers: Transfers) -> float:
+    """Seconds from the first byte sent to the last received, all senders starting at once.
+
+    Every host sends and receives at the link's rate, or all share one medium; then the delay. This is
+    what `nonn.testbed.emulation` emulates, for messages that need many packets.
+    """
+    if not transfers:
+        return 0.0
+    if link.shared:
+        busiest = sum(transfers.values())
+    else:
+        hosts = {host for pair in transfers for host in pair}
+        busiest = max(
+            max(sum(size for (sender, _), size in transfers.items() if sender == host) for host in hosts),
+            max(sum(size for (_, receiver), size in transfers.items() if receiver == host) for host in hosts),
+        )
+    return busiest * 8 / link.rate_bps + link.delay_s
+
+
+def compose(
+    load: Load, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
+) -> dict[str, Any]:
+    """Latency and energy of one image, from each part alone.
+
+    Parameters
+    ----------
+    load : Load
+    link : Link
+    scenario : str
+    framing : float
+        Bytes on the wire for each byte of payload, as counted live.
+    final_s : float
+        Seconds of the final layer.
+    params : Distributed
+
+    Returns
+    -------
+    dict
+        Milliseconds, bytes and millijoules: ``compute_ms`` (of the slowest device, round by round),
+        ``link_ms``, ``final_ms``, ``total_ms``; ``wire_bytes``; for the device that needs most, and for
+        all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``, and the same with
+        what the devices draw anyway, ``…_with_idle_mj``.
+    """
+    board = BOARDS[params.board]
+    compute = np.vectorize(lambda macs, s: compute_seconds(board, macs, s, params.slowdown), otypes=[float])(
+        load.macs, load.seconds
+    )
+    transfers = load.transfers(scenario)
+    on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transfers)
+    computing = compute.max(axis=1).sum()
+    total = computing + on_link + final_s
+    devices = [str(device) for device in range(load.n_devices)]
+    moved = [framing * sum(n for sent in transfers for pair, n in sent.items() if device in pair) for device in devices]
+    row = {
+        "compute_ms": 1e3 * computing,
+        "link_ms": 1e3 * on_link,
+        "final_ms": 1e3 * final_s,
+        "total_ms": 1e3 * total,
+        "wire_bytes": framing * payload_bytes(transfers),
+    }
+    for suffix, idle in (("", False), ("_with_idle", True)):
+        energies = [
+            inference_energy(board, spent, total, bytes_moved, idle)
+            for spent, bytes_moved in zip(compute.sum(axis=0), moved, strict=True)
+        ]
+        worst = max(energies, key=lambda energy: energy.high)
+        row[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]
+        row[f"energy_total{suffix}_mj"] = [1e3 * sum(e.low for e in energies), 1e3 * sum(e.high for e in energies)]
+    return row
+
+
+def load_of_network(export: Path, benchmark: Mapping) -> Load:
+    """What one image costs the devices of an exported network, each as `nonn.testbed.latency` measured it alone."""
+    manifest = read_manifest(export)
+    students = [benchmark[student.model] for student in manifest.students]
+    image = manifest.image
+    return Load(
+        seconds=np.array([[student["latency_p50_ms"] / 1e3 for student in students]]),
+        macs=np.array([[student["macs"] for student in students]]),
+        memory_bytes=max(student["weight_bytes"] + student["peak_activation_bytes"] for student in students),
+        payload=[],
+        image_bytes=image.channels * image.size**2,
+        answer_bytes=4 * max(student.n_features for student in manifest.students),
+    )
+
+
+def load_of_split(plan: SplitPlan, core: int) -> Load:
+    """What one image costs the devices of a split network, in float32; each segment timed on one pinned core.
+
+    Activations are counted as the inputs and outputs of a device's largest segment: what lives in
+    between is left out, in favour of the split.
+    """
+    image = plan.parts[0].image
+    pixels = np.random.default_rng(0).integers(0, 256, (image.channels, image.size, image.size), dtype=np.uint8)
+    sessions = [open_sessions(models) for models in plan.models]
+    with pinned_to(core):
+        runs = [run_in_process(plan, pixels, sessions).seconds for _ in range(COMPUTE_RUNS)]
+    payload = []
+    for number in range(plan.rounds):
+        sent: dict[tuple[str, str], float] = {}
+        for message in plan.messages:
+            if message.round == number:
+                pair = str(message.sender), str(message.receiver)
+                sent[pair] = sent.get(pair, 0.0) + message.n_bytes
+        payload.append(sent)
+    activations = [
+        max(
+            sum(int(np.prod(value.shape)) for value in [*session.get_inputs(), *session.get_outputs()])
+            for session in own
+            if session
+        )
+        for own in sessions
+    ]
+    return Load(
+        seconds=np.median(runs, axis=0).T,
+        macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
+        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, activations, strict=True)),
+        payload=payload,
+        image_bytes=image.channels * image.size**2,
+        answer_bytes=4 * max(part.n_features for part in plan.parts),
+    )

@@ -1,0 +1,226 @@
+"""A network on its devices, against one network split over the same devices.
+
+Two kinds of results, kept apart:
+
+live
+    Every device is a process, all run at once over an emulated link: real messages over real sockets.
+    Each is held on one core of this machine, in turns. Latencies, bytes on the wire and absences are
+    what happened. On a machine with fewer cores than devices the processes wait for each other, which
+    real devices would not.
+composed
+    The computing of each device alone on one pinned core (or from its multiply-accumulates, for a
+    board that cannot be measured here), the time on the link from the bytes that were counted live:
+    round by round, the slowest device's computing + the link, then the final layer. Energy follows.
+
+Methods: ``nonn``; ``channels`` and ``rows``, the student of the network's total budget split over the
+devices by output channels (an all-gather after each convolution) or by rows (halo exchange); ``teacher``
+and ``kd`` on a single device; ``reference_channels`` and ``reference_rows``, another network split in the
+same ways, composed only. Scenarios: every device has a ``sensor`` of its own, or the coordinator sends
+the image to each (``broadcast``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonn.core.links import PRESETS
+from nonn.core.params import Distributed
+from nonn.core.progress import log, track
+from nonn.runtime.certs import write_certificates
+from nonn.runtime.cluster import COORDINATOR
+from nonn.testbed.composed import compose, payload_bytes
+from nonn.testbed.emulation import Network, emulated_network, missing_privileges
+from nonn.testbed.layouts import Layout
+from nonn.testbed.trial import PORT, Measured, Trial, measure
+
+#: Name of the link that is none: all devices on this machine, nothing delayed.
+LOOPBACK = "loopback"
+#: Bytes of IP's and TCP's headers in each packet, with timestamps; and of a message's own framing, where it
+#: cannot be counted.
+HEADERS, ENVELOPE = 52, 200
+#: Images that a device of a test bed holds, and the coordinator has.
+N_IMAGES = 16
+
+
+def describe_traffic(measured: Measured) -> dict[str, Any]:
+    """Bytes and packets on the wire for one image; None on loopback, where nothing is counted."""
+    if not measured.traffic:
+        return dict.fromkeys(("wire_bytes", "wire_packets", "device_bytes"))
+    images, counters = len(measured.latencies_ms), measured.traffic
+    devices = [c for host, c in counters.items() if host != COORDINATOR]
+    return {
+        "wire_bytes": measured.wire_bytes(),
+        "wire_packets": sum(c.sent_packets for c in counters.values()) / images,
+        "device_bytes": max(c.sent_bytes + c.received_bytes for c in devices) / images,
+    }
+
+
+def describe_latencies(latencies_ms: np.ndarray) -> dict[str, float]:
+    p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99])
+    return {"images": len(latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 on which nobody listens, all different."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def on_one_core(position: int) -> list[str]:
+    """What to put before a device's command so that it has one core, as most small devices have; Linux only.
+
+    Its threads then wake each other where they are: across the cores of a virtual machine every such
+    call is a matter for the hypervisor.
+    """
+    if not shutil.which("taskset"):
+        return []
+    cores = sorted(os.sched_getaffinity(0))
+    return ["taskset", "--cpu-list", str(cores[position % len(cores)])]
+
+
+class Bed:
+    """Where trials take place: certificates, images, and hosts on one link after another.
+
+    Parameters
+    ----------
+    scratch : Path
+        An empty folder.
+    params : Distributed
+    image_shape : (channels, size, size)
+    """
+
+    def __init__(self, scratch: Path, params: Distributed, image_shape: tuple[int, ...]):
+        self.certificates, self.sensor, self.params = scratch / "certificates", scratch / "images.npy", params
+        self.named: set[str] = set()
+        pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, *image_shape), dtype=np.uint8)
+        np.save(self.sensor, pixels)
+
+    def measure(self, layout: Layout, network: Network, broadcast: bool, **echo: int) -> Measured:
+        """Time a layout's images on the hosts of a network, or plain echoes of so many bytes."""
+        hosts = network.hosts[1 : 1 + layout.load.n_devices]
+        prefix = "device" if layout.is_split else "node"
+        names = [f"{prefix}-{position}" for position in range(len(hosts))]
+        if missing := {COORDINATOR, *names} - self.named:
+            write_certificates(self.certificates, sorted(missing))
+            self.named |= missing
+        # On loopback all hosts have one address, and share it with whatever else runs on this machine.
+        ports = [PORT] * len(hosts) if network.is_emulated else free_ports(len(hosts))
+        trial = Trial(
+            method="echo" if echo else "split" if layout.is_split else "nonn",
+            folder=layout.folder.resolve(),
+            names=names,
+            addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
+            prefixes=[[*network.prefix(host), *on_one_core(i)] for i, host in enumerate(hosts)],
+            certificates=self.certificates.resolve(),
+            sensor=self.sensor.resolve(),
+            broadcast=broadcast,
+            runs=self.params.images,
+            seconds=self.params.seconds,
+            **echo,
+        )
+        return measure(trial, network)
+
+    def overhead(self, layout: Layout, network: Network, measured: Measured, broadcast: bool) -> dict[str, float]:
+        """What coordinator and nodes add to the slowest node's inference and the link's round trip.
+
+        The round trip is that of plain TCP messages of the same sizes, of all devices at once.
+        """
+        asked = layout.load.request_bytes("broadcast" if broadcast else "sensor") + ENVELOPE
+        answered = layout.load.answer_bytes + ENVELOPE
+        if measured.traffic:  # what the messages really took, without the headers of TCP and IP
+            images, node = len(measured.latencies_ms), measured.traffic[network.hosts[1]]
+            asked = (node.received_bytes - HEADERS * node.received_packets) / images
+            answered = (node.sent_bytes - HEADERS * node.sent_packets) / images
+        echo = self.measure(layout, network, broadcast, request_bytes=round(asked), response_bytes=round(answered))
+        ideal = 1e3 * layout.load.seconds.max() + float(np.median(echo.latencies_ms))
+        total = float(np.median(measured.latencies_ms))
+        return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
+
+
+def measure_live(layouts: Sequence[Layout], bed: Bed, params: Distributed) -> list[dict]:
+    """Time every layout on every link: one row each.
+
+    On loopback first, where a network of networks shows what its coordinator and nodes take; then the
+    fastest link, since there the bytes are counted that tell whether a slower one would take longer
+    than `params.longest` an image: then the row says so instead. Where links cannot be emulated,
+    everything runs on loopback and there alone.
+    """
+    n_devices = max(layout.load.n_devices for layout in layouts)
+    hosts = [COORDINATOR, *(f"host-{position}" for position in range(n_devices))]
+    cases = [(layout, scenario) for layout in layouts for scenario in scenarios(layout)]
+    links = sorted(params.links, key=lambda name: -PRESETS[name].rate_bps)
+    if reason := missing_privileges():
+        log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
+        links, on_loopback = [], cases
+    else:
+        on_loopback = [case for case in cases if case[0].method == "nonn"]
+    rows: list[dict] = []
+    progress = iter(track(range(len(on_loopback) + len(links) * len(cases)), "distributed"))
+    for layout, scenario in on_loopback:
+        next(progress)
+        rows.append(measure_case(layout, scenario, bed, Network(tuple(hosts))) | {"link": LOOPBACK})
+    for name in links:
+        with emulated_network(hosts, PRESETS[name]) as network:
+            for layout, scenario in cases:
+                next(progress)
+                framing = framing_of(layout, scenario, rows)
+                expected = compose(layout.load, PRESETS[name], scenario, framing, 0.0, params)["link_ms"]
+                if expected <= 1e3 * params.longest:
+                    row = measure_case(layout, scenario, bed, network)
+                else:
+                    row = {"method": layout.method, "scenario": scenario, "images": 0, "expected_ms": expected}
+                rows.append(row | {"link": name})
+    next(progress, None)
+    return rows
+
+
+def measure_case(layout: Layout, scenario: str, bed: Bed, network: Network) -> dict[str, Any]:
+    """Latencies, absences and traffic of one layout on one link, and of a network of networks its overhead."""
+    broadcast = scenario == "broadcast"
+    measured = bed.measure(layout, network, broadcast)
+    row = {"method": layout.method, "scenario": scenario, "emulated": network.is_emulated, "absent": measured.absent}
+    row |= describe_latencies(measured.latencies_ms) | describe_traffic(measured)
+    if measured.traffic:
+        row["framing"] = row["wire_bytes"] / payload_bytes(layout.load.transfers(scenario))
+    if layout.method == "nonn":
+        row |= bed.overhead(layout, network, measured, broadcast)
+    return row
+
+
+def scenarios(layout: Layout) -> tuple[str, ...]:
+    """What is measured live; a split network in broadcast is the same after one more round, which `compose` adds."""
+    return ("sensor",) if layout.is_split else ("sensor", "broadcast")
+
+
+def framing_of(layout: Layout, scenario: str, live: Sequence[Mapping]) -> float:
+    """Bytes on the wire for each byte of payload, counted on the fastest link.
+
+    Of the layout itself if it ran in this scenario, else in another, else of the same kind of split;
+    1 if nothing was counted, which flatters whoever sends many small messages.
+    """
+    kind = layout.method.removeprefix("reference_")
+    rows = [row for row in live if row["method"] == kind and row.get("framing")]
+    rows.sort(key=lambda row: row["scenario"] != scenario)  # stable: the fastest link stays first
+    return rows[0]["framing"] if rows else 1.0
+
+
+def compose_all(layouts: Sequence[Layout], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
+    """A row for every layout, link and scenario."""
+    for layout in layouts:
+        load = layout.load
+        about = {"method": layout.method, "n_devices": load.n_devices, "rounds": len(load.payload)}
+        about |= {"memory_bytes": load.memory_bytes, "macs": int(load.macs.sum(axis=0).max())}
+        for link in params.links:
+            for scenario in ("sensor", "broadcast"):
+                framing = framing_of(layout, scenario, live)
+                composed = compose(load, PRESETS[link], scenario, framing, layout.final_s, params)
+                yield about | {"link": link, "scenario": scenario, "framing": framing} | composed

@@ -1,0 +1,185 @@
+"""Measure links with real sockets: round trips of UDP messages, and the throughput of a TCP stream."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+from nonn.core.links import MTU, round_trip, tcp_goodput
+from nonn.core.progress import track
+from nonn.testbed.emulation import Network
+
+PAYLOADS = (64, 256, 1024, 4096, 12288)  # bytes
+#: Round trips of each payload: as many as fit into some seconds, within bounds.
+ECHO_SECONDS, FEWEST, MOST = 2.0, 10, 300
+#: Seconds until a TCP stream is counted and while it is; at slow rates until so many packets have come.
+WARMUP_SECONDS, STREAM_SECONDS, STREAM_PACKETS = 1.0, 3.0, 200
+
+LARGEST = 65_507  # bytes of a UDP message
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)
+
+
+@contextlib.contextmanager
+def ahead_of_others() -> Iterator[None]:
+    """Run this thread before all ordinary ones, if that is permitted: the link is measured, not other work here."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except (AttributeError, OSError):  # not Linux, or not permitted
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@contextlib.contextmanager
+def echoing(network: Network, host: str) -> Iterator[tuple[str, int]]:
+    """Send back every UDP message that a host gets while the block runs; yields where it listens."""
+    with network.inside(host):
+        server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((network.address(host), 0))
+    address = server.getsockname()
+
+    def serve() -> None:
+        with ahead_of_others():
+            while True:
+                message, sender = server.recvfrom(LARGEST)
+                if sender == address:  # from itself: the end
+                    return
+                server.sendto(message, sender)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        yield address
+    finally:
+        server.sendto(b"", address)
+        thread.join()
+        server.close()
+
+
+def measure_round_trips(
+    network: Network, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
+) -> list[float]:
+    """Send a UDP message and wait for its echo, again and again.
+
+    Parameters
+    ----------
+    network : Network
+    sender, receiver : str
+        Hosts.
+    payload : int
+        Bytes of a message, at least 8.
+    count : int
+    patience : float
+        Seconds after which a message counts as lost.
+
+    Returns
+    -------
+    list of float
+        Seconds of each round trip, without those that got lost.
+    """
+    times = []
+    with network.inside(sender):
+        client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with client, echoing(network, receiver) as address, ahead_of_others():
+        client.settimeout(patience)
+        for number in range(count):
+            message = number.to_bytes(8, "big").ljust(payload, b"\0")
+            start = time.perf_counter()
+            client.sendto(message, address)
+            with contextlib.suppress(TimeoutError):
+                while client.recv(LARGEST) != message:
+                    pass  # an echo that had been given up
+                times.append(time.perf_counter() - start)
+    return times
+
+
+def measure_throughput(network: Network, sender: str, receiver: str, warmup: float, seconds: float) -> float:
+    """Payload bits a second that one TCP stream brings to `receiver`, once slow start is over."""
+    with network.inside(receiver):
+        listener = socket.create_server((network.address(receiver), 0))
+    with network.inside(sender):
+        source = socket.socket()
+    source.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)  # what is queued need not arrive
+
+    def send() -> None:
+        block = bytes(1 << 16)
+        with contextlib.suppress(OSError):  # the end
+            source.connect(listener.getsockname())
+            while True:
+                source.send(block)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    with listener, source:
+        sink, _ = listener.accept()
+        with sink:
+            try:
+                return _count_stream(sink, warmup, seconds)
+            finally:
+                source.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+
+def _count_stream(sink: socket.socket, warmup: float, seconds: float) -> float:
+    buffer = bytearray(1 << 18)
+    warm = time.monotonic() + warmup
+    while time.monotonic() < warm:
+        sink.recv_into(buffer)
+    received, start = 0, time.monotonic()
+    while (now := time.monotonic()) < start + seconds or not received:
+        received += sink.recv_into(buffer)
+    return 8 * received / (now - start)
+
+
+def measure_link(network: Network) -> dict:
+    """Measure between the first two hosts of a network.
+
+    Returns
+    -------
+    dict
+        ``round_trips``: for each payload its theory (None on loopback), median, 95th percentile and
+        largest in milliseconds, and how many; ``tcp_mbps`` and, at most, ``tcp_theory_mbps``.
+    """
+    ends, link = network.hosts[:2], network.link
+    rows = []
+    for payload in track(PAYLOADS, "round trips"):
+        theory = round_trip(link, payload) if link else None
+        count = min(max(int(ECHO_SECONDS / (theory or 1e-3)), FEWEST), MOST)
+        times = [1000 * seconds for seconds in measure_round_trips(network, *ends, payload, count)]
+        rows.append(
+            {
+                "payload_bytes": payload,
+                "theory_ms": theory and 1000 * theory,
+                "median_ms": statistics.median(times),
+                "p95_ms": statistics.quantiles(times, n=20, method="inclusive")[-1],
+                "largest_ms": max(times),
+                "count": len(times),
+            }
+        )
+    seconds = max(STREAM_SECONDS, STREAM_PACKETS * MTU * 8 / link.rate_bps if link else 0)
+    throughput = measure_throughput(network, *ends, WARMUP_SECONDS, seconds)
+    theory = tcp_goodput(link) / 1e6 if link else None
+    return {"round_trips": rows, "tcp_mbps": throughput / 1e6, "tcp_theory_mbps": theory}
+
+
+def format_measurement(measured: dict) -> str:
+    """A table of what `measure_link` returns."""
+    theory = "{:.3f}".format
+    lines = ["{:>8} {:>10} {:>10} {:>10} {:>10} {:>6}".format("bytes", "theory ms", "median", "p95", "largest", "n")]
+    for row in measured["round_trips"]:
+        expected = "–" if row["theory_ms"] is None else theory(row["theory_ms"])
+        found = "{median_ms:>10.3f} {p95_ms:>10.3f} {largest_ms:>10.3f} {count:>6}".format(**row)
+        lines.append(f"{row['payload_bytes']:>8} {expected:>10} {found}")
+    expected = measured["tcp_theory_mbps"]
+    limit = f" of at most {theory(expected)}" if expected else ""
+    lines.append(f"TCP stream: {measured['tcp_mbps']:.3f}{limit} Mbit/s")
+    return "\n".join(lines)

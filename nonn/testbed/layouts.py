@@ -1,0 +1,90 @@
+"""Methods on their devices: what is started for each, and what it costs."""
+
+from __future__ import annotations
+
+import timeit
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from safetensors.numpy import save_file
+
+from nonn.core.files import read_json, sha256_of, write_json
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.final import FinalLayer
+from nonn.split.planner import plan_split
+from nonn.testbed.composed import Load, load_of_split
+
+SPLITS = ("channels", "rows")
+
+
+def as_network(solo: Path, name: str, folder: Path) -> Path:
+    """An exported model that classifies alone, as a network of one student whose features are the logits."""
+    manifest = read_json(solo / "manifest.json")[name]
+    (student,) = manifest["students"]
+    model = onnx.load(solo / student["file"])
+    (output,) = model.graph.output
+    for node in model.graph.node:
+        node.output[:] = ["features" if value == output.name else value for value in node.output]
+    output.name = "features"
+    folder.mkdir(parents=True)
+    path, blocks, n_classes = folder / "0.onnx", folder / "final.safetensors", len(manifest["classes"])
+    onnx.save(model, path)
+    zeros = np.zeros((1, n_classes), np.float32)
+    identity = {"weights.0": np.eye(n_classes, dtype=np.float32), "biases.0": zeros[0]}
+    save_file(identity | {"scales": np.ones(1, np.float32), "fills": zeros}, blocks)
+    write_json(
+        folder / "manifest.json",
+        {
+            "classes": manifest["classes"],
+            "image": manifest["image"],
+            "students": [
+                {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
+            ],
+            "final": {"file": blocks.name, "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
+        },
+    )
+    return folder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A method on its devices: what is started, what it costs, and what the coordinator does at the end.
+
+    Attributes
+    ----------
+    method : str
+    folder : Path
+        The exported network, or the plan of the split.
+    is_split : bool
+    load : Load
+    final_s : float
+        Seconds of the final layer.
+    """
+
+    method: str
+    folder: Path
+    is_split: bool
+    load: Load
+    final_s: float
+
+
+def time_final(folder: Path) -> float:
+    """Seconds that the coordinator takes for the final layer, for the class and its probability."""
+    manifest = read_manifest(folder)
+    layer = FinalLayer.load(folder, manifest)
+    features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}
+    return _seconds(lambda: layer.logits(layer.contributions(features)))
+
+
+def _seconds(work) -> float:
+    return min(timeit.repeat(work, number=20, repeat=10)) / 20
+
+
+def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Layout:
+    """One model that classifies alone, split over devices; its plan is written to `folder`."""
+    plan = plan_split(model, n_devices, method.removeprefix("reference_"))
+    plan.save(folder)
+    features = [np.ones(part.n_features, np.float32) for part in plan.parts]
+    return Layout(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))

@@ -1,0 +1,32 @@
+"""The command ``nonn links``: measure the emulated links against their theory."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from nonn.core.files import write_json
+from nonn.core.links import PRESETS, find_link
+from nonn.core.progress import log
+from nonn.testbed.emulation import ON_LOOPBACK, Network, emulated_network, missing_privileges
+
+
+def run(options) -> None:
+    """The command ``nonn links``: measure each preset against its theory."""
+    from nonn.core.system import describe_system
+    from nonn.testbed.echo import format_measurement, measure_link  # they measure what is defined here
+
+    system = describe_system()
+    links = {options.link: find_link(options.link)} if options.link else PRESETS
+    hosts = ("sender", "receiver")
+    measured = {}
+    if reason := missing_privileges():
+        log(ON_LOOPBACK.format(reason))
+        measured["loopback"] = measure_link(Network(hosts))
+        print(f"loopback\n{format_measurement(measured['loopback'])}")
+    for name, link in {} if reason else links.items():
+        log(f"{name}: {link}")
+        with emulated_network(hosts, link) as network:
+            measured[name] = asdict(link) | measure_link(network)
+        print(f"{name}: {link}\n{format_measurement(measured[name])}\n", flush=True)
+    if options.json:
+        write_json(options.json, {"system": system, "note": reason, "links": measured})

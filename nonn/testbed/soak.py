@@ -1,0 +1,183 @@
+"""Campaign `nonn soak`: requests without end through a cluster whose nodes die and dawdle, on this machine only.
+
+Every so often one node is killed with SIGKILL and started again, and another is stopped for longer than
+the deadline. Every request must be answered, none much later than the deadline, memory must not grow, and
+in the end the cluster must be whole again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+
+from nonn.core.errors import UserError
+from nonn.core.progress import track
+from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
+from nonn.testbed.bed import Bed, running_bed
+
+#: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
+KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
+#: How late an answer may be, in milliseconds: at p99 and at p99.9 of all requests.
+LATE_P99_MS, LATE_P999_MS = 5.0, 20.0
+#: Growth of memory that would be a leak, in bytes a request: less than any message of a request.
+LEAK_BYTES = 50.0
+
+
+@dataclass
+class Soak:
+    """What a campaign has seen.
+
+    Attributes
+    ----------
+    late_ms : ndarray of shape (requests,), float64
+        Of each request: its time beyond the deadline, negative if it was answered earlier.
+    present : ndarray of shape (requests,), int64
+        How many students took part; 0 if it was not answered.
+    memory : list of (int, int)
+        Requests done, and bytes of this process (RSS) then.
+    """
+
+    late_ms: np.ndarray
+    present: np.ndarray
+    memory: list[tuple[int, int]] = field(default_factory=list)
+    kills: int = 0
+    naps: int = 0
+    whole_again: bool = False
+
+    @property
+    def unanswered(self) -> int:
+        return int((self.present == 0).sum())
+
+    @property
+    def late_p99_ms(self) -> float:
+        return float(np.quantile(self.late_ms, 0.99))
+
+    @property
+    def late_p999_ms(self) -> float:
+        return float(np.quantile(self.late_ms, 0.999))
+
+    @property
+    def bytes_per_request(self) -> float:
+        """Slope of memory over the second half of the requests, when caches are warm."""
+        requests, sizes = np.array(self.memory[len(self.memory) // 2 :], float).T
+        return float(np.polyfit(requests, sizes, 1)[0]) if len(requests) > 1 else 0.0
+
+    def problems(self) -> list[str]:
+        """What was not as it must be."""
+        found = []
+        if self.unanswered:
+            found.append(f"{self.unanswered} requests were not answered")
+        if self.late_p99_ms > LATE_P99_MS or self.late_p999_ms > LATE_P999_MS:
+            found.append(f"late by {self.late_p99_ms:.1f} ms at p99, {self.late_p999_ms:.1f} ms at p99.9")
+        if self.bytes_per_request > LEAK_BYTES:
+            found.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
+        if not self.whole_again:
+            found.append("the cluster was not whole again at the end")
+        return found
+
+
+def resident_bytes() -> int:
+    """Memory of this process (RSS), where the system tells it as Linux does; elsewhere 0."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
+    return 0
+
+
+async def disturb(bed: Bed, soak: Soak, random: Random, every: float) -> None:
+    """Kill and restart a node, then stop one for a while, and so on until cancelled."""
+    names = list(bed.children)
+    while True:
+        await asyncio.sleep(every / 2)
+        victim = random.choice(names)
+        bed.children[victim].process.kill()
+        await bed.children[victim].process.wait()
+        soak.kills += 1
+        await bed.restart(victim)
+        await asyncio.sleep(every / 2)
+        sleeper = bed.children[random.choice(names)].process
+        sleeper.send_signal(signal.SIGSTOP)
+        soak.naps += 1
+        try:
+            await asyncio.sleep(NAP * bed.cluster.deadline_ms / 1000)
+        finally:
+            sleeper.send_signal(signal.SIGCONT)
+
+
+async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every: float, seed: int) -> Soak:
+    """Classify random images one after another while nodes are disturbed.
+
+    Parameters
+    ----------
+    export : Path
+        Of a network, best of four students or more.
+    n_requests : int
+    deadline_ms : float
+    every : float
+        Seconds between two kills.
+    seed : int
+    """
+    # Filled beforehand, or the records themselves would look like a leak.
+    soak = Soak(late_ms=np.full(n_requests, np.inf), present=np.full(n_requests, -1))
+    generator = np.random.default_rng(seed)
+    async with running_bed(export, deadline_ms) as bed, Coordinator(bed.cluster) as coordinator:
+        contract = coordinator.placed[0][2]
+        disturbing = asyncio.create_task(disturb(bed, soak, Random(seed), every))
+        try:
+            for number in track(range(n_requests), "requests"):
+                image = generator.integers(0, 256, contract.image_shape[1:], dtype=np.uint8)
+                start = time.perf_counter()
+                try:
+                    soak.present[number] = len((await coordinator.classify(image)).present)
+                except NobodyAnsweredError:
+                    soak.present[number] = 0
+                soak.late_ms[number] = (time.perf_counter() - start) * 1000 - deadline_ms
+                if number % max(n_requests // 100, 1) == 0:
+                    soak.memory.append((number, resident_bytes()))
+                if disturbing.done():
+                    disturbing.result()  # it ends by an error only
+        finally:
+            disturbing.cancel()
+            await asyncio.gather(disturbing, return_exceptions=True)
+        soak.whole_again = await becomes_whole(bed, coordinator, image)
+    return soak
+
+
+async def becomes_whole(bed: Bed, coordinator: Coordinator, image: np.ndarray) -> bool:
+    """Whether all nodes take part again within `RECOVERY` seconds, without any help."""
+    for name, child in bed.children.items():
+        if child.has_exited:  # killed at the very end, before its restart
+            await bed.restart(name)
+    end = time.monotonic() + RECOVERY
+    while time.monotonic() < end:
+        with contextlib.suppress(NobodyAnsweredError):
+            if not (await coordinator.classify(image)).absent:
+                return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+def run(options) -> None:
+    """The command ``nonn soak``."""
+    if options.requests < 1:
+        raise UserError("--requests: give at least 1")
+    if not options.kill_every > 0:
+        raise UserError("--kill-every: give more than 0 seconds")
+    soak = asyncio.run(
+        soak_cluster(options.export, options.requests, options.deadline_ms, options.kill_every, options.seed)
+    )
+    print(f"{len(soak.late_ms)} requests, {soak.kills} nodes killed, {soak.naps} stopped for a while")
+    for n_students, n_requests in zip(*np.unique(soak.present, return_counts=True), strict=True):
+        print(f"  {n_requests:>8}  answered by {n_students} students")
+    print(f"time beyond the deadline: p99 {soak.late_p99_ms:.2f} ms, p99.9 {soak.late_p999_ms:.2f} ms")
+    print(f"memory: {soak.memory[-1][1] / 2**20:.1f} MiB, {soak.bytes_per_request:+.2f} bytes a request")
+    print(f"whole again at the end: {'yes' if soak.whole_again else 'no'}")
+    if problems := soak.problems():
+        raise UserError("; ".join(problems))

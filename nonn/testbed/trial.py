@@ -1,0 +1,259 @@
+"""One measurement of devices that work together: run from the coordinator's place, counted at the interfaces.
+
+`measure` starts this module as a process on the coordinator's host of a `nonn.testbed.emulation` network.
+That process starts the devices on theirs, warms up, and then waits for leave to start and to end, so
+that the bytes that are counted are those of the timed images alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel
+
+from nonn.core.errors import UserError
+from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
+from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.processes import start, stop
+from nonn.runtime.tls import Identity
+from nonn.split.coordinator import SplitCoordinator, running_devices
+from nonn.split.plan import SplitPlan
+from nonn.testbed.bed import announced_address
+from nonn.testbed.emulation import Counters, Network
+from nonn.testbed.volley import echoing
+
+#: Of every device on its host; on loopback those of the following devices come after it.
+PORT = 7100
+DEADLINE_MS = 60_000.0
+#: Images before the timed ones: connections, allocations, and TCP windows settle.
+WARMUP = 20
+#: Seconds after which no further one is sent, and between attempts to reach all devices.
+LONGEST_WARMUP, PAUSE = 5.0, 0.2
+#: Images to time at least, however long they take.
+FEWEST = 2
+#: Seconds for starting the devices, warming up and finishing the last image.
+SLACK = 240.0
+
+Ask = Callable[[np.ndarray], Awaitable[int]]  # of one image; gives the number of devices that took part
+
+
+class Trial(BaseModel):
+    """What to measure, where; travels to the process as JSON.
+
+    Attributes
+    ----------
+    method : str
+        ``nonn``; ``split``, one network split over the devices; ``echo``, the link alone.
+    folder : Path
+        The exported network, or the plan of the split.
+    names, addresses : list of str
+        Of each device; ``host:port``.
+    prefixes : list of list of str
+        Command that runs each device's process on its host.
+    certificates : Path
+        Folder with those of the devices and of the coordinator.
+    sensor : Path
+        A ``.npy`` file of images (n, channels, size, size), uint8, that each device holds.
+    broadcast : bool
+        Send these images to the devices, instead of the numbers of those that they hold.
+    runs, seconds : int, float
+        Images to time, and seconds after which no further one is begun.
+    request_bytes, response_bytes : int
+        Of an echo.
+    """
+
+    method: Literal["nonn", "split", "echo"]
+    folder: Path
+    names: list[str]
+    addresses: list[str]
+    prefixes: list[list[str]]
+    certificates: Path
+    sensor: Path
+    broadcast: bool = False
+    runs: int
+    seconds: float
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out of a trial.
+
+    Attributes
+    ----------
+    latencies_ms : ndarray of shape (images,)
+    absent : int
+        Answers that did not come in time, over all images.
+    traffic : dict of str to Counters
+        Sent and received by each host during these images; empty on loopback, where nothing is counted.
+    """
+
+    latencies_ms: np.ndarray
+    absent: int
+    traffic: dict[str, Counters]
+
+    def wire_bytes(self) -> float | None:
+        """Bytes of IP packets on the link for one image, by whomever they were sent."""
+        if not self.traffic:
+            return None
+        return sum(counters.sent_bytes for counters in self.traffic.values()) / len(self.latencies_ms)
+
+
+@contextlib.asynccontextmanager
+async def running_network(trial: Trial) -> AsyncIterator[Ask]:
+    """A network of networks: its nodes on their hosts, asked by a coordinator on this one."""
+    manifest = read_manifest(trial.folder)
+    nodes = [
+        Node(name=name, address=address, model=student.model)
+        for name, address, student in zip(trial.names, trial.addresses, manifest.students, strict=True)
+    ]
+    cluster = Cluster(
+        export=trial.folder,
+        deadline_ms=DEADLINE_MS,
+        tls=Tls(folder=trial.certificates),
+        sensor=None if trial.broadcast else trial.sensor,
+        nodes=nodes,
+    )
+    children = []
+
+    async def ask(image: np.ndarray) -> int:
+        return len((await coordinator.classify(image)).present)
+
+    try:
+        for (node, _, contract), prefix in zip(cluster.placed()[1], trial.prefixes, strict=True):
+            children.append(await start(cluster, node, contract, prefix))
+        await asyncio.gather(*(announced_address(child) for child in children))
+        async with Coordinator(cluster) as coordinator:
+            yield ask
+    finally:
+        await asyncio.gather(*(stop(child) for child in children))
+
+
+@contextlib.asynccontextmanager
+async def running_split(trial: Trial) -> AsyncIterator[Ask]:
+    """One network split over its devices, asked by its coordinator on this host."""
+    plan, identity = SplitPlan.load(trial.folder), Identity.of(COORDINATOR, trial.certificates)
+    sensor = None if trial.broadcast else trial.sensor
+
+    async def ask(image: np.ndarray) -> int:
+        await coordinator.classify(image)
+        return plan.n_devices
+
+    async with (
+        running_devices(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor),
+        SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator,
+    ):
+        yield ask
+
+
+@contextlib.asynccontextmanager
+async def running_echo(trial: Trial) -> AsyncIterator[Ask]:
+    async with echoing(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
+
+        async def ask(_: np.ndarray) -> int:
+            await ask_all()
+            return len(trial.addresses)
+
+        yield ask
+
+
+OPENERS = {"nonn": running_network, "split": running_split, "echo": running_echo}
+
+
+async def warm_up(ask: Ask, inputs: np.ndarray, n_devices: int) -> None:
+    """Ask until all devices take part, since handshakes take seconds on a slow link, and a few times more."""
+    while True:
+        with contextlib.suppress(NobodyAnsweredError):
+            if await ask(inputs[0]) == n_devices:
+                break
+        await asyncio.sleep(PAUSE)
+    begin = time.monotonic()
+    for number in range(WARMUP):
+        await ask(inputs[number % len(inputs)])
+        if time.monotonic() - begin > LONGEST_WARMUP:
+            break
+
+
+async def carry_out(trial: Trial) -> None:
+    """Measure, in step with the process that counts: ready - go - result - enough."""
+    images = np.load(trial.sensor)
+    inputs = images if trial.broadcast else np.arange(len(images))
+    async with OPENERS[trial.method](trial) as ask:
+        await warm_up(ask, inputs, len(trial.addresses))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        latencies, absent, end = [], 0, time.monotonic() + trial.seconds
+        while len(latencies) < trial.runs and (len(latencies) < FEWEST or time.monotonic() < end):
+            start = time.perf_counter()
+            present = await ask(inputs[len(latencies) % len(inputs)])
+            latencies.append(1e3 * (time.perf_counter() - start))
+            absent += len(trial.addresses) - present
+        print(json.dumps({"latencies_ms": latencies, "absent": absent}), flush=True)
+        sys.stdin.readline()
+
+
+def measure(trial: Trial, network: Network) -> Measured:
+    """Carry out a trial from the coordinator's host of a network, and count what it sends.
+
+    Raises
+    ------
+    UserError
+        It failed, or took far longer than it was given.
+    """
+    command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(trial.seconds + SLACK, process.kill)
+    watchdog.start()
+    try:
+        _say(process, trial.model_dump_json())
+        _hear(process, trial)
+        before = network.counters()
+        _say(process, "go")
+        result = json.loads(_hear(process, trial))
+        after = network.counters()
+        _say(process, "enough")
+    except BrokenPipeError:
+        raise _failure(trial) from None
+    finally:
+        with contextlib.suppress(BrokenPipeError):  # of what it has not read
+            process.stdin.close()
+        process.wait()
+        process.stdout.close()
+        watchdog.cancel()
+    traffic = {host: after[host] - before[host] for host in after}
+    return Measured(np.array(result["latencies_ms"]), result["absent"], traffic)
+
+
+def _say(process: subprocess.Popen, line: str) -> None:
+    process.stdin.write(line + "\n")
+    process.stdin.flush()
+
+
+def _hear(process: subprocess.Popen, trial: Trial) -> str:
+    if not (line := process.stdout.readline()):
+        raise _failure(trial)
+    return line
+
+
+def _failure(trial: Trial) -> UserError:
+    return UserError(f"measuring {trial.method} on {len(trial.names)} devices failed; its messages stand above.")
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(carry_out(Trial.model_validate_json(sys.stdin.readline())))
+    except UserError as error:
+        sys.exit(str(error))

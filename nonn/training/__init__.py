@@ -1,0 +1,1 @@
+"""All that decides a trained weight: networks, views, losses, optimizers, the loop."""

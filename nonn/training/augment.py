@@ -1,0 +1,83 @@
+"""Augmented views of images, in bulk, each a function of the image's index, the view and a seed.
+
+The teacher's signals are computed once for a fixed number of views. Since a view can be drawn
+again from its number, a student sees exactly the pixels that the teacher saw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nonn.core.params import Augment
+
+#: What cutout paints.
+MID_GREY = 128
+
+
+@dataclass(frozen=True)
+class View:
+    """How each of N images is cropped and mirrored, of shape (N,), and what is cut out of it.
+
+    `hole` of shape (N, 2) places the square that cutout hides: its top and left as shares, in
+    [0, 1), of the places there are. It is None without cutout.
+    """
+
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    hole: Tensor | None = None
+
+
+def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
+    """Draw view number `view` of `n_images` images.
+
+    Mirroring alternates: an image that is mirrored in one view is not in the next, so any two
+    consecutive views show both (https://github.com/KellerJordan/cifar10-airbench).
+    """
+    once = torch.Generator().manual_seed(seed)
+    mirrored = torch.randint(2, (n_images,), generator=once).bool()
+    flip = mirrored ^ bool(view % 2) if augment.flip else torch.zeros_like(mirrored)
+    each = torch.Generator().manual_seed(seed * 1_000_003 + view + 1)
+    top, left = torch.randint(2 * augment.pad + 1, (2, n_images), generator=each)
+    hole = torch.rand((n_images, 2), generator=each) if augment.cutout else None
+    return View(top, left, flip, hole)
+
+
+def apply_view(images: Tensor, view: View, index: Tensor, augment: Augment) -> Tensor:
+    """Crop and mirror the images `index`, and hide a square of each if `augment` cuts out.
+
+    Parameters
+    ----------
+    images : Tensor of shape (N, channels, H, W), uint8
+    view : View of N images
+    index : Tensor of shape (B,), int64
+    augment : Augment
+        The same as the view was drawn with: ``pad``, the pixels of reflected border within which the
+        crop moves, and ``cutout``, the side in pixels of a square that is painted mid-grey
+        (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it).
+
+    Returns
+    -------
+    Tensor of shape (B, channels, H, W), uint8
+    """
+    (height, width), pad = images.shape[2:], augment.pad
+    padded = F.pad(images[index], (pad, pad, pad, pad), mode="reflect") if pad else images[index]
+    # Every possible crop as a strided window of the padded image: nothing is copied until one is picked.
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    cropped = windows[torch.arange(len(index)), :, view.top[index], view.left[index]]
+    mirrored = torch.where(view.flip[index].reshape(-1, 1, 1, 1), cropped.flip(-1), cropped)
+    return mirrored if view.hole is None else _cut_out(mirrored, view.hole[index], augment.cutout)
+
+
+def _cut_out(images: Tensor, places: Tensor, side: int) -> Tensor:
+    inside = []
+    for length, place in zip(images.shape[2:], places.T, strict=True):
+        start = (place * (max(length - side, 0) + 1)).long()[:, None]
+        pixels = torch.arange(length)
+        inside.append((pixels >= start) & (pixels < start + side))
+    rows, columns = inside
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], MID_GREY)

@@ -1,0 +1,72 @@
+"""State of an unfinished training, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from nonn.core.files import STATE, remove
+from nonn.data.tensors import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of an unfinished training, kept outside the outputs, which DVC and Snakemake delete.
+
+    The file is named by a hash of everything the training depends on, so that a checkpoint of
+    other settings, inputs or code is never resumed.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
+        """Checkpoint of a training with these settings (JSON) and input files, by the code of this package."""
+        key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode())
+        for path in [*inputs, *sorted(Path(__file__).parent.glob("*.py"))]:
+            with path.open("rb") as file:
+                key.update(hashlib.file_digest(file, "sha256").digest())
+        return cls(STATE / "checkpoints" / f"{key.hexdigest()[:32]}.safetensors")
+
+    def part(self, name: str | int) -> Checkpoint:
+        """Checkpoint of one of several trainings in the same job."""
+        return Checkpoint(self.path.with_stem(f"{self.path.stem}-{name}"))
+
+    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], log: list[list[float]]) -> None:
+        tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                if state.get("momentum_buffer") is not None:
+                    tensors[f"momentum.{number}.{index}"] = state["momentum_buffer"]
+        write_tensors(self.path, {**tensors, "log": torch.tensor(log, dtype=torch.float64)})
+
+    def load(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[list[float]]:
+        """Restore model and optimizers in place; return the log so far, empty if there is no checkpoint."""
+        if not self.path.exists():
+            return []
+        tensors = read_tensors(self.path)
+        model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
+        for number, optimizer in enumerate(optimizers):
+            state, prefix = optimizer.state_dict(), f"momentum.{number}."
+            state["state"] = {
+                int(name.removeprefix(prefix)): {"momentum_buffer": t.clone()}
+                for name, t in tensors.items()
+                if name.startswith(prefix)
+            }
+            optimizer.load_state_dict(state)
+        return tensors["log"].tolist()
+
+    def discard(self) -> None:
+        """Delete the checkpoint and its parts: the training's outputs are in place."""
+        for path in self.path.parent.glob(f"{self.path.stem}*"):
+            remove(path)

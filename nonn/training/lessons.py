@@ -1,0 +1,157 @@
+"""Training one student of a network, with one seed, against the teacher's signals.
+
+Each job is independent of every other: it knows its architecture, its filters and its seed. The
+student's head is used in training and as the start of the final layer; only the feature vector
+leaves the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nonn.core.errors import UserError
+from nonn.core.params import Architecture, Distill, Signals
+from nonn.data.dataset import Dataset
+from nonn.training.augment import View, apply_view, draw_view
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.hardware import mixed_precision, pick_device
+from nonn.training.loop import train
+from nonn.training.losses import attention_loss, kd_loss, transfer_loss
+from nonn.training.networks import Network, whiten
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is to learn: its architecture, and the weight of each term of its loss.
+
+    Attributes
+    ----------
+    architecture : Architecture
+    filters : list of int or None
+        The teacher's filters P_i to imitate through a bridge; None for no bridge.
+    kd_weight : float
+        w: share of the KD term; cross-entropy with the labels has the rest.
+    transfer_weight : float
+        β: weight of the activation transfer.
+    attention_weight : float
+        Weight of attention transfer (a baseline).
+    """
+
+    architecture: Architecture
+    filters: list[int] | None
+    kd_weight: float
+    transfer_weight: float = 0.0
+    attention_weight: float = 0.0
+
+
+class Classroom:
+    """Training images and the teacher's signals, view by view, shared by the students of a job."""
+
+    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals):
+        self.data, self.params = data, params
+        self.images, self.labels = data.split("train")
+        self.signals = signals
+        self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
+        self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
+
+    def view(self, epoch: int) -> tuple[int, View]:
+        """Number and crops of the view an epoch sees: the K views in turn."""
+        number = epoch % self.params.views
+        return number, draw_view(len(self.images), number, self.params.augment, self.params.seed)
+
+    def batch(self, index: Tensor, epoch: int) -> tuple[Tensor, Callable[[str], Tensor]]:
+        """The images `index`, uint8 of shape (B, channels, H, W), as an epoch sees them, and the teacher's say.
+
+        The latter gives a signal of these images, of shape (B, …), by its name.
+        """
+        number, view = self._view(epoch)
+        images = apply_view(self.images, view, index, self.params.augment)
+        return images, lambda name: self.signals[name][number][index]
+
+
+def distill_student(
+    classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
+) -> tuple[Network, pd.DataFrame]:
+    """Train one student.
+
+    The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled
+    activations on the student's filters and T the temperature,
+
+        L = (1−w)·CE(z, y) + w·T²·KL(softmax(z_t/T) ‖ softmax(z/T)) + β·‖f/‖f‖ − t/‖t‖‖².
+
+    Parameters
+    ----------
+    classroom : Classroom
+    lesson : Lesson
+    schedule : Distill
+    seed : int
+        Decides the initial weights and the order of the images.
+    checkpoint : Checkpoint
+    label : str
+        Shown with the progress.
+
+    Returns
+    -------
+    student : Network
+    log : DataFrame
+        One row an epoch.
+
+    Notes
+    -----
+    After the loss of https://arxiv.org/abs/1907.11804, section 4. *Deviations* from the authors'
+    later code, https://github.com/SLDGroup/NoNN_framework: students share no layers, the divergence
+    is a sum over classes, and the last epoch is kept, not the one that is best on test images.
+    """
+    torch.manual_seed(seed)
+    device = pick_device()
+    data = classroom.data
+    n_filters = len(lesson.filters) if lesson.filters else None
+    student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    whiten(student, classroom.images)
+
+    def batch_loss(index: Tensor, epoch: int) -> Tensor:
+        batch, signal = classroom.batch(index, epoch)
+
+        def taught(name: str, columns: list[int] | slice = slice(None)) -> Tensor:
+            return signal(name)[:, columns].to(device).float()
+
+        with mixed_precision(device):
+            maps = student.stage_maps(batch.to(device))
+            features, logits = student.read_out(maps[-1])
+        logits = logits.float()
+        loss = (1 - lesson.kd_weight) * F.cross_entropy(logits, classroom.labels[index].to(device))
+        if lesson.kd_weight:
+            loss = loss + lesson.kd_weight * kd_loss(logits, taught("logits"), schedule.temperature)
+        if lesson.transfer_weight:
+            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught("pooled", lesson.filters))
+        if lesson.attention_weight:
+            # Stages that differ in size cannot be compared; those that both have are.
+            attention = {t.shape[1]: t for t in map(taught, classroom.stages)}
+            shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
+            if not shared:
+                raise UserError(
+                    "params.yaml: the baseline at_kd: no stage of the student has the size of one of the teacher's; "
+                    "set dataset.size to a multiple of 4, or remove at_kd."
+                )
+            loss = loss + lesson.attention_weight * attention_loss(*zip(*shared, strict=True))
+        return loss
+
+    log = train(
+        student,
+        batch_loss,
+        len(classroom.images),
+        schedule,
+        seed=seed,
+        validation=data.split("validation"),
+        checkpoint=checkpoint,
+        device=device,
+        label=label,
+    )
+    return student, log

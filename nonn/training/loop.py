@@ -1,0 +1,113 @@
+"""The training loop that teacher, students and baselines share: deterministic and resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.core.files import write_text
+from nonn.core.params import Schedule
+from nonn.core.progress import track
+from nonn.training.networks import Network, accuracy, predict
+
+if TYPE_CHECKING:
+    from nonn.training.selection import Proxy
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.optim import learning_rate, make_optimizers
+
+#: Columns of a training log.
+LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
+
+
+BatchLoss = Callable[[Tensor, int], Tensor]
+
+
+def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
+    """Order of the images in an epoch, a function of epoch and seed alone: resuming needs no generator state."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(n_images, generator=generator)
+
+
+def train(
+    model: Network,
+    batch_loss: BatchLoss,
+    n_images: int,
+    schedule: Schedule,
+    *,
+    seed: int,
+    validation: tuple[Tensor, Tensor],
+    checkpoint: Checkpoint,
+    device: torch.device,
+    label: str,
+    proxy: Proxy | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place, resuming from `checkpoint` if it exists.
+
+    Parameters
+    ----------
+    model : Network
+    batch_loss : callable
+        ``batch_loss(index, epoch)``: the loss of the training images `index`, int64 of shape (B,).
+    n_images : int
+        Training images; a last batch that is not full is left out of its epoch.
+    schedule : Schedule
+    seed : int
+        Decides the order of the images.
+    validation : (images, labels)
+        Scored after each epoch, for the log only: nothing is selected.
+    checkpoint : Checkpoint
+        Written after each epoch. The caller discards it once the outputs are in place.
+    device : torch.device
+    label : str
+        Shown with the progress.
+    proxy : Proxy, optional
+        That `batch_loss` selects images with: it is on the same schedule and in the same checkpoint.
+
+    Returns
+    -------
+    DataFrame
+        One row an epoch, columns `LOG_COLUMNS`.
+    """
+    trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)
+    optimizers = make_optimizers(model, schedule)
+    every_optimizer = [*optimizers, *(proxy.optimizers if proxy else [])]
+    rows = checkpoint.load(trained, every_optimizer)
+    groups = [group for optimizer in every_optimizer for group in optimizer.param_groups]
+    peaks = [group["lr"] for group in groups]
+    batch_size = min(schedule.batch_size, n_images)
+    steps = n_images // batch_size
+    for epoch in track(range(len(rows), schedule.epochs), label, done=len(rows)):
+        model.train()
+        losses = []
+        for batch, index in enumerate(epoch_order(n_images, epoch, seed).split(batch_size)[:steps]):
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = learning_rate(epoch * steps + batch, schedule.epochs * steps, peak, schedule.warmup)
+            loss = batch_loss(index, epoch)
+            model.zero_grad()
+            loss.backward()
+            for optimizer in optimizers:
+                optimizer.step()
+            losses.append(loss.detach())
+        _, logits = predict(model, validation[0], device)
+        rows.append(
+            [
+                epoch + 1,
+                torch.stack(losses).mean().item(),
+                F.cross_entropy(logits, validation[1]).item(),
+                accuracy(logits, validation[1]),
+            ]
+        )
+        checkpoint.save(trained, every_optimizer, rows)
+    model.cpu()
+    return pd.DataFrame(rows, columns=LOG_COLUMNS).astype({"epoch": int})
+
+
+def write_log(path: Path, log: pd.DataFrame) -> None:
+    """Write a training log as CSV."""
+    write_text(path, log.to_csv(index=False, float_format="%.6g"))

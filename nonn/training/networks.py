@@ -1,0 +1,305 @@
+"""The convolutional networks: one class for teachers and students, four families of them.
+
+A network takes raw ``uint8`` images and normalises them itself, so that no device, stage or
+exported file can normalise them differently. It returns its *feature vector* (the spatial mean of
+its last rectified convolution) and its logits:
+
+    image -> stem -> stages -> [bridge] -> spatial mean -> head
+
+The **bridge** of a student is a 1×1 convolution to as many channels as the filters of the teacher
+it learns to imitate; its feature vector is all that leaves the device. A teacher has no bridge.
+
+A network with ``mirror`` sees each image twice when it is not in training, once as its mirror image,
+and answers with the mean: more accurate, at twice the operations and no further weights.
+
+Families
+--------
+fast
+    Three stages of 3×3 convolutions, each pooled right after its first convolution, in the manner
+    of https://github.com/KellerJordan/cifar10-airbench.
+airbench
+    The same with what makes a short training go far: a first layer that whitens, filters that begin
+    as identities, GELU, batch norm without scales. From depth 3 on, a shortcut passes by all but
+    the first convolution of a stage, as in airbench96. Where it is ``strided``, the first stage
+    skips every second pixel in place of pooling: the largest map of the network is never made.
+wrn
+    Wide ResNets WRN-d-k (https://arxiv.org/abs/1605.07146), the paper's teachers and students.
+resnet
+    The CIFAR ResNets (https://arxiv.org/abs/1512.03385, section 4.2), for importing teachers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.core.params import Architecture
+
+#: Side of the patches that the first layer of family airbench whitens, in pixels.
+WHITENED = 2
+
+
+class Normalize(nn.Module):
+    """``(x - mean) / std`` by channel; `mean` and `std` in units of the raw pixel values, 0 to 255."""
+
+    def __init__(self, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.register_buffer("mean", mean.float().reshape(1, -1, 1, 1))
+        self.register_buffer("std", std.float().reshape(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
+
+
+def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -> list[nn.Module]:
+    """Convolution, optional 2×2 max pooling, batch norm, ReLU: pooling first makes the rest cheaper."""
+    pooling = [nn.MaxPool2d(2)] if pool else []
+    return [
+        convolution(inputs, outputs, kernel),
+        *pooling,
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    width = max(4, architecture.widths[0] // 2)
+    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    for outputs in architecture.widths:
+        layers = rectified(width, outputs, pool=True)
+        for _ in range(architecture.depth - 1):
+            layers += rectified(outputs, outputs)
+        stages.append(nn.Sequential(*layers))
+        width = outputs
+    return stem, stages, width
+
+
+def identity_convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution whose first filters hand on its inputs as they are; the others begin at random."""
+    layer = convolution(inputs, outputs, stride=stride)
+    nn.init.dirac_(layer.weight[: min(inputs, outputs)])
+    return layer
+
+
+def unscaled_norm(channels: int) -> nn.BatchNorm2d:
+    """Batch norm with a bias alone, whose statistics follow a short training closely."""
+    norm = nn.BatchNorm2d(channels, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+class Shortcut(nn.Sequential):
+    """Layers whose input is added to their output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+def airbench_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    width = 2 * channels * WHITENED**2  # each direction of a patch and its opposite
+    # Padded, where airbench's output is a pixel smaller: the stages are as large as a student's.
+    padding, whitening, stages = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, width, WHITENED, bias=False), []
+    whitening.weight.requires_grad_(False)
+    for outputs in architecture.widths:
+        if architecture.strided and not stages:
+            shrinking = [identity_convolution(width, outputs, stride=2)]
+        else:
+            shrinking = [identity_convolution(width, outputs), nn.MaxPool2d(2)]
+        layers, rest = [*shrinking, unscaled_norm(outputs), nn.GELU()], []
+        for _ in range(architecture.depth - 1):
+            rest += [identity_convolution(outputs, outputs), unscaled_norm(outputs), nn.GELU()]
+        layers += rest if architecture.depth < 3 else [Shortcut(*rest[:-1]), rest[-1]]
+        stages.append(nn.Sequential(*layers))
+        width = outputs
+    stages[-1][-1] = nn.ReLU(inplace=True)  # the features that students imitate are rectified
+    return nn.Sequential(padding, whitening, nn.GELU()), stages, width
+
+
+class WideBlock(nn.Module):
+    """Pre-activation residual block of a Wide ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = convolution(inputs, outputs, stride=stride, bias=True)
+        self.conv2 = convolution(outputs, outputs, bias=True)
+        self.shortcut = None
+        if inputs != outputs or stride != 1:
+            self.shortcut = convolution(inputs, outputs, kernel=1, stride=stride, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        skipped = x if self.shortcut is None else self.shortcut(active)
+        return skipped + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+def wrn_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    blocks, width = (architecture.depth - 4) // 6, 16
+    stem, stages = convolution(channels, width, bias=True), []
+    for stride, outputs in ((1, 16), (2, 32), (2, 64)):
+        outputs *= architecture.width
+        stage = [WideBlock(width, outputs, stride)]
+        stage += [WideBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(*stage))
+        width = outputs
+    stages[-1].extend([nn.BatchNorm2d(width), nn.ReLU(inplace=True)])
+    return stem, stages, width
+
+
+class ResidualBlock(nn.Module):
+    """Block of a CIFAR ResNet, with the parameter-free shortcut (option A of the paper)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = convolution(inputs, outputs, stride=stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = convolution(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.stride, self.added = stride, outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride != 1 or self.added:
+            half = self.added // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.added - half))
+        return F.relu(x + y)
+
+
+def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+    blocks, width = (architecture.depth - 2) // 6, 16 * architecture.width
+    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    for stride, factor in ((1, 1), (2, 2), (2, 4)):
+        outputs = 16 * architecture.width * factor
+        stage = [ResidualBlock(width, outputs, stride)]
+        stage += [ResidualBlock(outputs, outputs, 1) for _ in range(blocks - 1)]
+        stages.append(nn.Sequential(*stage))
+        width = outputs
+    return stem, stages, width
+
+
+BODIES = {"fast": fast_body, "airbench": airbench_body, "wrn": wrn_body, "resnet": resnet_body}
+
+
+class Network(nn.Module):
+    """A teacher, a student or a baseline.
+
+    Parameters
+    ----------
+    architecture : Architecture
+    channels : int
+        Channels of the images, 1 or 3.
+    n_classes : int  # C
+    n_filters : int, optional
+        Outputs of the bridge, |P_i| of the paper; None for no bridge.
+    mean, std : Tensor of shape (channels,), optional
+        Of the training images' raw values; needed except when a state dict is loaded.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        channels: int,
+        n_classes: int,
+        n_filters: int | None = None,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+    ):
+        super().__init__()
+        self.normalize = Normalize(
+            torch.zeros(channels) if mean is None else mean, torch.ones(channels) if std is None else std
+        )
+        self.family, self.mirrors = architecture.family, architecture.mirror
+        self.stem, stages, width = BODIES[architecture.family](channels, architecture)
+        self.stages = nn.ModuleList(stages)
+        self.bridge = nn.Sequential(*rectified(width, n_filters, kernel=1)) if n_filters else nn.Identity()
+        self.n_features = n_filters or width
+        self.head = nn.Linear(self.n_features, n_classes)
+
+    def stage_maps(self, images: Tensor) -> list[Tensor]:
+        """Output of each stage, (B, width, height, width) each; `images` uint8 of shape (B, channels, H, W)."""
+        x = self.stem(self.normalize(images))
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def read_out(self, last_map: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature vector (B, n_features) and logits (B, C) from the last stage's output."""
+        features = self.bridge(last_map).mean((2, 3))
+        return features, self.head(features)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = self.read_out(self.stage_maps(images)[-1])
+        if self.mirrors and not self.training:
+            # One after the other, not as a batch: what is alive at once stays as small as for one image.
+            mirrored = self.read_out(self.stage_maps(images.flip(-1))[-1])
+            features, logits = (features + mirrored[0]) / 2, (logits + mirrored[1]) / 2
+        return features, logits
+
+
+@torch.no_grad()
+def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
+    """Set the first layer of family airbench; a network of another family stays as it is.
+
+    Its filters are the eigenvectors of the patches' covariance, divided by the standard deviation in
+    their direction, and their opposites: the outputs have no correlation and about one variance.
+
+    Parameters
+    ----------
+    model : Network, changed in place
+    images : Tensor of shape (N, channels, H, W), uint8
+        Training images, of which at most `n_images` count.
+    eps : float
+        Added to the variances: directions without any are noise.
+    """
+    if model.family != "airbench":
+        return
+    # Evenly spaced: a source may list its images class by class.
+    pixels = model.normalize(images[:: -(-len(images) // n_images)])
+    patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
+    variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
+    filters = (directions / (variances + eps).sqrt()).T
+    weight = model.stem[1].weight
+    weight.copy_(torch.cat([filters, -filters]).view_as(weight))
+
+
+def deployed(model: Network) -> Network:
+    """What a device runs, as a copy: a student with a bridge leaves its training head behind."""
+    model = copy.deepcopy(model)
+    if not isinstance(model.bridge, nn.Identity):
+        model.head = nn.Identity()
+    return model
+
+
+def single_pass(model: Network) -> Network:
+    """A copy that sees each image once, as it is."""
+    model = copy.deepcopy(model)
+    model.mirrors = False
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def predict(
+    model: Network, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
+) -> tuple[Tensor, Tensor]:
+    """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32."""
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in images.split(batch_size)]
+    features, logits = zip(*outputs, strict=True)
+    return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images whose largest logit is their label, 0 to 1."""
+    return (logits.argmax(1) == labels).double().mean().item()

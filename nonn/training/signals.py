@@ -1,0 +1,73 @@
+"""What the teacher says of every training image, computed once.
+
+For K augmented views of each training image, and for the validation images as they are, this
+stage keeps the teacher's logits, the pooled activations of its final convolution, and its attention
+maps. Everything after it trains against these; no training step runs the teacher again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nonn.core.params import Signals
+from nonn.core.progress import track
+from nonn.data.dataset import Dataset
+from nonn.training.augment import apply_view, draw_view
+from nonn.training.hardware import mixed_precision, pick_device
+from nonn.training.losses import attention_map
+from nonn.training.networks import Network
+
+BATCH_SIZE = 500
+
+
+def compute_signals(teacher: Network, data: Dataset, params: Signals) -> dict[str, Tensor]:
+    """Run the teacher over all views of the training images and over the validation images.
+
+    Parameters
+    ----------
+    teacher : Network with F filters in its final convolution
+    data : Dataset of N training and M validation images, C classes
+    params : Signals
+        ``views`` is K.
+
+    Returns
+    -------
+    dict
+        ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>`` (K, N, H·W) of the
+        views; ``validation_logits`` (M, C) and ``validation_pooled`` (M, F). All float16.
+
+    Notes
+    -----
+    The pooled activation of a filter is the spatial mean of the final convolution's output after
+    ReLU, a_i(x) of the paper.
+    """
+    images, _ = data.split("train")
+    views = [draw_view(len(images), view, params.augment, params.seed) for view in range(params.views)]
+    jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(BATCH_SIZE)]
+    batches = []
+    for view, index in track(jobs, "signals"):
+        batches.append(signals_of(teacher, apply_view(images, view, index, params.augment), params.attention))
+    signals = {
+        name: torch.cat([batch[name] for batch in batches]).unflatten(0, (params.views, len(images)))
+        for name in batches[0]
+    }
+    validation, _ = data.split("validation")
+    batches = [signals_of(teacher, batch, attention=False) for batch in validation.split(BATCH_SIZE)]
+    for name in ("logits", "pooled"):
+        signals[f"validation_{name}"] = torch.cat([batch[name] for batch in batches])
+    return signals
+
+
+@torch.inference_mode()
+def signals_of(teacher: Network, images: Tensor, attention: bool) -> dict[str, Tensor]:
+    """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
+    device = pick_device()
+    teacher = teacher.to(device, memory_format=torch.channels_last).eval()
+    with mixed_precision(device):
+        maps = teacher.stage_maps(images.to(device))
+        pooled, logits = teacher.read_out(maps[-1])
+    signals = {"logits": logits, "pooled": pooled}
+    if attention:
+        signals |= {f"attention.{stage}": attention_map(m.float()) for stage, m in enumerate(maps)}
+    return {name: tensor.half().cpu() for name, tensor in signals.items()}
