@@ -16,16 +16,9 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, measure_channels
 from nonn.data.tensors import write_tensors
-from nonn.method import filter_graph as graph
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
-from nonn.stages import assemble as assemble_stage
-from nonn.stages import baseline
-from nonn.stages import design as design_stage
-from nonn.stages import distill as distill_stage
-from nonn.stages import export as export_stage
-from nonn.stages import partition as partition_stage
-from nonn.training import signals, teacher
+from nonn.stages import assemble, baseline, design, distill, export, graph, partition, signals, teacher
 from nonn.training.checkpoint import Checkpoint
 
 # By default an example that takes more than 200 ms fails, as any may on a busy machine.
@@ -128,11 +121,11 @@ def built(tmp_path_factory, params, data) -> Path:
         write_dataset(data, paths)
         for stage in (teacher, signals, graph):
             stage.run(params, paths)
-        design_stage.run(params, paths, "2s")
-        partition_stage.run(params, paths, "2s")
+        design.run(params, paths, "2s")
+        partition.run(params, paths, "2s")
         for student in range(2):
-            distill_stage.run(params, paths, "2s", student, seed=0)
-        assemble_stage.run(params, paths, "2s", seed=0)
+            distill.run(params, paths, "2s", student, seed=0)
+        assemble.run(params, paths, "2s", seed=0)
         for network, method, seeds in params.baseline_jobs():
             for seed in seeds:
                 baseline.run(params, paths, network, method, seed)
@@ -153,7 +146,7 @@ def exported(built, tmp_path_factory, params) -> Path:
     folder, paths = tmp_path_factory.mktemp("exported") / "experiment", Paths(params.experiment)
     shutil.copytree(built, folder)
     with contextlib.chdir(folder):
-        export_stage.run(params, paths, "2s")
+        export.run(params, paths, "2s")
     return folder / paths.export("2s")
 
 

@@ -10,14 +10,14 @@ from onnx import TensorProto, helper, numpy_helper
 from nonn.core.files import write_json
 from nonn.core.params import Architecture
 from nonn.deploy.onnx_files import Logits, export_onnx
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
 def export_untrained(path: Path, channels: int, size: int, n_filters: int | None = None, **architecture) -> None:
     """Export a classifier of ten classes whose batch norms all differ, as after a training."""
     generator = torch.Generator().manual_seed(0)
     mean, std = torch.full((channels,), 100.0), torch.full((channels,), 60.0)
-    network = Network(Architecture(**architecture), channels, 10, n_filters, mean, std)
+    network = ConvNet(Architecture(**architecture), channels, 10, n_filters, mean, std)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor in (module.weight.data, module.running_var):

@@ -13,7 +13,7 @@ from nonn.method.final_layer import FinalLayer, averaged_layer
 from nonn.method.joining import NetworkOfNetworks, fit_layer
 from nonn.method.store import load_network
 from nonn.stages import assemble as assemble_stage
-from nonn.training.networks import Network, predict
+from nonn.training.networks import ConvNet, predict
 
 LENGTHS = [3, 5, 2]
 
@@ -129,7 +129,7 @@ def test_the_network_is_its_students_and_a_linear_layer(data, experiment):
 def test_students_do_not_depend_on_each_other(data):
     torch.manual_seed(0)
     shape = (Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3)
-    students = [Network(*shape, n_filters=n).eval() for n in LENGTHS]
+    students = [ConvNet(*shape, n_filters=n).eval() for n in LENGTHS]
     network = NetworkOfNetworks(students, averaged_layer([student.head for student in students])).eval()
     images = data.images[:5]
     logits = torch.stack([student(images)[1] for student in students])

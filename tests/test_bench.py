@@ -9,7 +9,7 @@ from nonn.commands.bench import DistillTimes, TaughtLive, random_images, time_di
 from nonn.core.params import Architecture
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 from nonn.training.signals import compute_signals
 
 TINY = Architecture(family="fast", widths=[4, 8, 12], depth=1)
@@ -22,9 +22,9 @@ def images():
 
 
 @pytest.fixture
-def teacher(images) -> Network:
+def teacher(images) -> ConvNet:
     torch.manual_seed(1)
-    return Network(TINY, images.channels, images.n_classes, mean=images.mean, std=images.std)
+    return ConvNet(TINY, images.channels, images.n_classes, mean=images.mean, std=images.std)
 
 
 def test_a_teacher_inside_the_step_teaches_what_it_would_have_cached(params, images, teacher, tmp_path):

@@ -65,7 +65,7 @@ def test_items_become_the_arguments_of_a_stage(stage, params):
     items = {None: None, "NETWORK": "2s", "NETWORK/STUDENT": "2s/1", "NETWORK/METHOD": "2s/at_kd"}
     item = items[STAGES[stage][1].removesuffix(" or solo") if STAGES[stage][1] else None]
     arguments = parse_item(stage, item, params) | ({"seed": 0} if stage in SEEDED else {})
-    inspect.signature(importlib.import_module(f"nonn.{stage}").run).bind(params, "paths", **arguments)
+    inspect.signature(importlib.import_module(f"nonn.stages.{stage}").run).bind(params, "paths", **arguments)
 
 
 def test_items_by_hand(params):

@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main
 from nonn.runtime.cluster import Cluster, write_cluster
-from nonn.runtime.coordinate import Network
+from nonn.runtime.coordinate import ServedNetwork
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
 from nonn.runtime.predict import classify
@@ -31,7 +31,7 @@ from nonn.runtime.tls import Identity
 async def network_of(cluster: Cluster, identity: Identity | None = None):
     """Address of a coordinator that serves, and its network."""
     async with Coordinator(cluster) as coordinator:
-        network = Network(coordinator)
+        network = ServedNetwork(coordinator)
         async with serving(network, "127.0.0.1:0", identity, ["application"]) as (port, _):
             yield f"127.0.0.1:{port}", network
 

@@ -5,12 +5,12 @@ import torch
 
 from nonn.core.params import Architecture
 from nonn.deploy.cost import Cost, measure_cost
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
 def test_fast_network_by_hand():
     """An image of 1×8×8, a stem of 4 channels, three stages of 8, a bridge of 5; the head stays behind."""
-    model = Network(Architecture(family="fast", widths=[8, 8, 8], depth=1), 1, 3, n_filters=5)
+    model = ConvNet(Architecture(family="fast", widths=[8, 8, 8], depth=1), 1, 3, n_filters=5)
     # Each output of a convolution is a sum over kernel and input channels; pooling follows it.
     stem = (4 * 8 * 8) * (1 * 9)
     stages = (8 * 8 * 8) * (4 * 9) + (8 * 4 * 4) * (8 * 9) + (8 * 2 * 2) * (8 * 9)
@@ -23,7 +23,7 @@ def test_fast_network_by_hand():
 
 def test_airbench_network_by_hand():
     """An image of 1×8×8, whitened to 8 channels; all its parameters are counted, trained or not."""
-    model = Network(Architecture(family="airbench", widths=[8, 8, 8], depth=1), 1, 3)
+    model = ConvNet(Architecture(family="airbench", widths=[8, 8, 8], depth=1), 1, 3)
     whitening = (8 * 8 * 8) * (1 * 4)
     stages = sum((8 * side * side) * (8 * 9) for side in (8, 4, 2))
     params = 8 * 4 + 3 * (8 * 8 * 9 + 2 * 8) + (8 * 3 + 3)
@@ -33,7 +33,7 @@ def test_airbench_network_by_hand():
 
 def test_strided_network_by_hand():
     """The same, where the first stage computes every second pixel only: a quarter of its operations."""
-    model = Network(Architecture(family="airbench", widths=[8, 8, 8], depth=1, strided=True), 1, 3)
+    model = ConvNet(Architecture(family="airbench", widths=[8, 8, 8], depth=1, strided=True), 1, 3)
     whitening = (8 * 8 * 8) * (1 * 4)
     stages = sum((8 * side * side) * (8 * 9) for side in (4, 4, 2))
     params = 8 * 4 + 3 * (8 * 8 * 9 + 2 * 8) + (8 * 3 + 3)
@@ -44,14 +44,14 @@ def test_strided_network_by_hand():
 def test_the_mirror_image_takes_the_operations_again_but_no_weights():
     plain = Architecture(family="fast", widths=[8, 8, 8], depth=1)
     mirror = plain.model_copy(update={"mirror": True})
-    once, both = (measure_cost(Network(a, 1, 3, n_filters=5), channels=1, size=8) for a in (plain, mirror))
+    once, both = (measure_cost(ConvNet(a, 1, 3, n_filters=5), channels=1, size=8) for a in (plain, mirror))
     # The image has to be kept for the second pass, so it is alive throughout the first.
     assert both == Cost(once.params, 2 * once.macs, once.weight_bytes, once.peak_activation_bytes + 4 * 8 * 8)
 
 
 def test_residual_network_by_hand():
     """ResNet-8 on 1×4×4; while a block computes, its input stays alive for the shortcut."""
-    model = Network(Architecture(family="resnet", depth=8), 1, 3)
+    model = ConvNet(Architecture(family="resnet", depth=8), 1, 3)
     macs = (
         (16 * 16) * 9
         + 2 * (16 * 16) * (16 * 9)
@@ -73,7 +73,7 @@ def test_residual_network_by_hand():
 
 def test_a_shortcut_convolution_counts():
     """WRN-10-1 on 1×4×4: strided blocks have a 1×1 convolution in their shortcut, all have biases."""
-    cost = measure_cost(Network(Architecture(family="wrn", depth=10, width=1), 1, 3), channels=1, size=4)
+    cost = measure_cost(ConvNet(Architecture(family="wrn", depth=10, width=1), 1, 3), channels=1, size=4)
     assert cost.macs == (
         (16 * 16) * 9
         + 2 * (16 * 16) * (16 * 9)
@@ -85,7 +85,7 @@ def test_a_shortcut_convolution_counts():
 
 @pytest.mark.parametrize("n_filters", [None, 5])
 def test_measuring_leaves_the_model_alone(n_filters):
-    model = Network(Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3, n_filters).train()
+    model = ConvNet(Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3, n_filters).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     measure_cost(model, channels=1, size=28)
     after = model.state_dict()
@@ -98,7 +98,7 @@ def test_measuring_leaves_the_model_alone(n_filters):
     "family", [{"family": "fast", "widths": [4, 8, 12], "depth": 2}, {"family": "wrn", "depth": 10}]
 )
 def test_bytes_follow_the_precision_and_nothing_else_does(family):
-    model = Network(Architecture(**family), 3, 10, n_filters=7)
+    model = ConvNet(Architecture(**family), 3, 10, n_filters=7)
     one, four = (measure_cost(model, 3, 32, bytes_per_value) for bytes_per_value in (1, 4))
     assert (four.params, four.macs) == (one.params, one.macs)
     assert four.weight_bytes == 4 * one.params

@@ -14,7 +14,7 @@ from nonn.deploy.cost import measure_cost
 from nonn.method.sizing import apportion, combined_budget, design_network, design_student, family
 from nonn.method.store import load_design
 from nonn.stages import design as design_stage
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, bytes_per_value=4)
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, bytes_per_value=4)
@@ -26,7 +26,7 @@ def all_students(grid: Design, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
     architectures = [architecture for depth in grid.depths for architecture in family(grid, depth)]
     return [
-        (a, measure_cost(Network(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.bytes_per_value))
+        (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.bytes_per_value))
         for a in architectures
     ]
 
@@ -163,7 +163,7 @@ def test_every_baseline_has_its_budget():
 
 
 def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
-    smallest = Network(family(FAST, 1)[0], INFO["channels"], len(INFO["classes"]), 5)
+    smallest = ConvNet(family(FAST, 1)[0], INFO["channels"], len(INFO["classes"]), 5)
     needed = measure_cost(smallest, INFO["channels"], INFO["size"])
     devices = [Device(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
@@ -195,7 +195,7 @@ def test_the_stage_writes_what_fits(params, experiment):
     for position, device in enumerate(devices):
         ((architecture, n_filters),) = load_design(experiment.design("2s", position))
         assert n_filters == read_json(experiment.sizes("2s"))["sizes"][position]
-        assert measure_cost(Network(architecture, 1, 3, n_filters), 1, 28).fits(device.memory_kib, device.mmacs)
+        assert measure_cost(ConvNet(architecture, 1, 3, n_filters), 1, 28).fits(device.memory_kib, device.mmacs)
 
 
 def test_a_budget_that_changes_nothing_leaves_the_bytes_alone(params, experiment):
@@ -222,7 +222,7 @@ def test_the_shipped_grid_is_monotone(experiment):
     """The search halves the widths of a depth again and again, so a wider student must cost more in every respect."""
     grid = load_params(REPOSITORY / experiment).design.model_copy(update={"max_width": 20})
     for depth in grid.depths:
-        costs = [measure_cost(Network(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]
+        costs = [measure_cost(ConvNet(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]
         for narrow, wide in itertools.pairwise(costs):
             assert wide.params > narrow.params
             assert wide.macs > narrow.macs

@@ -16,8 +16,8 @@ from nonn.method.store import load_baseline, load_signals
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
-from nonn.training import lessons as distill
-from nonn.training import loop as training
+from nonn.training.loop import lessons as distill
+from nonn.training.loop import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student

@@ -27,9 +27,9 @@ from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_layouts, solo_layouts
 from nonn.testbed import composed, distributed, layouts
 from nonn.testbed.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
+from nonn.testbed.deployments import Deployment, as_network
 from nonn.testbed.distributed import LOOPBACK, compose_all, framing_of, measure_live
-from nonn.testbed.emulation import Counters, Network, missing_privileges
-from nonn.testbed.layouts import Layout, as_network
+from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges
 from nonn.testbed.trial import Measured
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -233,8 +233,8 @@ class PaperBed:
         return {"overhead_ms": 0.5, "ideal_ms": 3.5, "ideal_over_total": 0.875}
 
 
-def layout(method: str, load: Load) -> Layout:
-    return Layout(method, None, method != "nonn", load, 0.001)
+def layout(method: str, load: Load) -> Deployment:
+    return Deployment(method, None, method != "nonn", load, 0.001)
 
 
 HEAVY = replace(LOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
@@ -242,7 +242,9 @@ HEAVY = replace(LOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
 
 def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
     monkeypatch.setattr(distributed, "missing_privileges", lambda: None)
-    monkeypatch.setattr(distributed, "emulated_network", lambda hosts, link: nullcontext(Network(tuple(hosts), link)))
+    monkeypatch.setattr(
+        distributed, "emulated_network", lambda hosts, link: nullcontext(EmulatedNetwork(tuple(hosts), link))
+    )
     links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
     bed = PaperBed()
     live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], bed, links)
@@ -279,7 +281,7 @@ def test_without_emulation_everything_runs_on_loopback(section, monkeypatch, cap
 
 
 def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_path, monkeypatch):
-    bed = distributed.Bed(tmp_path, section, (1, 4, 4))
+    bed = distributed.TrialBed(tmp_path, section, (1, 4, 4))
     sizes = []
 
     def echo(*_, request_bytes, response_bytes):
@@ -287,7 +289,7 @@ def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_
         return Measured(np.array([1.0, 2.0]), 0, {})
 
     monkeypatch.setattr(bed, "measure", echo)
-    network, nonn = Network((COORDINATOR, "host-0", "host-1")), layout("nonn", LOAD)
+    network, nonn = EmulatedNetwork((COORDINATOR, "host-0", "host-1")), layout("nonn", LOAD)
     row = bed.overhead(nonn, network, counted([50.0, 70.0], absent=0), broadcast=True)
     # The slowest device's 40 ms of computing, and an echo of 1.5 ms.
     assert row == {"ideal_ms": 41.5, "overhead_ms": 18.5, "ideal_over_total": pytest.approx(41.5 / 60)}

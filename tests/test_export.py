@@ -32,7 +32,7 @@ from nonn.runtime import predict as prediction
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
 from nonn.stages.export import solo_models
-from nonn.training.networks import Network, predict, single_pass, whiten
+from nonn.training.networks import ConvNet, predict, single_pass, whiten
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_joined_layer_has_the_sum_of_the_biases(network):
 def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
     torch.manual_seed(0)
     architecture = Architecture(family="airbench", widths=[8, 16, 16], depth=2)
-    teacher = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    teacher = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     whiten(teacher, data.images)
     teacher.train()(data.images)  # statistics for the batch norms
     images, _ = data.split("test")
@@ -139,7 +139,7 @@ def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
 def test_a_model_that_sees_the_mirror_image_too_is_also_exported_as_a_single_pass(data, tmp_path):
     torch.manual_seed(0)
     architecture = Architecture(family="fast", widths=[4, 8, 8], depth=1, mirror=True)
-    model = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
+    model = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
     manifest = export_solo({"total": model}, data, tmp_path, bytes_per_value=4)["total"]  # compares with torch
     images = data.split("test")[0][:5]
     once = run_onnx(tmp_path / manifest["students"][0]["single_pass"], images.numpy())

@@ -21,16 +21,16 @@ from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
-from nonn.report import accuracy_plots, graph_plots, plots
-from nonn.report import methods as figures
-from nonn.report import missing as missing_tables
-from nonn.report import summary as report
+from nonn.report.summary import accuracy_plots, graph_plots, plots
+from nonn.report.summary import methods as figures
+from nonn.report.summary import missing as missing_tables
+from nonn.report.summary import summary as report
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 from nonn.stages import graph as graph_stage
 from nonn.stages import partition as partition_stage
 from nonn.training.loop import LOG_COLUMNS, write_log
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
 N_CLASSES = 10
@@ -151,7 +151,7 @@ def write_evaluation(params, paths, n_test, generator):
 
 
 def write_benchmarks(params, paths):
-    teacher = measure_cost(Network(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
+    teacher = measure_cost(ConvNet(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
     write_json(paths.teacher_info, {"cost": vars(teacher)})
     for network, devices in params.networks.items():
         models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(devices))}
@@ -249,12 +249,11 @@ def test_no_format_tells_the_time(file_format, tmp_path, monkeypatch):
     assert draw(file_format) == before
 
 
-def test_style_is_that_of_params_whatever_the_users_settings(tmp_path, monkeypatch):
+def test_style_is_ours_whatever_the_users_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    plain = draw("default", "png")
-    assert draw("dark_background", "png") != plain
+    plain = draw("png")
     with matplotlib.rc_context({"font.size": 20}):
-        assert draw("default", "png") == plain
+        assert draw("png") == plain
 
 
 def test_summary_has_one_row_a_method_and_network(inside):

@@ -113,7 +113,7 @@ def test_remove_takes_files_folders_links_and_nothing():
 #: Dies in the middle of writing a folder, too suddenly to tidy up.
 KILLED = """
 import os, pathlib, signal
-from nonn.files import replacing, write_text
+from nonn.core.files import replacing, write_text
 with replacing(pathlib.Path("results/a")) as temporary:
     write_text(temporary / "half.txt", "half")
     os.kill(os.getpid(), signal.SIGKILL)

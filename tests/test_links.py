@@ -22,7 +22,7 @@ from nonn.core.files import read_json
 from nonn.core.links import PRESETS, Link, datagram_bytes, round_trip, tcp_goodput
 from nonn.runtime.cluster import local_cluster, write_cluster
 from nonn.testbed.echo import measure_round_trips, measure_throughput
-from nonn.testbed.emulation import DEVICE, Counters, Network, emulated_network, missing_privileges
+from nonn.testbed.emulation import DEVICE, Counters, EmulatedNetwork, emulated_network, missing_privileges
 from nonn.testbed.relay import Switch
 
 MISSING = missing_privileges()
@@ -310,7 +310,8 @@ def test_nothing_is_left_after_an_error():
 def test_nothing_is_left_when_the_owner_is_ended(number):
     code = """
 import time
-from nonn.runtime.links import Link, emulated_network
+from nonn.core.links import Link
+from nonn.testbed.emulation import emulated_network
 with emulated_network(["a", "b"], Link(1e6)) as network:
     print("ready", flush=True)
     time.sleep(60)
@@ -351,7 +352,7 @@ def test_without_the_means_it_is_loopback():
     assert "ip and nsenter not found; install iproute2" in missing_privileges()
     with pytest.raises(UserError, match="links cannot be emulated here"), emulated_network(["a"], Link(1e6)):
         pass
-    network = Network(("a", "b"))
+    network = EmulatedNetwork(("a", "b"))
     assert not network.is_emulated
     assert network.prefix("a") == []
     assert network.counters() == {}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nonn.core.params import Architecture
-from nonn.training.networks import Network, accuracy, count_parameters, deployed, predict, single_pass, whiten
+from nonn.training.networks import ConvNet, accuracy, count_parameters, deployed, predict, single_pass, whiten
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
 WRN = Architecture(family="wrn", depth=10, width=1)
@@ -27,10 +27,10 @@ def random_images(n_images: int, channels: int, size: int) -> torch.Tensor:
     return torch.randint(0, 256, (n_images, channels, size, size), generator=generator, dtype=torch.uint8)
 
 
-def make_network(architecture: Architecture, channels: int = 1, n_filters: int | None = None) -> Network:
+def make_network(architecture: Architecture, channels: int = 1, n_filters: int | None = None) -> ConvNet:
     torch.manual_seed(0)
     mean, std = torch.full((channels,), 120.0), torch.full((channels,), 60.0)
-    return Network(architecture, channels, 3, n_filters, mean=mean, std=std)
+    return ConvNet(architecture, channels, 3, n_filters, mean=mean, std=std)
 
 
 def test_wrn_16_2_layer_by_layer():
@@ -49,13 +49,13 @@ def test_wrn_16_2_layer_by_layer():
     stages = block(16, 32) + block(32, 32) + block(32, 64) + block(64, 64) + block(64, 128) + block(128, 128)
     expected = stem + stages + norm(128) + 128 * 10 + 10
     assert expected == 692_810
-    assert count_parameters(Network(Architecture(family="wrn", depth=16, width=2), 3, 10)) == expected
+    assert count_parameters(ConvNet(Architecture(family="wrn", depth=16, width=2), 3, 10)) == expected
 
 
 def test_wrn_40_4_and_resnet_20_have_the_published_sizes():
-    assert count_parameters(Network(Architecture(family="wrn", depth=40, width=4), 3, 10)) == 8_955_050
+    assert count_parameters(ConvNet(Architecture(family="wrn", depth=40, width=4), 3, 10)) == 8_955_050
     # 0.27 million in the paper; 269,722 without parameters in the shortcuts.
-    assert count_parameters(Network(Architecture(family="resnet", depth=20), 3, 10)) == 269_722
+    assert count_parameters(ConvNet(Architecture(family="resnet", depth=20), 3, 10)) == 269_722
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,16 +111,16 @@ def test_raw_pixels_are_normalised_inside():
     images = random_images(4, 3, 28)
     mean, std = torch.tensor([100.0, 120.0, 140.0]), torch.tensor([50.0, 60.0, 70.0])
     torch.manual_seed(0)
-    model = Network(FAST, 3, 3, mean=mean, std=std).eval()
+    model = ConvNet(FAST, 3, 3, mean=mean, std=std).eval()
     torch.manual_seed(0)
-    plain = Network(FAST, 3, 3).eval()
+    plain = ConvNet(FAST, 3, 3).eval()
     manual = torch.stack([(images[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)
     assert not torch.equal(model(images)[1], plain(images)[1])
     torch.testing.assert_close(model(images)[1], plain(manual)[1])
 
 
 def test_mean_and_std_travel_with_the_weights():
-    model, other = make_network(FAST), Network(FAST, 1, 3)
+    model, other = make_network(FAST), ConvNet(FAST, 1, 3)
     other.load_state_dict(model.state_dict())
     images = random_images(2, 1, 28)
     assert torch.equal(predict(model, images)[1], predict(other, images)[1])

@@ -14,7 +14,7 @@ from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
 from nonn.deploy.onnx_files import write_classifier, write_student
 from nonn.runtime.session import open_session, run_onnx
-from nonn.training.networks import Network, predict, whiten
+from nonn.training.networks import ConvNet, predict, whiten
 
 ARCHITECTURES = [
     Architecture(family="airbench", widths=[8, 12, 16], depth=2, mirror=True, strided=True),
@@ -29,7 +29,7 @@ NAMES = [f"{a.family}-{a.depth}" for a in ARCHITECTURES]
 def make_student(architecture, data, n_filters=6):
     """A student whose batch norms are not what they begin as: statistics, scales of both signs, biases."""
     torch.manual_seed(0)
-    student = Network(architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    student = ConvNet(architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
     whiten(student, data.images)
     for norm in (module for module in student.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.bias, -0.3, 0.3)

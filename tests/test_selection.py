@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nonn.core.params import Architecture, Muon, Schedule
-from nonn.training.networks import Network
+from nonn.core.params import Architecture, MuonParams, Schedule
+from nonn.training.networks import ConvNet
 from nonn.training.selection import LEARNS_EVERY, Proxy
 
 SCHEDULE = Schedule(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0)
@@ -15,7 +15,7 @@ SCHEDULE = Schedule(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0
 
 def make_proxy(keep: float = 0.5, schedule: Schedule = SCHEDULE) -> Proxy:
     torch.manual_seed(0)
-    network = Network(Architecture(family="fast", widths=[4, 8, 8], depth=1), 1, 3, std=torch.full((1,), 60.0))
+    network = ConvNet(Architecture(family="fast", widths=[4, 8, 8], depth=1), 1, 3, std=torch.full((1,), 60.0))
     return Proxy(network, schedule, keep, label_smoothing=0.1)
 
 
@@ -44,7 +44,7 @@ def test_the_images_of_the_largest_losses_are_kept_in_order(batch, keep, n_kept)
     assert not others or losses[hardest].min() > losses[others].max()
 
 
-@pytest.mark.parametrize("muon", [None, Muon(lr=0.1, momentum=0.6)])
+@pytest.mark.parametrize("muon", [None, MuonParams(lr=0.1, momentum=0.6)])
 def test_it_learns_from_every_fourth_batch_what_it_selected(batch, muon):
     images, labels = batch
     proxy = make_proxy(schedule=SCHEDULE.model_copy(update={"muon": muon}))

@@ -22,7 +22,7 @@ from nonn.runtime.protocol import SAMPLE, Contract, make_request, read_response
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serving
 from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
-from nonn.split.node import Device
+from nonn.split.node import SplitDevice
 from nonn.split.planner import plan_split
 from nonn.testbed.bed import announced_address
 
@@ -235,7 +235,7 @@ def test_devices_of_a_split_network_answer_numbers_too(sensor, folder):
     write_tiny(folder / "model.onnx")
     plan = plan_split(folder / "model.onnx", 2, "channels")
     plan.save(folder / "plan")
-    np.testing.assert_array_equal(Device(folder / "plan/0", sensor).contract.sensor, IMAGES)
+    np.testing.assert_array_equal(SplitDevice(folder / "plan/0", sensor).contract.sensor, IMAGES)
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     async def scenario():

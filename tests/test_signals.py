@@ -6,19 +6,19 @@ import torch
 from nonn.core.params import Architecture
 from nonn.data.tensors import read_tensors
 from nonn.stages import signals as signals_stage
-from nonn.training import signals
+from nonn.training.loop import signals
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision
 from nonn.training.losses import attention_map
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 from nonn.training.signals import compute_signals
 
 
 @pytest.fixture(scope="module")
-def model(data) -> Network:
+def model(data) -> ConvNet:
     torch.manual_seed(0)
     architecture = Architecture(family="fast", widths=[4, 8, 12], depth=1)
-    return Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
+    return ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from nonn.runtime.tls import Identity
 from nonn.split import coordinator as split_cluster
 from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
 from nonn.split.exchange import EXCHANGE, Exchange
-from nonn.split.node import Device, devices_at, serving
+from nonn.split.node import SplitDevice, devices_at, serving
 from nonn.split.planner import plan_split
 
 METHODS = ("channels", "rows")
@@ -84,7 +84,7 @@ async def served(plan, folder, certificates=None, absent=()):
         for node in devices_at(addresses):
             if node.name not in absent:
                 identity = Identity.of(node.name, certificates) if certificates else None
-                device = Device(folder / "plan" / node.model)
+                device = SplitDevice(folder / "plan" / node.model)
                 _, services[node.name] = await stack.enter_async_context(serving(device, addresses, identity))
         if not absent:
             async with asyncio.timeout(20):
@@ -243,7 +243,7 @@ def test_a_part_that_does_not_fit_together_is_refused(tiny, folder):
     wrong = plan.parts[0].model_copy(update={"columns": (0, 5)})
     dataclasses.replace(plan, parts=[wrong, plan.parts[1]]).save(folder / "plan")
     with pytest.raises(UserError, match=r"plan/0: its segments do not run \(its features are not 5\)"):
-        Device(folder / "plan" / "0")
+        SplitDevice(folder / "plan" / "0")
 
 
 # Failures

@@ -14,15 +14,15 @@ from PIL import Image
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, sha256_of
-from nonn.core.params import Architecture, Muon, Normalization, Selection
+from nonn.core.params import Architecture, MuonParams, Normalization, Selection
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.method.store import load_teacher
 from nonn.stages import teacher as teacher_stage
-from nonn.training import teacher
+from nonn.training.loop import teacher
 from nonn.training.augment import draw_view
 from nonn.training.loop import LOG_COLUMNS
-from nonn.training.networks import Network, predict, whiten
+from nonn.training.networks import ConvNet, predict, whiten
 from nonn.training.teacher import import_teacher, train_teacher
 
 RESNET_20 = Architecture(family="resnet", depth=20)
@@ -36,15 +36,15 @@ def colour() -> Dataset:
     return make_dataset(channels=3, size=32)
 
 
-def make_resnet(architecture: Architecture, n_classes: int = 3) -> Network:
+def make_resnet(architecture: Architecture, n_classes: int = 3) -> ConvNet:
     """Random weights, and batch norms that have seen images."""
     torch.manual_seed(0)
-    model = Network(architecture, 3, n_classes)
+    model = ConvNet(architecture, 3, n_classes)
     model.train()(torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8))
     return model.eval()
 
 
-def public_weights(model: Network) -> dict:
+def public_weights(model: ConvNet) -> dict:
     """The same weights, named as public CIFAR ResNets of 2018 that were saved from several GPUs."""
     names = {"stem.0": "conv1", "stem.1": "bn1", "head": "linear"} | {f"stages.{i}": f"layer{i + 1}" for i in range(3)}
     weights = {}
@@ -85,7 +85,7 @@ SMALL = Architecture(family="airbench", widths=[4, 8, 8], depth=2)
 def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder, monkeypatch, depth, selection):
     """Family airbench by Muon: killed in the middle of its schedule, it ends in the same weights."""
     architecture = Architecture(family="airbench", widths=[8, 16, 32], depth=depth)
-    changes = {"architecture": architecture, "muon": Muon(lr=0.1, momentum=0.6), "selection": selection}
+    changes = {"architecture": architecture, "muon": MuonParams(lr=0.1, momentum=0.6), "selection": selection}
     section = params.teacher.model_copy(update=changes)
     whole, log = train_teacher(data, section, teacher.Checkpoint(folder / "whole"))
     assert log["validation_accuracy"].iloc[-1] > 0.9
@@ -112,7 +112,7 @@ def test_the_whitened_layer_comes_from_training_images_and_stays(params, data, c
     architecture = Architecture(family="airbench", widths=[4, 8, 8], depth=1)
     section = params.teacher.model_copy(update={"architecture": architecture, "epochs": 2})
     model, _ = train_teacher(data, section, checkpoint)
-    expected = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    expected = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     whiten(expected, data.split("train")[0])
     assert torch.equal(model.stem[1].weight, expected.stem[1].weight)
 

@@ -10,17 +10,17 @@ from conftest import REPOSITORY
 from ruamel.yaml import YAML
 
 from nonn.core.files import STATE
-from nonn.core.params import Architecture, Muon, Schedule
+from nonn.core.params import Architecture, MuonParams, Schedule
 from nonn.stages import baseline
-from nonn.training import lessons as distill
-from nonn.training import teacher
+from nonn.training.loop import lessons as distill
+from nonn.training.loop import teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.loop import LOG_COLUMNS, epoch_order, train, write_log
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 from nonn.training.optim import learning_rate, make_optimizers
 
 SCHEDULE = Schedule(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0.25)
-WITH_MUON = SCHEDULE.model_copy(update={"muon": Muon(lr=0.1, momentum=0.6)})
+WITH_MUON = SCHEDULE.model_copy(update={"muon": MuonParams(lr=0.1, momentum=0.6)})
 CPU = torch.device("cpu")
 
 
@@ -28,9 +28,9 @@ class KilledError(Exception):
     pass
 
 
-def make_network(data) -> Network:
+def make_network(data) -> ConvNet:
     torch.manual_seed(0)
-    return Network(
+    return ConvNet(
         Architecture(family="fast", widths=[4, 8, 12], depth=1), data.channels, 3, mean=data.mean, std=data.std
     )
 

@@ -15,8 +15,8 @@ from nonn.core.links import Link
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
 from nonn.testbed.composed import link_seconds
-from nonn.testbed.emulation import Network, emulated_network, missing_privileges
-from nonn.testbed.layouts import as_network
+from nonn.testbed.deployments import as_network
+from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
 from nonn.testbed.trial import PORT, Trial, measure
 from nonn.testbed.volley import echoing
 
@@ -49,7 +49,7 @@ def trial(network_folder, certificates, sensor) -> Trial:
     )
 
 
-LOOPBACK = Network((COORDINATOR, "host-0", "host-1", "host-2"))
+LOOPBACK = EmulatedNetwork((COORDINATOR, "host-0", "host-1", "host-2"))
 
 
 def changed(trial: Trial, **changes) -> Trial:

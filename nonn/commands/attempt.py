@@ -30,8 +30,8 @@ from nonn.method import sizing as design
 from nonn.method.final_layer import averaged_layer
 from nonn.method.store import load_baseline, load_students
 from nonn.stages import baseline
-from nonn.training import lessons as distill
-from nonn.training.networks import Network, accuracy, predict
+from nonn.training.loop import lessons as distill
+from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Of the table of attempts. `validation_loss` is the cross-entropy of the averaged logits.
 COLUMNS = (
@@ -81,7 +81,7 @@ class AttemptPaths(Paths):
         return Paths(self.experiment).signals
 
 
-def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[Network]:
+def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvNet]:
     """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``.
 
     Raises
@@ -106,7 +106,7 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[Netwo
     return load_students(params, paths, data, network, seed)[0]
 
 
-def score(students: Sequence[Network], paths: Paths) -> dict[str, Any]:
+def score(students: Sequence[ConvNet], paths: Paths) -> dict[str, Any]:
     """What the students cost, and how right their averaged logits are on the validation images, in float32."""
     data = load_dataset(paths)
     images, labels = data.split("validation")

@@ -20,7 +20,7 @@ from nonn.method.filter_graph import activation_hub_graph, naive_activation_hub_
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory, pick_device
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 from nonn.training.signals import compute_signals, signals_of
 
 REPEATS = 3
@@ -74,7 +74,7 @@ def bench_graph() -> None:
 class TaughtLive(Classroom):
     """A classroom in which the teacher looks at every batch itself, as in the authors' code; nothing is cached."""
 
-    def __init__(self, data: Dataset, teacher: Network, params: Signals):
+    def __init__(self, data: Dataset, teacher: ConvNet, params: Signals):
         super().__init__(data, {}, params)
         self.teacher = teacher
 
@@ -119,7 +119,7 @@ def random_images(n_train: int, n_validation: int, size: int = 32, n_classes: in
 
 
 def time_distill(
-    teacher: Network, lesson: Lesson, data: Dataset, schedule: Distill, signals: Signals, repeats: int = REPEATS
+    teacher: ConvNet, lesson: Lesson, data: Dataset, schedule: Distill, signals: Signals, repeats: int = REPEATS
 ) -> DistillTimes:
     """Time the stage's own training of one student, with cached signals and with the teacher inside.
 
@@ -154,7 +154,7 @@ def bench_distill() -> None:
     keep_freed_memory()
     data = random_images(BATCHES * schedule.batch_size, n_validation=schedule.batch_size)
     cost = measure_cost(
-        Network(STUDENT.architecture, data.channels, data.n_classes, len(STUDENT.filters)), data.channels, data.size
+        ConvNet(STUDENT.architecture, data.channels, data.n_classes, len(STUDENT.filters)), data.channels, data.size
     )
     system = describe_system()
     print(
@@ -163,7 +163,7 @@ def bench_distill() -> None:
     )
     for name, architecture in TEACHERS.items():
         torch.manual_seed(0)
-        teacher = Network(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+        teacher = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
         times = time_distill(teacher, STUDENT, data, schedule, params.signals)
         epochs = times.epochs_to_pay(views)
         print(

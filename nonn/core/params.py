@@ -55,7 +55,7 @@ class Ensemble(Section):
     seeds: list[Seed]
 
 
-class Dataset(Section):
+class DatasetParams(Section):
     source: str
     sha256: Sha256 | None = None
     size: Annotated[int, Field(ge=28, le=512)]
@@ -64,7 +64,7 @@ class Dataset(Section):
     seed: Seed
 
     @model_validator(mode="after")
-    def _leaves_training_images(self) -> Dataset:
+    def _leaves_training_images(self) -> DatasetParams:
         if self.validation + self.test >= 1:
             raise ValueError("validation and test together leave no training images; lower one of them")
         return self
@@ -77,7 +77,7 @@ class Augment(Section):
 
 
 #: Left out of files where it is false, its value before there was such a key.
-Switch = Annotated[bool, Field(exclude_if=lambda on: not on)]
+Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
 
 
 class Architecture(Section):
@@ -87,8 +87,8 @@ class Architecture(Section):
     widths: list[Count] = Field(default=[])
     depth: Count
     width: Count = 1
-    mirror: Switch = False
-    strided: Switch = False
+    mirror: Flag = False
+    strided: Flag = False
 
     @property
     def name(self) -> str:
@@ -123,7 +123,7 @@ class Architecture(Section):
         return self
 
 
-class Muon(Section):
+class MuonParams(Section):
     """Of the filters of convolutions: see `nonn.training.optim`."""
 
     lr: Positive
@@ -139,7 +139,7 @@ class Schedule(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegative
     warmup: Fraction
-    muon: Muon | None = None
+    muon: MuonParams | None = None
 
 
 class Normalization(Section):
@@ -182,12 +182,12 @@ class Signals(Section):
     seed: Seed
 
 
-class Graph(Section):
+class GraphParams(Section):
     rule: Literal["activation_hubs", "coactivation"]
     top_k: Annotated[int, Field(ge=2)] | None
 
 
-class Partition(Section):
+class PartitionParams(Section):
     method: Literal["communities", "contiguous", "classwise", "random"]
     seed: Seed
 
@@ -199,8 +199,8 @@ class Design(Section):
     max_width: Count
     step: Count
     widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
-    mirror: Switch = False
-    strided: Switch = False
+    mirror: Flag = False
+    strided: Flag = False
     bytes_per_value: Literal[1, 4]
 
     @model_validator(mode="after")
@@ -297,11 +297,11 @@ class Params(Section):
     baselines_once: list[str]
     ensemble: Ensemble
     devices: dict[Name, Device]
-    dataset: Dataset
+    dataset: DatasetParams
     teacher: Teacher
     signals: Signals
-    graph: Graph
-    partition: Partition
+    graph: GraphParams
+    partition: PartitionParams
     design: Design
     distill: Distill
     baseline: Baseline

@@ -180,7 +180,7 @@ def _load_files(path: Path, size: int, expected: str | None) -> RawImages:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class FolderLayout:
     """Names of the images of a folder or archive, ordered by split, class and name; what each is."""
 
     names: list[str]
@@ -189,7 +189,7 @@ class Layout:
     is_test: np.ndarray | None  # (N,), bool
 
 
-def read_layout(names: Iterable[str], path: Path) -> Layout:
+def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     """Find the images, classes and splits among the names of a folder or archive.
 
     Parameters
@@ -249,7 +249,7 @@ def read_layout(names: Iterable[str], path: Path) -> Layout:
 
     images.sort(key=lambda parts: (in_test(parts), parts))
     position = {name: label for label, name in enumerate(classes)}
-    return Layout(
+    return FolderLayout(
         names=[files[parts] for parts in images],
         labels=np.array([position[parts[-2]] for parts in images], np.int64),
         classes=tuple(classes),

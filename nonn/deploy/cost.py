@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nonn.deploy.int8 import weight_bytes
-from nonn.training.networks import Network, count_parameters, deployed
+from nonn.training.networks import ConvNet, count_parameters, deployed
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
 IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)
@@ -45,7 +45,7 @@ class Cost:
         return self.memory_bytes <= memory_kib * 1024 and self.macs <= mmacs * 1e6
 
 
-def measure_cost(model: Network, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
+def measure_cost(model: ConvNet, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
     """Count the cost of one image of shape (channels, size, size), in float32 or, with 1 byte a value, in int8.
 
     The model stays as it is.

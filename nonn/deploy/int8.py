@@ -23,7 +23,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nonn.core.errors import UserError
 from nonn.data.dataset import Dataset
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 #: Training images that activations are calibrated on, evenly spaced: a source may list its images class by class.
 CALIBRATION_IMAGES = 256
@@ -34,7 +34,7 @@ TOLERANCE = 0.25
 QUANTISED = ("Conv", "MaxPool")
 
 
-def fold_norms(model: Network) -> Network:
+def fold_norms(model: ConvNet) -> ConvNet:
     """A copy for inference, each batch norm folded into the convolution before it, where there is one.
 
     A max pooling in between does no harm if all scales are positive, as the largest value stays the largest.
@@ -131,7 +131,7 @@ def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
         )
 
 
-def weight_bytes(model: Network) -> int:
+def weight_bytes(model: ConvNet) -> int:
     """Bytes of an int8 model's weights.
 
     A byte for each weight of a convolution, and for each of its filters a 32-bit bias and a 32-bit scale; all

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nonn.data.dataset import Dataset
 from nonn.deploy.int8 import calibration_images, fold_norms, quantise
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 OPSET = 18
 
@@ -21,7 +21,7 @@ OPSET = 18
 class Features(nn.Module):
     """What a device runs: the student without its training head."""
 
-    def __init__(self, student: Network):
+    def __init__(self, student: ConvNet):
         super().__init__()
         self.student = student
 
@@ -32,7 +32,7 @@ class Features(nn.Module):
 class Logits(nn.Module):
     """A model that classifies alone."""
 
-    def __init__(self, model: Network):
+    def __init__(self, model: ConvNet):
         super().__init__()
         self.model = model
 
@@ -80,18 +80,18 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def write_student(student: Network, data: Dataset, path: Path, bytes_per_value: int) -> None:
+def write_student(student: ConvNet, data: Dataset, path: Path, bytes_per_value: int) -> None:
     """Write what the device of a student runs; with 1 byte a value in int8."""
     _write(Features, "features", student, data, path, bytes_per_value)
 
 
-def write_classifier(model: Network, data: Dataset, path: Path, bytes_per_value: int) -> None:
+def write_classifier(model: ConvNet, data: Dataset, path: Path, bytes_per_value: int) -> None:
     """Write a model that classifies alone; with 1 byte a value in int8."""
     _write(Logits, "logits", model, data, path, bytes_per_value)
 
 
 def _write(
-    kind: type[nn.Module], output_name: str, model: Network, data: Dataset, path: Path, bytes_per_value: int
+    kind: type[nn.Module], output_name: str, model: ConvNet, data: Dataset, path: Path, bytes_per_value: int
 ) -> None:
     example = data.images[:1]
     if bytes_per_value == 4:
@@ -101,7 +101,7 @@ def _write(
         quantise(path, calibration_images(data))
 
 
-def student_content(student: Network, data: Dataset, bytes_per_value: int) -> bytes:
+def student_content(student: ConvNet, data: Dataset, bytes_per_value: int) -> bytes:
     """Content of the file that `write_student` would write."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "student.onnx")

@@ -21,7 +21,7 @@ import numpy as np
 from nonn.core.errors import UserError
 from nonn.live.pictures import Picture, as_png
 from nonn.runtime.cluster import Cluster
-from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, Link, NobodyAnsweredError
+from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, NobodyAnsweredError, NodeConnection
 from nonn.runtime.processes import UP, Child
 
 #: Pictures a second at first, and the bounds of what can be chosen.
@@ -33,11 +33,11 @@ STARTING = 10.0
 
 
 @dataclass
-class Device:
+class DeviceCard:
     """One node: its process, the coordinator's link to it, and its part in the last image."""
 
     child: Child
-    link: Link | None = None
+    link: NodeConnection | None = None
     silent: bool = False
     absences: int = 0
     reason: str = ""
@@ -89,7 +89,7 @@ class Live:
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
         self.cluster, self.pictures = cluster, pictures
         self.classes = cluster.placed()[0].classes
-        self.devices = {child.node.name: Device(child) for child in children}
+        self.devices = {child.node.name: DeviceCard(child) for child in children}
         self.rate, self.held = RATE, False
         self.version = 0
         self._position = 0

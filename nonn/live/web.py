@@ -40,7 +40,7 @@ VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
 Wish = TypeVar("Wish", bound=Section)
 
 
-class Switch(Section):
+class Toggle(Section):
     """Silence a node, or let it answer."""
 
     node: str
@@ -149,7 +149,7 @@ class Page:
             self.viewers -= 1
 
     async def switch(self, request: web.Request) -> web.Response:
-        wish = await read_post(request, Switch)
+        wish = await read_post(request, Toggle)
         try:
             self.live.silence(wish.node, wish.silent)
         except UserError as error:

@@ -26,7 +26,7 @@ from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
 from nonn.method.final_layer import LinearBlocks
 from nonn.method.joining import NetworkOfNetworks
 from nonn.runtime.session import run_onnx
-from nonn.training.networks import Network, predict, single_pass
+from nonn.training.networks import ConvNet, predict, single_pass
 
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
 TOLERANCE = 1e-4
@@ -75,13 +75,13 @@ def check_outputs(path: Path, exported: np.ndarray, original: Tensor, bytes_per_
         check_close(path.name, exported, original)
 
 
-def feature_limit(student: Network, data: Dataset) -> float:
+def feature_limit(student: ConvNet, data: Dataset) -> float:
     """Largest feature that is accepted of a student: `FEATURE_MARGIN` times the largest on validation images."""
     images, _ = data.split("validation")
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
-def _entry(path: Path, model: Network, data: Dataset, bytes_per_value: int) -> dict:
+def _entry(path: Path, model: ConvNet, data: Dataset, bytes_per_value: int) -> dict:
     cost = measure_cost(model, data.channels, data.size, bytes_per_value)
     return {"file": path.name, "sha256": sha256_of(path), "cost": vars(cost)}
 
@@ -117,7 +117,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     return _manifest(data, students, logits, labels) | {"final": final}
 
 
-def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
+def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
     """Export models that run alone, named by the keys of `models`; return their manifests.
 
     The model ``teacher`` is float32 whatever the students are.

@@ -236,7 +236,7 @@ def _rounded(weights: np.ndarray, communities: list[list[int]]) -> float:
 
 
 @dataclass(frozen=True)
-class Graph:
+class FilterGraph:
     """The graph as partitioning needs it.
 
     Attributes

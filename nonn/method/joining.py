@@ -21,7 +21,7 @@ from nonn.method.final_layer import FinalLayer, averaged_layer
 from nonn.method.missing import fit_strategies
 from nonn.runtime.session import run_onnx
 from nonn.training.loop import epoch_order
-from nonn.training.networks import Network, accuracy, predict
+from nonn.training.networks import ConvNet, accuracy, predict
 
 BATCH_SIZE = 500
 
@@ -31,14 +31,14 @@ class NetworkOfNetworks(nn.Module):
 
     Parameters
     ----------
-    students : sequence of Network
+    students : sequence of ConvNet
     final : FinalLayer
         Of the strategy chosen for missing students.
     others : mapping of str to FinalLayer
         Of the strategies not chosen, for comparison.
     """
 
-    def __init__(self, students: Sequence[Network], final: FinalLayer, others: Mapping[str, FinalLayer] | None = None):
+    def __init__(self, students: Sequence[ConvNet], final: FinalLayer, others: Mapping[str, FinalLayer] | None = None):
         super().__init__()
         self.students = nn.ModuleList(students)
         self.final = final
@@ -97,7 +97,7 @@ def fit_layer(
 
 
 @torch.no_grad()
-def features_of(students: Sequence[Network], images: Tensor) -> list[Tensor]:
+def features_of(students: Sequence[ConvNet], images: Tensor) -> list[Tensor]:
     """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
     # Activations of 100 images stay in the processor's cache: a quarter less time than with 500, the same bytes.
     return [predict(student, images, batch_size=100)[0] for student in students]
@@ -111,10 +111,10 @@ class FeatureCache:
 
     def __init__(self, data: Dataset, bytes_per_value: int):
         self.data, self.bytes_per_value = data, bytes_per_value
-        self._known: dict[tuple[Network, str], Tensor] = {}
-        self._files: dict[Network, bytes] = {}
+        self._known: dict[tuple[ConvNet, str], Tensor] = {}
+        self._files: dict[ConvNet, bytes] = {}
 
-    def __call__(self, students: Sequence[Network], split: str) -> tuple[list[Tensor], Tensor]:
+    def __call__(self, students: Sequence[ConvNet], split: str) -> tuple[list[Tensor], Tensor]:
         """N tensors of shape (M, F_i), and the labels (M,), of ``train``, ``validation`` or ``test``."""
         images, labels = self.data.split(split)
         for student in students:
@@ -122,7 +122,7 @@ class FeatureCache:
                 self._known[student, split] = self._calculate(student, images)
         return [self._known[student, split] for student in students], labels
 
-    def _calculate(self, student: Network, images: Tensor) -> Tensor:
+    def _calculate(self, student: ConvNet, images: Tensor) -> Tensor:
         if self.bytes_per_value == 4:
             return features_of([student], images)[0]
         if student not in self._files:
@@ -131,7 +131,7 @@ class FeatureCache:
 
 
 def join_students(
-    students: Sequence[Network], features: FeatureCache, params: Assemble, seed: int
+    students: Sequence[ConvNet], features: FeatureCache, params: Assemble, seed: int
 ) -> tuple[dict[str, FinalLayer], dict]:
     """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
 
@@ -158,7 +158,7 @@ def join_students(
 
 
 def assemble_network(
-    students: Sequence[Network], features: FeatureCache, params: Assemble, seed: int
+    students: Sequence[ConvNet], features: FeatureCache, params: Assemble, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer came about."""
     layers, summary = join_students(students, features, params, seed)

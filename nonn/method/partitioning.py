@@ -24,7 +24,7 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.params import SINGLE_METHODS
-from nonn.method.filter_graph import Graph, find_communities, modularity
+from nonn.method.filter_graph import FilterGraph, find_communities, modularity
 
 RESOLUTION_STEP = 1.1
 MAX_RESOLUTION = 100.0
@@ -37,7 +37,7 @@ TOLERANCE = 1e-12
 
 
 @dataclass(frozen=True)
-class Partition:
+class FilterPartition:
     """Filters of each student.
 
     Attributes
@@ -68,7 +68,7 @@ def partition_filters(
     method: str,
     seed: int,
     class_activity: np.ndarray,
-) -> Partition:
+) -> FilterPartition:
     """Give every live filter to exactly one student.
 
     Parameters
@@ -89,7 +89,7 @@ def partition_filters(
 
     Returns
     -------
-    Partition
+    FilterPartition
 
     Raises
     ------
@@ -123,7 +123,7 @@ def partition_filters(
         if method == "random":
             candidates = np.random.default_rng(seed).permutation(candidates)
         sets = cut(candidates, sizes)
-    return Partition(
+    return FilterPartition(
         sets=sets,
         modularity=modularity(weights, sets),
         communities=communities,
@@ -287,7 +287,7 @@ def _affinity_to_sets(affinity: np.ndarray, member: np.ndarray, n_sets: int) -> 
 
 
 def summarise_partition(
-    graph: Graph, partition: Partition, sizes: Sequence[int], method: str, seed: int
+    graph: FilterGraph, partition: FilterPartition, sizes: Sequence[int], method: str, seed: int
 ) -> dict[str, Any]:
     """Describe a partition, ready for JSON.
 
@@ -314,7 +314,7 @@ def summarise_partition(
     }
 
 
-def baseline_sets(graph: Graph, sizes: Sequence[int], seed: int) -> dict[str, dict[str, Any]]:
+def baseline_sets(graph: FilterGraph, sizes: Sequence[int], seed: int) -> dict[str, dict[str, Any]]:
     """Filter sets of every baseline of a network, by method, ready for JSON.
 
     ``sets`` has one entry a student, null for a student that imitates no filters. The method

@@ -36,7 +36,7 @@ from nonn.method.final_layer import FinalLayer, averaged_layer
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
 from nonn.method.store import load_baseline, load_network, load_teacher
 from nonn.runtime.subsets import subsets_missing
-from nonn.training.networks import Network, accuracy, predict
+from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Logits (n_test, C) of a network when only these of its devices are present.
 Answers = Callable[[Sequence[int]], Tensor]
@@ -196,7 +196,7 @@ def _scores(method: str, network: str, terms: list[Tensor], labels: Tensor) -> S
 
 @torch.no_grad()
 def _joined_scores(
-    method: str, network: str, joined: Sequence[tuple[Sequence[Network], FinalLayer]], features: FeatureCache
+    method: str, network: str, joined: Sequence[tuple[Sequence[ConvNet], FinalLayer]], features: FeatureCache
 ) -> Scores:
     """Scores of students joined by a final layer, given both of each seed."""
     _, labels = features.data.split("test")
@@ -245,7 +245,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         if precision == 1:
             joined = [(list(model.students), model.final) for model in models]
             yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
-    pool: list[Network] = []
+    pool: list[ConvNet] = []
     for network, method, seeds in params.baseline_jobs():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
         layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
@@ -257,7 +257,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
 
 
-def _baseline_layer(params: Params, students: Sequence[Network], features: FeatureCache, seed: int) -> FinalLayer:
+def _baseline_layer(params: Params, students: Sequence[ConvNet], features: FeatureCache, seed: int) -> FinalLayer:
     """Final layer of a baseline; a single student needs none but its head."""
     if len(students) > 1 and params.evaluate.final_layer == "fitted":
         layers, summary = join_students(students, features, params.assemble, seed)
@@ -265,14 +265,14 @@ def _baseline_layer(params: Params, students: Sequence[Network], features: Featu
     return averaged_layer([student.head for student in students])
 
 
-def _terms(students: Sequence[Network], features: FeatureCache) -> Tensor:
+def _terms(students: Sequence[ConvNet], features: FeatureCache) -> Tensor:
     """Logits of students for the test images, each by its own head, (N, n_test, C)."""
     outputs, _ = features(students, "test")
     return torch.stack([student.head(output) for student, output in zip(students, outputs, strict=True)])
 
 
 def _ensemble_scores(
-    params: Params, network: str, groups: Sequence[Sequence[Network]], features: FeatureCache
+    params: Params, network: str, groups: Sequence[Sequence[ConvNet]], features: FeatureCache
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
     _, labels = features.data.split("test")

@@ -17,7 +17,7 @@ from functools import cache
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Device
 from nonn.deploy.cost import Cost, measure_cost
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
@@ -75,7 +75,7 @@ def design_student(
     families = [family(grid, depth) for depth in grid.depths]
 
     def cost_of(architecture: Architecture) -> Cost:
-        model = Network(architecture, channels, n_classes, n_filters)
+        model = ConvNet(architecture, channels, n_classes, n_filters)
         return measure_cost(model, channels, size, grid.bytes_per_value)
 
     def is_too_large(architecture: Architecture) -> bool:

@@ -14,17 +14,17 @@ from nonn.core.params import Architecture, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.method.filter_graph import Graph
+from nonn.method.filter_graph import FilterGraph
 from nonn.method.final_layer import FinalLayer
 from nonn.method.joining import NetworkOfNetworks
 from nonn.method.partitioning import cut
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
-def load_teacher(paths: Paths, data: Dataset) -> Network:
+def load_teacher(paths: Paths, data: Dataset) -> ConvNet:
     """The teacher of the experiment, ready to predict."""
     info = read_json(paths.teacher_info)
-    model = Network(Architecture(**info["architecture"]), data.channels, data.n_classes)
+    model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
     model.load_state_dict(read_tensors(paths.teacher))
     return model.eval()
 
@@ -34,7 +34,7 @@ def load_signals(paths: Paths) -> dict[str, Tensor]:
     return read_tensors(paths.signals)
 
 
-def load_graph(paths: Paths) -> Graph:
+def load_graph(paths: Paths) -> FilterGraph:
     """Read what `run` wrote.
 
     Raises
@@ -43,7 +43,7 @@ def load_graph(paths: Paths) -> Graph:
         The graph is missing or damaged.
     """
     tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
-    return Graph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])
+    return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])
 
 
 def load_baseline_sets(path: Path, seed: int) -> list[list[int] | None]:
@@ -70,11 +70,11 @@ def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
     return [(Architecture(**design["architecture"]), design["n_filters"]) for design in designs]
 
 
-def load_baseline(path: Path, data: Dataset) -> list[Network]:
+def load_baseline(path: Path, data: Dataset) -> list[ConvNet]:
     """The students of a baseline, ready to predict, from the file of its weights."""
     tensors, students = read_tensors(path), []
     for position, (architecture, n_filters) in enumerate(load_design(path.with_suffix(".json"))):
-        student, prefix = Network(architecture, data.channels, data.n_classes, n_filters), f"{position}."
+        student, prefix = ConvNet(architecture, data.channels, data.n_classes, n_filters), f"{position}."
         student.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
         students.append(student.eval())
     return students
@@ -83,7 +83,7 @@ def load_baseline(path: Path, data: Dataset) -> list[Network]:
 def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
     """An assembled network, ready to predict, from the file of its weights."""
     tensors, info = read_tensors(path), read_json(path.with_suffix(".json"))
-    students = [Network(*_shape(design, data)) for design in info["students"]]
+    students = [ConvNet(*_shape(design, data)) for design in info["students"]]
     others = {name: FinalLayer.of(_below(tensors, f"others.{name}.")) for name in info["missing"]["not_chosen"]}
     model = NetworkOfNetworks(students, FinalLayer.of(_below(tensors, "final.")), others)
     model.load_state_dict(tensors)
@@ -100,12 +100,12 @@ def _shape(design: dict, data: Dataset) -> tuple[Architecture, int, int, int]:
 
 def load_students(
     params: Params, paths: Paths, data: Dataset, network: str, seed: int
-) -> tuple[list[Network], list[dict]]:
+) -> tuple[list[ConvNet], list[dict]]:
     """The trained students of a network, ready to predict, and their designs."""
     students, designs = [], []
     for position in range(len(params.networks[network])):
         (design,) = read_json(paths.design(network, position))
-        student = Network(*_shape(design, data))
+        student = ConvNet(*_shape(design, data))
         student.load_state_dict(read_tensors(paths.student(network, position, seed)))
         students.append(student.eval())
         designs.append(design)

@@ -75,7 +75,7 @@ def _strings(words: list[str]) -> np.ndarray:
     return np.array([word.encode() for word in words], dtype=object)
 
 
-class Network:
+class ServedNetwork:
     """A network as a model that can be served; see `nonn.runtime.serving.Model`.
 
     Parameters
@@ -120,7 +120,7 @@ async def coordinate(
         The cluster does not fit its export, or for the reasons of `nonn.runtime.serving.serving`.
     """
     async with Coordinator(cluster) as coordinator:
-        network = Network(coordinator)
+        network = ServedNetwork(coordinator)
         await serve(network, address, identity, allowed, metrics_port, counters=[network.absences])
 
 

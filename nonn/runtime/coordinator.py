@@ -65,7 +65,7 @@ class Answer:
         return list(self.features)
 
 
-class Link:
+class NodeConnection:
     """One node as the coordinator sees it, with its circuit breaker."""
 
     def __init__(self, node: Node, contract: Contract, channel: aio.Channel, patience: float):
@@ -154,12 +154,12 @@ class Coordinator:
         self.manifest, self.placed = cluster.placed()
         self.final = FinalLayer.load(cluster.export, self.manifest)
         self.patience = cluster.deadline_ms / 1000
-        self.links: list[Link] = []
+        self.links: list[NodeConnection] = []
 
     async def __aenter__(self) -> Coordinator:
         for node, _, contract in self.placed:
             channel = open_channel(node, contract.message_limit, self.cluster.own_identity)
-            self.links.append(Link(node, contract, channel, self.patience))
+            self.links.append(NodeConnection(node, contract, channel, self.patience))
         await settle_all(link.channel for link in self.links)
         return self
 

@@ -19,7 +19,7 @@ WINDOWED = {"Conv", "MaxPool"}
 
 
 @dataclass(frozen=True)
-class Network:
+class OnnxGraph:
     """An exported classifier, taken apart.
 
     Attributes
@@ -50,7 +50,7 @@ class Network:
         return [name for name in node.input if name in self.shapes]
 
 
-def read_network(path: Path) -> Network:
+def read_network(path: Path) -> OnnxGraph:
     """Read a classifier that the stage `export` wrote (``solo``: image in, logits out).
 
     Raises
@@ -93,7 +93,7 @@ def read_network(path: Path) -> Network:
             raise refuse(f"{node.op_type} {node.output[0]}: {why}")
     versions = {entry.domain: entry.version for entry in model.opset_import}
     weight, bias = (constants[name] for name in linear.input[1:])
-    return Network(nodes, mean.input[0], shapes, constants, weight, bias, versions[""], model.ir_version)
+    return OnnxGraph(nodes, mean.input[0], shapes, constants, weight, bias, versions[""], model.ir_version)
 
 
 def _obstacle(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> str | None:

@@ -39,7 +39,7 @@ LONGEST_PATIENCE = 60.0
 KEPT_EXCHANGES = 4
 
 
-class Device:
+class SplitDevice:
     """One device's part of a plan, verified and warmed up; `sensor` as in `nonn.runtime.sensor`.
 
     Raises
@@ -101,7 +101,7 @@ class SplitService(Service):
 
     Parameters
     ----------
-    device : Device
+    device : SplitDevice
     peers : dict of int to Peer
         Those that it sends to, by position.
     callers : collection of str, or None
@@ -109,7 +109,7 @@ class SplitService(Service):
         device that owns them.
     """
 
-    def __init__(self, device: Device, peers: dict[int, Peer], callers: Collection[str] | None):
+    def __init__(self, device: SplitDevice, peers: dict[int, Peer], callers: Collection[str] | None):
         super().__init__(device)
         self.device, self.part, self.peers = device, device.part, peers
         self.callers = callers if callers is None else {name.encode() for name in callers}
@@ -241,7 +241,7 @@ def devices_at(addresses: Sequence[str]) -> list[Node]:
 
 @contextlib.asynccontextmanager
 async def serving(
-    device: Device,
+    device: SplitDevice,
     addresses: Sequence[str],
     identity: Identity | None = None,
     allowed: Collection[str] = DEFAULT_CALLERS,
@@ -250,7 +250,7 @@ async def serving(
 
     Parameters
     ----------
-    device : Device
+    device : SplitDevice
     addresses : sequence of str
         ``host:port`` of all devices, by position; the device listens on its own.
     identity : Identity, optional
@@ -292,7 +292,7 @@ async def serving(
 
 
 async def serve(
-    device: Device, addresses: Sequence[str], identity: Identity | None, allowed: Collection[str], attached: bool
+    device: SplitDevice, addresses: Sequence[str], identity: Identity | None, allowed: Collection[str], attached: bool
 ) -> None:
     """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
     stopped = told_to_stop(attached)
@@ -311,5 +311,5 @@ async def serve(
 
 def run(options) -> None:
     """The command ``nonn split-node``."""
-    identity, device = identity_from(options), Device(options.part, options.sensor)
+    identity, device = identity_from(options), SplitDevice(options.part, options.sensor)
     asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))

@@ -38,7 +38,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from nonn.core.errors import UserError
 from nonn.runtime.exported import Image
 from nonn.split.geometry import EMPTY, Interval, Window, common, hull, share
-from nonn.split.graph import WINDOWED, Network, attributes_of, read_network
+from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
 from nonn.split.plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
 
 CHANNELS, ROWS = 1, 2
@@ -52,7 +52,7 @@ class Cuts:
 
     Attributes
     ----------
-    network : Network
+    network : OnnxGraph
     axis, n_devices : int
     levels : dict of str to int
         The segment that computes each map.
@@ -60,14 +60,14 @@ class Cuts:
         The maps of which devices send each other slices.
     """
 
-    network: Network
+    network: OnnxGraph
     axis: int
     n_devices: int
     levels: dict[str, int]
     exchanged: set[str]
 
     @classmethod
-    def of(cls, network: Network, axis: int, n_devices: int, recomputed: int) -> Cuts:
+    def of(cls, network: OnnxGraph, axis: int, n_devices: int, recomputed: int) -> Cuts:
         known = {IMAGE}  # what a device can make from the image, which is whole on every device
         exchanged, levels, convolutions = set(), {IMAGE: 0}, 0
         for node in network.nodes:
@@ -146,7 +146,7 @@ class Draft:
             self.add("Slice", [name, *ends], output)
         return output
 
-    def finish(self, outputs: list[str], network: Network) -> tuple[Segment, bytes]:
+    def finish(self, outputs: list[str], network: OnnxGraph) -> tuple[Segment, bytes]:
         def describe(name: str, shape: tuple[int, ...]):
             kind = TensorProto.UINT8 if name == IMAGE else TensorProto.FLOAT
             return helper.make_tensor_value_info(name, kind, shape)

@@ -33,7 +33,7 @@ from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
@@ -53,7 +53,7 @@ def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: 
     ]
 
 
-def pack(students: Sequence[Network]) -> dict[str, Tensor]:
+def pack(students: Sequence[ConvNet]) -> dict[str, Tensor]:
     """State of several students as one set of tensors, each name led by the student's position."""
     return {f"{i}.{name}": t for i, student in enumerate(students) for name, t in student.state_dict().items()}
 

@@ -12,16 +12,16 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.system import describe_system
 from nonn.testbed.composed import load_of_network
-from nonn.testbed.distributed import Bed, compose_all, measure_live
-from nonn.testbed.layouts import SPLITS, Layout, as_network, split_layout, time_final
+from nonn.testbed.deployments import SPLITS, Deployment, as_network, split_layout, time_final
+from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 
 
-def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
+def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name])
     load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
-    yield Layout("nonn", folder, False, load, time_final(folder))
+    yield Deployment("nonn", folder, False, load, time_final(folder))
     if params.design.bytes_per_value == 1:
         log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
         return
@@ -36,15 +36,15 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
         yield split_layout(method, model, n_devices, scratch / method, core)
 
 
-def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Layout]:
+def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
     """The teacher, and one KD student, each on a single device."""
     benchmark = read_json(paths.benchmark(SOLO))["models"]
     for method, name in (("teacher", "teacher"), ("kd", params.ensemble.pool.replace("/", "-"))):
         folder = as_network(paths.export(SOLO), name, scratch / method)
-        yield Layout(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
+        yield Deployment(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
 
 
-def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Layout]:
+def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A well-known architecture split over the devices; its weights are random, which costs the same."""
     architecture = params.distributed.reference
     if architecture is None:
@@ -52,11 +52,11 @@ def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) ->
     import torch
 
     from nonn.deploy.onnx_files import Logits, export_onnx
-    from nonn.training.networks import Network as Model
+    from nonn.training.networks import ConvNet
 
     info = read_json(paths.dataset_info)
     torch.manual_seed(0)
-    model = Logits(Model(architecture, info["channels"], len(info["classes"])))
+    model = Logits(ConvNet(architecture, info["channels"], len(info["classes"])))
     example = torch.zeros(1, info["channels"], info["size"], info["size"], dtype=torch.uint8)
     path = scratch / "reference.onnx"
     export_onnx(model, example, path, "image", "logits")
@@ -75,7 +75,7 @@ def run(params: Params, paths: Paths, name: str) -> None:
         else:
             layouts = list(network_layouts(params, paths, name, scratch))
             reference = list(reference_layouts(params, paths, name, scratch))
-        bed = Bed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
+        bed = TrialBed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
         live = measure_live(layouts, bed, params.distributed)
     composed = list(compose_all([*layouts, *reference], live, params.distributed))
     write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})

@@ -10,10 +10,10 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_dataset
 from nonn.method.exporting import export_network, export_solo
 from nonn.method.store import load_baseline, load_network, load_teacher
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 
-def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, Network]:
+def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet]:
     """The teacher, once more for int8 where students are, and each single-model baseline of the first seed."""
     models = {"teacher": load_teacher(paths, data)}
     if params.design.bytes_per_value == 1:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from nonn.core import files
+from nonn.core.files import write_json
 from nonn.core.errors import UserError
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
+from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.filter_graph import RULES, mean_class_activity, normalise_activity, summarise_graph
 
 
@@ -21,7 +22,7 @@ def run(params: Params, paths: Paths) -> None:
         ``graph.top_k`` is larger than the number of filters.
     """
     rule, top_k = params.graph.rule, params.graph.top_k
-    pooled = files.read_tensors(paths.signals)["validation_pooled"]
+    pooled = read_tensors(paths.signals)["validation_pooled"]
     n_filters = pooled.shape[1]
     if top_k is not None and top_k > n_filters:
         raise UserError(
@@ -31,7 +32,7 @@ def run(params: Params, paths: Paths) -> None:
     data = load_dataset(paths)
     labels = data.labels[data.validation]
     weights = RULES[rule](normalise_activity(pooled, top_k))
-    files.write_tensors(
+    write_tensors(
         paths.graph,
         {
             "weights": weights,
@@ -39,4 +40,4 @@ def run(params: Params, paths: Paths) -> None:
             "class_activity": mean_class_activity(normalise_activity(pooled), labels, data.n_classes),
         },
     )
-    files.write_json(paths.graph_info, summarise_graph(pooled, weights, rule, top_k))
+    write_json(paths.graph_info, summarise_graph(pooled, weights, rule, top_k))

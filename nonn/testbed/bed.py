@@ -22,7 +22,7 @@ STARTING = 60.0
 
 
 @dataclass
-class Bed:
+class RunningCluster:
     """A running cluster and its processes, by name of the node."""
 
     cluster: Cluster
@@ -52,7 +52,7 @@ async def announced_address(child: Child) -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[Bed]:
+async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[RunningCluster]:
     """Run all nodes of an exported network while the block runs."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -65,7 +65,7 @@ async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[Bed]:
                 children[node.name] = await start(cluster, node, contract)
             addresses = {name: await announced_address(child) for name, child in children.items()}
             nodes = [node.model_copy(update={"address": addresses[node.name]}) for node in cluster.nodes]
-            bed = Bed(cluster.model_copy(update={"nodes": nodes}), children)
+            bed = RunningCluster(cluster.model_copy(update={"nodes": nodes}), children)
             yield bed
         finally:
             await asyncio.gather(*(stop(child) for child in children.values()))

@@ -37,8 +37,8 @@ from nonn.core.progress import log, track
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
 from nonn.testbed.composed import compose, payload_bytes
-from nonn.testbed.emulation import Network, emulated_network, missing_privileges
-from nonn.testbed.layouts import Layout
+from nonn.testbed.deployments import Deployment
+from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
 from nonn.testbed.trial import PORT, Measured, Trial, measure
 
 #: Name of the link that is none: all devices on this machine, nothing delayed.
@@ -87,7 +87,7 @@ def on_one_core(position: int) -> list[str]:
     return ["taskset", "--cpu-list", str(cores[position % len(cores)])]
 
 
-class Bed:
+class TrialBed:
     """Where trials take place: certificates, images, and hosts on one link after another.
 
     Parameters
@@ -104,7 +104,7 @@ class Bed:
         pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, *image_shape), dtype=np.uint8)
         np.save(self.sensor, pixels)
 
-    def measure(self, layout: Layout, network: Network, broadcast: bool, **echo: int) -> Measured:
+    def measure(self, layout: Deployment, network: EmulatedNetwork, broadcast: bool, **echo: int) -> Measured:
         """Time a layout's images on the hosts of a network, or plain echoes of so many bytes."""
         hosts = network.hosts[1 : 1 + layout.load.n_devices]
         prefix = "device" if layout.is_split else "node"
@@ -129,7 +129,9 @@ class Bed:
         )
         return measure(trial, network)
 
-    def overhead(self, layout: Layout, network: Network, measured: Measured, broadcast: bool) -> dict[str, float]:
+    def overhead(
+        self, layout: Deployment, network: EmulatedNetwork, measured: Measured, broadcast: bool
+    ) -> dict[str, float]:
         """What coordinator and nodes add to the slowest node's inference and the link's round trip.
 
         The round trip is that of plain TCP messages of the same sizes, of all devices at once.
@@ -146,7 +148,7 @@ class Bed:
         return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
 
 
-def measure_live(layouts: Sequence[Layout], bed: Bed, params: Distributed) -> list[dict]:
+def measure_live(layouts: Sequence[Deployment], bed: TrialBed, params: Distributed) -> list[dict]:
     """Time every layout on every link: one row each.
 
     On loopback first, where a network of networks shows what its coordinator and nodes take; then the
@@ -167,7 +169,7 @@ def measure_live(layouts: Sequence[Layout], bed: Bed, params: Distributed) -> li
     progress = iter(track(range(len(on_loopback) + len(links) * len(cases)), "distributed"))
     for layout, scenario in on_loopback:
         next(progress)
-        rows.append(measure_case(layout, scenario, bed, Network(tuple(hosts))) | {"link": LOOPBACK})
+        rows.append(measure_case(layout, scenario, bed, EmulatedNetwork(tuple(hosts))) | {"link": LOOPBACK})
     for name in links:
         with emulated_network(hosts, PRESETS[name]) as network:
             for layout, scenario in cases:
@@ -183,7 +185,7 @@ def measure_live(layouts: Sequence[Layout], bed: Bed, params: Distributed) -> li
     return rows
 
 
-def measure_case(layout: Layout, scenario: str, bed: Bed, network: Network) -> dict[str, Any]:
+def measure_case(layout: Deployment, scenario: str, bed: TrialBed, network: EmulatedNetwork) -> dict[str, Any]:
     """Latencies, absences and traffic of one layout on one link, and of a network of networks its overhead."""
     broadcast = scenario == "broadcast"
     measured = bed.measure(layout, network, broadcast)
@@ -196,12 +198,12 @@ def measure_case(layout: Layout, scenario: str, bed: Bed, network: Network) -> d
     return row
 
 
-def scenarios(layout: Layout) -> tuple[str, ...]:
+def scenarios(layout: Deployment) -> tuple[str, ...]:
     """What is measured live; a split network in broadcast is the same after one more round, which `compose` adds."""
     return ("sensor",) if layout.is_split else ("sensor", "broadcast")
 
 
-def framing_of(layout: Layout, scenario: str, live: Sequence[Mapping]) -> float:
+def framing_of(layout: Deployment, scenario: str, live: Sequence[Mapping]) -> float:
     """Bytes on the wire for each byte of payload, counted on the fastest link.
 
     Of the layout itself if it ran in this scenario, else in another, else of the same kind of split;
@@ -213,7 +215,7 @@ def framing_of(layout: Layout, scenario: str, live: Sequence[Mapping]) -> float:
     return rows[0]["framing"] if rows else 1.0
 
 
-def compose_all(layouts: Sequence[Layout], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
+def compose_all(layouts: Sequence[Deployment], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
     """A row for every layout, link and scenario."""
     for layout in layouts:
         load = layout.load

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from nonn.core.links import MTU, round_trip, tcp_goodput
 from nonn.core.progress import track
-from nonn.testbed.emulation import Network
+from nonn.testbed.emulation import EmulatedNetwork
 
 PAYLOADS = (64, 256, 1024, 4096, 12288)  # bytes
 #: Round trips of each payload: as many as fit into some seconds, within bounds.
@@ -40,7 +40,7 @@ def ahead_of_others() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def echoing(network: Network, host: str) -> Iterator[tuple[str, int]]:
+def echoing(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
     """Send back every UDP message that a host gets while the block runs; yields where it listens."""
     with network.inside(host):
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -66,13 +66,13 @@ def echoing(network: Network, host: str) -> Iterator[tuple[str, int]]:
 
 
 def measure_round_trips(
-    network: Network, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
+    network: EmulatedNetwork, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
 ) -> list[float]:
     """Send a UDP message and wait for its echo, again and again.
 
     Parameters
     ----------
-    network : Network
+    network : EmulatedNetwork
     sender, receiver : str
         Hosts.
     payload : int
@@ -102,7 +102,7 @@ def measure_round_trips(
     return times
 
 
-def measure_throughput(network: Network, sender: str, receiver: str, warmup: float, seconds: float) -> float:
+def measure_throughput(network: EmulatedNetwork, sender: str, receiver: str, warmup: float, seconds: float) -> float:
     """Payload bits a second that one TCP stream brings to `receiver`, once slow start is over."""
     with network.inside(receiver):
         listener = socket.create_server((network.address(receiver), 0))
@@ -140,7 +140,7 @@ def _count_stream(sink: socket.socket, warmup: float, seconds: float) -> float:
     return 8 * received / (now - start)
 
 
-def measure_link(network: Network) -> dict:
+def measure_link(network: EmulatedNetwork) -> dict:
     """Measure between the first two hosts of a network.
 
     Returns

@@ -48,7 +48,7 @@ class Counters:
 
 
 @dataclass
-class Network:
+class EmulatedNetwork:
     """Hosts to run programs on: `prefix` starts a program there, `address` is how others reach it.
 
     Without a relay it is loopback: every host is this machine, nothing is delayed and nothing counted.
@@ -129,7 +129,7 @@ def _missing_means() -> str | None:
 
 
 @contextlib.contextmanager
-def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
+def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[EmulatedNetwork]:
     """Join hosts by emulated links while the block runs.
 
     Each host is a network namespace with an address of its own, reachable from the others at the
@@ -168,7 +168,7 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[Network]:
         if "error" in answer:
             raise UserError(f"links cannot be emulated here: {answer['error']}; it takes root's capabilities")
         places = [Path(f"/proc/{relay.pid}/fd/{descriptor}") for descriptor in answer["namespaces"]]
-        yield Network(tuple(hosts), link, relay, dict(zip(hosts, places, strict=True)))
+        yield EmulatedNetwork(tuple(hosts), link, relay, dict(zip(hosts, places, strict=True)))
         if relay.poll() is not None:
             raise UserError(f"the relay of the emulated network ended early ({relay.returncode}); run this again")
     finally:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from nonn.core.files import write_json
 from nonn.core.links import PRESETS, find_link
 from nonn.core.progress import log
-from nonn.testbed.emulation import ON_LOOPBACK, Network, emulated_network, missing_privileges
+from nonn.testbed.emulation import ON_LOOPBACK, EmulatedNetwork, emulated_network, missing_privileges
 
 
 def run(options) -> None:
@@ -21,7 +21,7 @@ def run(options) -> None:
     measured = {}
     if reason := missing_privileges():
         log(ON_LOOPBACK.format(reason))
-        measured["loopback"] = measure_link(Network(hosts))
+        measured["loopback"] = measure_link(EmulatedNetwork(hosts))
         print(f"loopback\n{format_measurement(measured['loopback'])}")
     for name, link in {} if reason else links.items():
         log(f"{name}: {link}")

@@ -20,7 +20,7 @@ import numpy as np
 from nonn.core.errors import UserError
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.testbed.bed import Bed, running_bed
+from nonn.testbed.bed import RunningCluster, running_bed
 
 #: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
 KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
@@ -91,7 +91,7 @@ def resident_bytes() -> int:
     return 0
 
 
-async def disturb(bed: Bed, soak: Soak, random: Random, every: float) -> None:
+async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float) -> None:
     """Kill and restart a node, then stop one for a while, and so on until cancelled."""
     names = list(bed.children)
     while True:
@@ -150,7 +150,7 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
     return soak
 
 
-async def becomes_whole(bed: Bed, coordinator: Coordinator, image: np.ndarray) -> bool:
+async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np.ndarray) -> bool:
     """Whether all nodes take part again within `RECOVERY` seconds, without any help."""
     for name, child in bed.children.items():
         if child.has_exited:  # killed at the very end, before its restart

@@ -31,7 +31,7 @@ from nonn.runtime.tls import Identity
 from nonn.split.coordinator import SplitCoordinator, running_devices
 from nonn.split.plan import SplitPlan
 from nonn.testbed.bed import announced_address
-from nonn.testbed.emulation import Counters, Network
+from nonn.testbed.emulation import Counters, EmulatedNetwork
 from nonn.testbed.volley import echoing
 
 #: Of every device on its host; on loopback those of the following devices come after it.
@@ -205,7 +205,7 @@ async def carry_out(trial: Trial) -> None:
         sys.stdin.readline()
 
 
-def measure(trial: Trial, network: Network) -> Measured:
+def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
     """Carry out a trial from the coordinator's host of a network, and count what it sends.
 
     Raises

@@ -24,7 +24,7 @@ from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.loop import train
 from nonn.training.losses import attention_loss, kd_loss, transfer_loss
-from nonn.training.networks import Network, whiten
+from nonn.training.networks import ConvNet, whiten
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Classroom:
 
 def distill_student(
     classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
-) -> tuple[Network, pd.DataFrame]:
+) -> tuple[ConvNet, pd.DataFrame]:
     """Train one student.
 
     The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled
@@ -99,7 +99,7 @@ def distill_student(
 
     Returns
     -------
-    student : Network
+    student : ConvNet
     log : DataFrame
         One row an epoch.
 
@@ -113,7 +113,7 @@ def distill_student(
     device = pick_device()
     data = classroom.data
     n_filters = len(lesson.filters) if lesson.filters else None
-    student = Network(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    student = ConvNet(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
     whiten(student, classroom.images)
 
     def batch_loss(index: Tensor, epoch: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nonn.core.files import write_text
 from nonn.core.params import Schedule
 from nonn.core.progress import track
-from nonn.training.networks import Network, accuracy, predict
+from nonn.training.networks import ConvNet, accuracy, predict
 
 if TYPE_CHECKING:
     from nonn.training.selection import Proxy
@@ -35,7 +35,7 @@ def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
 
 
 def train(
-    model: Network,
+    model: ConvNet,
     batch_loss: BatchLoss,
     n_images: int,
     schedule: Schedule,
@@ -51,7 +51,7 @@ def train(
 
     Parameters
     ----------
-    model : Network
+    model : ConvNet
     batch_loss : callable
         ``batch_loss(index, epoch)``: the loss of the training images `index`, int64 of shape (B,).
     n_images : int

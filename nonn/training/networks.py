@@ -186,7 +186,7 @@ def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, l
 BODIES = {"fast": fast_body, "airbench": airbench_body, "wrn": wrn_body, "resnet": resnet_body}
 
 
-class Network(nn.Module):
+class ConvNet(nn.Module):
     """A teacher, a student or a baseline.
 
     Parameters
@@ -245,7 +245,7 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
+def whiten(model: ConvNet, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
     """Set the first layer of family airbench; a network of another family stays as it is.
 
     Its filters are the eigenvectors of the patches' covariance, divided by the standard deviation in
@@ -253,7 +253,7 @@ def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e
 
     Parameters
     ----------
-    model : Network, changed in place
+    model : ConvNet, changed in place
     images : Tensor of shape (N, channels, H, W), uint8
         Training images, of which at most `n_images` count.
     eps : float
@@ -270,7 +270,7 @@ def whiten(model: Network, images: Tensor, n_images: int = 5000, eps: float = 5e
     weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
 
-def deployed(model: Network) -> Network:
+def deployed(model: ConvNet) -> ConvNet:
     """What a device runs, as a copy: a student with a bridge leaves its training head behind."""
     model = copy.deepcopy(model)
     if not isinstance(model.bridge, nn.Identity):
@@ -278,7 +278,7 @@ def deployed(model: Network) -> Network:
     return model
 
 
-def single_pass(model: Network) -> Network:
+def single_pass(model: ConvNet) -> ConvNet:
     """A copy that sees each image once, as it is."""
     model = copy.deepcopy(model)
     model.mirrors = False
@@ -291,7 +291,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def predict(
-    model: Network, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
+    model: ConvNet, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32."""
     model = model.to(device, memory_format=torch.channels_last).eval()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nonn.core.params import Schedule
 from nonn.training.hardware import mixed_precision
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 from nonn.training.optim import make_optimizers
 
 #: The proxy learns from every fourth batch, and only judges the others: that takes a third of the time.
@@ -23,7 +23,7 @@ class Proxy(nn.Module):
 
     Parameters
     ----------
-    network : Network
+    network : ConvNet
     schedule : Schedule
         That of the large network; `nonn.training.loop.train` sets the learning rates of both.
     keep : float
@@ -31,7 +31,7 @@ class Proxy(nn.Module):
     label_smoothing : float
     """
 
-    def __init__(self, network: Network, schedule: Schedule, keep: float, label_smoothing: float):
+    def __init__(self, network: ConvNet, schedule: Schedule, keep: float, label_smoothing: float):
         super().__init__()
         self.network, self.keep, self.label_smoothing = network, keep, label_smoothing
         self.optimizers = make_optimizers(network, schedule)

@@ -16,17 +16,17 @@ from nonn.data.dataset import Dataset
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.losses import attention_map
-from nonn.training.networks import Network
+from nonn.training.networks import ConvNet
 
 BATCH_SIZE = 500
 
 
-def compute_signals(teacher: Network, data: Dataset, params: Signals) -> dict[str, Tensor]:
+def compute_signals(teacher: ConvNet, data: Dataset, params: Signals) -> dict[str, Tensor]:
     """Run the teacher over all views of the training images and over the validation images.
 
     Parameters
     ----------
-    teacher : Network with F filters in its final convolution
+    teacher : ConvNet with F filters in its final convolution
     data : Dataset of N training and M validation images, C classes
     params : Signals
         ``views`` is K.
@@ -60,7 +60,7 @@ def compute_signals(teacher: Network, data: Dataset, params: Signals) -> dict[st
 
 
 @torch.inference_mode()
-def signals_of(teacher: Network, images: Tensor, attention: bool) -> dict[str, Tensor]:
+def signals_of(teacher: ConvNet, images: Tensor, attention: bool) -> dict[str, Tensor]:
     """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
     device = pick_device()
     teacher = teacher.to(device, memory_format=torch.channels_last).eval()

@@ -23,7 +23,7 @@ from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.loop import LOG_COLUMNS, train
-from nonn.training.networks import Network, accuracy, predict, whiten
+from nonn.training.networks import ConvNet, accuracy, predict, whiten
 from nonn.training.selection import Proxy
 
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
@@ -31,7 +31,7 @@ PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "hea
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
 
 
-def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[Network, pd.DataFrame]:
+def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, pd.DataFrame]:
     """Train a teacher from scratch on labels.
 
     Parameters
@@ -42,18 +42,18 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
 
     Returns
     -------
-    network : Network
+    network : ConvNet
     log : DataFrame
         One row an epoch.
     """
     torch.manual_seed(params.seed)
     device = pick_device()
-    model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
     whiten(model, images)
     proxy = None
     if params.selection:
-        small = Network(params.selection.proxy, data.channels, data.n_classes, mean=data.mean, std=data.std)
+        small = ConvNet(params.selection.proxy, data.channels, data.n_classes, mean=data.mean, std=data.std)
         whiten(small, images)
         proxy = Proxy(small, params, params.selection.keep, params.label_smoothing)
 
@@ -86,7 +86,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     return model, log
 
 
-def import_teacher(data: Dataset, params: Teacher) -> tuple[Network, pd.DataFrame]:
+def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, pd.DataFrame]:
     """Build the teacher from a file of weights, and score it on the validation images.
 
     Raises
@@ -94,7 +94,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[Network, pd.DataFram
     UserError
         The file is missing, damaged, or does not fit `teacher.architecture` and the dataset.
     """
-    model = Network(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     weights = {_own_name(name): tensor for name, tensor in _read_weights(params).items()}
     expected = model.state_dict()
     if params.normalization:

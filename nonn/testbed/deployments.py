@@ -49,7 +49,7 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Deployment:
     """A method on its devices: what is started, what it costs, and what the coordinator does at the end.
 
     Attributes
@@ -82,9 +82,9 @@ def _seconds(work) -> float:
     return min(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
-def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Layout:
+def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
-    return Layout(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))
+    return Deployment(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))
