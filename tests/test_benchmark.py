@@ -9,7 +9,6 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.core.system import describe_system
 from nonn.stages import benchmark as benchmark_stage
-from nonn.testbed import latency as benchmark
 from nonn.testbed.latency import measure_models
 
 COUNTED = {"params", "macs", "weight_bytes", "peak_activation_bytes"}
@@ -48,7 +47,9 @@ def test_the_stage_writes_a_row_for_each_student(params, exported, experiment):
 
 def test_solo_models_have_a_row_by_name(params, exported, experiment, monkeypatch):
     monkeypatch.setattr(
-        benchmark, "measure_models", lambda models, _: {name: {"measured": str(path)} for name, path in models.items()}
+        benchmark_stage,
+        "measure_models",
+        lambda models, _: {name: {"measured": str(path)} for name, path in models.items()},
     )
     student = read_json(exported / "manifest.json")["students"][0]
     folder = experiment.export("solo")

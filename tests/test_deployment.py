@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from nonn.core.params import Architecture, Figures
-from nonn.report.summary import deployment_plots
+from nonn.report import deployment_plots
 from nonn.report.deployment import (
     COLUMNS,
     PAPER,

@@ -16,8 +16,7 @@ from nonn.method.store import load_baseline, load_signals
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
-from nonn.training.loop import lessons as distill
-from nonn.training.loop import loop as training
+from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
@@ -38,7 +37,7 @@ def teach(params):
     def train(classroom, seed=0, epochs=2, **lesson):
         lesson = Lesson(**{"architecture": STUDENT, "filters": [1, 4, 9], "kd_weight": 0.9} | lesson)
         schedule = params.distill.model_copy(update={"epochs": epochs})
-        checkpoint = Checkpoint.of("test", [], [])
+        checkpoint = Checkpoint.of("test", [])
         checkpoint.discard()
         student, log = distill_student(classroom, lesson, schedule, seed=seed, checkpoint=checkpoint, label="test")
         return student.state_dict(), log
@@ -160,7 +159,7 @@ def test_students_and_seeds_differ_in_their_start(params, experiment, monkeypatc
         seeds.append(seed)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(distill, "distill_student", note)
+    monkeypatch.setattr(distill_stage, "distill_student", note)
     for student in (0, 1):
         for seed in (0, 1, 2):
             with pytest.raises(KeyboardInterrupt):

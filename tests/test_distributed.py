@@ -25,7 +25,7 @@ from nonn.runtime.session import run_onnx
 from nonn.split.planner import plan_split
 from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_layouts, solo_layouts
-from nonn.testbed import composed, distributed, layouts
+from nonn.testbed import composed, distributed
 from nonn.testbed.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
 from nonn.testbed.distributed import LOOPBACK, compose_all, framing_of, measure_live
@@ -363,7 +363,7 @@ COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
 
 def test_the_stage_writes_all_rows(stage, monkeypatch):
     params, paths = stage
-    monkeypatch.setattr(layouts, "SPLITS", ("rows",))  # saves seconds
+    monkeypatch.setattr(distributed_stage, "SPLITS", ("rows",))  # saves seconds
     monkeypatch.setattr("nonn.deploy.onnx_files.export_onnx", export_tiny)
     reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
     section = params.distributed.model_copy(update={"reference": reference})

@@ -23,14 +23,14 @@ from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import Features, export_onnx
-from nonn.method import exporting as export
-from nonn.method import joining as assemble
 from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
 from nonn.runtime import predict as prediction
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
+from nonn.stages import assemble as assemble_stage
+from nonn.stages import export as export_stage
 from nonn.stages.export import solo_models
 from nonn.training.networks import ConvNet, predict, single_pass, whiten
 
@@ -174,7 +174,7 @@ def int8(params) -> Params:
 @pytest.fixture
 def quantised(int8, experiment) -> dict:
     """Manifests of the tiny network and of the models that run alone, exported for int8 devices."""
-    for stage, *of in ((assemble, "2s", 0), (export, "2s"), (export, "solo")):
+    for stage, *of in ((assemble_stage, "2s", 0), (export_stage, "2s"), (export_stage, "solo")):
         stage.run(int8, experiment, *of)
     return {name: read_json(experiment.export(name) / "manifest.json") for name in ("2s", "solo")}
 

@@ -21,10 +21,10 @@ from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
-from nonn.report.summary import accuracy_plots, graph_plots, plots
-from nonn.report.summary import methods as figures
-from nonn.report.summary import missing as missing_tables
-from nonn.report.summary import summary as report
+from nonn.report import accuracy_plots, graph_plots, plots
+from nonn.report import methods as figures
+from nonn.report import missing as missing_tables
+from nonn.report import summary as report
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 from nonn.stages import graph as graph_stage

@@ -168,7 +168,7 @@ def experiment(tmp_path, monkeypatch):
     pooled[:, [4, 17]] = 0
     save_file({"validation_pooled": pooled.half()}, paths.signals)
     data = SimpleNamespace(labels=torch.arange(80) % 3, validation=torch.arange(10, 70), n_classes=3)
-    monkeypatch.setattr(graph, "load_dataset", lambda _: data)
+    monkeypatch.setattr(graph_stage, "load_dataset", lambda _: data)
     return paths
 
 

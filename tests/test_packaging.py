@@ -103,11 +103,12 @@ def test_an_image_is_classified(folder, network_folder):
     assert "of the lead" in done.stdout
 
 
-ON_DEVICES = ["node", "coordinate", "up", "web", "certs", "cluster", "hosting", "fuzz", "soak", "links", "split_node"]
+ON_DEVICES = [f"runtime.{name}" for name in ("node", "coordinate", "certs", "cluster", "hosting", "predict")]
+ON_DEVICES += ["live.up", "live.web", "split.node", *(f"testbed.{name}" for name in ("fuzz", "soak", "links"))]
 
 
 @pytest.mark.parametrize("module", ON_DEVICES)
 def test_what_runs_on_devices_imports(module):
-    command = [sys.executable, "-c", f"{WITHOUT}import nonn.runtime.{module}"]
+    command = [sys.executable, "-c", f"{WITHOUT}import nonn.{module}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr

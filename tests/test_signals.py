@@ -6,7 +6,7 @@ import torch
 from nonn.core.params import Architecture
 from nonn.data.tensors import read_tensors
 from nonn.stages import signals as signals_stage
-from nonn.training.loop import signals
+from nonn.training import signals
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision
 from nonn.training.losses import attention_map

@@ -19,7 +19,7 @@ from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.method.store import load_teacher
 from nonn.stages import teacher as teacher_stage
-from nonn.training.loop import teacher
+from nonn.training import teacher
 from nonn.training.augment import draw_view
 from nonn.training.loop import LOG_COLUMNS
 from nonn.training.networks import ConvNet, predict, whiten

@@ -24,13 +24,9 @@ from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
-from nonn.method import filter_graph as graph
-from nonn.method import partitioning as partition
-from nonn.method import sizing as design
 from nonn.method.final_layer import averaged_layer
 from nonn.method.store import load_baseline, load_students
-from nonn.stages import baseline
-from nonn.training.loop import lessons as distill
+from nonn.stages import baseline, design, distill, graph, partition
 from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Of the table of attempts. `validation_loss` is the cross-entropy of the averaged logits.

@@ -62,13 +62,12 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     torch.set_num_threads(1)
     keep_freed_memory()
     name = f"{network}/{method} seed {seed}"
-    checkpoint = Checkpoint.of(
-        [name, params.distill.model_dump(), params.baseline.model_dump(), params.signals.model_dump()],
-        [paths.dataset, paths.signals, paths.design(network, method), paths.partition(network, method)],
-    )
+    lessons = plan_lessons(params, paths, network, method, seed)
+    settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump()]
+    checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
     classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
     students, logs = [], []
-    for position, lesson in enumerate(plan_lessons(params, paths, network, method, seed)):
+    for position, lesson in enumerate(lessons):
         student, log = distill_student(
             classroom,
             lesson,

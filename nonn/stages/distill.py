@@ -21,18 +21,17 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     torch.set_num_threads(1)
     keep_freed_memory()
     section = params.distill
-    design_path, partition_path = paths.design(network, student), paths.partition(network, student)
-    ((architecture, _),) = load_design(design_path)
+    ((architecture, _),) = load_design(paths.design(network, student))
     lesson = Lesson(
         architecture=architecture,
-        filters=read_json(partition_path)["filters"],
+        filters=read_json(paths.partition(network, student))["filters"],
         kd_weight=section.kd_weight,
         transfer_weight=section.transfer_weight,
     )
     name = f"{network}/{student} seed {seed}"
     checkpoint = Checkpoint.of(
-        [name, section.model_dump(), params.signals.model_dump()],
-        [design_path, partition_path, paths.dataset, paths.signals],
+        [name, repr(lesson), section.model_dump(), params.signals.model_dump()],
+        [paths.dataset, paths.signals],
     )
     classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
     model, log = distill_student(

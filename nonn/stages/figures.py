@@ -17,7 +17,7 @@ from nonn.core.files import read_json, write_json, write_text
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Params
 from nonn.core.paths import Paths
 from nonn.method.store import load_graph
-from nonn.report.summary import accuracy_plots, deployment, deployment_plots, graph_plots, plots
+from nonn.report import accuracy_plots, deployment, deployment_plots, graph_plots, plots
 from nonn.report.methods import (
     Key,
     collect_claims,

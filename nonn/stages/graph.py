@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from nonn.core.files import write_json
 from nonn.core.errors import UserError
+from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset

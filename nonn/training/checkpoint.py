@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     pass
 
 
+#: What decides how a training goes, apart from its settings and inputs.
+CODE = sorted(Path(__file__).parent.glob("*.py"))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """State of an unfinished training, kept outside the outputs, which DVC and Snakemake delete.
@@ -33,7 +37,7 @@ class Checkpoint:
     def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
         """Checkpoint of a training with these settings (JSON) and input files, by the code of this package."""
         key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode())
-        for path in [*inputs, *sorted(Path(__file__).parent.glob("*.py"))]:
+        for path in [*inputs, *CODE]:
             with path.open("rb") as file:
                 key.update(hashlib.file_digest(file, "sha256").digest())
         return cls(STATE / "checkpoints" / f"{key.hexdigest()[:32]}.safetensors")
