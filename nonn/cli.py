@@ -80,6 +80,10 @@ def build_parser() -> argparse.ArgumentParser:
         if stage in SEEDED:
             command.add_argument("--seed", type=int, required=True)
     commands.add_parser("check", help="check params.yaml and stop")
+    from nonn.commands import use
+
+    use.add_arguments(commands.add_parser("use", help="make an experiment the active one"))
+    commands.add_parser("jobs", help="write the lists of jobs that dvc.yaml loops over")
     predict = commands.add_parser("predict", help="classify an image with the trained network")
     predict.add_argument("image", type=Path)
     source = predict.add_mutually_exclusive_group()
@@ -217,13 +221,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run_stage(stage: str, item: str | None, seed: int | None) -> None:
     """Run one stage on one item, and note in the journal when it ran."""
     from nonn.core.files import STATE, sweep
-    from nonn.core.leftovers import remove_leftovers
+    from nonn.core.jobs import check_jobs
     from nonn.core.params import load_params
-    from nonn.core.paths import Paths
+    from nonn.core.paths import Paths, remove_leftovers
 
     params = load_params()
     paths = Paths(params.experiment)
-    arguments = parse_item(stage, item, params) | parse_seed(stage, item, seed, params)
+    arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
+    check_jobs(params)
     sweep()
     remove_leftovers(params, paths)
     start = time.time()
@@ -251,16 +256,16 @@ def parse_item(stage: str, item: str | None, params) -> dict:
     elif stage in ("export", "benchmark", "distributed"):
         known = {name: {"name": name} for name in [*params.networks, "solo"]}
     elif stage == "distill":
-        students = [*params.students, *params.students_once]
-        known = {s: {"network": s.split("/")[0], "student": int(s.split("/")[1])} for s in students}
+        students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
+        known = {f"{network}/{i}": {"network": network, "student": i} for network, i in students}
     else:
-        known = {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baseline_jobs()}
+        known = {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baselines()}
     if item not in known:
         raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
     return known[item]
 
 
-def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
+def parse_seed(item: str | None, seed: int | None, params) -> dict:
     """Keyword argument of a stage's `run` from a seed, for stages that take one.
 
     Raises
@@ -270,15 +275,15 @@ def parse_seed(stage: str, item: str | None, seed: int | None, params) -> dict:
     """
     if seed is None:
         return {}
-    if stage == "baseline":
-        known = next(seeds for network, method, seeds in params.baseline_jobs() if f"{network}/{method}" == item)
-    else:
-        known = params.seeds_of(item.split("/")[0])
-    if seed not in known:
-        listed, remedy = ", ".join(map(str, known)), "add it to `seeds`"
-        if seed in params.seeds:
-            remedy = "move it from `…_once` to the list with all `seeds`"
-        raise UserError(f"params.yaml: {item} has no seed {seed}, but {listed}; {remedy}.")
+    network, _, part = item.partition("/")
+    section, key = params.networks[network], f"networks.{network}.seeds"
+    count = section.seeds
+    if part in section.baselines:
+        key, count = f"networks.{network}.baselines.{part}", section.baselines[part]
+    if not 0 <= seed < count:
+        raise UserError(
+            f"params.yaml: {key}: asks for {count} trainings, seeds 0 to {count - 1}, not {seed}; raise it."
+        )
     return {"seed": seed}
 
 
@@ -292,6 +297,9 @@ def run_tool(options: argparse.Namespace) -> None:
         from nonn.commands.bench import BENCHES
 
         BENCHES[options.what]()
+        return
+    if options.command in ("use", "jobs"):
+        importlib.import_module(f"nonn.commands.{options.command}").run(options)
         return
     if options.command == "try":
         from nonn.commands.attempt import run
@@ -310,7 +318,7 @@ def run_tool(options: argparse.Namespace) -> None:
         return
     params = load_params()
     if options.command == "check":
-        n_students = sum(map(len, params.networks.values()))
+        n_students = sum(len(network.devices) for network in params.networks.values())
         print(f"params.yaml is sound: experiment {params.experiment}, {n_students} students.")
     elif options.command == "predict":
         from nonn.runtime.predict import run

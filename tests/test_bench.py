@@ -7,10 +7,10 @@ import torch
 
 from nonn.commands.bench import DistillTimes, TaughtLive, random_images, time_distill
 from nonn.core.params import Architecture
+from nonn.teachers.signals import compute_signals
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet
-from nonn.training.signals import compute_signals
 
 TINY = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 LESSON = Lesson(TINY, filters=[0, 5, 7], kd_weight=0.9, transfer_weight=10.0)

@@ -12,9 +12,9 @@ from nonn.core.files import read_json, write_json
 from nonn.core.params import Architecture, Design, Device, load_params
 from nonn.deploy.cost import measure_cost
 from nonn.method.sizing import apportion, combined_budget, design_network, design_student, family
-from nonn.method.store import load_design
 from nonn.stages import design as design_stage
 from nonn.training.networks import ConvNet
+from nonn.training.store import load_design
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, bytes_per_value=4)
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, bytes_per_value=4)

@@ -12,7 +12,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.sizing import design_network
-from nonn.method.store import load_baseline, load_signals
+from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
@@ -21,6 +21,7 @@ from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import predict
+from nonn.training.store import load_signals
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 

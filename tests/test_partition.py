@@ -13,7 +13,6 @@ from nonn.core.files import read_json, write_json
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, load_params
 from nonn.core.paths import Paths
 from nonn.data.tensors import write_tensors
-from nonn.method import store
 from nonn.method.filter_graph import find_communities, modularity
 from nonn.method.partitioning import (
     RESOLUTION_STEP,
@@ -23,6 +22,7 @@ from nonn.method.partitioning import (
     search_communities,
 )
 from nonn.stages import partition as partition_stage
+from nonn.training.store import load_baseline_sets
 
 PARAMS = Path(__file__).parent.parent / "params.yaml"
 METHODS = ("communities", "contiguous", "classwise", "random")
@@ -241,7 +241,7 @@ def test_baselines_get_sets_of_the_same_sizes(experiment):
     partition_stage.run(load_params(PARAMS), paths, "2s")
 
     def sets(method: str, seed: int = 0) -> list[list[int] | None]:
-        return store.load_baseline_sets(paths.partition("2s", method), seed)
+        return load_baseline_sets(paths.partition("2s", method), seed)
 
     everything = list(range(20))  # the last filter is dead
     for method in ("random", "contiguous", "classwise"):

@@ -47,10 +47,7 @@ COLUMNS = (
 
 
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
-OPEN = (
-    *("networks", "assembled", "assembled_once", "students", "students_once"),
-    *("devices", "graph", "partition", "design", "distill", "baseline"),
-)
+OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
 VIEWS = "signals.views"
 
 
@@ -97,7 +94,7 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvN
     if method:
         baseline.run(params, paths, network, method, seed)
         return load_baseline(paths.baseline(network, method, seed), data)
-    for student in range(len(params.networks[network])):
+    for student in range(len(params.networks[network].devices)):
         distill.run(params, paths, network, student, seed)
     return load_students(params, paths, data, network, seed)[0]
 

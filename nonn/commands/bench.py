@@ -17,11 +17,11 @@ from nonn.core.system import describe_system
 from nonn.data.dataset import Dataset, measure_channels
 from nonn.deploy.cost import measure_cost
 from nonn.method.filter_graph import activation_hub_graph, naive_activation_hub_graph
+from nonn.teachers.signals import compute_signals, signals_of
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory, pick_device
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet
-from nonn.training.signals import compute_signals, signals_of
 
 REPEATS = 3
 

@@ -40,5 +40,5 @@ def run(params: Params, path: Path, network: str | None) -> None:
     shape = read_manifest(folder).image
     prediction = classify(folder, read_image(path, shape.channels, shape.size))
     print(f"{prediction.label}  {prediction.probability:.1%}  ({network}, {path})")
-    for student, (device, share) in enumerate(zip(params.networks[network], prediction.shares, strict=True)):
+    for student, (device, share) in enumerate(zip(params.networks[network].devices, prediction.shares, strict=True)):
         print(f"  student {student} on {device}: {share:6.1%} of the lead")
