@@ -4,7 +4,8 @@ A network becomes one file a student (uint8 image in, feature vector out) and on
 layer (concatenated feature vectors in, logits out). Teacher and single baselines, which run alone
 on one device, become one file each (image in, logits out). Every file is re-scored on the test
 images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.bytes_per_value: 1`` students
-and baselines are int8 (see `nonn.quantize`), and the teacher is there in both precisions.
+and baselines are int8 (see `nonn.quantize`), and the teacher is there in both precisions; manifests of int8 files name
+their form as ``quantisation``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nonn.onnx_files import export_onnx, write_classifier, write_student
 from nonn.params import PARTITION_METHODS, SOLO, Params
 from nonn.paths import Paths
 from nonn.progress import track
-from nonn.quantize import check_close
+from nonn.quantize import FORM, check_close
 from nonn.runtime.session import run_onnx
 from nonn.teacher import load_teacher
 
@@ -117,7 +118,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     blocks = folder / "final.safetensors"
     write_tensors(blocks, model.final.state_dict())
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
-    return _manifest(data, students, logits, labels) | {"final": final}
+    return _manifest(data, students, logits, labels, bytes_per_value) | {"final": final}
 
 
 def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
@@ -136,12 +137,13 @@ def export_solo(models: dict[str, Network], data: Dataset, folder: Path, bytes_p
         if model.mirrors and bytes_per_value == 4:  # `distributed` splits a network only as a single pass, in float32
             entry["single_pass"] = f"{name}-single.onnx"
             write_classifier(single_pass(model), data, folder / entry["single_pass"], 4)
-        manifests[name] = _manifest(data, [entry], logits, labels)
+        manifests[name] = _manifest(data, [entry], logits, labels, precision)
     return manifests
 
 
-def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor) -> dict:
-    return {
+def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, bytes_per_value: int) -> dict:
+    form = {"quantisation": FORM} if bytes_per_value == 1 else {}
+    return form | {
         "classes": list(data.classes),
         "image": {"channels": data.channels, "size": data.size, "dtype": "uint8"},
         "students": students,

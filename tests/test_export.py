@@ -28,6 +28,8 @@ from nonn.onnx_files import Features, export_onnx
 from nonn.params import Architecture, Params
 from nonn.paths import Paths
 from nonn.predict import classify, read_image
+from nonn.quantize import FORM
+from nonn.runtime.exported import read_manifest
 from nonn.runtime.session import open_session, run_onnx
 
 
@@ -192,6 +194,14 @@ def test_the_teacher_is_exported_in_both_precisions(quantised):
     assert whole["weight_bytes"] == 4 * whole["params"]
     assert int8["params"] < int8["weight_bytes"] < whole["weight_bytes"] / 2
     assert solo["2s-kd"]["cost"]["weight_bytes"] < 4 * solo["2s-kd"]["cost"]["params"]
+
+
+def test_manifests_of_int8_files_name_their_form(experiment, quantised, exported):
+    solo = quantised["solo"]
+    assert [m["quantisation"] for m in (quantised["2s"], solo["teacher_int8"], solo["2s-kd"])] == [FORM] * 3
+    assert read_manifest(experiment.export("2s")).quantisation == FORM
+    assert all("quantisation" not in manifest for manifest in (solo["teacher"], read_json(exported / "manifest.json")))
+    assert read_manifest(exported).quantisation is None, "as in manifests from before forms had names"
 
 
 # Classifying one image
