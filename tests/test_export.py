@@ -22,11 +22,13 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
 from nonn.deploy.cost import measure_cost
+from nonn.deploy.int8 import FORM
 from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
 from nonn.runtime import predict as prediction
+from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
 from nonn.stages import assemble as assemble_stage
@@ -196,6 +198,14 @@ def test_the_teacher_is_exported_in_both_precisions(quantised):
     assert whole["weight_bytes"] == 4 * whole["params"]
     assert int8["params"] < int8["weight_bytes"] < whole["weight_bytes"] / 2
     assert solo["2s-kd"]["cost"]["weight_bytes"] < 4 * solo["2s-kd"]["cost"]["params"]
+
+
+def test_manifests_of_int8_files_name_their_form(experiment, quantised, exported):
+    solo = quantised["solo"]
+    assert [m["quantisation"] for m in (quantised["2s"], solo["teacher_int8"], solo["2s-kd"])] == [FORM] * 3
+    assert read_manifest(experiment.export("2s")).quantisation == FORM
+    assert all("quantisation" not in manifest for manifest in (solo["teacher"], read_json(exported / "manifest.json")))
+    assert read_manifest(exported).quantisation is None, "as in manifests from before forms had names"
 
 
 # Classifying one image

@@ -70,11 +70,11 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     text = StringIO()
     _yaml().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
-    header = f"# The active experiment: `nonn use {name}` wrote it from {EXPERIMENTS}/{name}.yaml. Edit it as you like.\n"
-    old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
-    write_text(
-        PARAMS_FILE, header + body
+    header = (
+        f"# The active experiment: `nonn use {name}` wrote it from {EXPERIMENTS}/{name}.yaml. Edit it as you like.\n"
     )
+    old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
+    write_text(PARAMS_FILE, header + body)
     try:
         write_jobs(load_params())
     except UserError:
