@@ -397,7 +397,7 @@ def test_nonns_own_variants_are_no_baselines(method, label):
 
 def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(inside, tmp_path, monkeypatch):
     params, paths = inside
-    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"precision": "int8"})})
     solo = read_json(paths.benchmark("solo"))
     shutil.copytree(Path.cwd(), tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")

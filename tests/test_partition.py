@@ -216,10 +216,10 @@ def experiment(tmp_path, monkeypatch):
 def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     paths, communities = experiment
     partition_stage.run(load_params(PARAMS), paths, "2s")
-    folder = paths.partition("2s")
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    baselines = {f"{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
-    assert set(first) == {"0.json", "1.json", "partition.json"} | baselines
+    folder = paths.partition_info("2s").parent
+    first = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
+    baselines = {f"baselines/{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
+    assert set(first) == {"students/0.json", "students/1.json", "summary.json"} | baselines
     for student, filters in enumerate(communities):
         expected = {"network": "2s", "student": student, "filters": filters}
         assert read_json(paths.partition("2s", student)) == expected

@@ -186,7 +186,7 @@ def test_outputs_that_have_nothing_to_do_with_the_students_are_refused():
     original = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
     check_close("0.onnx", original.numpy() * 1.2, original)
     for wrong in (original.numpy() * 1.3, np.full((2, 2), np.nan, np.float32)):
-        with pytest.raises(UserError, match=r"0\.onnx: in int8 its outputs differ .* Set design\.bytes_per_value to 4"):
+        with pytest.raises(UserError, match=r"0\.onnx: in int8 its outputs differ .* Set design\.precision to float32"):
             check_close("0.onnx", wrong, original)
 
 

@@ -132,7 +132,7 @@ def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
     if not difference <= TOLERANCE:
         raise UserError(
             f"{name}: in int8 its outputs differ by {difference:.0%} from those of the trained model, more than "
-            f"{TOLERANCE:.0%}. Set design.bytes_per_value to 4 in params.yaml."
+            f"{TOLERANCE:.0%}. Set design.precision to float32 in params.yaml."
         )
 
 
