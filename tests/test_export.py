@@ -14,6 +14,7 @@ import torch
 from conftest import REPOSITORY
 from PIL import Image
 
+from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.images import read_image
@@ -27,7 +28,6 @@ from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
-from nonn.runtime import predict as prediction
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
@@ -238,14 +238,14 @@ def test_shares_are_parts_of_the_lead(network, data, exported):
 def test_the_command_prints_class_and_shares(params, data, exported, experiment, capsys):
     shutil.copytree(exported, experiment.export("2s"))
     Image.fromarray(data.images[100, 0].numpy()).save("image.png")
-    prediction.run(params, Path("image.png"), None)
+    main(["predict", "image.png"])
     first, *students = capsys.readouterr().out.splitlines()
     expected = classify(exported, data.images[100].numpy())
     assert first.startswith(f"{expected.label}  {expected.probability:.1%}")
     for line, device, share in zip(students, params.networks["2s"].devices, expected.shares, strict=True):
         assert f"on {device}: {share:6.1%}" in line
-    with pytest.raises(UserError, match=r"params\.yaml: networks: no '9s'; choose one of 2s"):
-        prediction.run(params, Path("image.png"), "9s")
+    with pytest.raises(SystemExit, match=r"params\.yaml: networks: no '9s'; choose one of 2s"):
+        main(["predict", "image.png", "--network", "9s"])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -7,7 +7,7 @@ from nonn.core.params import load_params
 
 
 def add_arguments(parser) -> None:
-    """It takes none."""
+    parser.epilog = "example: nonn jobs"
 
 
 def run(options) -> None:

@@ -93,6 +93,7 @@ def _yaml() -> YAML:
 def add_arguments(parser) -> None:
     parser.add_argument("experiment", metavar="EXPERIMENT", help=f"a file of {EXPERIMENTS}, such as cifar10")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value; repeatable")
+    parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
 
 
 def run(options) -> None:

@@ -179,6 +179,16 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     write_text(path, HEADER + text.getvalue())
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    parser.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    parser.add_argument("--insecure", action="store_true", help="plain text without certificates")
+    parser.epilog = "example: nonn cluster 2s"
+
+
 def run(options) -> None:
     """The command ``nonn cluster``."""
     params = load_params()
