@@ -233,7 +233,7 @@ def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     assert summary["modularity"] == summary["modularity_louvain"] > 0.1 > summary["modularity_random_mean"]
 
     partition_stage.run(load_params(PARAMS), paths, "2s")
-    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first == {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
 
 
 def test_baselines_get_sets_of_the_same_sizes(experiment):

@@ -22,6 +22,8 @@ from nonn.runtime.tls import Identity, is_loopback, split_address
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
+#: Text in YAML.
+FilePath = Annotated[Path, Field(strict=False)]
 LONGEST_DEADLINE_MS = 60_000
 
 HEADER = """\
@@ -33,7 +35,7 @@ HEADER = """\
 class Tls(Section):
     """Certificates as `nonn certs` lays them out: those of the coordinator, and of nodes that `nonn up` starts."""
 
-    folder: Path
+    folder: FilePath
     coordinator: Name = COORDINATOR
 
 
@@ -69,10 +71,10 @@ class Cluster(Section):
         One for each student, in any order.
     """
 
-    export: Path
+    export: FilePath
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
-    sensor: Path | None = None
+    sensor: FilePath | None = None
     insecure: bool = False
     nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
 
