@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 from ruamel.yaml import YAML
 
 from nonn import __version__

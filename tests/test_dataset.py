@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from experiments import REPOSITORY
 from PIL import Image
 
 from nonn.core.errors import UserError
@@ -21,7 +22,6 @@ from nonn.data.dataset import load_dataset, measure_channels, split_dataset
 from nonn.data.sources import DOWNLOADS, _contents, _names, decode_images, load_images, read_layout
 from nonn.stages.dataset import run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
 SIZE = 28
 PATHS = Paths("test")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grimp
 import pytest
-from conftest import REPOSITORY
 from dvc.repo import Repo
+from experiments import REPOSITORY
 
 from nonn.stages import STAGES
 

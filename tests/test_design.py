@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 

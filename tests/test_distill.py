@@ -16,12 +16,13 @@ from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
+from nonn.teachers.signals import signals_of
 from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import predict
-from nonn.training.store import load_signals
+from nonn.training.networks import ConvNet, predict
+from nonn.training.store import load_signals, load_teacher
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
@@ -139,6 +140,28 @@ def test_an_epoch_reads_the_signals_of_its_own_view(teach, classroom):
 def test_a_student_sees_the_pixels_that_the_teacher_saw(params, classroom, teach):
     other = params.signals.model_copy(update={"augment": Augment(pad=2, flip=True)})
     assert not same(teach(classroom)[0], teach(Classroom(classroom.data, classroom.signals, other))[0])
+
+
+class TaughtLive(Classroom):
+    """The teacher looks at every batch itself, as in the authors' code: nothing is cached."""
+
+    def __init__(self, classroom: Classroom, teacher: ConvNet):
+        super().__init__(classroom.data, {}, classroom.params)
+        self.teacher = teacher
+
+    def batch(self, index, epoch):
+        images, _ = super().batch(index, epoch)
+        return images, signals_of(self.teacher, images, attention=False).__getitem__
+
+
+def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, classroom, experiment):
+    def losses(room: Classroom):
+        return teach(room, epochs=3, transfer_weight=10.0)[1]["train_loss"].tolist()  # two views, the first again
+
+    cached = losses(classroom)
+    assert losses(TaughtLive(classroom, load_teacher(experiment, classroom.data))) == pytest.approx(cached, rel=1e-2)
+    untaught = changed(changed(classroom, "logits", torch.zeros_like), "pooled", torch.zeros_like)
+    assert losses(untaught) != pytest.approx(cached, rel=1e-2)
 
 
 # The stage

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 from PIL import Image
 
 from nonn.cli import main

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ from nonn.stages import partition as partition_stage
 from nonn.training.loop import LOG_COLUMNS, write_log
 from nonn.training.networks import ConvNet
 
-PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+PARAMS = load_params(REPOSITORY / "params.yaml")
 N_CLASSES = 10
 #: Test accuracies that the made-up experiment scatters around.
 ACCURACY = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 
 from nonn.core import files, progress
 from nonn.core.errors import UserError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, SHIPPED
+from experiments import REPOSITORY, SHIPPED
 from ruamel.yaml import YAML
 
 from nonn.commands.use import DEFAULT, EXPERIMENTS, merge_experiment, write_params

@@ -9,12 +9,11 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from clusters import make_image, plain_node
-from conftest import REPOSITORY
+from clusters import PATIENCE, cluster_of, make_image, plain_node
+from experiments import REPOSITORY
 from packaging.requirements import Requirement
 from PIL import Image
 from ruamel.yaml import YAML
-from test_coordinator import cluster_of
 
 from nonn.cli import COMMANDS, PIPELINE, main
 from nonn.runtime.cluster import write_cluster
@@ -36,7 +35,7 @@ from nonn.cli import main
 
 def run_without(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", f"{WITHOUT}main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -108,5 +107,5 @@ ON_DEVICES += ["live.up", "live.web", "split.node", *(f"testbed.{name}" for name
 @pytest.mark.parametrize("module", ON_DEVICES)
 def test_what_runs_on_devices_imports(module):
     command = [sys.executable, "-c", f"{WITHOUT}import nonn.{module}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import re
 from copy import deepcopy
 
 import pytest
-from conftest import SHIPPED
+from experiments import SHIPPED
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError

@@ -1,10 +1,9 @@
 """Filter sets: planted communities, exact sizes, and properties of every method."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from experiments import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +23,7 @@ from nonn.method.partitioning import (
 from nonn.stages import partition as partition_stage
 from nonn.training.store import load_baseline_sets
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = REPOSITORY / "params.yaml"
 METHODS = ("communities", "contiguous", "classwise", "random")
 
 

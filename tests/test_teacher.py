@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, make_dataset
+from experiments import REPOSITORY, make_dataset
 from PIL import Image
 
 from nonn.cli import main

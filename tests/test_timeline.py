@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,8 +16,7 @@ from nonn.commands import timeline
 from nonn.core.errors import UserError
 from nonn.core.params import load_params
 
-SHIPPED = Path(__file__).parent.parent / "params.yaml"
-PARAMS = load_params(SHIPPED)
+PARAMS = load_params(REPOSITORY / "params.yaml")
 
 
 def job(stage, start, end, item=None, seed=None):
@@ -47,7 +47,7 @@ JOBS = [
 @pytest.fixture
 def journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(SHIPPED, tmp_path)
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     timeline.JOURNAL.parent.mkdir()
     timeline.JOURNAL.write_text("".join(json.dumps(entry) + "\n" for entry in [*JOBS, OF_ANOTHER_EXPERIMENT]))
     return timeline.JOURNAL

@@ -117,19 +117,6 @@ def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor], block: int,
     return (weights / torch.where(largest > 0, largest, 1.0)).float()
 
 
-def naive_activation_hub_graph(activity: Tensor) -> list[list[float]]:
-    """Compute `activation_hub_graph` by its definition, in plain Python loops: for comparison only."""
-    images = activity.tolist()
-    n_filters = activity.shape[1]
-    weights = [[0.0] * n_filters for _ in range(n_filters)]
-    for a in images:
-        for i in range(n_filters):
-            for j in range(n_filters):
-                weights[i][j] += a[i] * a[j] * abs(a[i] - a[j])
-    largest = max(max(row) for row in weights) or 1.0
-    return [[weight / largest for weight in row] for row in weights]
-
-
 def find_communities(weights: np.ndarray, resolution: float = 1.0, seed: int = 0) -> list[list[int]]:
     """Find communities by Louvain's method [3]_.
 

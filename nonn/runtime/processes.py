@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ async def stop(child: Child) -> None:
         try:
             await asyncio.wait_for(child.process.wait(), GRACE)
         except TimeoutError:
-            child.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                child.process.kill()
             await child.process.wait()
     if child.listener:
         await child.listener

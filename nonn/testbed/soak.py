@@ -21,7 +21,7 @@ from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.bed import RunningCluster, announced_address, running_bed
 
 #: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
 KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
@@ -102,6 +102,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
         await bed.children[victim].process.wait()
         soak.kills += 1
         await bed.restart(victim)
+        await announced_address(bed.children[victim])  # or on a slow machine all would be dead in the end
         await asyncio.sleep(every / 2)
         sleeper = bed.children[random.choice(names)].process
         sleeper.send_signal(signal.SIGSTOP)
