@@ -61,8 +61,6 @@ COMMANDS = {
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
     "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
-    "keep": (DEVELOP, "commands.keep", "Copy finished trainings from DVC's cache, for another machine."),
-    "restore": (DEVELOP, "commands.keep", "Put kept trainings into DVC's cache, in place of training again."),
 }
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")

@@ -142,12 +142,6 @@ def test_a_stage_needs_its_item_and_seed(capsys):
     assert "required: --seed" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("command", ["keep", "restore"])
-def test_trainings_are_kept_of_an_experiment_only(command):
-    assert "params.yaml: no such file. Run nonn from the repository's top folder" in stop(command, "kept")
-
-
 def test_seeds_below_zero_are_refused(capsys):
     for command in (["try", "2s/kd"], ["fuzz", "export"], ["soak", "export"]):
         assert stop(*command, "--seed", "-1") == 2

@@ -213,7 +213,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone = Clone(tmp_path)
     clone.edit(set_to("distill", "epochs", value=60))
     clone.call([BIN / "dvc", "repro", "partition@low"])
-    stage = [BIN / "dvc", "repro", "--single-item", "distill@low/0-0"]
+    stage = [BIN / "dvc", "repro", "--single-item", "distill@seed0/low/0"]
     student = tmp_path / "results/tiny/students/seed0/low/0.safetensors"
     checkpoints = tmp_path / ".nonn" / "checkpoints"
     process = clone.start(stage)
@@ -231,22 +231,20 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     assert (student.read_bytes(), student.with_suffix(".csv").read_bytes()) == resumed
 
 
-def test_kept_trainings_are_not_run_again_elsewhere(tmp_path):
+def test_trainings_travel_by_dvcs_own_push_and_pull(tmp_path):
     here, there = Clone(tmp_path / "here"), Clone(tmp_path / "there")
     shutil.copy(here.folder / "images.zip", there.folder)  # archives know when they were written
-    student, target = "results/tiny/students/seed0/low/0.safetensors", [BIN / "dvc", "repro", "distill@low/0-0"]
-    refusal = here.start([BIN / "nonn", "keep", "kept"])
-    assert "no training of this experiment is finished" in refusal.communicate()[0]
-    assert refusal.returncode != 0
-    assert "distill low/0 0" in here.stages_of(target)
-    assert "kept: 1 trainings, 3 new files" in here.call([BIN / "nonn", "keep", "kept"])
-    assert "kept: 1 trainings, 0 new files" in here.call([BIN / "nonn", "keep", "kept"])
-    shutil.copytree(here.folder / "kept", there.folder / "kept")
-    assert "kept: 3 new files in the cache" in there.call([BIN / "nonn", "restore", "kept"])
-    assert there.stages_of(target) == ["dataset", "teacher", "signals", "graph", "design low", "partition low"]
+    target = "distill@seed0/low/0"
+    for clone in (here, there):
+        clone.call([BIN / "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store")])
+    assert "distill low/0 0" in here.stages_of([BIN / "dvc", "repro", target])
+    here.call([BIN / "dvc", "push", "--run-cache"])
+    there.call([BIN / "dvc", "fetch", "--run-cache"])
+    assert there.stages_of([BIN / "dvc", "repro", "--pull", target]) == []
+    student = "results/tiny/students/seed0/low/0.safetensors"
     assert (there.folder / student).read_bytes() == (here.folder / student).read_bytes()
     there.edit(set_to("distill", "kd_weight", value=0.8))
-    assert there.stages_of(target) == ["distill low/0 0"], "a training of other parameters is no substitute"
+    assert there.stages_of([BIN / "dvc", "repro", target]) == ["distill low/0 0"], "other parameters, another training"
 
 
 def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
