@@ -28,7 +28,7 @@ from ruamel.yaml import YAML
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
     "snakemake": [BIN / "snakemake", "--cores", "2"],
-    "dvc": [BIN / "dvc", "repro"],
+    "dvc": ["sh", "-c", "nonn jobs && dvc repro"],  # Snakemake writes the lists of jobs by itself
 }
 
 #: What this experiment changes in the tiny one.
@@ -86,6 +86,7 @@ class Clone:
                 shutil.copy(source, folder / name)
         write_images(folder / "images.zip", per_class=40)
         self.edit(lambda params: params.update(tiny_params(PIPELINE)))
+        self.call([BIN / "nonn", "jobs"])
         self.git("add", "--all")
         self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
 
@@ -256,6 +257,16 @@ def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
         assert process.returncode != 0
         assert "params.yaml: distill.kd_wieght: unknown key; remove it (did you mean 'kd_weight'?)" in output
         assert "Traceback" not in output
+
+
+def test_no_stage_runs_while_lists_of_jobs_do_not_fit(tmp_path):
+    clone = Clone(tmp_path)
+    clone.edit(add_device)
+    process = clone.start([BIN / "dvc", "repro", "dataset"])
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "workflow/jobs.yaml: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again." in output
+    assert "Traceback" not in output
 
 
 def test_workflow_passes_snakemakes_own_linter():
