@@ -56,7 +56,10 @@ RUNTIME = {name: f"runtime.{name}" for name in ("node", "coordinate", "certs", "
 RUNTIME |= {"up": "live.up", "split": "split.command", "split-node": "split.node"}
 RUNTIME |= {name: f"testbed.{name}" for name in ("fuzz", "soak", "links")}
 #: What only the pipeline imports, as it is imported: a device has none of it.
-PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
+PIPELINE = (
+    *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
+    *("torch", "torchvision"),
+)
 SEEDED = ("distill", "assemble", "baseline")
 
 

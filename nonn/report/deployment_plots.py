@@ -1,4 +1,4 @@
-"""Figures of the devices at work: each function takes the table of `nonn.report.deployment` and returns a figure.
+"""Figures of the devices at work: each function takes the table of `nonn.report.deployment_table` and returns a figure.
 
 What is calculated (badge *modelled*) is hollow and dashed, what was timed (*measured*, *emulated*) filled.
 """
@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from nonn.core.params import Architecture
-from nonn.report.deployment import PAPER
+from nonn.report.deployment_table import PAPER
 from nonn.report.plots import METHODS, Look, legend_below, panels
 
 #: How a layout of the devices appears; those that are methods of accuracy too keep their look.
@@ -74,7 +74,7 @@ def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Fi
     Parameters
     ----------
     rows : DataFrame
-        From `nonn.report.deployment.join_rows`.
+        From `nonn.report.deployment_table.join_rows`.
     reference : Architecture or None
         That was split for reference.
     """
