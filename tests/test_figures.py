@@ -233,7 +233,7 @@ TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5,
 def draw(file_format):
     section = with_figures(PARAMS, format=file_format).figures
     with plots.drawing_style():
-        plots.save_figure(plots.draw_top_k(TOP_K), Path("figure"), section)
+        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), section)
     return Path("figure").read_bytes()
 
 
@@ -569,14 +569,14 @@ def test_spread_moves_as_little_as_needed():
 
 
 def test_top_k_is_drawn_without_a_curve():
-    figure = plots.draw_top_k(TOP_K)
+    figure = graph_plots.draw_top_k(TOP_K)
     assert [axis.lines[1].get_xydata().tolist() for axis in figure.axes] == [[[600, 0.3]], [[600, 5]]]
 
 
 def test_an_imported_teacher_is_a_level_line():
     teacher = pd.DataFrame({"epoch": [0], "validation_accuracy": [0.9]})
     log = make_log(4, 0.95, np.random.default_rng(0))
-    (axis,) = plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
+    (axis,) = accuracy_plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
     assert set(axis.lines[0].get_ydata()) == {0.9}
 
 
@@ -584,7 +584,7 @@ def test_a_legend_is_no_wider_than_its_figure():
     """A single network makes narrow figures, and all baselines a long legend."""
     log = make_log(4, 0.95, np.random.default_rng(0))
     trained = ["nonn", "labels", "kd", "at_kd", "total", "random", "classwise", "full"]
-    figure = plots.draw_training(log, {"2s": {method: [log] for method in trained}})
+    figure = accuracy_plots.draw_training(log, {"2s": {method: [log] for method in trained}})
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 1 + len(trained)
@@ -614,7 +614,7 @@ def test_all_points_are_in_view(methods):
             for k in range(2)
         ]
     ).assign(worst_sd=None)
-    (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {("nonn", "2s"): 3}, 100).axes
+    (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {"2s": 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
     (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])

@@ -17,7 +17,8 @@ from nonn.core.errors import UserError
 from nonn.core.files import STATE, write_text
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.report.plots import draw_timeline, drawing_style, save_figure
+from nonn.report.plots import drawing_style, save_figure
+from nonn.report.timeline_plots import draw_timeline
 from nonn.stages import STAGES
 
 JOURNAL = STATE / "journal.jsonl"

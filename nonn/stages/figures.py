@@ -151,14 +151,14 @@ def run(params: Params, paths: Paths) -> None:
     write_json(paths / "claims.json", method_table.collect_claims(comparisons))
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
-    n_seeds = {(row["method"], row["network"]): row["n_seeds"] for row in evaluation["rows"]}
+    n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
-            "top_k": plots.draw_top_k(read_json(paths.graph_info)),
-            "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
+            "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
             "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
