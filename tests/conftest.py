@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import settings
 from ruamel.yaml import YAML
 from splits import write_solo
 
+from nonn.commands.use import merge
 from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -31,13 +33,13 @@ SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
 #: What the tiny experiment changes in the shipped parameters.
 TINY = {
     "experiment": "tiny",
-    "networks": {"2s": ["small", "large"]},
-    "assembled": ["2s"],
-    "students": ["2s/0", "2s/1"],
-    "seeds": [0],
-    "baselines": ["2s/labels", "2s/kd", "2s/random"],
-    "baselines_once": ["2s/at_kd"],
-    "ensemble": {"pool": "2s/kd", "seeds": [1]},
+    "networks": {
+        "2s": {
+            "devices": ["small", "large"],
+            "seeds": 1,
+            "baselines": {"labels": 1, "kd": 2, "random": 1, "at_kd": 1},
+        }
+    },
     "devices": {"small": {"memory_kib": 40, "mmacs": 5}, "large": {"memory_kib": 60, "mmacs": 5}},
     "teacher": {
         "architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1},
@@ -54,13 +56,6 @@ TINY = {
     "evaluate": {"resamples": 200, "final_layer": "averaged", "threads": 1},
     "benchmark": {"warmup": 1, "runs": 10, "windows": 2},
 }
-
-
-def merge(base: dict, changes: dict) -> dict:
-    """Parameters with changes, section by section; networks, devices and architectures are replaced."""
-    whole = ("networks", "devices", "architecture")
-    merged = {k: merge(base[k], v) if isinstance(v, dict) and k not in whole else v for k, v in changes.items()}
-    return base | merged
 
 
 def make_dataset(channels: int = 1, size: int = 28) -> Dataset:
@@ -98,7 +93,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def params() -> Params:
-    return Params.model_validate(merge(SHIPPED, TINY))
+    return Params.model_validate(merge(deepcopy(SHIPPED), TINY))
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +121,7 @@ def built(tmp_path_factory, params, data) -> Path:
         for student in range(2):
             distill.run(params, paths, "2s", student, seed=0)
         assemble.run(params, paths, "2s", seed=0)
-        for network, method, seeds in params.baseline_jobs():
+        for network, method, seeds in params.baselines():
             for seed in seeds:
                 baseline.run(params, paths, network, method, seed)
     return folder

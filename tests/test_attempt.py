@@ -2,13 +2,19 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nonn.cli import main
-from nonn.commands.attempt import COLUMNS, run
+from nonn.commands import attempt
+from nonn.commands.attempt import COLUMNS
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
+
+
+def run(item: str, settings: list[str], seed: int, table: Path | None) -> None:
+    attempt.run(SimpleNamespace(item=item, set=settings, seed=seed, table=table))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

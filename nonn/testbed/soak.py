@@ -18,6 +18,7 @@ from random import Random
 import numpy as np
 
 from nonn.core.errors import UserError
+from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.testbed.bed import RunningCluster, running_bed
@@ -162,6 +163,17 @@ async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np
                 return True
         await asyncio.sleep(0.05)
     return False
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    parser.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    parser.add_argument(
+        "--kill-every", type=float, default=KILL_EVERY, metavar="S", help="seconds (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.epilog = "example: nonn soak export/4s --requests 1000"
 
 
 def run(options) -> None:

@@ -19,12 +19,12 @@ from nonn.core.files import sha256_of
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
+from nonn.teachers.selection import Proxy
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.loop import LOG_COLUMNS, train
 from nonn.training.networks import ConvNet, accuracy, predict, whiten
-from nonn.training.selection import Proxy
 
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
