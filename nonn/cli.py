@@ -63,7 +63,10 @@ COMMANDS = {
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
 }
 #: What only the pipeline imports, as it is imported: a device has none of it.
-PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
+PIPELINE = (
+    *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
+    *("torch", "torchvision"),
+)
 
 
 def overview() -> str:

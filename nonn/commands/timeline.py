@@ -18,7 +18,8 @@ from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
-from nonn.report.plots import draw_timeline, drawing_style, save_figure
+from nonn.report.plots import drawing_style, save_figure
+from nonn.report.timeline_plots import draw_timeline
 from nonn.stages import STAGES
 
 #: Seconds without any job after which the next one belongs to another run.

@@ -17,20 +17,19 @@ from nonn.core.files import read_json, write_json, write_text
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
 from nonn.core.paths import Paths
 from nonn.method.filter_graph import load_graph
-from nonn.report import accuracy_plots, deployment, deployment_plots, graph_plots, plots
-from nonn.report.methods import (
-    Key,
-    collect_claims,
-    collect_metrics,
-    compare_network,
-    summarise_methods,
-    write_summary_csv,
+from nonn.report import (
+    accuracy_plots,
+    deployment_plots,
+    deployment_table,
+    graph_plots,
+    method_table,
+    missing_table,
+    plots,
 )
-from nonn.report.missing import chosen_strategies, describe_missing, write_missing_csv
-from nonn.report.summary import write_summary_md, write_summary_tex
+from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
 
 
-def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
+def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
     int8 = params.design.bytes_per_value == 1
     alone = read_json(paths.benchmark(SOLO))["models"]
@@ -40,9 +39,7 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
         students = [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
-            designs[network, "nonn_float32"] = [
-                student | {"cost": _in_float32(student["cost"])} for student in students
-            ]
+            designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
         if not params.pool:
             continue
         ensemble = read_json(paths.design(*params.pool)) * len(students)
@@ -57,11 +54,11 @@ def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
 
 def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
     """Cost of the same student before it was quantised."""
-    activations = 4 * cost["peak_activation_bytes"]
-    return {**cost, "weight_bytes": 4 * cost["params"], "peak_activation_bytes": activations}
+    in_float32 = {"weight_bytes": 4 * cost["params"], "peak_activation_bytes": 4 * cost["peak_activation_bytes"]}
+    return {**cost, **in_float32}
 
 
-def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
+def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float]:
     """p50 latency (ms) of the slowest student of every method that was benchmarked."""
     solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark(SOLO))["models"].items()}
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
@@ -108,7 +105,9 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
     results = {name: read_json(paths.distributed(name)) for name in [*params.networks, SOLO]}
-    return deployment.join_rows(results, {name: len(network.devices) for name, network in params.networks.items()})
+    return deployment_table.join_rows(
+        results, {name: len(network.devices) for name, network in params.networks.items()}
+    )
 
 
 def read_log(path: Path) -> pd.DataFrame:
@@ -126,46 +125,49 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def run(params: Params, paths: Paths) -> None:
-    section, precision = params.figures, params.design.bytes_per_value
     evaluation, graph = read_json(paths.evaluation), load_graph(paths)
     n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
-    methods = summarise_methods(
+    methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
-    comparisons = [compare_network(methods, network) for network in params.networks]
-    system = read_json(paths.benchmark(SOLO))["system"]
-    write_text(paths / "summary.csv", write_summary_csv(methods))
-    write_text(paths / "summary.tex", write_summary_tex(methods))
-    strategies = evaluation["missing_strategies"]
+    comparisons = [method_table.compare_network(methods, network) for network in params.networks]
+    strategies = pd.DataFrame(evaluation["missing_strategies"])
     deployed = load_deployment(params, paths)
-    ratios, devices = deployment.collect_ratios(deployed, comparisons), params.distributed
-    sections = deployment.describe_deployment(deployed, ratios, devices.board, devices.longest)
-    sections += describe_missing(strategies)
-    report = write_summary_md(params.experiment, methods, comparisons, sections, n_test, system, precision)
+    ratios = deployment_table.collect_ratios(deployed, comparisons)
+    report = write_summary_md(
+        methods,
+        params=params,
+        comparisons=comparisons,
+        ratios=deployment_table.format_ratios(ratios),
+        latencies=deployment_table.format_latencies(deployed),
+        missing=missing_table.format_missing(strategies),
+        n_test=n_test,
+        system=read_json(paths.benchmark(SOLO))["system"],
+    )
     write_text(paths / "summary.md", report)
-    write_text(paths / "distributed.csv", deployment.write_csv(deployed))
+    write_text(paths / "summary.tex", write_summary_tex(methods))
+    write_text(paths / "summary.csv", write_csv(methods, method_table.COLUMNS))
+    write_text(paths / "distributed.csv", write_csv(deployed, deployment_table.COLUMNS))
+    write_text(paths / "missing.csv", write_csv(strategies, missing_table.COLUMNS))
     write_json(paths / "ratios.json", ratios)
-    write_text(paths / "missing.csv", write_missing_csv(strategies))
-    write_json(paths / "metrics.json", collect_metrics(methods, comparisons))
-    write_json(paths / "claims.json", collect_claims(comparisons))
+    write_json(paths / "metrics.json", method_table.collect_metrics(methods, comparisons))
+    write_json(paths / "claims.json", method_table.collect_claims(comparisons))
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
-    n_seeds = {(row["method"], row["network"]): row["n_seeds"] for row in evaluation["rows"]}
-    missing, chosen = pd.DataFrame(evaluation["missing"]), chosen_strategies(strategies)
+    n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
+    missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
-            "top_k": plots.draw_top_k(read_json(paths.graph_info)),
-            "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
+            "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
-        }
-        figures |= {
-            "communication": deployment_plots.draw_communication(deployed, devices.reference),
+            "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
             "latency": deployment_plots.draw_latency(deployed),
-            "scaling": deployment_plots.draw_scaling(deployed, comparisons, devices.board),
+            "scaling": deployment_plots.draw_scaling(deployed, comparisons, params.distributed.board),
             "ratios": deployment_plots.draw_ratios(ratios),
         }
         for name, figure in figures.items():
-            plots.save_figure(figure, paths / f"figures/{name}.{section.format}", section)
+            plots.save_figure(figure, paths / f"figures/{name}.{params.figures.format}", params.figures)

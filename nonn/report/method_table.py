@@ -1,4 +1,4 @@
-"""What was measured and counted of every method, joined in one table."""
+"""The table of methods: what was measured and counted of each, and the comparisons read off it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pandas as pd
 
 from nonn.report.plots import METHODS
-from nonn.report.summary import SIGNIFICANCE, row_of
 
 #: Columns of ``summary.csv`` and how each is written; pandas' own formatting may change.
 COLUMNS = {
@@ -27,15 +26,14 @@ COLUMNS = {
     "p_value_vs_nonn": "{:.6f}",
     "p_value_vs_nonn_seeds": "{:.6f}",
 }
+#: p-values below are called significant.
+SIGNIFICANCE = 0.05
 
 Key = tuple[str, str]  # network and method
 
 
 def summarise_methods(
-    rows: Iterable[Mapping],
-    designs: Mapping[Key, list[dict]],
-    latencies: Mapping[Key, float],
-    n_classes: int,
+    rows: Iterable[Mapping], designs: Mapping[Key, list[dict]], latencies: Mapping[Key, float], n_classes: int
 ) -> pd.DataFrame:
     """Join what was measured and counted of each method on each network.
 
@@ -61,40 +59,29 @@ def summarise_methods(
     """
     table = []
     for row in rows:
-        key = row["network"], row["method"]
-        costs = [student["cost"] for student in designs[key]]
-        sent = [student["n_filters"] or n_classes for student in designs[key]]
-        table.append(
-            {
-                **{name: row[name] for name in ("method", "network", "n_students", "n_seeds")},
-                "accuracy_mean": row["accuracy_mean"],
-                "accuracy_sd": row["accuracy_sd"],
-                "params_per_device": max(cost["params"] for cost in costs),
-                "params_total": sum(cost["params"] for cost in costs),
-                "weight_bytes_per_device": max(cost["weight_bytes"] for cost in costs),
-                "macs_per_device": max(cost["macs"] for cost in costs),
-                "feature_bytes": max(sent) * 4,
-                "latency_p50_ms": latencies.get(key),
-                "p_value_vs_nonn": row["p_value_vs_nonn"],
-                "p_value_vs_nonn_seeds": row["p_value_vs_nonn_seeds"],
-                "memory_bytes_per_device": max(cost["weight_bytes"] + cost["peak_activation_bytes"] for cost in costs),
-            }
-        )
-    networks = list(dict.fromkeys(["", *(network for network, _ in designs)]))
-    order = {key: (networks.index(key[0]), list(METHODS).index(key[1])) for key in designs}
-    table.sort(key=lambda entry: order[entry["network"], entry["method"]])
-    measured = ["accuracy_mean", "accuracy_sd", "latency_p50_ms", "p_value_vs_nonn", "p_value_vs_nonn_seeds"]
-    return pd.DataFrame(table).astype(dict.fromkeys(measured, float))
+        students = designs[row["network"], row["method"]]
+        costs = [student["cost"] for student in students]
+        entry = {name: row[name] for name in COLUMNS if name in row}
+        entry |= {f"{key}_per_device": max(cost[key] for cost in costs) for key in ("params", "weight_bytes", "macs")}
+        entry["params_total"] = sum(cost["params"] for cost in costs)
+        entry["feature_bytes"] = 4 * max(student["n_filters"] or n_classes for student in students)
+        entry["latency_p50_ms"] = latencies.get((row["network"], row["method"]))
+        entry["memory_bytes_per_device"] = max(cost["weight_bytes"] + cost["peak_activation_bytes"] for cost in costs)
+        table.append(entry)
+    networks, methods = list(dict.fromkeys(["", *(network for network, _ in designs)])), list(METHODS)
+    table.sort(key=lambda entry: (networks.index(entry["network"]), methods.index(entry["method"])))
+    measured = [name for name, form in COLUMNS.items() if form.endswith("f}")]
+    return pd.DataFrame(table, columns=[*COLUMNS, "memory_bytes_per_device"]).astype(dict.fromkeys(measured, float))
+
+
+def row_of(methods: pd.DataFrame, network: str, method: str) -> pd.Series | None:
+    """The row of a method on a network, None if there is none."""
+    rows = methods[(methods["network"] == network) & (methods["method"] == method)]
+    return None if rows.empty else rows.iloc[0]
 
 
 def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
     """Compare a network of networks with the teacher and with its best baseline.
-
-    Parameters
-    ----------
-    methods : DataFrame
-        From `summarise_methods`.
-    network : str
 
     Returns
     -------
@@ -106,27 +93,27 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         network's mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
     """
     teacher, nonn = row_of(methods, "", "teacher"), row_of(methods, network, "nonn")
+    accuracy = nonn["accuracy_mean"]
     comparison = {
         "network": network,
-        "accuracy": round(nonn["accuracy_mean"], 6),
+        "accuracy": round(accuracy, 6),
         "teacher_accuracy": round(teacher["accuracy_mean"], 6),
-        "accuracy_gap_points": round(100 * (teacher["accuracy_mean"] - nonn["accuracy_mean"]), 4),
+        "accuracy_gap_points": round(100 * (teacher["accuracy_mean"] - accuracy), 4),
         "memory_ratio": round(teacher["memory_bytes_per_device"] / nonn["memory_bytes_per_device"], 4),
         "performance_ratio": round(teacher["latency_p50_ms"] / nonn["latency_p50_ms"], 4),
+        **dict.fromkeys(("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")),
     }
     own = methods["method"].str.startswith("nonn")  # NoNN's students, with another final layer or precision
     baselines = methods[(methods["network"] == network) & ~own]
     if baselines.empty:
-        keys = ("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")
-        return comparison | dict.fromkeys(keys)
+        return comparison
     best = baselines.loc[baselines["accuracy_mean"].idxmax()]
+    p = best["p_value_vs_nonn"]
     return comparison | {
         "best_baseline": best["method"],
         "best_baseline_accuracy": round(best["accuracy_mean"], 6),
-        "best_baseline_beaten": bool(
-            nonn["accuracy_mean"] > best["accuracy_mean"] and best["p_value_vs_nonn"] < SIGNIFICANCE
-        ),
-        "p_value": round(best["p_value_vs_nonn"], 6),
+        "best_baseline_beaten": bool(accuracy > best["accuracy_mean"] and p < SIGNIFICANCE),
+        "p_value": round(p, 6),
     }
 
 
@@ -142,16 +129,6 @@ def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str,
         network = comparison["network"]
         for key in ("accuracy", "memory_ratio", "performance_ratio", "best_baseline", "best_baseline_accuracy"):
             metrics[f"{network}_{key}"] = comparison[key]
-        ensemble = row_of(methods, network, "ensemble")
-        if ensemble is not None:
+        if (ensemble := row_of(methods, network, "ensemble")) is not None:
             metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)
     return metrics
-
-
-def write_summary_csv(methods: pd.DataFrame) -> str:
-    """Format the table for programs: `COLUMNS`, empty where there is no value."""
-    text = {
-        name: [None if pd.isna(value) else form.format(value) for value in methods[name]]
-        for name, form in COLUMNS.items()
-    }
-    return pd.DataFrame(text).to_csv(index=False, lineterminator="\n")
