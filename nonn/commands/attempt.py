@@ -76,13 +76,7 @@ class AttemptPaths(Paths):
 
 
 def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvNet]:
-    """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``.
-
-    Raises
-    ------
-    UserError
-        Params have no such network, or there is no such method.
-    """
+    """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``."""
     network, _, method = item.partition("/")
     if network not in params.networks:
         raise UserError(f"{item}: params.yaml has no network {network!r}; choose of {', '.join(params.networks)}")
@@ -140,12 +134,7 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    """Make one attempt; print its row, and append it to a table.
-
-    Raises
-    ------
-    UserError
-    """
+    """Make one attempt; print its row, and append it to a table."""
     item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)
     params = load_params(changes=changes)

@@ -16,13 +16,7 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    """Write the teacher's weights in float16, which is half the bytes; ``teacher.weights`` reads them.
-
-    Raises
-    ------
-    UserError
-        There is no teacher yet, or the file would not be readable by its name.
-    """
+    """Write the teacher's weights in float16, which is half the bytes; ``teacher.weights`` reads them."""
     params, target = load_params(), options.file
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: the weights are written as safetensors; give the file that suffix.")

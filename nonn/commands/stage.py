@@ -39,12 +39,7 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    """Run one stage on one item, and note in the journal when it ran.
-
-    Raises
-    ------
-    UserError
-    """
+    """Run one stage on one item, and note in the journal when it ran."""
     stage, item, seed = options.command, options.item, options.seed
     params = load_params()
     paths = Paths(params.experiment)
@@ -62,13 +57,7 @@ def run(options) -> None:
 
 
 def parse_item(stage: str, item: str | None, params) -> dict:
-    """Keyword arguments of a stage's `run` from an item such as ``2s/0``.
-
-    Raises
-    ------
-    UserError
-        The parameters name no such item.
-    """
+    """Keyword arguments of a stage's `run` from an item such as ``2s/0``."""
     if item is None:
         return {}
     if stage in ("design", "partition", "assemble"):
@@ -88,10 +77,7 @@ def parse_item(stage: str, item: str | None, params) -> dict:
 def parse_seed(item: str | None, seed: int | None, params) -> dict:
     """Keyword argument of a stage's `run` from a seed, for stages that take one.
 
-    Raises
-    ------
-    UserError
-        The parameters name no such seed: what it trained would be nobody's, and swept away.
+    A seed that the parameters do not name is refused: what it trained would be nobody's, and swept away.
     """
     if seed is None:
         return {}

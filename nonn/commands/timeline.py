@@ -31,11 +31,6 @@ def read_journal(path: Path, experiment: str) -> pd.DataFrame:
     """Read all jobs of an experiment, in order of their start; seconds since the epoch.
 
     Lines that were cut off are left out: the machine went down while they were written.
-
-    Raises
-    ------
-    UserError
-        No job ran yet.
     """
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -48,15 +43,9 @@ def read_journal(path: Path, experiment: str) -> pd.DataFrame:
 
 
 def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
-    """Select the jobs of the last run.
+    """Select the jobs of the last run from those of `read_journal`.
 
-    A run begins with the first job, with the stage `dataset`, and after `IDLE` seconds in which no
-    job ran.
-
-    Parameters
-    ----------
-    jobs : DataFrame
-        From `read_journal`.
+    A run begins with the first job, with the stage `dataset`, and after `IDLE` seconds in which no job ran.
     """
     idle = jobs["start"] - jobs["end"].cummax().shift()
     begins = (idle > IDLE) | (jobs["stage"] == "dataset")
@@ -64,13 +53,7 @@ def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
 
 
 def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
-    """Give each job, in order of its start, the first lane that is free.
-
-    Returns
-    -------
-    list of int
-        As many lanes are taken as jobs ran at once.
-    """
+    """Give each job, in order of its start, the first free lane: as many are taken as jobs ran at once."""
     lanes, free_at = [], []
     for start, end in zip(starts, ends, strict=True):
         lane = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))

@@ -27,12 +27,7 @@ WHOLE = ("networks", "devices", "architecture")
 
 
 def merge_experiment(name: str) -> Any:
-    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments.
-
-    Raises
-    ------
-    UserError
-    """
+    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments."""
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
@@ -59,10 +54,7 @@ def merge(base: Any, changes: Any) -> Any:
 def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     """Write ``params.yaml`` of an experiment, with changes by dotted key, and the lists of its jobs.
 
-    Raises
-    ------
-    UserError
-        What would be written is refused by the schema: nothing is.
+    Where the schema refuses what would be written, nothing is.
     """
     content = merge_experiment(name)
     for key, value in (changes or {}).items():

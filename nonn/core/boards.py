@@ -34,20 +34,13 @@ class Range:
 class Board:
     """Power and speed of a kind of device.
 
-    Attributes
-    ----------
-    idle_w : float
-        Watts with nothing to do; 0 where the source gives none, and then left out.
-    active_w : Range
-        Watts with one core computing. Published figures are for all four cores of a Raspberry Pi:
-        one core takes from a quarter of the difference to idle up to the whole of it.
-    seconds_per_mac : float, optional
-        Of a device on which no latency can be measured here: compute time is this times the
-        multiply-accumulates. None: compute time is the measured one, times a stated slowdown.
+    Published figures are for all four cores of a Raspberry Pi: one core takes from a quarter of the difference to idle
+    up to the whole of it. Of a device on which no latency can be measured here, the compute time is `seconds_per_mac`
+    times the multiply-accumulates; otherwise it is the measured one, times a stated slowdown.
     """
 
-    idle_w: float
-    active_w: Range
+    idle_w: float  # watts with nothing to do; 0 where the source gives none, and then left out
+    active_w: Range  # watts with one core computing
     seconds_per_mac: float | None = None
 
 
@@ -73,17 +66,8 @@ def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: floa
 def inference_energy(board: Board, compute_s: float, window_s: float, wire_bytes: float, idle: bool) -> Range:
     """Joules of one device for one image.
 
-    Parameters
-    ----------
-    board : Board
-    compute_s : float
-        Seconds in which it computes.
-    window_s : float
-        Seconds from the start of the image to its answer.
-    wire_bytes : float
-        Bytes that it sends and receives.
-    idle : bool
-        Count what it would draw anyway; without, only what the image adds.
+    It computes for `compute_s` of the `window_s` seconds from the start of the image to its answer, and sends and
+    receives `wire_bytes`. What it would draw anyway is counted if `idle`; without, only what the image adds.
     """
     base = board.idle_w * window_s if idle else 0.0
     bits = 8 * wire_bytes

@@ -11,13 +11,9 @@ import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nonn.core.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 
 #: Ignored by git: checkpoints, half-written files and the journal of jobs.
 STATE = Path(".nonn")

@@ -13,10 +13,7 @@ from nonn.core.errors import UserError
 def read_image(path: Path, channels: int, size: int) -> np.ndarray:
     """An image file as the network takes it: uint8 of shape (channels, size, size).
 
-    Raises
-    ------
-    UserError
-        The file is missing, is not an image, or has more than 8 bits a channel.
+    A file that is not an image, or has more than 8 bits a channel, is a UserError.
     """
     try:
         with Image.open(path) as image:
@@ -36,16 +33,9 @@ COLOUR_MODES = {"RGB", "RGBA", "P", "PA", "CMYK", "YCbCr"}
 
 
 def fit_image(image: Image.Image, size: int) -> np.ndarray:
-    """Turn an image upright, crop it to its central square, resize it.
+    """Turn an image upright, crop it to its central square, resize it: uint8 of shape (1 or 3, size, size).
 
-    Returns
-    -------
-    array of shape (1 or 3, size, size), uint8
-
-    Raises
-    ------
-    ValueError
-        The image has more than 8 bits a channel.
+    Raises ValueError if it has more than 8 bits a channel.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode not in GREY_MODES | COLOUR_MODES:

@@ -62,12 +62,7 @@ def write_jobs(params: Params) -> bool:
 
 
 def check_jobs(params: Params) -> None:
-    """Refuse to go on with other jobs than those of the parameters.
-
-    Raises
-    ------
-    UserError
-    """
+    """Refuse to go on with other jobs than those of the parameters."""
     if JOBS_FILE.is_file() and JOBS_FILE.read_text(encoding="utf-8") != _render(params):
         raise UserError(f"{JOBS_FILE}: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again.")
 

@@ -11,38 +11,18 @@ from nonn.core.errors import UserError
 #: cut packets into frames of at most 127 bytes. Headers below IP are not modelled.
 MTU = 1500
 
-
 IP_HEADER, UDP_HEADER, TCP_HEADER = 20, 8, 32  # TCP's with the timestamps that Linux sends
 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the hosts.
+    """What joins the hosts."""
 
-    Attributes
-    ----------
-    rate_bps : float
-        Bits of IP packets a second, for each host in each direction; of all together if `shared`.
-    delay_s : float
-        Seconds one way, beyond the time that the bits take.
-    shared : bool
-        One half-duplex medium for all hosts, on which one packet is sent at a time.
-    loss : float
-        Probability that a packet is lost, each by itself.
-    seed : int
-        Of the losses.
-
-    Raises
-    ------
-    UserError
-        There is no such link.
-    """
-
-    rate_bps: float
-    delay_s: float = 0.0
-    shared: bool = False
-    loss: float = 0.0
-    seed: int = 0
+    rate_bps: float  # bits of IP packets a second, for each host in each direction; of all together if `shared`
+    delay_s: float = 0.0  # one way, beyond the time that the bits take
+    shared: bool = False  # one half-duplex medium for all hosts, on which one packet is sent at a time
+    loss: float = 0.0  # probability that a packet is lost, each by itself
+    seed: int = 0  # of the losses
 
     def __post_init__(self) -> None:
         if not (self.rate_bps > 0 and self.delay_s >= 0 and 0 <= self.loss < 1):
@@ -55,13 +35,6 @@ class Link:
 
 
 def find_link(name: str) -> Link:
-    """A link of `PRESETS`.
-
-    Raises
-    ------
-    UserError
-        There is none of that name.
-    """
     if name not in PRESETS:
         raise UserError(f"no link {name!r}; choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
@@ -86,16 +59,10 @@ def datagram_bytes(payload: int) -> int:
 
 
 def round_trip(link: Link, payload: int) -> float:
-    """Seconds from sending a UDP message to its echo, when nothing else is sent.
+    """Seconds from sending a UDP message of `payload` bytes to its echo, when nothing else is sent.
 
-    With ``bytes = payload + 8 + 20 n`` and ``n = ceil((payload + 8) / 1480)`` fragments, which follow
-    each other without a gap, both ways take ``2 (8 bytes / rate + delay)``, on a shared medium too.
-
-    Parameters
-    ----------
-    link : Link
-    payload : int
-        Bytes of the message, and of its echo.
+    With ``bytes = payload + 8 + 20 n`` and ``n = ceil((payload + 8) / 1480)`` fragments, which follow each other
+    without a gap, both ways take ``2 (8 bytes / rate + delay)``, on a shared medium too.
     """
     return 2 * (8 * datagram_bytes(payload) / link.rate_bps + link.delay_s)
 
@@ -103,8 +70,8 @@ def round_trip(link: Link, payload: int) -> float:
 def tcp_goodput(link: Link) -> float:
     """Most payload bits a second of one TCP stream without losses.
 
-    Segments of 1448 bytes in packets of 1500. On a shared medium acknowledgements of 52 bytes, one
-    for every other segment, take their part.
+    Segments of 1448 bytes in packets of 1500. On a shared medium acknowledgements of 52 bytes, one for every other
+    segment, take their part.
     """
     header = IP_HEADER + TCP_HEADER
     acknowledgement = header / 2 if link.shared else 0

@@ -357,10 +357,5 @@ class Params(Section):
 
 
 def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:
-    """Read and check a parameter file, with `changes` as `nonn.core.schema.load_yaml` takes them.
-
-    Raises
-    ------
-    UserError
-    """
+    """Read and check a parameter file, with `changes` as `nonn.core.schema.load_yaml` takes them."""
     return load_yaml(path, Params, "Run nonn from the repository's top folder.", changes)

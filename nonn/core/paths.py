@@ -104,15 +104,10 @@ def _file_of(name: str | int) -> str:
 
 
 def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
-    """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name.
+    """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name, and list them.
 
-    DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all
-    baselines, all networks) would take them for inputs.
-
-    Returns
-    -------
-    list of Path
-        What was deleted.
+    DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all baselines, all
+    networks) would take them for inputs.
     """
     jobs = list_jobs(params)
     named = [*jobs["networks"], SOLO]

@@ -18,15 +18,8 @@ LOG_EVERY = 0.1
 def track(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
     """Iterate over `items` and report progress with an estimate of the time left.
 
-    Parameters
-    ----------
-    items : iterable
-    label : str
-        What is being done, for the reader.
-    total : int, optional
-        Number of `items`; needed where they have no length.
-    done : int
-        How many further items were finished earlier (a resumed training).
+    `total` is their number, needed where they have no length; `done` is how many further items were finished earlier (a
+    resumed training).
     """
     left = len(items) if isinstance(items, Sized) else total
     assert left is not None, "say how many items there are"

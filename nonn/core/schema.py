@@ -29,19 +29,8 @@ Schema = TypeVar("Schema", bound=Section)
 def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[str, Any] | None = None) -> Schema:
     """Read a YAML file, make changes, and check it all against a schema.
 
-    Parameters
-    ----------
-    path : Path
-    schema : subclass of Section
-    remedy : str
-        What a user is to do who has no such file.
-    changes : mapping of str to value, optional
-        Keys in dotted form, such as ``distill.lr``, and what they are to be in place of what stands there.
-
-    Raises
-    ------
-    UserError
-        One line a problem: file, key, what is wrong, what to do.
+    `changes` hold new values by dotted key, such as ``distill.lr``; `remedy` says what a user is to do who has no such
+    file. The UserError has a line for each problem: file, key, what is wrong, what to do.
     """
     try:
         raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
@@ -66,12 +55,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
-    """Changes for `load_yaml` from settings in the form ``KEY=VALUE``, each value in YAML.
-
-    Raises
-    ------
-    UserError
-    """
+    """Changes for `load_yaml` from settings in the form ``KEY=VALUE``, each value in YAML."""
     changes = {}
     for setting in settings:
         key, equals, value = setting.partition("=")

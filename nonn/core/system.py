@@ -14,13 +14,7 @@ from nonn.core.errors import UserError
 
 @contextlib.contextmanager
 def pinned_to(core: int) -> Iterator[None]:
-    """Keep this process on one core while the block runs, where the system can.
-
-    Raises
-    ------
-    UserError
-        This machine has no such core.
-    """
+    """Keep this process on one core while the block runs, where the system can."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -28,19 +28,12 @@ SPLITS = ("train", "validation", "test")
 class Dataset:
     """Images, labels and splits, memory-mapped.
 
-    Attributes
-    ----------
-    images : Tensor of shape (N, C, H, W), uint8
-    labels : Tensor of shape (N,), int64
-    train, validation, test : Tensor of shape (n,), int64
-        Sorted indices of the images of each split; disjoint, and together all of them.
-    mean, std : Tensor of shape (C,), float32
-        Of the training images, in grey levels: a model sees ``(images - mean) / std``.
-    classes : tuple of str
+    The splits hold sorted indices, int64; they are disjoint, and together all images. `mean` and `std` (C,) float32 are
+    those of the training images in grey levels: a model sees ``(images - mean) / std``.
     """
 
-    images: Tensor
-    labels: Tensor
+    images: Tensor  # (N, C, H, W), uint8
+    labels: Tensor  # (N,), int64
     train: Tensor
     validation: Tensor
     test: Tensor
@@ -68,13 +61,6 @@ class Dataset:
 
 
 def load_dataset(paths: Paths) -> Dataset:
-    """Open the dataset of an experiment.
-
-    Raises
-    ------
-    UserError
-        The dataset stage has not run, or its file is damaged.
-    """
     return Dataset(**read_tensors(paths.dataset), classes=tuple(read_json(paths.dataset_info)["classes"]))
 
 
@@ -86,32 +72,12 @@ def split_dataset(
     test: float,
     seed: int,
 ) -> dict[str, np.ndarray]:
-    """Split images into train, validation and test, class by class.
+    """Split images into train, validation and test, class by class; return the sorted indices of each, int64.
 
-    Each class gives ``round(fraction * count)`` of its images, and one at least, where `count` is
-    the number of its images that the source does not set aside for testing itself. Test images do
-    not depend on `validation`.
-
-    Parameters
-    ----------
-    labels : array of shape (N,), int64
-    classes : sequence of str
-        Names, for the reader.
-    is_test : array of shape (N,), bool, or None
-        The source's own test split, which is kept; None draws one.
-    validation, test : float
-        Fractions; `test` matters only where `is_test` is None.
-    seed : int
-
-    Returns
-    -------
-    dict of str to array of shape (n,), int64
-        Sorted indices under ``train``, ``validation`` and ``test``.
-
-    Raises
-    ------
-    UserError
-        A class has too few images to train with.
+    Each class gives ``round(fraction * count)`` of its images, and one at least, where `count` is the number of its
+    images that the source does not set aside for testing itself. `is_test` (N,) bool is the source's own test split,
+    which is kept; None draws one of the fraction `test`. Test images do not depend on `validation`. A class with too
+    few images to train with is a UserError.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -137,18 +103,10 @@ def split_dataset(
 
 
 def measure_channels(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute mean and standard deviation of each channel, in grey levels.
+    """Mean and standard deviation (C,) float32 of each channel of uint8 images (N, C, H, W), in grey levels.
 
-    Counted in integers over the 256 grey levels: exact in whatever order threads work. The
-    deviation of a blank channel is taken as one grey level, so that dividing by it is safe.
-
-    Parameters
-    ----------
-    images : Tensor of shape (N, C, H, W), uint8
-
-    Returns
-    -------
-    mean, std : Tensor of shape (C,), float32
+    Counted in integers over the 256 grey levels: exact in whatever order threads work. The deviation of a blank channel
+    is taken as one grey level, so that dividing by it is safe.
     """
     levels = torch.arange(256, dtype=torch.float64)
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])

@@ -20,8 +20,6 @@ from nonn.core.files import sha256_of
 from nonn.data.raw import KEY, RawImages, check_sha256, decode_images
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
-
-
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
 
 
@@ -58,18 +56,8 @@ class FolderLayout:
 def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     """Find the images, classes and splits among the names of a folder or archive.
 
-    Parameters
-    ----------
-    names : iterable of str
-        Relative, with slashes; those of folders end in one.
-    path : Path
-        The folder or archive, for the reader.
-
-    Raises
-    ------
-    UserError
-        Fewer than two classes, an empty class, a class of ``test`` that ``train`` lacks, folders
-        elsewhere than the layout has them, or two files of one name.
+    Names are relative, with slashes; those of folders end in one. Refused are fewer than two classes, an empty class, a
+    class of ``test`` that ``train`` lacks, folders elsewhere than the layout has them, and two files of one name.
     """
     files, folders = {}, set()
     for name in names:

@@ -16,7 +16,6 @@ from nonn.data.raw import KEY, Picture, RawImages, decode_images
 #: torchvision keeps its downloads here, verified by its own checksums.
 DOWNLOADS = STATE / "downloads"
 
-
 #: torchvision datasets with one label an image and a test split, and how each names its splits.
 TORCHVISION = {
     **dict.fromkeys(

@@ -18,11 +18,9 @@ from nonn.core.progress import track
 
 KEY = "params.yaml: dataset.source"
 
-
 #: Images that a thread decodes in one go (handing over small ones singly costs more than decoding
 #: them), and how many such batches are in memory at once.
 BATCH, BATCHES = 64, 16
-
 
 #: Index of an image in the result, its name for the reader, and the image or its file's bytes.
 Picture = tuple[int, str, Image.Image | bytes]
@@ -30,44 +28,20 @@ Picture = tuple[int, str, Image.Image | bytes]
 
 @dataclass(frozen=True, eq=False)
 class RawImages:
-    """All images of a source.
+    """All images of a source, of C = 3 channels if any of them has colour, otherwise 1."""
 
-    Attributes
-    ----------
-    images : array of shape (N, C, size, size), uint8
-        C is 3 if any image of the source has colour, otherwise 1.
-    labels : array of shape (N,), int64
-    classes : tuple of str
-    is_test : array of shape (N,), bool, or None
-        The source's own test split; None if it has none.
-    sha256 : str
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray  # (N, C, size, size), uint8
+    labels: np.ndarray  # (N,), int64
     classes: tuple[str, ...]
-    is_test: np.ndarray | None
+    is_test: np.ndarray | None  # (N,), bool: the source's own test split, None if it has none
     sha256: str
 
 
 def decode_images(pictures: Iterator[Picture], count: int, size: int) -> np.ndarray:
-    """Decode and resize images in parallel.
+    """Decode and resize images in parallel, to uint8 of shape (count, C, size, size); C is 3 if any has colour, else 1.
 
-    Parameters
-    ----------
-    pictures : iterator of (int, str, Image or bytes)
-        Every index below `count` once, in any order.
-    count, size : int
-
-    Returns
-    -------
-    array of shape (count, C, size, size), uint8
-        C is 3 if any image has colour, otherwise 1.
-
-    Raises
-    ------
-    UserError
-        One is not an image, is damaged, or has more than 8 bits a channel.
+    `pictures` has every index below `count` once, in any order. What is not an image, is damaged, or has more than 8
+    bits a channel is a UserError.
     """
     images = np.empty((count, 3, size, size), np.uint8)
 

@@ -17,26 +17,18 @@ def load_images(source: str, size: int, sha256: str | None = None) -> RawImages:
     """Read all images of a source, as squares of `size` pixels.
 
     An image of another shape is cropped to the square at its centre, then resized (bilinear,
-    antialiased). Photographs are turned upright first, transparency is dropped.
+    antialiased). Photographs are turned upright first, transparency is dropped. A source that is unknown, unreachable,
+    damaged or laid out otherwise is a UserError.
 
     Parameters
     ----------
     source : str
-        ``mnist5k``; ``torchvision:NAME``; or the path of a folder, zip or tar that holds
-        ``<class>/<image>``, or ``train/<class>/<image>`` and ``test/<class>/<image>``, at the top or
-        inside one further folder. Hidden files, ``__MACOSX`` and files outside the class folders
-        are left out.
-    size : int
-        Pixels a side.
+        ``mnist5k``; ``torchvision:NAME``; or the path of a folder, zip or tar that holds ``<class>/<image>``, or
+        ``train/<class>/<image>`` and ``test/<class>/<image>``, at the top or inside one further folder. Hidden files,
+        ``__MACOSX`` and files outside the class folders are left out.
     sha256 : str, optional
-        Pins the content. For an archive it is the sum of the file; for a folder that of the lines
-        ``<sum>  <name>`` which ``sha256sum`` prints for its images, sorted by name; for the other
-        sources that of labels and pixels.
-
-    Raises
-    ------
-    UserError
-        The source is unknown, unreachable, damaged, not laid out as above, or of another content.
+        Pins the content. For an archive it is the sum of the file; for a folder that of the lines ``<sum>  <name>``
+        which ``sha256sum`` prints for its images, sorted by name; for the other sources that of labels and pixels.
     """
     kind, _, name = source.partition(":")
     if source == "mnist5k":

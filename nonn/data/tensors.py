@@ -14,7 +14,6 @@ from nonn.core.files import _existing, replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors: no pickle, memory-mapped on reading, stable bytes."""
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
@@ -23,13 +22,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, memory-mapped.
-
-    Raises
-    ------
-    UserError
-        The file is missing or damaged.
-    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

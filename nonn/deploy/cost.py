@@ -20,20 +20,13 @@ IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 class Cost:
     """Cost of one image through one network.
 
-    Attributes
-    ----------
-    params : int
-        Parameters, trained or not, of what the device runs: a student's training head is left behind.
-    macs : int
-        Multiply-accumulates of convolutions and linear layers.
-    weight_bytes, peak_activation_bytes : int
-        At the deployed precision. Activations of int8 models count as in a runtime that has integer kernels for
-        all of the model; ONNX Runtime holds more, since it calculates GELU in float32.
+    Activations of int8 models count as in a runtime that has integer kernels for all of the model; ONNX Runtime holds
+    more, since it calculates GELU in float32.
     """
 
-    params: int
-    macs: int
-    weight_bytes: int
+    params: int  # trained or not, of what the device runs: a student's training head is left behind
+    macs: int  # multiply-accumulates of convolutions and linear layers
+    weight_bytes: int  # this and the next at the deployed precision
     peak_activation_bytes: int
 
     @property
@@ -48,10 +41,8 @@ class Cost:
 def measure_cost(model: ConvNet, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
     """Count the cost of one image of shape (channels, size, size), in float32 or, with 1 byte a value, in int8.
 
-    The model stays as it is.
-
-    Activations are counted by liveness: a tensor occupies memory from the operation that makes it
-    to the last one that reads it. Batch norm and ReLU are fused into the convolution before them.
+    Activations are counted by liveness: a tensor occupies memory from the operation that makes it to the last one that
+    reads it. Batch norm and ReLU are fused into the convolution before them. The model stays as it is.
     """
     traced = fx.symbolic_trace(deployed(model).eval())
     with torch.no_grad():

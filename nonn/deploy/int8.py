@@ -80,14 +80,7 @@ def calibration_images(data: Dataset) -> np.ndarray:
 
 
 def quantise(path: Path, images: np.ndarray) -> None:
-    """Replace an ONNX file of float32 by its int8 counterpart, calibrated on uint8 images.
-
-    Parameters
-    ----------
-    path : Path
-        Input ``image``, one at a time.
-    images : ndarray of shape (N, channels, H, W), uint8
-    """
+    """Replace a float32 ONNX file of input ``image`` by an int8 one, calibrated on uint8 (N, channels, H, W)."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Images(CalibrationDataReader):
@@ -120,12 +113,7 @@ def quantise(path: Path, images: np.ndarray) -> None:
 
 
 def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
-    """Refuse an int8 student whose feature vectors (B, F) have little to do with the trained one's.
-
-    Raises
-    ------
-    UserError
-    """
+    """Refuse an int8 student whose feature vectors (B, F) have little to do with the trained one's."""
     original = original.numpy()
     lengths = np.linalg.norm(original, axis=1)
     difference = (np.linalg.norm(quantised - original, axis=1) / np.maximum(lengths, 1e-9)).mean()
@@ -139,8 +127,8 @@ def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
 def weight_bytes(model: ConvNet) -> int:
     """Bytes of an int8 model's weights.
 
-    A byte for each weight of a convolution, and for each of its filters a 32-bit bias and a 32-bit scale; all
-    else in 32 bits.
+    A byte for each weight of a convolution, and for each of its filters a 32-bit bias and a 32-bit scale; all else in
+    32 bits.
     """
     folded = fold_norms(model)
     convolutions = [module for module in folded.modules() if isinstance(module, nn.Conv2d)]

@@ -41,16 +41,7 @@ class Logits(nn.Module):
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, output_name: str) -> None:
-    """Write a model as one ONNX file for batches of one, the same bytes each time.
-
-    Parameters
-    ----------
-    model : nn.Module
-    example : Tensor
-        An input, with its batch dimension of 1.
-    path : Path
-    input_name, output_name : str
-    """
+    """Write a model as one ONNX file for batches of one, as `example` is; the same bytes each time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)

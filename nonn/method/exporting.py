@@ -48,12 +48,7 @@ def joined(layer: LinearBlocks) -> nn.Linear:
 
 
 def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
-    """Refuse an exported file whose outputs differ from the model's.
-
-    Raises
-    ------
-    UserError
-    """
+    """Refuse an exported file whose outputs differ from the model's."""
     original = original.numpy()
     difference = np.abs(exported - original).max() / max(np.abs(original).max(), 1e-9)
     if not difference <= TOLERANCE:
@@ -64,12 +59,7 @@ def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
 
 
 def check_outputs(path: Path, exported: np.ndarray, original: Tensor, bytes_per_value: int) -> None:
-    """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8.
-
-    Raises
-    ------
-    UserError
-    """
+    """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8."""
     if bytes_per_value == 4:
         check_same(path, exported, original)
     else:
@@ -90,10 +80,9 @@ def _entry(path: Path, model: ConvNet, data: Dataset, bytes_per_value: int) -> d
 def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_per_value: int) -> dict:
     """Export an assembled network into `folder`; return its manifest.
 
-    The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and
-    cost, the final layer (as one ONNX file for when all students are present, and in blocks by
-    student for when some are missing), the classes, and the accuracy of the exported files on the
-    test images.
+    The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and cost, the final
+    layer (as one ONNX file for when all students are present, and in blocks by student for when some are missing), the
+    classes, and the accuracy of the exported files on the test images.
     """
     images, labels = data.split("test")
     students, features, expected = [], [], []

@@ -34,20 +34,10 @@ LOUVAIN_SEED = 0  # of the summary only; `partition.seed` decides about the part
 
 
 def normalise_activity(pooled: Tensor, top_k: int | None = None) -> Tensor:
-    """Divide each image's activations by their maximum and keep the `top_k` strongest filters.
+    """Divide each image's activations by their maximum and keep the `top_k` strongest filters; float32 in [0, 1].
 
-    Parameters
-    ----------
-    pooled : Tensor of shape (N, F)
-        Spatial means of the final convolution after ReLU, at least 0.
-    top_k : int or None
-        Filters of each image that take part, the others become 0; of equal ones the lower index
-        stays. None: all.
-
-    Returns
-    -------
-    Tensor of shape (N, F), float32, in [0, 1]
-        An image without any activity stays 0.
+    `pooled` (N, F) are the spatial means of the final convolution after ReLU, at least 0. The other filters of an image
+    become 0; of equal ones the lower index stays. None keeps all. An image without any activity stays 0.
     """
     pooled = pooled.float()
     largest = pooled.amax(dim=1, keepdim=True)
@@ -61,21 +51,12 @@ def normalise_activity(pooled: Tensor, top_k: int | None = None) -> Tensor:
 def activation_hub_graph(activity: Tensor, block: int = 32, chunk: int = 128) -> Tensor:
     """Link weak filters to strong ones, so that the strong become hubs.
 
-    A_ij = Σ_x a_i a_j |a_i − a_j|, divided by its maximum: the rule of [1]_ and [2]_. The product
-    wants both filters active, the difference wants them unequally so.
+    A_ij = Σ_x a_i a_j |a_i − a_j| of the normalised activity a (N, F), divided by its maximum: the rule of [1]_ and
+    [2]_. The product wants both filters active, the difference wants them unequally so. The result, (F, F) float32, is
+    symmetric, zero on the diagonal, and all zero if no two filters are linked.
 
-    Parameters
-    ----------
-    activity : Tensor of shape (N, F)
-        Normalised activity a of F filters on N images.
-    block, chunk : int
-        Filters and images that are worked on at once: block² · chunk float64 values should fit
-        into the second-level cache. They change the speed only.
-
-    Returns
-    -------
-    Tensor of shape (F, F), float32
-        Symmetric, zero on the diagonal, largest weight 1 (all zero if no two filters are linked).
+    `block` filters and `chunk` images are worked on at once: block² · chunk float64 values should fit into the
+    second-level cache. They change the speed only.
     """
     return _sum_pairs(activity, lambda difference: difference, block, chunk)
 
@@ -118,20 +99,10 @@ def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor], block: int,
 
 
 def find_communities(weights: np.ndarray, resolution: float = 1.0, seed: int = 0) -> list[list[int]]:
-    """Find communities by Louvain's method [3]_.
+    """Find communities of a symmetric graph (F, F) by Louvain's method [3]_.
 
-    Parameters
-    ----------
-    weights : array of shape (F, F)
-        Symmetric graph. Filters without a link belong to no community.
-    resolution : float
-        γ of the generalised modularity; above 1 communities become smaller and more.
-    seed : int
-
-    Returns
-    -------
-    list of list of int
-        Sorted filters of each community; communities by size, largest first, then by first filter.
+    Returns the sorted filters of each, the largest community first, then by first filter; filters without a link belong
+    to none. `resolution` is γ of the generalised modularity; above 1 communities become smaller and more.
     """
     import networkx as nx
 
@@ -143,16 +114,10 @@ def find_communities(weights: np.ndarray, resolution: float = 1.0, seed: int = 0
 
 
 def modularity(weights: np.ndarray, sets: Iterable[Iterable[int]]) -> float:
-    """Modularity Q = Σ_s [W_s / 2m − (k_s / 2m)²] of disjoint sets of filters.
+    """Modularity Q = Σ_s [W_s / 2m − (k_s / 2m)²] of disjoint sets of filters, of a symmetric graph (F, F).
 
-    W_s is the sum of A_ij over i and j in s, k_s the sum of their degrees, 2m the sum of all A_ij.
-    Sets need not cover filters without links. A graph without links has Q = 0.
-
-    Parameters
-    ----------
-    weights : array of shape (F, F)
-        Symmetric, zero diagonal.
-    sets : iterable of iterable of int
+    W_s is the sum of A_ij over i and j in s, k_s the sum of their degrees, 2m the sum of all A_ij. Sets need not cover
+    filters without links, and a graph without links has Q = 0: networkx would refuse both.
     """
     weights = np.asarray(weights, dtype=np.float64)
     degrees = weights.sum(axis=1)
@@ -164,13 +129,7 @@ def modularity(weights: np.ndarray, sets: Iterable[Iterable[int]]) -> float:
 
 
 def mean_class_activity(activity: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Average each filter's normalised activity over the images of each class.
-
-    Returns
-    -------
-    Tensor of shape (n_classes, F), float32
-        Zero for a class without images.
-    """
+    """Mean normalised activity of each filter over the images of each class, (n_classes, F); 0 without images."""
     labels = labels.long()
     total = torch.zeros(n_classes, activity.shape[1], dtype=torch.float64)
     total.index_add_(0, labels, activity.double())
@@ -179,21 +138,10 @@ def mean_class_activity(activity: Tensor, labels: Tensor, n_classes: int) -> Ten
 
 
 def summarise_graph(pooled: Tensor, weights: Tensor, rule: str, top_k: int | None) -> dict[str, Any]:
-    """Describe a graph, and what its community structure would be for other `top_k`.
+    """Describe the graph of `pooled` (N, F), and what its community structure would be for other `top_k`, for JSON.
 
-    Parameters
-    ----------
-    pooled : Tensor of shape (N, F)
-    weights : Tensor of shape (F, F)
-        The graph of `pooled` by `rule` and `top_k`.
-    rule : {'activation_hubs', 'coactivation'}
-    top_k : int or None
-
-    Returns
-    -------
-    dict
-        Ready for JSON. ``dead_filters`` are zero on every image; ``density`` is the share of pairs
-        of live filters that are linked; ``top_k_curve`` is empty above `CURVE_MAX_FILTERS`.
+    ``dead_filters`` are zero on every image; ``density`` is the share of pairs of live filters that are linked;
+    ``top_k_curve`` is empty above `CURVE_MAX_FILTERS`.
     """
     n_filters = len(weights)
     live = (pooled > 0).any(dim=0)
@@ -227,29 +175,13 @@ def _rounded(weights: np.ndarray, communities: list[list[int]]) -> float:
 
 @dataclass(frozen=True)
 class FilterGraph:
-    """The graph as partitioning needs it.
+    """The graph as partitioning needs it."""
 
-    Attributes
-    ----------
-    weights : array of shape (F, F), float32
-    live : array of shape (F,), bool
-        False for filters that are zero on every validation image.
-    class_activity : array of shape (C, F), float32
-        Mean normalised activity (of all filters, whatever `top_k`) for each class.
-    """
-
-    weights: np.ndarray
-    live: np.ndarray
-    class_activity: np.ndarray
+    weights: np.ndarray  # (F, F), float32
+    live: np.ndarray  # (F,), bool: False for filters that are zero on every validation image
+    class_activity: np.ndarray  # (C, F), float32: mean normalised activity, of all filters whatever `top_k`
 
 
 def load_graph(paths: Paths) -> FilterGraph:
-    """Read what the stage `graph` wrote.
-
-    Raises
-    ------
-    UserError
-        The graph is missing or damaged.
-    """
     tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
     return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])

@@ -17,11 +17,7 @@ from nonn.runtime.subsets import Subset, subset_name, subset_of
 class LinearBlocks(nn.Module):
     """One linear layer over concatenated feature vectors, in blocks: Σ_i (W_i f_i + b_i).
 
-    Parameters
-    ----------
-    weights : sequence of tensors of shape (C, F_i)
-    biases : sequence of tensors of shape (C,)
-        Shares of the bias, one a block.
+    The weights are of shape (C, F_i), the biases (C,), shares of the bias, one a block.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor]):
@@ -46,19 +42,10 @@ class FinalLayer(LinearBlocks):
 
         s_|S| · Σ_{i in S} (W_i f_i + b_i) + Σ_{j not in S} c_j
 
-    unless the subset has a layer of its own, which then takes the place of all this. The fills c_j
-    are spread evenly over the students present, so that each has its share of the logits.
-
-    Parameters
-    ----------
-    weights : sequence of N tensors of shape (C, F_i)
-    biases : sequence of N tensors of shape (C,)
-    scales : Tensor of shape (N,), float64, optional
-        s_1 … s_N; N/|S| by default, which averages the students present if it averages all.
-    fills : Tensor of shape (N, C), optional
-        c_0 … c_{N−1}, what stands in for each student that is missing; nothing by default.
-    layers : mapping of subsets to LinearBlocks, optional
-        Of the subsets with a layer of their own.
+    unless the subset has a layer of its own among `layers`, which then takes the place of all this. The fills c_j, (N,
+    C) and nothing by default, are what stands in for missing students; they are spread evenly over the students
+    present, so that each has its share of the logits. The scales s_1 … s_N, float64, are N/|S| by default, which
+    averages the students present if it averages all.
     """
 
     def __init__(
@@ -80,12 +67,7 @@ class FinalLayer(LinearBlocks):
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> FinalLayer:
-        """The layer of a state dict.
-
-        Raises
-        ------
-        KeyError
-        """
+        """The layer of a state dict; a KeyError if it is none."""
         names = {name.split(".")[1] for name in tensors if name.startswith("layers.")}
         layers = {subset_of(name): LinearBlocks(*_blocks(tensors, f"layers.{name}.")) for name in sorted(names)}
         return cls(*_blocks(tensors), tensors["scales"], tensors["fills"], layers)
@@ -97,14 +79,9 @@ class FinalLayer(LinearBlocks):
         return dict(self.layers.items()).get(name, self)
 
     def contributions(self, features: Sequence[Tensor], present: Sequence[int] | None = None) -> Tensor:
-        """What each student present adds to the logits, (|S|, B, C).
+        """What each student present adds to the logits, (|S|, B, C); all are present by default.
 
-        Parameters
-        ----------
-        features : sequence of N tensors of shape (B, F_i)
-            Of all students; those of missing ones are not looked at.
-        present : sequence of int, optional
-            All by default.
+        `features` (B, F_i) are those of all N students; those of missing ones are not looked at.
         """
         n = len(self.weights)
         subset = tuple(range(n)) if present is None else tuple(sorted(present))

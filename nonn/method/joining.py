@@ -29,13 +29,7 @@ BATCH_SIZE = 500
 class NetworkOfNetworks(nn.Module):
     """The assembled network: students that never exchange anything, and the final layer, in float32.
 
-    Parameters
-    ----------
-    students : sequence of ConvNet
-    final : FinalLayer
-        Of the strategy chosen for missing students.
-    others : mapping of str to FinalLayer
-        Of the strategies not chosen, for comparison.
+    `final` is the layer of the strategy chosen for missing students; `others`, for comparison, those not chosen.
     """
 
     def __init__(self, students: Sequence[ConvNet], final: FinalLayer, others: Mapping[str, FinalLayer] | None = None):
@@ -62,23 +56,9 @@ def fit_layer(
 ) -> tuple[FinalLayer, list[float]]:
     """Fit a final layer further by cross-entropy, and keep what validation prefers.
 
-    Parameters
-    ----------
-    layer : FinalLayer
-        Where to start; unchanged.
-    features : sequence of N tensors of shape (M, F_i)
-        Of the training images as they are.
-    labels : Tensor of shape (M,)
-    validation : (features, labels)
-    params : Assemble
-    seed : int
-
-    Returns
-    -------
-    layer : FinalLayer
-        The start, unless some epoch was right on more validation images: then the first best one.
-    accuracies : list of float
-        On validation, before the first epoch and after each.
+    `features` (M, F_i) are N tensors, of the training images as they are. Returns the start, unless some epoch was
+    right on more validation images: then the first best one; and the accuracies on validation, before the first epoch
+    and after each. The start stays as it is.
     """
     fitted = FinalLayer(layer.weights, layer.biases)
     optimizer = torch.optim.Adam(fitted.parameters(), lr=params.lr)
@@ -135,13 +115,8 @@ def join_students(
 ) -> tuple[dict[str, FinalLayer], dict]:
     """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
 
-    Returns
-    -------
-    layers : dict of FinalLayer
-        By strategy for missing students; with all present they answer alike.
-    summary : dict
-        Which strategy was ``chosen`` (under ``missing``: see `nonn.method.missing.fit_strategies`), and how the
-        layer came about.
+    Returns the layers by strategy for missing students, which answer alike with all present, and a summary: which
+    strategy was ``chosen`` (under ``missing``: see `nonn.method.missing.fit_strategies`), and how the layer came about.
     """
     averaged = averaged_layer([student.head for student in students])
     train, validation = features(students, "train"), features(students, "validation")

@@ -77,26 +77,14 @@ def fit_fail_out(start: LinearBlocks, features: Features, labels: Tensor, params
 def fit_subset_layers(
     start: LinearBlocks, features: Features, labels: Tensor, subsets: Sequence[Subset], params: Assemble, seed: int
 ) -> list[LinearBlocks]:
-    """Fit a layer for each subset of students, all at once.
+    """Fit a layer for each subset of students, all at once; return those of the last step.
 
-    The layers stand side by side in one linear layer over all features, whose weights are masked to
-    each subset's own; their losses are added up, and Adam scales each weight's step by itself. So
-    each layer comes out as if it had been fitted alone, but for one matrix product instead of many.
+    The layers stand side by side in one linear layer over all features, whose weights are masked to each subset's own;
+    their losses are added up, and Adam scales each weight's step by itself. So each layer comes out as if it had been
+    fitted alone, but for one matrix product instead of many.
 
-    Parameters
-    ----------
-    start : LinearBlocks
-        Each layer starts from its blocks of the students present, times N/|S|.
-    features, labels
-        Of the training images as they are.
-    subsets : sequence of Subset
-    params : Assemble
-    seed : int
-
-    Returns
-    -------
-    list of LinearBlocks
-        Those of the last step.
+    Each starts from its blocks of the students present, times N/|S|. The features are those of the training images as
+    they are.
     """
     n, n_classes = len(features), len(start.biases[0])
     present = torch.zeros(len(subsets), n)
@@ -146,18 +134,9 @@ def right_answers(layer: FinalLayer, features: Features, labels: Tensor, subsets
 def cross_scored(start: Tensor, fitted: Tensor) -> Tensor:
     """Right answers of the layers that would be kept, of images that had no part in keeping them.
 
-    The fitted layer of a subset is kept where it is right on more images than the start. Scored on the
-    same images it could only win, by luck alone if need be; so the decision made on each half of the
-    images is scored on the other.
-
-    Parameters
-    ----------
-    start, fitted : Tensor of shape (S, M), bool
-        Whether each subset's layer is right on each validation image.
-
-    Returns
-    -------
-    Tensor of shape (S, M), bool
+    The fitted layer of a subset is kept where it is right on more images than the start. Scored on the same images it
+    could only win, by luck alone if need be; so the decision made on each half of the images is scored on the other.
+    All tensors are bool of shape (S, M): whether each subset's layer is right on each validation image.
     """
     scored = start.clone()
     for half in (0, 1):
@@ -199,26 +178,14 @@ def fit_strategies(
     params: Assemble,
     seed: int,
 ) -> tuple[dict[str, FinalLayer], dict]:
-    """All strategies for the same students.
+    """All strategies for the same students; `train` and `validation` are features and labels.
 
-    Parameters
-    ----------
-    final : FinalLayer
-        Answers when all students are present; rescaled and filled when some are missing.
-    averaged : FinalLayer
-        The average of the students' heads, from which layers are fitted.
-    train, validation : (features, labels)
-    params : Assemble
-    seed : int
+    `final` answers when all students are present, and is rescaled and filled when some are missing; the layers that are
+    fitted start from `averaged`, the average of the students' heads.
 
-    Returns
-    -------
-    layers : dict of FinalLayer
-        By strategy, the simplest first; `subset_layers` for up to `MAX_SUBSET_STUDENTS` only.
-    summary : dict
-        ``chosen`` and ``not_chosen`` strategies; ``mean`` validation accuracy over all proper subsets and
-        the rows ``by_missing`` of each, for `subset_layers` as in `cross_scored`; and how many subset
-        layers were ``kept``.
+    Returns the layers by strategy, the simplest first (`subset_layers` for up to `MAX_SUBSET_STUDENTS` only), and a
+    summary: ``chosen`` and ``not_chosen`` strategies; ``mean`` validation accuracy over all proper subsets and the rows
+    ``by_missing`` of each, for `subset_layers` as in `cross_scored`; and how many subset layers were ``kept``.
     """
     n = len(final.weights)
     everyone, subsets = tuple(range(n)), proper_subsets(n)

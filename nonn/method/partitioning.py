@@ -39,27 +39,13 @@ TOLERANCE = 1e-12
 
 @dataclass(frozen=True)
 class FilterPartition:
-    """Filters of each student.
+    """Filters of each student."""
 
-    Attributes
-    ----------
-    sets : list of list of int
-        Sorted filters of each student, in the order of the network's devices.
-    modularity : float
-        Of the sets, at resolution 1.
-    communities : list of list of int
-        Louvain's communities, largest first; empty for other methods than ``communities``.
-    modularity_louvain : float or None
-        Of the communities, at resolution 1.
-    resolution : float or None
-        At which there were enough communities.
-    """
-
-    sets: list[list[int]]
-    modularity: float
-    communities: list[list[int]]
-    modularity_louvain: float | None
-    resolution: float | None
+    sets: list[list[int]]  # sorted, in the order of the network's devices
+    modularity: float  # of the sets, at resolution 1
+    communities: list[list[int]]  # Louvain's, largest first; empty for other methods than ``communities``
+    modularity_louvain: float | None  # of the communities, at resolution 1
+    resolution: float | None  # at which there were enough communities
 
 
 def partition_filters(
@@ -70,42 +56,17 @@ def partition_filters(
     seed: int,
     class_activity: np.ndarray,
 ) -> FilterPartition:
-    """Give every live filter to exactly one student.
+    """Give every live filter to exactly one student; `sizes` add up to the number of live filters.
 
-    Parameters
-    ----------
-    weights : array of shape (F, F)
-        Filter graph: symmetric, zero diagonal; dead filters have no links.
-    live : array of shape (F,), bool
-        Filters that are False go to no student.
-    sizes : sequence of int
-        Filters of each student; they add up to the number of live filters.
-    method : {'communities', 'contiguous', 'classwise', 'random'}
-        ``communities``: filters that work together, see *Notes*. ``contiguous``: in their order.
-        ``classwise``: filters that are most active for the same class. ``random``: by chance.
-    seed : int
-        Of Louvain's method and of ``random``.
-    class_activity : array of shape (C, F)
-        Mean activity of each filter for each class; ``classwise`` reads it.
+    By ``communities``, filters that work together: the resolution of Louvain's method is raised until there are at
+    least as many communities as students, which then fill the sets, see `fill_sets`. A live filter without a link
+    (never among an image's top k) takes whatever place is left. ``classwise`` does the same with classes, for each of
+    which a filter has its mean activity in `class_activity` (C, F), in place of communities and counts pairs of filters
+    of the same class. ``contiguous`` takes filters in their order, ``random`` by chance. `seed` is that of Louvain's
+    method and of ``random``.
 
-    Returns
-    -------
-    FilterPartition
-
-    Raises
-    ------
-    UserError
-        There are more students than live filters, or the sizes do not add up to them.
-
-    Notes
-    -----
-    ``communities`` raises the resolution of Louvain's method until there are at least as many
-    communities as students and fills the sets with them, see `fill_sets`. A live filter without a
-    link (never among an image's top k) takes whatever place is left. ``classwise`` does the same
-    with classes in place of communities and counts pairs of filters of the same class.
-
-    *Deviations* from [2]_: it drops the largest community, merges communities of equal size, and
-    so uses 97 of 256 filters; here each live filter is used and sizes follow the budgets.
+    *Deviations* from [2]_: it drops the largest community, merges communities of equal size, and so uses 97 of 256
+    filters; here each live filter is used and sizes follow the budgets.
     """
     candidates = np.flatnonzero(live)
     _check_sizes(sizes, len(candidates))
@@ -147,13 +108,9 @@ def _check_sizes(sizes: Sequence[int], n_live: int) -> None:
 
 
 def search_communities(weights: np.ndarray, n_students: int, seed: int) -> tuple[list[list[int]], float]:
-    """Raise the resolution from 1 until there are at least `n_students` communities.
+    """Raise the resolution from 1 until there are at least `n_students` communities; return them and the resolution.
 
-    Returns
-    -------
-    communities : list of list of int
-        Fewer than `n_students` only if there are fewer linked filters or `MAX_RESOLUTION` is met.
-    resolution : float
+    There are fewer only if there are fewer linked filters or `MAX_RESOLUTION` is met.
     """
     resolution = 1.0
     wanted = min(n_students, int(np.count_nonzero(weights.any(axis=1))))
@@ -165,7 +122,7 @@ def search_communities(weights: np.ndarray, n_students: int, seed: int) -> tuple
 
 
 def modularity_matrix(weights: np.ndarray) -> np.ndarray:
-    """Return B = (A − k kᵀ / 2m) / 2m of [3]_, float64, with a zero diagonal.
+    """B = (A − k kᵀ / 2m) / 2m of [3]_, float64, with a zero diagonal.
 
     The sum of B_ij over the ordered pairs i ≠ j that share a set is their modularity, up to a constant.
     """
@@ -180,24 +137,13 @@ def modularity_matrix(weights: np.ndarray) -> np.ndarray:
 def fill_sets(groups: Sequence[Sequence[int]], sizes: Sequence[int], affinity: np.ndarray) -> list[list[int]]:
     """Merge groups of filters into sets of exact sizes that keep filters of high affinity together.
 
-    1. Each group, in the given order, goes to the set where it fits and gains most affinity to what
-       is there; the tightest of equally good ones. A group that fits nowhere goes where there is
-       most room.
+    1. Each group, in the given order, goes to the set where it fits and gains most affinity to what is there; the
+       tightest of equally good ones. A group that fits nowhere goes where there is most room.
     2. While sets are over-full, the filter whose move costs least goes to an under-full set.
     3. Swaps of two filters between sets raise the affinity until none does.
 
-    Parameters
-    ----------
-    groups : sequence of sequence of int
-        Disjoint filters, as many as the sizes add up to.
-    sizes : sequence of int
-    affinity : array of shape (F, F)
-        Symmetric; what is kept large is its sum over the pairs that share a set.
-
-    Returns
-    -------
-    list of list of int
-        Sorted filters of each set.
+    The groups are disjoint, with as many filters as the sizes add up to. Of the symmetric `affinity` (F, F), the sum
+    over the pairs that share a set is kept large. Returns the sorted filters of each set.
     """
     filters = np.concatenate([np.asarray(group, dtype=np.int64) for group in groups])
     affinity = affinity[np.ix_(filters, filters)].astype(np.float64)

@@ -45,26 +45,16 @@ Answers = Callable[[Sequence[int]], Tensor]
 
 @dataclass(frozen=True)
 class Scores:
-    """Test results of one method on one network.
-
-    Attributes
-    ----------
-    correct : ndarray of shape (n_seeds, n_test), bool
-    answers : list of Answers
-        One for each seed; empty for a single model, or where missing devices are of no interest.
-    strategies : mapping of str to list of Answers
-        Of NoNN: the same with each strategy for missing devices, whichever was chosen.
-    chosen : list of str
-        Of NoNN: the strategy that each seed's network takes.
-    """
+    """Test results of one method on one network."""
 
     method: str
     network: str
     n_students: int
-    correct: np.ndarray
-    answers: list[Answers]
+    correct: np.ndarray  # (n_seeds, n_test), bool
+    answers: list[Answers]  # of each seed; empty for a single model, or where missing devices are of no interest
+    #: Of NoNN: the same with each strategy for missing devices, whichever was chosen.
     strategies: Mapping[str, list[Answers]] = field(default_factory=dict)
-    chosen: Sequence[str] = ()
+    chosen: Sequence[str] = ()  # of NoNN: the strategy that each seed's network takes
 
     @property
     def accuracies(self) -> list[float]:
@@ -72,19 +62,11 @@ class Scores:
 
 
 def permutation_test(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) -> float:
-    """Two-sided paired permutation test over test images.
+    """Two-sided paired permutation test over test images, of two methods' right answers (n_seeds, n_test).
 
-    Parameters
-    ----------
-    a, b : ndarray of shape (n_seeds, n_test), bool
-        Whether each seed's model of two methods is right; the numbers of seeds may differ.
-
-    Returns
-    -------
-    float
-        Share of sign flips of the images' differences (of the mean over seeds) whose mean is at
-        least as large as the observed one, the observed one included; exact where there are no more
-        flips than `resamples`.
+    The p-value is the share of sign flips of the images' differences (of the mean over seeds, whose numbers may differ)
+    whose mean is at least as large as the observed one, the observed one included; exact where there are no more flips
+    than `resamples`.
     """
     difference = a.sum(0) * len(b) - b.sum(0) * len(a)  # whole numbers, so equal sums compare as equal
     difference = difference[difference != 0]  # flipping a 0 changes nothing, and most images are 0
@@ -113,22 +95,11 @@ def seed_test(a: Sequence[float], b: Sequence[float]) -> float | None:
 
 @torch.inference_mode()
 def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, seed: int) -> list[dict]:
-    """Accuracy with 0, 1, … N−1 of N devices missing.
+    """Accuracy with 0, 1, … N−1 of N devices missing, given the answers of each seed.
 
-    Parameters
-    ----------
-    answers : sequence of Answers
-        One for each seed.
-    n_devices : int  # N
-    labels : Tensor of shape (n_test,)
-    seed : int
-        Draws the subsets where there are too many: see `nonn.runtime.subsets`.
-
-    Returns
-    -------
-    list of dict
-        ``missing``, ``n_subsets``; over the subsets of devices present, ``mean`` and ``worst``
-        accuracy, averaged over the seeds, each with its standard deviation over the seeds.
+    Each row has ``missing``, ``n_subsets`` and, over the subsets of devices present, ``mean`` and ``worst`` accuracy,
+    averaged over the seeds, each with its standard deviation over the seeds. `seed` draws the subsets where there are
+    too many: see `nonn.runtime.subsets`.
     """
     rows = []
     for missing in range(n_devices):
@@ -144,8 +115,8 @@ def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, 
 def missing_strategies(scores: Scores, labels: Tensor, seed: int) -> list[dict]:
     """The rows of `missing_devices` for each strategy of a NoNN.
 
-    Each with ``network``, ``strategy``, ``n_seeds`` and ``chosen``, for how many of the seeds validation
-    data chose the strategy.
+    Each with ``network``, ``strategy``, ``n_seeds`` and ``chosen``, for how many of the seeds validation data chose the
+    strategy.
     """
     return [
         {

@@ -49,28 +49,10 @@ def family(grid: Design, depth: int) -> list[Architecture]:
 def design_student(
     grid: Design, device: Device, channels: int, size: int, n_classes: int, n_filters: int | None
 ) -> tuple[Architecture, Cost]:
-    """Find the largest student that fits a device.
+    """Find the largest student that fits a device: of most parameters, among equals of most multiply-accumulates.
 
-    Parameters
-    ----------
-    grid : Design
-    device : Device
-    channels, size : int
-        Of the images; size in pixels.
-    n_classes : int
-    n_filters : int or None
-        Outputs of the bridge; None for a student without one (a baseline).
-
-    Returns
-    -------
-    architecture : Architecture
-        The one with most parameters; among equals the one with most multiply-accumulates.
-    cost : Cost
-
-    Raises
-    ------
-    UserError
-        Not even the smallest candidate fits.
+    `size` is in pixels; `n_filters` are the outputs of the bridge, None for a student without one (a baseline). If not
+    even the smallest candidate fits, a UserError tells what it needs.
     """
     families = [family(grid, depth) for depth in grid.depths]
 
@@ -109,28 +91,10 @@ def design_network(
 ) -> tuple[list[int], dict[str, list[dict]]]:
     """Design all students of a network, and those of every baseline within the same budgets.
 
-    Parameters
-    ----------
-    grid : Design
-    devices : list of N Device
-    info : dict
-        Of the dataset: ``channels``, ``size``, ``classes``.
-    n_live : int
-        Filters of the teacher to share out.
-
-    Returns
-    -------
-    sizes : list of int
-        Filters for each student.
-    designs : dict
-        Name to students, each ``{architecture, n_filters, cost}``: one for "0", "1", …; and for each
-        method of `nonn.stages.baseline` those that it trains. A bridge to all filters may not fit where one to a
-        student's own does: then ``full`` has none.
-
-    Raises
-    ------
-    UserError
-        A device fits no student, or there are more devices than filters.
+    Returns how many of the teacher's `n_live` filters each student gets, and by name the students, each
+    ``{architecture, n_filters, cost}``: one for "0", "1", …; and for each method of `nonn.stages.baseline` those that
+    it trains. A bridge to all filters may not fit where one to a student's own does: then ``full`` has none. `info` is
+    that of the dataset.
     """
     if len(devices) > n_live:
         raise UserError(f"{len(devices)} devices share {n_live} live filters; take fewer devices or a wider teacher.")

@@ -13,7 +13,6 @@ from nonn.data.tensors import write_tensors
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Read the source, split it, and write tensors and a description."""
     section = params.dataset
     raw = load_images(section.source, section.size, section.sha256)
     splits = split_dataset(raw.labels, raw.classes, raw.is_test, section.validation, section.test, section.seed)

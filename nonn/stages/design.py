@@ -20,13 +20,7 @@ def run(params: Params, paths: Paths, network: str) -> None:
 
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
-    """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it.
-
-    Raises
-    ------
-    UserError
-        The network's devices fit no students.
-    """
+    """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
     graph, info = read_json(paths.graph_info), read_json(paths.dataset_info)
     try:
         sizes, designs = design_network(params.design, params.devices_of(network), info, graph["n_live"])

@@ -111,13 +111,6 @@ def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    """Read a training log.
-
-    Raises
-    ------
-    UserError
-        There is none.
-    """
     try:
         return pd.read_csv(path)
     except FileNotFoundError:

@@ -14,13 +14,6 @@ from nonn.method.filter_graph import RULES, mean_class_activity, normalise_activ
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write the graph of the experiment's teacher, and its summary.
-
-    Raises
-    ------
-    UserError
-        ``graph.top_k`` is larger than the number of filters.
-    """
     rule, top_k = params.graph.rule, params.graph.top_k
     pooled = read_tensors(paths.signals)["validation_pooled"]
     n_filters = pooled.shape[1]

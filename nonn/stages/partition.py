@@ -10,13 +10,6 @@ from nonn.method.partitioning import baseline_sets, partition_filters, summarise
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
-    """Write the filters of each student of a network and of its baselines, and a summary.
-
-    Raises
-    ------
-    UserError
-        The sizes do not match the graph; see `partition_filters`.
-    """
     graph = load_graph(paths)
     sizes = read_json(paths.sizes(network))["sizes"]
     method, seed = params.partition.method, params.partition.seed

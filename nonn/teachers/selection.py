@@ -18,17 +18,10 @@ LEARNS_EVERY = 4
 class Proxy(nn.Module):
     """A small network, trained beside a large one, that selects what the large one learns from.
 
-    After airbench96_faster of https://github.com/KellerJordan/cifar10-airbench, where the hardest half of
-    each batch takes a network to 96 % with 3.1 in place of 7.2 PFLOP.
-
-    Parameters
-    ----------
-    network : ConvNet
-    schedule : Schedule
-        That of the large network; `nonn.training.loop.train` sets the learning rates of both.
-    keep : float
-        Share of a batch that is selected, in (0, 1].
-    label_smoothing : float
+    After airbench96_faster of https://github.com/KellerJordan/cifar10-airbench, where the hardest half of each batch
+    takes a network to 96 % with 3.1 in place of 7.2 PFLOP. The schedule is that of the large network, and
+    `nonn.training.loop.train` sets the learning rates of both. `keep`, in (0, 1], is the share of a batch that is
+    selected.
     """
 
     def __init__(self, network: ConvNet, schedule: Schedule, keep: float, label_smoothing: float):
@@ -39,17 +32,9 @@ class Proxy(nn.Module):
         self.register_buffer("n_batches", torch.zeros((), dtype=torch.int64))
 
     def hardest(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Judge a batch, and now and then learn from what was selected.
+        """Judge a batch of uint8 images (B, channels, H, W), and now and then learn from what was selected.
 
-        Parameters
-        ----------
-        images : Tensor of shape (B, channels, H, W), uint8
-        labels : Tensor of shape (B,), int64
-
-        Returns
-        -------
-        Tensor of shape (keep · B,), int64
-            Positions in the batch, in order.
+        Returns the positions in the batch of the keep · B hardest, in order, int64.
         """
         learns = bool(self.n_batches % LEARNS_EVERY == 0)
         self.n_batches += 1

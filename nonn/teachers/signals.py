@@ -22,25 +22,11 @@ BATCH_SIZE = 500
 
 
 def compute_signals(teacher: ConvNet, data: Dataset, params: Signals) -> dict[str, Tensor]:
-    """Run the teacher over all views of the training images and over the validation images.
+    """Run the teacher over the K views of the N training images and over the M validation images as they are.
 
-    Parameters
-    ----------
-    teacher : ConvNet with F filters in its final convolution
-    data : Dataset of N training and M validation images, C classes
-    params : Signals
-        ``views`` is K.
-
-    Returns
-    -------
-    dict
-        ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>`` (K, N, H·W) of the
-        views; ``validation_logits`` (M, C) and ``validation_pooled`` (M, F). All float16.
-
-    Notes
-    -----
-    The pooled activation of a filter is the spatial mean of the final convolution's output after
-    ReLU, a_i(x) of the paper.
+    Returns ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>`` (K, N, H·W) of the views;
+    ``validation_logits`` (M, C) and ``validation_pooled`` (M, F); all float16. The pooled activation of a filter is the
+    spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
     """
     images, _ = data.split("train")
     views = [draw_view(len(images), view, params.augment, params.seed) for view in range(params.views)]

@@ -32,20 +32,7 @@ PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
 
 
 def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, pd.DataFrame]:
-    """Train a teacher from scratch on labels.
-
-    Parameters
-    ----------
-    data : Dataset
-    params : Teacher
-    checkpoint : Checkpoint
-
-    Returns
-    -------
-    network : ConvNet
-    log : DataFrame
-        One row an epoch.
-    """
+    """Train a teacher from scratch on labels; return it with its log, one row an epoch."""
     torch.manual_seed(params.seed)
     device = pick_device()
     model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
@@ -82,6 +69,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         device=device,
         label="teacher",
         proxy=proxy,
+        proxy_optimizers=proxy.optimizers if proxy else (),
     )
     return model, log
 
@@ -89,10 +77,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
 def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, pd.DataFrame]:
     """Build the teacher from a file of weights, and score it on the validation images.
 
-    Raises
-    ------
-    UserError
-        The file is missing, damaged, or does not fit `teacher.architecture` and the dataset.
+    A UserError says what does not fit `teacher.architecture` or the dataset.
     """
     model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     weights = {_own_name(name): tensor for name, tensor in _read_weights(params).items()}

@@ -48,21 +48,11 @@ def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
 
 
 def apply_view(images: Tensor, view: View, index: Tensor, augment: Augment) -> Tensor:
-    """Crop and mirror the images `index`, and hide a square of each if `augment` cuts out.
+    """Crop and mirror the images `index` (B,), and hide a square of each; uint8 of shape (B, channels, H, W).
 
-    Parameters
-    ----------
-    images : Tensor of shape (N, channels, H, W), uint8
-    view : View of N images
-    index : Tensor of shape (B,), int64
-    augment : Augment
-        The same as the view was drawn with: ``pad``, the pixels of reflected border within which the
-        crop moves, and ``cutout``, the side in pixels of a square that is painted mid-grey
-        (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it).
-
-    Returns
-    -------
-    Tensor of shape (B, channels, H, W), uint8
+    `images` are uint8 of shape (N, channels, H, W). `augment` is the one that the view was drawn with: ``pad`` pixels
+    of reflected border, within which the crop moves, and ``cutout``, the side in pixels of a square that is painted
+    mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it).
     """
     (height, width), pad = images.shape[2:], augment.pad
     padded = F.pad(images[index], (pad, pad, pad, pad), mode="reflect") if pad else images[index]

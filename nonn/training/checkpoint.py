@@ -7,17 +7,13 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from nonn.core.files import STATE, remove
 from nonn.data.tensors import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    pass
-
 
 #: What decides how a training goes, apart from its settings and inputs.
 CODE = sorted(Path(__file__).parent.glob("*.py"))

@@ -29,26 +29,13 @@ from nonn.training.networks import ConvNet, whiten
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student is to learn: its architecture, and the weight of each term of its loss.
-
-    Attributes
-    ----------
-    architecture : Architecture
-    filters : list of int or None
-        The teacher's filters P_i to imitate through a bridge; None for no bridge.
-    kd_weight : float
-        w: share of the KD term; cross-entropy with the labels has the rest.
-    transfer_weight : float
-        β: weight of the activation transfer.
-    attention_weight : float
-        Weight of attention transfer (a baseline).
-    """
+    """What a student is to learn: its architecture, and the weight of each term of its loss."""
 
     architecture: Architecture
-    filters: list[int] | None
-    kd_weight: float
-    transfer_weight: float = 0.0
-    attention_weight: float = 0.0
+    filters: list[int] | None  # the teacher's P_i to imitate through a bridge; None for no bridge
+    kd_weight: float  # w: share of the KD term; cross-entropy with the labels has the rest
+    transfer_weight: float = 0.0  # β: of the activation transfer
+    attention_weight: float = 0.0  # of attention transfer (a baseline)
 
 
 class Classroom:
@@ -79,35 +66,17 @@ class Classroom:
 def distill_student(
     classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
 ) -> tuple[ConvNet, pd.DataFrame]:
-    """Train one student.
+    """Train one student; return it with its log, one row an epoch.
 
-    The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled
-    activations on the student's filters and T the temperature,
+    The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled activations on the student's
+    filters and T the temperature,
 
         L = (1−w)·CE(z, y) + w·T²·KL(softmax(z_t/T) ‖ softmax(z/T)) + β·‖f/‖f‖ − t/‖t‖‖².
 
-    Parameters
-    ----------
-    classroom : Classroom
-    lesson : Lesson
-    schedule : Distill
-    seed : int
-        Decides the initial weights and the order of the images.
-    checkpoint : Checkpoint
-    label : str
-        Shown with the progress.
-
-    Returns
-    -------
-    student : ConvNet
-    log : DataFrame
-        One row an epoch.
-
-    Notes
-    -----
-    After the loss of https://arxiv.org/abs/1907.11804, section 4. *Deviations* from the authors'
-    later code, https://github.com/SLDGroup/NoNN_framework: students share no layers, the divergence
-    is a sum over classes, and the last epoch is kept, not the one that is best on test images.
+    After the loss of https://arxiv.org/abs/1907.11804, section 4. *Deviations* from the authors' later code,
+    https://github.com/SLDGroup/NoNN_framework: students share no layers, the divergence is a sum over classes, and the
+    last epoch is kept, not the one that is best on test images. `seed` decides the initial weights and the order of the
+    images.
     """
     torch.manual_seed(seed)
     device = pick_device()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,9 +21,6 @@ from nonn.training.optim import learning_rate, make_optimizers
 LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
 
 
-BatchLoss = Callable[[Tensor, int], Tensor]
-
-
 def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
     """Order of the images in an epoch, a function of epoch and seed alone: resuming needs no generator state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
@@ -32,7 +29,7 @@ def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
 
 def train(
     model: ConvNet,
-    batch_loss: BatchLoss,
+    batch_loss: Callable[[Tensor, int], Tensor],
     n_images: int,
     schedule: Schedule,
     *,
@@ -42,37 +39,19 @@ def train(
     device: torch.device,
     label: str,
     proxy: nn.Module | None = None,
+    proxy_optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> pd.DataFrame:
-    """Train `model` in place, resuming from `checkpoint` if it exists.
+    """Train `model` in place, resuming from `checkpoint` if it exists; return a log with one row an epoch.
 
-    Parameters
-    ----------
-    model : ConvNet
-    batch_loss : callable
-        ``batch_loss(index, epoch)``: the loss of the training images `index`, int64 of shape (B,).
-    n_images : int
-        Training images; a last batch that is not full is left out of its epoch.
-    schedule : Schedule
-    seed : int
-        Decides the order of the images.
-    validation : (images, labels)
-        Scored after each epoch, for the log only: nothing is selected.
-    checkpoint : Checkpoint
-        Written after each epoch. The caller discards it once the outputs are in place.
-    device : torch.device
-    label : str
-        Shown with the progress.
-    proxy : Proxy, optional
-        That `batch_loss` selects images with: it is on the same schedule and in the same checkpoint.
-
-    Returns
-    -------
-    DataFrame
-        One row an epoch, columns `LOG_COLUMNS`.
+    ``batch_loss(index, epoch)`` is the loss of the training images `index`, int64 of shape (B,). `seed` decides their
+    order; a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored
+    after each epoch, for the log only: nothing is selected. The checkpoint is written after each epoch, and the caller
+    discards it once the outputs are in place. A `proxy` that `batch_loss` selects images with is on the same schedule
+    and in the same checkpoint.
     """
     trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)
     optimizers = make_optimizers(model, schedule)
-    every_optimizer = [*optimizers, *(proxy.optimizers if proxy else [])]
+    every_optimizer = [*optimizers, *proxy_optimizers]
     rows = checkpoint.load(trained, every_optimizer)
     groups = [group for optimizer in every_optimizer for group in optimizer.param_groups]
     peaks = [group["lr"] for group in groups]
@@ -91,19 +70,12 @@ def train(
                 optimizer.step()
             losses.append(loss.detach())
         _, logits = predict(model, validation[0], device)
-        rows.append(
-            [
-                epoch + 1,
-                torch.stack(losses).mean().item(),
-                F.cross_entropy(logits, validation[1]).item(),
-                accuracy(logits, validation[1]),
-            ]
-        )
+        scores = F.cross_entropy(logits, validation[1]).item(), accuracy(logits, validation[1])
+        rows.append([epoch + 1, torch.stack(losses).mean().item(), *scores])
         checkpoint.save(trained, every_optimizer, rows)
     model.cpu()
     return pd.DataFrame(rows, columns=LOG_COLUMNS).astype({"epoch": int})
 
 
 def write_log(path: Path, log: pd.DataFrame) -> None:
-    """Write a training log as CSV."""
     write_text(path, log.to_csv(index=False, float_format="%.6g"))

@@ -13,19 +13,10 @@ from torch import Tensor
 
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T² · KL(softmax(z_t/T) ‖ softmax(z/T)), mean over the batch; zero when student equals teacher.
+    """T² · KL(softmax(z_t/T) ‖ softmax(z/T)) of logits (B, C), mean over the batch; zero when student equals teacher.
 
-    Hinton et al., *Distilling the Knowledge in a Neural Network*, https://arxiv.org/abs/1503.02531.
-
-    Parameters
-    ----------
-    logits, teacher_logits : Tensor of shape (B, C)
-    temperature : float
-
-    Notes
-    -----
-    *Deviation.* The reference code of NoNN averages the divergence over classes too, which divides
-    the term by C.
+    Hinton et al., *Distilling the Knowledge in a Neural Network*, https://arxiv.org/abs/1503.02531. *Deviation.* The
+    reference code of NoNN averages the divergence over classes too, which divides the term by C.
     """
     target = F.log_softmax(teacher_logits / temperature, dim=1)
     student = F.log_softmax(logits / temperature, dim=1)
@@ -35,30 +26,17 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tenso
 def transfer_loss(features: Tensor, activations: Tensor) -> Tensor:
     """‖f/‖f‖ − t/‖t‖‖², mean over the batch: the activation transfer of NoNN.
 
-    Parameters
-    ----------
-    features : Tensor of shape (B, F)
-        The student's feature vectors f.
-    activations : Tensor of shape (B, F)
-        The teacher's pooled activations t on the student's filters.
+    f are the student's feature vectors, t the teacher's pooled activations on its filters, both of shape (B, F).
     """
     difference = F.normalize(features, dim=1) - F.normalize(activations, dim=1)
     return difference.square().sum(1).mean()
 
 
 def attention_map(stage_map: Tensor) -> Tensor:
-    """Spatial attention of a stage: channel mean of the squares, scaled to unit length.
+    """Spatial attention (B, H·W) of a stage's output (B, channels, H, W): mean of the squares, scaled to unit length.
 
-    Zagoruyko and Komodakis, https://arxiv.org/abs/1612.03928; code
-    https://github.com/szagoruyko/attention-transfer, function ``at``.
-
-    Parameters
-    ----------
-    stage_map : Tensor of shape (B, channels, H, W)
-
-    Returns
-    -------
-    Tensor of shape (B, H·W)
+    Zagoruyko and Komodakis, https://arxiv.org/abs/1612.03928; code https://github.com/szagoruyko/attention-transfer,
+    function ``at``.
     """
     return F.normalize(stage_map.square().mean(1).flatten(1), dim=1)
 
@@ -66,11 +44,7 @@ def attention_map(stage_map: Tensor) -> Tensor:
 def attention_loss(maps: Sequence[Tensor], teacher_attention: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of attention maps, summed over the stages (``at_loss`` of the same code).
 
-    Parameters
-    ----------
-    maps : sequence of Tensor of shape (B, channels, H, W)
-        The student's stage outputs.
-    teacher_attention : sequence of Tensor of shape (B, H·W)
+    Of each stage, the student's output (B, channels, H, W) and the teacher's attention (B, H·W).
     """
     losses = [(attention_map(m) - t).square().mean() for m, t in zip(maps, teacher_attention, strict=True)]
     return torch.stack(losses).sum()

@@ -187,18 +187,10 @@ BODIES = {"fast": fast_body, "airbench": airbench_body, "wrn": wrn_body, "resnet
 
 
 class ConvNet(nn.Module):
-    """A teacher, a student or a baseline.
+    """A teacher, a student or a baseline, of C classes.
 
-    Parameters
-    ----------
-    architecture : Architecture
-    channels : int
-        Channels of the images, 1 or 3.
-    n_classes : int  # C
-    n_filters : int, optional
-        Outputs of the bridge, |P_i| of the paper; None for no bridge.
-    mean, std : Tensor of shape (channels,), optional
-        Of the training images' raw values; needed except when a state dict is loaded.
+    `n_filters` are the outputs of the bridge, |P_i| of the paper; None for no bridge. `mean` and `std` (channels,) of
+    the training images' raw values are needed except when a state dict is loaded.
     """
 
     def __init__(
@@ -246,18 +238,11 @@ class ConvNet(nn.Module):
 
 @torch.no_grad()
 def whiten(model: ConvNet, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
-    """Set the first layer of family airbench; a network of another family stays as it is.
+    """Set the first layer of family airbench in place; a network of another family stays as it is.
 
-    Its filters are the eigenvectors of the patches' covariance, divided by the standard deviation in
-    their direction, and their opposites: the outputs have no correlation and about one variance.
-
-    Parameters
-    ----------
-    model : ConvNet, changed in place
-    images : Tensor of shape (N, channels, H, W), uint8
-        Training images, of which at most `n_images` count.
-    eps : float
-        Added to the variances: directions without any are noise.
+    Its filters are the eigenvectors of the covariance of patches of at most `n_images` training images, uint8 of shape
+    (N, channels, H, W), divided by the standard deviation in their direction, and their opposites: the outputs have no
+    correlation and about one variance. `eps` is added to the variances: directions without any are noise.
     """
     if model.family != "airbench":
         return

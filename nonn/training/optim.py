@@ -1,7 +1,7 @@
-"""Muon: an optimizer for filters whose steps move all directions of a filter bank alike.
+"""Optimizers of the networks, and their learning rate: SGD, and Muon for the filters of convolutions.
 
-After https://kellerjordan.github.io/posts/muon and airbench94_muon of
-https://github.com/KellerJordan/cifar10-airbench. PyTorch's own `torch.optim.Muon` takes matrices
+The steps of Muon move all directions of a filter bank alike. After https://kellerjordan.github.io/posts/muon and
+airbench94_muon of https://github.com/KellerJordan/cifar10-airbench. PyTorch's own `torch.optim.Muon` takes matrices
 only, and does not hold the norm of the weights.
 """
 
@@ -49,16 +49,8 @@ ITERATIONS = 3
 def orthogonalize(matrix: Tensor) -> Tensor:
     """About U·Vᵀ of a matrix U·S·Vᵀ: all singular values are brought near one, roughly 0.5 to 1.5.
 
-    Newton–Schulz iterations in bfloat16, whose error is far below that spread. Small singular
-    values, under about a hundredth of the Frobenius norm, remain small.
-
-    Parameters
-    ----------
-    matrix : Tensor of shape (rows, columns)
-
-    Returns
-    -------
-    Tensor of shape (rows, columns), of the same dtype
+    Newton–Schulz iterations in bfloat16, whose error is far below that spread; the result has the matrix's dtype. Small
+    singular values, under about a hundredth of the Frobenius norm, remain small.
     """
     a, b, c = QUINTIC
     is_tall = matrix.shape[0] > matrix.shape[1]
@@ -73,20 +65,12 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonalized Nesterov momentum of each filter bank, whose norm is held.
 
-    With W a bank of n filters as a matrix of n rows, G its gradient and M the momentum,
+    With W a bank of n filters (outputs, inputs, height, width) as a matrix of n rows, G its gradient, M the momentum,
 
         M ← μ·M + G,    W ← √n · W / ‖W‖ − lr · orthogonalize(G + μ·M).
 
-    A batch norm follows each convolution and undoes any scale of W: the norm only decides how far
-    a step turns the filters. Holding it makes `lr` the share of W that a step replaces, in place
-    of weight decay.
-
-    Parameters
-    ----------
-    filters : iterable of Parameter of shape (outputs, inputs, height, width)
-    lr : float
-    momentum : float
-        μ
+    A batch norm follows each convolution and undoes any scale of W: the norm only decides how far a step turns the
+    filters. Holding it makes `lr` the share of W that a step replaces, in place of weight decay.
     """
 
     def __init__(self, filters: Iterable[nn.Parameter], lr: float, momentum: float):

@@ -31,13 +31,7 @@ def load_signals(paths: Paths) -> dict[str, Tensor]:
 
 
 def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
-    """Architecture and bridge outputs of each student in a file of this stage.
-
-    Raises
-    ------
-    UserError
-        It has none.
-    """
+    """Architecture and bridge outputs of each student in a file of the stage `design`; a UserError if it has none."""
     if not (designs := read_json(path)):
         raise UserError(
             f"{path}: the devices of `networks` fit no students of this baseline. Take it out of the network's "
