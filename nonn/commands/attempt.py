@@ -1,8 +1,7 @@
 """The command ``nonn try``: train a network or a baseline with changed params, and ask validation.
 
-For choosing params without running the pipeline: the stages from `graph` to `distill` or `baseline`
-run in a folder of their own, on the dataset and the signals of the experiment, whose results stay as
-they are. No test image is looked at.
+For choosing params without running the pipeline: the stages from `graph` to `distill` or `baseline` run in a folder of
+their own, on the dataset and the signals of the experiment, whose results stay as they are. No test image is looked at.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
     E = (P_active - P_idle) · t_compute + P_idle · t_window + bits · E_bit
 
-The first term is what computing adds, the second what the device draws anyway until the image is
-answered, the third what its radio spends on the bytes it sends and receives. Where a constant is only
-known as a range, so is the energy.
+The first term is what computing adds, the second what the device draws anyway until the image is answered, the third
+what its radio spends on the bytes it sends and receives. Where a constant is only known as a range, so is the energy.
 
 References
 ----------

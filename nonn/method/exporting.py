@@ -1,11 +1,10 @@
 """Writing what the devices run, as ONNX, and scoring the files again.
 
-A network becomes one file a student (uint8 image in, feature vector out) and one for the final
-layer (concatenated feature vectors in, logits out). Teacher and single baselines, which run alone
-on one device, become one file each (image in, logits out). Every file is re-scored on the test
-images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.precision: int8`` students
-and baselines are int8 (see `nonn.deploy.int8`), and the teacher is there in both precisions; manifests of int8 files
-name their form as ``quantisation``.
+A network becomes one file a student (uint8 image in, feature vector out) and one for the final layer (concatenated
+feature vectors in, logits out). Teacher and single baselines, which run alone on one device, become one file each
+(image in, logits out). Every file is re-scored on the test images in ONNX Runtime: an export that changes an accuracy
+is an error. With ``design.precision: int8`` students and baselines are int8 (see `nonn.deploy.int8`), and the teacher
+is there in both precisions; manifests of int8 files name their form as ``quantisation``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Joining the students of a network by one final layer.
 
-The layer starts as the mean of the students' own training heads, block by block, so the assembled
-network averages their logits. It is fitted further on the training images' features, and the
-fitted layer is kept only if it is right on more validation images. What it says when students are
-missing is chosen here too: see `nonn.method.missing`.
+The layer starts as the mean of the students' own training heads, block by block, so the assembled network averages
+their logits. It is fitted further on the training images' features, and the fitted layer is kept only if it is right on
+more validation images. What it says when students are missing is chosen here too: see `nonn.method.missing`.
 """
 
 from __future__ import annotations

@@ -5,15 +5,13 @@ standard deviation, and two tests against the network of networks on the same de
 test images, and one over seeds, which are not pairs. The accuracy of every network is also measured
 with devices missing, of NoNN with each strategy of `nonn.method.missing`.
 
-With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is
-fitted further and a strategy for missing devices chosen on validation images, so that they differ in
-the students alone; and so do the ensembles, as a method of their own, ``ensemble_fitted``. What NoNN
-gains by it is told by ``nonn_averaged``, the same students with their heads averaged. Otherwise the
-heads of the students present are averaged.
+With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is fitted further
+and a strategy for missing devices chosen on validation images, so that they differ in the students alone; and so do the
+ensembles, as a method of their own, ``ensemble_fitted``. What NoNN gains by it is told by ``nonn_averaged``, the same
+students with their heads averaged. Otherwise the heads of the students present are averaged.
 
-Where devices run int8, students of all methods are scored as such. What that costs is told by
-``nonn_float32``, NoNN's students before they were quantised, and ``teacher_int8`` says what quantising would do
-for the teacher.
+Where devices run int8, students of all methods are scored as such. What that costs is told by ``nonn_float32``, NoNN's
+students before they were quantised, and ``teacher_int8`` says what quantising would do for the teacher.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """From the devices' budgets, how many filters and which architecture each student gets.
 
-Sizes come first and are exact: a device gets filters in proportion to its memory, so the bridge of
-its student is known before the stage `partition` decides which filters these are. The sizes are
-written apart from the architectures, so a budget that changes an architecture but no size leaves
-the partition alone.
+Sizes come first and are exact: a device gets filters in proportion to its memory, so the bridge of its student is known
+before the stage `partition` decides which filters these are. The sizes are written apart from the architectures, so a
+budget that changes an architecture but no size leaves the partition alone.
 
 *Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
 budget would rerun the partition, on which all students depend, though it rarely changes.

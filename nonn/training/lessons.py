@@ -1,8 +1,7 @@
 """Training one student of a network, with one seed, against the teacher's signals.
 
-Each job is independent of every other: it knows its architecture, its filters and its seed. The
-student's head is used in training and as the start of the final layer; only the feature vector
-leaves the device.
+Each job is independent of every other: it knows its architecture, its filters and its seed. The student's head is used
+in training and as the start of the final layer; only the feature vector leaves the device.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The convolutional networks: one class for teachers and students, four families of them.
 
-A network takes raw ``uint8`` images and normalises them itself, so that no device, stage or
-exported file can normalise them differently. It returns its *feature vector* (the spatial mean of
-its last rectified convolution) and its logits:
+A network takes raw ``uint8`` images and normalises them itself, so that no device, stage or exported file can normalise
+them differently. It returns its *feature vector* (the spatial mean of its last rectified convolution) and its logits:
 
     image -> stem -> stages -> [bridge] -> spatial mean -> head
 
