@@ -65,12 +65,7 @@ def load_dataset(paths: Paths) -> Dataset:
 
 
 def split_dataset(
-    labels: np.ndarray,
-    classes: Sequence[str],
-    is_test: np.ndarray | None,
-    validation: float,
-    test: float,
-    seed: int,
+    labels: np.ndarray, classes: Sequence[str], is_test: np.ndarray | None, validation: float, test: float, seed: int
 ) -> dict[str, np.ndarray]:
     """Split images into train, validation and test, class by class; return the sorted indices of each, int64.
 

@@ -49,12 +49,7 @@ class FilterPartition:
 
 
 def partition_filters(
-    weights: np.ndarray,
-    live: np.ndarray,
-    sizes: Sequence[int],
-    method: str,
-    seed: int,
-    class_activity: np.ndarray,
+    weights: np.ndarray, live: np.ndarray, sizes: Sequence[int], method: str, seed: int, class_activity: np.ndarray
 ) -> FilterPartition:
     """Give every live filter to exactly one student; `sizes` add up to the number of live filters.
 

@@ -21,8 +21,5 @@ def run(params: Params, paths: Paths, name: str) -> None:
     measured = measure_models({key: folder / entry["file"] for key, entry in models.items()}, params.benchmark)
     write_json(
         paths.benchmark(name),
-        {
-            "system": describe_system(),
-            "models": {key: entry["cost"] | measured[key] for key, entry in models.items()},
-        },
+        {"system": describe_system(), "models": {key: entry["cost"] | measured[key] for key, entry in models.items()}},
     )

@@ -30,8 +30,7 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     )
     name = f"{network}/{student} seed {seed}"
     checkpoint = Checkpoint.of(
-        [name, repr(lesson), section.model_dump(), params.signals.model_dump()],
-        [paths.dataset, paths.signals],
+        [name, repr(lesson), section.model_dump(), params.signals.model_dump()], [paths.dataset, paths.signals]
     )
     classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
     model, log = distill_student(

@@ -61,12 +61,7 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bia
 def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -> list[nn.Module]:
     """Convolution, optional 2×2 max pooling, batch norm, ReLU: pooling first makes the rest cheaper."""
     pooling = [nn.MaxPool2d(2)] if pool else []
-    return [
-        convolution(inputs, outputs, kernel),
-        *pooling,
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    ]
+    return [convolution(inputs, outputs, kernel), *pooling, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
 def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
