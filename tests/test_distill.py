@@ -22,14 +22,14 @@ from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet, predict
-from nonn.training.store import load_signals, load_teacher
+from nonn.training.store import load_teacher
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
 
 @pytest.fixture
 def classroom(params, experiment) -> Classroom:
-    return Classroom(load_dataset(experiment), load_signals(experiment), params.signals)
+    return Classroom(load_dataset(experiment), read_tensors(experiment.signals), params.signals)
 
 
 @pytest.fixture

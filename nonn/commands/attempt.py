@@ -31,21 +31,9 @@ from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Of the table of attempts. `validation_loss` is the cross-entropy of the averaged logits.
 COLUMNS = (
-    "item",
-    "changes",
-    "epochs",
-    "seed",
-    "students",
-    "params_per_student",
-    "mmacs_per_student",
-    "validation_images",
-    "validation_accuracy",
-    "validation_loss",
-    "student_accuracy",
-    "cpu_minutes",
+    *("item", "changes", "epochs", "seed", "students", "params_per_student", "mmacs_per_student"),
+    *("validation_images", "validation_accuracy", "validation_loss", "student_accuracy", "cpu_minutes"),
 )
-
-
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
 OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
 VIEWS = "signals.views"

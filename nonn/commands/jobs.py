@@ -10,8 +10,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn jobs"
 
 
-def run(options) -> None:
-    del options
+def run(_) -> None:
     params = load_params()
     news = "written" if write_jobs(params) else "as it was"
     counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}

@@ -83,9 +83,8 @@ def run(options) -> None:
     jobs = jobs if options.all else last_run(jobs)
     begin = jobs["start"].min()
     lanes = assign_lanes(jobs["start"], jobs["end"])
-    jobs = jobs.assign(
-        start_s=(jobs["start"] - begin).round(1), end_s=(jobs["end"] - begin).round(1), lane=lanes
-    ).astype({"seed": "Int64"})
+    seconds = {"start_s": (jobs["start"] - begin).round(1), "end_s": (jobs["end"] - begin).round(1)}
+    jobs = jobs.assign(**seconds, lane=lanes).astype({"seed": "Int64"})
     write_text(paths / "timeline.csv", jobs[COLUMNS].to_csv(index=False, float_format="%.1f"))
     with drawing_style():
         figure = draw_timeline(jobs, STAGES)

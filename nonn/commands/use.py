@@ -6,7 +6,6 @@ is written complete, with the default's comments, and may then be edited.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from io import StringIO
 from itertools import dropwhile
 from pathlib import Path
@@ -62,9 +61,8 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     text = StringIO()
     _yaml().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
-    header = (
-        f"# The active experiment: `nonn use {name}` wrote it from {EXPERIMENTS}/{name}.yaml. Edit it as you like.\n"
-    )
+    source = f"{EXPERIMENTS}/{name}.yaml"
+    header = f"# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
     old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
     write_text(PARAMS_FILE, header + body)
     try:
@@ -89,6 +87,5 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    settings: Sequence[str] = options.set
-    write_params(options.experiment, parse_changes(settings))
+    write_params(options.experiment, parse_changes(options.set))
     print(f"{PARAMS_FILE}: {options.experiment} is active; `snakemake --cores all` or `dvc repro` runs it")

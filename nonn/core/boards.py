@@ -69,8 +69,5 @@ def inference_energy(board: Board, compute_s: float, window_s: float, wire_bytes
     receives `wire_bytes`. What it would draw anyway is counted if `idle`; without, only what the image adds.
     """
     base = board.idle_w * window_s if idle else 0.0
-    bits = 8 * wire_bytes
-    return Range(
-        (board.active_w.low - board.idle_w) * compute_s + base + bits * RADIO_J_PER_BIT[0],
-        (board.active_w.high - board.idle_w) * compute_s + base + bits * RADIO_J_PER_BIT[1],
-    )
+    bounds = zip((board.active_w.low, board.active_w.high), RADIO_J_PER_BIT, strict=True)
+    return Range(*((watts - board.idle_w) * compute_s + base + 8 * wire_bytes * bit_j for watts, bit_j in bounds))

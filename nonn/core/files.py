@@ -89,10 +89,11 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(_existing(path).read_text(encoding="utf-8"))
+    return json.loads(existing(path).read_text(encoding="utf-8"))
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The path of an artifact that some stage has written."""
     if not path.is_file():
         raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.")
     return path

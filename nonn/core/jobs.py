@@ -24,24 +24,23 @@ def list_jobs(params: Params) -> dict[str, Any]:
     ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
     DVC watches their content; where nothing on this machine is named, the module that would read it.
     """
-    networks = params.networks.items()
     source = params.dataset.source
     is_named = source == "mnist5k" or source.startswith("torchvision:")
     return {
         "source": "nonn/data/packaged.py" if is_named else source,
         "weights": params.teacher.weights or "nonn/teachers/teacher.py",
         "pool": "-".join(params.pool or ()),
-        "networks": {name: {} for name, _ in networks},
+        "networks": {name: {} for name in params.networks},
         "exported": {name: {} for name in [*params.networks, SOLO]},
         "students": {
             f"seed{seed}/{name}/{student}": {"network": name, "student": student, "seed": seed}
-            for name, network in networks
+            for name, network in params.networks.items()
             for seed in range(network.seeds)
             for student in range(len(network.devices))
         },
         "assembled": {
             f"seed{seed}/{name}": {"network": name, "seed": seed}
-            for name, network in networks
+            for name, network in params.networks.items()
             for seed in range(network.seeds)
         },
         "baselines": {

@@ -33,10 +33,8 @@ def describe_system() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        cpu = names[0] if names else cpu
+        names = (line for line in info.read_text().splitlines() if line.startswith("model name"))
+        cpu = next(names, f":{cpu}").split(":", 1)[1].strip()
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),

@@ -56,7 +56,7 @@ class Dataset:
 
     def split(self, name: str) -> tuple[Tensor, Tensor]:
         """Return images and labels of ``train``, ``validation`` or ``test``."""
-        indices = {"train": self.train, "validation": self.validation, "test": self.test}[name]
+        indices = getattr(self, name)
         return self.images[indices], self.labels[indices]
 
 

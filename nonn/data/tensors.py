@@ -10,7 +10,7 @@ from nonn.core.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-from nonn.core.files import _existing, replacing
+from nonn.core.files import existing, replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -26,6 +26,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(_existing(path))
+        return load_file(existing(path))
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Delete it and run the pipeline again.") from None

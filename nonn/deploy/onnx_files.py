@@ -55,16 +55,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
             external_data=False,
             verbose=False,
         )
-    proto = program.model_proto
+    proto, graph = program.model_proto, program.model_proto.graph
     # The exporter notes source lines with absolute paths: they differ between machines.
-    for item in (
-        proto,
-        proto.graph,
-        *proto.graph.node,
-        *proto.graph.value_info,
-        *proto.graph.input,
-        *proto.graph.output,
-    ):
+    for item in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del item.metadata_props[:]
         item.doc_string = ""
     onnx.checker.check_model(proto)
@@ -84,11 +77,9 @@ def write_classifier(model: ConvNet, data: Dataset, path: Path, bytes_per_value:
 def _write(
     kind: type[nn.Module], output_name: str, model: ConvNet, data: Dataset, path: Path, bytes_per_value: int
 ) -> None:
-    example = data.images[:1]
-    if bytes_per_value == 4:
-        export_onnx(kind(model), example, path, "image", output_name)
-    else:
-        export_onnx(kind(fold_norms(model)), example, path, "image", output_name)
+    model = model if bytes_per_value == 4 else fold_norms(model)
+    export_onnx(kind(model), data.images[:1], path, "image", output_name)
+    if bytes_per_value != 4:
         quantise(path, calibration_images(data))
 
 

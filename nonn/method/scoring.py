@@ -116,17 +116,12 @@ def missing_strategies(scores: Scores, labels: Tensor, seed: int) -> list[dict]:
     Each with ``network``, ``strategy``, ``n_seeds`` and ``chosen``, for how many of the seeds validation data chose the
     strategy.
     """
-    return [
-        {
-            "network": scores.network,
-            "strategy": strategy,
-            "chosen": list(scores.chosen).count(strategy),
-            "n_seeds": len(answers),
-            **row,
-        }
-        for strategy, answers in scores.strategies.items()
-        for row in missing_devices(answers, scores.n_students, labels, seed)
-    ]
+    rows = []
+    for strategy, answers in scores.strategies.items():
+        own = {"network": scores.network, "strategy": strategy, "n_seeds": len(answers)}
+        own["chosen"] = list(scores.chosen).count(strategy)
+        rows += [own | row for row in missing_devices(answers, scores.n_students, labels, seed)]
+    return rows
 
 
 def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
@@ -135,20 +130,14 @@ def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
     rows = []
     for s in scores:
         reference = references.get(s.network) if s.method != "nonn" else None
-        rows.append(
-            {
-                "method": s.method,
-                "network": s.network,
-                "n_students": s.n_students,
-                "n_seeds": len(s.correct),
-                "accuracies": s.accuracies,
-                "accuracy_mean": float(np.mean(s.accuracies)),
-                "accuracy_sd": _sd(s.accuracies),
-                "p_value_vs_nonn": reference
-                and permutation_test(reference.correct, s.correct, params.resamples, params.seed),
-                "p_value_vs_nonn_seeds": reference and seed_test(reference.accuracies, s.accuracies),
-            }
-        )
+        row = {"method": s.method, "network": s.network, "n_students": s.n_students, "n_seeds": len(s.correct)}
+        row |= {"accuracies": s.accuracies, "accuracy_mean": float(np.mean(s.accuracies))}
+        row |= {"accuracy_sd": _sd(s.accuracies), "p_value_vs_nonn": None, "p_value_vs_nonn_seeds": None}
+        if reference:
+            paired = permutation_test(reference.correct, s.correct, params.resamples, params.seed)
+            by_seed = seed_test(reference.accuracies, s.accuracies)
+            row |= {"p_value_vs_nonn": paired, "p_value_vs_nonn_seeds": by_seed}
+        rows.append(row)
     return rows
 
 

@@ -27,13 +27,13 @@ from nonn.core.files import read_json, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
-from nonn.data.tensors import write_tensors
+from nonn.data.tensors import read_tensors, write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_baseline_sets, load_design, load_signals
+from nonn.training.store import load_baseline_sets, load_design
 
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
@@ -65,17 +65,11 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     lessons = plan_lessons(params, paths, network, method, seed)
     settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump()]
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
-    classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
+    classroom = Classroom(load_dataset(paths), read_tensors(paths.signals), params.signals)
     students, logs = [], []
     for position, lesson in enumerate(lessons):
-        student, log = distill_student(
-            classroom,
-            lesson,
-            params.distill,
-            seed=seed * 1000 + position,
-            checkpoint=checkpoint.part(position),
-            label=f"{name} student {position}",
-        )
+        own_seed, part, label = seed * 1000 + position, checkpoint.part(position), f"{name} student {position}"
+        student, log = distill_student(classroom, lesson, params.distill, seed=own_seed, checkpoint=part, label=label)
         students.append(student)
         logs.append(log.assign(student=position))
     target = paths.baseline(network, method, seed)

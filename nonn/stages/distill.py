@@ -8,12 +8,12 @@ from nonn.core.files import read_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
-from nonn.data.tensors import write_tensors
+from nonn.data.tensors import read_tensors, write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
-from nonn.training.store import load_design, load_signals
+from nonn.training.store import load_design
 
 
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
@@ -29,19 +29,12 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
         transfer_weight=section.transfer_weight,
     )
     name = f"{network}/{student} seed {seed}"
-    checkpoint = Checkpoint.of(
-        [name, repr(lesson), section.model_dump(), params.signals.model_dump()], [paths.dataset, paths.signals]
-    )
-    classroom = Classroom(load_dataset(paths), load_signals(paths), params.signals)
-    model, log = distill_student(
-        classroom, lesson, section, seed=_student_seed(seed, student), checkpoint=checkpoint, label=name
-    )
+    settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump()]
+    checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
+    classroom = Classroom(load_dataset(paths), read_tensors(paths.signals), params.signals)
+    own_seed = seed * 1000 + student  # students of one network differ in their initial weights, too
+    model, log = distill_student(classroom, lesson, section, seed=own_seed, checkpoint=checkpoint, label=name)
     target = paths.student(network, student, seed)
     write_tensors(target, model.state_dict())
     write_log(paths.log(target), log)
     checkpoint.discard()
-
-
-def _student_seed(seed: int, student: int) -> int:
-    """Students of one network differ in their initial weights, too."""
-    return seed * 1000 + student

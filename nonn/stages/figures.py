@@ -12,8 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from nonn.core.errors import UserError
-from nonn.core.files import read_json, write_json, write_text
+from nonn.core.files import existing, read_json, write_json, write_text
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
 from nonn.core.paths import Paths
 from nonn.method.filter_graph import load_graph
@@ -111,10 +110,7 @@ def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.") from None
+    return pd.read_csv(existing(path))
 
 
 def run(params: Params, paths: Paths) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
@@ -23,11 +22,6 @@ def load_teacher(paths: Paths, data: Dataset) -> ConvNet:
     model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
     model.load_state_dict(read_tensors(paths.teacher))
     return model.eval()
-
-
-def load_signals(paths: Paths) -> dict[str, Tensor]:
-    """The signals as `compute_signals` returns them, memory-mapped."""
-    return read_tensors(paths.signals)
 
 
 def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
