@@ -188,8 +188,7 @@ class Coordinator:
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
-        terms = self.final.contributions(features)
-        prediction = read_out(self.manifest.classes, self.final.logits(terms), list(terms.values()))
+        prediction = read_out(self.manifest.classes, list(self.final.contributions(features).values()))
         return Answer(prediction, {self.links[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(

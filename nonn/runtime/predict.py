@@ -25,10 +25,8 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     image : ndarray of shape (channels, size, size), uint8
     """
     manifest = read_manifest(folder)
-    features = [run_onnx(folder / student.file, image[None]) for student in manifest.students]
-    logits = run_onnx(folder / manifest.final.file, np.concatenate(features, axis=1))[0]
-    terms = FinalLayer.load(folder, manifest).contributions({i: f[0] for i, f in enumerate(features)})
-    return read_out(manifest.classes, logits, list(terms.values()))
+    features = {i: run_onnx(folder / student.file, image[None])[0] for i, student in enumerate(manifest.students)}
+    return read_out(manifest.classes, list(FinalLayer.load(folder, manifest).contributions(features).values()))
 
 
 def run(params: Params, path: Path, network: str | None) -> None:
