@@ -27,7 +27,7 @@ from nonn.live.web import Page, read_page, serve_page
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinator import NobodyAnsweredError
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import Child, start, stop
+from nonn.runtime.processes import Child, node_commands, running
 
 #: What a browser with this page sends with a post.
 SAME = {"Content-Type": "application/json"}
@@ -40,20 +40,16 @@ def make_pictures(count: int = 2) -> list[Picture]:
 @contextlib.asynccontextmanager
 async def served(cluster: Cluster):
     """Address of the page of a running cluster, and its nodes' processes by name."""
-    async with contextlib.AsyncExitStack() as stack:
-        children: list[Child] = []
-        for node, _, contract in cluster.placed()[1]:
-            children.append(await start(cluster, node, contract))
-            stack.push_async_callback(stop, children[-1])
-        for child in children:
+    async with running(node_commands(cluster)) as children:
+        for child in children.values():
             child.state = "up"  # nobody watches here
         (port,) = free_ports(1)
-        page = asyncio.create_task(serve_page(cluster, children, make_pictures(), port))
+        page = asyncio.create_task(serve_page(cluster, list(children.values()), make_pictures(), port))
         try:
             async with asyncio.timeout(10):
                 while not (await asyncio.to_thread(listens, port)):
                     await asyncio.sleep(0.02)
-            yield f"http://127.0.0.1:{port}", {child.node.name: child for child in children}
+            yield f"http://127.0.0.1:{port}", children
         finally:
             page.cancel()
             await asyncio.gather(page, return_exceptions=True)
@@ -108,7 +104,7 @@ def test_strangers_are_refused(cluster):
 
     async def scenario():
         # Nothing of this needs nodes that run: the page answers, whatever they do.
-        children = [Child(node, contract, None) for node, _, contract in cluster.placed()[1]]
+        children = [Child(node, None) for node in cluster.nodes]
         runner = aiohttp.web.AppRunner(Page(Live(cluster, children, make_pictures())).application())
         await runner.setup()
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()

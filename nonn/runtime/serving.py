@@ -263,6 +263,11 @@ def told_to_stop(attached: bool) -> asyncio.Event:
     return stopped
 
 
+def announce(what: str, address: str, port: int, identity: Identity | None = None) -> None:
+    """Say what listens and where: for `nonn.runtime.processes`, too, which waits for this line."""
+    log(f"{what} at {address.rpartition(':')[0]}:{port}, {'mutual TLS' if identity else 'plain text'}")
+
+
 async def serve(
     model: Model,
     address: str,
@@ -285,6 +290,5 @@ async def serve(
                 start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)
             except (OSError, OverflowError) as error:
                 raise UserError(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port} ({error})") from None
-        host, _ = split_address(address)
-        log(f"model {model.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}")
+        announce(f"model {model.contract.model}", address, port, identity)
         await stopped.wait()

@@ -1,4 +1,4 @@
-"""Running a split network: its coordinator, and all its devices as processes of this machine.
+"""The coordinator of a split network, and the commands of its devices.
 
 Unlike a NoNN, a split network needs every device for every image: if one is missing there is no
 answer at all, only an error that says which.
@@ -7,10 +7,9 @@ answer at all, only an error that says which.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -20,17 +19,13 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
-from nonn.runtime.channel import MODEL_INFER, open_channel, reason_of, settle_all
-from nonn.runtime.cluster import COORDINATOR, LONGEST_DEADLINE_MS
-from nonn.runtime.processes import Child, spawn, stop
+from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
+from nonn.runtime.cluster import COORDINATOR, LONGEST_DEADLINE_MS, Node
+from nonn.runtime.processes import nonn_command
 from nonn.runtime.protocol import ProtocolError, make_request, read_response
 from nonn.runtime.tls import Identity
 from nonn.split.node import REPORTING, devices_at
-from nonn.split.plan import Part, SplitPlan, load_part
-
-#: Seconds that a device may take until it has loaded its part and reached its peers.
-START_TIMEOUT = 60.0
-LATE = "no answer by the deadline"
+from nonn.split.plan import Part, SplitPlan
 
 
 class SplitFailedError(UserError):
@@ -140,16 +135,14 @@ class SplitCoordinator:
         return read_response(part.contract, response)
 
 
-async def start_devices(
+def device_commands(
     folder: Path,
     addresses: Sequence[str],
     certificates: Path | None = None,
-    prefixes: Sequence[Sequence[str]] | None = None,
+    prefixes: Iterable[Sequence[str]] = (),
     sensor: Path | None = None,
-) -> list[Child]:
-    """Start all devices of a plan as child processes, and wait until they have reached each other.
-
-    They end with this process however it ends, as those of `nonn up` do.
+) -> dict[Node, list[str]]:
+    """What serves each device of a plan, for `nonn.runtime.processes.running`; ready when they have reached each other.
 
     Parameters
     ----------
@@ -160,66 +153,14 @@ async def start_devices(
     certificates : Path, optional
         A folder of `nonn certs` with those of the coordinator and of ``device-<position>``; without
         it plain text.
-    prefixes : sequence of sequence of str, optional
+    prefixes : iterable of sequence of str
         What each device's command is run behind, for example ``ip netns exec NAME``.
     sensor : Path, optional
         A file of images that stands for the camera of each device.
-
-    Raises
-    ------
-    UserError
-        A device has exited or is not ready in time; none is left behind.
     """
-    children: list[Child] = []
-    prefixes = prefixes or [()] * len(addresses)
-    try:
-        for node, prefix in zip(devices_at(addresses), prefixes, strict=True):
-            part, _ = load_part(folder / node.model)
-            arguments = ["split-node", str(folder / node.model), "--devices", *addresses, "--attached"]
-            if certificates:
-                own = Identity.of(node.name, certificates)
-                arguments += ["--cert", str(own.certificate), "--key", str(own.key), "--ca", str(own.ca)]
-                arguments += ["--allow", COORDINATOR]
-            else:
-                arguments.append("--insecure")
-            if sensor:
-                arguments += ["--sensor", str(sensor)]
-            children.append(await spawn(node, part.contract, arguments, prefix))
-        async with asyncio.timeout(START_TIMEOUT):
-            await asyncio.gather(*(_ready(child) for child in children))
-    except BaseException as error:
-        await stop_devices(children)
-        if isinstance(error, TimeoutError):
-            said = "; ".join(f"{child.node.name}: {child.said or 'nothing said'}" for child in children)
-            raise UserError(f"the devices did not get ready in {START_TIMEOUT:g} s ({said})") from None
-        raise
-    return children
-
-
-async def _ready(child: Child) -> None:
-    while not child.said.startswith("ready: "):
-        if child.has_exited:
-            await child.listener  # its last words may still be on their way
-            raise UserError(f"{child.node.name} did not start: {child.said}")
-        await asyncio.sleep(0.02)
-
-
-async def stop_devices(children: Sequence[Child]) -> None:
-    """End the processes that `start_devices` started."""
-    await asyncio.gather(*(stop(child) for child in children))
-
-
-@contextlib.asynccontextmanager
-async def running_devices(
-    folder: Path,
-    addresses: Sequence[str],
-    certificates: Path | None = None,
-    prefixes: Sequence[Sequence[str]] | None = None,
-    sensor: Path | None = None,
-) -> AsyncIterator[list[Child]]:
-    """Run all devices of a plan while the block runs; parameters are those of `start_devices`."""
-    children = await start_devices(folder, addresses, certificates, prefixes, sensor)
-    try:
-        yield children
-    finally:
-        await stop_devices(children)
+    commands = {}
+    for node, prefix in itertools.zip_longest(devices_at(addresses), prefixes, fillvalue=()):
+        arguments = ("split-node", str(folder / node.model), "--devices", *addresses)
+        identity = Identity.of(node.name, certificates) if certificates else None
+        commands[node] = [*prefix, *nonn_command(*arguments, identity=identity, caller=COORDINATOR, sensor=sensor)]
+    return commands

@@ -26,8 +26,8 @@ from nonn.runtime.cluster import Node
 from nonn.runtime.node import DEFAULT_CALLERS, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
-from nonn.runtime.serving import Service, listening, told_to_stop
-from nonn.runtime.tls import Identity, callers_of, is_loopback, split_address
+from nonn.runtime.serving import Service, announce, listening, told_to_stop
+from nonn.runtime.tls import Identity, callers_of, is_loopback
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 
@@ -297,14 +297,12 @@ async def serve(
     """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
     stopped = told_to_stop(attached)
     async with serving(device, addresses, identity, allowed) as (port, service):
-        host, _ = split_address(addresses[device.part.position])
-        where = f"model {device.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}"
-        names = ", ".join(peer.name for peer in service.peers.values())
-        log(f"{where}; connecting to {names or 'nobody'}")
+        what, names = f"model {device.contract.model}", ", ".join(peer.name for peer in service.peers.values())
+        log(f"{what}: connecting to {names or 'nobody'}")
         ending, connecting = (asyncio.create_task(event.wait()) for event in (stopped, service.connected))
         await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
         if not stopped.is_set():
-            log(f"ready: {where}")
+            announce(what, addresses[device.part.position], port, identity)
         await ending
         connecting.cancel()
 

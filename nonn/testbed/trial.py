@@ -26,13 +26,12 @@ from nonn.core.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import start, stop
+from nonn.runtime.processes import node_commands, running
 from nonn.runtime.tls import Identity
-from nonn.split.coordinator import SplitCoordinator, running_devices
+from nonn.split.coordinator import SplitCoordinator, device_commands
 from nonn.split.plan import SplitPlan
-from nonn.testbed.bed import announced_address
+from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import Counters, EmulatedNetwork
-from nonn.testbed.volley import echoing
 
 #: Of every device on its host; on loopback those of the following devices come after it.
 PORT = 7100
@@ -127,19 +126,12 @@ async def running_network(trial: Trial) -> AsyncIterator[Ask]:
         sensor=None if trial.broadcast else trial.sensor,
         nodes=nodes,
     )
-    children = []
 
     async def ask(image: np.ndarray) -> int:
         return len((await coordinator.classify(image)).present)
 
-    try:
-        for (node, _, contract), prefix in zip(cluster.placed()[1], trial.prefixes, strict=True):
-            children.append(await start(cluster, node, contract, prefix))
-        await asyncio.gather(*(announced_address(child) for child in children))
-        async with Coordinator(cluster) as coordinator:
-            yield ask
-    finally:
-        await asyncio.gather(*(stop(child) for child in children))
+    async with running(node_commands(cluster, trial.prefixes)), Coordinator(cluster) as coordinator:
+        yield ask
 
 
 @contextlib.asynccontextmanager
@@ -152,8 +144,9 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
         await coordinator.classify(image)
         return plan.n_devices
 
+    commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor)
     async with (
-        running_devices(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor),
+        running(commands),
         SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator,
     ):
         yield ask
@@ -161,7 +154,7 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def running_echo(trial: Trial) -> AsyncIterator[Ask]:
-    async with echoing(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
+    async with tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
 
         async def ask(_: np.ndarray) -> int:
             await ask_all()
