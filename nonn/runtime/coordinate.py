@@ -96,7 +96,7 @@ class ServedNetwork:
     @property
     def is_ready(self) -> bool:
         """Whether any node is not left alone."""
-        return not all(link.is_open for link in self.coordinator.links)
+        return not all(connection.is_open for connection in self.coordinator.connections)
 
     async def infer(self, request: ModelInferRequest, image: np.ndarray, seconds: float | None) -> ModelInferResponse:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""

@@ -154,20 +154,20 @@ class Coordinator:
         self.manifest, self.placed = cluster.placed()
         self.final = FinalLayer.load(cluster.export, self.manifest)
         self.patience = cluster.deadline_ms / 1000
-        self.links: list[NodeConnection] = []
+        self.connections: list[NodeConnection] = []
 
     async def __aenter__(self) -> Coordinator:
         for node, _, contract in self.placed:
             channel = open_channel(node, contract.message_limit, self.cluster.own_identity)
-            self.links.append(NodeConnection(node, contract, channel, self.patience))
-        await settle_all(link.channel for link in self.links)
+            self.connections.append(NodeConnection(node, contract, channel, self.patience))
+        await settle_all(connection.channel for connection in self.connections)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await asyncio.gather(*(link.close() for link in self.links))
-        self.links = []
+        await asyncio.gather(*(connection.close() for connection in self.connections))
+        self.connections = []
 
     async def classify(self, image: np.ndarray | np.integer, seconds: float | None = None) -> Answer:
         """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
@@ -181,7 +181,7 @@ class Coordinator:
         ValueError
             The image is of another type or shape.
         """
-        shape = self.links[0].contract.image_shape[1:]
+        shape = self.connections[0].contract.image_shape[1:]
         if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
             raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
         features, absent = await self._collect(image, seconds)
@@ -189,7 +189,7 @@ class Coordinator:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
         prediction = read_out(self.manifest.classes, list(self.final.contributions(features).values()))
-        return Answer(prediction, {self.links[i].name: feature for i, feature in features.items()}, absent)
+        return Answer(prediction, {self.connections[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(
         self, image: np.ndarray, seconds: float | None
@@ -199,11 +199,11 @@ class Coordinator:
         hurried = seconds is not None and seconds < self.patience
         deadline = loop.time() + (seconds if hurried else self.patience)
         # When all are left alone, there is nothing to lose by asking them all the same.
-        desperate = all(link.is_open for link in self.links)
+        desperate = all(connection.is_open for connection in self.connections)
         calls = {
-            position: loop.create_task(link.ask(image, deadline - loop.time()))
-            for position, link in enumerate(self.links)
-            if desperate or not link.is_open
+            position: loop.create_task(connection.ask(image, deadline - loop.time()))
+            for position, connection in enumerate(self.connections)
+            if desperate or not connection.is_open
         }
         try:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
@@ -211,21 +211,23 @@ class Coordinator:
             for call in calls.values():
                 call.cancel()  # of those that are done nothing changes
         features, absent = {}, {}
-        for position, link in enumerate(self.links):
+        for position, connection in enumerate(self.connections):
             call = calls.get(position)
             if call is None:
-                absent[link.name] = f"left alone after {TOLERATED_FAILURES} failures in a row ({link.reason})"
+                absent[connection.name] = (
+                    f"left alone after {TOLERATED_FAILURES} failures in a row ({connection.reason})"
+                )
             elif not call.done():
-                absent[link.name] = LATE
+                absent[connection.name] = LATE
                 if not hurried:
-                    link.failed(LATE)
+                    connection.failed(LATE)
             elif error := call.exception():
-                absent[link.name] = reason_of(error)
-                if not (hurried and absent[link.name] == LATE):
-                    link.failed(absent[link.name])
+                absent[connection.name] = reason_of(error)
+                if not (hurried and absent[connection.name] == LATE):
+                    connection.failed(absent[connection.name])
             else:
                 features[position] = call.result()
-                link.succeeded()
+                connection.succeeded()
         return features, absent
 
 

@@ -29,7 +29,7 @@ Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
 
 @dataclass(frozen=True)
 class Load:
-    """What one image costs the devices of a layout, whatever the link.
+    """What one image costs the devices of a deployment, whatever the link.
 
     Attributes
     ----------

@@ -82,7 +82,7 @@ def _seconds(work) -> float:
     return min(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
-def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
+def split_deployment(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))
     plan.save(folder)
