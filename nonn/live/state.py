@@ -75,16 +75,7 @@ class DeviceCard:
 
 
 class Live:
-    """Classifies pictures over and over; `snapshot` says how it stands, `changed` when that is news.
-
-    Parameters
-    ----------
-    cluster : Cluster
-    children : sequence of Child
-        Its nodes, running.
-    pictures : sequence of Picture
-        Shown in turn, without end.
-    """
+    """Shows pictures to a running cluster, in turn and without end; `snapshot` says how it stands, `changed` when."""
 
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
         self.cluster, self.pictures = cluster, pictures

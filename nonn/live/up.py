@@ -21,14 +21,12 @@ from nonn.runtime.channel import open_channel
 from nonn.runtime.cluster import Cluster, load_cluster
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
 from nonn.runtime.protocol import Contract
+from nonn.runtime.serving import told_to_stop
 
 #: Seconds between two looks at a node, and what an answer may take.
 INTERVAL, PATIENCE = 1.0, 0.5
-
-
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
-
 
 #: Something that goes on beside the nodes until it is cancelled.
 Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
@@ -104,10 +102,7 @@ async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) ->
 
 
 async def run_until_signal(cluster: Cluster, *pages: Page) -> None:
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stopped.set)
-    await run_cluster(cluster, stopped, *pages)
+    await run_cluster(cluster, told_to_stop(False, signal.SIGHUP), *pages)
 
 
 def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:

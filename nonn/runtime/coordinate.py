@@ -32,14 +32,9 @@ CALLERS_SHARE = 0.9
 
 @dataclass(frozen=True)
 class NetworkContract(ImageContract):
-    """What a network takes and gives; its model is the name of the export's folder.
+    """What a network takes and gives; its model is the name of the export's folder."""
 
-    Attributes
-    ----------
-    n_classes : int  # C
-    """
-
-    n_classes: int
+    n_classes: int  # C
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -76,13 +71,7 @@ def _strings(words: list[str]) -> np.ndarray:
 
 
 class ServedNetwork:
-    """A network as a model that can be served; see `nonn.runtime.serving.Model`.
-
-    Parameters
-    ----------
-    coordinator : Coordinator
-        Connected.
-    """
+    """A network with a connected coordinator, as a model that can be served; see `nonn.runtime.serving.Model`."""
 
     platform = "nonn"
 

@@ -33,7 +33,6 @@ class FinalLayer:
     Parameters
     ----------
     blocks : Blocks
-        Of all students.
     scales : ndarray of shape (N,), optional
         s_1 … s_N; N/|S| by default, which averages the students present if it averages all.
     fills : ndarray of shape (N, C), optional
@@ -139,23 +138,13 @@ def _read_blocks(tensors: Mapping[str, np.ndarray], students: Iterable[int], pre
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one image.
+    """What a network says of one image."""
 
-    Attributes
-    ----------
-    label : str
-        The most probable class.
-    probability : float
-    probabilities : list of float
-        Of all classes.
-    shares : list of float
-        Of each student that took part: its part in the lead of the predicted class over the mean of all
-        classes, negative if it spoke against the class. Their magnitudes add up to 1.
-    """
-
-    label: str
+    label: str  # the most probable class
     probability: float
-    probabilities: list[float]
+    probabilities: list[float]  # of all classes
+    #: Of each student that took part: its part in the lead of the predicted class over the mean of all classes,
+    #: negative if it spoke against the class. Their magnitudes add up to 1.
     shares: list[float]
 
 

@@ -116,13 +116,8 @@ def node_commands(cluster: Cluster, prefixes: Iterable[Sequence[str]] = ()) -> d
 async def running(commands: Mapping[Node, Sequence[str]], wait: bool = True) -> AsyncIterator[dict[str, Child]]:
     """Run a command for each node while the block runs; yield the children by name.
 
-    What the dict holds in the end is stopped: a child that is started anew takes the place of the one before.
-
-    Parameters
-    ----------
-    commands : mapping of Node to sequence of str
-    wait : bool
-        Until all listen; a child's node then says where.
+    By default it first waits until all listen; a child's node then says where. What the dict holds in the end is
+    stopped: a child that is started anew takes the place of the one before.
 
     Raises
     ------

@@ -50,24 +50,13 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A method on its devices: what is started, what it costs, and what the coordinator does at the end.
-
-    Attributes
-    ----------
-    method : str
-    folder : Path
-        The exported network, or the plan of the split.
-    is_split : bool
-    load : Load
-    final_s : float
-        Seconds of the final layer.
-    """
+    """A method on its devices: what is started, what it costs, and what the coordinator does at the end."""
 
     method: str
-    folder: Path
+    folder: Path  # the exported network, or the plan of the split
     is_split: bool
     load: Load
-    final_s: float
+    final_s: float  # seconds of the final layer
 
 
 def time_final(folder: Path) -> float:

@@ -88,15 +88,7 @@ def on_one_core(position: int) -> list[str]:
 
 
 class TrialBed:
-    """Where trials take place: certificates, images, and hosts on one link after another.
-
-    Parameters
-    ----------
-    scratch : Path
-        An empty folder.
-    params : Distributed
-    image_shape : (channels, size, size)
-    """
+    """Where trials take place: certificates, images (channels, size, size), and hosts on one link after another."""
 
     def __init__(self, scratch: Path, params: Distributed, image_shape: tuple[int, ...]):
         self.certificates, self.sensor, self.params = scratch / "certificates", scratch / "images.npy", params
@@ -157,25 +149,23 @@ def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distr
     everything runs on loopback and there alone.
     """
     n_devices = max(deployment.load.n_devices for deployment in deployments)
-    hosts = [COORDINATOR, *(f"host-{position}" for position in range(n_devices))]
+    hosts = (COORDINATOR, *(f"host-{position}" for position in range(n_devices)))
     cases = [(deployment, scenario) for deployment in deployments for scenario in scenarios(deployment)]
-    links = sorted(params.links, key=lambda name: -PRESETS[name].rate_bps)
     if reason := missing_privileges():
         log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
-        links, on_loopback = [], cases
+        cases_on = {LOOPBACK: cases}
     else:
-        on_loopback = [case for case in cases if case[0].method == "nonn"]
+        cases_on = {LOOPBACK: [case for case in cases if case[0].method == "nonn"]}
+        cases_on |= dict.fromkeys(sorted(params.links, key=lambda name: -PRESETS[name].rate_bps), cases)
     rows: list[dict] = []
-    progress = iter(track(range(len(on_loopback) + len(links) * len(cases)), "distributed"))
-    for deployment, scenario in on_loopback:
-        next(progress)
-        rows.append(measure_case(deployment, scenario, bed, EmulatedNetwork(tuple(hosts))) | {"link": LOOPBACK})
-    for name in links:
-        with emulated_network(hosts, PRESETS[name]) as network:
-            for deployment, scenario in cases:
+    progress = iter(track(range(sum(map(len, cases_on.values()))), "distributed"))
+    for name, own in cases_on.items():
+        link = PRESETS.get(name)
+        with emulated_network(hosts, link) if link else contextlib.nullcontext(EmulatedNetwork(hosts)) as network:
+            for deployment, scenario in own:
                 next(progress)
                 framing = framing_of(deployment, scenario, rows)
-                expected = compose(deployment.load, PRESETS[name], scenario, framing, 0.0, params)["link_ms"]
+                expected = compose(deployment.load, link, scenario, framing, 0.0, params)["link_ms"] if link else 0.0
                 if expected <= 1e3 * params.longest:
                     row = measure_case(deployment, scenario, bed, network)
                 else:

@@ -78,24 +78,7 @@ def udp_echo(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
 def measure_round_trips(
     network: EmulatedNetwork, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
 ) -> list[float]:
-    """Send a UDP message and wait for its echo, again and again.
-
-    Parameters
-    ----------
-    network : EmulatedNetwork
-    sender, receiver : str
-        Hosts.
-    payload : int
-        Bytes of a message, at least 8.
-    count : int
-    patience : float
-        Seconds after which a message counts as lost.
-
-    Returns
-    -------
-    list of float
-        Seconds of each round trip, without those that got lost.
-    """
+    """Seconds of the round trips of UDP messages of at least 8 bytes; what takes longer than `patience` is lost."""
     times = []
     with network.inside(sender):
         client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

@@ -47,19 +47,17 @@ WORDS = ("", "0", "1", "image", "features", "FP32", "UINT8", "BYTES", "\x00", "Ã
 
 def damage_bytes(content: bytes, random: Random) -> bytes:
     """Random bytes, or a message with bytes changed, cut off, appended or repeated."""
-    kind = random.randrange(5)
-    if kind == 0:
-        return random.randbytes(random.randrange(300))
-    if kind == 1:
-        damaged = bytearray(content)
-        for _ in range(random.randint(1, 4)):
-            damaged[random.randrange(len(damaged))] = random.randrange(256)
-        return bytes(damaged)
-    if kind == 2:
-        return content[: random.randrange(len(content))]
-    if kind == 3:
-        return content + random.randbytes(random.randint(1, 40))
-    return content * random.randint(2, 40)
+    changed = bytearray(content)
+    for _ in range(random.randint(1, 4)):
+        changed[random.randrange(len(changed))] = random.randrange(256)
+    damaged = (
+        random.randbytes(random.randrange(300)),
+        bytes(changed),
+        content[: random.randrange(len(content))],
+        content + random.randbytes(random.randint(1, 40)),
+        content * random.randint(2, 40),
+    )
+    return random.choice(damaged)
 
 
 def damage_fields(message: Message, random: Random) -> bytes:

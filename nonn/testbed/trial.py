@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 
 from nonn.core.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.exported import read_manifest
+from nonn.runtime.exported import Record, read_manifest
 from nonn.runtime.processes import node_commands, running
 from nonn.runtime.tls import Identity
 from nonn.split.coordinator import SplitCoordinator, device_commands
@@ -48,61 +47,30 @@ SLACK = 240.0
 Ask = Callable[[np.ndarray], Awaitable[int]]  # of one image; gives the number of devices that took part
 
 
-class Trial(BaseModel):
-    """What to measure, where; travels to the process as JSON.
+class Trial(Record):
+    """What to measure, where; travels to the process as JSON."""
 
-    Attributes
-    ----------
-    method : str
-        ``nonn``; ``split``, one network split over the devices; ``echo``, the link alone.
-    folder : Path
-        The exported network, or the plan of the split.
-    names, addresses : list of str
-        Of each device; ``host:port``.
-    prefixes : list of list of str
-        Command that runs each device's process on its host.
-    certificates : Path
-        Folder with those of the devices and of the coordinator.
-    sensor : Path
-        A ``.npy`` file of images (n, channels, size, size), uint8, that each device holds.
-    broadcast : bool
-        Send these images to the devices, instead of the numbers of those that they hold.
-    runs, seconds : int, float
-        Images to time, and seconds after which no further one is begun.
-    request_bytes, response_bytes : int
-        Of an echo.
-    """
-
-    method: Literal["nonn", "split", "echo"]
-    folder: Path
-    names: list[str]
-    addresses: list[str]
-    prefixes: list[list[str]]
-    certificates: Path
-    sensor: Path
-    broadcast: bool = False
-    runs: int
-    seconds: float
-    request_bytes: int = 0
+    method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
+    folder: Path  # the exported network, or the plan of the split
+    names: list[str]  # of each device
+    addresses: list[str]  # ``host:port``
+    prefixes: list[list[str]]  # command that runs each device's process on its host
+    certificates: Path  # folder with those of the devices and of the coordinator
+    sensor: Path  # a ``.npy`` file of images (n, channels, size, size), uint8, that each device holds
+    broadcast: bool = False  # send these images to the devices, instead of their numbers
+    runs: int  # images to time
+    seconds: float  # after which no further one is begun
+    request_bytes: int = 0  # of an echo
     response_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a trial.
+    """What came out of a trial."""
 
-    Attributes
-    ----------
-    latencies_ms : ndarray of shape (images,)
-    absent : int
-        Answers that did not come in time, over all images.
-    traffic : dict of str to Counters
-        Sent and received by each host during these images; empty on loopback, where nothing is counted.
-    """
-
-    latencies_ms: np.ndarray
-    absent: int
-    traffic: dict[str, Counters]
+    latencies_ms: np.ndarray  # (images,)
+    absent: int  # answers that did not come in time, over all images
+    traffic: dict[str, Counters]  # of each host during these images; empty on loopback, where nothing is counted
 
     def wire_bytes(self) -> float | None:
         """Bytes of IP packets on the link for one image, by whomever they were sent."""
