@@ -106,7 +106,7 @@ def test_missing_certificates_are_noticed_first(network_folder):
 def test_counts_become_a_row(cluster):
     from tritonclient.grpc.service_pb2 import InferStatistics, StatisticDuration
 
-    child = Child(cluster.nodes[0], None, None)
+    child = Child(cluster.nodes[0], None)
     assert child.row().split() == ["node-0", "0", cluster.nodes[0].address, "starting", "0", "0"]
     child.update(InferStatistics(success=StatisticDuration(count=2, ns=8_000_000)))
     child.update(

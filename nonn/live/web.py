@@ -23,8 +23,8 @@ from aiohttp import web
 from pydantic import Field, ValidationError
 
 from nonn.core.errors import UserError
-from nonn.core.params import Section
 from nonn.core.progress import log
+from nonn.core.schema import Section
 from nonn.live.pictures import Picture
 from nonn.live.state import FASTEST, SLOWEST, Live
 from nonn.runtime.cluster import Cluster
@@ -35,7 +35,6 @@ HOST = "127.0.0.1"
 NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, bytes of the longest post, and seconds that streams have to end.
 VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
-
 
 Wish = TypeVar("Wish", bound=Section)
 
@@ -114,14 +113,8 @@ class Page:
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[guard], client_max_size=LONGEST_POST)
-        application.add_routes(
-            [
-                web.get("/", self.show),
-                web.get("/events", self.stream),
-                web.post("/switch", self.switch),
-                web.post("/playback", self.playback),
-            ]
-        )
+        application.add_routes([web.get("/", self.show), web.get("/events", self.stream)])
+        application.add_routes([web.post("/switch", self.switch), web.post("/playback", self.playback)])
         application.on_response_prepare.append(self.protect)
         return application
 

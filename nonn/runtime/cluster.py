@@ -54,29 +54,15 @@ class Node(Section):
 
 
 class Cluster(Section):
-    """All of ``cluster.yaml``.
+    """All of ``cluster.yaml``."""
 
-    Attributes
-    ----------
-    export : Path
-        Folder of the exported network: its manifest and final layer, and the students' files.
-    deadline_ms : float
-        When an image is answered with whichever students have replied.
-    tls : Tls, optional
-    sensor : Path, optional
-        A file of images that stands for the camera of each node that `nonn up` starts; see `nonn.runtime.sensor`.
-    insecure : bool
-        Plain text instead of ``tls``; all nodes must then be on this machine.
-    nodes : list of Node
-        One for each student, in any order.
-    """
-
-    export: FilePath
+    export: FilePath  # folder of the exported network: its manifest and final layer, and the students' files
+    #: When an image is answered with whichever students have replied.
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
-    sensor: FilePath | None = None
-    insecure: bool = False
-    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
+    sensor: FilePath | None = None  # a file of images, the camera of each node that `nonn up` starts
+    insecure: bool = False  # plain text instead of `tls`; all nodes must then be on this machine
+    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]  # one for each student, in any order
 
     @model_validator(mode="after")
     def _is_safe_and_unambiguous(self) -> Cluster:

@@ -34,14 +34,7 @@ QUICK = 1e-3
 
 
 class Student:
-    """One exported student, verified and ready to run.
-
-    Parameters
-    ----------
-    path : Path
-        An ONNX file beside the ``manifest.json`` that the stage `export` wrote with it.
-    sensor : Path, optional
-        See `nonn.runtime.sensor`.
+    """One exported student, verified and ready to run: an ONNX file beside the manifest that was written with it.
 
     Raises
     ------

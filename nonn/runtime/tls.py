@@ -83,12 +83,8 @@ class Guard(aio.ServerInterceptor):
 
     A caller's name is its certificate's common name: the alternative names hold ``localhost`` in
     every certificate of a test bed, so they tell nobody apart. Streams are refused altogether: one
-    that is left open would hold a place among the few calls that a node takes at once.
-
-    Parameters
-    ----------
-    names : collection of str, or None
-        The allow-list; None where there are no certificates.
+    that is left open would hold a place among the few calls that a node takes at once. Where there are no
+    certificates, there is no list.
     """
 
     def __init__(self, names: Collection[str] | None):

@@ -48,23 +48,13 @@ MOST_DEVICES = 16
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a network is cut along one axis, the same for all devices.
-
-    Attributes
-    ----------
-    network : OnnxGraph
-    axis, n_devices : int
-    levels : dict of str to int
-        The segment that computes each map.
-    exchanged : set of str
-        The maps of which devices send each other slices.
-    """
+    """Where a network is cut along one axis, the same for all devices."""
 
     network: OnnxGraph
     axis: int
     n_devices: int
-    levels: dict[str, int]
-    exchanged: set[str]
+    levels: dict[str, int]  # the segment that computes each map
+    exchanged: set[str]  # the maps of which devices send each other slices
 
     @classmethod
     def of(cls, network: OnnxGraph, axis: int, n_devices: int, recomputed: int) -> Cuts:
@@ -114,19 +104,12 @@ class Cuts:
 
 @dataclass
 class Draft:
-    """A segment that is being written.
-
-    Attributes
-    ----------
-    nodes : list of NodeProto
-    constants, inputs, made : dict of str
-        Arrays, and shapes of what it takes and of what it makes.
-    """
+    """A segment that is being written."""
 
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    made: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of what it takes
+    made: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and of what it makes
     params: int = 0
     macs: int = 0
 
@@ -200,7 +183,8 @@ class Writer:
         names = []
         for name in node.input:
             if name in constants:
-                names.append(draft.constant(self._constant_name(node, name), constants[name]))
+                # An exporter may give equal constants to different nodes, which need different slices of them.
+                names.append(draft.constant(f"{output}.{name}", constants[name]))
             else:
                 names.append(self._take(draft, name, self.cuts.needed_by(node, name, outputs)))
         settings = attributes_of(node)
@@ -219,10 +203,6 @@ class Writer:
         if node.op_type in ("Conv", "BatchNormalization"):
             return value[slice(*outputs)]
         return value[:, slice(*outputs)] if value.ndim == 4 and value.shape[CHANNELS] > 1 else value
-
-    def _constant_name(self, node: NodeProto, name: str) -> str:
-        # An exporter may give equal constants to different nodes, which need different slices of them.
-        return f"{node.output[0]}.{name}"
 
     def _pads(self, node: NodeProto, outputs: Interval) -> list[int]:
         """Padding of a device's rows: only at the borders of the whole map."""
@@ -315,17 +295,10 @@ class Writer:
 
 
 def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) -> SplitPlan:
-    """Split an exported classifier over devices.
+    """Split a classifier, an ONNX file of the export ``solo``, over devices.
 
-    Parameters
-    ----------
-    path : Path
-        An ONNX file of the export ``solo``.
-    n_devices : int
-    method : {"channels", "rows"}
-    recomputed : int
-        Of how many leading convolutions each device computes all that it needs from the image, instead
-        of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
+    Of so many leading convolutions as `recomputed` says each device computes all that it needs from the image,
+    instead of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
 
     Raises
     ------

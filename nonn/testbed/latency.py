@@ -25,12 +25,6 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     disturbed window, the one with the smallest median: other work on the machine, or on the host of
     a virtual one, only ever adds to a latency.
 
-    Parameters
-    ----------
-    models : dict
-        Name to file.
-    params : Benchmark
-
     Returns
     -------
     dict

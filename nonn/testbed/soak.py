@@ -21,7 +21,7 @@ from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.testbed.bed import RunningCluster, announced_address, running_bed
+from nonn.testbed.bed import RunningCluster, running_bed
 
 #: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
 KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
@@ -33,21 +33,11 @@ LEAK_BYTES = 50.0
 
 @dataclass
 class Soak:
-    """What a campaign has seen.
+    """What a campaign has seen."""
 
-    Attributes
-    ----------
-    late_ms : ndarray of shape (requests,), float64
-        Of each request: its time beyond the deadline, negative if it was answered earlier.
-    present : ndarray of shape (requests,), int64
-        How many students took part; 0 if it was not answered.
-    memory : list of (int, int)
-        Requests done, and bytes of this process (RSS) then.
-    """
-
-    late_ms: np.ndarray
-    present: np.ndarray
-    memory: list[tuple[int, int]] = field(default_factory=list)
+    late_ms: np.ndarray  # (requests,), float64: time beyond the deadline, negative if it was answered earlier
+    present: np.ndarray  # (requests,), int64: how many students took part; 0 if it was not answered
+    memory: list[tuple[int, int]] = field(default_factory=list)  # requests done, and bytes of this process (RSS) then
     kills: int = 0
     naps: int = 0
     whole_again: bool = False
@@ -102,7 +92,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
         await bed.children[victim].process.wait()
         soak.kills += 1
         await bed.restart(victim)
-        await announced_address(bed.children[victim])  # or on a slow machine all would be dead in the end
+        await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
         await asyncio.sleep(every / 2)
         sleeper = bed.children[random.choice(names)].process
         sleeper.send_signal(signal.SIGSTOP)
@@ -114,18 +104,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
 
 
 async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every: float, seed: int) -> Soak:
-    """Classify random images one after another while nodes are disturbed.
-
-    Parameters
-    ----------
-    export : Path
-        Of a network, best of four students or more.
-    n_requests : int
-    deadline_ms : float
-    every : float
-        Seconds between two kills.
-    seed : int
-    """
+    """Classify random images, one after another, while a node is killed every so many seconds."""
     # Filled beforehand, or the records themselves would look like a leak.
     soak = Soak(late_ms=np.full(n_requests, np.inf), present=np.full(n_requests, -1))
     generator = np.random.default_rng(seed)

@@ -20,19 +20,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 
 from nonn.core.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import start, stop
+from nonn.runtime.exported import Record, read_manifest
+from nonn.runtime.processes import node_commands, running
 from nonn.runtime.tls import Identity
-from nonn.split.coordinator import SplitCoordinator, running_devices
+from nonn.split.coordinator import SplitCoordinator, device_commands
 from nonn.split.plan import SplitPlan
-from nonn.testbed.bed import announced_address
+from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import Counters, EmulatedNetwork
-from nonn.testbed.volley import echoing
 
 #: Of every device on its host; on loopback those of the following devices come after it.
 PORT = 7100
@@ -49,61 +47,30 @@ SLACK = 240.0
 Ask = Callable[[np.ndarray], Awaitable[int]]  # of one image; gives the number of devices that took part
 
 
-class Trial(BaseModel):
-    """What to measure, where; travels to the process as JSON.
+class Trial(Record):
+    """What to measure, where; travels to the process as JSON."""
 
-    Attributes
-    ----------
-    method : str
-        ``nonn``; ``split``, one network split over the devices; ``echo``, the link alone.
-    folder : Path
-        The exported network, or the plan of the split.
-    names, addresses : list of str
-        Of each device; ``host:port``.
-    prefixes : list of list of str
-        Command that runs each device's process on its host.
-    certificates : Path
-        Folder with those of the devices and of the coordinator.
-    sensor : Path
-        A ``.npy`` file of images (n, channels, size, size), uint8, that each device holds.
-    broadcast : bool
-        Send these images to the devices, instead of the numbers of those that they hold.
-    runs, seconds : int, float
-        Images to time, and seconds after which no further one is begun.
-    request_bytes, response_bytes : int
-        Of an echo.
-    """
-
-    method: Literal["nonn", "split", "echo"]
-    folder: Path
-    names: list[str]
-    addresses: list[str]
-    prefixes: list[list[str]]
-    certificates: Path
-    sensor: Path
-    broadcast: bool = False
-    runs: int
-    seconds: float
-    request_bytes: int = 0
+    method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
+    folder: Path  # the exported network, or the plan of the split
+    names: list[str]  # of each device
+    addresses: list[str]  # ``host:port``
+    prefixes: list[list[str]]  # command that runs each device's process on its host
+    certificates: Path  # folder with those of the devices and of the coordinator
+    sensor: Path  # a ``.npy`` file of images (n, channels, size, size), uint8, that each device holds
+    broadcast: bool = False  # send these images to the devices, instead of their numbers
+    runs: int  # images to time
+    seconds: float  # after which no further one is begun
+    request_bytes: int = 0  # of an echo
     response_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a trial.
+    """What came out of a trial."""
 
-    Attributes
-    ----------
-    latencies_ms : ndarray of shape (images,)
-    absent : int
-        Answers that did not come in time, over all images.
-    traffic : dict of str to Counters
-        Sent and received by each host during these images; empty on loopback, where nothing is counted.
-    """
-
-    latencies_ms: np.ndarray
-    absent: int
-    traffic: dict[str, Counters]
+    latencies_ms: np.ndarray  # (images,)
+    absent: int  # answers that did not come in time, over all images
+    traffic: dict[str, Counters]  # of each host during these images; empty on loopback, where nothing is counted
 
     def wire_bytes(self) -> float | None:
         """Bytes of IP packets on the link for one image, by whomever they were sent."""
@@ -127,19 +94,12 @@ async def running_network(trial: Trial) -> AsyncIterator[Ask]:
         sensor=None if trial.broadcast else trial.sensor,
         nodes=nodes,
     )
-    children = []
 
     async def ask(image: np.ndarray) -> int:
         return len((await coordinator.classify(image)).present)
 
-    try:
-        for (node, _, contract), prefix in zip(cluster.placed()[1], trial.prefixes, strict=True):
-            children.append(await start(cluster, node, contract, prefix))
-        await asyncio.gather(*(announced_address(child) for child in children))
-        async with Coordinator(cluster) as coordinator:
-            yield ask
-    finally:
-        await asyncio.gather(*(stop(child) for child in children))
+    async with running(node_commands(cluster, trial.prefixes)), Coordinator(cluster) as coordinator:
+        yield ask
 
 
 @contextlib.asynccontextmanager
@@ -152,8 +112,9 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
         await coordinator.classify(image)
         return plan.n_devices
 
+    commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor)
     async with (
-        running_devices(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor),
+        running(commands),
         SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator,
     ):
         yield ask
@@ -161,7 +122,7 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
 
 @contextlib.asynccontextmanager
 async def running_echo(trial: Trial) -> AsyncIterator[Ask]:
-    async with echoing(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
+    async with tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
 
         async def ask(_: np.ndarray) -> int:
             await ask_all()
