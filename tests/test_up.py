@@ -88,7 +88,7 @@ def test_a_process_that_ends_with_its_grace_is_no_error(monkeypatch):
         raise TimeoutError
 
     async def scenario():
-        child = Child(None, None, await asyncio.create_subprocess_exec("sleep", "60"))
+        child = Child(None, await asyncio.create_subprocess_exec("sleep", "60"))
         monkeypatch.setattr(asyncio, "wait_for", just_too_late)
         await stop(child)
         assert child.has_exited
