@@ -53,7 +53,7 @@ STAGES = {
 }
 #: Commands that run an exported network, and the module of each.
 RUNTIME = {name: f"runtime.{name}" for name in ("node", "coordinate", "certs", "cluster", "hosting")}
-RUNTIME |= {"up": "live.up", "split": "split.command", "split-node": "split.node"}
+RUNTIME |= {"up": "live.up", "split": "split.planner", "split-node": "split.node"}
 RUNTIME |= {name: f"testbed.{name}" for name in ("fuzz", "soak", "links")}
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = ("dvc", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy", "torch", "torchvision")
