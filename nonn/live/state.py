@@ -127,13 +127,7 @@ class Live:
         }
 
     def silence(self, name: str, silent: bool) -> None:
-        """Stop a node's process, or let it go on; the picture is then classified again.
-
-        Raises
-        ------
-        UserError
-            There is no such node, or its process has ended.
-        """
+        """Stop a node's process, or let it go on, and classify the picture again; a `UserError` if it has ended."""
         device = self.devices.get(name)
         if device is None:
             raise UserError(f"there is no node {name[:64]!r}")

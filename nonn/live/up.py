@@ -71,15 +71,15 @@ async def show(children: list[Child]) -> None:
         await asyncio.sleep(INTERVAL / 2)
 
 
-async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) -> None:
-    """Run all nodes of a cluster until `stopped` is set, and `pages` beside them.
+async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | None = None) -> None:
+    """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set or by default a signal says so.
 
     Raises
     ------
     UserError
         The cluster does not fit its export, certificates are missing, all nodes have exited, or a page failed.
     """
-    _, placed = cluster.placed()
+    stopped, (_, placed) = stopped or told_to_stop(False, signal.SIGHUP), cluster.placed()
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
             identity.for_server()  # refuses what cannot be read before anything has started
@@ -101,18 +101,8 @@ async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) ->
         raise UserError(f"all nodes have exited ({reasons(children)})")
 
 
-async def run_until_signal(cluster: Cluster, *pages: Page) -> None:
-    await run_cluster(cluster, told_to_stop(False, signal.SIGHUP), *pages)
-
-
 def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:
-    """The page of ``--web``, with the pictures that were given or the test images of the network's experiment.
-
-    Raises
-    ------
-    UserError
-        There are no pictures.
-    """
+    """The page of ``--web``, with pictures that were given or the experiment's test images; a `UserError` without."""
     from nonn.live.pictures import dataset_pictures, find_pictures
     from nonn.live.web import serve_page
 
@@ -141,5 +131,5 @@ def run(options) -> None:
     if options.images and options.web is None:
         raise UserError("--images: are shown on the page. Give --web, too.")
     pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
-    asyncio.run(run_until_signal(cluster, *pages))
+    asyncio.run(run_cluster(cluster, *pages))
     log(f"{len(cluster.nodes)} nodes stopped")

@@ -109,12 +109,7 @@ class Cluster(Section):
 
 
 def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
-    """Read and check a cluster file; the paths in it come back relative to the working directory.
-
-    Raises
-    ------
-    UserError
-    """
+    """Read a cluster file, or raise a `UserError`; its paths come back relative to the working directory."""
     cluster = load_yaml(path, Cluster, "Write one with `nonn cluster NETWORK`.")
     changes: dict = {"export": path.parent / cluster.export}
     if cluster.tls:
@@ -157,8 +152,8 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     content = cluster.model_dump(mode="json", exclude_defaults=True)
     content["export"] = os.path.relpath(cluster.export, path.parent)
     if cluster.tls:
-        content["tls"] = {"folder": os.path.relpath(cluster.tls.folder, path.parent)}
-        content["tls"]["coordinator"] = cluster.tls.coordinator
+        folder = os.path.relpath(cluster.tls.folder, path.parent)
+        content["tls"] = {"folder": folder, "coordinator": cluster.tls.coordinator}
     if cluster.sensor:
         content["sensor"] = os.path.relpath(cluster.sensor, path.parent)
     text, yaml = StringIO(), YAML()

@@ -70,12 +70,7 @@ class NodeConnection:
         return self.probing is not None
 
     async def ask(self, image: np.ndarray | np.integer, seconds: float, image_id: str = "") -> np.ndarray:
-        """Features (F_i,) of an image.
-
-        Raises
-        ------
-        aio.AioRpcError, ProtocolError
-        """
+        """Features (F_i,) of an image; without them an `aio.AioRpcError` or a `ProtocolError`."""
         start, request = time.perf_counter(), make_request(self.contract, image)
         request.id = image_id
         content = await self._call(request, timeout=max(seconds, 0))
@@ -124,13 +119,7 @@ class NodeConnection:
 
 
 class Coordinator:
-    """Classifies images with the nodes of a cluster; use it in ``async with``.
-
-    Raises
-    ------
-    UserError
-        The cluster does not fit its export.
-    """
+    """Classifies images with the nodes of a cluster, which must fit its export; use it in ``async with``."""
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster

@@ -80,23 +80,13 @@ class Manifest(Record):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an exported network.
-
-    Raises
-    ------
-    UserError
-    """
+    """The manifest of an exported network; see `read_record`."""
     remedy = "Copy the whole folder that `nonn export` wrote, or run the pipeline."
     return read_record(folder / "manifest.json", Manifest, "the manifest of an exported network", remedy)
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
-    """Content of a file whose SHA-256 the manifest knows; read once, so what was checked is what is used.
-
-    Raises
-    ------
-    UserError
-    """
+    """Content of a file of this SHA-256, or a `UserError`; read once, so what was checked is what is used."""
     try:
         content = path.read_bytes()
     except OSError as error:

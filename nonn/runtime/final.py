@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
@@ -49,10 +48,10 @@ class FinalLayer:
         layers: Mapping[Subset, Blocks] | None = None,
     ):
         n = len(blocks)
-        self.blocks = _widened_blocks(blocks)
+        self.blocks = _widened(blocks)
         self.scales = n / np.arange(1, n + 1) if scales is None else np.asarray(scales, np.float64)
-        self.fills = np.zeros((n, len(blocks[0][1]))) if fills is None else _widened(fills)
-        self.layers = {subset: _widened_blocks(own) for subset, own in (layers or {}).items()}
+        self.fills = np.zeros((n, len(blocks[0][1]))) if fills is None else np.asarray(fills, np.float32).astype(float)
+        self.layers = {subset: _widened(own) for subset, own in (layers or {}).items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> FinalLayer:
@@ -122,13 +121,9 @@ class FinalLayer:
         return sum(self.contributions(features).values())
 
 
-def _widened(numbers: ArrayLike) -> np.ndarray:
-    """Numbers as files hold them, ready for sums in float64."""
-    return np.asarray(numbers, np.float32).astype(np.float64)
-
-
-def _widened_blocks(blocks: Blocks) -> Blocks:
-    return {i: (_widened(weight), _widened(bias)) for i, (weight, bias) in blocks.items()}
+def _widened(blocks: Blocks) -> Blocks:
+    """Numbers as files hold them, in float32, ready for sums in float64."""
+    return {i: tuple(np.asarray(part, np.float32).astype(np.float64) for part in pair) for i, pair in blocks.items()}
 
 
 def _read_blocks(tensors: Mapping[str, np.ndarray], students: Iterable[int], prefix: str = "") -> Blocks:

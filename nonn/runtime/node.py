@@ -89,12 +89,7 @@ class Student:
 
 
 def identity_from(options) -> Identity | None:
-    """Who a command is that serves something; None where it was told to do so in plain text.
-
-    Raises
-    ------
-    UserError
-    """
+    """Who a command is that serves something; None for plain text, a `UserError` if it was told neither."""
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
         raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
@@ -124,13 +119,6 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn node``."""
-    asyncio.run(
-        serve(
-            Student(options.model, options.sensor),
-            options.address,
-            identity_from(options),
-            options.allow or DEFAULT_CALLERS,
-            options.metrics_port,
-            options.attached,
-        )
-    )
+    student, allowed = Student(options.model, options.sensor), options.allow or DEFAULT_CALLERS
+    identity = identity_from(options)
+    asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))

@@ -75,13 +75,7 @@ class Child:
         self.settled.set()
 
     async def ready(self) -> None:
-        """Wait until the process listens.
-
-        Raises
-        ------
-        UserError
-            It has ended instead.
-        """
+        """Wait until the process listens; if it ends instead, raise a `UserError` with its last words."""
         await self.settled.wait()
         if not self.is_ready:
             raise UserError(f"{self.node.name} did not start: {self.said or 'it says nothing'}")

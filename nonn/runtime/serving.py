@@ -52,11 +52,7 @@ class Model(Protocol):
     ) -> oip.ModelInferResponse:
         """Answer a request whose image, uint8 of shape (1, channels, size, size), has been checked.
 
-        `seconds` are left until the caller gives up; None if it waits for ever.
-
-        Raises
-        ------
-        ProtocolError
+        `seconds` are left until the caller gives up; None if it waits for ever. A refusal is a `ProtocolError`.
         """
 
 

@@ -51,12 +51,7 @@ def _read_pem(path: Path) -> bytes:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port``, or of ``[host]:port`` for IPv6.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Host and port of ``host:port``, or of ``[host]:port`` for IPv6; a `ValueError` for anything else."""
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:

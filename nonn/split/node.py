@@ -279,12 +279,11 @@ async def serve(
     async with serving(device, addresses, identity, allowed) as (port, service):
         what, names = f"model {device.contract.model}", ", ".join(peer.name for peer in service.peers.values())
         log(f"{what}: connecting to {names or 'nobody'}")
-        ending, connecting = (asyncio.create_task(event.wait()) for event in (stopped, service.connected))
-        await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
-        if not stopped.is_set():
-            announce(what, addresses[device.part.position], port, identity)
-        await ending
-        connecting.cancel()
+        connected = asyncio.create_task(service.connected.wait())
+        address = addresses[device.part.position]
+        connected.add_done_callback(lambda task: task.cancelled() or announce(what, address, port, identity))
+        await stopped.wait()
+        connected.cancel()
 
 
 def add_arguments(parser) -> None:

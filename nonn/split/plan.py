@@ -136,10 +136,8 @@ class SplitPlan:
 
     @property
     def messages(self) -> list[Message]:
-        return sorted(
-            (m for part in self.parts for m in part.messages if m.sender == part.position),
-            key=lambda m: (m.round, m.sender, m.receiver),
-        )
+        sent = (m for part in self.parts for m in part.messages if m.sender == part.position)
+        return sorted(sent, key=lambda m: (m.round, m.sender, m.receiver))
 
     def payload_bytes(self, sender: int | None = None) -> int:
         """Bytes that one device, or all, send the others for one image, framing aside."""
@@ -177,12 +175,7 @@ class SplitPlan:
 
     @classmethod
     def load(cls, folder: Path) -> SplitPlan:
-        """Read a plan that `save` wrote, and check it.
-
-        Raises
-        ------
-        UserError
-        """
+        """Read and check a plan that `save` wrote; a `UserError` if it is not as it was written."""
         content = read_record(folder / PLAN, PlanFile, WHAT, AGAIN)
         for position, sha256 in enumerate(content.parts):
             read_verified(folder / str(position) / PART, sha256)

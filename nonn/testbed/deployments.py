@@ -31,17 +31,14 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     path, blocks, n_classes = folder / "0.onnx", folder / "final.safetensors", len(manifest["classes"])
     onnx.save(model, path)
-    zeros = np.zeros((1, n_classes), np.float32)
-    identity = {"weights.0": np.eye(n_classes, dtype=np.float32), "biases.0": zeros[0]}
-    save_file(identity | {"scales": np.ones(1, np.float32), "fills": zeros}, blocks)
+    save_file(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors(), blocks)
+    student = {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
     write_json(
         folder / "manifest.json",
         {
             "classes": manifest["classes"],
             "image": manifest["image"],
-            "students": [
-                {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
-            ],
+            "students": [student],
             "final": {"file": blocks.name, "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
         },
     )

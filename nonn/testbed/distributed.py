@@ -63,11 +63,6 @@ def describe_traffic(measured: Measured) -> dict[str, Any]:
     }
 
 
-def describe_latencies(latencies_ms: np.ndarray) -> dict[str, float]:
-    p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99])
-    return {"images": len(latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
-
-
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 on which nobody listens, all different."""
     with contextlib.ExitStack() as stack:
@@ -179,13 +174,11 @@ def measure_case(deployment: Deployment, scenario: str, bed: TrialBed, network: 
     """Latencies, absences and traffic of one deployment on one link, and of a network of networks its overhead."""
     broadcast = scenario == "broadcast"
     measured = bed.measure(deployment, network, broadcast)
-    row = {
-        "method": deployment.method,
-        "scenario": scenario,
-        "emulated": network.is_emulated,
-        "absent": measured.absent,
-    }
-    row |= describe_latencies(measured.latencies_ms) | describe_traffic(measured)
+    row = {"method": deployment.method, "scenario": scenario}
+    row |= {"emulated": network.is_emulated, "absent": measured.absent}
+    p50, p95, p99 = np.percentile(measured.latencies_ms, [50, 95, 99])
+    row |= {"images": len(measured.latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    row |= describe_traffic(measured)
     if measured.traffic:
         row["framing"] = row["wire_bytes"] / payload_bytes(deployment.load.transfers(scenario))
     if deployment.method == "nonn":

@@ -179,13 +179,7 @@ def format_measurement(measured: dict) -> str:
 
 
 async def serve(address: str, request_bytes: int, response_bytes: int) -> None:
-    """Answer every `request_bytes` with `response_bytes`, until standard input closes.
-
-    Raises
-    ------
-    UserError
-        It cannot listen there.
-    """
+    """Answer every `request_bytes` with `response_bytes`, until standard input closes; a `UserError` if it cannot."""
     answer = bytes(response_bytes)
 
     async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -207,15 +201,10 @@ async def serve(address: str, request_bytes: int, response_bytes: int) -> None:
 @contextlib.asynccontextmanager
 async def tcp_echoes(
     addresses: Sequence[str], prefixes: Sequence[Sequence[str]], request_bytes: int, response_bytes: int
-) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-    """Run an echo process at each address, each behind a prefix; yield what asks all of them at once.
+) -> AsyncIterator[Callable[..., Awaitable[int]]]:
+    """Run an echo process at each address, each behind a prefix; yield what asks all at once, and says how many.
 
-    Bytes are those of the messages, without headers of TCP and IP.
-
-    Raises
-    ------
-    UserError
-        One of them cannot listen there.
+    Bytes are those of the messages, without headers of TCP and IP. One that cannot listen there is a `UserError`.
     """
     sizes, commands = (str(request_bytes), str(response_bytes)), {}
     for position, (address, prefix) in enumerate(zip(addresses, prefixes, strict=True)):
@@ -226,8 +215,8 @@ async def tcp_echoes(
         writer.write(bytes(request_bytes))
         await reader.readexactly(response_bytes)
 
-    async def ask_all() -> None:
-        await asyncio.gather(*(ask(*stream) for stream in streams))
+    async def ask_all(*_: object) -> int:
+        return len(await asyncio.gather(*(ask(*stream) for stream in streams)))
 
     async with running(commands), contextlib.AsyncExitStack() as stack:
         streams = []

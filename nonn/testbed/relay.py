@@ -204,11 +204,9 @@ def main() -> None:
     addresses, link = plan["addresses"], Link(**plan["link"])
     try:
         opened = [open_host(address, link) for address in addresses]
-    except subprocess.CalledProcessError as error:
-        print(json.dumps({"error": f"ip: {error.stderr.strip()}"}), flush=True)
-        return
-    except OSError as error:
-        print(json.dumps({"error": f"{error.strerror or error}"}), flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = f"ip: {error.stderr.strip()}" if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        print(json.dumps({"error": said or str(error)}), flush=True)
         return
     be_prompt()
     print(json.dumps({"namespaces": [namespace for namespace, _ in opened]}), flush=True)

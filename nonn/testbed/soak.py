@@ -22,9 +22,10 @@ from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.latency import memory_kib
 
-#: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
-KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
+#: What a stopped node sleeps, in deadlines; and seconds that the end may take.
+NAP, RECOVERY = 3.0, 15.0
 #: How late an answer may be, in milliseconds: at p99 and at p99.9 of all requests.
 LATE_P99_MS, LATE_P999_MS = 5.0, 20.0
 #: Growth of memory that would be a leak, in bytes a request: less than any message of a request.
@@ -47,12 +48,9 @@ class Soak:
         return int((self.present == 0).sum())
 
     @property
-    def late_p99_ms(self) -> float:
-        return float(np.quantile(self.late_ms, 0.99))
-
-    @property
-    def late_p999_ms(self) -> float:
-        return float(np.quantile(self.late_ms, 0.999))
+    def late_percentiles_ms(self) -> tuple[float, float]:
+        """The 99th and the 99.9th."""
+        return tuple(np.quantile(self.late_ms, [0.99, 0.999]))
 
     @property
     def bytes_per_request(self) -> float:
@@ -65,21 +63,14 @@ class Soak:
         found = []
         if self.unanswered:
             found.append(f"{self.unanswered} requests were not answered")
-        if self.late_p99_ms > LATE_P99_MS or self.late_p999_ms > LATE_P999_MS:
-            found.append(f"late by {self.late_p99_ms:.1f} ms at p99, {self.late_p999_ms:.1f} ms at p99.9")
+        p99, p999 = self.late_percentiles_ms
+        if p99 > LATE_P99_MS or p999 > LATE_P999_MS:
+            found.append(f"late by {p99:.1f} ms at p99, {p999:.1f} ms at p99.9")
         if self.bytes_per_request > LEAK_BYTES:
             found.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
         if not self.whole_again:
             found.append("the cluster was not whole again at the end")
         return found
-
-
-def resident_bytes() -> int:
-    """Memory of this process (RSS), where the system tells it as Linux does; elsewhere 0."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
-    return 0
 
 
 async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float) -> None:
@@ -121,7 +112,7 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
                     soak.present[number] = 0
                 soak.late_ms[number] = (time.perf_counter() - start) * 1000 - deadline_ms
                 if number % max(n_requests // 100, 1) == 0:
-                    soak.memory.append((number, resident_bytes()))
+                    soak.memory.append((number, 1024 * memory_kib("VmRSS")))
                 if disturbing.done():
                     disturbing.result()  # it ends by an error only
         finally:
@@ -149,9 +140,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     parser.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
-    parser.add_argument(
-        "--kill-every", type=float, default=KILL_EVERY, metavar="S", help="seconds (default: %(default)s)"
-    )
+    parser.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0)
     parser.epilog = "example: nonn soak export/4s --requests 1000"
 
@@ -168,7 +157,7 @@ def run(options) -> None:
     print(f"{len(soak.late_ms)} requests, {soak.kills} nodes killed, {soak.naps} stopped for a while")
     for n_students, n_requests in zip(*np.unique(soak.present, return_counts=True), strict=True):
         print(f"  {n_requests:>8}  answered by {n_students} students")
-    print(f"time beyond the deadline: p99 {soak.late_p99_ms:.2f} ms, p99.9 {soak.late_p999_ms:.2f} ms")
+    print("time beyond the deadline: p99 {:.2f} ms, p99.9 {:.2f} ms".format(*soak.late_percentiles_ms))
     print(f"memory: {soak.memory[-1][1] / 2**20:.1f} MiB, {soak.bytes_per_request:+.2f} bytes a request")
     print(f"whole again at the end: {'yes' if soak.whole_again else 'no'}")
     if problems := soak.problems():

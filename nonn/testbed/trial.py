@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ from nonn.split.plan import SplitPlan
 from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import Counters, EmulatedNetwork
 
-#: Of every device on its host; on loopback those of the following devices come after it.
+#: Of every device on its host.
 PORT = 7100
 DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
@@ -82,18 +83,10 @@ class Measured:
 @contextlib.asynccontextmanager
 async def running_network(trial: Trial) -> AsyncIterator[Ask]:
     """A network of networks: its nodes on their hosts, asked by a coordinator on this one."""
-    manifest = read_manifest(trial.folder)
-    nodes = [
-        Node(name=name, address=address, model=student.model)
-        for name, address, student in zip(trial.names, trial.addresses, manifest.students, strict=True)
-    ]
-    cluster = Cluster(
-        export=trial.folder,
-        deadline_ms=DEADLINE_MS,
-        tls=Tls(folder=trial.certificates),
-        sensor=None if trial.broadcast else trial.sensor,
-        nodes=nodes,
-    )
+    devices = zip(trial.names, trial.addresses, read_manifest(trial.folder).students, strict=True)
+    nodes = [Node(name=name, address=address, model=student.model) for name, address, student in devices]
+    tls, sensor = Tls(folder=trial.certificates), None if trial.broadcast else trial.sensor
+    cluster = Cluster(export=trial.folder, deadline_ms=DEADLINE_MS, tls=tls, sensor=sensor, nodes=nodes)
 
     async def ask(image: np.ndarray) -> int:
         return len((await coordinator.classify(image)).present)
@@ -113,22 +106,12 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
         return plan.n_devices
 
     commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor)
-    async with (
-        running(commands),
-        SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator,
-    ):
+    async with running(commands), SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator:
         yield ask
 
 
-@contextlib.asynccontextmanager
-async def running_echo(trial: Trial) -> AsyncIterator[Ask]:
-    async with tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
-
-        async def ask(_: np.ndarray) -> int:
-            await ask_all()
-            return len(trial.addresses)
-
-        yield ask
+def running_echo(trial: Trial) -> AbstractAsyncContextManager[Ask]:
+    return tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes)
 
 
 OPENERS = {"nonn": running_network, "split": running_split, "echo": running_echo}
@@ -175,24 +158,21 @@ def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
         It failed, or took far longer than it was given.
     """
     command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(trial.seconds + SLACK, process.kill)
-    watchdog.start()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    watchdog = threading.Timer(trial.seconds + SLACK, lambda: process.kill())
     try:
-        _say(process, trial.model_dump_json())
-        _hear(process, trial)
-        before = network.counters()
-        _say(process, "go")
-        result = json.loads(_hear(process, trial))
-        after = network.counters()
-        _say(process, "enough")
+        with subprocess.Popen(command, **pipes) as process:
+            watchdog.start()
+            _say(process, trial.model_dump_json())
+            _hear(process, trial)
+            before = network.counters()
+            _say(process, "go")
+            result = json.loads(_hear(process, trial))
+            after = network.counters()
+            _say(process, "enough")
     except BrokenPipeError:
         raise _failure(trial) from None
     finally:
-        with contextlib.suppress(BrokenPipeError):  # of what it has not read
-            process.stdin.close()
-        process.wait()
-        process.stdout.close()
         watchdog.cancel()
     traffic = {host: after[host] - before[host] for host in after}
     return Measured(np.array(result["latencies_ms"]), result["absent"], traffic)
