@@ -54,7 +54,7 @@ COMMANDS = {
     "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications, over gRPC."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "links": (MEASURE, "testbed.links", "Measure delay and rate of the emulated links beside their theory."),
-    "split": (MEASURE, "split.command", "Split one exported model over devices, to compare students with."),
+    "split": (MEASURE, "split.planner", "Split one exported model over devices, to compare students with."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model, over gRPC."),
     "soak": (MEASURE, "testbed.soak", "Classify on and on while nodes are killed, and count answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),

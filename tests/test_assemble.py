@@ -1,5 +1,6 @@
 """The final layer: an average of the students to begin with, and better than that or unchanged."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,9 +10,10 @@ from nonn.core.params import Architecture, Assemble
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.exporting import joined
-from nonn.method.final_layer import FinalLayer, averaged_layer
-from nonn.method.joining import NetworkOfNetworks, fit_layer
+from nonn.method.final_layer import averaged_layer, logits_of
+from nonn.method.joining import NetworkOfNetworks, features_of, fit_layer
 from nonn.method.store import load_network
+from nonn.runtime.final import FinalLayer
 from nonn.stages import assemble as assemble_stage
 from nonn.training.networks import ConvNet, predict
 
@@ -35,33 +37,33 @@ def features() -> list[torch.Tensor]:
 
 @torch.no_grad()
 def test_it_starts_as_the_mean_of_the_students_logits(heads, features):
-    logits = torch.stack([head(f) for head, f in zip(heads, features, strict=True)])
-    torch.testing.assert_close(averaged_layer(heads)(features), logits.mean(0), rtol=0, atol=1e-6)
+    logits = torch.stack([head(f) for head, f in zip(heads, features, strict=True)]).double()
+    torch.testing.assert_close(logits_of(averaged_layer(heads), features), logits.mean(0), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("present", [[0, 1, 2], [0, 2], [1], [2, 0]])
 def test_with_students_missing_it_is_the_mean_of_those_present(heads, features, present):
-    logits = torch.stack([heads[i](features[i]) for i in present])
-    torch.testing.assert_close(averaged_layer(heads)(features, present), logits.mean(0), rtol=0, atol=1e-6)
+    logits = torch.stack([heads[i](features[i]) for i in present]).double()
+    torch.testing.assert_close(logits_of(averaged_layer(heads), features, present), logits.mean(0), rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 def test_contributions_add_up_to_the_logits(heads, features):
     layer = averaged_layer(heads)
-    terms = layer.contributions(features)
-    assert terms.shape == (3, 20, 4)
-    torch.testing.assert_close(terms.sum(0), layer(features))
-    for i, term in enumerate(terms):
-        torch.testing.assert_close(term, heads[i](features[i]) / 3)
+    terms = layer.contributions({i: f.numpy() for i, f in enumerate(features)})
+    np.testing.assert_allclose(sum(terms.values()), logits_of(layer, features))
+    for i, term in terms.items():
+        assert term.shape == (20, 4)
+        np.testing.assert_allclose(term, heads[i](features[i]) / 3, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_one_linear_layer_over_concatenated_features_is_the_same(heads, features):
     layer = averaged_layer(heads)
-    linear = joined(layer)
+    linear = joined(layer.blocks)
     assert linear.weight.shape == (4, sum(LENGTHS))
-    torch.testing.assert_close(linear(torch.cat(features, dim=1)), layer(features))
+    torch.testing.assert_close(linear(torch.cat(features, dim=1)), logits_of(layer, features).float())
 
 
 # Fitting it
@@ -76,8 +78,8 @@ def classes_by_sign(n_images: int, seed: int) -> tuple[list[torch.Tensor], torch
 
 def layer_of(direction: float) -> FinalLayer:
     """A layer that takes the sign of the first feature, or its opposite."""
-    weight = direction * torch.tensor([[-1.0], [1.0]])
-    return FinalLayer([weight, torch.zeros(2, 1)], [torch.zeros(2), torch.zeros(2)])
+    weight = direction * np.array([[-1.0], [1.0]])
+    return FinalLayer({0: (weight, np.zeros(2)), 1: (np.zeros((2, 1)), np.zeros(2))})
 
 
 def test_a_layer_that_cannot_be_improved_is_kept():
@@ -95,11 +97,11 @@ def test_a_layer_that_is_improved_is_replaced_by_the_best_epoch():
     best = accuracies.index(max(accuracies))
     assert 0 < best < 30
     then, _ = fit_layer(start, *train, validation, Assemble(epochs=best, lr=0.02), seed=0)
-    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), then.parameters(), strict=True))
+    assert all(np.array_equal(array, then.tensors()[name]) for name, array in layer.tensors().items())
     assert accuracies[0] == 0
-    right = (layer(validation[0]).argmax(1) == validation[1]).double().mean().item()
+    right = (logits_of(layer, validation[0]).argmax(1) == validation[1]).double().mean().item()
     assert right == max(accuracies) > 0.9
-    assert torch.equal(start.weights[0], layer_of(-0.1).weights[0]), "the start is left alone"
+    assert np.array_equal(start.blocks[0][0], layer_of(-0.1).blocks[0][0]), "the start is left alone"
 
 
 def test_a_layer_that_gets_worse_on_validation_is_not_taken():
@@ -121,8 +123,9 @@ def test_the_network_is_its_students_and_a_linear_layer(data, experiment):
     images, _ = data.split("test")
     network = load_network(experiment.network("2s", 0), data)
     concatenated = torch.cat([predict(student, images)[0] for student in network.students], dim=1)
-    torch.testing.assert_close(joined(network.final.whole)(concatenated), network(images), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(network.final(network.features(images)), network(images), rtol=1e-5, atol=1e-5)
+    logits = logits_of(network.final, features_of(network.students, images))
+    torch.testing.assert_close(joined(network.final.whole)(concatenated).double(), logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(network(images), logits)
 
 
 @torch.no_grad()
@@ -130,10 +133,10 @@ def test_students_do_not_depend_on_each_other(data):
     torch.manual_seed(0)
     shape = (Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3)
     students = [ConvNet(*shape, n_filters=n).eval() for n in LENGTHS]
-    network = NetworkOfNetworks(students, averaged_layer([student.head for student in students])).eval()
+    network = NetworkOfNetworks(students, averaged_layer([student.head for student in students]))
     images = data.images[:5]
     logits = torch.stack([student(images)[1] for student in students])
-    torch.testing.assert_close(network(images), logits.mean(0))
+    torch.testing.assert_close(network(images).float(), logits.mean(0))
 
 
 def test_the_stage_joins_the_trained_students(data, experiment):
@@ -167,4 +170,4 @@ def test_without_epochs_the_average_is_taken(params, experiment):
     assert read_json(experiment.network("2s", 0).with_suffix(".json"))["final_layer"] == "averaged"
     with torch.no_grad():
         logits = torch.stack([student(data.images)[1] for student in network.students])
-        torch.testing.assert_close(network(data.images), logits.mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(network(data.images).float(), logits.mean(0), rtol=1e-5, atol=1e-5)

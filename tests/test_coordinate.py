@@ -123,7 +123,7 @@ def test_a_caller_in_a_hurry_is_answered_without_a_node_that_hangs(network_folde
                 assert b"node-1" in present
                 assert b"node-2" not in present
             # Whoever waits less than the cluster's deadline proves nothing about a node.
-            assert not any(link.failures for link in network.coordinator.links)
+            assert not any(connection.failures for connection in network.coordinator.connections)
 
     asyncio.run(scenario())
 

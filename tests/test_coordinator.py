@@ -289,27 +289,27 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
 
     async def scenario():
         async with rogue_node(behave) as (third, rogue), two_and(network_folder, third) as coordinator:
-            link = coordinator.links[2]
+            connection = coordinator.connections[2]
             for attempt in range(1, coordination.TOLERATED_FAILURES + 1):
                 await coordinator.classify(make_image())
-                assert link.is_open == (attempt == coordination.TOLERATED_FAILURES)
+                assert connection.is_open == (attempt == coordination.TOLERATED_FAILURES)
             asked = rogue.asked
             answer = await coordinator.classify(make_image())
             assert answer.absent["node-2"] == "left alone after 3 failures in a row (resource exhausted: busy)"
             assert rogue.asked == asked
             await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
-            assert link.is_open
+            assert connection.is_open
             behaviour["now"] = sound
-            await until(lambda: not link.is_open)
+            await until(lambda: not connection.is_open)
             # On probation: one failure is enough to be left alone again.
             behaviour["now"] = refuse
             await coordinator.classify(make_image())
-            assert link.is_open
+            assert connection.is_open
             behaviour["now"] = sound
-            await until(lambda: not link.is_open)
+            await until(lambda: not connection.is_open)
             answer = await coordinator.classify(make_image())
             assert answer.present == ["node-0", "node-1", "node-2"]
-            assert link.failures == 0
+            assert connection.failures == 0
 
     asyncio.run(scenario())
 
@@ -319,7 +319,7 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
         async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
             for _ in range(coordination.TOLERATED_FAILURES):
                 await coordinator.classify(make_image())
-            assert coordinator.links[2].is_open
+            assert coordinator.connections[2].is_open
             coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
             async with asyncio.timeout(PATIENCE):
                 answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
@@ -352,13 +352,13 @@ def test_connections_that_nobody_acknowledges_are_given_up(network_folder):
 def test_when_all_are_left_alone_all_are_asked(network_folder):
     async def scenario():
         async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
-            for link in coordinator.links:
-                link.pause = 1000  # no probe during this test
+            for connection in coordinator.connections:
+                connection.pause = 1000  # no probe during this test
                 for _ in range(coordination.TOLERATED_FAILURES):
-                    link.failed("imagined")
-            assert all(link.is_open for link in coordinator.links)
+                    connection.failed("imagined")
+            assert all(connection.is_open for connection in coordinator.connections)
             assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
-            assert not any(link.is_open for link in coordinator.links)
+            assert not any(connection.is_open for connection in coordinator.connections)
 
     asyncio.run(scenario())
 

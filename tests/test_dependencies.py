@@ -58,7 +58,7 @@ def test_code_that_a_stage_imports_is_declared_and_no_other(stage, jobs, imports
 
 def started(listed: list[Path]) -> set[Path]:
     """Modules that are run as processes of their own, not imported."""
-    return {path for path in listed if path.stem in ("relay", "volley")}
+    return {path for path in listed if path.stem == "relay"}
 
 
 def test_code_folders_hold_nothing_but_code(jobs):

@@ -24,7 +24,7 @@ from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
 from nonn.split.planner import plan_split
 from nonn.stages import distributed as distributed_stage
-from nonn.stages.distributed import network_layouts, solo_layouts
+from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
 from nonn.testbed.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
@@ -225,15 +225,15 @@ class PaperBed:
     def __init__(self):
         self.asked = []
 
-    def measure(self, layout, _, broadcast):
-        self.asked.append((layout.method, broadcast))
-        return counted([3.0, 5.0], absent=1, scale=2000 if layout.is_split else 1)
+    def measure(self, deployment, _, broadcast):
+        self.asked.append((deployment.method, broadcast))
+        return counted([3.0, 5.0], absent=1, scale=2000 if deployment.is_split else 1)
 
     def overhead(self, *_):
         return {"overhead_ms": 0.5, "ideal_ms": 3.5, "ideal_over_total": 0.875}
 
 
-def layout(method: str, load: Load) -> Deployment:
+def deployment(method: str, load: Load) -> Deployment:
     return Deployment(method, None, method != "nonn", load, 0.001)
 
 
@@ -247,7 +247,7 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
     )
     links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
     bed = PaperBed()
-    live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], bed, links)
+    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], bed, links)
     where = [(row["link"], row["method"], row["scenario"], row["images"]) for row in live]
     assert where == [  # no link and then the fastest first
         (LOOPBACK, "nonn", "sensor", 2),
@@ -275,7 +275,7 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
 
 def test_without_emulation_everything_runs_on_loopback(section, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "missing_privileges", lambda: "no namespaces here")
-    live = measure_live([layout("nonn", LOAD), layout("rows", HEAVY)], PaperBed(), section)
+    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], PaperBed(), section)
     assert [(row["link"], row["method"]) for row in live] == [(LOOPBACK, m) for m in ("nonn", "nonn", "rows")]
     assert "no namespaces here" in capsys.readouterr().err
 
@@ -289,7 +289,7 @@ def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_
         return Measured(np.array([1.0, 2.0]), 0, {})
 
     monkeypatch.setattr(bed, "measure", echo)
-    network, nonn = EmulatedNetwork((COORDINATOR, "host-0", "host-1")), layout("nonn", LOAD)
+    network, nonn = EmulatedNetwork((COORDINATOR, "host-0", "host-1")), deployment("nonn", LOAD)
     row = bed.overhead(nonn, network, counted([50.0, 70.0], absent=0), broadcast=True)
     # The slowest device's 40 ms of computing, and an echo of 1.5 ms.
     assert row == {"ideal_ms": 41.5, "overhead_ms": 18.5, "ideal_over_total": pytest.approx(41.5 / 60)}
@@ -300,7 +300,7 @@ def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_
     assert sizes == [(240, 144), (208, 700), (2200, 700)]
 
 
-def test_framing_is_that_of_the_layout_in_the_scenario_or_the_nearest_to_it():
+def test_framing_is_that_of_the_deployment_in_the_scenario_or_the_nearest_to_it():
     live = [
         {"method": "nonn", "scenario": "sensor", "framing": 9.0},
         {"method": "nonn", "scenario": "broadcast", "framing": 2.0},
@@ -311,13 +311,13 @@ def test_framing_is_that_of_the_layout_in_the_scenario_or_the_nearest_to_it():
     cases = {("nonn", "sensor"): 9.0, ("nonn", "broadcast"): 2.0, ("rows", "broadcast"): 3.0, ("channels", "sensor"): 1}
     cases |= {("reference_rows", "sensor"): 3.0, ("kd", "sensor"): 1}
     for (method, scenario), framing in cases.items():
-        assert framing_of(layout(method, LOAD), scenario, live) == framing
+        assert framing_of(deployment(method, LOAD), scenario, live) == framing
 
 
-def test_a_composed_row_for_every_layout_link_and_scenario(section):
+def test_a_composed_row_for_every_deployment_link_and_scenario(section):
     links = section.model_copy(update={"links": ["wifi20", "ethernet941"]})
     live = [{"method": "rows", "scenario": "sensor", "framing": 3.0}]
-    rows = list(compose_all([layout("nonn", LOAD), layout("reference_rows", HEAVY)], live, links))
+    rows = list(compose_all([deployment("nonn", LOAD), deployment("reference_rows", HEAVY)], live, links))
     assert len({(row["method"], row["link"], row["scenario"]) for row in rows}) == len(rows) == 8
     for row in rows:
         load = LOAD if row["method"] == "nonn" else HEAVY
@@ -343,7 +343,10 @@ def stage(params, section, network_folder, folder, monkeypatch):
     write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [{"file": "3s-total.onnx"}]}})
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     changes = {"benchmark": params.benchmark.model_copy(update={"core": CORE}), "distributed": section}
-    return params.model_copy(update=changes | {"networks": {"3s": ["small"] * 3}}), paths
+    networks = params.networks | {
+        "3s": params.networks["2s"].model_copy(update={"devices": ["small"] * 3, "baselines": {}})
+    }
+    return params.model_copy(update=changes | {"networks": networks}), paths
 
 
 def all_numbers(content) -> list[float]:
@@ -406,7 +409,7 @@ def export_tiny(model, example, path, *_):
 def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp_path, capsys):
     params, paths = stage
     write_json(paths.export("solo") / "manifest.json", {})
-    (only,) = network_layouts(params, paths, "3s", tmp_path / "scratch")
+    (only,) = network_deployments(params, paths, "3s", tmp_path / "scratch")
     assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
     assert only.final_s > 0
     assert "note: there is no baseline 3s/total" in capsys.readouterr().err
@@ -416,7 +419,7 @@ def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(sta
     params, paths = stage
     entry = {"file": "missing.onnx", "single_pass": "3s-total.onnx"}
     write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [entry]}})
-    assert [layout.is_split for layout in network_layouts(params, paths, "3s", tmp_path / "scratch")] == [
+    assert [deployment.is_split for deployment in network_deployments(params, paths, "3s", tmp_path / "scratch")] == [
         False,
         True,
         True,
@@ -428,7 +431,7 @@ def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder
     for path in solo_folder.iterdir():
         (paths.export("solo") / path.name).write_bytes(path.read_bytes())
     write_json(paths.benchmark("solo"), {"models": {"teacher": student_row(4), "2s-kd": student_row(0)}})
-    teacher, student = solo_layouts(params, paths, tmp_path / "scratch")
+    teacher, student = solo_deployments(params, paths, tmp_path / "scratch")
     assert [teacher.method, student.method] == ["teacher", "kd"]
     assert [each.load.n_devices for each in (teacher, student)] == [1, 1]
     assert (teacher.load.seconds.item(), student.load.seconds.item()) == (0.005, 0.001)

@@ -12,7 +12,8 @@ from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.onnx_files import student_content
-from nonn.method.joining import FeatureCache, assemble_network
+from nonn.method.final_layer import logits_of
+from nonn.method.joining import FeatureCache, assemble_network, features_of
 from nonn.method.scoring import (
     Scores,
     missing_devices,
@@ -248,7 +249,7 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
         network, _ = assemble_network(students, FeatureCache(data, 4), params.assemble, seed=0)
         with torch.inference_mode():
             right = network(images).argmax(1) == labels
-            left = network.final(network.features(images), [1]).argmax(1)
+            left = logits_of(network.final, features_of(students, images), [1]).argmax(1)
         assert after[method, "2s"].correct[0].tolist() == right.tolist()
         (answer,) = after[method, "2s"].answers
         assert answer([1]).argmax(1).tolist() == left.tolist(), "the strategy for missing students is NoNN's, too"
@@ -279,7 +280,7 @@ def test_int8_students_are_scored_as_devices_run_them(params, data, experiment):
     nonn = load_network(experiment.network("2s", 0), data)
     member = load_baseline(experiment.baseline("2s", "kd", 0), data)[0]
     with torch.inference_mode():
-        joint = nonn.final([features(student) for student in nonn.students])
+        joint = logits_of(nonn.final, [features(student) for student in nonn.students])
         alone = member.head(features(member))
     assert scores["nonn", "2s"].correct[0].tolist() == (joint.argmax(1) == labels).tolist()
     assert scores["kd", "2s"].correct[0].tolist() == (alone.argmax(1) == labels).tolist()

@@ -1,4 +1,4 @@
-"""Missing students: each strategy by hand, what is fitted and kept, what is chosen, and the same in numpy."""
+"""Missing students: each strategy by hand, what is fitted and kept, what is chosen, and what is stored of it."""
 
 import itertools
 from fractions import Fraction
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from clusters import sha256
-from safetensors.torch import save, save_file
+from safetensors.numpy import save, save_file
 
 from nonn.core.errors import UserError
 from nonn.core.params import STRATEGIES, Assemble
-from nonn.method.final_layer import FinalLayer, LinearBlocks
+from nonn.method.final_layer import as_tensors, logits_of
 from nonn.method.missing import (
     choose,
     cross_scored,
@@ -24,8 +24,8 @@ from nonn.method.missing import (
     tabulate,
     zero_fill,
 )
-from nonn.runtime import final as runtime
 from nonn.runtime.exported import FinalFiles, Image, Manifest, StudentFile
+from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import MAX_SUBSETS, proper_subsets, subset_name, subset_of, subsets_missing
 
 SECTION = Assemble(epochs=5, lr=0.01)
@@ -36,7 +36,7 @@ FEATURES = [torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.tensor([[5.0]])]
 
 
 def layer_by_hand() -> FinalLayer:
-    return FinalLayer([torch.tensor(w) for w in WEIGHTS], [torch.tensor(b) for b in BIASES])
+    return FinalLayer(dict(enumerate(zip(WEIGHTS, BIASES, strict=True))))
 
 
 def make_problem(n_students=3, n_images=60, n_classes=3, seed=0, noise=0.6):
@@ -46,91 +46,80 @@ def make_problem(n_students=3, n_images=60, n_classes=3, seed=0, noise=0.6):
     patterns = torch.rand(n_classes, sum(lengths), generator=torch.Generator().manual_seed(9))
     labels = torch.randint(n_classes, (n_images,), generator=generator)
     features = patterns[labels] + noise * torch.randn(n_images, sum(lengths), generator=generator)
-    blocks = patterns.split(lengths, dim=1)
-    layer = FinalLayer([b / n_students for b in blocks], [-b.square().sum(1) / 2 / n_students for b in blocks])
-    return layer, list(features.split(lengths, dim=1)), labels
+    heads = [(block / n_students, -block.square().sum(1) / 2 / n_students) for block in patterns.split(lengths, dim=1)]
+    return FinalLayer(dict(enumerate(heads))), list(features.split(lengths, dim=1)), labels
 
 
 # By hand
 
 
-@torch.no_grad()
 def test_rescaling_by_hand():
     layer = layer_by_hand()
-    assert layer(FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
-    assert layer(FEATURES, [0])[0].tolist() == pytest.approx([3 * (2 + 0.3), 0])
-    assert layer(FEATURES, [0, 1])[0].tolist() == pytest.approx([1.5 * (2 + 0.9), 1.5 * (6 + 0.3)])
+    assert logits_of(layer, FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
+    assert logits_of(layer, FEATURES, [0])[0].tolist() == pytest.approx([3 * (2 + 0.3), 0])
+    assert logits_of(layer, FEATURES, [0, 1])[0].tolist() == pytest.approx([1.5 * (2 + 0.9), 1.5 * (6 + 0.3)])
 
 
-@torch.no_grad()
 def test_zero_filling_by_hand():
     layer = zero_fill(layer_by_hand())
-    assert layer(FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
-    assert layer(FEATURES, [0])[0].tolist() == pytest.approx([2 + 0.9, 1.2])
-    assert layer(FEATURES, [2, 1])[0].tolist() == pytest.approx([5 + 0.9, 6 + 5 + 1.2])
+    assert logits_of(layer, FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
+    assert logits_of(layer, FEATURES, [0])[0].tolist() == pytest.approx([2 + 0.9, 1.2])
+    assert logits_of(layer, FEATURES, [2, 1])[0].tolist() == pytest.approx([5 + 0.9, 6 + 5 + 1.2])
 
 
-@torch.no_grad()
 def test_mean_filling_by_hand():
     layer = mean_fill(layer_by_hand(), [torch.tensor([m]) for m in (4.0, 0.5, 1.0)])
-    assert layer(FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
-    assert layer(FEATURES, [0])[0].tolist() == pytest.approx([2 + 1 + 0.9, 2 * 0.5 + 1 + 1.2])
-    assert layer(FEATURES, [1, 2])[0].tolist() == pytest.approx([4 + 5 + 0.9, 6 + 5 + 1.2])
+    assert logits_of(layer, FEATURES)[0].tolist() == pytest.approx([2 + 5 + 0.9, 6 + 5 + 1.2])
+    assert logits_of(layer, FEATURES, [0])[0].tolist() == pytest.approx([2 + 1 + 0.9, 2 * 0.5 + 1 + 1.2])
+    assert logits_of(layer, FEATURES, [1, 2])[0].tolist() == pytest.approx([4 + 5 + 0.9, 6 + 5 + 1.2])
 
 
-@torch.no_grad()
 def test_a_subset_with_a_layer_of_its_own_by_hand():
-    own = LinearBlocks([torch.tensor([[10.0], [0.0]]), torch.tensor([[0.0], [1.0]])], [torch.tensor([1.0, 2.0])] * 2)
+    own = {0: ([[10.0], [0.0]], [1.0, 2.0]), 2: ([[0.0], [1.0]], [1.0, 2.0])}
     plain = layer_by_hand()
-    layer = FinalLayer(plain.weights, plain.biases, layers={(0, 2): own})
-    assert layer(FEATURES, [2, 0])[0].tolist() == [20 + 2, 5 + 4]
+    layer = FinalLayer(plain.blocks, layers={(0, 2): own})
+    assert logits_of(layer, FEATURES, [2, 0])[0].tolist() == [20 + 2, 5 + 4]
     for subset in [(0,), (0, 1), (0, 1, 2)]:
-        assert torch.equal(layer(FEATURES, subset), plain(FEATURES, subset))
-    assert layer.whole is layer
-    everyone = FinalLayer(plain.weights, plain.biases, layers={(0, 1, 2): plain})
-    assert torch.equal(everyone.whole(FEATURES), plain(FEATURES))
+        assert torch.equal(logits_of(layer, FEATURES, subset), logits_of(plain, FEATURES, subset))
+    assert layer.whole is layer.blocks
+    everyone = FinalLayer(layer.blocks, layers={(0, 1, 2): zero_fill(plain).blocks})
+    assert everyone.whole is everyone.layers[0, 1, 2]
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "make", [FinalLayer.whole.fget, zero_fill, lambda layer: mean_fill(layer, [torch.ones(1)] * 3)]
-)
+@pytest.mark.parametrize("make", [lambda layer: layer, zero_fill, lambda layer: mean_fill(layer, [torch.ones(1)] * 3)])
 def test_shares_add_up_to_the_logits(make):
     layer = make(layer_by_hand())
     for subset in [(0,), (1, 2), (0, 1, 2)]:
-        terms = layer.contributions(FEATURES, subset)
-        assert len(terms) == len(subset)
-        torch.testing.assert_close(terms.sum(0), layer(FEATURES, subset))
+        terms = layer.contributions({i: FEATURES[i].numpy() for i in subset})
+        assert tuple(terms) == subset
+        np.testing.assert_allclose(sum(terms.values()), logits_of(layer, FEATURES, subset))
 
 
 # Subset layers
 
 
-def fit_alone(start, features, labels, subset, params, seed) -> LinearBlocks:
+def fit_alone(start, features, labels, subset, params, seed) -> Blocks:
     """A subset's layer, fitted by itself: a plain linear layer over the features of the students present."""
-    (layer,) = fit_subset_layers(
-        LinearBlocks([start.weights[i] for i in subset], [start.biases[i] for i in subset]),
-        [features[i] for i in subset],
-        labels,
-        [tuple(range(len(subset)))],
-        params,
-        seed,
-    )
-    return layer
+    renumbered = FinalLayer({k: start.blocks[i] for k, i in enumerate(subset)})
+    everyone = tuple(range(len(subset)))
+    (blocks,) = fit_subset_layers(renumbered, [features[i] for i in subset], labels, [everyone], params, seed)
+    return {i: blocks[k] for k, i in enumerate(subset)}
 
 
 def test_layers_fitted_at_once_are_those_fitted_alone():
     start, features, labels = make_problem()
     subsets = proper_subsets(3)
     together = fit_subset_layers(start, features, labels, subsets, SECTION, seed=0)
-    for subset, layer in zip(subsets, together, strict=True):
+    for subset, blocks in zip(subsets, together, strict=True):
         scale = 3 / len(subset)
-        scaled = LinearBlocks([scale * w for w in start.weights], [scale * b for b in start.biases])
+        scaled = FinalLayer({i: (scale * w, scale * b) for i, (w, b) in start.blocks.items()})
         alone = fit_alone(scaled, features, labels, subset, SECTION, seed=0)
-        assert [w.shape for w in layer.weights] == [start.weights[i].shape for i in subset]
-        for a, b in zip(layer.parameters(), alone.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-        moved = max((w - scale * start.weights[i]).abs().max() for i, w in zip(subset, layer.weights, strict=True))
+        assert tuple(blocks) == subset
+        for i, own in blocks.items():
+            assert own[0].shape == start.blocks[i][0].shape
+            for a, b in zip(own, alone[i], strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        moved = max(np.abs(w - scale * start.blocks[i][0]).max() for i, (w, _) in blocks.items())
         assert moved > 0.01, "it was not fitted"
 
 
@@ -138,21 +127,22 @@ def test_fitting_follows_the_gradient_of_cross_entropy():
     """One step of Adam moves each number by the learning rate, against the sign of its gradient."""
     start, features, labels = make_problem(n_students=2)
     params = Assemble(epochs=1, lr=0.01)
-    (layer,) = fit_subset_layers(start, features, labels, [(1,)], params, seed=0)
-    weight = (2 * start.weights[1]).detach().requires_grad_()
-    bias = (2 * start.biases[1]).detach().requires_grad_()
-    torch.nn.functional.cross_entropy(features[1] @ weight.T + bias, labels).backward()
-    torch.testing.assert_close(layer.weights[0], weight - 0.01 * weight.grad.sign(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(layer.biases[0], bias - 0.01 * bias.grad.sign(), rtol=1e-3, atol=1e-4)
+    ((fitted,),) = (blocks.values() for blocks in fit_subset_layers(start, features, labels, [(1,)], params, seed=0))
+    before = [(2 * parts[1]).requires_grad_() for parts in as_tensors(start.blocks)]
+    torch.nn.functional.cross_entropy(features[1] @ before[0].T + before[1], labels).backward()
+    for after, parameter in zip(fitted, before, strict=True):
+        expected = (parameter - 0.01 * parameter.grad.sign()).detach()
+        np.testing.assert_allclose(after, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_without_epochs_subset_layers_are_the_rescaled_average():
     start, features, labels = make_problem()
     subsets = proper_subsets(3)
     fitted = fit_subset_layers(start, features, labels, subsets, Assemble(epochs=0, lr=1), seed=0)
-    with torch.no_grad():
-        for subset, layer in zip(subsets, fitted, strict=True):
-            torch.testing.assert_close(layer([features[i] for i in subset]), start(features, subset))
+    layer = FinalLayer(start.blocks, layers=dict(zip(subsets, fitted, strict=True)))
+    for subset in subsets:
+        found, expected = (logits_of(each, features, subset) for each in (layer, start))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("misled", [False, True])
@@ -162,20 +152,20 @@ def test_a_kept_subset_layer_is_better_on_validation_and_others_are_the_start(mi
     if misled:  # away from a start that is right
         labels = (labels + 1) % 3
     else:  # away from a start whose first student speaks against itself
-        start = FinalLayer([-start.weights[0], *list(start.weights)[1:]], list(start.biases))
+        weight, bias = start.blocks[0]
+        start = FinalLayer(start.blocks | {0: (-weight, bias)})
     train = features, labels
     layers, summary = fit_strategies(start, start, train, validation, Assemble(epochs=30, lr=0.03), seed=0)
     layer, subsets = layers["subset_layers"], proper_subsets(4)
     before = right_answers(start, *validation, subsets).sum(1)
     after = right_answers(layer, *validation, subsets).sum(1)
-    kept = [subset_name(subset) in layer.layers for subset in subsets]
+    kept = [subset in layer.layers for subset in subsets]
     assert sum(kept) == summary["kept"]
     assert ((after > before) == torch.tensor(kept)).all()
     assert (after >= before).all()
-    with torch.no_grad():
-        for subset, own in zip(subsets, kept, strict=True):
-            if not own:
-                assert torch.equal(layer(validation[0], subset), start(validation[0], subset))
+    for subset, own in zip(subsets, kept, strict=True):
+        if not own:
+            assert torch.equal(logits_of(layer, validation[0], subset), logits_of(start, validation[0], subset))
     assert sum(kept) == 0 if misled else sum(kept) > 5
 
 
@@ -205,7 +195,7 @@ def test_luck_alone_gains_nothing():
 def test_fail_out_learns_to_do_without_students():
     start, features, labels = make_problem(n_students=3, n_images=300)
     # Heads that speak against their students: to be right with one of them, each has to turn round.
-    wrong = FinalLayer([-w for w in start.weights], list(start.biases))
+    wrong = FinalLayer({i: (-weight, bias) for i, (weight, bias) in start.blocks.items()})
     fitted = fit_fail_out(wrong, features, labels, Assemble(epochs=200, lr=0.03), seed=0)
     subsets = proper_subsets(3)
     before, after = (right_answers(layer, features, labels, subsets).double().mean(1) for layer in (wrong, fitted))
@@ -219,30 +209,28 @@ def test_fail_out_of_two_students_fits_each_alone():
     torch.manual_seed(0)
     strangers = [features[0], torch.randn_like(features[1])]
     again = fit_fail_out(start, strangers, labels, SECTION, seed=0)
-    assert torch.equal(fitted.weights[0], again.weights[0])
-    assert not torch.equal(fitted.weights[1], again.weights[1])
+    assert np.array_equal(fitted.blocks[0][0], again.blocks[0][0])
+    assert not np.array_equal(fitted.blocks[1][0], again.blocks[1][0])
 
 
 # Choosing
 
 
-@torch.enable_grad()
 def all_strategies(n_students=3, **changes):
     averaged, *train = make_problem(n_students)
     _, *validation = make_problem(n_students, n_images=45, seed=1)
-    final = FinalLayer([1.5 * w + 0.1 for w in averaged.weights], [b + 0.2 for b in averaged.biases])
+    final = FinalLayer({i: (1.5 * weight + 0.1, bias + 0.2) for i, (weight, bias) in averaged.blocks.items()})
     layers, summary = fit_strategies(final, averaged, train, validation, SECTION.model_copy(update=changes), seed=0)
     return final, layers, summary, validation
 
 
-@torch.no_grad()
 def test_with_all_present_every_strategy_gives_the_same_answer():
     final, layers, _, (features, _) = all_strategies()
     assert tuple(layers) == STRATEGIES
     for layer in layers.values():
-        assert torch.equal(layer(features), final(features))
-        assert torch.equal(layer.whole(features), final(features))
-    answers = {name: layer(features, [0, 2]) for name, layer in layers.items()}
+        assert torch.equal(logits_of(layer, features), logits_of(final, features))
+        assert all(np.array_equal(w, final.blocks[i][0]) for i, (w, _) in layer.whole.items())
+    answers = {name: logits_of(layer, features, [0, 2]) for name, layer in layers.items()}
     for a, b in itertools.combinations(answers.values(), 2):
         assert not torch.allclose(a, b)
 
@@ -258,7 +246,7 @@ def test_the_summary_is_what_counting_gives():
     _, layers, summary, (features, labels) = all_strategies()
     for name in ("rescale", "zero_fill", "mean_fill", "fail_out"):
         right = {
-            subset: Fraction(int((layers[name](features, subset).argmax(1) == labels).sum()), len(labels))
+            subset: Fraction(int((logits_of(layers[name], features, subset).argmax(1) == labels).sum()), len(labels))
             for subset in [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
         }
         assert summary["mean"][name] == pytest.approx(float(sum(right.values()) / 6))
@@ -295,7 +283,7 @@ def test_the_mean_counts_subsets_not_sizes():
 def test_the_same_bytes_twice():
     def content():
         _, layers, summary, _ = all_strategies()
-        return summary, [save(layer.state_dict()) for layer in layers.values()]
+        return summary, [save(layer.tensors()) for layer in layers.values()]
 
     assert content() == content()
 
@@ -311,49 +299,63 @@ def test_subsets():
     assert all(subset_of(subset_name(subset)) == subset for subset in proper_subsets(5))
 
 
-# The same without torch
+# What is stored of it
 
 
 def write_layer(folder, layer: FinalLayer) -> Manifest:
     path = folder / "final.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in layer.state_dict().items()}, path)
+    save_file(layer.tensors(), path)
     students = [
-        StudentFile(file=f"{i}.onnx", sha256="0" * 64, n_features=w.shape[1], feature_limit=1)
-        for i, w in enumerate(layer.weights)
+        StudentFile(file=f"{i}.onnx", sha256="0" * 64, n_features=weight.shape[1], feature_limit=1)
+        for i, (weight, _) in layer.blocks.items()
     ]
     final = FinalFiles(file="final.onnx", blocks=path.name, blocks_sha256=sha256(path))
     image = Image(channels=1, size=4, dtype="uint8")
     return Manifest(classes=["a", "b", "c"], image=image, students=students, final=final)
 
 
-@torch.no_grad()
+def defined(tensors: dict[str, torch.Tensor], features: list[torch.Tensor], subset: tuple[int, ...]) -> torch.Tensor:
+    """Logits as the definition has them, from stored tensors, image by image and student by student."""
+    own = f"layers.{subset_name(subset)}."
+    has_own = f"{own}weights.0" in tensors
+    rows = []
+    for image in range(len(features[0])):
+        total = torch.zeros(3, dtype=torch.float64)
+        for k, i in enumerate(subset):
+            weight, bias = (tensors[f"{own}{part}.{k}" if has_own else f"{part}.{i}"] for part in ("weights", "biases"))
+            total += weight.double() @ features[i][image].double() + bias.double()
+        if not has_own:
+            total *= tensors["scales"][len(subset) - 1]
+            total += sum(tensors["fills"][j].double() for j in range(len(features)) if j not in subset)
+        rows.append(total)
+    return torch.stack(rows)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_torch_and_numpy_agree_on_every_subset(strategy, tmp_path):
+def test_what_is_stored_answers_as_defined_for_every_subset(strategy, tmp_path):
     _, layers, _, (features, _) = all_strategies(n_students=4)
-    layer = layers[strategy]
-    loaded = runtime.FinalLayer.load(tmp_path, write_layer(tmp_path, layer))
-    again = FinalLayer.of(layer.state_dict())
+    manifest = write_layer(tmp_path, layers[strategy])
+    loaded = FinalLayer.load(tmp_path, manifest)
+    stored = {name: torch.from_numpy(array) for name, array in layers[strategy].tensors().items()}
+    assert {str(tensor.dtype) for name, tensor in stored.items() if name != "scales"} == {"torch.float32"}
     for subset in [*proper_subsets(4), (0, 1, 2, 3)]:
-        expected = layer.contributions(features, subset)
-        assert torch.equal(again.contributions(features, subset), expected)
+        logits = logits_of(layers[strategy], features, subset)
+        torch.testing.assert_close(logits, defined(stored, features, subset), rtol=1e-12, atol=1e-12)
+        assert torch.equal(logits_of(loaded, features, subset), logits)
         for image in range(5):
             terms = loaded.contributions({i: features[i][image].numpy() for i in reversed(subset)})
             assert tuple(terms) == subset
-            np.testing.assert_allclose(list(terms.values()), expected[:, image], rtol=0, atol=1e-5)
-            logits = layer(features, subset)[image]
-            np.testing.assert_allclose(loaded.logits(terms), logits, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(sum(terms.values()), logits[image], rtol=1e-12, atol=1e-12)
 
 
-@torch.no_grad()
 def test_rescaling_is_what_it_always_was(tmp_path):
     """N/|S| · Σ_S (W_i f_i + b_i), to the last digits."""
     layer, features, _ = make_problem(n_students=3)
-    loaded = runtime.FinalLayer.load(tmp_path, write_layer(tmp_path, layer))
+    loaded = FinalLayer.load(tmp_path, write_layer(tmp_path, layer))
     for subset in [*proper_subsets(3), (0, 1, 2)]:
         vectors = {i: features[i][0].double().numpy() for i in subset}
-        blocks = {i: (layer.weights[i].double().numpy(), layer.biases[i].double().numpy()) for i in subset}
-        expected = 3 / len(subset) * sum(w @ vectors[i] + b for i, (w, b) in blocks.items())
-        np.testing.assert_allclose(loaded.logits(loaded.contributions(vectors)), expected, rtol=1e-14)
+        expected = 3 / len(subset) * sum(layer.blocks[i][0] @ vectors[i] + layer.blocks[i][1] for i in subset)
+        np.testing.assert_allclose(loaded.logits(vectors), expected, rtol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -369,11 +371,10 @@ def test_rescaling_is_what_it_always_was(tmp_path):
 )
 def test_a_layer_that_does_not_fit_is_refused(tmp_path, change):
     layer, _, _ = make_problem()
-    own = LinearBlocks(list(layer.weights)[:2], list(layer.biases)[:2])
-    manifest = write_layer(tmp_path, FinalLayer(layer.weights, layer.biases, layers={(0, 1): own}))
-    tensors = FinalLayer(layer.weights, layer.biases, layers={(0, 1): own}).state_dict()
+    layer = FinalLayer(layer.blocks, layers={(0, 1): {i: layer.blocks[i] for i in (0, 1)}})
+    manifest, tensors = write_layer(tmp_path, layer), layer.tensors()
     change(tensors)
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, tmp_path / "final.safetensors")
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, tmp_path / "final.safetensors")
     final = manifest.final.model_copy(update={"blocks_sha256": sha256(tmp_path / "final.safetensors")})
     with pytest.raises(UserError, match=r"final\.safetensors: (damaged|does not fit).* Export the network again"):
-        runtime.FinalLayer.load(tmp_path, manifest.model_copy(update={"final": final}))
+        FinalLayer.load(tmp_path, manifest.model_copy(update={"final": final}))

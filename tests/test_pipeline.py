@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,6 +127,13 @@ class Clone:
         entries = [json.loads(line) for line in lines]
         return [" ".join(str(e[k]) for k in ("stage", "item", "seed") if e[k] is not None) for e in entries]
 
+    def announced(self) -> set[str]:
+        """Stages that a dry run of Snakemake announces, named as by `stages_of`; `cluster` notes no run."""
+        shown = self.call([*FRONT_ENDS["snakemake"], "--dry-run"])
+        jobs = re.findall(r"^Job \d+: (\w+) ?(?:seed(\d+)/)?([\w/]*): ", shown, re.MULTILINE)
+        names = {" ".join(filter(None, (stage.removesuffix("_solo"), item, seed))) for stage, seed, item in jobs}
+        return {name + " solo" * (f"{name}_solo" in shown) for name in names if not name.startswith("cluster")}
+
     def results(self) -> dict[str, bytes]:
         """Content of every artifact that does not hold times."""
         root = self.folder / "results" / "tiny"
@@ -190,6 +198,10 @@ EDITS = {
 }
 
 
+#: Edits before which nothing was to be undone: what is undone is announced too, but comes from the cache.
+ANNOUNCED = ("nothing", "memory, same architecture", "memory, another architecture")
+
+
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
     """Each edit undoes the one before: what ran for that one comes back from the cache and is not in the set."""
@@ -202,7 +214,9 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
     for name, (change, expected) in EDITS.items():
         (tmp_path / "params.yaml").write_bytes(untouched)
         clone.edit(change)
+        announced = clone.announced() if name in ANNOUNCED and front_end == "snakemake" else expected
         ran = clone.stages_of(run)
+        assert announced == expected, f"{name}: a dry run announces something else"
         assert len(ran) == len(set(ran)), f"{name}: a stage ran twice: {sorted(ran)}"
         assert set(ran) == expected, name
     assert clone.results() == original
@@ -257,6 +271,23 @@ def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
         assert process.returncode != 0
         assert "params.yaml: distill.kd_wieght: unknown key; remove it (did you mean 'kd_weight'?)" in output
         assert "Traceback" not in output
+
+
+def test_pictures_are_dependencies_like_all_others(tmp_path):
+    clone = Clone(tmp_path)
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        archive.extractall(tmp_path / "photos")
+    clone.edit(set_to("dataset", "source", value="photos"))
+    clone.call([BIN / "nonn", "jobs"])
+    run = [BIN / "dvc", "repro", "dataset"]
+    assert clone.stages_of(run) == ["dataset"]
+    assert clone.stages_of(run) == []
+    one, other = sorted((tmp_path / "photos/digits/0").iterdir())[:2]
+    one.write_bytes(other.read_bytes())
+    assert "dataset" in clone.announced()
+    assert clone.stages_of(run) == ["dataset"], "another picture"
+    one.unlink()
+    assert clone.stages_of(run) == ["dataset"], "a picture less"
 
 
 def test_no_stage_runs_while_lists_of_jobs_do_not_fit(tmp_path):

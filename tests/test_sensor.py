@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, PATIENCE, PLENTY_MS, SIZE, free_ports, make_image, plain_node, refusal
+from clusters import CHANNELS, PLENTY_MS, SIZE, free_ports, make_image, plain_node, refusal
 from grpc import StatusCode, aio
 from splits import write_tiny
 from tritonclient.grpc import service_pb2 as oip
@@ -17,14 +17,13 @@ from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, load_cluster, local_cluster, write_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
-from nonn.runtime.processes import start, stop
+from nonn.runtime.processes import node_commands, running
 from nonn.runtime.protocol import SAMPLE, Contract, make_request, read_response
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serving
-from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
+from nonn.split.coordinator import SplitCoordinator, SplitFailedError, device_commands
 from nonn.split.node import SplitDevice
 from nonn.split.planner import plan_split
-from nonn.testbed.bed import announced_address
 
 SHAPE, N_IMAGES = (CHANNELS, SIZE, SIZE), 3
 IMAGES = np.stack([make_image(seed) for seed in range(N_IMAGES)])
@@ -187,29 +186,19 @@ def test_cluster_yaml_names_the_sensor_relative_to_itself(network_folder, sensor
 
 
 @contextlib.asynccontextmanager
-async def running(cluster: Cluster):
+async def coordinating(cluster: Cluster):
     """A coordinator of node processes that `cluster` describes, each on a port of its own choice."""
-    children = []
-    try:
-        for node, _, contract in cluster.placed()[1]:
-            children.append(await start(cluster, node, contract))
-        async with asyncio.timeout(PATIENCE):
-            addresses = [await announced_address(child) for child in children]
-        nodes = [
-            child.node.model_copy(update={"address": address})
-            for child, address in zip(children, addresses, strict=True)
-        ]
+    async with running(node_commands(cluster)) as children:
+        nodes = [child.node for child in children.values()]
         async with Coordinator(cluster.model_copy(update={"nodes": nodes})) as coordinator:
             yield coordinator
-    finally:
-        await asyncio.gather(*(stop(child) for child in children))
 
 
 def test_a_coordinator_classifies_by_number(network_folder, certificates, sensor):
     cluster = local_cluster(network_folder, certificates, 0, PLENTY_MS).model_copy(update={"sensor": sensor})
 
     async def scenario():
-        async with running(cluster) as coordinator:
+        async with coordinating(cluster) as coordinator:
             for number, image in enumerate(IMAGES):
                 by_number, by_image = await coordinator.classify(np.int64(number)), await coordinator.classify(image)
                 assert by_number.prediction == by_image.prediction
@@ -234,7 +223,7 @@ def test_devices_of_a_split_network_answer_numbers_too(sensor, folder):
 
     async def scenario():
         async with (
-            running_devices(folder / "plan", addresses, sensor=sensor),
+            running(device_commands(folder / "plan", addresses, sensor=sensor)),
             SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator,
         ):
             for number, image in enumerate(IMAGES):

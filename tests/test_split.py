@@ -9,10 +9,9 @@ from splits import Build, export_untrained, write_tiny
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime.session import run_onnx
-from nonn.split.command import describe
 from nonn.split.graph import read_network
 from nonn.split.plan import SplitPlan, load_part, run_in_process
-from nonn.split.planner import plan_split
+from nonn.split.planner import describe, plan_split
 
 METHODS = ("channels", "rows")
 TOLERANCE = 1e-4

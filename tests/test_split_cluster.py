@@ -16,12 +16,13 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
 from nonn.core.errors import UserError
+from nonn.runtime import processes
 from nonn.runtime.certs import write_certificates
+from nonn.runtime.processes import running
 from nonn.runtime.protocol import Contract, make_request, make_response
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity
-from nonn.split import coordinator as split_cluster
-from nonn.split.coordinator import SplitCoordinator, SplitFailedError, running_devices
+from nonn.split.coordinator import SplitCoordinator, SplitFailedError, device_commands
 from nonn.split.exchange import EXCHANGE, Exchange
 from nonn.split.node import SplitDevice, devices_at, serving
 from nonn.split.planner import plan_split
@@ -355,21 +356,21 @@ def test_processes_serve_survive_a_stopped_peer_and_leave_nothing(model, folder,
         identity = Identity.of("coordinator", certs)
         prefixes = [["env", "PLACE=0"], ["env", "PLACE=1"]]
         async with (
-            running_devices(folder / "plan", addresses, certs, prefixes) as children,
+            running(device_commands(folder / "plan", addresses, certs, prefixes)) as children,
             SplitCoordinator(plan, addresses, PLENTY_MS, identity) as coordinator,
         ):
             expected = run_onnx(model, image[None])[0]
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
             coordinator.patience = FEW / 1000
-            children[1].process.send_signal(signal.SIGSTOP)
+            children["device-1"].process.send_signal(signal.SIGSTOP)
             try:
                 with pytest.raises(SplitFailedError, match="device-1: no answer by the deadline"):
                     await coordinator.classify(image)
             finally:
-                children[1].process.send_signal(signal.SIGCONT)
+                children["device-1"].process.send_signal(signal.SIGCONT)
             coordinator.patience = PATIENCE
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
-        assert all(child.has_exited for child in children)
+        assert all(child.has_exited for child in children.values())
 
     asyncio.run(scenario())
     assert nobody_listens(addresses)
@@ -381,7 +382,7 @@ def test_a_device_that_cannot_start_stops_the_others(tiny, folder, monkeypatch):
 
     async def scenario(addresses, message):
         with pytest.raises(UserError, match=message):
-            async with running_devices(folder / "plan", addresses):
+            async with running(device_commands(folder / "plan", addresses)):
                 pass
 
     with socket.socket() as taken:
@@ -390,6 +391,6 @@ def test_a_device_that_cannot_start_stops_the_others(tiny, folder, monkeypatch):
         blocked = f"127.0.0.1:{taken.getsockname()[1]}"
         asyncio.run(scenario([first, blocked], f"device-1 did not start: .*{blocked}: cannot listen there"))
         assert nobody_listens([first])
-    monkeypatch.setattr(split_cluster, "START_TIMEOUT", 0.05)
-    asyncio.run(scenario([first, second], r"the devices did not get ready in 0.05 s \(device-0: "))
+    monkeypatch.setattr(processes, "START", 0.05)
+    asyncio.run(scenario([first, second], r"not ready in 0.05 s \(device-0: "))
     assert nobody_listens([first, second])

@@ -15,9 +15,9 @@ from nonn.core.links import Link
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
 from nonn.testbed.deployments import as_network
+from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network
 from nonn.testbed.trial import PORT, Trial, measure
-from nonn.testbed.volley import echoing
 
 #: Images of the sensor: fewer than a warm-up asks for.
 N_IMAGES = 2
@@ -182,7 +182,7 @@ def test_every_request_is_answered_with_as_many_bytes_as_agreed():
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     async def scenario():
-        async with asyncio.timeout(PATIENCE), echoing(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
+        async with asyncio.timeout(PATIENCE), tcp_echoes(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
             for _ in range(3):
                 await ask_all()
             for address in addresses:
@@ -200,8 +200,8 @@ def test_an_echo_that_cannot_listen_is_an_error():
 
     async def scenario(blocked):
         async with asyncio.timeout(PATIENCE):
-            with pytest.raises(UserError, match=f"{blocked}: the echo did not start"):
-                async with echoing([first, blocked], [[], []], 1, 1):
+            with pytest.raises(UserError, match=f"echo-1 did not start: {blocked}: cannot listen there"):
+                async with tcp_echoes([first, blocked], [[], []], 1, 1):
                     pass
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -214,11 +214,11 @@ def test_an_echo_does_not_outlive_its_standard_input():
 
     async def scenario():
         port = free_ports(1)[0]
-        command = [sys.executable, "-m", "nonn.testbed.volley", f"127.0.0.1:{port}", "1", "1"]
+        command = [sys.executable, "-m", "nonn.testbed.echo", f"127.0.0.1:{port}", "1", "1"]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+        process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stderr=pipe)
         async with asyncio.timeout(PATIENCE):
-            assert await process.stdout.readline() == b"listening\n"
+            assert await process.stderr.readline() == f"echo at 127.0.0.1:{port}, plain text\n".encode()
             process.stdin.close()
             assert await process.wait() == 0
 

@@ -69,7 +69,7 @@ def test_a_node_that_exits_is_shown_and_the_others_go_on(cluster, capsys):
 
         async def scenario():
             stopped = asyncio.Event()
-            running = asyncio.create_task(run_cluster(cluster.model_copy(update={"nodes": nodes}), stopped))
+            running = asyncio.create_task(run_cluster(cluster.model_copy(update={"nodes": nodes}), stopped=stopped))
             output = ""
             async with asyncio.timeout(PATIENCE):
                 while not ("node-0: up at" in output and "node-2: exited" in output):
@@ -88,7 +88,7 @@ def test_a_process_that_ends_with_its_grace_is_no_error(monkeypatch):
         raise TimeoutError
 
     async def scenario():
-        child = Child(None, None, await asyncio.create_subprocess_exec("sleep", "60"))
+        child = Child(None, await asyncio.create_subprocess_exec("sleep", "60"))
         monkeypatch.setattr(asyncio, "wait_for", just_too_late)
         await stop(child)
         assert child.has_exited
@@ -100,13 +100,13 @@ def test_a_process_that_ends_with_its_grace_is_no_error(monkeypatch):
 def test_missing_certificates_are_noticed_first(network_folder):
     cluster = local_cluster(network_folder, Path("nowhere"), 7100, 100)
     with pytest.raises(UserError, match=r"nowhere/.*: cannot be read .* Make certificates with `nonn certs`"):
-        asyncio.run(run_cluster(cluster, asyncio.Event()))
+        asyncio.run(run_cluster(cluster))
 
 
 def test_counts_become_a_row(cluster):
     from tritonclient.grpc.service_pb2 import InferStatistics, StatisticDuration
 
-    child = Child(cluster.nodes[0], None, None)
+    child = Child(cluster.nodes[0], None)
     assert child.row().split() == ["node-0", "0", cluster.nodes[0].address, "starting", "0", "0"]
     child.update(InferStatistics(success=StatisticDuration(count=2, ns=8_000_000)))
     child.update(

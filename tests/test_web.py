@@ -26,7 +26,7 @@ from nonn.live.state import FASTEST, Live
 from nonn.live.web import Page, read_page, serve_page
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import UP, Child, start, stop
+from nonn.runtime.processes import UP, Child, node_commands, running
 
 #: What a browser with this page sends with a post.
 SAME = {"Content-Type": "application/json"}
@@ -39,18 +39,14 @@ def make_pictures(count: int = 2) -> list[Picture]:
 @contextlib.asynccontextmanager
 async def served(cluster: Cluster):
     """Address of the page of a running cluster, and its nodes' processes by name."""
-    async with contextlib.AsyncExitStack() as stack:
-        children: list[Child] = []
-        for node, _, contract in cluster.placed()[1]:
-            children.append(await start(cluster, node, contract))
-            stack.push_async_callback(stop, children[-1])
-        for child in children:
+    async with running(node_commands(cluster)) as children:
+        for child in children.values():
             child.state = "up"  # nobody watches here
         (port,) = free_ports(1)
-        page = asyncio.create_task(serve_page(cluster, children, make_pictures(), port))
+        page = asyncio.create_task(serve_page(cluster, list(children.values()), make_pictures(), port))
         try:
             await until(lambda: not nobody_listens([f"127.0.0.1:{port}"]))
-            yield f"http://127.0.0.1:{port}", {child.node.name: child for child in children}
+            yield f"http://127.0.0.1:{port}", children
         finally:
             page.cancel()
             await asyncio.gather(page, return_exceptions=True)
@@ -100,7 +96,7 @@ def test_strangers_are_refused(cluster):
 
     async def scenario():
         # Nothing of this needs nodes that run: the page answers, whatever they do.
-        children = [Child(node, contract, None) for node, _, contract in cluster.placed()[1]]
+        children = [Child(node, None) for node in cluster.nodes]
         runner = aiohttp.web.AppRunner(Page(Live(cluster, children, make_pictures())).application())
         await runner.setup()
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -196,7 +192,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path
             yield live.snapshot()
 
     async def scenario():
-        children = [Child(node, contract, None, state=UP) for node, _, contract in cluster.placed()[1]]  # no process
+        children = [Child(node, None, state=UP) for node in cluster.nodes]  # no process
         live = Live(cluster, children, pictures)
         live.play(rate=FASTEST)
         running = asyncio.create_task(live.run())

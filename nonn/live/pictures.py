@@ -22,21 +22,11 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that is read when its turn comes.
+    """A picture that is read when its turn comes."""
 
-    Attributes
-    ----------
-    name : str
-        For the reader.
-    truth : str or None
-        Its class, where that is known.
-    read : callable
-        Returns uint8 of shape (channels, size, size).
-    """
-
-    name: str
-    truth: str | None
-    read: Callable[[], np.ndarray]
+    name: str  # for the reader
+    truth: str | None  # its class, where that is known
+    read: Callable[[], np.ndarray]  # uint8 of shape (channels, size, size)
 
 
 def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:

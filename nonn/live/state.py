@@ -34,10 +34,10 @@ STARTING = 10.0
 
 @dataclass
 class DeviceCard:
-    """One node: its process, the coordinator's link to it, and its part in the last image."""
+    """One node: its process, the coordinator's connection to it, and its part in the last image."""
 
     child: Child
-    link: NodeConnection | None = None
+    connection: NodeConnection | None = None
     silent: bool = False
     absences: int = 0
     reason: str = ""
@@ -47,22 +47,22 @@ class DeviceCard:
 
     def took_part(self, features: np.ndarray, share: float) -> None:
         self.features, self.share, self.reason = [round(float(number), 4) for number in features], share, ""
-        self.recent.append(self.link.latency_ms)
+        self.recent.append(self.connection.latency_ms)
 
     def was_absent(self, reason: str) -> None:
         self.features, self.share, self.reason = [], None, reason
         self.absences += 1
 
     def describe(self) -> dict:
-        child, link = self.child, self.link
+        child, connection = self.child, self.connection
         return {
             "name": child.node.name,
             "model": child.node.model,
             "address": child.node.address,
             "state": child.state,
             "silent": self.silent and not child.has_exited,
-            "breaker": "open" if link and link.is_open else "closed",
-            "failures_in_a_row": link.failures if link else 0,
+            "breaker": "open" if connection and connection.is_open else "closed",
+            "failures_in_a_row": connection.failures if connection else 0,
             "latency_ms": self.recent[-1] if self.recent else None,
             "p50_ms": statistics.median(self.recent) if self.recent else None,
             "requests": child.requests,
@@ -75,16 +75,7 @@ class DeviceCard:
 
 
 class Live:
-    """Classifies pictures over and over; `snapshot` says how it stands, `changed` when that is news.
-
-    Parameters
-    ----------
-    cluster : Cluster
-    children : sequence of Child
-        Its nodes, running.
-    pictures : sequence of Picture
-        Shown in turn, without end.
-    """
+    """Shows pictures to a running cluster, in turn and without end; `snapshot` says how it stands, `changed` when."""
 
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
         self.cluster, self.pictures = cluster, pictures
@@ -104,8 +95,8 @@ class Live:
             await self._publish()
             await self._wait_for_nodes()
             async with Coordinator(self.cluster) as coordinator:
-                for link in coordinator.links:
-                    self.devices[link.name].link = link
+                for connection in coordinator.connections:
+                    self.devices[connection.name].connection = connection
                 while True:
                     await self._classify(coordinator)
                     await self._publish()
@@ -136,13 +127,7 @@ class Live:
         }
 
     def silence(self, name: str, silent: bool) -> None:
-        """Stop a node's process, or let it go on; the picture is then classified again.
-
-        Raises
-        ------
-        UserError
-            There is no such node, or its process has ended.
-        """
+        """Stop a node's process, or let it go on, and classify the picture again; a `UserError` if it has ended."""
         device = self.devices.get(name)
         if device is None:
             raise UserError(f"there is no node {name[:64]!r}")
@@ -188,7 +173,7 @@ class Live:
         except NobodyAnsweredError:
             self._prediction, self._problem = None, "no device answered"
             for device in self.devices.values():
-                device.was_absent(device.link.reason)
+                device.was_absent(device.connection.reason)
         except UserError as error:
             self._prediction, self._problem = None, str(error)
         else:

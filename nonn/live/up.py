@@ -1,8 +1,4 @@
-"""A whole cluster on one machine: every node a child process, and a live table of how they do.
-
-Children end with this process however it ends: on Ctrl-C and SIGTERM they are told to stop and
-waited for, and if this process is killed their standard input closes, at which they stop by themselves.
-"""
+"""A whole cluster on one machine: every node a child process, and a live table of how they do."""
 
 from __future__ import annotations
 
@@ -23,27 +19,26 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.channel import open_channel
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
-from nonn.runtime.processes import COLUMNS, UP, Child, start, stop
+from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
+from nonn.runtime.protocol import Contract
+from nonn.runtime.serving import told_to_stop
 
 #: Seconds between two looks at a node, and what an answer may take.
 INTERVAL, PATIENCE = 1.0, 0.5
-
-
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
-
 
 #: Something that goes on beside the nodes until it is cancelled.
 Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
 
 
-async def watch(child: Child, cluster: Cluster) -> None:
+async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
     """Ask a node for its counts, again and again, until its process is gone."""
-    async with open_channel(child.node, child.contract.message_limit, cluster.own_identity) as channel:
+    async with open_channel(child.node, contract.message_limit, cluster.own_identity) as channel:
         stub = oip_grpc.GRPCInferenceServiceStub(channel)
         while not child.has_exited:
             try:
-                request = oip.ModelStatisticsRequest(name=child.contract.model)
+                request = oip.ModelStatisticsRequest(name=contract.model)
                 answer = await stub.ModelStatistics(request, timeout=PATIENCE)
                 child.update(answer.model_stats[0].inference_stats)
             except (aio.AioRpcError, IndexError):
@@ -76,55 +71,38 @@ async def show(children: list[Child]) -> None:
         await asyncio.sleep(INTERVAL / 2)
 
 
-async def run_cluster(cluster: Cluster, stopped: asyncio.Event, *pages: Page) -> None:
-    """Run all nodes of a cluster until `stopped` is set, and `pages` beside them.
+async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | None = None) -> None:
+    """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set or by default a signal says so.
 
     Raises
     ------
     UserError
         The cluster does not fit its export, certificates are missing, all nodes have exited, or a page failed.
     """
-    _, placed = cluster.placed()
+    stopped, (_, placed) = stopped or told_to_stop(False, signal.SIGHUP), cluster.placed()
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
             identity.for_server()  # refuses what cannot be read before anything has started
-    children: list[Child] = []
-    tasks: list[asyncio.Future] = []
-    try:
-        for node, _, contract in placed:
-            children.append(await start(cluster, node, contract))
-        exits = asyncio.gather(*(watch(child, cluster) for child in children))
+    async with running(node_commands(cluster), wait=False) as by_name:
+        children = list(by_name.values())
+        exits = asyncio.gather(*(watch(by_name[node.name], contract, cluster) for node, _, contract in placed))
         end = asyncio.create_task(stopped.wait())
         served = [asyncio.create_task(page(children)) for page in pages]
         tasks = [exits, end, *served, asyncio.create_task(show(children))]
-        done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(stop(child) for child in children))
+        try:
+            done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
     if not stopped.is_set():
-        reasons = "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
-        raise UserError(f"all nodes have exited ({reasons})")
-
-
-async def run_until_signal(cluster: Cluster, *pages: Page) -> None:
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, stopped.set)
-    await run_cluster(cluster, stopped, *pages)
+        raise UserError(f"all nodes have exited ({reasons(children)})")
 
 
 def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:
-    """The page of ``--web``, with the pictures that were given or the test images of the network's experiment.
-
-    Raises
-    ------
-    UserError
-        There are no pictures.
-    """
+    """The page of ``--web``, with pictures that were given or the experiment's test images; a `UserError` without."""
     from nonn.live.pictures import dataset_pictures, find_pictures
     from nonn.live.web import serve_page
 
@@ -153,5 +131,5 @@ def run(options) -> None:
     if options.images and options.web is None:
         raise UserError("--images: are shown on the page. Give --web, too.")
     pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
-    asyncio.run(run_until_signal(cluster, *pages))
+    asyncio.run(run_cluster(cluster, *pages))
     log(f"{len(cluster.nodes)} nodes stopped")

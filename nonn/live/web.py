@@ -23,8 +23,8 @@ from aiohttp import web
 from pydantic import Field, ValidationError
 
 from nonn.core.errors import UserError
-from nonn.core.params import Section
 from nonn.core.progress import log
+from nonn.core.schema import Section
 from nonn.live.pictures import Picture
 from nonn.live.state import FASTEST, SLOWEST, Live
 from nonn.runtime.cluster import Cluster
@@ -35,7 +35,6 @@ HOST = "127.0.0.1"
 NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, bytes of the longest post, and seconds that streams have to end.
 VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
-
 
 Wish = TypeVar("Wish", bound=Section)
 
@@ -83,9 +82,9 @@ async def guard(
     hosts, origin = request.headers.getall("Host", []), request.headers.get("Origin")
     if len(hosts) != 1 or host_name(hosts[0]) not in NAMES:
         raise web.HTTPForbidden(text=f"open this page as http://{HOST}:PORT\n")
-    if (origin is not None or request.method != "GET") and origin != f"http://{hosts[0]}":
-        raise web.HTTPForbidden(text="only the page itself may ask this\n")
-    if request.path != "/" and request.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+    is_foreign = (origin is not None or request.method != "GET") and origin != f"http://{hosts[0]}"
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    if is_foreign or (request.path != "/" and site not in ("same-origin", "none")):
         raise web.HTTPForbidden(text="only the page itself may ask this\n")
     return await handler(request)
 
@@ -114,14 +113,8 @@ class Page:
 
     def application(self) -> web.Application:
         application = web.Application(middlewares=[guard], client_max_size=LONGEST_POST)
-        application.add_routes(
-            [
-                web.get("/", self.show),
-                web.get("/events", self.stream),
-                web.post("/switch", self.switch),
-                web.post("/playback", self.playback),
-            ]
-        )
+        application.add_routes([web.get("/", self.show), web.get("/events", self.stream)])
+        application.add_routes([web.post("/switch", self.switch), web.post("/playback", self.playback)])
         application.on_response_prepare.append(self.protect)
         return application
 
@@ -173,13 +166,7 @@ async def read_post(request: web.Request, schema: type[Wish]) -> Wish:
 
 
 async def serve_page(cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture], port: int) -> None:
-    """Classify pictures and show how it goes, until cancelled.
-
-    Raises
-    ------
-    UserError
-        The port is taken.
-    """
+    """Classify pictures and show how it goes, until cancelled; a `UserError` if the port is taken."""
     live = Live(cluster, children, pictures)
     runner = web.AppRunner(Page(live).application(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE)
     await runner.setup()

@@ -23,8 +23,9 @@ from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import FORM, check_close
 from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
-from nonn.method.final_layer import LinearBlocks
+from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
 from nonn.method.joining import NetworkOfNetworks
+from nonn.runtime.final import Blocks
 from nonn.runtime.session import run_onnx
 from nonn.training.networks import ConvNet, predict, single_pass
 
@@ -36,13 +37,14 @@ TOLERANCE = 1e-4
 FEATURE_MARGIN = 4.0
 
 
-def joined(layer: LinearBlocks) -> nn.Linear:
-    """The final layer as one linear layer over the concatenated feature vectors."""
-    weight = torch.cat(list(layer.weights), dim=1)
+def joined(blocks: Blocks) -> nn.Linear:
+    """A final layer as one linear layer over the concatenated feature vectors."""
+    weights, biases = as_tensors(blocks)
+    weight = torch.cat(weights, dim=1)
     linear = nn.Linear(weight.shape[1], weight.shape[0])
     with torch.no_grad():
         linear.weight.copy_(weight)
-        linear.bias.copy_(torch.stack(list(layer.biases)).sum(0))
+        linear.bias.copy_(torch.stack(biases).sum(0))
     return linear
 
 
@@ -85,7 +87,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     """
     images, labels = data.split("test")
     students, features, expected = [], [], []
-    for position, student in enumerate(track(list(model.students), "export")):
+    for position, student in enumerate(track(model.students, "export")):
         path = folder / f"{position}.onnx"
         write_student(student, data, path, bytes_per_value)
         features.append(run_onnx(path, images.numpy()))
@@ -98,10 +100,9 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
     export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
     logits = run_onnx(path, joint)
-    with torch.inference_mode():
-        check_same(path, logits, model.final(expected))
+    check_same(path, logits, logits_of(model.final, expected))
     blocks = folder / "final.safetensors"
-    write_tensors(blocks, model.final.state_dict())
+    write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     return _manifest(data, students, logits, labels, bytes_per_value) | {"final": final}
 

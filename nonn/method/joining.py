@@ -8,16 +8,17 @@ more validation images. What it says when students are missing is chosen here to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nonn.core.params import Assemble
 from nonn.data.dataset import Dataset
 from nonn.deploy.onnx_files import student_content
-from nonn.method.final_layer import FinalLayer, averaged_layer
+from nonn.method.final_layer import averaged_layer, fit, layer_tensors, logits_of
 from nonn.method.missing import fit_strategies
+from nonn.runtime.final import FinalLayer
 from nonn.runtime.session import run_onnx
 from nonn.training.loop import epoch_order
 from nonn.training.networks import ConvNet, accuracy, predict
@@ -25,24 +26,34 @@ from nonn.training.networks import ConvNet, accuracy, predict
 BATCH_SIZE = 500
 
 
-class NetworkOfNetworks(nn.Module):
-    """The assembled network: students that never exchange anything, and the final layer, in float32.
+@dataclass(frozen=True)
+class NetworkOfNetworks:
+    """The assembled network: students that never exchange anything, and the final layer.
 
-    `final` is the layer of the strategy chosen for missing students; `others`, for comparison, those not chosen.
+    Attributes
+    ----------
+    students : sequence of ConvNet
+    final : FinalLayer
+        Of the strategy chosen for missing students.
+    others : mapping of str to FinalLayer
+        Of the strategies not chosen, for comparison.
     """
 
-    def __init__(self, students: Sequence[ConvNet], final: FinalLayer, others: Mapping[str, FinalLayer] | None = None):
-        super().__init__()
-        self.students = nn.ModuleList(students)
-        self.final = final
-        self.others = nn.ModuleDict(others or {})
+    students: Sequence[ConvNet]
+    final: FinalLayer
+    others: Mapping[str, FinalLayer] = field(default_factory=dict)
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
-        return features_of(self.students, images)
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, C), float64, of uint8 images."""
+        return logits_of(self.final, features_of(self.students, images))
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.final([student(images)[0] for student in self.students])
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored of the network, by name."""
+        layers = {"final": self.final} | {f"others.{name}": layer for name, layer in self.others.items()}
+        tensors = {f"{key}.{name}": t for key, layer in layers.items() for name, t in layer_tensors(layer).items()}
+        for position, student in enumerate(self.students):
+            tensors |= {f"students.{position}.{name}": tensor for name, tensor in student.state_dict().items()}
+        return tensors
 
 
 def fit_layer(
@@ -59,18 +70,12 @@ def fit_layer(
     right on more validation images: then the first best one; and the accuracies on validation, before the first epoch
     and after each. The start stays as it is.
     """
-    fitted = FinalLayer(layer.weights, layer.biases)
-    optimizer = torch.optim.Adam(fitted.parameters(), lr=params.lr)
-    best, accuracies = layer, [accuracy(layer(validation[0]), validation[1])]
-    for epoch in range(params.epochs):
-        for index in epoch_order(len(labels), epoch, seed).split(BATCH_SIZE):
-            loss = F.cross_entropy(fitted([f[index] for f in features]), labels[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        score = accuracy(fitted(validation[0]), validation[1])
+    best, accuracies = layer, [accuracy(logits_of(layer, validation[0]), validation[1])]
+    epochs = (epoch_order(len(labels), epoch, seed).split(BATCH_SIZE) for epoch in range(params.epochs))
+    for fitted in fit(layer, features, labels, epochs, params.lr):
+        score = accuracy(logits_of(fitted, validation[0]), validation[1])
         if score > max(accuracies):
-            best = FinalLayer(fitted.weights, fitted.biases)
+            best = fitted
         accuracies.append(score)
     return best, accuracies
 

@@ -25,12 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.params import MAX_SUBSET_STUDENTS, STRATEGIES, Assemble
-from nonn.method.final_layer import FinalLayer, LinearBlocks
+from nonn.method.final_layer import as_tensors, fit, logits_of
+from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import Subset, proper_subsets
 from nonn.training.loop import epoch_order
 
@@ -42,41 +44,37 @@ MAX_STEPS = 600
 Features = Sequence[Tensor]  # N tensors of shape (M, F_i)
 
 
-def zero_fill(layer: LinearBlocks) -> FinalLayer:
+def zero_fill(layer: FinalLayer) -> FinalLayer:
     """Missing students count as if they had sent zeros."""
-    ones = torch.ones(len(layer.weights), dtype=torch.float64)
-    return FinalLayer(layer.weights, layer.biases, ones, torch.stack(list(layer.biases)).detach())
+    return FinalLayer(layer.blocks, np.ones(len(layer.blocks)), np.stack([bias for _, bias in layer.blocks.values()]))
 
 
-def mean_fill(layer: LinearBlocks, means: Sequence[Tensor]) -> FinalLayer:
+def mean_fill(layer: FinalLayer, means: Sequence[Tensor]) -> FinalLayer:
     """Missing students count as if they had sent the means of their features, N tensors of shape (F_i,)."""
-    ones = torch.ones(len(layer.weights), dtype=torch.float64)
-    return FinalLayer(layer.weights, layer.biases, ones, layer.contributions([m[None] for m in means])[:, 0].detach())
+    fills = torch.cat([F.linear(m[None], w, b) for m, w, b in zip(means, *as_tensors(layer.blocks), strict=True)])
+    return FinalLayer(layer.blocks, np.ones(len(fills)), fills.numpy())
 
 
-def fit_fail_out(start: LinearBlocks, features: Features, labels: Tensor, params: Assemble, seed: int) -> FinalLayer:
+def fit_fail_out(start: FinalLayer, features: Features, labels: Tensor, params: Assemble, seed: int) -> FinalLayer:
     """Fit one layer while each image misses students at random, every proper subset being as likely.
 
     Nothing is chosen on the way: the layer is that of the last step.
     """
     n, generator = len(features), torch.Generator().manual_seed(seed)
-    fitted = LinearBlocks(start.weights, start.biases)
-    optimizer = torch.optim.Adam(fitted.parameters(), lr=params.lr)
-    for index in batches(len(labels), params.epochs, seed):
-        masks = torch.randint(1, 2**n - 1, (len(index),), generator=generator)  # of bits, neither none nor all
+
+    def without_some(terms: Tensor) -> Tensor:
+        masks = torch.randint(1, 2**n - 1, terms.shape[1:2], generator=generator)  # of bits, neither none nor all
         present = (masks >> torch.arange(n)[:, None] & 1).float()  # (N, B)
-        terms = fitted.contributions([f[index] for f in features]) * present[..., None]
-        logits = terms.sum(0) * (n / present.sum(0))[:, None]
-        loss = F.cross_entropy(logits, labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return FinalLayer(fitted.weights, fitted.biases)
+        return (terms * present[..., None]).sum(0) * (n / present.sum(0))[:, None]
+
+    steps = batches(len(labels), params.epochs, seed)
+    (fitted,) = fit(start, features, labels, [steps], params.lr, without_some)
+    return fitted
 
 
 def fit_subset_layers(
-    start: LinearBlocks, features: Features, labels: Tensor, subsets: Sequence[Subset], params: Assemble, seed: int
-) -> list[LinearBlocks]:
+    start: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset], params: Assemble, seed: int
+) -> list[Blocks]:
     """Fit a layer for each subset of students, all at once; return those of the last step.
 
     The layers stand side by side in one linear layer over all features, whose weights are masked to each subset's own;
@@ -86,7 +84,7 @@ def fit_subset_layers(
     Each starts from its blocks of the students present, times N/|S|. The features are those of the training images as
     they are.
     """
-    n, n_classes = len(features), len(start.biases[0])
+    n, (starts, shares) = len(features), as_tensors(start.blocks)
     present = torch.zeros(len(subsets), n)
     for row, subset in zip(present, subsets, strict=True):
         row[list(subset)] = 1
@@ -94,14 +92,14 @@ def fit_subset_layers(
     lengths = [f.shape[1] for f in features]
     mask = present.repeat_interleave(torch.tensor(lengths), dim=1)[:, None]  # (S, 1, F)
     joint = torch.cat(list(features), dim=1)  # (M, F)
-    blocks = torch.cat(list(start.weights), dim=1).detach()  # (C, F)
+    blocks = torch.cat(starts, dim=1)  # (C, F)
     weights = (scales[:, None, None] * mask * blocks).requires_grad_()  # (S, C, F)
-    before = (scales[:, None] * present) @ torch.stack(list(start.biases)).detach()
+    before = (scales[:, None] * present) @ torch.stack(shares)
     biases = before.clone().requires_grad_()  # (S, C)
     optimizer = torch.optim.Adam([weights, biases], lr=params.lr)
     for index in batches(len(labels), params.epochs, seed):
         logits = torch.addmm(biases.flatten(), joint[index], (weights * mask).flatten(0, 1).T)
-        logits = logits.view(len(index), len(subsets), n_classes)
+        logits = logits.view(len(index), len(subsets), -1)
         right = logits.gather(2, labels[index, None, None].expand(-1, len(subsets), 1))[..., 0]
         loss = (logits.logsumexp(2) - right).mean(0).sum()
         optimizer.zero_grad()
@@ -111,7 +109,7 @@ def fit_subset_layers(
     for s, subset in enumerate(subsets):
         parts = weights[s].detach().split(lengths, dim=1)
         gain = (biases[s] - before[s]).detach() / len(subset)
-        layers.append(LinearBlocks([parts[i] for i in subset], [scales[s] * start.biases[i] + gain for i in subset]))
+        layers.append({i: (parts[i].numpy(), (scales[s] * shares[i] + gain).numpy()) for i in subset})
     return layers
 
 
@@ -128,7 +126,7 @@ def batches(n_images: int, epochs: int, seed: int) -> list[Tensor]:
 @torch.inference_mode()
 def right_answers(layer: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset]) -> Tensor:
     """Whether a layer is right on each image with each subset of students, bool of shape (S, M)."""
-    return torch.stack([layer(features, subset).argmax(1) == labels for subset in subsets])
+    return torch.stack([logits_of(layer, features, subset).argmax(1) == labels for subset in subsets])
 
 
 def cross_scored(start: Tensor, fitted: Tensor) -> Tensor:
@@ -187,24 +185,24 @@ def fit_strategies(
     summary: ``chosen`` and ``not_chosen`` strategies; ``mean`` validation accuracy over all proper subsets and the rows
     ``by_missing`` of each, for `subset_layers` as in `cross_scored`; and how many subset layers were ``kept``.
     """
-    n = len(final.weights)
+    n = len(final.blocks)
     everyone, subsets = tuple(range(n)), proper_subsets(n)
     fail_out = fit_fail_out(averaged, *train, params, seed)
     layers = {
-        "rescale": FinalLayer(final.weights, final.biases),
+        "rescale": FinalLayer(final.blocks),
         "zero_fill": zero_fill(final),
         "mean_fill": mean_fill(final, [f.mean(0) for f in train[0]]),
-        "fail_out": FinalLayer(fail_out.weights, fail_out.biases, layers={everyone: final.whole}),
+        "fail_out": FinalLayer(fail_out.blocks, layers={everyone: final.whole}),
     }
     right = {name: right_answers(layer, *validation, subsets) for name, layer in layers.items()}
     kept = {}
     if n <= MAX_SUBSET_STUDENTS:
         fitted = dict(zip(subsets, fit_subset_layers(averaged, *train, subsets, params, seed), strict=True))
         start = right_answers(averaged, *validation, subsets)
-        trial = right_answers(FinalLayer(averaged.weights, averaged.biases, layers=fitted), *validation, subsets)
+        trial = right_answers(FinalLayer(averaged.blocks, layers=fitted), *validation, subsets)
         better = trial.sum(1) > start.sum(1)
         kept = {subset: fitted[subset] for subset, gained in zip(subsets, better.tolist(), strict=True) if gained}
-        layers["subset_layers"] = FinalLayer(averaged.weights, averaged.biases, layers=kept | {everyone: final.whole})
+        layers["subset_layers"] = FinalLayer(averaged.blocks, layers=kept | {everyone: final.whole})
         right["subset_layers"] = cross_scored(start, trial)
     by_missing = {name: tabulate(table, subsets, n) for name, table in right.items()}
     means = {name: mean_accuracy(rows, n) for name, rows in by_missing.items()}

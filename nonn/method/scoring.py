@@ -30,9 +30,10 @@ from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES, Evaluate, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
-from nonn.method.final_layer import FinalLayer, averaged_layer
+from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
 from nonn.method.store import load_baseline, load_network
+from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
 from nonn.training.networks import ConvNet, accuracy, predict
 from nonn.training.store import load_teacher
@@ -162,7 +163,7 @@ def _joined_scores(
 ) -> Scores:
     """Scores of students joined by a final layer, given both of each seed."""
     _, labels = features.data.split("test")
-    answers = [partial(layer, features(students, "test")[0]) for students, layer in joined]
+    answers = [partial(logits_of, layer, features(students, "test")[0]) for students, layer in joined]
     n = len(joined[0][0])
     correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
     return Scores(method, network, n, correct, answers if n > 1 else [])
@@ -173,7 +174,7 @@ def _nonn_scores(
 ) -> Scores:
     """Scores of a NoNN, given the network and the strategy chosen of each seed."""
     students = [list(model.students) for model in models]
-    layers = [{own: model.final, **dict(model.others.items())} for model, own in zip(models, chosen, strict=True)]
+    layers = [{own: model.final, **model.others} for model, own in zip(models, chosen, strict=True)]
     by_strategy = {
         name: _joined_scores("nonn", network, [(s, of[name]) for s, of in zip(students, layers, strict=True)], features)
         for name in STRATEGIES

@@ -12,8 +12,8 @@ from nonn.core.params import Architecture, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.method.final_layer import FinalLayer
 from nonn.method.joining import NetworkOfNetworks
+from nonn.runtime.final import FinalLayer
 from nonn.training.networks import ConvNet
 from nonn.training.store import load_design
 
@@ -31,11 +31,15 @@ def load_baseline(path: Path, data: Dataset) -> list[ConvNet]:
 def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
     """An assembled network, ready to predict, from the file of its weights."""
     tensors, info = read_tensors(path), read_json(path.with_suffix(".json"))
-    students = [ConvNet(*_shape(design, data)) for design in info["students"]]
-    others = {name: FinalLayer.of(_below(tensors, f"others.{name}.")) for name in info["missing"]["not_chosen"]}
-    model = NetworkOfNetworks(students, FinalLayer.of(_below(tensors, "final.")), others)
-    model.load_state_dict(tensors)
-    return model.eval()
+    students = [ConvNet(*_shape(design, data)).eval() for design in info["students"]]
+    for position, student in enumerate(students):
+        student.load_state_dict(_below(tensors, f"students.{position}."))
+    others = {name: _layer(tensors, f"others.{name}.") for name in info["missing"]["not_chosen"]}
+    return NetworkOfNetworks(students, _layer(tensors, "final."), others)
+
+
+def _layer(tensors: Mapping[str, Tensor], prefix: str) -> FinalLayer:
+    return FinalLayer.of({name: tensor.numpy() for name, tensor in _below(tensors, prefix).items()})
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -36,32 +36,21 @@ Authority = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
 
 def make_authority() -> Authority:
     """A new key (EC P-256) and its self-signed certificate, which may sign nodes but no further authority."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = _named("nonn test bed")
-    usage = _usage(key_cert_sign=True, crl_sign=True)
-    builder = (
-        _builder(name, name, key, AUTHORITY_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-    )
-    return key, builder.sign(key, hashes.SHA256())
+    usage, constraints = _usage(key_cert_sign=True, crl_sign=True), x509.BasicConstraints(ca=True, path_length=0)
+    return _issue("nonn test bed", AUTHORITY_DAYS, {constraints: True, usage: True}, None)
 
 
 def make_certificate(name: str, authority: Authority, days: int) -> Authority:
     """A new key and a certificate for ``name``, which is also good for this machine's loopback addresses."""
-    (ca_key, ca), key = authority, ec.generate_private_key(ec.SECP256R1())
     addresses = [x509.IPAddress(ipaddress.ip_address(address)) for address in ("127.0.0.1", "::1")]
-    alternatives = x509.SubjectAlternativeName([x509.DNSName(name), x509.DNSName("localhost"), *addresses])
-    purposes = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
-    builder = (
-        _builder(_named(name), ca.subject, key, days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_usage(digital_signature=True), critical=True)
-        .add_extension(purposes, critical=False)
-        .add_extension(alternatives, critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-    )
-    return key, builder.sign(ca_key, hashes.SHA256())
+    extensions = {
+        x509.BasicConstraints(ca=False, path_length=None): True,
+        _usage(digital_signature=True): True,
+        x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]): False,
+        x509.SubjectAlternativeName([x509.DNSName(name), x509.DNSName("localhost"), *addresses]): False,
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(authority[0].public_key()): False,
+    }
+    return _issue(name, days, extensions, authority)
 
 
 def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> None:
@@ -103,22 +92,17 @@ def _read_authority(folder: Path) -> Authority:
     return key, certificate
 
 
-def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int):
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SKEW)
-        .not_valid_after(now + datetime.timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-    )
-
-
-def _named(name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+def _issue(name: str, days: int, extensions: dict[x509.ExtensionType, bool], authority: Authority | None) -> Authority:
+    """A new key and its certificate with extensions, critical or not, signed by an authority or by itself."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    signer, issuer = (authority[0], authority[1].subject) if authority else (key, subject)
+    builder = x509.CertificateBuilder(issuer, subject, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - CLOCK_SKEW).not_valid_after(now + datetime.timedelta(days=days))
+    extensions = {x509.SubjectKeyIdentifier.from_public_key(key.public_key()): False} | extensions
+    for extension, critical in extensions.items():
+        builder = builder.add_extension(extension, critical=critical)
+    return key, builder.sign(signer, hashes.SHA256())
 
 
 def _usage(**granted: bool) -> x509.KeyUsage:

@@ -11,13 +11,12 @@ from nonn.runtime.cluster import Node
 from nonn.runtime.tls import Identity
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
-
+READY = ChannelConnectivity.READY
 
 #: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
 CONNECT_TIMEOUT = 1.0
 
 LATE = "no answer by the deadline"
-
 CHANNEL_OPTIONS = {
     "grpc.enable_http_proxy": 0,
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
@@ -34,10 +33,7 @@ CHANNEL_OPTIONS = {
 
 
 def open_channel(node: Node, message_limit: int, identity: Identity | None) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is.
-
-    Of the contract, only the size of its largest message matters here.
-    """
+    """A channel to a node, who must show a certificate with its own name wherever it is."""
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
     options = CHANNEL_OPTIONS | dict.fromkeys(limits, message_limit)
     if identity is None:
@@ -54,12 +50,12 @@ async def settle_all(channels: Iterable[aio.Channel]) -> None:
         task.cancel()
 
 
-async def settle(channel: aio.Channel) -> None:
-    """Wait until a channel is connected, or its first attempt has failed."""
-    state = channel.get_state(try_to_connect=True)
-    while state not in (ChannelConnectivity.READY, ChannelConnectivity.TRANSIENT_FAILURE):
+async def settle(
+    channel: aio.Channel, states: Iterable[ChannelConnectivity] = (READY, ChannelConnectivity.TRANSIENT_FAILURE)
+) -> None:
+    """Wait until a channel is in one of some states: connected, or its first attempt has failed."""
+    while (state := channel.get_state(try_to_connect=True)) not in states:
         await channel.wait_for_state_change(state)
-        state = channel.get_state()
 
 
 def reason_of(error: BaseException) -> str:

@@ -54,29 +54,15 @@ class Node(Section):
 
 
 class Cluster(Section):
-    """All of ``cluster.yaml``.
+    """All of ``cluster.yaml``."""
 
-    Attributes
-    ----------
-    export : Path
-        Folder of the exported network: its manifest and final layer, and the students' files.
-    deadline_ms : float
-        When an image is answered with whichever students have replied.
-    tls : Tls, optional
-    sensor : Path, optional
-        A file of images that stands for the camera of each node that `nonn up` starts; see `nonn.runtime.sensor`.
-    insecure : bool
-        Plain text instead of ``tls``; all nodes must then be on this machine.
-    nodes : list of Node
-        One for each student, in any order.
-    """
-
-    export: FilePath
+    export: FilePath  # folder of the exported network: its manifest and final layer, and the students' files
+    #: When an image is answered with whichever students have replied.
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
-    sensor: FilePath | None = None
-    insecure: bool = False
-    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]
+    sensor: FilePath | None = None  # a file of images, the camera of each node that `nonn up` starts
+    insecure: bool = False  # plain text instead of `tls`; all nodes must then be on this machine
+    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]  # one for each student, in any order
 
     @model_validator(mode="after")
     def _is_safe_and_unambiguous(self) -> Cluster:
@@ -123,12 +109,7 @@ class Cluster(Section):
 
 
 def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
-    """Read and check a cluster file; the paths in it come back relative to the working directory.
-
-    Raises
-    ------
-    UserError
-    """
+    """Read a cluster file, or raise a `UserError`; its paths come back relative to the working directory."""
     cluster = load_yaml(path, Cluster, "Write one with `nonn cluster NETWORK`.")
     changes: dict = {"export": path.parent / cluster.export}
     if cluster.tls:
@@ -171,8 +152,8 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     content = cluster.model_dump(mode="json", exclude_defaults=True)
     content["export"] = os.path.relpath(cluster.export, path.parent)
     if cluster.tls:
-        content["tls"] = {"folder": os.path.relpath(cluster.tls.folder, path.parent)}
-        content["tls"]["coordinator"] = cluster.tls.coordinator
+        folder = os.path.relpath(cluster.tls.folder, path.parent)
+        content["tls"] = {"folder": folder, "coordinator": cluster.tls.coordinator}
     if cluster.sensor:
         content["sensor"] = os.path.relpath(cluster.sensor, path.parent)
     text, yaml = StringIO(), YAML()

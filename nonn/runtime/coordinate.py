@@ -33,14 +33,9 @@ CALLERS_SHARE = 0.9
 
 @dataclass(frozen=True)
 class NetworkContract(ImageContract):
-    """What a network takes and gives; its model is the name of the export's folder.
+    """What a network takes and gives; its model is the name of the export's folder."""
 
-    Attributes
-    ----------
-    n_classes : int  # C
-    """
-
-    n_classes: int
+    n_classes: int  # C
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -77,13 +72,7 @@ def _strings(words: list[str]) -> np.ndarray:
 
 
 class ServedNetwork:
-    """A network as a model that can be served; see `nonn.runtime.serving.Model`.
-
-    Parameters
-    ----------
-    coordinator : Coordinator
-        Connected.
-    """
+    """A network with a connected coordinator, as a model that can be served; see `nonn.runtime.serving.Model`."""
 
     platform = "nonn"
 
@@ -97,7 +86,7 @@ class ServedNetwork:
     @property
     def is_ready(self) -> bool:
         """Whether any node is not left alone."""
-        return not all(link.is_open for link in self.coordinator.links)
+        return not all(connection.is_open for connection in self.coordinator.connections)
 
     async def infer(self, request: ModelInferRequest, image: np.ndarray, seconds: float | None) -> ModelInferResponse:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""

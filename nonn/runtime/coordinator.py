@@ -14,8 +14,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -23,13 +21,11 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
+from nonn.core.images import read_image
+from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node, load_cluster
 from nonn.runtime.final import FinalLayer, Prediction, read_out
-from nonn.runtime.protocol import Contract, ProtocolError, make_request, read_response
-
-if TYPE_CHECKING:
-    pass
-from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
+from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
 
 #: Absences in a row after which a node's circuit breaker opens.
 TOLERATED_FAILURES = 3
@@ -43,21 +39,11 @@ class NobodyAnsweredError(UserError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, and whose it is.
+    """A prediction, and whose it is."""
 
-    Attributes
-    ----------
-    prediction : Prediction
-        With one share for each node that is present, in their order.
-    features : dict of str to ndarray of shape (F_i,), float32
-        Of the nodes that took part, by name.
-    absent : dict of str to str
-        Why each of the others did not.
-    """
-
-    prediction: Prediction
-    features: dict[str, np.ndarray]
-    absent: dict[str, str]
+    prediction: Prediction  # with one share for each node that is present, in their order
+    features: dict[str, np.ndarray]  # (F_i,), float32, of the nodes that took part, by name
+    absent: dict[str, str]  # why each of the others did not
 
     @property
     def present(self) -> list[str]:
@@ -83,15 +69,11 @@ class NodeConnection:
         """Whether the breaker keeps requests from the node."""
         return self.probing is not None
 
-    async def ask(self, image: np.ndarray, seconds: float) -> np.ndarray:
-        """Features (F_i,) of an image.
-
-        Raises
-        ------
-        aio.AioRpcError, ProtocolError
-        """
-        start = time.perf_counter()
-        content = await self._call(make_request(self.contract, image), timeout=max(seconds, 0))
+    async def ask(self, image: np.ndarray | np.integer, seconds: float, image_id: str = "") -> np.ndarray:
+        """Features (F_i,) of an image; without them an `aio.AioRpcError` or a `ProtocolError`."""
+        start, request = time.perf_counter(), make_request(self.contract, image)
+        request.id = image_id
+        content = await self._call(request, timeout=max(seconds, 0))
         try:
             response = ModelInferResponse.FromString(content)
         except DecodeError:
@@ -137,43 +119,31 @@ class NodeConnection:
 
 
 class Coordinator:
-    """Classifies images with the nodes of a cluster; use it in ``async with``.
-
-    Parameters
-    ----------
-    cluster : Cluster
-
-    Raises
-    ------
-    UserError
-        The cluster does not fit its export.
-    """
+    """Classifies images with the nodes of a cluster, which must fit its export; use it in ``async with``."""
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
         self.manifest, self.placed = cluster.placed()
         self.final = FinalLayer.load(cluster.export, self.manifest)
         self.patience = cluster.deadline_ms / 1000
-        self.links: list[NodeConnection] = []
+        self.connections: list[NodeConnection] = []
 
     async def __aenter__(self) -> Coordinator:
         for node, _, contract in self.placed:
             channel = open_channel(node, contract.message_limit, self.cluster.own_identity)
-            self.links.append(NodeConnection(node, contract, channel, self.patience))
-        await settle_all(link.channel for link in self.links)
+            self.connections.append(NodeConnection(node, contract, channel, self.patience))
+        await settle_all(connection.channel for connection in self.connections)
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await asyncio.gather(*(link.close() for link in self.links))
-        self.links = []
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.gather(*(connection.close() for connection in self.connections))
+        self.connections = []
 
     async def classify(self, image: np.ndarray | np.integer, seconds: float | None = None) -> Answer:
         """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
 
-        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. Whoever is in more of a hurry
-        than the cluster gives `seconds`; nodes that miss this deadline are absent, but it counts against none.
+        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
+        earlier than the cluster's; nodes that miss only this one are absent, but it does not count against them.
 
         Raises
         ------
@@ -181,16 +151,13 @@ class Coordinator:
         ValueError
             The image is of another type or shape.
         """
-        shape = self.links[0].contract.image_shape[1:]
-        if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
-            raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
+        check_image(self.connections[0].contract, image)
         features, absent = await self._collect(image, seconds)
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
-        terms = self.final.contributions(features)
-        prediction = read_out(self.manifest.classes, self.final.logits(terms), list(terms.values()))
-        return Answer(prediction, {self.links[i].name: feature for i, feature in features.items()}, absent)
+        prediction = read_out(self.manifest.classes, list(self.final.contributions(features).values()))
+        return Answer(prediction, {self.connections[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(
         self, image: np.ndarray, seconds: float | None
@@ -200,11 +167,11 @@ class Coordinator:
         hurried = seconds is not None and seconds < self.patience
         deadline = loop.time() + (seconds if hurried else self.patience)
         # When all are left alone, there is nothing to lose by asking them all the same.
-        desperate = all(link.is_open for link in self.links)
+        desperate = all(connection.is_open for connection in self.connections)
         calls = {
-            position: loop.create_task(link.ask(image, deadline - loop.time()))
-            for position, link in enumerate(self.links)
-            if desperate or not link.is_open
+            position: loop.create_task(connection.ask(image, deadline - loop.time()))
+            for position, connection in enumerate(self.connections)
+            if desperate or not connection.is_open
         }
         try:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
@@ -212,21 +179,23 @@ class Coordinator:
             for call in calls.values():
                 call.cancel()  # of those that are done nothing changes
         features, absent = {}, {}
-        for position, link in enumerate(self.links):
+        for position, connection in enumerate(self.connections):
             call = calls.get(position)
             if call is None:
-                absent[link.name] = f"left alone after {TOLERATED_FAILURES} failures in a row ({link.reason})"
+                absent[connection.name] = (
+                    f"left alone after {TOLERATED_FAILURES} failures in a row ({connection.reason})"
+                )
             elif not call.done():
-                absent[link.name] = LATE
+                absent[connection.name] = LATE
                 if not hurried:
-                    link.failed(LATE)
+                    connection.failed(LATE)
             elif error := call.exception():
-                absent[link.name] = reason_of(error)
-                if not (hurried and absent[link.name] == LATE):
-                    link.failed(absent[link.name])
+                absent[connection.name] = reason_of(error)
+                if not (hurried and absent[connection.name] == LATE):
+                    connection.failed(absent[connection.name])
             else:
                 features[position] = call.result()
-                link.succeeded()
+                connection.succeeded()
         return features, absent
 
 
@@ -238,8 +207,6 @@ async def classify_once(cluster: Cluster, image: np.ndarray) -> Answer:
 
 def run(path: Path, cluster_path: Path) -> None:
     """The command ``nonn predict IMAGE --cluster``: class, probability, and each node's share or excuse."""
-    from nonn.core.images import read_image
-
     cluster = load_cluster(cluster_path)
     shape = cluster.placed()[0].image
     answer = asyncio.run(classify_once(cluster, read_image(path, shape.channels, shape.size)))

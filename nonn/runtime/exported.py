@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nonn.core.errors import UserError
-from nonn.core.files import read_json
 
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
@@ -18,17 +16,40 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=2**16)]
 
 
-class Section(BaseModel):
+class Record(BaseModel):
+    """Keys of a JSON file that a program wrote, as far as its reader needs them: further ones are ignored."""
+
     model_config = ConfigDict(frozen=True)
 
 
-class Image(Section):
+Schema = TypeVar("Schema", bound=Record)
+
+
+def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Schema:
+    """A file, checked against its schema.
+
+    Raises
+    ------
+    UserError
+        It is missing or damaged, or not `what` it should be.
+    """
+    try:
+        return schema.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}. {remedy}") from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{path}: not {what} ({where or problem['msg']}). {remedy}") from None
+
+
+class Image(Record):
     channels: Count
     size: Count
     dtype: Literal["uint8"]
 
 
-class StudentFile(Section):
+class StudentFile(Record):
     file: FileName
     sha256: Sha256
     n_features: Count
@@ -41,13 +62,13 @@ class StudentFile(Section):
         return Path(self.file).stem
 
 
-class FinalFiles(Section):
+class FinalFiles(Record):
     file: FileName
     blocks: FileName
     blocks_sha256: Sha256
 
 
-class Manifest(Section):
+class Manifest(Record):
     """The keys of an exported network's ``manifest.json`` that nodes and coordinator need."""
 
     classes: Annotated[list[str], Field(min_length=2)]
@@ -59,30 +80,13 @@ class Manifest(Section):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of an exported network.
-
-    Raises
-    ------
-    UserError
-        It is missing or damaged, or not that of a network.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Copy the whole folder that `nonn export` wrote, or run the pipeline.")
-    try:
-        return Manifest.model_validate(read_json(path))
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        what = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{path}: not the manifest of an exported network ({what}). Export it again.") from None
+    """The manifest of an exported network; see `read_record`."""
+    remedy = "Copy the whole folder that `nonn export` wrote, or run the pipeline."
+    return read_record(folder / "manifest.json", Manifest, "the manifest of an exported network", remedy)
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
-    """Content of a file whose SHA-256 the manifest knows; read once, so what was checked is what is used.
-
-    Raises
-    ------
-    UserError
-    """
+    """Content of a file of this SHA-256, or a `UserError`; read once, so what was checked is what is used."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The final layer where the network runs: in blocks by student, for whichever students answer."""
+"""The final layer: linear over the students' feature vectors, in blocks, and defined for every subset of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,50 +14,58 @@ from nonn.core.errors import UserError
 from nonn.runtime.exported import Manifest, read_verified
 from nonn.runtime.subsets import Subset, subset_name, subset_of
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a network says of one image.
-
-    Attributes
-    ----------
-    label : str
-        The most probable class.
-    probability : float
-    probabilities : list of float
-        Of all classes.
-    shares : list of float
-        Of each student that took part: its part in the lead of the predicted class over the mean of all
-        classes, negative if it spoke against the class. Their magnitudes add up to 1.
-    """
-
-    label: str
-    probability: float
-    probabilities: list[float]
-    shares: list[float]
-
-
 #: W_i (C, F_i) and the shares b_i (C,) of the bias, by position of the student.
 Blocks = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 class FinalLayer:
-    """The final layer of N students, of which any may be missing; see `nonn.method.final_layer.FinalLayer`.
+    """The final layer of N students, of which any may be missing.
 
-    Sums are taken in float64, so that finite features of any size give finite logits.
+    The logits of the students in the subset S are
+
+        s_|S| · Σ_{i in S} (W_i f_i + b_i) + Σ_{j not in S} c_j
+
+    unless the subset has a layer of its own, which then takes the place of all this. The fills c_j are spread
+    evenly over the students present, so that each has its share of the logits. All numbers but the scales are
+    float32, as in files; sums are taken in float64, so that finite features of any size give finite logits.
 
     Parameters
     ----------
     blocks : Blocks
-        Of all students.
-    scales : ndarray of shape (N,)
-    fills : ndarray of shape (N, C)
+    scales : ndarray of shape (N,), optional
+        s_1 … s_N; N/|S| by default, which averages the students present if it averages all.
+    fills : ndarray of shape (N, C), optional
+        c_0 … c_{N−1}, what stands in for each student that is missing; nothing by default.
     layers : mapping of subsets to Blocks
         Of the subsets with a layer of their own.
     """
 
-    def __init__(self, blocks: Blocks, scales: np.ndarray, fills: np.ndarray, layers: Mapping[Subset, Blocks]):
-        self.blocks, self.scales, self.fills, self.layers = blocks, scales, fills, layers
+    def __init__(
+        self,
+        blocks: Blocks,
+        scales: np.ndarray | None = None,
+        fills: np.ndarray | None = None,
+        layers: Mapping[Subset, Blocks] | None = None,
+    ):
+        n = len(blocks)
+        self.blocks = _widened(blocks)
+        self.scales = n / np.arange(1, n + 1) if scales is None else np.asarray(scales, np.float64)
+        self.fills = np.zeros((n, len(blocks[0][1]))) if fills is None else np.asarray(fills, np.float32).astype(float)
+        self.layers = {subset: _widened(own) for subset, own in (layers or {}).items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, np.ndarray]) -> FinalLayer:
+        """The layer of what `tensors` gives.
+
+        Raises
+        ------
+        KeyError, ValueError
+            They are not those of a final layer.
+        """
+        subsets = sorted({subset_of(name.split(".")[1]) for name in tensors if name.startswith("layers.")})
+        everyone = range(sum(name.startswith("biases.") for name in tensors))
+        layers = {subset: _read_blocks(tensors, subset, f"layers.{subset_name(subset)}.") for subset in subsets}
+        return cls(_read_blocks(tensors, everyone), tensors["scales"], tensors["fills"], layers)
 
     @classmethod
     def load(cls, folder: Path, manifest: Manifest) -> FinalLayer:
@@ -71,44 +79,73 @@ class FinalLayer:
         path = folder / manifest.final.blocks
         lengths, n_classes = [student.n_features for student in manifest.students], len(manifest.classes)
         try:
-            tensors = load(read_verified(path, manifest.final.blocks_sha256))
-            tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
-            subsets = {subset_of(name.split(".")[1]) for name in tensors if name.startswith("layers.")}
-            blocks = _read_blocks(tensors, range(len(lengths)), "")
-            layers = {s: _read_blocks(tensors, s, f"layers.{subset_name(s)}.") for s in subsets}
-            layer = cls(blocks, tensors["scales"], tensors["fills"], layers)
+            layer = cls.of(load(read_verified(path, manifest.final.blocks_sha256)))
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: damaged ({error}). Export the network again.") from None
-        shapes = [(i, w.shape, b.shape) for parts in (blocks, *layers.values()) for i, (w, b) in parts.items()]
-        expected = [((n_classes, length), (n_classes,)) for length in lengths]
+        expected = {i: ((n_classes, length), (n_classes,)) for i, length in enumerate(lengths)}
+        shapes = [
+            {i: (w.shape, b.shape) for i, (w, b) in own.items()} for own in (layer.blocks, *layer.layers.values())
+        ]
         fits = layer.scales.shape == (len(lengths),) and layer.fills.shape == (len(lengths), n_classes)
-        if not fits or any(i >= len(lengths) or (w, b) != expected[i] for i, w, b in shapes):
+        if not fits or shapes[0] != expected or any(not own.items() <= expected.items() for own in shapes):
             raise UserError(f"{path}: does not fit the students of the manifest. Export the network again.")
         return layer
 
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All that is stored of the layer, by name: float32, the scales float64."""
+        tensors = {"scales": self.scales, "fills": self.fills.astype(np.float32)}
+        parts = {"": self.blocks} | {f"layers.{subset_name(subset)}.": own for subset, own in self.layers.items()}
+        for prefix, blocks in parts.items():
+            for number, (weight, bias) in enumerate(blocks.values()):
+                tensors[f"{prefix}weights.{number}"] = weight.astype(np.float32)
+                tensors[f"{prefix}biases.{number}"] = bias.astype(np.float32)
+        return tensors
+
+    @property
+    def whole(self) -> Blocks:
+        """The blocks that answer when all students are present."""
+        return self.layers.get(tuple(self.blocks), self.blocks)
+
     def contributions(self, features: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """What each student present, by position, adds to the logits (C,), from its feature vector (F_i,)."""
+        """What each student present, by position, adds to the logits (…, C), from its feature vectors (…, F_i)."""
         present = tuple(sorted(features))
         blocks, scale, fill = self.blocks, self.scales[len(present) - 1], 0.0
         if present in self.layers:
             blocks, scale = self.layers[present], 1.0
         elif missing := [j for j in self.blocks if j not in features]:
             fill = self.fills[missing].sum(0) / len(present)
-        terms = {i: weight @ features[i] + bias for i, (weight, bias) in blocks.items() if i in features}
-        return {i: scale * term + fill for i, term in terms.items()}
+        return {i: scale * (features[i] @ blocks[i][0].T + blocks[i][1]) + fill for i in present}
 
-    def logits(self, contributions: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Logits (C,) of the students that are present, from what each of them adds."""
-        return np.sum(list(contributions.values()), axis=0)
+    def logits(self, features: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Logits (…, C) of the students that are present, by position, from their feature vectors (…, F_i)."""
+        return sum(self.contributions(features).values())
 
 
-def _read_blocks(tensors: Mapping[str, np.ndarray], students: Sequence[int], prefix: str) -> Blocks:
+def _widened(blocks: Blocks) -> Blocks:
+    """Numbers as files hold them, in float32, ready for sums in float64."""
+    return {i: tuple(np.asarray(part, np.float32).astype(np.float64) for part in pair) for i, pair in blocks.items()}
+
+
+def _read_blocks(tensors: Mapping[str, np.ndarray], students: Iterable[int], prefix: str = "") -> Blocks:
     """The blocks of these students; those of a subset are numbered among themselves."""
     return {i: (tensors[f"{prefix}weights.{k}"], tensors[f"{prefix}biases.{k}"]) for k, i in enumerate(students)}
 
 
-def read_out(classes: Sequence[str], logits: np.ndarray, contributions: Sequence[np.ndarray]) -> Prediction:
-    """Class, probabilities and shares from logits (C,) and what each student added to them (C,)."""
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of one image."""
+
+    label: str  # the most probable class
+    probability: float
+    probabilities: list[float]  # of all classes
+    #: Of each student that took part: its part in the lead of the predicted class over the mean of all classes,
+    #: negative if it spoke against the class. Their magnitudes add up to 1.
+    shares: list[float]
+
+
+def read_out(classes: Sequence[str], contributions: Sequence[np.ndarray]) -> Prediction:
+    """Class, probabilities and shares from what each student adds to the logits, N vectors of shape (C,)."""
+    logits = np.sum(contributions, axis=0)
     winner = int(logits.argmax())
     exponentials = np.exp(logits - logits.max())
     probabilities = exponentials / exponentials.sum()

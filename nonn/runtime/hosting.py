@@ -25,11 +25,11 @@ UNTESTED = "Written from the server's documentation; NOT tested with the server.
 TRITON = """\
 # {untested}
 # Start: tritonserver --model-repository=. --model-control-mode=none
-name: "{model}"
+name: "{student.model}"
 platform: "onnxruntime_onnx"
 max_batch_size: 0
-input [ {{ name: "{input}", data_type: TYPE_UINT8, dims: [ 1, {channels}, {size}, {size} ] }} ]
-output [ {{ name: "{output}", data_type: TYPE_FP32, dims: [ 1, {n_features} ] }} ]
+input [ {{ name: "{input}", data_type: TYPE_UINT8, dims: [ 1, {image.channels}, {image.size}, {image.size} ] }} ]
+output [ {{ name: "{output}", data_type: TYPE_FP32, dims: [ 1, {student.n_features} ] }} ]
 instance_group [ {{ kind: KIND_CPU, count: 1 }} ]
 parameters {{ key: "intra_op_thread_count" value: {{ string_value: "1" }} }}
 """
@@ -37,16 +37,7 @@ parameters {{ key: "intra_op_thread_count" value: {{ string_value: "1" }} }}
 
 def triton_config(manifest: Manifest, student: StudentFile) -> str:
     """A student's ``config.pbtxt``."""
-    image = manifest.image
-    return TRITON.format(
-        untested=UNTESTED,
-        model=student.model,
-        input=INPUT,
-        output=OUTPUT,
-        channels=image.channels,
-        size=image.size,
-        n_features=student.n_features,
-    )
+    return TRITON.format(untested=UNTESTED, input=INPUT, output=OUTPUT, student=student, image=manifest.image)
 
 
 def openvino_config(manifest: Manifest) -> dict:

@@ -34,14 +34,7 @@ QUICK = 1e-3
 
 
 class Student:
-    """One exported student, verified and ready to run.
-
-    Parameters
-    ----------
-    path : Path
-        An ONNX file beside the ``manifest.json`` that the stage `export` wrote with it.
-    sensor : Path, optional
-        See `nonn.runtime.sensor`.
+    """One exported student, verified and ready to run: an ONNX file beside the manifest that was written with it.
 
     Raises
     ------
@@ -96,12 +89,7 @@ class Student:
 
 
 def identity_from(options) -> Identity | None:
-    """Who a command is that serves something; None where it was told to do so in plain text.
-
-    Raises
-    ------
-    UserError
-    """
+    """Who a command is that serves something; None for plain text, a `UserError` if it was told neither."""
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
         raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
@@ -131,13 +119,6 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn node``."""
-    asyncio.run(
-        serve(
-            Student(options.model, options.sensor),
-            options.address,
-            identity_from(options),
-            options.allow or DEFAULT_CALLERS,
-            options.metrics_port,
-            options.attached,
-        )
-    )
+    student, allowed = Student(options.model, options.sensor), options.allow or DEFAULT_CALLERS
+    identity = identity_from(options)
+    asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))

@@ -16,19 +16,10 @@ from nonn.runtime.session import run_onnx
 
 
 def classify(folder: Path, image: np.ndarray) -> Prediction:
-    """Run every student of an exported network, then its final layer.
-
-    Parameters
-    ----------
-    folder : Path
-        As the stage `export` wrote it.
-    image : ndarray of shape (channels, size, size), uint8
-    """
+    """Run a network's students, then its final layer, on an image, uint8 of shape (channels, size, size)."""
     manifest = read_manifest(folder)
-    features = [run_onnx(folder / student.file, image[None]) for student in manifest.students]
-    logits = run_onnx(folder / manifest.final.file, np.concatenate(features, axis=1))[0]
-    terms = FinalLayer.load(folder, manifest).contributions({i: f[0] for i, f in enumerate(features)})
-    return read_out(manifest.classes, logits, list(terms.values()))
+    features = {i: run_onnx(folder / student.file, image[None])[0] for i, student in enumerate(manifest.students)}
+    return read_out(manifest.classes, list(FinalLayer.load(folder, manifest).contributions(features).values()))
 
 
 def add_arguments(parser) -> None:

@@ -1,21 +1,31 @@
-"""Nodes as child processes of this machine: started, watched, ended in one way."""
+"""Child processes of this machine, such as nodes: started, waited for, watched, and ended in one way.
+
+Children end with this process however it ends: they are told to stop and waited for, and if this process is
+killed their standard input closes, at which they stop by themselves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
 
 from tritonclient.grpc import service_pb2 as oip
 
+from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, Node
-from nonn.runtime.protocol import Contract
+from nonn.runtime.tls import Identity
 
-#: Seconds that a node has to stop before it is killed.
-GRACE = 3.0
-
+#: Seconds that children have until all say where they listen, on a busy machine, and that one has to stop
+#: before it is killed.
+START, GRACE = 60.0, 3.0
+#: What a child says when it is ready; see `nonn.runtime.serving.announce`.
+ANNOUNCEMENT = re.compile(r".* at (\S+:\d+), (mutual TLS|plain text)")
 
 COLUMNS = "{:<14} {:<8} {:<22} {:<16} {:>10} {:>10} {:>9}"
 UP = "up"
@@ -23,10 +33,9 @@ UP = "up"
 
 @dataclass
 class Child:
-    """A node's process and what was last seen of it."""
+    """A process that serves something as a node, and what was last seen of it."""
 
     node: Node
-    contract: Contract
     process: asyncio.subprocess.Process
     state: str = "starting"
     said: str = ""
@@ -34,6 +43,8 @@ class Child:
     failures: int = 0
     latency_ms: float | None = None
     listener: asyncio.Task | None = None
+    is_ready: bool = False
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
     _seen: oip.InferStatistics = field(default_factory=oip.InferStatistics)
 
     @property
@@ -53,41 +64,89 @@ class Child:
         counts = (latency, self.requests, self.failures)
         return COLUMNS.format(self.node.name, self.node.model, self.node.address, self.state, *counts)
 
+    async def listen(self) -> None:
+        """Keep the last line that the process says: why it failed, if it does. A ready one says where it listens."""
+        while line := await self.process.stderr.readline():
+            text = line.decode(errors="replace").strip()
+            self.said = text[:200] or self.said
+            if found := ANNOUNCEMENT.fullmatch(text):
+                self.node, self.is_ready = self.node.model_copy(update={"address": found[1]}), True
+                self.settled.set()
+        self.settled.set()
 
-async def start(cluster: Cluster, node: Node, contract: Contract, prefix: Sequence[str] = ()) -> Child:
-    """Start a node as a child process, in a session of its own so that Ctrl-C reaches it only through us.
+    async def ready(self) -> None:
+        """Wait until the process listens; if it ends instead, raise a `UserError` with its last words."""
+        await self.settled.wait()
+        if not self.is_ready:
+            raise UserError(f"{self.node.name} did not start: {self.said or 'it says nothing'}")
 
-    `prefix` is a command that runs another, such as ``ip netns exec NAME``.
+
+def reasons(children: Iterable[Child]) -> str:
+    """Why children are not there, as far as they said."""
+    return "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
+
+
+def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor: Path | None) -> list[str]:
+    """What serves something with ``nonn`` for as long as this process lives, to a caller of this name."""
+    options = {"--sensor": sensor}
+    if identity:
+        options |= {"--cert": identity.certificate, "--key": identity.key, "--ca": identity.ca, "--allow": caller}
+    given = [word for name, value in options.items() if value for word in (name, str(value))]
+    return [sys.executable, "-m", "nonn", *arguments, "--attached", *given, *([] if identity else ["--insecure"])]
+
+
+def node_commands(cluster: Cluster, prefixes: Iterable[Sequence[str]] = ()) -> dict[Node, list[str]]:
+    """What serves each node of a cluster, each behind a command that runs others, such as ``ip netns exec NAME``."""
+    caller = cluster.tls.coordinator if cluster.tls else ""
+    commands = {}
+    for node, prefix in zip_longest(cluster.nodes, prefixes, fillvalue=()):
+        arguments = ("node", str(cluster.export / f"{node.model}.onnx"), "--address", node.address)
+        identity = cluster.identity(node.name)
+        commands[node] = [*prefix, *nonn_command(*arguments, identity=identity, caller=caller, sensor=cluster.sensor)]
+    return commands
+
+
+@contextlib.asynccontextmanager
+async def running(commands: Mapping[Node, Sequence[str]], wait: bool = True) -> AsyncIterator[dict[str, Child]]:
+    """Run a command for each node while the block runs; yield the children by name.
+
+    By default it first waits until all listen; a child's node then says where. What the dict holds in the end is
+    stopped: a child that is started anew takes the place of the one before.
+
+    Raises
+    ------
+    UserError
+        A child has ended instead, or they take longer than `START`. None is left behind.
     """
-    arguments = [str(cluster.export / f"{node.model}.onnx"), "--address", node.address, "--attached"]
-    if identity := cluster.identity(node.name):
-        arguments += ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
-        arguments += ["--allow", cluster.tls.coordinator]
-    else:
-        arguments.append("--insecure")
-    if cluster.sensor:
-        arguments += ["--sensor", str(cluster.sensor)]
-    return await spawn(node, contract, ["node", *arguments], prefix)
+    children: dict[str, Child] = {}
+    try:
+        for node, command in commands.items():
+            children[node.name] = await start(node, command)
+        if wait:
+            await _ready(children.values())
+        yield children
+    finally:
+        await asyncio.gather(*(stop(child) for child in children.values()))
 
 
-async def spawn(node: Node, contract: Contract, arguments: Sequence[str], prefix: Sequence[str] = ()) -> Child:
-    """Run ``nonn`` with some arguments as a child process, for example behind ``ip netns exec NAME``."""
+async def _ready(children: Collection[Child]) -> None:
+    try:
+        async with asyncio.timeout(START):
+            await asyncio.gather(*(child.ready() for child in children))
+    except TimeoutError:
+        late = reasons(child for child in children if not child.is_ready)
+        raise UserError(f"not ready in {START:g} s ({late}); is this machine busy?") from None
+
+
+async def start(node: Node, command: Sequence[str]) -> Child:
+    """Start a child process, in a session of its own so that Ctrl-C reaches it only through us."""
+    pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        *(*prefix, sys.executable, "-m", "nonn", *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,
+        *command, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe, start_new_session=True
     )
-    child = Child(node, contract, process)
-    child.listener = asyncio.create_task(listen(child))
+    child = Child(node, process)
+    child.listener = asyncio.create_task(child.listen())
     return child
-
-
-async def listen(child: Child) -> None:
-    """Keep the last line that a child says: why it failed, if it does."""
-    while line := await child.process.stderr.readline():
-        child.said = line.decode(errors="replace").strip()[:200] or child.said
 
 
 async def stop(child: Child) -> None:

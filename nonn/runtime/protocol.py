@@ -39,21 +39,12 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class ImageContract:
-    """What a server of images takes and gives.
+    """What a server of images, uint8 of shape (1, channels, size, size), takes and gives."""
 
-    Attributes
-    ----------
-    model : str
-        Name of what is served.
-    channels, size : int
-        Of an image, uint8 of shape (1, channels, size, size).
-    sensor : ndarray of shape (n, channels, size, size), uint8, optional
-        Images that the server sees for itself; it then takes the number of one of them too.
-    """
-
-    model: str
+    model: str  # name of what is served
     channels: int
     size: int
+    #: Images (n, channels, size, size), uint8, that the server sees for itself; it then takes their numbers too.
     sensor: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
 
     @property
@@ -73,18 +64,10 @@ class ImageContract:
 
 @dataclass(frozen=True)
 class Contract(ImageContract):
-    """What one node takes and gives; its model is the stem of the student's ONNX file.
+    """What one node takes and gives; its model is the stem of the student's ONNX file."""
 
-    Attributes
-    ----------
-    n_features : int
-        Length F_i of the feature vector, float32 of shape (1, F_i).
-    feature_limit : float, optional
-        Features that are means of rectified activations go from 0 up to this; None: any finite ones.
-    """
-
-    n_features: int
-    feature_limit: float | None = None
+    n_features: int  # length F_i of the feature vector, float32 of shape (1, F_i)
+    feature_limit: float | None = None  # means of rectified activations go from 0 up to this; None: any finite ones
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -97,12 +80,18 @@ class Contract(ImageContract):
 
 def make_request(contract: Contract, image: np.ndarray | np.integer) -> ModelInferRequest:
     """Ask for the features of an image, uint8 of shape (channels, size, size), or of one by its sensor's number."""
+    name, datatype, shape = (INPUT, "UINT8", contract.image_shape)
     if np.ndim(image) == 0:
-        tensor = ModelInferRequest.InferInputTensor(name=SAMPLE, datatype="INT64", shape=(1, 1))
-        raw = np.asarray(image, "<i8").tobytes()
-        return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[raw])
-    tensor = ModelInferRequest.InferInputTensor(name=INPUT, datatype="UINT8", shape=contract.image_shape)
+        name, datatype, shape, image = SAMPLE, "INT64", (1, 1), np.asarray(image, "<i8")
+    tensor = ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=shape)
     return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[image.tobytes()])
+
+
+def check_image(contract: ImageContract, image: np.ndarray | np.integer) -> None:
+    """Refuse what is neither an image, uint8 of shape (channels, size, size), nor a sensor's number: a ValueError."""
+    shape = contract.image_shape[1:]
+    if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
+        raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
 
 
 def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndarray:

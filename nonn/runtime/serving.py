@@ -41,32 +41,18 @@ BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 class Model(Protocol):
-    """What a server answers with.
-
-    Attributes
-    ----------
-    contract : ImageContract
-        What it takes and gives.
-    platform : str
-        For the metadata: what runs it.
-    is_ready : bool
-        Whether a request has a chance.
-    """
+    """What a server answers with."""
 
     contract: ImageContract
-    platform: str
-    is_ready: bool
+    platform: str  # for the metadata: what runs it
+    is_ready: bool  # whether a request has a chance
 
     async def infer(
         self, request: oip.ModelInferRequest, image: np.ndarray, seconds: float | None
     ) -> oip.ModelInferResponse:
         """Answer a request whose image, uint8 of shape (1, channels, size, size), has been checked.
 
-        `seconds` are left until the caller gives up; None if it waits for ever.
-
-        Raises
-        ------
-        ProtocolError
+        `seconds` are left until the caller gives up; None if it waits for ever. A refusal is a `ProtocolError`.
         """
 
 
@@ -78,10 +64,9 @@ class Meters:
         common = {"labelnames": ["model"], "registry": self.registry}
         self.requests = Counter("nonn_requests", "Inference requests.", **common).labels(model)
         self.failures = Counter("nonn_failures", "Requests that were refused or failed.", **common).labels(model)
-        self.latency = Histogram(
-            "nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common
-        ).labels(model)
-        self.n_answered = self.n_failed = self.answering_ns = self.failing_ns = 0
+        latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)
+        self.latency = latency.labels(model)
+        self.statistics = oip.InferStatistics()
 
     @contextlib.contextmanager
     def measuring(self):
@@ -89,21 +74,18 @@ class Meters:
         start = time.perf_counter_ns()
         try:
             yield
-        except BaseException:  # a caller that gives up cancels its call
-            self.n_failed += 1
-            self.failing_ns += time.perf_counter_ns() - start
+        except BaseException:  # also that of a caller who gives up
             self.failures.inc()
+            self._add(self.statistics.fail, start)
             raise
-        elapsed = time.perf_counter_ns() - start
-        self.n_answered += 1
-        self.answering_ns += elapsed
-        self.latency.observe(elapsed / 1e9)
+        self.latency.observe(self._add(self.statistics.success, start) / 1e9)
 
-    def statistics(self) -> oip.InferStatistics:
-        return oip.InferStatistics(
-            success=oip.StatisticDuration(count=self.n_answered, ns=self.answering_ns),
-            fail=oip.StatisticDuration(count=self.n_failed, ns=self.failing_ns),
-        )
+    def _add(self, total: oip.StatisticDuration, start: int) -> int:
+        """Count what began at some time, and give the nanoseconds since."""
+        elapsed = time.perf_counter_ns() - start
+        total.count += 1
+        total.ns += elapsed
+        return elapsed
 
 
 class Service(oip_grpc.GRPCInferenceServiceServicer):
@@ -140,14 +122,15 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelStatistics(self, request, context):
         if request.name:  # without a name: of all models
             await self._check_model(request, context)
-        statistics = oip.ModelStatistics(
+        statistics = self.meters.statistics
+        model_statistics = oip.ModelStatistics(
             name=self.contract.model,
             version=VERSION,
-            inference_count=self.meters.n_answered,
-            execution_count=self.meters.n_answered,
-            inference_stats=self.meters.statistics(),
+            inference_count=statistics.success.count,
+            execution_count=statistics.success.count,
+            inference_stats=statistics,
         )
-        return oip.ModelStatisticsResponse(model_stats=[statistics])
+        return oip.ModelStatisticsResponse(model_stats=[model_statistics])
 
     async def ModelInfer(self, request, context):
         try:
@@ -172,13 +155,15 @@ async def listening(
     identity: Identity | None,
     allowed: Collection[str],
 ) -> AsyncIterator[int]:
-    """Let a service be called while the block runs, by whom it may; yield the port.
+    """Let a service be called at ``host:port`` while the block runs; yield the port, useful where 0 was asked for.
 
-    Parameters are those of `serving`; `message_limit` in bytes.
+    With an identity it is called under mutual TLS by those whose certificates have an allowed common name. Without
+    one everything is plain text.
 
     Raises
     ------
     UserError
+        Plain text beyond loopback, an address that is taken or impossible, or unusable certificates.
     """
     try:
         split_address(address)
@@ -224,23 +209,7 @@ async def listening(
 async def serving(
     model: Model, address: str, identity: Identity | None = None, allowed: Collection[str] = ()
 ) -> AsyncIterator[tuple[int, Meters]]:
-    """Serve a model while the block runs; yield the port (useful where 0 was asked for) and its meters.
-
-    Parameters
-    ----------
-    model : Model
-    address : str
-        ``host:port``.
-    identity : Identity, optional
-        For mutual TLS. Without it everything is plain text, which only loopback addresses may be.
-    allowed : collection of str
-        Common names of the certificates that may call.
-
-    Raises
-    ------
-    UserError
-        Plain text beyond loopback, an address that is taken or impossible, or unusable certificates.
-    """
+    """Serve a model while the block runs, see `listening`; yield the port and the model's meters."""
     service = Service(model)
     async with listening(service, address, model.contract.message_limit, identity, allowed) as port:
         yield port, service.meters
@@ -252,15 +221,20 @@ def continue_after_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
-def told_to_stop(attached: bool) -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set, and, if `attached`, standard input when it closes."""
+def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
+    """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes."""
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *more):
         loop.add_signal_handler(number, stopped.set)
     if attached:
         loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
         continue_after_parent()
     return stopped
+
+
+def announce(what: str, address: str, port: int, identity: Identity | None = None) -> None:
+    """Say what listens and where: for `nonn.runtime.processes`, too, which waits for this line."""
+    log(f"{what} at {address.rpartition(':')[0]}:{port}, {'mutual TLS' if identity else 'plain text'}")
 
 
 async def serve(
@@ -285,6 +259,5 @@ async def serve(
                 start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)
             except (OSError, OverflowError) as error:
                 raise UserError(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port} ({error})") from None
-        host, _ = split_address(address)
-        log(f"model {model.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}")
+        announce(f"model {model.contract.model}", address, port, identity)
         await stopped.wait()

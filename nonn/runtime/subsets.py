@@ -19,12 +19,7 @@ def subset_name(present: Iterable[int]) -> str:
 
 
 def subset_of(name: str) -> Subset:
-    """The subset of a name.
-
-    Raises
-    ------
-    ValueError
-    """
+    """The subset of a name; a `ValueError` if it is none."""
     return tuple(map(int, name.split("-")))
 
 

@@ -51,12 +51,7 @@ def _read_pem(path: Path) -> bytes:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port``, or of ``[host]:port`` for IPv6.
-
-    Raises
-    ------
-    ValueError
-    """
+    """Host and port of ``host:port``, or of ``[host]:port`` for IPv6; a `ValueError` for anything else."""
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:
@@ -83,12 +78,8 @@ class Guard(aio.ServerInterceptor):
 
     A caller's name is its certificate's common name: the alternative names hold ``localhost`` in
     every certificate of a test bed, so they tell nobody apart. Streams are refused altogether: one
-    that is left open would hold a place among the few calls that a node takes at once.
-
-    Parameters
-    ----------
-    names : collection of str, or None
-        The allow-list; None where there are no certificates.
+    that is left open would hold a place among the few calls that a node takes at once. Where there are no
+    certificates, there is no list.
     """
 
     def __init__(self, names: Collection[str] | None):

@@ -30,12 +30,7 @@ def make_slice(message: Message, image_id: str, source: np.ndarray) -> bytes:
 
 
 def find_message(expected: dict[str, Message], request: ModelInferRequest) -> Message:
-    """What a request claims to be: a message that the device expects.
-
-    Raises
-    ------
-    ProtocolError
-    """
+    """What a request claims to be: a message that the device expects; else a `ProtocolError`."""
     check_id(request)
     if len(request.inputs) != 1:
         raise invalid(f"expected 1 input, not {len(request.inputs)}")
@@ -84,13 +79,7 @@ class Exchange:
         return [message for name, message in self.wanted.items() if name not in self.arrived]
 
     def put(self, name: str, values: np.ndarray) -> None:
-        """Take what has arrived.
-
-        Raises
-        ------
-        ProtocolError
-            It was here already.
-        """
+        """Take what has arrived; a `ProtocolError` if it was here already."""
         if name in self.arrived:
             raise ProtocolError(StatusCode.ALREADY_EXISTS, f"{name} has arrived before")
         self.arrived[name] = values

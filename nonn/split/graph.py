@@ -20,28 +20,14 @@ WINDOWED = {"Conv", "MaxPool"}
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """An exported classifier, taken apart.
+    """An exported classifier, taken apart."""
 
-    Attributes
-    ----------
-    nodes : list of NodeProto
-        From the image to the last map, in order.
-    last : str
-        The last map, of which the features are the spatial means.
-    shapes : dict of str to tuple of int
-        Of all maps, the image included: (1, channels, rows, columns).
-    constants : dict of str to ndarray
-    weight, bias : ndarray of shape (C, F) and (C,)
-        Of the last linear layer.
-    opset, ir_version : int
-    """
-
-    nodes: list[NodeProto]
-    last: str
-    shapes: dict[str, tuple[int, ...]]
+    nodes: list[NodeProto]  # from the image to the last map, in order
+    last: str  # the last map, of which the features are the spatial means
+    shapes: dict[str, tuple[int, ...]]  # of all maps, the image included: (1, channels, rows, columns)
     constants: dict[str, np.ndarray]
-    weight: np.ndarray
-    bias: np.ndarray
+    weight: np.ndarray  # (C, F), of the last linear layer
+    bias: np.ndarray  # (C,)
     opset: int
     ir_version: int
 

@@ -16,18 +16,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from grpc import ChannelConnectivity, StatusCode, aio
+from grpc import StatusCode, aio
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
-from nonn.runtime.channel import MODEL_INFER, open_channel, reason_of
+from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
 from nonn.runtime.node import DEFAULT_CALLERS, add_serving, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
-from nonn.runtime.serving import Service, listening, told_to_stop
-from nonn.runtime.tls import Identity, callers_of, is_loopback, split_address
+from nonn.runtime.serving import Service, announce, listening, told_to_stop
+from nonn.runtime.tls import Identity, callers_of, is_loopback
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 
@@ -90,23 +90,12 @@ class Peer:
         # Slices are serialised once for all receivers, and their answers say nothing.
         self.send = channel.unary_unary(MODEL_INFER)
 
-    async def connect(self) -> None:
-        """Wait until the connection stands, however long it takes."""
-        while (state := self.channel.get_state(try_to_connect=True)) != ChannelConnectivity.READY:
-            await self.channel.wait_for_state_change(state)
-
 
 class SplitService(Service):
     """The calls that a device of a split network answers: those of a node, and its peers' slices.
 
-    Parameters
-    ----------
-    device : SplitDevice
-    peers : dict of int to Peer
-        Those that it sends to, by position.
-    callers : collection of str, or None
-        Who may send images; None where there are no certificates. Slices may only come from the
-        device that owns them.
+    It sends to `peers`, by position. Images may come from `callers`, slices only from the device that owns them;
+    where there are no certificates, `callers` are None and anybody may send anything.
     """
 
     def __init__(self, device: SplitDevice, peers: dict[int, Peer], callers: Collection[str] | None):
@@ -130,8 +119,8 @@ class SplitService(Service):
         return list(groups.values())
 
     async def connect(self) -> None:
-        """Wait for the connections to all peers."""
-        await asyncio.gather(*(peer.connect() for peer in self.peers.values()))
+        """Wait for the connections to all peers, however long it takes."""
+        await asyncio.gather(*(settle(peer.channel, (READY,)) for peer in self.peers.values()))
         self.connected.set()
 
     async def ServerReady(self, request, context):
@@ -246,21 +235,12 @@ async def serving(
     identity: Identity | None = None,
     allowed: Collection[str] = DEFAULT_CALLERS,
 ) -> AsyncIterator[tuple[int, SplitService]]:
-    """Serve a device's part while the block runs; yield its port and the service.
-
-    Parameters
-    ----------
-    device : SplitDevice
-    addresses : sequence of str
-        ``host:port`` of all devices, by position; the device listens on its own.
-    identity : Identity, optional
-        For mutual TLS: the device's own, ``device-<position>``.
-    allowed : collection of str
-        Common names of the certificates that may send images.
+    """Serve a device's part while the block runs, on its own of the addresses; yield its port and the service.
 
     Raises
     ------
     UserError
+        As of `nonn.runtime.serving.listening`, or the addresses do not fit the plan.
     """
     part = device.part
     if len(addresses) != part.n_devices:
@@ -297,16 +277,13 @@ async def serve(
     """Serve until SIGINT or SIGTERM, or, if `attached`, until standard input closes."""
     stopped = told_to_stop(attached)
     async with serving(device, addresses, identity, allowed) as (port, service):
-        host, _ = split_address(addresses[device.part.position])
-        where = f"model {device.contract.model} at {host}:{port}, {'mutual TLS' if identity else 'plain text'}"
-        names = ", ".join(peer.name for peer in service.peers.values())
-        log(f"{where}; connecting to {names or 'nobody'}")
-        ending, connecting = (asyncio.create_task(event.wait()) for event in (stopped, service.connected))
-        await asyncio.wait([ending, connecting], return_when=asyncio.FIRST_COMPLETED)
-        if not stopped.is_set():
-            log(f"ready: {where}")
-        await ending
-        connecting.cancel()
+        what, names = f"model {device.contract.model}", ", ".join(peer.name for peer in service.peers.values())
+        log(f"{what}: connecting to {names or 'nobody'}")
+        connected = asyncio.create_task(service.connected.wait())
+        address = addresses[device.part.position]
+        connected.add_done_callback(lambda task: task.cancelled() or announce(what, address, port, identity))
+        await stopped.wait()
+        connected.cancel()
 
 
 def add_arguments(parser) -> None:

@@ -9,8 +9,6 @@ them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -20,11 +18,12 @@ from typing import Annotated, Literal
 
 import numpy as np
 import onnxruntime
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+from safetensors.numpy import load, save
 
 from nonn.core.errors import UserError
-from nonn.core.files import read_json, replacing, write_json
-from nonn.runtime.exported import Count, Image, Sha256, read_verified
+from nonn.core.files import replacing, sha256_of, write_json
+from nonn.runtime.exported import Count, Image, Record, Sha256, read_record, read_verified
 from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract
 from nonn.runtime.session import open_session
 
@@ -32,40 +31,23 @@ Method = Literal["channels", "rows"]
 #: What every device starts from, and what it answers.
 IMAGE, FEATURES = "image", "features"
 PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
-AGAIN = "Write the plan again with `nonn split`."
+WHAT, AGAIN = "a plan of a split network", "Write the plan again with `nonn split`."
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
 Position = Annotated[int, Field(ge=0, lt=2**16)]
 Total = Annotated[int, Field(ge=0)]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Message(Record):
+    """A slice of an activation map that one device sends another, float32."""
 
-
-class Message(Section):
-    """A slice of an activation map that one device sends another, float32.
-
-    Attributes
-    ----------
-    round : int
-        It is sent after the segment of this number, and there before the next.
-    sender, receiver : int
-        Positions of the devices.
-    source, name : str
-        The sender's name for the map that is sliced, and the receiver's for the slice.
-    rows : (int, int) or None
-        Of the sender's map: first and one past the last; None for all of it.
-    shape : (1, channels, rows, columns)
-    """
-
-    round: Position
+    round: Position  # sent after the segment of this number, and there before the next
     sender: Position
     receiver: Position
-    source: Name
-    name: Name
-    rows: tuple[Position, Position] | None = None
-    shape: tuple[Literal[1], Count, Count, Count]
+    source: Name  # the sender's name for the map that is sliced
+    name: Name  # the receiver's for the slice
+    rows: tuple[Position, Position] | None = None  # of the sender's map: first and one past the last; None: all of it
+    shape: tuple[Literal[1], Count, Count, Count]  # (1, channels, rows, columns)
 
     @property
     def n_bytes(self) -> int:
@@ -77,7 +59,7 @@ class Message(Section):
         return source if self.rows is None else source[:, :, slice(*self.rows)]
 
 
-class Segment(Section):
+class Segment(Record):
     """What a device computes between two rounds, an ONNX file: its inputs, outputs, cost and SHA-256."""
 
     inputs: list[Name]
@@ -87,28 +69,15 @@ class Segment(Section):
     sha256: Sha256
 
 
-class Part(Section):
-    """All that one device needs to know.
-
-    Attributes
-    ----------
-    position, n_devices : int
-    image : Image
-        Whole, it is what each device starts from.
-    columns : (int, int)
-        Which of the network's features it answers with: first and one past the last, maybe none.
-    segments : list of Segment or None
-        None where it has nothing to compute.
-    messages : list of Message
-        All that it sends or receives, by round.
-    """
+class Part(Record):
+    """All that one device needs to know."""
 
     position: Position
     n_devices: Count
-    image: Image
-    columns: tuple[Position, Position]
-    segments: Annotated[list[Segment | None], Field(min_length=1)]
-    messages: list[Message]
+    image: Image  # whole, it is what each device starts from
+    columns: tuple[Position, Position]  # of the network's features, those it answers with: first and one past the last
+    segments: Annotated[list[Segment | None], Field(min_length=1)]  # None where it has nothing to compute
+    messages: list[Message]  # all that it sends or receives, by round
 
     @property
     def name(self) -> str:
@@ -147,27 +116,14 @@ class Part(Section):
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """A network split over devices.
-
-    Attributes
-    ----------
-    method : {"channels", "rows"}
-    parts : list of Part
-        By device.
-    models : list of list of bytes or None
-        The ONNX files of their segments.
-    weight, bias : ndarray of shape (C, F) and (C,), float32
-        Of the last linear layer, which the coordinator applies.
-    scale : float
-        What the devices' features, added up, are multiplied by before that.
-    """
+    """A network split over devices."""
 
     method: Method
-    parts: list[Part]
-    models: list[list[bytes | None]]
-    weight: np.ndarray
-    bias: np.ndarray
-    scale: float
+    parts: list[Part]  # by device
+    models: list[list[bytes | None]]  # the ONNX files of their segments
+    weight: np.ndarray  # (C, F), float32, of the last linear layer, which the coordinator applies
+    bias: np.ndarray  # (C,), float32
+    scale: float  # what the devices' features, added up, are multiplied by before that
 
     @property
     def n_devices(self) -> int:
@@ -180,10 +136,8 @@ class SplitPlan:
 
     @property
     def messages(self) -> list[Message]:
-        return sorted(
-            (m for part in self.parts for m in part.messages if m.sender == part.position),
-            key=lambda m: (m.round, m.sender, m.receiver),
-        )
+        sent = (m for part in self.parts for m in part.messages if m.sender == part.position)
+        return sorted(sent, key=lambda m: (m.round, m.sender, m.receiver))
 
     def payload_bytes(self, sender: int | None = None) -> int:
         """Bytes that one device, or all, send the others for one image, framing aside."""
@@ -204,11 +158,8 @@ class SplitPlan:
         UserError
             The folder is there and holds something else than a plan.
         """
-        from safetensors.numpy import save
-
         if folder.exists() and not (folder / PLAN).is_file():
             raise UserError(f"{folder}: is there, and is no plan of a split network. Name a new folder.")
-
         with replacing(folder) as scratch:
             for part, models in zip(self.parts, self.models, strict=True):
                 own = scratch / str(part.position)
@@ -217,34 +168,23 @@ class SplitPlan:
                 for index, model in enumerate(models):
                     if model is not None:
                         (own / f"{index}.onnx").write_bytes(model)
-            final = save({"weight": self.weight, "bias": self.bias})
-            (scratch / FINAL).write_bytes(final)
-            parts = [_sha256((scratch / str(part.position) / PART).read_bytes()) for part in self.parts]
-            content = PlanFile(method=self.method, scale=self.scale, parts=parts, final=_sha256(final))
+            (scratch / FINAL).write_bytes(save({"weight": self.weight, "bias": self.bias}))
+            parts = [sha256_of(scratch / str(part.position) / PART) for part in self.parts]
+            content = PlanFile(method=self.method, scale=self.scale, parts=parts, final=sha256_of(scratch / FINAL))
             write_json(scratch / PLAN, content.model_dump())
 
     @classmethod
     def load(cls, folder: Path) -> SplitPlan:
-        """Read a plan that `save` wrote, and check it.
-
-        Raises
-        ------
-        UserError
-        """
-        from safetensors.numpy import load
-
-        content = _read(folder / PLAN, PlanFile)
-        parts, models = [], []
+        """Read and check a plan that `save` wrote; a `UserError` if it is not as it was written."""
+        content = read_record(folder / PLAN, PlanFile, WHAT, AGAIN)
         for position, sha256 in enumerate(content.parts):
             read_verified(folder / str(position) / PART, sha256)
-            part, own = load_part(folder / str(position))
-            parts.append(part)
-            models.append(own)
+        parts, models = zip(*(load_part(folder / str(position)) for position in range(len(content.parts))), strict=True)
         final = load(read_verified(folder / FINAL, content.final))
-        return cls(content.method, parts, models, final["weight"], final["bias"], content.scale)
+        return cls(content.method, list(parts), list(models), final["weight"], final["bias"], content.scale)
 
 
-class PlanFile(Section):
+class PlanFile(Record):
     """All of ``plan.json``: SHA-256 of the devices' parts and of the last layer."""
 
     method: Method
@@ -261,26 +201,12 @@ def load_part(folder: Path) -> tuple[Part, list[bytes | None]]:
     UserError
         Something is missing or not what was written.
     """
-    part = _read(folder / PART, Part)
+    part = read_record(folder / PART, Part, WHAT, AGAIN)
     models = [
         None if segment is None else read_verified(folder / f"{index}.onnx", segment.sha256)
         for index, segment in enumerate(part.segments)
     ]
     return part, models
-
-
-def _read(path: Path, schema: type[Section]):
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. {AGAIN}")
-    try:
-        return schema.model_validate(read_json(path))
-    except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        what = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
-        raise UserError(f"{path}: not a plan of a split network ({what}). {AGAIN}") from None
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 Sessions = list[onnxruntime.InferenceSession | None]
@@ -308,14 +234,9 @@ class LocalRun:
 
 
 def run_in_process(plan: SplitPlan, image: np.ndarray, sessions: Sequence[Sessions] | None = None) -> LocalRun:
-    """Classify an image with all devices in this process, one after another.
+    """Classify an image, uint8 of shape (channels, size, size), with all devices in this process, one after another.
 
-    Parameters
-    ----------
-    plan : SplitPlan
-    image : ndarray of shape (channels, size, size), uint8
-    sessions : list of Sessions, optional
-        `open_sessions` of each device's models, for those who run more than one image.
+    Who runs more than one image gives the `open_sessions` of each device's models.
     """
     sessions = sessions or [open_sessions(models) for models in plan.models]
     values: list[dict[str, np.ndarray]] = [{IMAGE: image[None]} for _ in plan.parts]

@@ -36,6 +36,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
+from nonn.core.progress import log
 from nonn.runtime.exported import Image
 from nonn.split.geometry import EMPTY, Interval, Window, common, hull, share
 from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
@@ -48,23 +49,13 @@ MOST_DEVICES = 16
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a network is cut along one axis, the same for all devices.
-
-    Attributes
-    ----------
-    network : OnnxGraph
-    axis, n_devices : int
-    levels : dict of str to int
-        The segment that computes each map.
-    exchanged : set of str
-        The maps of which devices send each other slices.
-    """
+    """Where a network is cut along one axis, the same for all devices."""
 
     network: OnnxGraph
     axis: int
     n_devices: int
-    levels: dict[str, int]
-    exchanged: set[str]
+    levels: dict[str, int]  # the segment that computes each map
+    exchanged: set[str]  # the maps of which devices send each other slices
 
     @classmethod
     def of(cls, network: OnnxGraph, axis: int, n_devices: int, recomputed: int) -> Cuts:
@@ -114,19 +105,12 @@ class Cuts:
 
 @dataclass
 class Draft:
-    """A segment that is being written.
-
-    Attributes
-    ----------
-    nodes : list of NodeProto
-    constants, inputs, made : dict of str
-        Arrays, and shapes of what it takes and of what it makes.
-    """
+    """A segment that is being written."""
 
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    made: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of what it takes
+    made: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and of what it makes
     params: int = 0
     macs: int = 0
 
@@ -200,7 +184,8 @@ class Writer:
         names = []
         for name in node.input:
             if name in constants:
-                names.append(draft.constant(self._constant_name(node, name), constants[name]))
+                # An exporter may give equal constants to different nodes, which need different slices of them.
+                names.append(draft.constant(f"{output}.{name}", constants[name]))
             else:
                 names.append(self._take(draft, name, self.cuts.needed_by(node, name, outputs)))
         settings = attributes_of(node)
@@ -219,10 +204,6 @@ class Writer:
         if node.op_type in ("Conv", "BatchNormalization"):
             return value[slice(*outputs)]
         return value[:, slice(*outputs)] if value.ndim == 4 and value.shape[CHANNELS] > 1 else value
-
-    def _constant_name(self, node: NodeProto, name: str) -> str:
-        # An exporter may give equal constants to different nodes, which need different slices of them.
-        return f"{node.output[0]}.{name}"
 
     def _pads(self, node: NodeProto, outputs: Interval) -> list[int]:
         """Padding of a device's rows: only at the borders of the whole map."""
@@ -315,17 +296,10 @@ class Writer:
 
 
 def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) -> SplitPlan:
-    """Split an exported classifier over devices.
+    """Split a classifier, an ONNX file of the export ``solo``, over devices.
 
-    Parameters
-    ----------
-    path : Path
-        An ONNX file of the export ``solo``.
-    n_devices : int
-    method : {"channels", "rows"}
-    recomputed : int
-        Of how many leading convolutions each device computes all that it needs from the image, instead
-        of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
+    Of so many leading convolutions as `recomputed` says each device computes all that it needs from the image,
+    instead of exchanging their outputs: fewer rounds for more work, as the fused layers of DeepThings [3]_.
 
     Raises
     ------
@@ -341,11 +315,44 @@ def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) 
     writers = [Writer(cuts, position) for position in range(n_devices)]
     for writer in writers:
         writer.write()
-    messages = sorted(
-        (message for writer in writers for message in writer.received()),
-        key=lambda m: (m.round, m.sender, m.receiver),
-    )
+    messages = [message for writer in writers for message in writer.received()]
+    messages.sort(key=lambda m: (m.round, m.sender, m.receiver))
     parts, models = zip(*(writer.finish(messages) for writer in writers), strict=True)
     pixels = math.prod(network.shapes[network.last][2:])
     scale = 1.0 if method == "channels" else 1 / pixels
     return SplitPlan(method, list(parts), list(models), network.weight, network.bias, scale)
+
+
+def describe(plan: SplitPlan) -> str:
+    """What each device holds, computes and sends for one image."""
+    lines = [
+        f"split over {plan.n_devices} by {plan.method}; for one image rounds: {plan.rounds}, "
+        f"messages: {len(plan.messages)}, bytes between devices: {plan.payload_bytes():,}",
+        "{:<10} {:>10} {:>12} {:>9} {:>12} {:>9}".format("device", "params", "MACs", "messages", "sent", "features"),
+    ]
+    for part in plan.parts:
+        sent = plan.payload_bytes(sender=part.position)
+        count = sum(m.sender == part.position for m in part.messages)
+        row = (part.name, f"{part.params:,}", f"{part.macs:,}", count, f"{sent:,}", part.n_features)
+        lines.append("{:<10} {:>10} {:>12} {:>9} {:>12} {:>9}".format(*row))
+    return "\n".join(lines)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
+    parser.add_argument("-n", "--devices", type=int, required=True, help="over how many to split it")
+    parser.add_argument("--method", choices=list(AXES), required=True, help="what each device has a part of")
+    parser.add_argument(
+        "--recomputed", type=int, default=0, metavar="K", help="leading convolutions that every device does for itself"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
+    parser.epilog = "example: nonn split export/solo/teacher.onnx -n 4 --method rows --output plan"
+
+
+def run(options) -> None:
+    """The command ``nonn split``."""
+    plan = plan_split(options.model, options.devices, options.method, options.recomputed)
+    print(describe(plan))
+    if options.output:
+        plan.save(options.output)
+        log(f"{options.output}: a plan for {plan.n_devices} devices; run each with `nonn split-node`")

@@ -20,5 +20,5 @@ def run(params: Params, paths: Paths, network: str, seed: int) -> None:
     features = FeatureCache(data, params.design.bytes_per_value)
     model, summary = assemble_network(students, features, params.assemble, seed)
     target = paths.network(network, seed)
-    write_tensors(target, model.state_dict())
+    write_tensors(target, model.tensors())
     write_json(target.with_suffix(".json"), summary | {"students": designs})

@@ -12,11 +12,11 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.system import describe_system
 from nonn.testbed.composed import load_of_network
-from nonn.testbed.deployments import SPLITS, Deployment, as_network, split_layout, time_final
+from nonn.testbed.deployments import SPLITS, Deployment, as_network, split_deployment, time_final
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 
 
-def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
+def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
@@ -33,10 +33,10 @@ def network_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> I
     # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
     model = solo / student.get("single_pass", student["file"])
     for method in SPLITS:
-        yield split_layout(method, model, n_devices, scratch / method, core)
+        yield split_deployment(method, model, n_devices, scratch / method, core)
 
 
-def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
+def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
     """The teacher, and one KD student, each on a single device."""
     benchmark = read_json(paths.benchmark(SOLO))["models"]
     alone = {"teacher": "teacher"} | ({"kd": "-".join(params.pool)} if params.pool else {})
@@ -45,7 +45,7 @@ def solo_layouts(params: Params, paths: Paths, scratch: Path) -> Iterator[Deploy
         yield Deployment(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
 
 
-def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
+def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A well-known architecture split over the devices; its weights are random, which costs the same."""
     architecture = params.distributed.reference
     if architecture is None:
@@ -64,7 +64,7 @@ def reference_layouts(params: Params, paths: Paths, name: str, scratch: Path) ->
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
         n_devices = len(params.networks[name].devices)
-        yield split_layout(folder.name, path, n_devices, folder, params.benchmark.core)
+        yield split_deployment(folder.name, path, n_devices, folder, params.benchmark.core)
 
 
 def run(params: Params, paths: Paths, name: str) -> None:
@@ -72,11 +72,11 @@ def run(params: Params, paths: Paths, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         scratch, reference = Path(folder), []
         if name == SOLO:
-            layouts = list(solo_layouts(params, paths, scratch))
+            deployments = list(solo_deployments(params, paths, scratch))
         else:
-            layouts = list(network_layouts(params, paths, name, scratch))
-            reference = list(reference_layouts(params, paths, name, scratch))
+            deployments = list(network_deployments(params, paths, name, scratch))
+            reference = list(reference_deployments(params, paths, name, scratch))
         bed = TrialBed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
-        live = measure_live(layouts, bed, params.distributed)
-    composed = list(compose_all([*layouts, *reference], live, params.distributed))
+        live = measure_live(deployments, bed, params.distributed)
+    composed = list(compose_all([*deployments, *reference], live, params.distributed))
     write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})

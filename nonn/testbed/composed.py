@@ -6,12 +6,15 @@ their own. Everything in it is calculated, from what was measured alone and what
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from onnxruntime import InferenceSession
 
 from nonn.core.boards import BOARDS, compute_seconds, inference_energy
 from nonn.core.links import Link
@@ -29,27 +32,14 @@ Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
 
 @dataclass(frozen=True)
 class Load:
-    """What one image costs the devices of a layout, whatever the link.
+    """What one image costs the devices of a deployment, whatever the link; bytes without framing."""
 
-    Attributes
-    ----------
-    seconds : ndarray of shape (rounds, N)
-        Of computing, measured alone on one core of this machine.
-    macs : ndarray of shape (rounds, N)
-    memory_bytes : int
-        Weights and activations of the device that needs most.
-    payload : list of Transfers
-        Bytes that devices send each other after each round but the last; framing aside.
-    image_bytes, answer_bytes : float
-        What one device gets in broadcast, and what it sends the coordinator; framing aside.
-    """
-
-    seconds: np.ndarray
-    macs: np.ndarray
-    memory_bytes: int
-    payload: list[Transfers]
-    image_bytes: float
-    answer_bytes: float
+    seconds: np.ndarray  # (rounds, N), of computing, measured alone on one core of this machine
+    macs: np.ndarray  # (rounds, N)
+    memory_bytes: int  # weights and activations of the device that needs most
+    payload: list[Transfers]  # what devices send each other after each round but the last
+    image_bytes: float  # what one device gets in broadcast
+    answer_bytes: float  # what it sends the coordinator
 
     @property
     def n_devices(self) -> int:
@@ -79,14 +69,11 @@ def link_seconds(link: Link, transfers: Transfers) -> float:
     """
     if not transfers:
         return 0.0
-    if link.shared:
-        busiest = sum(transfers.values())
-    else:
-        hosts = {host for pair in transfers for host in pair}
-        busiest = max(
-            max(sum(size for (sender, _), size in transfers.items() if sender == host) for host in hosts),
-            max(sum(size for (_, receiver), size in transfers.items() if receiver == host) for host in hosts),
-        )
+    busy = Counter()
+    for (sender, receiver), size in transfers.items():
+        busy[sender, "sends"] += size
+        busy[receiver, "receives"] += size
+    busiest = sum(transfers.values()) if link.shared else max(busy.values())
     return busiest * 8 / link.rate_bps + link.delay_s
 
 
@@ -97,14 +84,10 @@ def compose(
 
     Parameters
     ----------
-    load : Load
-    link : Link
-    scenario : str
     framing : float
         Bytes on the wire for each byte of payload, as counted live.
     final_s : float
         Seconds of the final layer.
-    params : Distributed
 
     Returns
     -------
@@ -168,26 +151,18 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
     sessions = [open_sessions(models) for models in plan.models]
     with pinned_to(core):
         runs = [run_in_process(plan, pixels, sessions).seconds for _ in range(COMPUTE_RUNS)]
-    payload = []
-    for number in range(plan.rounds):
-        sent: dict[tuple[str, str], float] = {}
-        for message in plan.messages:
-            if message.round == number:
-                pair = str(message.sender), str(message.receiver)
-                sent[pair] = sent.get(pair, 0.0) + message.n_bytes
-        payload.append(sent)
-    activations = [
-        max(
-            sum(int(np.prod(value.shape)) for value in [*session.get_inputs(), *session.get_outputs()])
-            for session in own
-            if session
-        )
-        for own in sessions
-    ]
+    payload = [Counter() for _ in range(plan.rounds)]
+    for message in plan.messages:
+        payload[message.round][str(message.sender), str(message.receiver)] += message.n_bytes
+
+    def activations(session: InferenceSession) -> int:
+        return sum(math.prod(value.shape) for value in [*session.get_inputs(), *session.get_outputs()])
+
+    largest = [max(activations(session) for session in own if session) for own in sessions]
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, activations, strict=True)),
+        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, largest, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(part.n_features for part in plan.parts),

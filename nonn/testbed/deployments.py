@@ -31,17 +31,14 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     path, blocks, n_classes = folder / "0.onnx", folder / "final.safetensors", len(manifest["classes"])
     onnx.save(model, path)
-    zeros = np.zeros((1, n_classes), np.float32)
-    identity = {"weights.0": np.eye(n_classes, dtype=np.float32), "biases.0": zeros[0]}
-    save_file(identity | {"scales": np.ones(1, np.float32), "fills": zeros}, blocks)
+    save_file(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors(), blocks)
+    student = {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
     write_json(
         folder / "manifest.json",
         {
             "classes": manifest["classes"],
             "image": manifest["image"],
-            "students": [
-                {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
-            ],
+            "students": [student],
             "final": {"file": blocks.name, "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
         },
     )
@@ -50,24 +47,13 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A method on its devices: what is started, what it costs, and what the coordinator does at the end.
-
-    Attributes
-    ----------
-    method : str
-    folder : Path
-        The exported network, or the plan of the split.
-    is_split : bool
-    load : Load
-    final_s : float
-        Seconds of the final layer.
-    """
+    """A method on its devices: what is started, what it costs, and what the coordinator does at the end."""
 
     method: str
-    folder: Path
+    folder: Path  # the exported network, or the plan of the split
     is_split: bool
     load: Load
-    final_s: float
+    final_s: float  # seconds of the final layer
 
 
 def time_final(folder: Path) -> float:
@@ -75,14 +61,14 @@ def time_final(folder: Path) -> float:
     manifest = read_manifest(folder)
     layer = FinalLayer.load(folder, manifest)
     features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}
-    return _seconds(lambda: layer.logits(layer.contributions(features)))
+    return _seconds(lambda: layer.logits(features))
 
 
 def _seconds(work) -> float:
     return min(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
-def split_layout(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
+def split_deployment(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))
     plan.save(folder)

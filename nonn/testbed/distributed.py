@@ -63,11 +63,6 @@ def describe_traffic(measured: Measured) -> dict[str, Any]:
     }
 
 
-def describe_latencies(latencies_ms: np.ndarray) -> dict[str, float]:
-    p50, p95, p99 = np.percentile(latencies_ms, [50, 95, 99])
-    return {"images": len(latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
-
-
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 on which nobody listens, all different."""
     with contextlib.ExitStack() as stack:
@@ -88,15 +83,7 @@ def on_one_core(position: int) -> list[str]:
 
 
 class TrialBed:
-    """Where trials take place: certificates, images, and hosts on one link after another.
-
-    Parameters
-    ----------
-    scratch : Path
-        An empty folder.
-    params : Distributed
-    image_shape : (channels, size, size)
-    """
+    """Where trials take place: certificates, images (channels, size, size), and hosts on one link after another."""
 
     def __init__(self, scratch: Path, params: Distributed, image_shape: tuple[int, ...]):
         self.certificates, self.sensor, self.params = scratch / "certificates", scratch / "images.npy", params
@@ -104,10 +91,10 @@ class TrialBed:
         pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, *image_shape), dtype=np.uint8)
         np.save(self.sensor, pixels)
 
-    def measure(self, layout: Deployment, network: EmulatedNetwork, broadcast: bool, **echo: int) -> Measured:
-        """Time a layout's images on the hosts of a network, or plain echoes of so many bytes."""
-        hosts = network.hosts[1 : 1 + layout.load.n_devices]
-        prefix = "device" if layout.is_split else "node"
+    def measure(self, deployment: Deployment, network: EmulatedNetwork, broadcast: bool, **echo: int) -> Measured:
+        """Time a deployment's images on the hosts of a network, or plain echoes of so many bytes."""
+        hosts = network.hosts[1 : 1 + deployment.load.n_devices]
+        prefix = "device" if deployment.is_split else "node"
         names = [f"{prefix}-{position}" for position in range(len(hosts))]
         if missing := {COORDINATOR, *names} - self.named:
             write_certificates(self.certificates, sorted(missing))
@@ -115,8 +102,8 @@ class TrialBed:
         # On loopback all hosts have one address, and share it with whatever else runs on this machine.
         ports = [PORT] * len(hosts) if network.is_emulated else free_ports(len(hosts))
         trial = Trial(
-            method="echo" if echo else "split" if layout.is_split else "nonn",
-            folder=layout.folder.resolve(),
+            method="echo" if echo else "split" if deployment.is_split else "nonn",
+            folder=deployment.folder.resolve(),
             names=names,
             addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
             prefixes=[[*network.prefix(host), *on_one_core(i)] for i, host in enumerate(hosts)],
@@ -130,99 +117,100 @@ class TrialBed:
         return measure(trial, network)
 
     def overhead(
-        self, layout: Deployment, network: EmulatedNetwork, measured: Measured, broadcast: bool
+        self, deployment: Deployment, network: EmulatedNetwork, measured: Measured, broadcast: bool
     ) -> dict[str, float]:
         """What coordinator and nodes add to the slowest node's inference and the link's round trip.
 
         The round trip is that of plain TCP messages of the same sizes, of all devices at once.
         """
-        asked = layout.load.request_bytes("broadcast" if broadcast else "sensor") + ENVELOPE
-        answered = layout.load.answer_bytes + ENVELOPE
+        asked = deployment.load.request_bytes("broadcast" if broadcast else "sensor") + ENVELOPE
+        answered = deployment.load.answer_bytes + ENVELOPE
         if measured.traffic:  # what the messages really took, without the headers of TCP and IP
             images, node = len(measured.latencies_ms), measured.traffic[network.hosts[1]]
             asked = (node.received_bytes - HEADERS * node.received_packets) / images
             answered = (node.sent_bytes - HEADERS * node.sent_packets) / images
-        echo = self.measure(layout, network, broadcast, request_bytes=round(asked), response_bytes=round(answered))
-        ideal = 1e3 * layout.load.seconds.max() + float(np.median(echo.latencies_ms))
+        echo = self.measure(deployment, network, broadcast, request_bytes=round(asked), response_bytes=round(answered))
+        ideal = 1e3 * deployment.load.seconds.max() + float(np.median(echo.latencies_ms))
         total = float(np.median(measured.latencies_ms))
         return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
 
 
-def measure_live(layouts: Sequence[Deployment], bed: TrialBed, params: Distributed) -> list[dict]:
-    """Time every layout on every link: one row each.
+def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distributed) -> list[dict]:
+    """Time every deployment on every link: one row each.
 
     On loopback first, where a network of networks shows what its coordinator and nodes take; then the
     fastest link, since there the bytes are counted that tell whether a slower one would take longer
     than `params.longest` an image: then the row says so instead. Where links cannot be emulated,
     everything runs on loopback and there alone.
     """
-    n_devices = max(layout.load.n_devices for layout in layouts)
-    hosts = [COORDINATOR, *(f"host-{position}" for position in range(n_devices))]
-    cases = [(layout, scenario) for layout in layouts for scenario in scenarios(layout)]
-    links = sorted(params.links, key=lambda name: -PRESETS[name].rate_bps)
+    n_devices = max(deployment.load.n_devices for deployment in deployments)
+    hosts = (COORDINATOR, *(f"host-{position}" for position in range(n_devices)))
+    cases = [(deployment, scenario) for deployment in deployments for scenario in scenarios(deployment)]
     if reason := missing_privileges():
         log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
-        links, on_loopback = [], cases
+        cases_on = {LOOPBACK: cases}
     else:
-        on_loopback = [case for case in cases if case[0].method == "nonn"]
+        cases_on = {LOOPBACK: [case for case in cases if case[0].method == "nonn"]}
+        cases_on |= dict.fromkeys(sorted(params.links, key=lambda name: -PRESETS[name].rate_bps), cases)
     rows: list[dict] = []
-    progress = iter(track(range(len(on_loopback) + len(links) * len(cases)), "distributed"))
-    for layout, scenario in on_loopback:
-        next(progress)
-        rows.append(measure_case(layout, scenario, bed, EmulatedNetwork(tuple(hosts))) | {"link": LOOPBACK})
-    for name in links:
-        with emulated_network(hosts, PRESETS[name]) as network:
-            for layout, scenario in cases:
+    progress = iter(track(range(sum(map(len, cases_on.values()))), "distributed"))
+    for name, own in cases_on.items():
+        link = PRESETS.get(name)
+        with emulated_network(hosts, link) if link else contextlib.nullcontext(EmulatedNetwork(hosts)) as network:
+            for deployment, scenario in own:
                 next(progress)
-                framing = framing_of(layout, scenario, rows)
-                expected = compose(layout.load, PRESETS[name], scenario, framing, 0.0, params)["link_ms"]
+                framing = framing_of(deployment, scenario, rows)
+                expected = compose(deployment.load, link, scenario, framing, 0.0, params)["link_ms"] if link else 0.0
                 if expected <= 1e3 * params.longest:
-                    row = measure_case(layout, scenario, bed, network)
+                    row = measure_case(deployment, scenario, bed, network)
                 else:
-                    row = {"method": layout.method, "scenario": scenario, "images": 0, "expected_ms": expected}
+                    row = {"method": deployment.method, "scenario": scenario, "images": 0, "expected_ms": expected}
                 rows.append(row | {"link": name})
     next(progress, None)
     return rows
 
 
-def measure_case(layout: Deployment, scenario: str, bed: TrialBed, network: EmulatedNetwork) -> dict[str, Any]:
-    """Latencies, absences and traffic of one layout on one link, and of a network of networks its overhead."""
+def measure_case(deployment: Deployment, scenario: str, bed: TrialBed, network: EmulatedNetwork) -> dict[str, Any]:
+    """Latencies, absences and traffic of one deployment on one link, and of a network of networks its overhead."""
     broadcast = scenario == "broadcast"
-    measured = bed.measure(layout, network, broadcast)
-    row = {"method": layout.method, "scenario": scenario, "emulated": network.is_emulated, "absent": measured.absent}
-    row |= describe_latencies(measured.latencies_ms) | describe_traffic(measured)
+    measured = bed.measure(deployment, network, broadcast)
+    row = {"method": deployment.method, "scenario": scenario}
+    row |= {"emulated": network.is_emulated, "absent": measured.absent}
+    p50, p95, p99 = np.percentile(measured.latencies_ms, [50, 95, 99])
+    row |= {"images": len(measured.latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
+    row |= describe_traffic(measured)
     if measured.traffic:
-        row["framing"] = row["wire_bytes"] / payload_bytes(layout.load.transfers(scenario))
-    if layout.method == "nonn":
-        row |= bed.overhead(layout, network, measured, broadcast)
+        row["framing"] = row["wire_bytes"] / payload_bytes(deployment.load.transfers(scenario))
+    if deployment.method == "nonn":
+        row |= bed.overhead(deployment, network, measured, broadcast)
     return row
 
 
-def scenarios(layout: Deployment) -> tuple[str, ...]:
+def scenarios(deployment: Deployment) -> tuple[str, ...]:
     """What is measured live; a split network in broadcast is the same after one more round, which `compose` adds."""
-    return ("sensor",) if layout.is_split else ("sensor", "broadcast")
+    return ("sensor",) if deployment.is_split else ("sensor", "broadcast")
 
 
-def framing_of(layout: Deployment, scenario: str, live: Sequence[Mapping]) -> float:
+def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -> float:
     """Bytes on the wire for each byte of payload, counted on the fastest link.
 
-    Of the layout itself if it ran in this scenario, else in another, else of the same kind of split;
+    Of the deployment itself if it ran in this scenario, else in another, else of the same kind of split;
     1 if nothing was counted, which flatters whoever sends many small messages.
     """
-    kind = layout.method.removeprefix("reference_")
+    kind = deployment.method.removeprefix("reference_")
     rows = [row for row in live if row["method"] == kind and row.get("framing")]
     rows.sort(key=lambda row: row["scenario"] != scenario)  # stable: the fastest link stays first
     return rows[0]["framing"] if rows else 1.0
 
 
-def compose_all(layouts: Sequence[Deployment], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
-    """A row for every layout, link and scenario."""
-    for layout in layouts:
-        load = layout.load
-        about = {"method": layout.method, "n_devices": load.n_devices, "rounds": len(load.payload)}
+def compose_all(deployments: Sequence[Deployment], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
+    """A row for every deployment, link and scenario."""
+    for deployment in deployments:
+        load = deployment.load
+        about = {"method": deployment.method, "n_devices": load.n_devices, "rounds": len(load.payload)}
         about |= {"memory_bytes": load.memory_bytes, "macs": int(load.macs.sum(axis=0).max())}
         for link in params.links:
             for scenario in ("sensor", "broadcast"):
-                framing = framing_of(layout, scenario, live)
-                composed = compose(load, PRESETS[link], scenario, framing, layout.final_s, params)
+                framing = framing_of(deployment, scenario, live)
+                composed = compose(load, PRESETS[link], scenario, framing, deployment.final_s, params)
                 yield about | {"link": link, "scenario": scenario, "framing": framing} | composed

@@ -1,18 +1,28 @@
-"""Measure links with real sockets: round trips of UDP messages, and the throughput of a TCP stream."""
+"""Echoes over real sockets: what links take, by UDP messages and a TCP stream, and what one image's messages take.
+
+Run as a module it is the TCP echo of one host: ``python -m nonn.testbed.echo HOST:PORT REQUEST_BYTES RESPONSE_BYTES``.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
 import statistics
 import struct
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
+from nonn.core.errors import UserError
 from nonn.core.links import MTU, round_trip, tcp_goodput
 from nonn.core.progress import track
+from nonn.runtime.cluster import Node
+from nonn.runtime.processes import running
+from nonn.runtime.serving import announce, told_to_stop
+from nonn.runtime.tls import split_address
 from nonn.testbed.emulation import EmulatedNetwork
 
 PAYLOADS = (64, 256, 1024, 4096, 12288)  # bytes
@@ -40,7 +50,7 @@ def ahead_of_others() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def echoing(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
+def udp_echo(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
     """Send back every UDP message that a host gets while the block runs; yields where it listens."""
     with network.inside(host):
         server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -68,28 +78,11 @@ def echoing(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
 def measure_round_trips(
     network: EmulatedNetwork, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
 ) -> list[float]:
-    """Send a UDP message and wait for its echo, again and again.
-
-    Parameters
-    ----------
-    network : EmulatedNetwork
-    sender, receiver : str
-        Hosts.
-    payload : int
-        Bytes of a message, at least 8.
-    count : int
-    patience : float
-        Seconds after which a message counts as lost.
-
-    Returns
-    -------
-    list of float
-        Seconds of each round trip, without those that got lost.
-    """
+    """Seconds of the round trips of UDP messages of at least 8 bytes; what takes longer than `patience` is lost."""
     times = []
     with network.inside(sender):
         client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    with client, echoing(network, receiver) as address, ahead_of_others():
+    with client, udp_echo(network, receiver) as address, ahead_of_others():
         client.settimeout(patience)
         for number in range(count):
             message = number.to_bytes(8, "big").ljust(payload, b"\0")
@@ -183,3 +176,58 @@ def format_measurement(measured: dict) -> str:
     limit = f" of at most {theory(expected)}" if expected else ""
     lines.append(f"TCP stream: {measured['tcp_mbps']:.3f}{limit} Mbit/s")
     return "\n".join(lines)
+
+
+async def serve(address: str, request_bytes: int, response_bytes: int) -> None:
+    """Answer every `request_bytes` with `response_bytes`, until standard input closes; a `UserError` if it cannot."""
+    answer = bytes(response_bytes)
+
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readexactly(request_bytes)
+                writer.write(answer)
+
+    stopped, (host, port) = told_to_stop(attached=True), split_address(address)
+    try:
+        server = await asyncio.start_server(echo, host, port)
+    except OSError as error:
+        raise UserError(f"{address}: cannot listen there ({error.strerror}). Is the port free?") from None
+    async with server:
+        announce("echo", address, port)
+        await stopped.wait()
+
+
+@contextlib.asynccontextmanager
+async def tcp_echoes(
+    addresses: Sequence[str], prefixes: Sequence[Sequence[str]], request_bytes: int, response_bytes: int
+) -> AsyncIterator[Callable[..., Awaitable[int]]]:
+    """Run an echo process at each address, each behind a prefix; yield what asks all at once, and says how many.
+
+    Bytes are those of the messages, without headers of TCP and IP. One that cannot listen there is a `UserError`.
+    """
+    sizes, commands = (str(request_bytes), str(response_bytes)), {}
+    for position, (address, prefix) in enumerate(zip(addresses, prefixes, strict=True)):
+        node = Node(name=f"echo-{position}", address=address, model="echo")
+        commands[node] = [*prefix, sys.executable, "-m", "nonn.testbed.echo", address, *sizes]
+
+    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(bytes(request_bytes))
+        await reader.readexactly(response_bytes)
+
+    async def ask_all(*_: object) -> int:
+        return len(await asyncio.gather(*(ask(*stream) for stream in streams)))
+
+    async with running(commands), contextlib.AsyncExitStack() as stack:
+        streams = []
+        for address in addresses:
+            streams.append(await asyncio.open_connection(*split_address(address)))
+            stack.callback(streams[-1][1].close)
+        yield ask_all
+
+
+if __name__ == "__main__":
+    try:
+        asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    except UserError as error:
+        sys.exit(str(error))

@@ -24,12 +24,8 @@ from nonn.core.links import PRESETS, Link
 
 #: Name of each host's network device, in its namespace.
 DEVICE = "link0"
-
-
 #: Addresses of the hosts; the namespaces are apart, so every network has the same.
 SUBNET, SUBNET_BITS, MOST_HOSTS = "10.77.0.{}", 24, 250
-
-
 ON_LOOPBACK = "note: {}. Running on loopback instead: without any link's rate, delay and loss."
 
 
@@ -52,16 +48,10 @@ class EmulatedNetwork:
     """Hosts to run programs on: `prefix` starts a program there, `address` is how others reach it.
 
     Without a relay it is loopback: every host is this machine, nothing is delayed and nothing counted.
-
-    Attributes
-    ----------
-    hosts : tuple of str
-    link : Link, optional
-        None on loopback.
     """
 
     hosts: tuple[str, ...]
-    link: Link | None = None
+    link: Link | None = None  # on loopback
     _relay: subprocess.Popen | None = field(default=None, repr=False)
     _namespaces: dict[str, Path] = field(default_factory=dict, repr=False)
 
@@ -139,12 +129,6 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[EmulatedNetwo
 
     Packets are those of the kernel's own TCP and IP, unsegmented by offloads, so that `Network.counters`
     are exact. On slow links TCP is told to be patient: see `nonn.testbed.relay.retransmission_timeout`.
-
-    Parameters
-    ----------
-    hosts : sequence of str
-        Their names, all different.
-    link : Link
 
     Raises
     ------

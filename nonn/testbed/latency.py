@@ -25,12 +25,6 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     disturbed window, the one with the smallest median: other work on the machine, or on the host of
     a virtual one, only ever adds to a latency.
 
-    Parameters
-    ----------
-    models : dict
-        Name to file.
-    params : Benchmark
-
     Returns
     -------
     dict
@@ -63,39 +57,40 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
 
 
 def _measure_window(path: Path, params: dict) -> dict[str, float]:
-    with pinned_to(params["core"]):
-        return _measure_here(path, params)
-
-
-def _measure_here(path: Path, params: dict) -> dict[str, float]:
     import numpy as np
 
     from nonn.runtime.session import open_session
 
-    before = _peak_memory_kib(reset=True)
-    session = open_session(path)
-    spec = session.get_inputs()[0]
-    dtype = np.uint8 if spec.type == "tensor(uint8)" else np.float32
-    # Random pixels: the time of a convolution does not depend on what it sees.
-    image = np.random.default_rng(0).integers(0, 256, spec.shape).astype(dtype)
-    times = []
-    for _ in range(params["warmup"] + params["runs"]):
-        start = time.perf_counter_ns()
-        session.run(None, {spec.name: image})
-        times.append((time.perf_counter_ns() - start) / 1e6)
+    with pinned_to(params["core"]):
+        reset_peak_memory()
+        before = memory_kib("VmHWM")
+        session = open_session(path)
+        spec = session.get_inputs()[0]
+        dtype = np.uint8 if spec.type == "tensor(uint8)" else np.float32
+        # Random pixels: the time of a convolution does not depend on what it sees.
+        image = np.random.default_rng(0).integers(0, 256, spec.shape).astype(dtype)
+        times = []
+        for _ in range(params["warmup"] + params["runs"]):
+            start = time.perf_counter_ns()
+            session.run(None, {spec.name: image})
+            times.append((time.perf_counter_ns() - start) / 1e6)
+        memory = memory_kib("VmHWM") - before
     measured = times[params["warmup"] :]
     return {
         "latency_p50_ms": float(np.percentile(measured, 50)),
         "latency_p99_ms": float(np.percentile(measured, 99)),
-        "session_memory_kib": _peak_memory_kib() - before,
+        "session_memory_kib": memory,
     }
 
 
-def _peak_memory_kib(reset: bool = False) -> int:
-    """Peak resident memory of this process; `reset` starts a new peak at what is resident now."""
-    if not Path("/proc/self/status").exists():
-        return 0
-    if reset:
+def reset_peak_memory() -> None:
+    """Let a new peak start at what is resident now; Linux only."""
+    if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def memory_kib(kind: str) -> int:
+    """Memory of this process, resident (VmRSS) or at its peak (VmHWM), where the system tells it as Linux does."""
+    if not (status := Path("/proc/self/status")).exists():
+        return 0
+    return int(next(line.split()[1] for line in status.read_text().splitlines() if line.startswith(kind)))

@@ -62,11 +62,6 @@ class Switch:
     mostly what applications have sent at once (an image to all nodes, all nodes' answers to one), and
     dropping it would measure TCP's timeouts. The price is that one bulk transfer at 250 kbit/s can
     make others wait up to 8.4 s.
-
-    Parameters
-    ----------
-    link : Link
-    n_hosts : int
     """
 
     def __init__(self, link: Link, n_hosts: int) -> None:
@@ -143,17 +138,9 @@ def retransmission_timeout(link: Link) -> float:
 
 
 def open_host(address: str, link: Link) -> tuple[int, int]:
-    """Make a namespace for a host, with loopback and one TUN device.
+    """Make a namespace for a host, with loopback and one TUN device, and return the file descriptors of both.
 
-    Parameters
-    ----------
-    address : str
-    link : Link
-
-    Returns
-    -------
-    tuple of int
-        File descriptors of the namespace and of the device, at which whole IPv4 packets are read and written.
+    At the device whole IPv4 packets are read and written.
 
     Raises
     ------
@@ -217,11 +204,9 @@ def main() -> None:
     addresses, link = plan["addresses"], Link(**plan["link"])
     try:
         opened = [open_host(address, link) for address in addresses]
-    except subprocess.CalledProcessError as error:
-        print(json.dumps({"error": f"ip: {error.stderr.strip()}"}), flush=True)
-        return
-    except OSError as error:
-        print(json.dumps({"error": f"{error.strerror or error}"}), flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = f"ip: {error.stderr.strip()}" if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        print(json.dumps({"error": said or str(error)}), flush=True)
         return
     be_prompt()
     print(json.dumps({"namespaces": [namespace for namespace, _ in opened]}), flush=True)

@@ -21,10 +21,11 @@ from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.testbed.bed import RunningCluster, announced_address, running_bed
+from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.latency import memory_kib
 
-#: Seconds between two kills; what a stopped node sleeps, in deadlines; and what the end may take.
-KILL_EVERY, NAP, RECOVERY = 10.0, 3.0, 15.0
+#: What a stopped node sleeps, in deadlines; and seconds that the end may take.
+NAP, RECOVERY = 3.0, 15.0
 #: How late an answer may be, in milliseconds: at p99 and at p99.9 of all requests.
 LATE_P99_MS, LATE_P999_MS = 5.0, 20.0
 #: Growth of memory that would be a leak, in bytes a request: less than any message of a request.
@@ -33,21 +34,11 @@ LEAK_BYTES = 50.0
 
 @dataclass
 class Soak:
-    """What a campaign has seen.
+    """What a campaign has seen."""
 
-    Attributes
-    ----------
-    late_ms : ndarray of shape (requests,), float64
-        Of each request: its time beyond the deadline, negative if it was answered earlier.
-    present : ndarray of shape (requests,), int64
-        How many students took part; 0 if it was not answered.
-    memory : list of (int, int)
-        Requests done, and bytes of this process (RSS) then.
-    """
-
-    late_ms: np.ndarray
-    present: np.ndarray
-    memory: list[tuple[int, int]] = field(default_factory=list)
+    late_ms: np.ndarray  # (requests,), float64: time beyond the deadline, negative if it was answered earlier
+    present: np.ndarray  # (requests,), int64: how many students took part; 0 if it was not answered
+    memory: list[tuple[int, int]] = field(default_factory=list)  # requests done, and bytes of this process (RSS) then
     kills: int = 0
     naps: int = 0
     whole_again: bool = False
@@ -57,12 +48,9 @@ class Soak:
         return int((self.present == 0).sum())
 
     @property
-    def late_p99_ms(self) -> float:
-        return float(np.quantile(self.late_ms, 0.99))
-
-    @property
-    def late_p999_ms(self) -> float:
-        return float(np.quantile(self.late_ms, 0.999))
+    def late_percentiles_ms(self) -> tuple[float, float]:
+        """The 99th and the 99.9th."""
+        return tuple(np.quantile(self.late_ms, [0.99, 0.999]))
 
     @property
     def bytes_per_request(self) -> float:
@@ -75,21 +63,14 @@ class Soak:
         found = []
         if self.unanswered:
             found.append(f"{self.unanswered} requests were not answered")
-        if self.late_p99_ms > LATE_P99_MS or self.late_p999_ms > LATE_P999_MS:
-            found.append(f"late by {self.late_p99_ms:.1f} ms at p99, {self.late_p999_ms:.1f} ms at p99.9")
+        p99, p999 = self.late_percentiles_ms
+        if p99 > LATE_P99_MS or p999 > LATE_P999_MS:
+            found.append(f"late by {p99:.1f} ms at p99, {p999:.1f} ms at p99.9")
         if self.bytes_per_request > LEAK_BYTES:
             found.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
         if not self.whole_again:
             found.append("the cluster was not whole again at the end")
         return found
-
-
-def resident_bytes() -> int:
-    """Memory of this process (RSS), where the system tells it as Linux does; elsewhere 0."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS:"))
-    return 0
 
 
 async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float) -> None:
@@ -102,7 +83,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
         await bed.children[victim].process.wait()
         soak.kills += 1
         await bed.restart(victim)
-        await announced_address(bed.children[victim])  # or on a slow machine all would be dead in the end
+        await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
         await asyncio.sleep(every / 2)
         sleeper = bed.children[random.choice(names)].process
         sleeper.send_signal(signal.SIGSTOP)
@@ -114,18 +95,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
 
 
 async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every: float, seed: int) -> Soak:
-    """Classify random images one after another while nodes are disturbed.
-
-    Parameters
-    ----------
-    export : Path
-        Of a network, best of four students or more.
-    n_requests : int
-    deadline_ms : float
-    every : float
-        Seconds between two kills.
-    seed : int
-    """
+    """Classify random images, one after another, while a node is killed every so many seconds."""
     # Filled beforehand, or the records themselves would look like a leak.
     soak = Soak(late_ms=np.full(n_requests, np.inf), present=np.full(n_requests, -1))
     generator = np.random.default_rng(seed)
@@ -142,7 +112,7 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
                     soak.present[number] = 0
                 soak.late_ms[number] = (time.perf_counter() - start) * 1000 - deadline_ms
                 if number % max(n_requests // 100, 1) == 0:
-                    soak.memory.append((number, resident_bytes()))
+                    soak.memory.append((number, 1024 * memory_kib("VmRSS")))
                 if disturbing.done():
                     disturbing.result()  # it ends by an error only
         finally:
@@ -170,9 +140,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     parser.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
-    parser.add_argument(
-        "--kill-every", type=float, default=KILL_EVERY, metavar="S", help="seconds (default: %(default)s)"
-    )
+    parser.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
     parser.add_argument("--seed", type=natural, default=0)
     parser.epilog = "example: nonn soak export/4s --requests 1000"
 
@@ -189,7 +157,7 @@ def run(options) -> None:
     print(f"{len(soak.late_ms)} requests, {soak.kills} nodes killed, {soak.naps} stopped for a while")
     for n_students, n_requests in zip(*np.unique(soak.present, return_counts=True), strict=True):
         print(f"  {n_requests:>8}  answered by {n_students} students")
-    print(f"time beyond the deadline: p99 {soak.late_p99_ms:.2f} ms, p99.9 {soak.late_p999_ms:.2f} ms")
+    print("time beyond the deadline: p99 {:.2f} ms, p99.9 {:.2f} ms".format(*soak.late_percentiles_ms))
     print(f"memory: {soak.memory[-1][1] / 2**20:.1f} MiB, {soak.bytes_per_request:+.2f} bytes a request")
     print(f"whole again at the end: {'yes' if soak.whole_again else 'no'}")
     if problems := soak.problems():

@@ -15,26 +15,25 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel
 
 from nonn.core.errors import UserError
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import start, stop
+from nonn.runtime.exported import Record, read_manifest
+from nonn.runtime.processes import node_commands, running
 from nonn.runtime.tls import Identity
-from nonn.split.coordinator import SplitCoordinator, running_devices
+from nonn.split.coordinator import SplitCoordinator, device_commands
 from nonn.split.plan import SplitPlan
-from nonn.testbed.bed import announced_address
+from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import Counters, EmulatedNetwork
-from nonn.testbed.volley import echoing
 
-#: Of every device on its host; on loopback those of the following devices come after it.
+#: Of every device on its host.
 PORT = 7100
 DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
@@ -49,61 +48,30 @@ SLACK = 240.0
 Ask = Callable[[np.ndarray], Awaitable[int]]  # of one image; gives the number of devices that took part
 
 
-class Trial(BaseModel):
-    """What to measure, where; travels to the process as JSON.
+class Trial(Record):
+    """What to measure, where; travels to the process as JSON."""
 
-    Attributes
-    ----------
-    method : str
-        ``nonn``; ``split``, one network split over the devices; ``echo``, the link alone.
-    folder : Path
-        The exported network, or the plan of the split.
-    names, addresses : list of str
-        Of each device; ``host:port``.
-    prefixes : list of list of str
-        Command that runs each device's process on its host.
-    certificates : Path
-        Folder with those of the devices and of the coordinator.
-    sensor : Path
-        A ``.npy`` file of images (n, channels, size, size), uint8, that each device holds.
-    broadcast : bool
-        Send these images to the devices, instead of the numbers of those that they hold.
-    runs, seconds : int, float
-        Images to time, and seconds after which no further one is begun.
-    request_bytes, response_bytes : int
-        Of an echo.
-    """
-
-    method: Literal["nonn", "split", "echo"]
-    folder: Path
-    names: list[str]
-    addresses: list[str]
-    prefixes: list[list[str]]
-    certificates: Path
-    sensor: Path
-    broadcast: bool = False
-    runs: int
-    seconds: float
-    request_bytes: int = 0
+    method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
+    folder: Path  # the exported network, or the plan of the split
+    names: list[str]  # of each device
+    addresses: list[str]  # ``host:port``
+    prefixes: list[list[str]]  # command that runs each device's process on its host
+    certificates: Path  # folder with those of the devices and of the coordinator
+    sensor: Path  # a ``.npy`` file of images (n, channels, size, size), uint8, that each device holds
+    broadcast: bool = False  # send these images to the devices, instead of their numbers
+    runs: int  # images to time
+    seconds: float  # after which no further one is begun
+    request_bytes: int = 0  # of an echo
     response_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a trial.
+    """What came out of a trial."""
 
-    Attributes
-    ----------
-    latencies_ms : ndarray of shape (images,)
-    absent : int
-        Answers that did not come in time, over all images.
-    traffic : dict of str to Counters
-        Sent and received by each host during these images; empty on loopback, where nothing is counted.
-    """
-
-    latencies_ms: np.ndarray
-    absent: int
-    traffic: dict[str, Counters]
+    latencies_ms: np.ndarray  # (images,)
+    absent: int  # answers that did not come in time, over all images
+    traffic: dict[str, Counters]  # of each host during these images; empty on loopback, where nothing is counted
 
     def wire_bytes(self) -> float | None:
         """Bytes of IP packets on the link for one image, by whomever they were sent."""
@@ -115,31 +83,16 @@ class Measured:
 @contextlib.asynccontextmanager
 async def running_network(trial: Trial) -> AsyncIterator[Ask]:
     """A network of networks: its nodes on their hosts, asked by a coordinator on this one."""
-    manifest = read_manifest(trial.folder)
-    nodes = [
-        Node(name=name, address=address, model=student.model)
-        for name, address, student in zip(trial.names, trial.addresses, manifest.students, strict=True)
-    ]
-    cluster = Cluster(
-        export=trial.folder,
-        deadline_ms=DEADLINE_MS,
-        tls=Tls(folder=trial.certificates),
-        sensor=None if trial.broadcast else trial.sensor,
-        nodes=nodes,
-    )
-    children = []
+    devices = zip(trial.names, trial.addresses, read_manifest(trial.folder).students, strict=True)
+    nodes = [Node(name=name, address=address, model=student.model) for name, address, student in devices]
+    tls, sensor = Tls(folder=trial.certificates), None if trial.broadcast else trial.sensor
+    cluster = Cluster(export=trial.folder, deadline_ms=DEADLINE_MS, tls=tls, sensor=sensor, nodes=nodes)
 
     async def ask(image: np.ndarray) -> int:
         return len((await coordinator.classify(image)).present)
 
-    try:
-        for (node, _, contract), prefix in zip(cluster.placed()[1], trial.prefixes, strict=True):
-            children.append(await start(cluster, node, contract, prefix))
-        await asyncio.gather(*(announced_address(child) for child in children))
-        async with Coordinator(cluster) as coordinator:
-            yield ask
-    finally:
-        await asyncio.gather(*(stop(child) for child in children))
+    async with running(node_commands(cluster, trial.prefixes)), Coordinator(cluster) as coordinator:
+        yield ask
 
 
 @contextlib.asynccontextmanager
@@ -152,22 +105,13 @@ async def running_split(trial: Trial) -> AsyncIterator[Ask]:
         await coordinator.classify(image)
         return plan.n_devices
 
-    async with (
-        running_devices(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor),
-        SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator,
-    ):
+    commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor)
+    async with running(commands), SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator:
         yield ask
 
 
-@contextlib.asynccontextmanager
-async def running_echo(trial: Trial) -> AsyncIterator[Ask]:
-    async with echoing(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes) as ask_all:
-
-        async def ask(_: np.ndarray) -> int:
-            await ask_all()
-            return len(trial.addresses)
-
-        yield ask
+def running_echo(trial: Trial) -> AbstractAsyncContextManager[Ask]:
+    return tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes)
 
 
 OPENERS = {"nonn": running_network, "split": running_split, "echo": running_echo}
@@ -214,24 +158,21 @@ def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
         It failed, or took far longer than it was given.
     """
     command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    watchdog = threading.Timer(trial.seconds + SLACK, process.kill)
-    watchdog.start()
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    watchdog = threading.Timer(trial.seconds + SLACK, lambda: process.kill())
     try:
-        _say(process, trial.model_dump_json())
-        _hear(process, trial)
-        before = network.counters()
-        _say(process, "go")
-        result = json.loads(_hear(process, trial))
-        after = network.counters()
-        _say(process, "enough")
+        with subprocess.Popen(command, **pipes) as process:
+            watchdog.start()
+            _say(process, trial.model_dump_json())
+            _hear(process, trial)
+            before = network.counters()
+            _say(process, "go")
+            result = json.loads(_hear(process, trial))
+            after = network.counters()
+            _say(process, "enough")
     except BrokenPipeError:
         raise _failure(trial) from None
     finally:
-        with contextlib.suppress(BrokenPipeError):  # of what it has not read
-            process.stdin.close()
-        process.wait()
-        process.stdout.close()
         watchdog.cancel()
     traffic = {host: after[host] - before[host] for host in after}
     return Measured(np.array(result["latencies_ms"]), result["absent"], traffic)
