@@ -55,7 +55,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
             external_data=False,
             verbose=False,
         )
-    proto, graph = program.model_proto, program.model_proto.graph
+    proto = program.model_proto  # made anew at each access
+    graph = proto.graph
     # The exporter notes source lines with absolute paths: they differ between machines.
     for item in (proto, graph, *graph.node, *graph.value_info, *graph.input, *graph.output):
         del item.metadata_props[:]
