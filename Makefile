@@ -20,6 +20,7 @@ lint: environment
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/snakefmt --check workflow
 	$(VENV)/bin/snakemake --lint
+	$(VENV)/bin/lint-imports --no-logo
 
 environment: $(VENV)/installed
 

@@ -1,17 +1,23 @@
-"""A tiny exported network, built by hand in milliseconds, and helpers that serve it on loopback."""
+"""A tiny exported network, built by hand in milliseconds, and helpers that serve it, ask it and wait for it."""
 
+import asyncio
 import contextlib
 import hashlib
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
+from grpc import StatusCode, aio
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import save_file
+from tritonclient.grpc import service_pb2 as oip
+from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.files import write_json
+from nonn.runtime.cluster import Cluster, Node, Tls
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 
@@ -19,6 +25,10 @@ CHANNELS, SIZE, N_FEATURES, CLASSES = 1, 4, (3, 5, 2), ["ant", "bee", "cat", "do
 PIXELS = CHANNELS * SIZE * SIZE
 #: More than the students can reach, as their weights are.
 FEATURE_LIMIT = 20.0
+#: Seconds after which what a test waits for has failed: more than it takes on a slow and busy machine.
+PATIENCE = 60
+#: Deadline that every image meets.
+PLENTY_MS = 1000.0 * PATIENCE
 
 
 def _save(path: Path, nodes: list, inputs: tuple, outputs: tuple, constants: dict) -> None:
@@ -103,6 +113,94 @@ def free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
+
+
+def cluster_of(export: Path, addresses: list[str], tls: Path | None = None, deadline_ms: float = PLENTY_MS) -> Cluster:
+    nodes = [Node(name=f"node-{i}", address=address, model=str(i)) for i, address in enumerate(addresses)]
+    return Cluster(
+        export=export,
+        deadline_ms=deadline_ms,
+        tls=Tls(folder=tls) if tls else None,
+        insecure=tls is None,
+        nodes=nodes,
+    )
+
+
+class Rogue(oip_grpc.GRPCInferenceServiceServicer):
+    """Plays a node: does whatever the function `behave` does with a request."""
+
+    def __init__(self, behave):
+        self.behave, self.asked = behave, 0
+
+    async def ModelInfer(self, request, context):
+        self.asked += 1
+        return await self.behave(request, context)
+
+
+@contextlib.asynccontextmanager
+async def rogue_node(behave):
+    server, rogue = aio.server(), Rogue(behave)
+    oip_grpc.add_GRPCInferenceServiceServicer_to_server(rogue, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", rogue
+    finally:
+        await server.stop(None)
+
+
+async def hang(*_) -> None:
+    """What a node that never answers does with a request."""
+    await asyncio.sleep(10 * PATIENCE)
+
+
+@contextlib.asynccontextmanager
+async def stub_of(address: str, credentials=None, name: str | None = None):
+    options = [("grpc.ssl_target_name_override", name)] if name else []
+    options.append(("grpc.max_send_message_length", -1))
+    channel = (
+        aio.secure_channel(address, credentials, options) if credentials else aio.insecure_channel(address, options)
+    )
+    async with channel:
+        yield oip_grpc.GRPCInferenceServiceStub(channel)
+
+
+async def refusal(call) -> tuple[StatusCode, str]:
+    """Status and message that a call is refused with."""
+    with pytest.raises(aio.AioRpcError) as error:
+        await call
+    return error.value.code(), error.value.details()
+
+
+#: How a sound request is damaged; the status that refuses it, if not INVALID_ARGUMENT, and what a node says.
+BROKEN = {
+    "another model": (lambda r: setattr(r, "model_name", "1"), StatusCode.NOT_FOUND, "serves model '0', not '1'"),
+    "another version": (lambda r: setattr(r, "model_version", "2"), StatusCode.NOT_FOUND, "only version 1"),
+    "no input": (lambda r: r.ClearField("inputs"), None, "expected 1 input, not 0"),
+    "two inputs": (lambda r: r.inputs.append(r.inputs[0]), None, "expected 1 input, not 2"),
+    "input name": (lambda r: setattr(r.inputs[0], "name", "pixels"), None, "the input 'image', not 'pixels'"),
+    "type": (lambda r: setattr(r.inputs[0], "datatype", "FP32"), None, "the type UINT8, not 'FP32'"),
+    "batch": (lambda r: r.inputs[0].shape.__setitem__(0, 2), None, "the shape [1, 1, 4, 4], not [2, 1, 4, 4]"),
+    "negative shape": (lambda r: r.inputs[0].shape.__setitem__(0, -1), None, "not [-1, 1, 4, 4]"),
+    "no shape": (lambda r: r.inputs[0].ClearField("shape"), None, "the shape [1, 1, 4, 4], not []"),
+    "too short": (lambda r: r.raw_input_contents.__setitem__(0, bytes(15)), None, "expected 16 bytes, not 15"),
+    "too long": (lambda r: r.raw_input_contents.__setitem__(0, bytes(17)), None, "expected 16 bytes, not 17"),
+    "no data": (lambda r: r.ClearField("raw_input_contents"), None, "one raw tensor, not 0"),
+    "two tensors": (lambda r: r.raw_input_contents.append(b""), None, "one raw tensor, not 2"),
+    "typed data": (lambda r: r.inputs[0].contents.uint_contents.extend([0] * 16), None, "raw_input_contents"),
+    "shared memory": (
+        lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFrom(oip.InferParameter(string_param="x")),
+        None,
+        "parameters are not supported",
+    ),
+    "another output": (lambda r: r.outputs.add(name="logits"), None, "no output 'logits'; ask for features"),
+}
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 def nobody_listens(addresses: Iterable[str]) -> bool:

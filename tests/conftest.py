@@ -6,81 +6,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import free_ports, write_export
+from clusters import PLENTY_MS, free_ports, write_export
+from experiments import make_dataset, tiny_params, write_dataset
 from hypothesis import settings
 from ruamel.yaml import YAML
 from splits import write_solo
 
-from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset, measure_channels
-from nonn.data.tensors import write_tensors
+from nonn.data.dataset import Dataset
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
 from nonn.stages import assemble, baseline, design, distill, export, graph, partition, signals, teacher
+from nonn.testbed.emulation import missing_privileges
 from nonn.training.checkpoint import Checkpoint
 
 # By default an example that takes more than 200 ms fails, as any may on a busy machine.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
-
-#: What the tiny experiment changes in the shipped parameters.
-TINY = {
-    "experiment": "tiny",
-    "networks": {"2s": ["small", "large"]},
-    "assembled": ["2s"],
-    "students": ["2s/0", "2s/1"],
-    "seeds": [0],
-    "baselines": ["2s/labels", "2s/kd", "2s/random"],
-    "baselines_once": ["2s/at_kd"],
-    "ensemble": {"pool": "2s/kd", "seeds": [1]},
-    "devices": {"small": {"memory_kib": 40, "mmacs": 5}, "large": {"memory_kib": 60, "mmacs": 5}},
-    "teacher": {
-        "architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1},
-        "epochs": 6,
-        "batch_size": 10,
-        "lr": 0.05,
-        "threads": 1,
-    },
-    "signals": {"views": 2, "threads": 1},
-    "graph": {"top_k": 8},
-    "design": {"depths": [1], "min_width": 4, "max_width": 16, "step": 2},
-    "distill": {"epochs": 5, "batch_size": 10, "lr": 0.03, "transfer_weight": 2.0},
-    "assemble": {"epochs": 2},
-    "evaluate": {"resamples": 200, "final_layer": "averaged", "threads": 1},
-    "benchmark": {"warmup": 1, "runs": 10, "windows": 2},
-}
-
-
-def merge(base: dict, changes: dict) -> dict:
-    """Parameters with changes, section by section; networks, devices and architectures are replaced."""
-    whole = ("networks", "devices", "architecture")
-    merged = {k: merge(base[k], v) if isinstance(v, dict) and k not in whole else v for k, v in changes.items()}
-    return base | merged
-
-
-def make_dataset(channels: int = 1, size: int = 28) -> Dataset:
-    """120 images of noise with horizontal stripes, vertical stripes or a chequerboard."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 100, (120, channels, size, size), generator=generator, dtype=torch.uint8)
-    labels = torch.arange(120) % 3
-    stripes = (torch.arange(size) // 2 % 2).byte().expand(size, size)
-    patterns = torch.stack([stripes.T, stripes, stripes ^ stripes.T])
-    images += 100 * patterns[labels][:, None]
-    train, validation, test = torch.arange(120).split([60, 30, 30])
-    return Dataset(
-        images, labels, train, validation, test, *measure_channels(images[train]), ("across", "down", "chequered")
-    )
-
-
-def write_dataset(data: Dataset, paths: Paths) -> None:
-    names = ("images", "labels", "train", "validation", "test", "mean", "std")
-    write_tensors(paths.dataset, {name: getattr(data, name) for name in names})
-    write_json(paths.dataset_info, {"classes": data.classes, "channels": data.channels, "size": data.size})
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -98,7 +41,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture(scope="session")
 def params() -> Params:
-    return Params.model_validate(merge(SHIPPED, TINY))
+    return Params.model_validate(tiny_params())
 
 
 @pytest.fixture(scope="session")
@@ -126,7 +69,7 @@ def built(tmp_path_factory, params, data) -> Path:
         for student in range(2):
             distill.run(params, paths, "2s", student, seed=0)
         assemble.run(params, paths, "2s", seed=0)
-        for network, method, seeds in params.baseline_jobs():
+        for network, method, seeds in params.baselines():
             for seed in seeds:
                 baseline.run(params, paths, network, method, seed)
     return folder
@@ -172,6 +115,13 @@ def certificates(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def emulation() -> None:
+    """Skips tests on emulated links where there can be none."""
+    if reason := missing_privileges():
+        pytest.skip(reason)
+
+
 @pytest.fixture
 def free_port() -> int:
     """A port of 127.0.0.1 on which nobody listens, for what cannot be asked to choose one itself."""
@@ -182,7 +132,7 @@ def free_port() -> int:
 def cluster(network_folder, certificates, tmp_path, monkeypatch) -> Cluster:
     """Three nodes on free ports under mutual TLS, also written to ``cluster.yaml``."""
     monkeypatch.chdir(tmp_path)
-    cluster = local_cluster(network_folder, certificates, 7100, 5000)
+    cluster = local_cluster(network_folder, certificates, 7100, PLENTY_MS)
     nodes = [
         node.model_copy(update={"address": f"127.0.0.1:{port}"})
         for node, port in zip(cluster.nodes, free_ports(3), strict=True)

@@ -2,13 +2,19 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nonn.cli import main
-from nonn.commands.attempt import COLUMNS, run
+from nonn.commands import attempt
+from nonn.commands.attempt import COLUMNS
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
+
+
+def run(item: str, settings: list[str], seed: int, table: Path | None) -> None:
+    attempt.run(SimpleNamespace(item=item, set=settings, seed=seed, table=table))
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -79,7 +85,7 @@ def test_fewer_views_than_there_are_can_be_tried(tmp_path):
         ),
         ("2s", ["signals.threads=1"], "signals.threads: has no effect on an attempt, which begins with"),
         ("2s", ["teacher.lr=1"], "teacher.lr: has no effect on an attempt"),
-        ("2s", ["assemble.lr=1"], "What can be tried: signals.views, networks, assembled,"),
+        ("2s", ["assemble.lr=1"], "What can be tried: signals.views, networks, devices,"),
         ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits a device of 1 KiB"),
     ],
 )

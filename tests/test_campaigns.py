@@ -52,7 +52,7 @@ def test_a_coordinator_that_lets_any_finite_number_through_is_found_out(network_
 
 def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
     monkeypatch.setattr("nonn.testbed.soak.NAP", 1.0)
-    soak = asyncio.run(soak_cluster(network_folder, 1600, deadline_ms=500, every=2, seed=0))
+    soak = asyncio.run(soak_cluster(network_folder, 1600, deadline_ms=2000, every=1, seed=0))
     assert soak.kills >= 1
     assert soak.unanswered == 0
     assert soak.present.max() == 3

@@ -4,18 +4,21 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 from ruamel.yaml import YAML
 
 from nonn import __version__
-from nonn.cli import RUNTIME, SEEDED, STAGES, main, parse_item, parse_seed
+from nonn.cli import COMMANDS, main
+from nonn.commands.stage import ITEMS, JOURNAL, parse_item, parse_seed
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
+from nonn.stages import STAGES
 
 
 def call(*arguments: str) -> None:
@@ -29,19 +32,31 @@ def stop(*arguments: str):
     return stopped.value.code
 
 
-def test_help_names_every_stage_and_command(capsys):
-    assert stop("--help") == 0
+def test_help_names_every_command(capsys):
+    assert stop() == stop("--help") == 0
     shown = capsys.readouterr().out
-    overview = shown.split("Stages, in order")[1].split("options:")[0].split()
-    for stage, (summary, _) in STAGES.items():
-        assert stage in overview
-        assert stop(stage, "--help") == 0
-        assert summary in " ".join(capsys.readouterr().out.split())
-    for command in (*RUNTIME, "check", "predict", "try", "keep", "restore", "share", "timeline", "bench"):
-        assert re.search(rf"^    {command}\s+\w", shown, re.MULTILINE), "commands without a help text are not listed"
+    assert shown[: len(shown) // 2] == shown[len(shown) // 2 :], "without a command it is help, too"
+    for command, (group, _, summary) in COMMANDS.items():
+        below = shown.split(f"\n{group}:\n")[1].split("\n\n")[0].splitlines()
+        assert f"{command} {summary}" in [" ".join(line.split()) for line in below]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_an_example_that_it_accepts(command, capsys, monkeypatch):
+    _, name, summary = COMMANDS[command]
+    assert stop(command, "--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert summary in shown
+    accepted = []
+    monkeypatch.setattr(importlib.import_module(f"nonn.{name}"), "run", accepted.append)
+    nonn, *example = shlex.split(shown.split("example: ")[1])
+    assert (nonn, example[0]) == ("nonn", command)
+    call(*example)
+    assert [options.command for options in accepted] == [command]
 
 
 def test_stages_are_those_of_the_pipeline():
+    assert tuple(name for name, (_, module, _) in COMMANDS.items() if module == "commands.stage") == STAGES
     pipeline = YAML(typ="safe").load(REPOSITORY / "dvc.yaml")["stages"]
     commands = [(stage.get("do") or stage)["cmd"] for stage in pipeline.values()]
     # `cluster` is a command of the runtime that the pipeline calls too.
@@ -53,18 +68,19 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"nonn {__version__}\n"
 
 
-def test_help_does_not_load_what_is_heavy():
-    code = "import sys, nonn.cli; nonn.cli.build_parser().format_help(); print(*sys.modules)"
-    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY, text=True).split()
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["distill", "--help"]])
+def test_help_does_not_load_what_is_heavy(arguments):
+    code = "import atexit, sys, nonn.cli; atexit.register(lambda: print(*sys.modules)); nonn.cli.main(sys.argv[1:])"
+    shown = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=REPOSITORY, text=True)
+    loaded = set(shown.splitlines()[-1].split())
     assert "nonn.cli" in loaded
-    assert not {"torch", "numpy", "pandas", "matplotlib"} & set(loaded)
+    assert not {"torch", "numpy", "pandas", "matplotlib"} & loaded
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_items_become_the_arguments_of_a_stage(stage, params):
-    items = {None: None, "NETWORK": "2s", "NETWORK/STUDENT": "2s/1", "NETWORK/METHOD": "2s/at_kd"}
-    item = items[STAGES[stage][1].removesuffix(" or solo") if STAGES[stage][1] else None]
-    arguments = parse_item(stage, item, params) | ({"seed": 0} if stage in SEEDED else {})
+    _, item, is_seeded = ITEMS.get(stage, (None, None, False))
+    arguments = parse_item(stage, item, params) | ({"seed": 0} if is_seeded else {})
     inspect.signature(importlib.import_module(f"nonn.stages.{stage}").run).bind(params, "paths", **arguments)
 
 
@@ -94,17 +110,18 @@ def test_unknown_items_are_refused(stage, item, known, params):
 
 
 def test_seeds_that_nobody_asked_for_are_refused(params):
-    assert parse_seed("design", "2s", None, params) == {}
-    assert parse_seed("distill", "2s/0", params.seeds[0], params) == {"seed": params.seeds[0]}
-    of_pool = params.ensemble.seeds[0]
-    assert parse_seed("baseline", "2s/kd", of_pool, params) == {"seed": of_pool}
-    only_first = params.model_copy(update={"seeds": [*params.seeds, 7]})
-    with pytest.raises(UserError, match=r"2s/at_kd has no seed 7, but 0; move it from `…_once`"):
-        parse_seed("baseline", "2s/at_kd", 7, only_first)
-    wrong = [("distill", "2s/0", of_pool), ("baseline", "2s/at_kd", of_pool), ("baseline", "2s/kd", 99)]
-    for stage, item, seed in wrong:
-        with pytest.raises(UserError, match=f"{item} has no seed {seed}, but 0"):
-            parse_seed(stage, item, seed, params)
+    assert parse_seed("2s", None, params) == {}
+    assert parse_seed("2s/0", 0, params) == {"seed": 0}
+    assert parse_seed("2s/kd", 1, params) == {"seed": 1}
+    wrong = {
+        ("2s/0", 1): "seeds: asks for 1 trainings, seeds 0 to 0, not 1; raise it",
+        ("2s", -1): "seeds: ",
+        ("2s/kd", 2): r"baselines\.kd: asks for 2 ",
+        ("2s/at_kd", 1): r"baselines\.at_kd: asks for 1 ",
+    }
+    for (item, seed), problem in wrong.items():
+        with pytest.raises(UserError, match=rf"params\.yaml: networks\.2s\.{problem}"):
+            parse_seed(item, seed, params)
 
 
 @pytest.mark.usefixtures("experiment")
@@ -115,7 +132,7 @@ def test_a_mistake_ends_in_one_message_and_1():
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == "nonn distill: params.yaml: '9s/0' is not there; distill takes one of 2s/0, 2s/1.\n"
-    assert not (STATE / "journal.jsonl").exists()
+    assert not JOURNAL.exists()
 
 
 def test_a_stage_needs_its_item_and_seed(capsys):
@@ -123,12 +140,6 @@ def test_a_stage_needs_its_item_and_seed(capsys):
     assert stop("distill", "2s/0") == 2
     assert stop("nothing") == 2
     assert "required: --seed" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("command", ["keep", "restore"])
-def test_trainings_are_kept_of_an_experiment_only(command):
-    assert "params.yaml: no such file. Run nonn from the repository's top folder" in stop(command, "kept")
 
 
 def test_seeds_below_zero_are_refused(capsys):
@@ -141,11 +152,11 @@ def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
     before = read_json(experiment.sizes("2s"))
     experiment.sizes("2s").unlink()
     STATE.mkdir(exist_ok=True)
-    (STATE / "journal.jsonl").write_text('{"stage": "eval')  # as a crash would leave it
+    JOURNAL.write_text('{"stage": "eval')  # as a crash would leave it
     call("design", "2s")
     call("distill", "2s/0", "--seed", "0")
     assert read_json(experiment.sizes("2s")) == before
-    cut, design, distill = (STATE / "journal.jsonl").read_text().splitlines()
+    cut, design, distill = JOURNAL.read_text().splitlines()
     assert cut == '{"stage": "eval'
     design, distill = json.loads(design), json.loads(distill)
     assert (design["stage"], design["item"], design["seed"]) == ("design", "2s", None)
@@ -157,7 +168,7 @@ def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
 def test_a_failed_stage_is_not_noted(experiment):
     experiment.graph_info.unlink()
     assert "graph.json: no such file" in stop("design", "2s")
-    assert not (STATE / "journal.jsonl").exists()
+    assert not JOURNAL.exists()
 
 
 def test_a_stage_clears_what_is_no_longer_named(experiment):
@@ -172,10 +183,18 @@ def test_check_reads_the_parameters_only(capsys):
     call("check")
     assert capsys.readouterr().out == "params.yaml is sound: experiment tiny, 2 students.\n"
     with Path("params.yaml").open("a") as file:
-        file.write("sedes: [0]\n")
-    assert stop("check") == "nonn check: params.yaml: sedes: unknown key; remove it (did you mean 'seeds'?)"
+        file.write("devises: {}\n")
+    assert stop("check") == "nonn check: params.yaml: devises: unknown key; remove it (did you mean 'devices'?)"
 
 
 @pytest.mark.usefixtures("experiment")
 def test_predict_asks_for_an_export_first():
     assert "manifest.json: no such file" in stop("predict", "image.png")
+
+
+def test_an_interrupted_command_exits_as_the_shell_expects(monkeypatch):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nonn.commands.check.run", interrupt)
+    assert stop("check") == 130

@@ -10,10 +10,20 @@ import urllib.request
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from clusters import CLASSES, free_ports, make_image, plain_node
+from clusters import (
+    BROKEN,
+    CLASSES,
+    PATIENCE,
+    cluster_of,
+    free_ports,
+    hang,
+    make_image,
+    plain_node,
+    refusal,
+    rogue_node,
+    stub_of,
+)
 from grpc import StatusCode, aio
-from test_coordinator import cluster_of, hang, rogue_node
-from test_node import BROKEN, raw, refusal, stub_of
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main
@@ -50,7 +60,7 @@ def infer(address: str, image: np.ndarray, outputs: list[str] | None = None, **c
         tensor = triton.InferInput("image", [1, *image.shape], "UINT8")
         tensor.set_data_from_numpy(image[None])
         wanted = [triton.InferRequestedOutput(name) for name in outputs] if outputs else None
-        return client.infer("export", [tensor], outputs=wanted, request_id="nine", client_timeout=5)
+        return client.infer("export", [tensor], outputs=wanted, request_id="nine", client_timeout=PATIENCE)
 
 
 def test_the_stock_triton_client_can_call_a_network(network_folder):
@@ -96,14 +106,14 @@ def test_a_missing_node_is_not_among_the_present_and_is_counted(network_folder):
     asyncio.run(scenario())
 
 
-def test_a_caller_in_a_hurry_is_answered_without_a_node_that_hangs(network_folder):
+def test_a_caller_in_a_hurry_is_answered_without_a_node_that_hangs(network_folder, monkeypatch):
+    monkeypatch.setattr("nonn.runtime.coordinate.CALLERS_SHARE", 0.5)  # as long for the nodes as for the way back
+
     async def scenario():
         async with contextlib.AsyncExitStack() as stack:
             nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(2)]
             nodes.append(await stack.enter_async_context(rogue_node(hang)))
-            cluster = cluster_of(network_folder, [address for address, _ in nodes]).model_copy(
-                update={"deadline_ms": 30_000}
-            )
+            cluster = cluster_of(network_folder, [address for address, _ in nodes])
             address, network = await stack.enter_async_context(network_of(cluster))
             stub = await stack.enter_async_context(stub_of(address))
             for _ in range(2):
@@ -144,7 +154,7 @@ def test_what_is_not_agreed_is_refused_as_at_a_node(network_folder):
             request.CopyFrom(sound)
             request.outputs.extend([oip.ModelInferRequest.InferRequestedOutputTensor(name="label")] * 2)
             assert "asked for twice" in (await refusal(stub.ModelInfer(request)))[1]
-            request.raw_input_contents[:] = raw(MESSAGE_LIMIT)
+            request.raw_input_contents[:] = [bytes(MESSAGE_LIMIT)]
             assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.RESOURCE_EXHAUSTED
             async with aio.insecure_channel(address) as channel:
                 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
@@ -186,7 +196,7 @@ def test_under_mutual_tls_only_applications_may_call(network_folder, certificate
             async with stub_of(address, Identity.of("stranger", certificates).for_client()) as stub:
                 assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.PERMISSION_DENIED
             async with stub_of(address) as stub:
-                assert (await refusal(stub.ModelInfer(request, timeout=5)))[0] == StatusCode.UNAVAILABLE
+                assert (await refusal(stub.ModelInfer(request, timeout=PATIENCE)))[0] == StatusCode.UNAVAILABLE
 
     asyncio.run(scenario())
 
@@ -206,10 +216,10 @@ def test_the_command_serves_counts_and_stops(network_folder, free_port, tmp_path
             announced = process.stderr.readline()
             assert announced.startswith("model export at 127.0.0.1:"), announced
             assert len(infer(announced.split()[3].rstrip(","), make_image()).as_numpy("present")) == 3
-            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=5) as page:
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=PATIENCE) as page:
                 assert 'nonn_requests_total{model="export"} 1.0' in page.read().decode()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(timeout=10) == 0
+            assert process.wait(timeout=PATIENCE) == 0
 
     asyncio.run(scenario())
 

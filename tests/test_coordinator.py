@@ -5,21 +5,34 @@ import contextlib
 import os
 import shutil
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, CLASSES, FEATURE_LIMIT, N_FEATURES, SIZE, free_ports, make_image, plain_node
+from clusters import (
+    CHANNELS,
+    CLASSES,
+    FEATURE_LIMIT,
+    N_FEATURES,
+    PATIENCE,
+    PLENTY_MS,
+    SIZE,
+    cluster_of,
+    free_ports,
+    hang,
+    make_image,
+    plain_node,
+    rogue_node,
+    until,
+)
 from grpc import StatusCode, aio
 from PIL import Image
 from safetensors.numpy import load_file
-from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime import coordinator as coordination
-from nonn.runtime.cluster import Cluster, Node, Tls, write_cluster
+from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.node import Student
 from nonn.runtime.predict import classify
@@ -28,50 +41,17 @@ from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity
 
-PATIENCE_MS = 500.0
-
-
-def cluster_of(export: Path, addresses: list[str], tls: Path | None = None) -> Cluster:
-    nodes = [Node(name=f"node-{i}", address=address, model=str(i)) for i, address in enumerate(addresses)]
-    return Cluster(
-        export=export,
-        deadline_ms=PATIENCE_MS,
-        tls=Tls(folder=tls) if tls else None,
-        insecure=tls is None,
-        nodes=nodes,
-    )
-
-
-class Rogue(oip_grpc.GRPCInferenceServiceServicer):
-    """Plays a node: does whatever the function `behave` does with a request."""
-
-    def __init__(self, behave):
-        self.behave, self.asked = behave, 0
-
-    async def ModelInfer(self, request, context):
-        self.asked += 1
-        return await self.behave(request, context)
+#: Milliseconds that a test waits for in vain.
+FEW = 500.0
 
 
 @contextlib.asynccontextmanager
-async def rogue_node(behave):
-    server, rogue = aio.server(), Rogue(behave)
-    oip_grpc.add_GRPCInferenceServiceServicer_to_server(rogue, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}", rogue
-    finally:
-        await server.stop(None)
-
-
-@contextlib.asynccontextmanager
-async def two_and(export: Path, third: str):
+async def two_and(export: Path, third: str, deadline_ms: float = PLENTY_MS):
     """A coordinator of two sound nodes and one that the test provides."""
     async with (
         plain_node(export, 0) as (first, _),
         plain_node(export, 1) as (second, _),
-        Coordinator(cluster_of(export, [first, second, third])) as coordinator,
+        Coordinator(cluster_of(export, [first, second, third], deadline_ms=deadline_ms)) as coordinator,
     ):
         yield coordinator
 
@@ -137,10 +117,6 @@ def test_all_under_mutual_tls(network_folder, certificates):
 # Missing, late, hanging
 
 
-async def hang(request, context):
-    await asyncio.sleep(60)
-
-
 async def refuse(request, context):
     await context.abort(StatusCode.RESOURCE_EXHAUSTED, "busy")
 
@@ -160,20 +136,17 @@ def test_a_hanging_node_is_waited_for_until_the_deadline(network_folder):
 
     async def wait(request, context):
         try:
-            await asyncio.sleep(60)
+            await hang()
         except asyncio.CancelledError:
             cancelled.set()
             raise
 
     async def scenario():
-        async with rogue_node(wait) as (third, _), two_and(network_folder, third) as coordinator:
-            start = time.monotonic()
+        async with rogue_node(wait) as (third, _), two_and(network_folder, third, FEW) as coordinator:
             answer = await coordinator.classify(make_image())
-            elapsed = time.monotonic() - start
             assert_answer(answer, network_folder, make_image(), [0, 1])
             assert answer.absent == {"node-2": "no answer by the deadline"}
-            assert PATIENCE_MS / 1000 * 0.9 <= elapsed < 20, "waited for nobody, or for the node"
-            await asyncio.wait_for(cancelled.wait(), 10)  # the late call was called off at the node too
+            await asyncio.wait_for(cancelled.wait(), PATIENCE)  # the late call was called off at the node too
 
     asyncio.run(scenario())
 
@@ -186,7 +159,7 @@ def test_a_node_that_accepts_and_never_speaks(network_folder):
 
         server = await asyncio.start_server(mute, "127.0.0.1", 0)
         host, port = server.sockets[0].getsockname()
-        async with server, two_and(network_folder, f"{host}:{port}") as coordinator:
+        async with server, two_and(network_folder, f"{host}:{port}", FEW) as coordinator:
             answer = await coordinator.classify(make_image())
             assert_answer(answer, network_folder, make_image(), [0, 1])
 
@@ -306,13 +279,6 @@ def test_an_answer_that_is_no_message(network_folder):
 # Circuit breaker
 
 
-async def until(condition) -> None:
-    """Wait until something is so, for 10 seconds at most."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
     monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
     sound = with_features([1, 2])
@@ -350,12 +316,12 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
 
 def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
     async def scenario():
-        async with rogue_node(hang) as (third, _), two_and(network_folder, third) as coordinator:
+        async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
             for _ in range(coordination.TOLERATED_FAILURES):
                 await coordinator.classify(make_image())
             assert coordinator.connections[2].is_open
-            coordinator.patience = 60  # nobody waits for this deadline
-            async with asyncio.timeout(30):
+            coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
+            async with asyncio.timeout(PATIENCE):
                 answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
             for seed, answer in enumerate(answers):
                 assert_answer(answer, network_folder, make_image(seed), [0, 1])
@@ -408,7 +374,7 @@ def test_a_node_that_restarts_rejoins(network_folder, free_port):
             await until_present(coordinator, [0, 1])
 
     async def until_present(coordinator, present):
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(PATIENCE):
             while True:
                 answer = await coordinator.classify(make_image())
                 assert_answer(answer, network_folder, make_image(), [int(n[-1]) for n in answer.present])

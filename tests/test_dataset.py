@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from experiments import REPOSITORY
 from PIL import Image
 
 from nonn.core.errors import UserError
@@ -18,10 +19,12 @@ from nonn.core.images import fit_image
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset, measure_channels, split_dataset
-from nonn.data.sources import DOWNLOADS, _contents, _names, decode_images, load_images, read_layout
+from nonn.data.folders import _contents, _names, read_layout
+from nonn.data.packaged import DOWNLOADS
+from nonn.data.raw import decode_images
+from nonn.data.sources import load_images
 from nonn.stages.dataset import run
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
 SIZE = 28
 PATHS = Paths("test")

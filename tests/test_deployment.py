@@ -7,16 +7,17 @@ import pytest
 
 from nonn.core.params import Architecture, Figures
 from nonn.report import deployment_plots
-from nonn.report.deployment import (
+from nonn.report.deployment_table import (
     COLUMNS,
     PAPER,
     collect_ratios,
     compare_splits,
-    describe_deployment,
+    format_latencies,
+    format_ratios,
     join_rows,
-    write_csv,
 )
 from nonn.report.plots import drawing_style, save_figure
+from nonn.report.summary import write_csv
 
 FIGURES = Figures(dpi=50, format="svg")
 REFERENCE = Architecture(family="wrn", depth=16, width=2)
@@ -118,11 +119,12 @@ def test_on_loopback_the_badge_is_measured():
     rows = join_rows({"2s": {"live": [live("nonn", FAST, 5.0, emulated=False)], "composed": []}}, {"2s": 2})
     assert rows["badge"].tolist() == ["measured"]
     assert rows["wire_bytes"].isna().all()
-    assert write_csv(rows).splitlines()[1].startswith(f"2s,nonn,2,{FAST},sensor,measured,30,0,5.000,6.000,7.000,")
+    line = write_csv(rows, COLUMNS).splitlines()[1]
+    assert line.startswith(f"2s,nonn,2,{FAST},sensor,measured,30,0,5.000,6.000,7.000,")
 
 
 def test_csv_by_hand(rows):
-    header, *lines = write_csv(rows).splitlines()
+    header, *lines = write_csv(rows, COLUMNS).splitlines()
     assert header == ",".join(COLUMNS)
     assert len(lines) == len(rows)
     assert lines[0] == f",teacher,1,{FAST},sensor,emulated,30,0,8.000,9.000,10.000,,,,,1000,,,,,,,,,,,"
@@ -184,17 +186,30 @@ def test_without_a_split_there_is_no_ratio_of_it():
     ratios = collect_ratios(rows, COMPARISONS[1:])
     assert ratios["total_latency"] is ratios["total_latency_rows"] is None
     assert ratios["energy_per_node"]["ratio"] == 14.0
-    report = "\n".join(describe_deployment(rows, ratios, "cortex_m7", 30.0))
-    assert "Total latency" not in report
-    assert f"| 4s | {FAST} | 30 | 6.0 (8.0) | – | – | – | 3.0 | – | – |" in report
+    assert not format_ratios(ratios)[""].str.contains("Total latency").any()
+    assert ["4s", FAST, "30", "6.0 (8.0)", "–", "–", "–", "3.0", "–", "–"] in format_latencies(rows).to_numpy().tolist()
 
 
-def test_report_by_hand(rows):
-    report = describe_deployment(rows, collect_ratios(rows, COMPARISONS), "cortex_m7", 30.0)
-    assert f"| Total latency, against a split by channels | 12.0× | 2s | {FAST} | 20 | emulated | 33× |" in report
-    assert f"| Total latency, against a split by rows | 4.0× | 2s | {FAST} | 20 | emulated | – |" in report
-    assert f"| 2s | {FAST} | 20 | 5.0 (7.0) | 1.2 | 12.0× | 4.0× | 4.0 | 10.0× | 3.0× |" in report
-    assert f"| 2s | {SLOW} | 30 | 10.0 (12.0) | – | – | 90.0× | 8.0 | 11250.0× | – |" in report
+def test_tables_for_readers_by_hand(rows):
+    ratios = format_ratios(collect_ratios(rows, COMPARISONS))
+    assert list(ratios) == ["", "NoNN", "Network", "Link", "Images", "Badge", "Paper"]
+    assert ratios.to_numpy().tolist() == [
+        ["Memory of a device", "30.0×", "4s", "–", "–", "modelled", "24×"],
+        ["Time of a device", "4.0×", "2s", "–", "–", "measured", "12×"],
+        ["Energy of a device", "14.0×", "4s", SLOW, "–", "modelled", "14×"],
+        ["Total latency, against a split by channels", "12.0×", "2s", FAST, "20", "emulated", "33×"],
+        ["Total latency, against a split by rows", "4.0×", "2s", FAST, "20", "emulated", "–"],
+    ]
+    latencies = format_latencies(rows)
+    split = ["a", "b"]
+    composed = ["NoNN, composed (ms)", *split]
+    assert list(latencies) == ["Network", "Link", "n", "NoNN (ms)", "Overhead (ms)", *split, *composed]
+    assert latencies.to_numpy().tolist() == [
+        ["2s", FAST, "20", "5.0 (7.0)", "1.2", "12.0×", "4.0×", "4.0", "10.0×", "3.0×"],
+        ["2s", SLOW, "30", "10.0 (12.0)", "–", "–", "90.0×", "8.0", "11250.0×", "–"],
+        ["4s", FAST, "30", "6.0 (8.0)", "–", "–", "–", "3.0", "–", "–"],
+        ["4s", SLOW, "–", "–", "–", "–", "–", "8.0", "–", "–"],
+    ]
 
 
 # Figures

@@ -12,15 +12,17 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.sizing import design_network
-from nonn.method.store import load_baseline, load_signals
+from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
+from nonn.teachers.signals import signals_of
 from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import predict
+from nonn.training.networks import ConvNet, predict
+from nonn.training.store import load_signals, load_teacher
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
@@ -140,6 +142,28 @@ def test_a_student_sees_the_pixels_that_the_teacher_saw(params, classroom, teach
     assert not same(teach(classroom)[0], teach(Classroom(classroom.data, classroom.signals, other))[0])
 
 
+class TaughtLive(Classroom):
+    """The teacher looks at every batch itself, as in the authors' code: nothing is cached."""
+
+    def __init__(self, classroom: Classroom, teacher: ConvNet):
+        super().__init__(classroom.data, {}, classroom.params)
+        self.teacher = teacher
+
+    def batch(self, index, epoch):
+        images, _ = super().batch(index, epoch)
+        return images, signals_of(self.teacher, images, attention=False).__getitem__
+
+
+def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, classroom, experiment):
+    def losses(room: Classroom):
+        return teach(room, epochs=3, transfer_weight=10.0)[1]["train_loss"].tolist()  # two views, the first again
+
+    cached = losses(classroom)
+    assert losses(TaughtLive(classroom, load_teacher(experiment, classroom.data))) == pytest.approx(cached, rel=1e-2)
+    untaught = changed(changed(classroom, "logits", torch.zeros_like), "pooled", torch.zeros_like)
+    assert losses(untaught) != pytest.approx(cached, rel=1e-2)
+
+
 # The stage
 
 
@@ -244,7 +268,7 @@ def test_every_seed_has_a_random_partition_of_its_own(lessons):
 
 def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
     """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
-    devices = [params.devices[name] for name in params.networks["2s"]]
+    devices = params.devices_of("2s")
     info = read_json(experiment.dataset_info)
     _, designs = design_network(params.design, devices, info, n_live=30)
     live = [f for f in range(32) if f not in (3, 17)]
@@ -256,7 +280,7 @@ def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
 
 def test_the_stage_writes_students_that_can_be_read(params, data, experiment):
     images, labels = data.split("validation")
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         for seed in seeds:
             path = experiment.baseline(network, method, seed)
             students = load_baseline(path, data)

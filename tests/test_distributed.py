@@ -343,7 +343,10 @@ def stage(params, section, network_folder, folder, monkeypatch):
     write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [{"file": "3s-total.onnx"}]}})
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     changes = {"benchmark": params.benchmark.model_copy(update={"core": CORE}), "distributed": section}
-    return params.model_copy(update=changes | {"networks": {"3s": ["small"] * 3}}), paths
+    networks = params.networks | {
+        "3s": params.networks["2s"].model_copy(update={"devices": ["small"] * 3, "baselines": {}})
+    }
+    return params.model_copy(update=changes | {"networks": networks}), paths
 
 
 def all_numbers(content) -> list[float]:

@@ -23,11 +23,12 @@ from nonn.method.scoring import (
     seed_test,
     summarise,
 )
-from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.method.store import load_baseline, load_network
 from nonn.runtime.session import run_onnx
 from nonn.runtime.subsets import MAX_SUBSETS
 from nonn.stages import evaluate as evaluate_stage
 from nonn.training.networks import predict
+from nonn.training.store import load_teacher
 
 
 def answers(n_seeds: int, n_images: int, share: float, seed: int = 0) -> np.ndarray:
@@ -265,7 +266,7 @@ def test_the_stage_writes_the_same_bytes_again(params, experiment):
 
 def test_int8_students_are_scored_as_devices_run_them(params, data, experiment):
     """Each by the file that would be exported, whatever the method; the float32 ones are a row of their own."""
-    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"precision": "int8"})})
     scores = {(s.method, s.network): s for s in score_all(int8, experiment, data)}
     plain = {(s.method, s.network): s for s in score_all(params, experiment, data)}
     assert set(scores) - set(plain) == {("teacher_int8", ""), ("nonn_float32", "2s")}

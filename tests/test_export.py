@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 from PIL import Image
 
+from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.images import read_image
@@ -22,11 +23,12 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
 from nonn.deploy.cost import measure_cost
+from nonn.deploy.int8 import FORM
 from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
-from nonn.runtime import predict as prediction
+from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
 from nonn.stages import assemble as assemble_stage
@@ -160,7 +162,7 @@ def test_a_solo_model_classifies(params, data, experiment, tmp_path):
     np.testing.assert_allclose(logits, predict(teacher, images)[1], rtol=1e-3, atol=1e-3)
     assert manifests["teacher"]["test_accuracy"] == (logits.argmax(1) == labels.numpy()).mean()
     (entry,) = manifests["teacher"]["students"]
-    assert entry["cost"] == read_json(experiment.teacher_info)["cost"]
+    assert entry["cost"] == vars(measure_cost(teacher, 1, 28))
 
 
 # int8
@@ -169,7 +171,7 @@ def test_a_solo_model_classifies(params, data, experiment, tmp_path):
 @pytest.fixture
 def int8(params) -> Params:
     """The parameters of the tiny experiment, but for int8 devices."""
-    return params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    return params.model_copy(update={"design": params.design.model_copy(update={"precision": "int8"})})
 
 
 @pytest.fixture
@@ -197,6 +199,14 @@ def test_the_teacher_is_exported_in_both_precisions(quantised):
     assert whole["weight_bytes"] == 4 * whole["params"]
     assert int8["params"] < int8["weight_bytes"] < whole["weight_bytes"] / 2
     assert solo["2s-kd"]["cost"]["weight_bytes"] < 4 * solo["2s-kd"]["cost"]["params"]
+
+
+def test_manifests_of_int8_files_name_their_form(experiment, quantised, exported):
+    solo = quantised["solo"]
+    assert [m["quantisation"] for m in (quantised["2s"], solo["teacher_int8"], solo["2s-kd"])] == [FORM] * 3
+    assert read_manifest(experiment.export("2s")).quantisation == FORM
+    assert all("quantisation" not in manifest for manifest in (solo["teacher"], read_json(exported / "manifest.json")))
+    assert read_manifest(exported).quantisation is None, "as in manifests from before forms had names"
 
 
 # Classifying one image
@@ -230,14 +240,14 @@ def test_shares_are_parts_of_the_lead(network, data, exported):
 def test_the_command_prints_class_and_shares(params, data, exported, experiment, capsys):
     shutil.copytree(exported, experiment.export("2s"))
     Image.fromarray(data.images[100, 0].numpy()).save("image.png")
-    prediction.run(params, Path("image.png"), None)
+    main(["predict", "image.png"])
     first, *students = capsys.readouterr().out.splitlines()
     expected = classify(exported, data.images[100].numpy())
     assert first.startswith(f"{expected.label}  {expected.probability:.1%}")
-    for line, device, share in zip(students, params.networks["2s"], expected.shares, strict=True):
+    for line, device, share in zip(students, params.networks["2s"].devices, expected.shares, strict=True):
         assert f"on {device}: {share:6.1%}" in line
-    with pytest.raises(UserError, match=r"params\.yaml: networks: no '9s'; choose one of 2s"):
-        prediction.run(params, Path("image.png"), "9s")
+    with pytest.raises(SystemExit, match=r"params\.yaml: networks: no '9s'; choose one of 2s"):
+        main(["predict", "image.png", "--network", "9s"])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,10 +22,7 @@ from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
-from nonn.report import accuracy_plots, graph_plots, plots
-from nonn.report import methods as figures
-from nonn.report import missing as missing_tables
-from nonn.report import summary as report
+from nonn.report import accuracy_plots, graph_plots, method_table, missing_table, plots, summary
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 from nonn.stages import graph as graph_stage
@@ -32,7 +30,7 @@ from nonn.stages import partition as partition_stage
 from nonn.training.loop import LOG_COLUMNS, write_log
 from nonn.training.networks import ConvNet
 
-PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+PARAMS = load_params(REPOSITORY / "params.yaml")
 N_CLASSES = 10
 #: Test accuracies that the made-up experiment scatters around.
 ACCURACY = {
@@ -94,13 +92,13 @@ def make_log(epochs, final, generator, student=None):
 def write_logs(params, paths, generator):
     write_log(paths.log(paths.teacher), make_log(params.teacher.epochs, ACCURACY["teacher"], generator))
     epochs = params.distill.epochs
-    for network, devices in params.networks.items():
-        for seed in params.seeds:
-            for student in range(len(devices)):
+    for name, network in params.networks.items():
+        for seed in range(network.seeds):
+            for student in range(len(network.devices)):
                 log = make_log(epochs, 0.98, generator)
-                write_log(paths.log(paths.student(network, student, seed)), log)
-    for network, method, seeds in params.baseline_jobs():
-        n_students = 1 if method in SINGLE_METHODS else len(params.networks[network])
+                write_log(paths.log(paths.student(name, student, seed)), log)
+    for network, method, seeds in params.baselines():
+        n_students = 1 if method in SINGLE_METHODS else len(params.networks[network].devices)
         for seed in seeds:
             logs = [make_log(epochs, ACCURACY[method] - 0.002, generator, i) for i in range(n_students)]
             write_log(paths.log(paths.baseline(network, method, seed)), pd.concat(logs))
@@ -129,14 +127,15 @@ def write_evaluation(params, paths, n_test, generator):
         return Scores(method, network, n_students, correct, answers, dict.fromkeys(STRATEGIES, answers), CHOSEN)
 
     scores = [score("teacher", "", 1, 1)]
-    n_pool = len(params.seeds) + len(params.ensemble.seeds)
-    for network, devices in params.networks.items():
-        n = len(devices)
-        scores.append(score("nonn", network, n, len(params.seeds)))
+    pool_network, pool_method = params.pool
+    n_pool = params.networks[pool_network].baselines[pool_method]
+    for name, network in params.networks.items():
+        n = len(network.devices)
+        scores.append(score("nonn", name, n, network.seeds))
         if n_pool >= n:
-            scores.append(score("ensemble", network, n, n_pool // n))
-    for network, method, seeds in params.baseline_jobs():
-        n = 1 if method in SINGLE_METHODS else len(params.networks[network])
+            scores.append(score("ensemble", name, n, n_pool // n))
+    for network, method, seeds in params.baselines():
+        n = 1 if method in SINGLE_METHODS else len(params.networks[network].devices)
         scores.append(score(method, network, n, len(seeds)))
     missing = [
         {"method": s.method, "network": s.network, **row}
@@ -152,12 +151,12 @@ def write_evaluation(params, paths, n_test, generator):
 
 def write_benchmarks(params, paths):
     teacher = measure_cost(ConvNet(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
-    write_json(paths.teacher_info, {"cost": vars(teacher)})
-    for network, devices in params.networks.items():
-        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(devices))}
-        write_json(paths.benchmark(network), {"system": describe_system(), "models": models})
-    single = [f"{network}-{method}" for network, method, _ in params.baseline_jobs() if method in SINGLE_METHODS]
-    models = {name: {"latency_p50_ms": 1.1} for name in single} | {"teacher": {"latency_p50_ms": 9.6}}
+    for name, network in params.networks.items():
+        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(network.devices))}
+        write_json(paths.benchmark(name), {"system": describe_system(), "models": models})
+    single = [f"{network}-{method}" for network, method, _ in params.baselines() if method in SINGLE_METHODS]
+    models = {name: {"latency_p50_ms": 1.1} for name in single}
+    models["teacher"] = vars(teacher) | {"latency_p50_ms": 9.6}
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 
@@ -165,7 +164,7 @@ def write_distributed(params, paths):
     def row(method, link, n, **values):
         return {"method": method, "link": link, "scenario": "sensor", "n_devices": n} | values
 
-    for name, n in [*((network, len(devices)) for network, devices in params.networks.items()), ("solo", 1)]:
+    for name, n in [*((name, len(network.devices)) for name, network in params.networks.items()), ("solo", 1)]:
         methods = ("teacher", "kd") if name == "solo" else ("nonn", "channels", "rows")
         live, composed = [], []
         for link in params.distributed.links:
@@ -236,7 +235,7 @@ TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5,
 def draw(file_format):
     section = with_figures(PARAMS, format=file_format).figures
     with plots.drawing_style():
-        plots.save_figure(plots.draw_top_k(TOP_K), Path("figure"), section)
+        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), section)
     return Path("figure").read_bytes()
 
 
@@ -259,7 +258,7 @@ def test_style_is_ours_whatever_the_users_settings(tmp_path, monkeypatch):
 def test_summary_has_one_row_a_method_and_network(inside):
     params, paths = inside
     table = pd.read_csv(paths / "summary.csv")
-    assert list(table.columns) == list(figures.COLUMNS)
+    assert list(table.columns) == list(method_table.COLUMNS)
     evaluated = {(row["network"], row["method"]) for row in read_json(paths.evaluation)["rows"]}
     listed = list(zip(table["network"].fillna(""), table["method"], strict=True))
     assert len(listed) == len(evaluated)
@@ -271,18 +270,19 @@ def test_summary_has_one_row_a_method_and_network(inside):
 def test_summary_counts_match_the_designs(inside):
     params, paths = inside
     table = pd.read_csv(paths / "summary.csv").set_index(["network", "method"])
-    for network, devices in params.networks.items():
-        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+    for network, section in params.networks.items():
+        n_devices = len(section.devices)
+        students = [read_json(paths.design(network, i))[0] for i in range(n_devices)]
         row = table.loc[network, "nonn"]
         assert row["params_total"] == sum(s["cost"]["params"] for s in students)
         assert row["feature_bytes"] == 4 * max(s["n_filters"] for s in students)
         # The slowest student's, as written by `write_benchmarks`.
-        assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (len(devices) - 1))
-        (member,) = read_json(paths.design(*params.ensemble.pool.split("/")))
-        assert table.loc[network, "ensemble"]["params_total"] == len(devices) * member["cost"]["params"]
+        assert row["latency_p50_ms"] == pytest.approx(0.9 + 0.1 * (n_devices - 1))
+        (member,) = read_json(paths.design(*params.pool))
+        assert table.loc[network, "ensemble"]["params_total"] == n_devices * member["cost"]["params"]
         assert table.loc[network, "ensemble"]["feature_bytes"] == 4 * N_CLASSES
         fitted = figures_stage.load_designs(params, paths)[network, "ensemble_fitted"]
-        assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * len(devices)
+        assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * n_devices
 
 
 def cost(params, macs, weights, activations):
@@ -317,11 +317,24 @@ LATENCIES = {("", "teacher"): 6.0, ("2s", "nonn"): 1.5, ("2s", "ensemble"): 1.2}
 
 @pytest.fixture
 def methods():
-    return figures.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10)
+    return method_table.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10)
+
+
+def write_report(methods, comparison):
+    return summary.write_summary_md(
+        methods,
+        params=PARAMS,
+        comparisons=[comparison],
+        ratios=pd.DataFrame({"NoNN": ["2.0×"]}),
+        latencies=pd.DataFrame({"Link": ["wifi20"]}),
+        missing=missing_table.format_missing(STRATEGY_ROWS),
+        n_test=500,
+        system=describe_system(),
+    )
 
 
 def test_summary_csv_by_hand(methods):
-    assert figures.write_summary_csv(methods) == (
+    assert summary.write_csv(methods, method_table.COLUMNS) == (
         "method,network,n_students,n_seeds,accuracy_mean,accuracy_sd,params_per_device,params_total,"
         "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
         "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,,\n"
@@ -332,7 +345,7 @@ def test_summary_csv_by_hand(methods):
 
 
 def test_comparison_by_hand(methods):
-    assert figures.compare_network(methods, "2s") == {
+    assert method_table.compare_network(methods, "2s") == {
         "network": "2s",
         "accuracy": 0.96,
         "teacher_accuracy": 0.99,
@@ -362,9 +375,9 @@ def test_comparison_by_hand(methods):
 )
 def test_report_says_whether_the_ensemble_is_beaten(accuracy, p, beaten, verdict):
     rows = [*ROWS[1:], row("ensemble", "2s", 2, accuracy, 0.01, p)]
-    methods = figures.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10)
-    comparison = figures.compare_network(methods, "2s")
-    text = report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
+    methods = method_table.summarise_methods(rows, DESIGNS, LATENCIES, n_classes=10)
+    comparison = method_table.compare_network(methods, "2s")
+    text = write_report(methods, comparison)
     assert comparison["best_baseline_beaten"] is beaten
     assert verdict in text
     assert "500 test images" in text
@@ -377,10 +390,11 @@ def test_fitted_ensembles_are_a_method_of_their_own():
     designs |= {("2s", "nonn_averaged"): DESIGNS["2s", "nonn"]}
     fitted = [row("nonn_averaged", "2s", 2, 0.9, 0.01, 0.3), row("ensemble_fitted", "2s", 2, 0.97, 0.01, 0.3)]
     for more in ([], fitted):
-        methods = figures.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10)
-        comparison = figures.compare_network(methods, "2s")
-        texts.append(report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4))
-    assert "fitted" not in texts[0]
+        methods = method_table.summarise_methods([*ROWS, *more], designs, LATENCIES, n_classes=10)
+        comparison = method_table.compare_network(methods, "2s")
+        texts.append(write_report(methods, comparison))
+    assert "KD, fitted" not in texts[0]
+    assert "is fitted further" not in texts[0]
     assert "| 2s | Ensemble of KD, fitted | 2 | 2 | 97.00 ± 1.00 % | 0.300 |" in texts[1]
     assert "The best baseline is *Ensemble of KD, fitted*" in texts[1]
     assert "is fitted further as NoNN's is" in texts[1]
@@ -390,14 +404,14 @@ def test_fitted_ensembles_are_a_method_of_their_own():
 def test_nonns_own_variants_are_no_baselines(method, label):
     designs = DESIGNS | {("2s", method): DESIGNS["2s", "nonn"]}
     better = row(method, "2s", 2, 0.99, 0.01, 0.3)
-    methods = figures.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10)
-    assert label in list(report.format_table(methods)["Method"])
-    assert figures.compare_network(methods, "2s")["best_baseline"] == "ensemble"
+    methods = method_table.summarise_methods([*ROWS, better], designs, LATENCIES, n_classes=10)
+    assert label in list(summary.format_methods(methods)["Method"])
+    assert method_table.compare_network(methods, "2s")["best_baseline"] == "ensemble"
 
 
 def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(inside, tmp_path, monkeypatch):
     params, paths = inside
-    int8 = params.model_copy(update={"design": params.design.model_copy(update={"bytes_per_value": 1})})
+    int8 = params.model_copy(update={"design": params.design.model_copy(update={"precision": "int8"})})
     solo = read_json(paths.benchmark("solo"))
     shutil.copytree(Path.cwd(), tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
@@ -426,10 +440,10 @@ def test_int8_networks_stand_beside_their_float32_selves_and_the_int8_teacher(in
 
 def test_a_network_without_baselines_claims_nothing_about_them():
     alone = [entry for entry in ROWS if entry["method"] in ("teacher", "nonn")]
-    methods = figures.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10)
-    comparison = figures.compare_network(methods, "2s")
+    methods = method_table.summarise_methods(alone, DESIGNS, LATENCIES, n_classes=10)
+    comparison = method_table.compare_network(methods, "2s")
     assert comparison["best_baseline"] is comparison["p_value"] is None
-    assert "no baseline" in report.write_summary_md("x", methods, [comparison], [], 500, describe_system(), 4)
+    assert "no baseline" in write_report(methods, comparison)
 
 
 def strategy_row(strategy, chosen, missing, mean, worst):
@@ -439,16 +453,18 @@ def strategy_row(strategy, chosen, missing, mean, worst):
     }
 
 
-STRATEGY_ROWS = [
-    strategy_row("rescale", 0, 0, 0.95, 0.95),
-    strategy_row("rescale", 0, 1, 0.8, 0.7),
-    strategy_row("fail_out", 3, 0, 0.95, 0.95),
-    strategy_row("fail_out", 3, 1, 0.85, 0.75),
-]
+STRATEGY_ROWS = pd.DataFrame(
+    [
+        strategy_row("rescale", 0, 0, 0.95, 0.95),
+        strategy_row("rescale", 0, 1, 0.8, 0.7),
+        strategy_row("fail_out", 3, 0, 0.95, 0.95),
+        strategy_row("fail_out", 3, 1, 0.85, 0.75),
+    ]
+)
 
 
 def test_missing_csv_by_hand():
-    assert missing_tables.write_missing_csv(STRATEGY_ROWS) == (
+    assert summary.write_csv(STRATEGY_ROWS, missing_table.COLUMNS) == (
         "network,strategy,chosen,missing,n_subsets,n_seeds,mean,mean_sd,worst\n"
         "2s,rescale,0,0,1,3,0.950000,,0.950000\n"
         "2s,rescale,0,1,2,3,0.800000,0.010000,0.700000\n"
@@ -457,29 +473,40 @@ def test_missing_csv_by_hand():
     )
 
 
-def test_the_report_tells_of_missing_devices():
-    lines = missing_tables.describe_missing(STRATEGY_ROWS)
-    assert lines[-5:] == [
+def test_the_report_tells_of_missing_devices(methods):
+    report = write_report(methods, method_table.compare_network(methods, "2s"))
+    section = report.partition("## When devices are missing\n")[2].partition("\n## ")[0]
+    assert section.splitlines()[-5:] == [
+        "",
         "| 2s | Chosen by | 1 missing |",
         "| :-- | --: | --: |",
         "| Rescaled | 0 of 3 | 80.00 % (70.00 %) |",
         "| Fail-out | 3 of 3 | 85.00 % (75.00 %) |",
-        "",
     ]
 
 
 def test_chosen_strategies_in_words():
-    assert missing_tables.chosen_strategies(STRATEGY_ROWS) == {"2s": "fail-out"}
-    divided = [*STRATEGY_ROWS[:2], *({**row, "chosen": 1} for row in STRATEGY_ROWS[2:])]
-    divided = [{**row, "chosen": 2} if row["strategy"] == "rescale" else row for row in divided]
-    assert missing_tables.chosen_strategies(divided) == {"2s": "rescaled (2), fail-out (1)"}
+    assert missing_table.chosen_strategies(STRATEGY_ROWS) == {"2s": "fail-out"}
+    divided = pd.concat([STRATEGY_ROWS.assign(chosen=[2, 2, 1, 1]), STRATEGY_ROWS.assign(network="4s")])
+    assert missing_table.chosen_strategies(divided) == {"2s": "rescaled (2), fail-out (1)", "4s": "fail-out"}
+
+
+def test_every_line_of_a_table_has_the_cells_of_its_heading(inside):
+    params, paths = inside
+    blocks = (paths / "summary.md").read_text().split("\n\n")
+    tables = [block.splitlines() for block in blocks if block.startswith("|")]
+    assert len(tables) == 3 + len(params.networks), "methods, ratios, latencies, and devices missing from each network"
+    for heading, rule, *lines in tables:
+        assert set(rule) == set("| :-")
+        assert lines
+        assert {line.count("|") for line in (rule, *lines)} == {heading.count("|")}
 
 
 def test_missing_csv_has_every_strategy_of_every_network(inside):
     params, paths = inside
     table = pd.read_csv(paths / "missing.csv")
-    assert list(table.columns) == list(missing_tables.COLUMNS)
-    expected = sum(len(devices) for devices in params.networks.values()) * len(STRATEGIES)
+    assert list(table.columns) == list(missing_table.COLUMNS)
+    expected = sum(len(network.devices) for network in params.networks.values()) * len(STRATEGIES)
     assert len(table) == expected
     assert len(table[["network", "strategy", "missing"]].drop_duplicates()) == expected
     assert "## When devices are missing" in (paths / "summary.md").read_text()
@@ -487,7 +514,7 @@ def test_missing_csv_has_every_strategy_of_every_network(inside):
 
 def test_claims_are_of_the_most_accurate_network():
     worse, better = {"network": "2s", "accuracy": 0.9}, {"network": "4s", "accuracy": 0.95}
-    assert figures.collect_claims([worse, better]) is better
+    assert method_table.collect_claims([worse, better]) is better
 
 
 def test_claims_and_metrics_agree_with_the_table(inside):
@@ -545,14 +572,14 @@ def test_spread_moves_as_little_as_needed():
 
 
 def test_top_k_is_drawn_without_a_curve():
-    figure = plots.draw_top_k(TOP_K)
+    figure = graph_plots.draw_top_k(TOP_K)
     assert [axis.lines[1].get_xydata().tolist() for axis in figure.axes] == [[[600, 0.3]], [[600, 5]]]
 
 
 def test_an_imported_teacher_is_a_level_line():
     teacher = pd.DataFrame({"epoch": [0], "validation_accuracy": [0.9]})
     log = make_log(4, 0.95, np.random.default_rng(0))
-    (axis,) = plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
+    (axis,) = accuracy_plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
     assert set(axis.lines[0].get_ydata()) == {0.9}
 
 
@@ -560,7 +587,7 @@ def test_a_legend_is_no_wider_than_its_figure():
     """A single network makes narrow figures, and all baselines a long legend."""
     log = make_log(4, 0.95, np.random.default_rng(0))
     trained = ["nonn", "labels", "kd", "at_kd", "total", "random", "classwise", "full"]
-    figure = plots.draw_training(log, {"2s": {method: [log] for method in trained}})
+    figure = accuracy_plots.draw_training(log, {"2s": {method: [log] for method in trained}})
     figure.draw_without_rendering()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 1 + len(trained)
@@ -590,7 +617,7 @@ def test_all_points_are_in_view(methods):
             for k in range(2)
         ]
     ).assign(worst_sd=None)
-    (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {("nonn", "2s"): 3}, 100).axes
+    (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {"2s": 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
     (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])

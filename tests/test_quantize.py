@@ -1,9 +1,15 @@
 """int8: the same answers by and large, integers inside, honest counts, the same bytes each time."""
 
 import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
+import onnxruntime.quantization
 import pytest
 import torch
 from torch import nn
@@ -72,6 +78,83 @@ def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path
         ]
 
 
+@pytest.fixture
+def full_range(monkeypatch):
+    """Weights of 8 bits in place of 7."""
+    quantise, full = onnxruntime.quantization.quantize_static, {"reduce_range": False}
+    monkeypatch.setattr(
+        "onnxruntime.quantization.quantize_static", lambda *a, **options: quantise(*a, **options | full)
+    )
+
+
+def largest_pair_sum(path):
+    """Of two products of an activation and a weight of the same filter, whichever they are, over all convolutions."""
+    model = onnx.load(path)
+    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    sources = {node.output[0]: node for node in model.graph.node}
+    largest = []
+    for convolution in (node for node in model.graph.node if node.op_type == "Conv"):
+        activations, weights = (sources[name] for name in convolution.input[:2])
+        assert [tensors[node.input[2]].dtype for node in (activations, weights)] == [np.uint8, np.int8]
+        assert not tensors[weights.input[2]].any()
+        ordered = np.sort(tensors[weights.input[0]].astype(int).reshape(len(tensors[weights.input[0]]), -1))
+        largest.append(255 * max(ordered[:, -2:].clip(min=0).sum(1).max(), -ordered[:, :2].clip(max=0).sum(1).min()))
+    return max(largest)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
+def test_two_products_fit_into_16_bits(architecture, data, tmp_path):
+    """So that the processors that add two of them in 16 bits have nothing to saturate."""
+    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", 1)
+    assert 2**14 < largest_pair_sum(tmp_path / "0.onnx") < 2**15
+
+
+@pytest.mark.usefixtures("full_range")
+def test_two_products_of_8_bit_weights_would_not_fit(data, tmp_path):
+    write_student(make_student(ARCHITECTURES[0], data), data, tmp_path / "0.onnx", 1)
+    assert largest_pair_sum(tmp_path / "0.onnx") >= 2**15
+
+
+def run_emulated(processor, path, images, folder):
+    """Answers of a processor that QEMU emulates."""
+    emulator = shutil.which("qemu-x86_64")
+    if platform.machine() != "x86_64" or sys.platform != "linux" or emulator is None:
+        pytest.skip("needs Linux on x86-64 and qemu-x86_64 (Debian: apt-get install qemu-user)")
+    np.save(folder / "images.npy", images)
+    run = (
+        "import sys, pathlib, numpy; from nonn.runtime.session import run_onnx; "
+        "numpy.save(sys.argv[3], run_onnx(pathlib.Path(sys.argv[1]), numpy.load(sys.argv[2])))"
+    )
+    files = [path, folder / "images.npy", folder / "answers.npy"]
+    # Otherwise OpenBLAS may be told to use instructions that the emulated processor lacks.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
+    command = [emulator, "-cpu", processor, sys.executable, "-c", run, *files]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return np.load(folder / "answers.npy")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
+def test_a_processor_without_vnni_answers_the_same(architecture, data, tmp_path):
+    """Haswell has AVX2 and none of the instructions for dot products of integers."""
+    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", 1)
+    images = data.split("test")[0][:4].numpy()
+    here, there = run_onnx(tmp_path / "0.onnx", images), run_emulated("Haswell", tmp_path / "0.onnx", images, tmp_path)
+    difference = np.linalg.norm(there - here) / np.linalg.norm(here)
+    assert difference < 1e-3, "no more than a value that was rounded otherwise"
+
+
+@pytest.mark.usefixtures("full_range")
+def test_the_emulated_processor_saturates_where_it_can(data, tmp_path):
+    """So that the test above would tell."""
+    student = make_student(ARCHITECTURES[1], data)
+    write_student(student, data, tmp_path / "0.onnx", 1)
+    images = data.split("test")[0][:4]
+    there = run_emulated("Haswell", tmp_path / "0.onnx", images.numpy(), tmp_path)
+    with pytest.raises(UserError, match="outputs differ"):
+        check_close("0.onnx", there, predict(student, images)[0])
+
+
 def test_weights_are_integers_and_there_once(data, tmp_path):
     """Although the network sees an image twice, and so has each convolution twice."""
     student = make_student(ARCHITECTURES[0], data)
@@ -103,7 +186,7 @@ def test_outputs_that_have_nothing_to_do_with_the_students_are_refused():
     original = torch.tensor([[3.0, 4.0], [0.6, 0.8]])
     check_close("0.onnx", original.numpy() * 1.2, original)
     for wrong in (original.numpy() * 1.3, np.full((2, 2), np.nan, np.float32)):
-        with pytest.raises(UserError, match=r"0\.onnx: in int8 its outputs differ .* Set design\.bytes_per_value to 4"):
+        with pytest.raises(UserError, match=r"0\.onnx: in int8 its outputs differ .* Set design\.precision to float32"):
             check_close("0.onnx", wrong, original)
 
 

@@ -1,31 +1,71 @@
-"""The README's numbers are those of the committed results."""
+"""README and docs: their tables of results are those of the committed results, their links lead somewhere."""
 
+import re
 from itertools import groupby
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+import pytest
+from experiments import REPOSITORY
+
+EXPERIMENTS = ["cifar10", "cifar10_int8", "cifar10_int8_long", "mnist5k"]
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "results/README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
 
 
-def tables(path: str) -> list[list[str]]:
+def tables(text: str) -> list[list[str]]:
     """Tables of a text, each as its lines."""
-    lines = (REPOSITORY / path).read_text().splitlines()
-    return [list(block) for is_table, block in groupby(lines, lambda line: line.startswith("|")) if is_table]
+    blocks = groupby(text.splitlines(), lambda line: line.startswith("|"))
+    return [list(block) for is_table, block in blocks if is_table]
 
 
-def test_tables_of_results_are_those_of_the_figures_stage():
-    names = ("mnist5k", "cifar10", "cifar10_int8", "cifar10_int8_long")
-    written = {name: tables(f"results/{name}/summary.md") for name in names}
-    headings = {table[0] for summary in written.values() for table in summary}
-    shown = [table for table in tables("README.md") if table[0] in headings]
-    counts = {name: sum(table in summary for table in shown) for name, summary in written.items()}
-    assert counts == {"mnist5k": 3, "cifar10": 1, "cifar10_int8": 1, "cifar10_int8_long": 1}, (
-        "methods of all, the paper's ratios, and latencies"
-    )
-    assert len(shown) == sum(counts.values()), "a table that no experiment wrote"
+def rows(table: list[str]) -> list[dict[str, str]]:
+    """Rows of a table by the headings of its columns."""
+    heading, _, *body = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [dict(zip(heading, line, strict=True)) for line in body]
 
 
-def test_the_figures_that_are_shown_exist():
-    shown = [part.split(")")[0] for part in (REPOSITORY / "README.md").read_text().split("](results/")[1:]]
-    assert shown
-    for path in shown:
-        assert (REPOSITORY / "results" / path).is_file(), path
+def summary(experiment: str) -> list[list[str]]:
+    return tables((REPOSITORY / "results" / experiment / "summary.md").read_text())
+
+
+def sections(path: Path) -> dict[str, str]:
+    """Text below each heading of the second level."""
+    _, *parts = re.split(r"^## ", path.read_text(), flags=re.MULTILINE)
+    return {heading: text for heading, _, text in (part.partition("\n") for part in parts)}
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page in links."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_results_page_shows_the_tables_of_the_figures_stage():
+    shown = {heading: tables(text) for heading, text in sections(REPOSITORY / "docs/results.md").items()}
+    found = {heading: found for heading, found in shown.items() if found}
+    assert sorted(found) == EXPERIMENTS, "one section for each experiment, no table elsewhere"
+    for experiment in EXPERIMENTS:
+        assert sorted(found[experiment]) == sorted(summary(experiment)), experiment
+
+
+def test_readme_shows_rows_of_the_figures_stage():
+    (shown,) = [rows(table) for table in tables((REPOSITORY / "README.md").read_text()) if "Accuracy" in table[0]]
+    assert len(shown) >= 6
+    for row in shown:
+        experiment = row.pop("Experiment")
+        methods = rows(summary(experiment)[0])
+        assert any(row.items() <= written.items() for written in methods), f"{experiment}: {row}"
+
+
+def test_readme_keeps_to_the_point():
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_relative_links_lead_somewhere(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if "://" not in link]
+    assert links
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from nonn.core.params import Architecture, MuonParams, Schedule
+from nonn.teachers.selection import LEARNS_EVERY, Proxy
 from nonn.training.networks import ConvNet
-from nonn.training.selection import LEARNS_EVERY, Proxy
 
 SCHEDULE = Schedule(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, SIZE, free_ports, make_image, plain_node
+from clusters import CHANNELS, PLENTY_MS, SIZE, free_ports, make_image, plain_node, refusal
 from grpc import StatusCode, aio
 from splits import write_tiny
 from tritonclient.grpc import service_pb2 as oip
@@ -34,12 +34,6 @@ def sensor(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sensor") / "images.npy"
     np.save(path, IMAGES)
     return path
-
-
-async def refusal(call) -> tuple[StatusCode, str]:
-    with pytest.raises(aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details()
 
 
 # The file
@@ -201,7 +195,7 @@ async def coordinating(cluster: Cluster):
 
 
 def test_a_coordinator_classifies_by_number(network_folder, certificates, sensor):
-    cluster = local_cluster(network_folder, certificates, 0, 20_000).model_copy(update={"sensor": sensor})
+    cluster = local_cluster(network_folder, certificates, 0, PLENTY_MS).model_copy(update={"sensor": sensor})
 
     async def scenario():
         async with coordinating(cluster) as coordinator:
@@ -230,7 +224,7 @@ def test_devices_of_a_split_network_answer_numbers_too(sensor, folder):
     async def scenario():
         async with (
             running(device_commands(folder / "plan", addresses, sensor=sensor)),
-            SplitCoordinator(plan, addresses, 20_000) as coordinator,
+            SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator,
         ):
             for number, image in enumerate(IMAGES):
                 logits = await coordinator.classify(np.int64(number))

@@ -6,12 +6,12 @@ import torch
 from nonn.core.params import Architecture
 from nonn.data.tensors import read_tensors
 from nonn.stages import signals as signals_stage
-from nonn.training import signals
+from nonn.teachers import signals
+from nonn.teachers.signals import compute_signals
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision
 from nonn.training.losses import attention_map
 from nonn.training.networks import ConvNet
-from nonn.training.signals import compute_signals
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,10 @@ import contextlib
 import dataclasses
 import signal
 import socket
-import time
 
 import numpy as np
 import pytest
-from clusters import free_ports, nobody_listens
+from clusters import PATIENCE, PLENTY_MS, free_ports, nobody_listens, refusal, until
 from grpc import StatusCode, aio
 from splits import Build, write_tiny
 from tritonclient.grpc import service_pb2 as oip
@@ -29,8 +28,8 @@ from nonn.split.node import SplitDevice, devices_at, serving
 from nonn.split.planner import plan_split
 
 METHODS = ("channels", "rows")
-#: Milliseconds that suffice for an image on any machine, and few that a test waits for in vain.
-PLENTY, FEW = 20_000, 300
+#: Milliseconds that a test waits for in vain.
+FEW = 300
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ async def served(plan, folder, certificates=None, absent=()):
                 device = SplitDevice(folder / "plan" / node.model)
                 _, services[node.name] = await stack.enter_async_context(serving(device, addresses, identity))
         if not absent:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE):
                 await asyncio.gather(*(service.connected.wait() for service in services.values()))
         yield addresses, services
 
@@ -105,7 +104,7 @@ def test_over_sockets_the_logits_are_those_of_the_whole(model, folder, certs, me
     async def scenario():
         async with served(plan, folder, certs if secure else None) as (addresses, services):
             identity = Identity.of("coordinator", certs) if secure else None
-            async with SplitCoordinator(plan, addresses, PLENTY, identity) as coordinator:
+            async with SplitCoordinator(plan, addresses, PLENTY_MS, identity) as coordinator:
                 for seed in range(3):
                     image = image_of(plan, seed)
                     expected = run_onnx(model, image[None])[0]
@@ -125,7 +124,7 @@ def test_a_plan_moves_the_bytes_that_are_announced(model, folder, monkeypatch, m
     plan = plan_split(model, 3, method)
 
     async def scenario():
-        async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY) as coordinator:
+        async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
             return await coordinator.classify(image_of(plan))
 
     asyncio.run(scenario())
@@ -136,7 +135,7 @@ def test_images_wait_for_each_other(tiny, folder):
     plan = plan_split(tiny, 2, "channels")
 
     async def scenario():
-        async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY) as coordinator:
+        async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
             images = [image_of(plan, seed) for seed in range(8)]
             results = await asyncio.gather(*(coordinator.classify(image) for image in images))
             np.testing.assert_allclose(results, run_onnx(tiny, np.array(images)), rtol=1e-4, atol=1e-5)
@@ -151,12 +150,6 @@ def slice_request(message, image_id: str = "one") -> oip.ModelInferRequest:
     tensor = oip.ModelInferRequest.InferInputTensor(name=message.name, datatype="FP32", shape=message.shape)
     raw = [bytes(message.n_bytes)]
     return oip.ModelInferRequest(model_name=EXCHANGE, id=image_id, inputs=[tensor], raw_input_contents=raw)
-
-
-async def refusal(call) -> tuple[StatusCode, str]:
-    with pytest.raises(aio.AioRpcError) as error:
-        await call
-    return error.value.code(), error.value.details()
 
 
 NOT_A_NUMBER = np.full(16, np.nan, np.float32).tobytes()
@@ -209,7 +202,7 @@ def test_under_tls_everybody_may_only_send_what_is_theirs(tiny, folder, certs):
         options = [("grpc.ssl_target_name_override", "device-1")]
         credentials = Identity.of(name, certs).for_client()
         async with aio.secure_channel(address, credentials, options) as channel:
-            return (await refusal(oip_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=5)))[0]
+            return (await refusal(oip_grpc.GRPCInferenceServiceStub(channel).ModelInfer(request, timeout=PATIENCE)))[0]
 
     async def scenario():
         async with served(plan, folder, certs) as (addresses, services):
@@ -257,7 +250,7 @@ def test_without_one_device_there_is_no_class(model, folder, method):
     async def scenario():
         async with served(plan, folder, absent=["device-1"]) as (addresses, services):
             assert not any(service.connected.is_set() for service in services.values())
-            async with SplitCoordinator(plan, addresses, PLENTY) as coordinator:
+            async with SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
                 with pytest.raises(SplitFailedError, match=r"no class \(.*device-1: unavailable.*all its devices"):
                     await coordinator.classify(image_of(plan))
 
@@ -272,11 +265,9 @@ def test_a_silent_peer_is_named_after_the_deadline(model, folder, monkeypatch):
             async with SplitCoordinator(plan, addresses, FEW) as coordinator:
                 with monkeypatch.context() as patch:
                     patch.setattr(services["device-1"], "_send", lambda *_: None)
-                    start = time.monotonic()
                     with pytest.raises(SplitFailedError, match="device-0: unavailable: round 0: nothing from device-1"):
                         await coordinator.classify(image_of(plan))
-                    assert time.monotonic() - start < 10
-                coordinator.patience = PLENTY / 1000
+                coordinator.patience = PATIENCE
                 await coordinator.classify(image_of(plan))  # back again, and nothing has stuck
             assert not any(service.exchanges or service.running for service in services.values())
 
@@ -292,7 +283,7 @@ def test_a_device_that_fails_says_so_at_once(model, folder, monkeypatch, capsys)
     async def scenario():
         async with served(plan, folder) as (addresses, services):
             monkeypatch.setattr(services["device-1"].device, "compute", fail)
-            async with SplitCoordinator(plan, addresses, PLENTY) as coordinator:
+            async with SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
                 with pytest.raises(SplitFailedError, match="device-1: internal: a segment failed"):
                     await coordinator.classify(image_of(plan))
 
@@ -309,10 +300,8 @@ def test_a_newer_image_takes_the_place_of_an_older_one(tiny, folder):
             requests = [make_request(plan.parts[0].contract, image_of(plan)) for _ in range(2)]
             for number, request in enumerate(requests):
                 request.id = str(number)
-            first = asyncio.ensure_future(stub.ModelInfer(requests[0], timeout=20))
-            async with asyncio.timeout(20):
-                while not services["device-0"].running:
-                    await asyncio.sleep(0.01)
+            first = asyncio.ensure_future(stub.ModelInfer(requests[0], timeout=PATIENCE))
+            await until(lambda: services["device-0"].running)
             second = asyncio.ensure_future(stub.ModelInfer(requests[1], timeout=1))
             assert (await refusal(first))[0] == StatusCode.ABORTED
             assert "nothing from device-1" in (await refusal(second))[1]
@@ -345,7 +334,7 @@ def test_an_answer_that_is_not_agreed_is_refused(tiny):
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()
         try:
-            async with SplitCoordinator(plan, [address] * 2, PLENTY) as coordinator:
+            async with SplitCoordinator(plan, [address] * 2, PLENTY_MS) as coordinator:
                 with pytest.raises(SplitFailedError, match="features that are not finite"):
                     await coordinator.classify(image_of(plan))
         finally:
@@ -368,7 +357,7 @@ def test_processes_serve_survive_a_stopped_peer_and_leave_nothing(model, folder,
         prefixes = [["env", "PLACE=0"], ["env", "PLACE=1"]]
         async with (
             running(device_commands(folder / "plan", addresses, certs, prefixes)) as children,
-            SplitCoordinator(plan, addresses, PLENTY, identity) as coordinator,
+            SplitCoordinator(plan, addresses, PLENTY_MS, identity) as coordinator,
         ):
             expected = run_onnx(model, image[None])[0]
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
@@ -379,7 +368,7 @@ def test_processes_serve_survive_a_stopped_peer_and_leave_nothing(model, folder,
                     await coordinator.classify(image)
             finally:
                 children["device-1"].process.send_signal(signal.SIGCONT)
-            coordinator.patience = PLENTY / 1000
+            coordinator.patience = PATIENCE
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
         assert all(child.has_exited for child in children.values())
 

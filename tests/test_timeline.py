@@ -2,18 +2,21 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nonn.cli import main
 from nonn.commands import timeline
 from nonn.core.errors import UserError
 from nonn.core.params import load_params
 
-PARAMS = load_params(Path(__file__).parent.parent / "params.yaml")
+PARAMS = load_params(REPOSITORY / "params.yaml")
 
 
 def job(stage, start, end, item=None, seed=None):
@@ -44,6 +47,7 @@ JOBS = [
 @pytest.fixture
 def journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
     timeline.JOURNAL.parent.mkdir()
     timeline.JOURNAL.write_text("".join(json.dumps(entry) + "\n" for entry in [*JOBS, OF_ANOTHER_EXPERIMENT]))
     return timeline.JOURNAL
@@ -82,7 +86,7 @@ def test_lanes_never_overlap_and_are_as_few_as_possible(spans):
 
 
 def test_command_writes_the_last_run_and_its_parallelism(journal, capsys):
-    timeline.run(PARAMS, whole=False)
+    main(["timeline"])
     folder = journal.parent.parent / "results" / PARAMS.experiment
     assert (folder / "timeline.csv").read_text() == (
         "stage,item,seed,start_s,end_s\n"
@@ -102,7 +106,7 @@ def test_command_writes_the_last_run_and_its_parallelism(journal, capsys):
 
 @pytest.mark.usefixtures("journal")
 def test_all_jobs_on_record(capsys):
-    timeline.run(PARAMS, whole=True)
+    main(["timeline", "--all"])
     assert capsys.readouterr().out.startswith("all stages: 8 jobs, elapsed 1036.0 s")
     assert len(pd.read_csv(Path("results", PARAMS.experiment, "timeline.csv"))) == len(JOBS)
 

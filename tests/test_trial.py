@@ -8,20 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, SIZE, free_ports, nobody_listens
+from clusters import CHANNELS, PATIENCE, SIZE, free_ports, nobody_listens
 
 from nonn.core.errors import UserError
 from nonn.core.links import Link
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
-from nonn.testbed.composed import link_seconds
 from nonn.testbed.deployments import as_network
 from nonn.testbed.echo import tcp_echoes
-from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
+from nonn.testbed.emulation import EmulatedNetwork, emulated_network
 from nonn.testbed.trial import PORT, Trial, measure
 
-MISSING = missing_privileges()
-emulated = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 #: Images of the sensor: fewer than a warm-up asks for.
 N_IMAGES = 2
 
@@ -45,7 +42,7 @@ def trial(network_folder, certificates, sensor) -> Trial:
         certificates=certificates,
         sensor=sensor,
         runs=3,
-        seconds=30,
+        seconds=PATIENCE,
     )
 
 
@@ -97,13 +94,12 @@ def test_echoes_end_in_time_but_not_before_two(trial):
 # Over a link
 
 
-@emulated
-def test_over_a_link_bytes_and_time_are_plausible(solo_folder, tmp_path):
+@pytest.mark.usefixtures("emulation")
+def test_over_a_link_bytes_are_plausible(solo_folder, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (4, 1, 28, 28), dtype=np.uint8)
     np.save(tmp_path / "images.npy", images)
     write_certificates(tmp_path / "certs", [COORDINATOR, "node-0"])
-    link = Link(10e6, 0.005)
-    with emulated_network([COORDINATOR, "host-0"], link) as network:
+    with emulated_network([COORDINATOR, "host-0"], Link(10e6, 0.005)) as network:
         trial = Trial(
             method="nonn",
             folder=as_network(solo_folder, "teacher", tmp_path / "network"),
@@ -114,7 +110,7 @@ def test_over_a_link_bytes_and_time_are_plausible(solo_folder, tmp_path):
             sensor=tmp_path / "images.npy",
             broadcast=True,
             runs=5,
-            seconds=30,
+            seconds=PATIENCE,
         )
         measured = measure(trial, network)
     assert (len(measured.latencies_ms), measured.absent) == (5, 0)
@@ -125,9 +121,6 @@ def test_over_a_link_bytes_and_time_are_plausible(solo_folder, tmp_path):
     assert node.sent_bytes > 5 * answered
     # Acknowledgements may be under way when the counters are read.
     assert node.received_bytes == pytest.approx(coordinator.sent_bytes, abs=200)
-    theory = link_seconds(link, {(COORDINATOR, "0"): asked}) + link_seconds(link, {("0", COORDINATOR): answered})
-    assert theory > 0.010
-    assert measured.latencies_ms.min() > 1e3 * theory
 
 
 # Failures
@@ -189,7 +182,7 @@ def test_every_request_is_answered_with_as_many_bytes_as_agreed():
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     async def scenario():
-        async with asyncio.timeout(60), tcp_echoes(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
+        async with asyncio.timeout(PATIENCE), tcp_echoes(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
             for _ in range(3):
                 await ask_all()
             for address in addresses:
@@ -206,7 +199,7 @@ def test_an_echo_that_cannot_listen_is_an_error():
     first = f"127.0.0.1:{free_ports(1)[0]}"
 
     async def scenario(blocked):
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             with pytest.raises(UserError, match=f"echo-1 did not start: {blocked}: cannot listen there"):
                 async with tcp_echoes([first, blocked], [[], []], 1, 1):
                     pass
@@ -224,7 +217,7 @@ def test_an_echo_does_not_outlive_its_standard_input():
         command = [sys.executable, "-m", "nonn.testbed.echo", f"127.0.0.1:{port}", "1", "1"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stderr=pipe)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             assert await process.stderr.readline() == f"echo at 127.0.0.1:{port}, plain text\n".encode()
             process.stdin.close()
             assert await process.wait() == 0

@@ -9,13 +9,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from clusters import make_image, nobody_listens
+from clusters import PATIENCE, make_image, nobody_listens, until
 
 from nonn.core.errors import UserError
 from nonn.live.up import run_cluster
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.processes import Child
+from nonn.runtime.processes import Child, stop
 
 
 def start_up() -> subprocess.Popen:
@@ -25,8 +25,8 @@ def start_up() -> subprocess.Popen:
 
 
 def lines_until_up(process: subprocess.Popen) -> list[str]:
-    """What ``nonn up`` says until all three nodes are up; a node that hangs fails the test after 30 seconds."""
-    timer = threading.Timer(30, process.kill)
+    """What ``nonn up`` says until all three nodes are up; a node that hangs fails the test."""
+    timer = threading.Timer(PATIENCE, process.kill)
     timer.start()
     lines = []
     while sum(": up at" in line for line in lines) < 3:
@@ -46,7 +46,7 @@ def test_up_starts_all_and_control_c_leaves_nothing(cluster):
         lines_until_up(process)
         assert asyncio.run(classify()).present == ["node-0", "node-1", "node-2"]
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=PATIENCE)
         assert output.splitlines()[-1] == "3 nodes stopped"
         assert process.returncode == 0
     assert nobody_listens(node.address for node in cluster.nodes)
@@ -56,13 +56,7 @@ def test_nodes_end_when_their_parent_is_killed(cluster):
     with start_up() as process:
         lines_until_up(process)
         process.kill()
-
-    async def gone():
-        async with asyncio.timeout(20):
-            while not nobody_listens(node.address for node in cluster.nodes):
-                await asyncio.sleep(0.05)
-
-    asyncio.run(gone())
+    asyncio.run(until(lambda: nobody_listens(node.address for node in cluster.nodes)))
 
 
 def test_a_node_that_exits_is_shown_and_the_others_go_on(cluster, capsys):
@@ -77,7 +71,7 @@ def test_a_node_that_exits_is_shown_and_the_others_go_on(cluster, capsys):
             stopped = asyncio.Event()
             running = asyncio.create_task(run_cluster(cluster.model_copy(update={"nodes": nodes}), stopped=stopped))
             output = ""
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE):
                 while not ("node-0: up at" in output and "node-2: exited" in output):
                     await asyncio.sleep(0.1)
                     output += capsys.readouterr().out
@@ -86,6 +80,20 @@ def test_a_node_that_exits_is_shown_and_the_others_go_on(cluster, capsys):
             await running
 
         asyncio.run(scenario())
+
+
+def test_a_process_that_ends_with_its_grace_is_no_error(monkeypatch):
+    async def just_too_late(ending, _):
+        await ending
+        raise TimeoutError
+
+    async def scenario():
+        child = Child(None, await asyncio.create_subprocess_exec("sleep", "60"))
+        monkeypatch.setattr(asyncio, "wait_for", just_too_late)
+        await stop(child)
+        assert child.has_exited
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.usefixtures("folder")

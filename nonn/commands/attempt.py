@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, remove
+from nonn.core.options import natural
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
@@ -47,10 +48,7 @@ COLUMNS = (
 
 
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
-OPEN = (
-    *("networks", "assembled", "assembled_once", "students", "students_once"),
-    *("devices", "graph", "partition", "design", "distill", "baseline"),
-)
+OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
 VIEWS = "signals.views"
 
 
@@ -97,7 +95,7 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvN
     if method:
         baseline.run(params, paths, network, method, seed)
         return load_baseline(paths.baseline(network, method, seed), data)
-    for student in range(len(params.networks[network])):
+    for student in range(len(params.networks[network].devices)):
         distill.run(params, paths, network, student, seed)
     return load_students(params, paths, data, network, seed)[0]
 
@@ -131,13 +129,24 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         table.writerow(row)
 
 
-def run(item: str, settings: Sequence[str], seed: int, table: Path | None) -> None:
+def add_arguments(parser) -> None:
+    parser.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of params.yaml; repeatable"
+    )
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append a row to it")
+    parser.epilog = "example: nonn try 2s/kd --set distill.lr=0.1 --table attempts.csv"
+
+
+def run(options) -> None:
     """Make one attempt; print its row, and append it to a table.
 
     Raises
     ------
     UserError
     """
+    item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)
     params = load_params(changes=changes)
     if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:

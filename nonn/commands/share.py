@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.params import Params
+from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 
 
-def run(params: Params, paths: Paths, target: Path) -> None:
+def add_arguments(parser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="to write")
+    parser.epilog = "example: nonn share teacher.safetensors"
+
+
+def run(options) -> None:
     """Write the teacher's weights in float16, which is half the bytes; ``teacher.weights`` reads them.
 
     Raises
@@ -18,9 +23,10 @@ def run(params: Params, paths: Paths, target: Path) -> None:
     UserError
         There is no teacher yet, or the file would not be readable by its name.
     """
+    params, target = load_params(), options.file
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: the weights are written as safetensors; give the file that suffix.")
-    weights = read_tensors(paths.teacher)
+    weights = read_tensors(Paths(params.experiment).teacher)
     write_tensors(target, {name: t.half() if t.is_floating_point() else t for name, t in weights.items()})
     architecture = params.teacher.architecture.model_dump(exclude_defaults=True)
     print(f"In another experiment, set teacher.weights to {target} and teacher.architecture to {architecture}.")

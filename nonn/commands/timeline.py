@@ -1,6 +1,6 @@
 """When each job of a run ran, and how parallel the jobs were.
 
-Reads the journal that `nonn.cli` keeps of every stage it runs. A stage that DVC restored from its
+Reads the journal that `nonn.commands.stage` keeps of every stage it runs. A stage that DVC restored from its
 cache did not run, and one that failed left no entry.
 """
 
@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from nonn.commands.stage import JOURNAL
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, write_text
-from nonn.core.params import Params
+from nonn.core.files import write_text
+from nonn.core.params import load_params
 from nonn.core.paths import Paths
-from nonn.report.plots import draw_timeline, drawing_style, save_figure
+from nonn.report.plots import drawing_style, save_figure
+from nonn.report.timeline_plots import draw_timeline
 from nonn.stages import STAGES
 
-JOURNAL = STATE / "journal.jsonl"
 #: Seconds without any job after which the next one belongs to another run.
 IDLE = 120.0
 COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
@@ -86,18 +87,17 @@ def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
     return f"{name}: {len(jobs)} jobs, elapsed {elapsed:.1f} s, sum {total:.1f} s, {ratio:.2f} x parallel"
 
 
-def run(params: Params, whole: bool) -> None:
-    """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were.
+def add_arguments(parser) -> None:
+    parser.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    parser.epilog = "example: nonn timeline --all"
 
-    Parameters
-    ----------
-    params : Params
-    whole : bool
-        All jobs on record instead of the last run.
-    """
+
+def run(options) -> None:
+    """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were."""
+    params = load_params()
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
-    jobs = jobs if whole else last_run(jobs)
+    jobs = jobs if options.all else last_run(jobs)
     begin = jobs["start"].min()
     lanes = assign_lanes(jobs["start"], jobs["end"])
     jobs = jobs.assign(

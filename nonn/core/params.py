@@ -19,9 +19,9 @@ from nonn.core.schema import Section, did_you_mean, load_yaml
 PARAMS_FILE = Path("params.yaml")
 
 #: Baselines of one student on one device of the network, and of the network on another partition.
-SINGLE_METHODS = ("labels", "kd", "at_kd", "total")
-PARTITION_METHODS = ("random", "contiguous", "classwise", "full")
-BASELINE_METHODS = (*SINGLE_METHODS, *PARTITION_METHODS)
+Method = Literal["labels", "kd", "at_kd", "total", "random", "contiguous", "classwise", "full"]
+BASELINE_METHODS: tuple[str, ...] = get_args(Method)
+SINGLE_METHODS, PARTITION_METHODS = BASELINE_METHODS[:4], BASELINE_METHODS[4:]
 
 #: In place of a network: the models that run alone, on one device, in ``export``, ``benchmark`` and ``distributed``.
 SOLO = "solo"
@@ -38,7 +38,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -50,9 +50,15 @@ class Device(Section):
     mmacs: Limit
 
 
-class Ensemble(Section):
-    pool: str
-    seeds: list[Seed]
+class NetworkParams(Section):
+    """A NoNN: the device of each student, in order, and how often it and its baselines are trained.
+
+    Trainings of a student, or of a baseline, have the seeds 0, 1, 2 and so on.
+    """
+
+    devices: Annotated[list[Name], Field(min_length=2, max_length=16)]
+    seeds: Count
+    baselines: dict[Method, Count] = Field(default={})
 
 
 class DatasetParams(Section):
@@ -150,7 +156,7 @@ class Normalization(Section):
 
 
 class Selection(Section):
-    """Of the hardest images of each batch, by a small network: see `nonn.training.selection`."""
+    """Of the hardest images of each batch, by a small network: see `nonn.teachers.selection`."""
 
     keep: Annotated[float, Field(gt=0, le=1)]
     proxy: Architecture
@@ -201,7 +207,11 @@ class Design(Section):
     widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
     mirror: Flag = False
     strided: Flag = False
-    bytes_per_value: Literal[1, 4]
+    precision: Literal["float32", "int8"]
+
+    @property
+    def bytes_per_value(self) -> int:
+        return 1 if self.precision == "int8" else 4
 
     @model_validator(mode="after")
     def _grid_is_not_empty(self) -> Design:
@@ -287,16 +297,8 @@ class Params(Section):
     """All of ``params.yaml``."""
 
     experiment: Name
-    networks: Annotated[dict[Name, list[Name]], Field(min_length=1)]
-    students: list[str]
-    students_once: list[str]
-    assembled: list[str]
-    assembled_once: list[str]
-    seeds: Annotated[list[Seed], Field(min_length=1)]
-    baselines: list[str]
-    baselines_once: list[str]
-    ensemble: Ensemble
     devices: dict[Name, Device]
+    networks: Annotated[dict[Name, NetworkParams], Field(min_length=1)]
     dataset: DatasetParams
     teacher: Teacher
     signals: Signals
@@ -311,17 +313,25 @@ class Params(Section):
     distributed: Distributed
     figures: Figures
 
-    def seeds_of(self, network: str) -> list[int]:
-        """Seeds that the students of a network are trained with."""
-        return self.seeds if network in self.assembled else self.seeds[:1]
+    def devices_of(self, network: str) -> list[Device]:
+        return [self.devices[name] for name in self.networks[network].devices]
 
-    def baseline_jobs(self) -> Iterator[tuple[str, str, list[int]]]:
-        """Yield ``(network, method, seeds)`` of every baseline; the pool also has the ensemble's seeds."""
-        for name in [*self.baselines, *self.baselines_once]:
-            network, method = name.split("/")
-            seeds = self.seeds if name in self.baselines else self.seeds[:1]
-            extra = self.ensemble.seeds if name == self.ensemble.pool else []
-            yield network, method, [*seeds, *extra]
+    def baselines(self) -> Iterator[tuple[str, str, range]]:
+        """Yield ``(network, method, seeds)`` of every baseline."""
+        for name, network in self.networks.items():
+            for method, count in network.baselines.items():
+                yield name, method, range(count)
+
+    @property
+    def pool(self) -> tuple[str, str] | None:
+        """The baseline whose students ensembles are formed from: the ``kd`` of most seeds, the first of equals.
+
+        A network of N devices meets as many disjoint ensembles of N as the pool holds, whatever its devices:
+        students of the pool are made for the smallest device of their own network.
+        """
+        counts = {name: network.baselines.get("kd", 0) for name, network in self.networks.items()}
+        largest = max(counts, key=counts.__getitem__)
+        return (largest, "kd") if counts[largest] else None
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:
@@ -332,57 +342,18 @@ class Params(Section):
     def _disagreements(self) -> Iterator[str]:
         if SOLO in self.networks:
             yield f"networks.{SOLO}: this is what models that run alone are called; choose another name"
-        for network, devices in self.networks.items():
-            if not 2 <= len(devices) <= 16:
-                yield f"networks.{network}: has {len(devices)} devices; give it 2 to 16"
-            for device in devices:
+        for name, network in self.networks.items():
+            for device in dict.fromkeys(network.devices):
                 if device not in self.devices:
                     hint = did_you_mean(device, self.devices)
-                    yield f"networks.{network}: device {device!r} is not under `devices`; add it there{hint}"
-            if self.assemble.missing == "subset_layers" and len(devices) > MAX_SUBSET_STUDENTS:
+                    yield f"networks.{name}.devices: {device!r} is not under `devices`; add it there{hint}"
+            if self.assemble.missing == "subset_layers" and len(network.devices) > MAX_SUBSET_STUDENTS:
                 yield (
                     f"assemble.missing: subset_layers is for up to {MAX_SUBSET_STUDENTS} devices, "
-                    f"and networks.{network} has {len(devices)}; choose auto or another strategy"
+                    f"and networks.{name} has {len(network.devices)}; choose auto or another strategy"
                 )
-        yield from self._networks_disagree()
-        baselines = {"baselines": self.baselines, "baselines_once": self.baselines_once}
-        listed = {"seeds": self.seeds, "ensemble.seeds": self.ensemble.seeds, **baselines}
-        for key, values in listed.items():
-            if len(set(values)) < len(values):
-                yield f"{key}: an entry is listed twice; remove one"
-        if repeated := set(self.baselines) & set(self.baselines_once):
-            yield f"baselines_once: {', '.join(sorted(repeated))} is in `baselines` already; remove one of the two"
-        if repeated := set(self.seeds) & set(self.ensemble.seeds):
-            yield f"ensemble.seeds: {sorted(repeated)} are already in `seeds`; list only further ones"
-        for key, name in ((key, name) for key, names in baselines.items() for name in names):
-            network, _, method = name.partition("/")
-            if network not in self.networks or method not in BASELINE_METHODS:
-                yield (
-                    f"{key}: {name!r} is not network/method, with a network of `networks` and a method "
-                    f"of {', '.join(BASELINE_METHODS)}"
-                )
-            if method == "at_kd" and not self.signals.attention:
-                yield f"{key}: {name} needs attention maps; set signals.attention to true"
-        if self.ensemble.pool not in self.baselines or not self.ensemble.pool.endswith("/kd"):
-            yield f"ensemble.pool: {self.ensemble.pool!r} is not one of the kd baselines; add it to `baselines`"
-
-    def _networks_disagree(self) -> Iterator[str]:
-        """Each network is assembled either with every seed or once, and its students are trained likewise."""
-        for network in self.networks:
-            if (network in self.assembled) + (network in self.assembled_once) != 1:
-                yield f"assembled: {network} of `networks` must stand either there or in `assembled_once`"
-        for key, students in (("assembled", "students"), ("assembled_once", "students_once")):
-            names, listed = getattr(self, key), getattr(self, students)
-            if unknown := [name for name in names if name not in self.networks]:
-                yield f"{key}: remove {', '.join(unknown)}: `networks` has no such entry"
-            expected = [f"{n}/{i}" for n in names if n in self.networks for i in range(len(self.networks[n]))]
-            if missing := [s for s in expected if s not in listed]:
-                yield f"{students}: add {', '.join(missing)}: one entry for each device of the networks in `{key}`"
-            if surplus := [s for s in listed if s not in expected]:
-                yield f"{students}: remove {', '.join(surplus)}: no network in `{key}` has such a device"
-            for repeated in (key, students):
-                if len(set(getattr(self, repeated))) < len(getattr(self, repeated)):
-                    yield f"{repeated}: an entry is listed twice; remove one"
+            if "at_kd" in network.baselines and not self.signals.attention:
+                yield f"networks.{name}.baselines.at_kd: needs attention maps; set signals.attention to true"
 
 
 def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:

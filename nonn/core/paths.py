@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from nonn.core.files import remove
+from nonn.core.jobs import list_jobs
+from nonn.core.params import SOLO, Params
+
 
 @dataclass(frozen=True)
 class Paths:
@@ -49,18 +53,18 @@ class Paths:
 
     def sizes(self, network: str) -> Path:
         """Number of filters for each student, decided from the devices' budgets."""
-        return self / f"sizes/{network}.json"
+        return self / f"design/{network}/sizes.json"
 
-    def design(self, network: str, name: str | int = "") -> Path:
-        """Architecture of one student (0, 1, …), those of a baseline (its method); or their folder."""
-        return self / f"design/{network}" / (f"{name}.json" if name != "" else "")
+    def design(self, network: str, name: str | int) -> Path:
+        """Architecture of a student (0, 1, …), or those of a baseline's students (its method)."""
+        return self / f"design/{network}" / _file_of(name)
 
-    def partition(self, network: str, name: str | int = "") -> Path:
-        """Filters of one student (0, 1, …), those of a baseline (its method); or their folder."""
-        return self / f"partition/{network}" / (f"{name}.json" if name != "" else "")
+    def partition(self, network: str, name: str | int) -> Path:
+        """Filters of a student (0, 1, …), or those of a baseline's students (its method)."""
+        return self / f"partition/{network}" / _file_of(name)
 
     def partition_info(self, network: str) -> Path:
-        return self / f"partition/{network}/partition.json"
+        return self / f"partition/{network}/summary.json"
 
     def student(self, network: str, student: int | str, seed: int) -> Path:
         return self / f"students/seed{seed}/{network}/{student}.safetensors"
@@ -93,3 +97,33 @@ class Paths:
     def log(self, artifact: Path) -> Path:
         """Training log beside a weights file."""
         return artifact.with_suffix(".csv")
+
+
+def _file_of(name: str | int) -> str:
+    return f"students/{name}.json" if str(name).isdigit() else f"baselines/{name}.json"
+
+
+def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
+    """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name.
+
+    DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all
+    baselines, all networks) would take them for inputs.
+
+    Returns
+    -------
+    list of Path
+        What was deleted.
+    """
+    jobs = list_jobs(params)
+    named = [*jobs["networks"], SOLO]
+    kept = dict.fromkeys(("design", "partition", "export", "cluster", "benchmark", "distributed"), named)
+    kept |= {folder: list(jobs[folder]) for folder in ("students", "networks", "baselines")}
+    kept["networks"] = list(jobs["assembled"])
+    leftovers = []
+    for folder, names in kept.items():
+        depth = "/".join("*" * (1 + names[0].count("/")))
+        for path in sorted((paths / folder).glob(depth)):
+            if str(path.relative_to(paths / folder)).partition(".")[0] not in names:
+                leftovers.append(path)
+                remove(path)
+    return leftovers

@@ -15,9 +15,12 @@ from nonn.core.errors import UserError
 
 
 class Section(BaseModel):
-    """A mapping of known keys, which does not change once it is checked."""
+    """A mapping of known keys, which does not change once it is checked.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    Types are strict: where 3 is wanted, neither 3.0 nor "3" nor true is taken, since what DVC reads is the file itself.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 Schema = TypeVar("Schema", bound=Section)
@@ -54,7 +57,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no keys. Restore it from version control.")
     for key, value in (changes or {}).items():
-        _change(raw, key, value)
+        change(raw, key, value)
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -81,7 +84,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def _change(raw: dict, key: str, value: Any) -> None:
+def change(raw: dict, key: str, value: Any) -> None:
     """Set a dotted key in nested mappings; sections that are not there are added, for the schema to refuse."""
     *sections, name = key.split(".")
     for section in sections:

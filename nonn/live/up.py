@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.channel import open_channel
-from nonn.runtime.cluster import Cluster, load_cluster
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
 from nonn.runtime.protocol import Contract
 from nonn.runtime.serving import told_to_stop
@@ -112,6 +112,17 @@ def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Pag
     else:
         pictures = dataset_pictures(cluster.export.resolve().parent.parent / "dataset.safetensors", manifest)
     return lambda children: serve_page(cluster, children, pictures, port)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--web", type=int, nargs="?", const=7080, metavar="PORT", help="serve a live page on 127.0.0.1:PORT (7080)"
+    )
+    parser.add_argument(
+        "--images", type=Path, nargs="+", metavar="PATH", help="pictures for the page, files or folders (test images)"
+    )
+    parser.epilog = "example: nonn up --web"
 
 
 def run(options) -> None:

@@ -3,8 +3,9 @@
 A network becomes one file a student (uint8 image in, feature vector out) and one for the final
 layer (concatenated feature vectors in, logits out). Teacher and single baselines, which run alone
 on one device, become one file each (image in, logits out). Every file is re-scored on the test
-images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.bytes_per_value: 1`` students
-and baselines are int8 (see `nonn.deploy.int8`), and the teacher is there in both precisions.
+images in ONNX Runtime: an export that changes an accuracy is an error. With ``design.precision: int8`` students
+and baselines are int8 (see `nonn.deploy.int8`), and the teacher is there in both precisions; manifests of int8 files
+name their form as ``quantisation``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
-from nonn.deploy.int8 import check_close
+from nonn.deploy.int8 import FORM, check_close
 from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
 from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
 from nonn.method.joining import NetworkOfNetworks
@@ -115,7 +116,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     blocks = folder / "final.safetensors"
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
-    return _manifest(data, students, logits, labels) | {"final": final}
+    return _manifest(data, students, logits, labels, bytes_per_value) | {"final": final}
 
 
 def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
@@ -134,12 +135,13 @@ def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, bytes_p
         if model.mirrors and bytes_per_value == 4:  # `distributed` splits a network only as a single pass, in float32
             entry["single_pass"] = f"{name}-single.onnx"
             write_classifier(single_pass(model), data, folder / entry["single_pass"], 4)
-        manifests[name] = _manifest(data, [entry], logits, labels)
+        manifests[name] = _manifest(data, [entry], logits, labels, precision)
     return manifests
 
 
-def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor) -> dict:
-    return {
+def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, bytes_per_value: int) -> dict:
+    form = {"quantisation": FORM} if bytes_per_value == 1 else {}
+    return form | {
         "classes": list(data.classes),
         "image": {"channels": data.channels, "size": data.size, "dtype": "uint8"},
         "students": students,

@@ -1,6 +1,6 @@
 """Weighted graph of the teacher's last filters: which of them work together, and how strongly.
 
-Reads the pooled activations of the validation images (`nonn.training.signals`) and writes the graph, the
+Reads the pooled activations of the validation images (`nonn.teachers.signals`) and writes the graph, the
 filters that are alive, what each class activates, and how much community structure there is for
 several `top_k`. Which filters go to which student is left to `nonn.method.partitioning`.
 
@@ -22,6 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from nonn.core.paths import Paths
+from nonn.data.tensors import read_tensors
 
 #: Points of the `top_k` curve; None: every filter takes part.
 TOP_K_CURVE = (10, 15, 25, 35, 50, 75, 100, 150, None)
@@ -112,19 +115,6 @@ def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor], block: int,
     weights = upper + upper.T
     largest = weights.max()
     return (weights / torch.where(largest > 0, largest, 1.0)).float()
-
-
-def naive_activation_hub_graph(activity: Tensor) -> list[list[float]]:
-    """Compute `activation_hub_graph` by its definition, in plain Python loops: for comparison only."""
-    images = activity.tolist()
-    n_filters = activity.shape[1]
-    weights = [[0.0] * n_filters for _ in range(n_filters)]
-    for a in images:
-        for i in range(n_filters):
-            for j in range(n_filters):
-                weights[i][j] += a[i] * a[j] * abs(a[i] - a[j])
-    largest = max(max(row) for row in weights) or 1.0
-    return [[weight / largest for weight in row] for row in weights]
 
 
 def find_communities(weights: np.ndarray, resolution: float = 1.0, seed: int = 0) -> list[list[int]]:
@@ -251,3 +241,15 @@ class FilterGraph:
     weights: np.ndarray
     live: np.ndarray
     class_activity: np.ndarray
+
+
+def load_graph(paths: Paths) -> FilterGraph:
+    """Read what the stage `graph` wrote.
+
+    Raises
+    ------
+    UserError
+        The graph is missing or damaged.
+    """
+    tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
+    return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])

@@ -25,6 +25,7 @@ import numpy as np
 from nonn.core.errors import UserError
 from nonn.core.params import SINGLE_METHODS
 from nonn.method.filter_graph import FilterGraph, find_communities, modularity
+from nonn.training.store import cut
 
 RESOLUTION_STEP = 1.1
 MAX_RESOLUTION = 100.0
@@ -143,11 +144,6 @@ def _check_sizes(sizes: Sequence[int], n_live: int) -> None:
             f"partition: the students' sizes {list(sizes)} do not share out the teacher's {n_live} live "
             f"filters; run the stage `design` again"
         )
-
-
-def cut(filters: np.ndarray, sizes: Sequence[int]) -> list[list[int]]:
-    """Cut a row of filters into sets of the given sizes, and sort each."""
-    return [np.sort(part).tolist() for part in np.split(filters, np.cumsum(sizes)[:-1])]
 
 
 def search_communities(weights: np.ndarray, n_students: int, seed: int) -> tuple[list[list[int]], float]:

@@ -34,10 +34,11 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
-from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.method.store import load_baseline, load_network
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
 from nonn.training.networks import ConvNet, accuracy, predict
+from nonn.training.store import load_teacher
 
 #: Logits (n_test, C) of a network when only these of its devices are present.
 Answers = Callable[[Sequence[int]], Tensor]
@@ -78,25 +79,28 @@ def permutation_test(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) ->
     ----------
     a, b : ndarray of shape (n_seeds, n_test), bool
         Whether each seed's model of two methods is right; the numbers of seeds may differ.
-    resamples : int
-    seed : int
 
     Returns
     -------
     float
         Share of sign flips of the images' differences (of the mean over seeds) whose mean is at
-        least as large as the observed one, the observed one included.
+        least as large as the observed one, the observed one included; exact where there are no more
+        flips than `resamples`.
     """
-    difference = a.mean(0) - b.mean(0)
-    observed = abs(difference.sum())
-    generator = np.random.default_rng(seed)
-    extreme, left = 1, resamples
-    while left:
-        n = min(left, 1000)
-        signs = generator.integers(0, 2, (n, len(difference)), dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(signs @ difference) >= observed - 1e-9).sum())
-        left -= n
-    return extreme / (resamples + 1)
+    difference = a.sum(0) * len(b) - b.sum(0) * len(a)  # whole numbers, so equal sums compare as equal
+    difference = difference[difference != 0]  # flipping a 0 changes nothing, and most images are 0
+    if len(difference) < 2:  # scipy takes two or more; both flips of one are as large as it
+        return 1.0
+    test = stats.permutation_test(
+        (difference,),
+        lambda flipped, axis: np.abs(flipped.sum(axis)),
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=200,  # flips in memory at once
+        alternative="greater",
+        rng=seed,
+    )
+    return float(test.pvalue)
 
 
 def seed_test(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -234,7 +238,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     if precision == 1:
         yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
-        files = [paths.network(network, seed) for seed in params.seeds_of(network)]
+        files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
         chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
         models = [load_network(path, data) for path in files]
         yield _nonn_scores(network, models, chosen, features)
@@ -247,15 +251,16 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
             joined = [(list(model.students), model.final) for model in models]
             yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
     pool: list[ConvNet] = []
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
         layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
         yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
-        if f"{network}/{method}" == params.ensemble.pool:
+        if (network, method) == params.pool:
             pool = [student for (student,) in students]
-    for network, devices in params.networks.items():
-        groups = [pool[start : start + len(devices)] for start in range(0, len(pool), len(devices))]
-        yield from _ensemble_scores(params, network, [g for g in groups if len(g) == len(devices)], features)
+    for name, network in params.networks.items():
+        n = len(network.devices)
+        groups = [pool[start : start + n] for start in range(0, len(pool), n)]
+        yield from _ensemble_scores(params, name, [group for group in groups if len(group) == n], features)
 
 
 def _baseline_layer(params: Params, students: Sequence[ConvNet], features: FeatureCache, seed: int) -> FinalLayer:

@@ -5,69 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
-from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Architecture, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.method.filter_graph import FilterGraph
 from nonn.method.joining import NetworkOfNetworks
-from nonn.method.partitioning import cut
 from nonn.runtime.final import FinalLayer
 from nonn.training.networks import ConvNet
-
-
-def load_teacher(paths: Paths, data: Dataset) -> ConvNet:
-    """The teacher of the experiment, ready to predict."""
-    info = read_json(paths.teacher_info)
-    model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
-    model.load_state_dict(read_tensors(paths.teacher))
-    return model.eval()
-
-
-def load_signals(paths: Paths) -> dict[str, Tensor]:
-    """The signals as `compute_signals` returns them, memory-mapped."""
-    return read_tensors(paths.signals)
-
-
-def load_graph(paths: Paths) -> FilterGraph:
-    """Read what `run` wrote.
-
-    Raises
-    ------
-    UserError
-        The graph is missing or damaged.
-    """
-    tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
-    return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])
-
-
-def load_baseline_sets(path: Path, seed: int) -> list[list[int] | None]:
-    """Filters of each student of a baseline, from a file of this stage, with one of its seeds."""
-    saved = read_json(path)
-    if "sets" in saved:
-        return saved["sets"]
-    return cut(np.random.default_rng(seed).permutation(saved["live"]), saved["sizes"])
-
-
-def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
-    """Architecture and bridge outputs of each student in a file of this stage.
-
-    Raises
-    ------
-    UserError
-        It has none.
-    """
-    if not (designs := read_json(path)):
-        raise UserError(
-            f"{path}: the devices of `networks` fit no students of this baseline. Take it out of `baselines` and "
-            "`baselines_once`, or raise devices.*.memory_kib."
-        )
-    return [(Architecture(**design["architecture"]), design["n_filters"]) for design in designs]
+from nonn.training.store import load_design
 
 
 def load_baseline(path: Path, data: Dataset) -> list[ConvNet]:
@@ -107,7 +55,7 @@ def load_students(
 ) -> tuple[list[ConvNet], list[dict]]:
     """The trained students of a network, ready to predict, and their designs."""
     students, designs = [], []
-    for position in range(len(params.networks[network])):
+    for position in range(len(params.networks[network].devices)):
         (design,) = read_json(paths.design(network, position))
         student = ConvNet(*_shape(design, data))
         student.load_state_dict(read_tensors(paths.student(network, position, seed)))

@@ -1,4 +1,4 @@
-"""Figures of accuracy: against memory, and when devices go missing."""
+"""Figures of accuracy: in training, against memory, and when devices go missing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,56 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
+from scipy.optimize import isotonic_regression
 
-from nonn.report.plots import METHODS, label_rows, legend_below, panels
+from nonn.report.plots import METHODS, Look, label_rows, legend_below, legend_handle, panels, plural
+
+
+def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequence[pd.DataFrame]]]) -> Figure:
+    """Draw validation accuracy against epoch, a panel for each network.
+
+    Parameters
+    ----------
+    teacher : DataFrame
+        Training log: ``epoch``, ``validation_accuracy``. One row for an imported teacher.
+    logs : mapping
+        Network to method to one log for each seed and student. Means over them are drawn, for
+        ``nonn`` with a band from the smallest to the largest.
+    """
+    figure, axes = panels(len(logs), 4.3, 3.5, sharey=True)
+    taught = teacher["validation_accuracy"]
+    dashed = {"color": METHODS["teacher"].colour, "linestyle": "--", "linewidth": 1.3}
+    lines = {m: {"color": METHODS[m].colour, "linewidth": 2.2 if m == "nonn" else 1.3} for m in METHODS}
+    lows, highs = [taught.iloc[-1]], [taught.max()]
+    for axis, (network, by_method) in zip(axes, logs.items(), strict=True):
+        if len(teacher) > 1:
+            axis.plot(teacher["epoch"], taught, **dashed)
+        else:
+            axis.axhline(taught.iloc[0], **dashed)
+        for method in sorted(by_method, key=list(METHODS).index, reverse=True):
+            epochs = by_method[method][0]["epoch"]
+            accuracies = np.stack([log["validation_accuracy"] for log in by_method[method]])  # (runs, epochs)
+            axis.plot(epochs, accuracies.mean(0), zorder=4 if method == "nonn" else 3, **lines[method])
+            if method == "nonn":
+                band = accuracies.min(0), accuracies.max(0)
+                axis.fill_between(epochs, *band, color=METHODS[method].colour, alpha=0.18, linewidth=0)
+            lows.append(accuracies.mean(0)[len(epochs) // 3])
+            highs.append(accuracies.max())
+        axis.set(xlabel="epoch", title=f"{network}: NoNN, mean of {plural(len(by_method['nonn']), 'training')}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_xlim(left=1 if len(epochs) > 1 else 0)
+    # The first epochs run off the bottom: all curves rise from chance, the ends are what differs.
+    bottom, top = min(lows), max(highs)
+    axes[0].set_ylim(bottom - 0.15 * (top - bottom), min(1, top + 0.1 * (top - bottom)))
+    label_rows(axes, "validation accuracy (%)")
+    labels = {method: look.label for method, look in METHODS.items() if any(method in some for some in logs.values())}
+    labels |= {"nonn": "NoNN students (band: all of them)"}
+    handles = [Line2D([], [], label=METHODS["teacher"].label, **dashed)]
+    handles += [Line2D([], [], label=label, **lines[method]) for method, label in labels.items()]
+    legend_below(figure, handles, columns=4)
+    return figure
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.ndarray:
@@ -21,17 +67,12 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.n
     As little as needed: places that are far apart stay. Where there is no room for all gaps, they
     shrink evenly.
     """
+    if not len(values):
+        return np.empty(0)
     gap = min(gap, (high - low) / max(len(values) - 1, 1))
     steps = gap * np.arange(len(values))
-    # With the steps taken off, "at least a gap apart" means "not falling", which pooling averages.
-    blocks: list[list[float]] = []
-    for value in np.asarray(values, dtype=float) - steps:
-        blocks.append([value])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            block = blocks.pop()
-            blocks[-1] += block
-    pooled = np.array([np.mean(block) for block in blocks for _ in block])
-    return np.clip(pooled, low, high - steps[-1:].sum()) + steps
+    # With the steps taken off, "at least a gap apart" means "not falling".
+    return np.clip(isotonic_regression(np.asarray(values) - steps).x, low, high - steps[-1]) + steps
 
 
 def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
@@ -42,8 +83,6 @@ def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
     methods : DataFrame
         One row a method and network: ``method``, ``network``, ``n_seeds``, ``accuracy_mean``,
         ``accuracy_sd`` and ``memory_bytes_per_device``. The teacher, network "", is in each panel.
-    n_test : int
-        Test images.
     """
     networks = [network for network in methods["network"].unique() if network]
     memory = methods["memory_bytes_per_device"] / 1024
@@ -59,16 +98,16 @@ def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
         axis.set_xlim(memory.min() / 10 ** (0.8 * decades - 0.2), memory.max() * 10 ** (0.12 * decades))
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_minor_locator(NullLocator())
-        _place_methods(figure, axis, methods.assign(memory=memory)[methods["network"].isin(["", network])])
+        axis.xaxis.set_major_formatter("{x:,g}")
+        _place_methods(axis, methods.assign(memory=memory)[methods["network"].isin(["", network])])
         n_seeds = methods.query("method == 'nonn' and network == @network")["n_seeds"].iloc[0]
         axis.set_title(f"{network}: NoNN n = {n_seeds}, {n_test:,} test images")
         axis.set_xlabel("weights and peak activations of one device (KiB)")
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     label_rows(axes, "test accuracy (%), mean ± SD over seeds")
     return figure
 
 
-def _place_methods(figure: Figure, axis: Axes, rows: pd.DataFrame) -> None:
+def _place_methods(axis: Axes, rows: pd.DataFrame) -> None:
     """Draw the methods of one panel and name each one.
 
     Methods of nearly the same memory stand side by side, a few points apart, and are named in a
@@ -81,65 +120,37 @@ def _place_methods(figure: Figure, axis: Axes, rows: pd.DataFrame) -> None:
     heights = ((rows.loc[crowded, "accuracy_mean"] - bottom) / (top - bottom)).sort_values(kind="stable")
     label_heights = dict(zip(heights.index, spread(heights, 0.06, 0.03, 0.97), strict=True))
     for index, row in rows.iterrows():
-        look, hero = METHODS[row["method"]], row["method"] == "nonn"
+        method, memory, accuracy, deviation = row[["method", "memory", "accuracy_mean", "accuracy_sd"]]
+        look, colour, hero = METHODS[method], METHODS[method].colour, method == "nonn"
         peers = group.index[group == group[index]]
-        shift = 5 * (peers.get_loc(index) - (len(peers) - 1) / 2)
-        place = axis.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-        axis.plot(
-            row["memory"], 0, "|", color=look.colour, markersize=9, transform=axis.get_xaxis_transform(), clip_on=False
-        )
-        axis.errorbar(
-            row["memory"],
-            row["accuracy_mean"],
-            yerr=None if pd.isna(row["accuracy_sd"]) else row["accuracy_sd"],
-            fmt=look.marker,
-            color=look.colour,
-            markersize={"*": 11, "o": 7.5}.get(look.marker, 6),
-            markeredgecolor=axis.get_facecolor(),
-            markeredgewidth=0.6,
-            elinewidth=1.2,
-            capsize=2,
-            transform=place,
-            zorder=4 if hero else 3,
-        )
-        where = {"textcoords": "offset points", "xytext": (9, 0), "va": "center"}
-        if row["method"] in ("teacher", "teacher_int8"):
-            where = {"textcoords": "offset points", "xytext": (0, -9), "ha": "center", "va": "top"}
-        elif row["method"] == "total":  # between the crowd and the teacher: the room is above and to the right
-            top = row["accuracy_mean"] + np.nan_to_num(row["accuracy_sd"])
-            above = ScaledTranslation(0, 5 / 72, axis.figure.dpi_scale_trans)
-            axis.text(
-                row["memory"], top, look.label, color=look.colour, ha="left", va="bottom", transform=place + above
-            )
-            continue
+        place = _shifted(axis, 5 * (peers.get_loc(index) - (len(peers) - 1) / 2))
+        ticks = axis.get_xaxis_transform()
+        axis.plot(memory, 0, "|", color=colour, markersize=9, transform=ticks, clip_on=False)
+        bar = {"yerr": None if pd.isna(deviation) else deviation, "elinewidth": 1.2, "zorder": 4 if hero else 3}
+        mark = {"markersize": {"*": 11, "o": 7.5}.get(look.marker, 6), "markeredgewidth": 0.6}
+        mark |= {"fmt": look.marker, "color": colour, "markeredgecolor": axis.get_facecolor()}
+        axis.errorbar(memory, accuracy, transform=place, **bar, **mark)
+        where = {"xytext": (9, 0), "va": "center"}
+        if method in ("teacher", "teacher_int8"):
+            where = {"xytext": (0, -9), "ha": "center", "va": "top"}
+        elif method == "total":  # between the crowd and the teacher: the room is above and to the right
+            accuracy += np.nan_to_num(deviation)
+            where = {"xytext": (0, 5), "va": "bottom"}
         elif crowded[index]:
-            line = {
-                "arrowstyle": "-",
-                "color": look.colour,
-                "alpha": 0.45,
-                "linewidth": 0.7,
-                "shrinkA": 1,
-                "shrinkB": 4,
-            }
-            where = {
-                "textcoords": "axes fraction",
-                "xytext": (0.3, label_heights[index]),
-                "ha": "right",
-                "va": "center",
-                "arrowprops": line,
-            }
-        axis.annotate(
-            look.label,
-            (row["memory"], row["accuracy_mean"]),
-            xycoords=place,
-            color=look.colour,
-            weight="bold" if hero else "normal",
-            **where,
-        )
+            where |= {"textcoords": "axes fraction", "xytext": (0.3, label_heights[index]), "ha": "right"}
+            line = {"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+            where["arrowprops"] = line
+        where = {"textcoords": "offset points", "weight": "bold" if hero else "normal"} | where
+        axis.annotate(look.label, (memory, accuracy), xycoords=place, color=colour, **where)
+
+
+def _shifted(axis: Axes, points: float) -> ScaledTranslation:
+    """Data coordinates, some points to the right, so that marks do not cover each other."""
+    return axis.transData + ScaledTranslation(points / 72, 0, axis.figure.dpi_scale_trans)
 
 
 def draw_missing_devices(
-    missing: pd.DataFrame, chosen: Mapping[str, str], n_seeds: Mapping[tuple[str, str], int], n_test: int
+    missing: pd.DataFrame, chosen: Mapping[str, str], n_seeds: Mapping[str, int], n_test: int
 ) -> Figure:
     """Draw test accuracy against the number of missing devices, a panel for each network.
 
@@ -151,53 +162,33 @@ def draw_missing_devices(
     chosen : mapping
         Network to how its final layer makes up for missing devices, in words.
     n_seeds : mapping
-        Method and network to the number of seeds.
-    n_test : int
-        Test images.
+        Network to the number of NoNN's seeds.
     """
-    networks = list(missing["network"].unique())
-    deviations = missing[["mean_sd", "worst_sd"]].astype(float).fillna(0)
-    low = (missing["worst"] - deviations["worst_sd"]).min()
-    high = (missing["mean"] + deviations["mean_sd"]).max()
+    missing = missing.astype({"mean_sd": float, "worst_sd": float})
+    low = (missing["worst"] - missing["worst_sd"].fillna(0)).min()
+    high = (missing["mean"] + missing["mean_sd"].fillna(0)).max()
     margin = 0.05 * max(high - low, 1e-3)
-    present = [method for method in METHODS if method in set(missing["method"])]
-    figure, axes = panels(len(networks), 4.3, 3.5, sharey=True)
-    for axis, network in zip(axes, networks, strict=True):
-        methods = [m for m in present if ((missing["method"] == m) & (missing["network"] == network)).any()]
+    dashes = (0, (4, 2))
+    figure, axes = panels(missing["network"].nunique(), 4.3, 3.5, sharey=True)
+    for axis, (network, own) in zip(axes, missing.groupby("network", sort=False), strict=True):
+        methods = [method for method in METHODS if method in set(own["method"])]
         for position, method in enumerate(methods):
-            rows = missing[(missing["method"] == method) & (missing["network"] == network)]
-            # A few points apart, so that error bars do not cover each other.
-            shift = 4 * (position - (len(methods) - 1) / 2)
-            place = axis.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-            for key, line, fill in (("worst", (0, (4, 2)), False), ("mean", "-", True)):
-                look = METHODS[method]
-                deviation = rows[f"{key}_sd"].astype(float)
-                axis.errorbar(
-                    rows["missing"],
-                    rows[key],
-                    transform=place,
-                    yerr=None if deviation.isna().all() else deviation,
-                    color=look.colour,
-                    linestyle=line,
-                    marker=look.marker,
-                    markersize=5.5,
-                    markerfacecolor=look.colour if fill else axis.get_facecolor(),
-                    linewidth=1.4,
-                    elinewidth=1,
-                    capsize=2,
-                    zorder=4 if method == "nonn" else 3,
-                )
-        axis.set_title(f"{network}: NoNN n = {n_seeds['nonn', network]}, {n_test:,} test images")
-        axis.set_xlabel(f"missing devices\nNoNN: {chosen[network]}")
-        most = missing.loc[missing["network"] == network, "missing"].max()
-        axis.set_xlim(-0.12 * most, 1.12 * most)
+            rows, look = own[own["method"] == method], METHODS[method]
+            place = _shifted(axis, 4 * (position - (len(methods) - 1) / 2))
+            for key, line, fill in (("worst", dashes, axis.get_facecolor()), ("mean", "-", look.colour)):
+                deviation = rows[f"{key}_sd"]
+                bars = {"yerr": None if deviation.isna().all() else deviation, "elinewidth": 1}
+                style = {"color": look.colour, "marker": look.marker, "markerfacecolor": fill, "linestyle": line}
+                style |= {"linewidth": 1.4, "zorder": 4 if method == "nonn" else 3, "transform": place}
+                axis.errorbar(rows["missing"], rows[key], **bars, **style)
+        most = own["missing"].max()
+        axis.set(xlim=(-0.12 * most, 1.12 * most), xlabel=f"missing devices\nNoNN: {chosen[network]}")
+        axis.set_title(f"{network}: NoNN n = {n_seeds[network]}, {n_test:,} test images")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].set_ylim(low - margin, high + margin)
     label_rows(axes, "test accuracy (%), ± SD over seeds")
-    looks = [METHODS[method] for method in present]
-    handles = [Line2D([], [], color=k.colour, marker=k.marker, markersize=5.5, label=k.label) for k in looks]
-    neutral = {"color": "0.5", "marker": "o", "markersize": 5.5}
-    handles.append(Line2D([], [], label="mean of all subsets", **neutral))
-    handles.append(Line2D([], [], label="worst subset", linestyle=(0, (4, 2)), markerfacecolor="none", **neutral))
+    handles = [legend_handle(look) for method, look in METHODS.items() if method in set(missing["method"])]
+    handles.append(legend_handle(Look("mean of all subsets", "0.5", "o")))
+    handles.append(legend_handle(Look("worst subset", "0.5", "o"), linestyle=dashes, markerfacecolor="none"))
     legend_below(figure, handles, columns=5)
     return figure

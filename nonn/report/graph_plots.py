@@ -1,4 +1,4 @@
-"""Drawing of the filter graph and of the sets that the students imitate.
+"""Figures of the filter graph, and of the sets of filters that the students imitate.
 
 References
 ----------
@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from nonn.report.plots import STUDENT_COLOURS, panels
+from nonn.report.plots import METHODS, STUDENT_COLOURS, panels
 
 #: Heaviest links of each filter that decide its place, and those that are drawn.
 LINKS_LAID_OUT, LINKS_DRAWN = 6, 3
@@ -89,10 +90,8 @@ def draw_filter_graph(weights: np.ndarray, partitions: Mapping[str, Mapping]) ->
     area *= min(1.0, 256 / len(weights))
     figure, axes = panels(len(partitions), 4.6, 4.7)
     for axis, (network, partition) in zip(axes, partitions.items(), strict=True):
-        axis.set(xticks=[], yticks=[])
+        axis.set_axis_off()
         axis.set_aspect("equal", adjustable="datalim")
-        axis.grid(visible=False)
-        axis.spines[:].set_visible(False)
         axis.margins(0.04)
         owner = np.full(len(weights), -1)
         for student, filters in enumerate(partition["sets"]):
@@ -100,32 +99,49 @@ def draw_filter_graph(weights: np.ndarray, partitions: Mapping[str, Mapping]) ->
         inner = owner[links[:, 0]] == owner[links[:, 1]]
         colours = [STUDENT_COLOURS[owner[i]] if same else "0.6" for (i, _), same in zip(links, inner, strict=True)]
         widths, alphas = np.where(inner, 0.6, 0.4), np.where(inner, 0.4, 0.25)
-        lines = LineCollection(positions[links], colors=colours, linewidths=widths, alpha=alphas, zorder=1)
-        axis.add_collection(lines)
+        axis.add_collection(LineCollection(positions[links], colors=colours, linewidths=widths, alpha=alphas, zorder=1))
         for student, filters in enumerate(partition["sets"]):
             # Strong filters first, so that none hides a weaker one.
             drawn = sorted((f for f in filters if not np.isnan(positions[f, 0])), key=lambda f: (-strength[f], f))
-            axis.scatter(
-                *positions[drawn].T,
-                s=area[drawn],
-                color=STUDENT_COLOURS[student],
-                edgecolors=[axis.get_facecolor()],
-                linewidths=0.5,
-                zorder=2,
-                label=f"student {student} ({len(filters)})",
-            )
+            style = {"color": STUDENT_COLOURS[student], "edgecolors": [axis.get_facecolor()], "linewidths": 0.5}
+            label = f"student {student} ({len(filters)})"
+            axis.scatter(*positions[drawn].T, s=area[drawn], label=label, zorder=2, **style)
         axis.set_title(f"{network}: modularity of the sets {partition['modularity']:.2f}")
-        columns = min(len(partition["sets"]), 4)
-        axis.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0.01),
-            ncols=columns,
-            handletextpad=0.1,
-            columnspacing=0.8,
-            fontsize="small",
-        )
+        spacing = {"handletextpad": 0.1, "columnspacing": 0.8, "ncols": min(len(partition["sets"]), 4)}
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, 0.01), fontsize="small", **spacing)
         for handle in axis.get_legend().legend_handles:
             handle.set_sizes([36])
+    return figure
+
+
+def draw_top_k(info: Mapping) -> Figure:
+    """Draw how much community structure there is for each `top_k`, and mark the chosen one.
+
+    Parameters
+    ----------
+    info : mapping
+        Summary of the graph: ``top_k``, ``n_filters``, ``modularity``, ``n_communities`` and
+        ``top_k_curve``; where the curve is empty, the chosen point stands alone.
+    """
+    curve, n_filters = info["top_k_curve"] or [info], info["n_filters"]
+    names = {point["top_k"] or n_filters: str(point["top_k"] or "all") for point in curve}
+    where, orange = info["top_k"] or n_filters, METHODS["nonn"].colour
+    figure = Figure(figsize=(6.6, 3.1), layout="constrained")
+    labels = {"modularity": "modularity Q", "n_communities": "communities"}
+    for axis, (key, label) in zip(figure.subplots(1, 2), labels.items(), strict=True):
+        heights = [point[key] for point in curve]
+        axis.axvline(where, color=orange, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        axis.plot(list(names), heights, marker="o", markersize=4, color=METHODS["ensemble"].colour)
+        axis.plot(where, info[key], "o", markersize=9, markerfacecolor="none", markeredgewidth=1.8, color=orange)
+        at = {"xy": (where, 1), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        at |= {"xytext": (5, -3), "ha": "left"} if where < n_filters else {"xytext": (-5, -3), "ha": "right"}
+        axis.annotate(f"chosen: {info['top_k'] or 'all'}", va="top", color=orange, **at)
+        axis.set_xscale("log")
+        axis.set_xticks(list(names), names.values(), size="small")  # on the scale's right places are close
+        axis.minorticks_off()
+        axis.set(xlabel="filters of each image that take part (top k)", ylabel=label)
+        axis.set_ylim(0, 1.25 * max(heights) or 1)  # head-room for the note
+        axis.yaxis.set_major_locator(MaxNLocator(6, integer=key == "n_communities"))
     return figure
 
 
@@ -151,15 +167,12 @@ def draw_adjacency(weights: np.ndarray, partitions: Mapping[str, Mapping]) -> Fi
     norm = PowerNorm(0.5, vmin=0, vmax=float(np.quantile(weights, 0.999)) or 1.0)
     figure, axes = panels(1 + len(partitions), 3.5, 3.3)
     orders = {"": np.arange(len(weights))} | {n: order_filters(p) for n, p in partitions.items()}
-    image = None
     for axis, (network, order) in zip(axes, orders.items(), strict=True):
         image = axis.imshow(weights[np.ix_(order, order)], cmap=colour_map, norm=norm)
         axis.grid(visible=False)
         axis.spines[:].set_visible(True)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[], xlabel=f"{len(order)} filters")
         axis.set_title(f"{network}: by student, then community" if network else "Teacher's order")
-        axis.set_xlabel(f"{len(order)} filters")
         if network:
             _mark_sets(axis, [len(filters) for filters in partitions[network]["sets"]])
         else:
@@ -175,15 +188,8 @@ def _mark_sets(axis: Axes, sizes: Sequence[int]) -> None:
     total = edges[-1] - edges[0]
     for student, (start, end) in enumerate(itertools.pairwise(edges)):
         colour = STUDENT_COLOURS[student]
-        axis.plot(
-            [start, end, end, start, start],
-            [start, start, end, end, start],
-            color=colour,
-            linewidth=1.6,
-            clip_on=False,
-            zorder=3,
-        )
+        corners = [start, end, end, start, start], [start, start, end, end, start]
+        axis.plot(*corners, color=colour, linewidth=1.6, clip_on=False, zorder=3)
         axis.text(-0.02 * total, (start + end) / 2, str(student), color=colour, ha="right", va="center", weight="bold")
-    axis.set_xlim(edges[0], edges[-1])
-    axis.set_ylim(edges[-1], edges[0])
+    axis.set(xlim=(edges[0], edges[-1]), ylim=(edges[-1], edges[0]))
     axis.set_ylabel("student", labelpad=16)

@@ -1,1 +1,1 @@
-"""What runs on the devices and between them."""
+"""What runs on devices: nodes, the coordinator, and the protocol between them. Never imports torch."""

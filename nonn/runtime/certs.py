@@ -129,6 +129,13 @@ def _write(path: Path, content: bytes, mode: int) -> None:
             temporary.unlink()
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("folder", type=Path, help="where they are written")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
+    parser.add_argument("--days", type=int, default=DAYS, help="that they are good for (default: %(default)s)")
+    parser.epilog = "example: nonn certs certs coordinator node-0 node-1"
+
+
 def run(options) -> None:
     """The command ``nonn certs``."""
     if not 1 <= options.days <= 3650:

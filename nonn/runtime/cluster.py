@@ -22,6 +22,8 @@ from nonn.runtime.tls import Identity, is_loopback, split_address
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
+#: Text in YAML.
+FilePath = Annotated[Path, Field(strict=False)]
 LONGEST_DEADLINE_MS = 60_000
 
 HEADER = """\
@@ -33,7 +35,7 @@ HEADER = """\
 class Tls(Section):
     """Certificates as `nonn certs` lays them out: those of the coordinator, and of nodes that `nonn up` starts."""
 
-    folder: Path
+    folder: FilePath
     coordinator: Name = COORDINATOR
 
 
@@ -54,11 +56,11 @@ class Node(Section):
 class Cluster(Section):
     """All of ``cluster.yaml``."""
 
-    export: Path  # folder of the exported network: its manifest and final layer, and the students' files
+    export: FilePath  # folder of the exported network: its manifest and final layer, and the students' files
     #: When an image is answered with whichever students have replied.
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
-    sensor: Path | None = None  # a file of images, the camera of each node that `nonn up` starts: see `load_sensor`
+    sensor: FilePath | None = None  # a file of images, the camera of each node that `nonn up` starts
     insecure: bool = False  # plain text instead of `tls`; all nodes must then be on this machine
     nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]  # one for each student, in any order
 
@@ -158,6 +160,16 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump(content, text)
     write_text(path, HEADER + text.getvalue())
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="(default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    parser.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    parser.add_argument("--insecure", action="store_true", help="plain text without certificates")
+    parser.epilog = "example: nonn cluster 2s"
 
 
 def run(options) -> None:

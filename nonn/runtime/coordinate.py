@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from grpc import StatusCode
@@ -18,7 +19,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.utils import serialize_byte_tensor
 
 from nonn.core.errors import UserError
-from nonn.runtime.cluster import Cluster, load_cluster
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.coordinator import Answer, Coordinator, NobodyAnsweredError
 from nonn.runtime.protocol import ENVELOPE, VERSION, ImageContract, ProtocolError
 from nonn.runtime.serving import serve
@@ -111,6 +112,17 @@ async def coordinate(
     async with Coordinator(cluster) as coordinator:
         network = ServedNetwork(coordinator)
         await serve(network, address, identity, allowed, metrics_port, counters=[network.absences])
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: application)"
+    )
+    parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
 
 
 def run(options) -> None:

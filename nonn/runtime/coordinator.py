@@ -142,8 +142,8 @@ class Coordinator:
     async def classify(self, image: np.ndarray | np.integer, seconds: float | None = None) -> Answer:
         """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
 
-        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. Whoever is in more of a hurry
-        than the cluster gives `seconds`; nodes that miss this deadline are absent, but it counts against none.
+        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
+        earlier than the cluster's; nodes that miss only this one are absent, but it does not count against them.
 
         Raises
         ------

@@ -75,6 +75,8 @@ class Manifest(Record):
     image: Image
     students: Annotated[list[StudentFile], Field(min_length=1)]
     final: FinalFiles
+    #: Form of int8 students (`nonn.quantize.FORM`); none of float32 ones, and of exports from before it was named.
+    quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
 
 def read_manifest(folder: Path) -> Manifest:

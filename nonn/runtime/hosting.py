@@ -67,6 +67,12 @@ def write_repository(export: Path, target: Path) -> None:
         write_text(folder / "README", f"Students of a NoNN for Triton or OpenVINO Model Server.\n{UNTESTED}\n")
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    parser.add_argument("folder", type=Path, metavar="TARGET", help="a new folder")
+    parser.epilog = "example: nonn hosting export/2s models"
+
+
 def run(options) -> None:
     """The command ``nonn hosting``."""
     write_repository(options.export, options.folder)

@@ -1,4 +1,4 @@
-"""Classify one image with an exported network, and show what each student contributed."""
+"""Classify one image, on this machine or by the nodes of a cluster, and show what each student contributed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.images import read_image
-from nonn.core.params import Params
+from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, Prediction, read_out
@@ -22,14 +22,29 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     return read_out(manifest.classes, list(FinalLayer.load(folder, manifest).contributions(features).values()))
 
 
-def run(params: Params, path: Path, network: str | None) -> None:
+def add_arguments(parser) -> None:
+    parser.add_argument("image", type=Path, help="a picture of any size")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--network", help="of params.yaml; the first by default")
+    source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
+    parser.epilog = "example: nonn predict digit.png --cluster cluster.yaml"
+
+
+def run(options) -> None:
     """Print class, probability and each student's share."""
-    network = network or next(iter(params.networks))
+    path = options.image
+    if options.cluster:
+        from nonn.runtime import coordinator  # takes a quarter of the start, which the other way can do without
+
+        coordinator.run(path, options.cluster)
+        return
+    params = load_params()
+    network = options.network or next(iter(params.networks))
     if network not in params.networks:
         raise UserError(f"params.yaml: networks: no {network!r}; choose one of {', '.join(params.networks)}.")
     folder = Paths(params.experiment).export(network)
     shape = read_manifest(folder).image
     prediction = classify(folder, read_image(path, shape.channels, shape.size))
     print(f"{prediction.label}  {prediction.probability:.1%}  ({network}, {path})")
-    for student, (device, share) in enumerate(zip(params.networks[network], prediction.shares, strict=True)):
+    for student, (device, share) in enumerate(zip(params.networks[network].devices, prediction.shares, strict=True)):
         print(f"  student {student} on {device}: {share:6.1%} of the lead")

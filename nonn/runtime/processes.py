@@ -156,7 +156,8 @@ async def stop(child: Child) -> None:
         try:
             await asyncio.wait_for(child.process.wait(), GRACE)
         except TimeoutError:
-            child.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                child.process.kill()
             await child.process.wait()
     if child.listener:
         await child.listener

@@ -23,7 +23,7 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
-from nonn.runtime.node import DEFAULT_CALLERS, identity_from
+from nonn.runtime.node import DEFAULT_CALLERS, add_serving, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import Service, announce, listening, told_to_stop
@@ -284,6 +284,19 @@ async def serve(
         connected.add_done_callback(lambda task: task.cancelled() or announce(what, address, port, identity))
         await stopped.wait()
         connected.cancel()
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("part", type=Path, metavar="FOLDER/POSITION", help="of a plan that `nonn split` wrote")
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        required=True,
+        metavar="HOST:PORT",
+        help="of all devices in order; it listens on its own",
+    )
+    add_serving(parser)
+    parser.epilog = "example: nonn split-node plan/0 --devices 127.0.0.1:7100 127.0.0.1:7101 --insecure"
 
 
 def run(options) -> None:

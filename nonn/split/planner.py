@@ -338,6 +338,17 @@ def describe(plan: SplitPlan) -> str:
     return "\n".join(lines)
 
 
+def add_arguments(parser) -> None:
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
+    parser.add_argument("-n", "--devices", type=int, required=True, help="over how many to split it")
+    parser.add_argument("--method", choices=list(AXES), required=True, help="what each device has a part of")
+    parser.add_argument(
+        "--recomputed", type=int, default=0, metavar="K", help="leading convolutions that every device does for itself"
+    )
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
+    parser.epilog = "example: nonn split export/solo/teacher.onnx -n 4 --method rows --output plan"
+
+
 def run(options) -> None:
     """The command ``nonn split``."""
     plan = plan_split(options.model, options.devices, options.method, options.recomputed)

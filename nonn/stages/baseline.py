@@ -28,12 +28,12 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
-from nonn.method.store import load_baseline_sets, load_design, load_signals
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
+from nonn.training.store import load_baseline_sets, load_design, load_signals
 
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
@@ -10,13 +13,24 @@ from nonn.method.sizing import design_network
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
-    devices = [params.devices[name] for name in params.networks[network]]
+    """Write the sizes of a network's students, and the architectures of theirs and its baselines'."""
+    with replacing(paths.sizes(network).parent) as folder:
+        for path, content in design_files(params, paths, network).items():
+            write_json(folder / path.relative_to(paths.sizes(network).parent), content)
+
+
+def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
+    """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it.
+
+    Raises
+    ------
+    UserError
+        The network's devices fit no students.
+    """
     graph, info = read_json(paths.graph_info), read_json(paths.dataset_info)
     try:
-        sizes, designs = design_network(params.design, devices, info, graph["n_live"])
+        sizes, designs = design_network(params.design, params.devices_of(network), info, graph["n_live"])
     except UserError as error:
         raise UserError(f"params.yaml: networks.{network}: {error}") from None
-    with replacing(paths.design(network)) as folder:
-        for name, students in designs.items():
-            write_json(folder / f"{name}.json", students)
-    write_json(paths.sizes(network), {"sizes": sizes})
+    architectures = {paths.design(network, name): students for name, students in designs.items()}
+    return {paths.sizes(network): {"sizes": sizes}, **architectures}

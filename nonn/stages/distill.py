@@ -9,11 +9,11 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
-from nonn.method.store import load_design, load_signals
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
+from nonn.training.store import load_design, load_signals
 
 
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:

@@ -19,7 +19,7 @@ from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
-    core, n_devices = params.benchmark.core, len(params.networks[name])
+    core, n_devices = params.benchmark.core, len(params.networks[name].devices)
     load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
     yield Deployment("nonn", folder, False, load, time_final(folder))
     if params.design.bytes_per_value == 1:
@@ -39,7 +39,8 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
 def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
     """The teacher, and one KD student, each on a single device."""
     benchmark = read_json(paths.benchmark(SOLO))["models"]
-    for method, name in (("teacher", "teacher"), ("kd", params.ensemble.pool.replace("/", "-"))):
+    alone = {"teacher": "teacher"} | ({"kd": "-".join(params.pool)} if params.pool else {})
+    for method, name in alone.items():
         folder = as_network(paths.export(SOLO), name, scratch / method)
         yield Deployment(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
 
@@ -62,7 +63,7 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     export_onnx(model, example, path, "image", "logits")
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
-        n_devices = len(params.networks[name])
+        n_devices = len(params.networks[name].devices)
         yield split_deployment(folder.name, path, n_devices, folder, params.benchmark.core)
 
 

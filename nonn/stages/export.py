@@ -9,8 +9,9 @@ from nonn.core.params import PARTITION_METHODS, SOLO, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_dataset
 from nonn.method.exporting import export_network, export_solo
-from nonn.method.store import load_baseline, load_network, load_teacher
+from nonn.method.store import load_baseline, load_network
 from nonn.training.networks import ConvNet
+from nonn.training.store import load_teacher
 
 
 def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet]:
@@ -18,9 +19,9 @@ def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNe
     models = {"teacher": load_teacher(paths, data)}
     if params.design.bytes_per_value == 1:
         models["teacher_int8"] = models["teacher"]
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, _ in params.baselines():
         if method not in PARTITION_METHODS:
-            models[f"{network}-{method}"] = load_baseline(paths.baseline(network, method, seeds[0]), data)[0]
+            models[f"{network}-{method}"] = load_baseline(paths.baseline(network, method, seed=0), data)[0]
     return models
 
 
@@ -32,5 +33,5 @@ def run(params: Params, paths: Paths, name: str) -> None:
         if name == SOLO:
             manifest = export_solo(solo_models(params, paths, data), data, folder, precision)
         else:
-            manifest = export_network(load_network(paths.network(name, params.seeds[0]), data), data, folder, precision)
+            manifest = export_network(load_network(paths.network(name, seed=0), data), data, folder, precision)
         write_json(folder / "manifest.json", manifest)

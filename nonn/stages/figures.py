@@ -14,65 +14,62 @@ import pandas as pd
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json, write_text
-from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Params
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
 from nonn.core.paths import Paths
-from nonn.method.store import load_graph
-from nonn.report import accuracy_plots, deployment, deployment_plots, graph_plots, plots
-from nonn.report.methods import (
-    Key,
-    collect_claims,
-    collect_metrics,
-    compare_network,
-    summarise_methods,
-    write_summary_csv,
+from nonn.method.filter_graph import load_graph
+from nonn.report import (
+    accuracy_plots,
+    deployment_plots,
+    deployment_table,
+    graph_plots,
+    method_table,
+    missing_table,
+    plots,
 )
-from nonn.report.missing import chosen_strategies, describe_missing, write_missing_csv
-from nonn.report.summary import write_summary_md, write_summary_tex
+from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
 
 
-def load_designs(params: Params, paths: Paths) -> dict[Key, list[dict]]:
+def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
-    pool_network, pool_method = params.ensemble.pool.split("/")
-    designs = {("", "teacher"): [{"n_filters": None, "cost": read_json(paths.teacher_info)["cost"]}]}
     int8 = params.design.bytes_per_value == 1
-    if int8:
-        designs["", "teacher_int8"] = [
-            {"n_filters": None, "cost": read_json(paths.benchmark("solo"))["models"]["teacher_int8"]}
-        ]
-    for network, devices in params.networks.items():
-        students = [read_json(paths.design(network, i))[0] for i in range(len(devices))]
+    alone = read_json(paths.benchmark(SOLO))["models"]
+    teachers = ("teacher", "teacher_int8") if int8 else ("teacher",)
+    designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
+    for network, section in params.networks.items():
+        students = [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
-            designs[network, "nonn_float32"] = [
-                student | {"cost": _in_float32(student["cost"])} for student in students
-            ]
-        ensemble = read_json(paths.design(pool_network, pool_method)) * len(devices)
+            designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
+        if not params.pool:
+            continue
+        ensemble = read_json(paths.design(*params.pool)) * len(students)
         designs[network, "ensemble"] = ensemble
         # Their final layer is over features, as NoNN's is, so those travel in place of logits.
         features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
         designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
-    for network, method, _ in params.baseline_jobs():
+    for network, method, _ in params.baselines():
         designs[network, method] = read_json(paths.design(network, method))
     return designs
 
 
 def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
     """Cost of the same student before it was quantised."""
-    activations = 4 * cost["peak_activation_bytes"]
-    return {**cost, "weight_bytes": 4 * cost["params"], "peak_activation_bytes": activations}
+    in_float32 = {"weight_bytes": 4 * cost["params"], "peak_activation_bytes": 4 * cost["peak_activation_bytes"]}
+    return {**cost, **in_float32}
 
 
-def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
+def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float]:
     """p50 latency (ms) of the slowest student of every method that was benchmarked."""
-    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark("solo"))["models"].items()}
+    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark(SOLO))["models"].items()}
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
         slowest = max(student["latency_p50_ms"] for student in students)
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
-        member = solo[params.ensemble.pool.replace("/", "-")]
-        latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
-    for network, method, _ in params.baseline_jobs():
+        if params.pool:
+            member = solo["-".join(params.pool)]
+            latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
+    for network, method, _ in params.baselines():
         if method in SINGLE_METHODS:
             latencies[network, method] = solo[f"{network}-{method}"]
         elif method in PARTITION_METHODS and method != "full":
@@ -82,7 +79,7 @@ def load_latencies(params: Params, paths: Paths) -> dict[Key, float]:
 
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
     """Sets of a network's students, with the summary of its partition."""
-    students = range(len(params.networks[network]))
+    students = range(len(params.networks[network].devices))
     sets = [read_json(paths.partition(network, student))["filters"] for student in students]
     return read_json(paths.partition_info(network)) | {"sets": sets}
 
@@ -93,13 +90,13 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
         network: {
             "nonn": [
                 read_log(paths.log(paths.student(network, student, seed)))
-                for seed in params.seeds_of(network)
-                for student in range(len(devices))
+                for seed in range(section.seeds)
+                for student in range(len(section.devices))
             ]
         }
-        for network, devices in params.networks.items()
+        for network, section in params.networks.items()
     }
-    for network, method, seeds in params.baseline_jobs():
+    for network, method, seeds in params.baselines():
         joint = [read_log(paths.log(paths.baseline(network, method, seed))) for seed in seeds]
         logs[network][method] = [log for one in joint for _, log in one.groupby("student")]
     return logs
@@ -107,8 +104,10 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
 
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
-    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, "solo"]}
-    return deployment.join_rows(results, {network: len(devices) for network, devices in params.networks.items()})
+    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, SOLO]}
+    return deployment_table.join_rows(
+        results, {name: len(network.devices) for name, network in params.networks.items()}
+    )
 
 
 def read_log(path: Path) -> pd.DataFrame:
@@ -126,46 +125,49 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def run(params: Params, paths: Paths) -> None:
-    section, precision = params.figures, params.design.bytes_per_value
     evaluation, graph = read_json(paths.evaluation), load_graph(paths)
     n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
-    methods = summarise_methods(
+    methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
-    comparisons = [compare_network(methods, network) for network in params.networks]
-    system = read_json(paths.benchmark("solo"))["system"]
-    write_text(paths / "summary.csv", write_summary_csv(methods))
-    write_text(paths / "summary.tex", write_summary_tex(methods))
-    strategies = evaluation["missing_strategies"]
+    comparisons = [method_table.compare_network(methods, network) for network in params.networks]
+    strategies = pd.DataFrame(evaluation["missing_strategies"])
     deployed = load_deployment(params, paths)
-    ratios, devices = deployment.collect_ratios(deployed, comparisons), params.distributed
-    sections = deployment.describe_deployment(deployed, ratios, devices.board, devices.longest)
-    sections += describe_missing(strategies)
-    report = write_summary_md(params.experiment, methods, comparisons, sections, n_test, system, precision)
+    ratios = deployment_table.collect_ratios(deployed, comparisons)
+    report = write_summary_md(
+        methods,
+        params=params,
+        comparisons=comparisons,
+        ratios=deployment_table.format_ratios(ratios),
+        latencies=deployment_table.format_latencies(deployed),
+        missing=missing_table.format_missing(strategies),
+        n_test=n_test,
+        system=read_json(paths.benchmark(SOLO))["system"],
+    )
     write_text(paths / "summary.md", report)
-    write_text(paths / "distributed.csv", deployment.write_csv(deployed))
+    write_text(paths / "summary.tex", write_summary_tex(methods))
+    write_text(paths / "summary.csv", write_csv(methods, method_table.COLUMNS))
+    write_text(paths / "distributed.csv", write_csv(deployed, deployment_table.COLUMNS))
+    write_text(paths / "missing.csv", write_csv(strategies, missing_table.COLUMNS))
     write_json(paths / "ratios.json", ratios)
-    write_text(paths / "missing.csv", write_missing_csv(strategies))
-    write_json(paths / "metrics.json", collect_metrics(methods, comparisons))
-    write_json(paths / "claims.json", collect_claims(comparisons))
+    write_json(paths / "metrics.json", method_table.collect_metrics(methods, comparisons))
+    write_json(paths / "claims.json", method_table.collect_claims(comparisons))
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
-    n_seeds = {(row["method"], row["network"]): row["n_seeds"] for row in evaluation["rows"]}
-    missing, chosen = pd.DataFrame(evaluation["missing"]), chosen_strategies(strategies)
+    n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
+    missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
-            "top_k": plots.draw_top_k(read_json(paths.graph_info)),
-            "training": plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
+            "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
-        }
-        figures |= {
-            "communication": deployment_plots.draw_communication(deployed, devices.reference),
+            "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
             "latency": deployment_plots.draw_latency(deployed),
-            "scaling": deployment_plots.draw_scaling(deployed, comparisons, devices.board),
+            "scaling": deployment_plots.draw_scaling(deployed, comparisons, params.distributed.board),
             "ratios": deployment_plots.draw_ratios(ratios),
         }
         for name, figure in figures.items():
-            plots.save_figure(figure, paths / f"figures/{name}.{section.format}", section)
+            plots.save_figure(figure, paths / f"figures/{name}.{params.figures.format}", params.figures)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
+from nonn.method.filter_graph import load_graph
 from nonn.method.partitioning import baseline_sets, partition_filters, summarise_partition
-from nonn.method.store import load_graph
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
@@ -21,10 +21,11 @@ def run(params: Params, paths: Paths, network: str) -> None:
     sizes = read_json(paths.sizes(network))["sizes"]
     method, seed = params.partition.method, params.partition.seed
     partition = partition_filters(graph.weights, graph.live, sizes, method, seed, graph.class_activity)
-    with replacing(paths.partition(network)) as folder:
-        folder.mkdir()
-        for student, filters in enumerate(partition.sets):
-            write_json(folder / f"{student}.json", {"network": network, "student": student, "filters": filters})
-        for baseline, sets in baseline_sets(graph, sizes, seed).items():
-            write_json(folder / f"{baseline}.json", sets)
-        write_json(folder / "partition.json", summarise_partition(graph, partition, sizes, method, seed))
+    target = paths.partition_info(network).parent
+    files = {paths.partition_info(network): summarise_partition(graph, partition, sizes, method, seed)}
+    for student, filters in enumerate(partition.sets):
+        files[paths.partition(network, student)] = {"network": network, "student": student, "filters": filters}
+    files |= {paths.partition(network, name): sets for name, sets in baseline_sets(graph, sizes, seed).items()}
+    with replacing(target) as folder:
+        for path, content in files.items():
+            write_json(folder / path.relative_to(target), content)

@@ -1,4 +1,4 @@
-"""Stage `signals`: what the teacher says of every training image, see `nonn.training.signals`."""
+"""Stage `signals`: what the teacher says of every training image, see `nonn.teachers.signals`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
-from nonn.method.store import load_teacher
-from nonn.training.signals import compute_signals
+from nonn.teachers.signals import compute_signals
+from nonn.training.store import load_teacher
 
 
 def run(params: Params, paths: Paths) -> None:

@@ -1,4 +1,4 @@
-"""Stage `teacher`: train the large network that the students imitate, or import one, see `nonn.training.teacher`."""
+"""Stage `teacher`: train the large network that the students imitate, or import one, see `nonn.teachers.teacher`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
-from nonn.deploy.cost import measure_cost
+from nonn.teachers.teacher import import_teacher, train_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.loop import write_log
-from nonn.training.teacher import import_teacher, train_teacher
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -27,7 +26,6 @@ def run(params: Params, paths: Paths) -> None:
         model, log = train_teacher(data, section, checkpoint)
     write_tensors(paths.teacher, model.state_dict())
     write_log(paths.log(paths.teacher), log)
-    cost = measure_cost(model, data.channels, data.size)
     write_json(
         paths.teacher_info,
         {
@@ -35,7 +33,6 @@ def run(params: Params, paths: Paths) -> None:
             "imported_from": section.weights,
             "n_filters": model.n_features,
             "validation_accuracy": float(log["validation_accuracy"].iloc[-1]),
-            "cost": vars(cost),
         },
     )
     checkpoint.discard()

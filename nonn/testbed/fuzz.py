@@ -23,6 +23,7 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
+from nonn.core.options import natural
 from nonn.core.progress import log, track
 from nonn.runtime.channel import MODEL_INFER, open_channel
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, local_cluster
@@ -225,6 +226,13 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             kind = "discarded" if len(present) == len(features) else "harmless, used as a sound one"
             outcomes[kind if right else f"WRONG {kind}"] += 1
     return outcomes
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    parser.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.epilog = "example: nonn fuzz export/2s --messages 1000"
 
 
 def run(options) -> None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from nonn.core.files import write_json
 from nonn.core.links import PRESETS, find_link
 from nonn.core.progress import log
 from nonn.testbed.emulation import ON_LOOPBACK, EmulatedNetwork, emulated_network, missing_privileges
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--link", metavar="NAME", help="only this one, for example wifi20")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
+    parser.epilog = "example: nonn links --link wifi20"
 
 
 def run(options) -> None:

@@ -18,6 +18,7 @@ from random import Random
 import numpy as np
 
 from nonn.core.errors import UserError
+from nonn.core.options import natural
 from nonn.core.progress import track
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.testbed.bed import RunningCluster, running_bed
@@ -82,6 +83,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
         await bed.children[victim].process.wait()
         soak.kills += 1
         await bed.restart(victim)
+        await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
         await asyncio.sleep(every / 2)
         sleeper = bed.children[random.choice(names)].process
         sleeper.send_signal(signal.SIGSTOP)
@@ -132,6 +134,15 @@ async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np
                 return True
         await asyncio.sleep(0.05)
     return False
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    parser.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
+    parser.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.epilog = "example: nonn soak export/4s --requests 1000"
 
 
 def run(options) -> None:

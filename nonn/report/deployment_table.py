@@ -1,0 +1,192 @@
+"""Tables of the devices at work: rows of the stage `distributed` joined, and the paper's four ratios.
+
+Nothing is measured here. Every row and ratio carries a badge:
+
+measured
+    Timed on this machine, nothing in between.
+emulated
+    Timed on this machine, over a link that a relay slows down.
+modelled
+    Calculated: counted bytes and multiply-accumulates, times stated constants.
+cited
+    The paper's own number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import itemgetter
+from typing import Any
+
+import pandas as pd
+
+#: Columns of ``distributed.csv`` and how each is written.
+COLUMNS = {
+    "network": "{}",
+    "method": "{}",
+    "n_devices": "{:d}",
+    "link": "{}",
+    "scenario": "{}",
+    "badge": "{}",
+    "images": "{:.0f}",
+    "absent": "{:.0f}",
+    "total_ms": "{:.3f}",
+    "p95_ms": "{:.3f}",
+    "p99_ms": "{:.3f}",
+    "compute_ms": "{:.4f}",
+    "link_ms": "{:.3f}",
+    "final_ms": "{:.4f}",
+    "rounds": "{:.0f}",
+    "wire_bytes": "{:.0f}",
+    "memory_bytes": "{:.0f}",
+    **{
+        f"energy_{which}_mj_{end}": "{:.5f}"
+        for which in ("node", "total", "node_with_idle", "total_with_idle")
+        for end in ("low", "high")
+    },
+    "overhead_ms": "{:.3f}",
+    "ideal_over_total": "{:.3f}",
+}
+#: What the paper's abstract claims, each "up to".
+PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_latency": 33.0}
+RATIO_LABELS = {
+    "memory": "Memory of a device",
+    "performance": "Time of a device",
+    "energy_per_node": "Energy of a device",
+    "total_latency": "Total latency, against a split by channels",
+    "total_latency_rows": "Total latency, against a split by rows",
+}
+
+
+def join_rows(results: Mapping[str, Mapping], n_devices: Mapping[str, int]) -> pd.DataFrame:
+    """All rows of the stage `distributed`, as `COLUMNS`; where a cell does not apply it is missing.
+
+    Parameters
+    ----------
+    results : mapping
+        Name of a network, or ``solo``, to what the stage wrote.
+    n_devices : mapping
+        Of each network.
+    """
+    rows = []
+    for name, result in results.items():
+        about = {"network": "" if name == "solo" else name, "n_devices": n_devices.get(name, 1)}
+        for row in result["live"]:
+            if row["images"]:  # else one image would have taken too long: the composed row stands alone
+                badge = "emulated" if row["emulated"] else "measured"
+                rows.append(about | {"badge": badge, "total_ms": row["p50_ms"]} | row)
+        for row in result["composed"]:
+            energies = [key for key in row if key.endswith("_mj")]
+            bounds = {f"{key}_{end}": row[key][i] for key in energies for i, end in enumerate(("low", "high"))}
+            rows.append(about | row | bounds | {"badge": "modelled"})
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def compare_splits(rows: pd.DataFrame) -> pd.DataFrame:
+    """How many times longer an image takes on a split network than on NoNN with the same devices and link.
+
+    Returns
+    -------
+    DataFrame
+        ``network``, ``n_devices``, ``link``, ``scenario``, ``badge``, ``images`` (the fewer of the two),
+        ``method`` of the split, ``nonn_ms``, ``split_ms`` and ``ratio``.
+    """
+    keys = ["network", "n_devices", "link", "scenario", "badge"]
+    columns = [*keys, "method", "images", "total_ms"]
+    nonn = rows.loc[rows["method"] == "nonn", columns].rename(columns={"total_ms": "nonn_ms", "images": "nonn_images"})
+    split = rows.loc[rows["method"].isin(["channels", "rows"]), columns].rename(columns={"total_ms": "split_ms"})
+    both = split.merge(nonn.drop(columns="method"), on=keys)
+    both["images"] = both[["images", "nonn_images"]].min(axis=1)
+    both["ratio"] = both["split_ms"] / both["nonn_ms"]
+    return both.drop(columns="nonn_images")
+
+
+def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any]:
+    """The paper's four ratios, each the largest over the networks and links, as the paper's "up to".
+
+    Parameters
+    ----------
+    rows : DataFrame
+        From `join_rows`.
+    comparisons : list of dict
+        From `nonn.report.method_table.compare_network`: memory and latency of one device against the teacher's.
+
+    Returns
+    -------
+    dict
+        ``memory``, ``performance``, ``energy_per_node`` and ``total_latency``: each ``ratio``, the
+        ``baseline`` that it is against, ``link`` and ``scenario`` (None where none takes part), ``n``
+        devices, ``network``, ``images`` timed, and ``badge``. Energy is that of the teacher on one device
+        over that of NoNN's neediest device: upper bounds, without idle draw. Total latency is against the
+        split by channels; ``total_latency_rows`` is the same against the split by rows, of the same network
+        on the same link, and ``paper`` holds the paper's ratios.
+    """
+    sizes = rows.groupby("network")["n_devices"].first()
+    ratios: dict[str, Any] = {}
+    for name, badge in (("memory", "modelled"), ("performance", "measured")):
+        best = max(comparisons, key=itemgetter(f"{name}_ratio"))
+        network, ratio = best["network"], best[f"{name}_ratio"]
+        entry = {"network": network, "n_devices": sizes[network], "ratio": ratio, "badge": badge}
+        ratios[name] = _ratio(entry, "teacher")
+
+    energies = rows.loc[rows["badge"] == "modelled"].drop(columns="images")
+    teacher = energies[energies["method"] == "teacher"]
+    both = energies[energies["method"] == "nonn"].merge(teacher, on=["link", "scenario"], suffixes=("", "_teacher"))
+    both["ratio"] = both["energy_node_mj_high_teacher"] / both["energy_node_mj_high"]
+    ratios["energy_per_node"] = _ratio(both.loc[both["ratio"].idxmax()], "teacher")
+
+    live = compare_splits(rows).query("badge != 'modelled'")
+    for name, method in (("total_latency", "channels"), ("total_latency_rows", "rows")):
+        candidates = live[live["method"] == method]
+        if chosen := ratios.get("total_latency"):
+            same = ["network", "link", "scenario"]
+            candidates = candidates[(candidates[same] == [chosen[key] for key in same]).all(axis=1)]
+        best = None if candidates.empty else candidates.loc[candidates["ratio"].idxmax()]
+        ratios[name] = None if best is None else _ratio(best, f"split by {method}")
+    return ratios | {"paper": {name: {"ratio": ratio, "badge": "cited"} for name, ratio in PAPER.items()}}
+
+
+def _ratio(best: Mapping[str, Any] | pd.Series, baseline: str) -> dict[str, Any]:
+    entry = {key: best.get(key) for key in ("network", "link", "scenario", "badge")}
+    images = None if best.get("images") is None else int(best["images"])
+    ratio = round(float(best["ratio"]), 4)
+    return entry | {"ratio": ratio, "baseline": baseline, "n": int(best["n_devices"]), "images": images}
+
+
+def format_ratios(ratios: Mapping[str, Any]) -> pd.DataFrame:
+    """The paper's ratios for readers, beside what the paper says."""
+    lines = [
+        {
+            "": label,
+            "NoNN": f"{entry['ratio']:.1f}×",
+            **{key.capitalize(): str(entry[key] or "–") for key in ("network", "link", "images", "badge")},
+            "Paper": f"{PAPER[name]:.0f}×" if name in PAPER else "–",
+        }
+        for name, label in RATIO_LABELS.items()
+        if (entry := ratios[name])
+    ]
+    return pd.DataFrame(lines)
+
+
+def format_latencies(rows: pd.DataFrame) -> pd.DataFrame:
+    """Latencies of every network on every link for readers, timed and composed; a dash where there is none.
+
+    Beside each latency stands by how much a split by channels (*a*) and by rows (*b*) exceeds it.
+    """
+    keys = ["network", "link"]
+    rows = rows[rows["scenario"] == "sensor"]
+    nonn = rows[rows["method"] == "nonn"].set_index(keys)
+    splits = compare_splits(rows).set_index(keys)
+    columns = [nonn.index.to_frame().set_axis(["Network", "Link"], axis=1).drop_duplicates()]
+    for is_modelled in (False, True):
+        own, split = (table[(table["badge"] == "modelled") == is_modelled] for table in (nonn, splits))
+        total = own["total_ms"].map("{:.1f}".format)
+        if is_modelled:
+            columns.append(total.rename("NoNN, composed (ms)"))
+        else:
+            columns.append(own["images"].map("{:.0f}".format).rename("n"))
+            columns.append((total + own["p99_ms"].map(" ({:.1f})".format)).rename("NoNN (ms)"))
+            columns.append(own["overhead_ms"].map("{:.1f}".format, na_action="ignore").rename("Overhead (ms)"))
+        for name, method in (("a", "channels"), ("b", "rows")):
+            columns.append(split.loc[split["method"] == method, "ratio"].map("{:.1f}×".format).rename(name))
+    return pd.concat(columns, axis=1).astype(object).fillna("–")

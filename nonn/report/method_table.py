@@ -1,0 +1,134 @@
+"""The table of methods: what was measured and counted of each, and the comparisons read off it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from nonn.report.plots import METHODS
+
+#: Columns of ``summary.csv`` and how each is written; pandas' own formatting may change.
+COLUMNS = {
+    "method": "{}",
+    "network": "{}",
+    "n_students": "{:d}",
+    "n_seeds": "{:d}",
+    "accuracy_mean": "{:.6f}",
+    "accuracy_sd": "{:.6f}",
+    "params_per_device": "{:d}",
+    "params_total": "{:d}",
+    "weight_bytes_per_device": "{:d}",
+    "macs_per_device": "{:d}",
+    "feature_bytes": "{:d}",
+    "latency_p50_ms": "{:.4f}",
+    "p_value_vs_nonn": "{:.6f}",
+    "p_value_vs_nonn_seeds": "{:.6f}",
+}
+#: p-values below are called significant.
+SIGNIFICANCE = 0.05
+
+Key = tuple[str, str]  # network and method
+
+
+def summarise_methods(
+    rows: Iterable[Mapping], designs: Mapping[Key, list[dict]], latencies: Mapping[Key, float], n_classes: int
+) -> pd.DataFrame:
+    """Join what was measured and counted of each method on each network.
+
+    Parameters
+    ----------
+    rows : iterable of mapping
+        Of ``evaluation.json``.
+    designs : mapping
+        Network and method to the students, each ``{n_filters, cost}``; ``n_filters``, the features that
+        it sends, is None for a model that classifies by itself. The teacher's network is "".
+    latencies : mapping
+        Network and method to the p50 latency of the slowest student (ms); without an entry where
+        it was not measured.
+    n_classes : int
+        What a model that classifies alone sends.
+
+    Returns
+    -------
+    DataFrame
+        `COLUMNS` and ``memory_bytes_per_device``, ``weight_bytes`` plus peak activations. The
+        teacher first, then each network's methods in the order of `METHODS`. *Per device* is the
+        largest of the devices; ``feature_bytes`` is what one device sends for one image, in float32 always.
+    """
+    table = []
+    for row in rows:
+        students = designs[row["network"], row["method"]]
+        costs = [student["cost"] for student in students]
+        entry = {name: row[name] for name in COLUMNS if name in row}
+        entry |= {f"{key}_per_device": max(cost[key] for cost in costs) for key in ("params", "weight_bytes", "macs")}
+        entry["params_total"] = sum(cost["params"] for cost in costs)
+        entry["feature_bytes"] = 4 * max(student["n_filters"] or n_classes for student in students)
+        entry["latency_p50_ms"] = latencies.get((row["network"], row["method"]))
+        entry["memory_bytes_per_device"] = max(cost["weight_bytes"] + cost["peak_activation_bytes"] for cost in costs)
+        table.append(entry)
+    networks, methods = list(dict.fromkeys(["", *(network for network, _ in designs)])), list(METHODS)
+    table.sort(key=lambda entry: (networks.index(entry["network"]), methods.index(entry["method"])))
+    measured = [name for name, form in COLUMNS.items() if form.endswith("f}")]
+    return pd.DataFrame(table, columns=[*COLUMNS, "memory_bytes_per_device"]).astype(dict.fromkeys(measured, float))
+
+
+def row_of(methods: pd.DataFrame, network: str, method: str) -> pd.Series | None:
+    """The row of a method on a network, None if there is none."""
+    rows = methods[(methods["network"] == network) & (methods["method"] == method)]
+    return None if rows.empty else rows.iloc[0]
+
+
+def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
+    """Compare a network of networks with the teacher and with its best baseline.
+
+    Returns
+    -------
+    dict
+        Accuracies as fractions of 1, gap in percentage points. The ratios say how many times less
+        memory a device needs and how many times sooner its slowest student answers than the
+        teacher. The best baseline is the one of highest mean accuracy on this network, whatever it
+        costs; None for all of its keys where there is no baseline. It counts as beaten where the
+        network's mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
+    """
+    teacher, nonn = row_of(methods, "", "teacher"), row_of(methods, network, "nonn")
+    accuracy = nonn["accuracy_mean"]
+    comparison = {
+        "network": network,
+        "accuracy": round(accuracy, 6),
+        "teacher_accuracy": round(teacher["accuracy_mean"], 6),
+        "accuracy_gap_points": round(100 * (teacher["accuracy_mean"] - accuracy), 4),
+        "memory_ratio": round(teacher["memory_bytes_per_device"] / nonn["memory_bytes_per_device"], 4),
+        "performance_ratio": round(teacher["latency_p50_ms"] / nonn["latency_p50_ms"], 4),
+        **dict.fromkeys(("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")),
+    }
+    own = methods["method"].str.startswith("nonn")  # NoNN's students, with another final layer or precision
+    baselines = methods[(methods["network"] == network) & ~own]
+    if baselines.empty:
+        return comparison
+    best = baselines.loc[baselines["accuracy_mean"].idxmax()]
+    p = best["p_value_vs_nonn"]
+    return comparison | {
+        "best_baseline": best["method"],
+        "best_baseline_accuracy": round(best["accuracy_mean"], 6),
+        "best_baseline_beaten": bool(accuracy > best["accuracy_mean"] and p < SIGNIFICANCE),
+        "p_value": round(p, 6),
+    }
+
+
+def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
+    """Say what the experiment shows, of its most accurate network; the first of equals."""
+    return max(comparisons, key=lambda comparison: comparison["accuracy"])
+
+
+def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any]:
+    """Name the few numbers that ``dvc metrics`` compares between experiments."""
+    metrics = {"teacher_accuracy": comparisons[0]["teacher_accuracy"]}
+    for comparison in comparisons:
+        network = comparison["network"]
+        for key in ("accuracy", "memory_ratio", "performance_ratio", "best_baseline", "best_baseline_accuracy"):
+            metrics[f"{network}_{key}"] = comparison[key]
+        if (ensemble := row_of(methods, network, "ensemble")) is not None:
+            metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)
+    return metrics

@@ -1,0 +1,1 @@
+"""The network that students imitate: trained or imported, and what it says of every image."""

@@ -1,0 +1,59 @@
+"""What trainings read of earlier stages: the teacher, its signals, designs, and sets of filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.params import Architecture
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset
+from nonn.data.tensors import read_tensors
+from nonn.training.networks import ConvNet
+
+
+def load_teacher(paths: Paths, data: Dataset) -> ConvNet:
+    """The teacher of the experiment, ready to predict."""
+    info = read_json(paths.teacher_info)
+    model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
+    model.load_state_dict(read_tensors(paths.teacher))
+    return model.eval()
+
+
+def load_signals(paths: Paths) -> dict[str, Tensor]:
+    """The signals as `compute_signals` returns them, memory-mapped."""
+    return read_tensors(paths.signals)
+
+
+def load_design(path: Path) -> list[tuple[Architecture, int | None]]:
+    """Architecture and bridge outputs of each student in a file of this stage.
+
+    Raises
+    ------
+    UserError
+        It has none.
+    """
+    if not (designs := read_json(path)):
+        raise UserError(
+            f"{path}: the devices of `networks` fit no students of this baseline. Take it out of the network's "
+            "`baselines`, or raise devices.*.memory_kib."
+        )
+    return [(Architecture(**design["architecture"]), design["n_filters"]) for design in designs]
+
+
+def cut(filters: np.ndarray, sizes: Sequence[int]) -> list[list[int]]:
+    """Cut a row of filters into sets of the given sizes, and sort each."""
+    return [np.sort(part).tolist() for part in np.split(filters, np.cumsum(sizes)[:-1])]
+
+
+def load_baseline_sets(path: Path, seed: int) -> list[list[int] | None]:
+    """Filters of each student of a baseline, from a file of this stage, with one of its seeds."""
+    saved = read_json(path)
+    if "sets" in saved:
+        return saved["sets"]
+    return cut(np.random.default_rng(seed).permutation(saved["live"]), saved["sizes"])

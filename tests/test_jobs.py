@@ -1,0 +1,165 @@
+"""Lists of jobs, experiments that hold what differs, and what goes when parameters no longer name it."""
+
+from pathlib import Path
+
+import pytest
+from experiments import REPOSITORY, SHIPPED
+from ruamel.yaml import YAML
+
+from nonn.commands.use import DEFAULT, EXPERIMENTS, merge_experiment, write_params
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.jobs import JOBS_FILE, check_jobs, list_jobs, write_jobs
+from nonn.core.params import PARAMS_FILE, SOLO, Params, load_params
+from nonn.core.paths import Paths, remove_leftovers
+
+EXPERIMENT_NAMES = sorted(path.stem for path in (REPOSITORY / EXPERIMENTS).glob("*.yaml"))
+
+
+@pytest.fixture
+def clone(folder) -> Path:
+    """A folder with the shipped experiments and nothing else."""
+    (folder / EXPERIMENTS).parent.mkdir()
+    (folder / EXPERIMENTS).symlink_to(REPOSITORY / EXPERIMENTS)
+    return folder
+
+
+def with_network(params: Params, **changes) -> Params:
+    """Parameters whose network ``2s`` is changed."""
+    network = params.networks["2s"].model_copy(update=changes)
+    return params.model_copy(update={"networks": params.networks | {"2s": network}})
+
+
+# Lists of jobs
+
+
+def test_jobs_by_hand(params):
+    jobs = list_jobs(with_network(params, seeds=2, baselines={"kd": 1}))
+    assert list(jobs["students"]) == ["seed0/2s/0", "seed0/2s/1", "seed1/2s/0", "seed1/2s/1"]
+    assert jobs["students"]["seed1/2s/0"] == {"network": "2s", "student": 0, "seed": 1}
+    assert jobs["assembled"] == {"seed0/2s": {"network": "2s", "seed": 0}, "seed1/2s": {"network": "2s", "seed": 1}}
+    assert jobs["baselines"] == {"seed0/2s/kd": {"network": "2s", "method": "kd", "seed": 0}}
+    assert list(jobs["exported"]) == ["2s", SOLO]
+    assert jobs["pool"] == "2s-kd"
+
+
+def test_named_files_are_watched_and_what_stands_for_others_exists(params):
+    jobs = list_jobs(params)
+    assert (REPOSITORY / jobs["weights"]).is_file()
+    assert (REPOSITORY / jobs["source"]).is_file()
+    dataset = params.dataset.model_copy(update={"source": "photos/"})
+    teacher = params.teacher.model_copy(update={"weights": "best.pth"})
+    jobs = list_jobs(params.model_copy(update={"dataset": dataset, "teacher": teacher}))
+    assert (jobs["source"], jobs["weights"]) == ("photos/", "best.pth")
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_written_reads_as_what_was_meant(params):
+    named = with_network(params, baselines={}).model_copy(
+        update={"dataset": params.dataset.model_copy(update={"source": 'é "'})}
+    )
+    assert write_jobs(named)
+    assert YAML(typ="safe").load(JOBS_FILE) == {"jobs": list_jobs(named)}
+    assert not write_jobs(named), "it is there already"
+    check_jobs(named)
+    with pytest.raises(UserError, match=r"workflow/jobs\.yaml: lists other jobs .* Run `nonn jobs`"):
+        check_jobs(params)
+
+
+def test_the_shipped_lists_are_those_of_the_shipped_parameters(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    check_jobs(load_params())
+
+
+# Experiments
+
+
+@pytest.mark.usefixtures("clone")
+@pytest.mark.parametrize("name", EXPERIMENT_NAMES)
+def test_experiments_are_sound_and_have_folders_of_their_own(name):
+    write_params(name)
+    params = load_params()
+    assert params.experiment == name
+    check_jobs(params)
+
+
+@pytest.mark.usefixtures("clone")
+def test_the_shipped_parameters_are_the_default_experiment():
+    write_params(DEFAULT)
+    assert PARAMS_FILE.read_bytes() == (REPOSITORY / "params.yaml").read_bytes()
+
+
+def test_an_experiment_changes_what_it_says_and_nothing_else(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    long, short, default = merge_experiment("cifar10_int8_long"), merge_experiment("cifar10_int8"), SHIPPED
+    assert long["distill"] == {**short["distill"], "epochs": 32}
+    assert long["teacher"] == short["teacher"]
+    assert short["benchmark"] == default["benchmark"]
+    assert list(long["networks"]) == ["4s"], "networks are replaced as a whole"
+
+
+@pytest.mark.usefixtures("clone")
+def test_what_the_schema_refuses_is_not_written():
+    write_params(DEFAULT, {"distill.epochs": 3})
+    before = PARAMS_FILE.read_bytes(), JOBS_FILE.read_bytes()
+    assert load_params().distill.epochs == 3
+    with pytest.raises(UserError, match=r"distill\.epochs: input should be"):
+        write_params(DEFAULT, {"distill.epochs": 0})
+    with pytest.raises(UserError, match=r"cifar11\.yaml: no such file; experiments: .*did you mean 'cifar10'"):
+        write_params("cifar11")
+    assert (PARAMS_FILE.read_bytes(), JOBS_FILE.read_bytes()) == before
+
+
+# Leftovers
+
+
+def write_all(params: Params, paths: Paths) -> set[Path]:
+    """An empty file for every artifact that the parameters name, and some that all experiments have."""
+    files = {paths.dataset, paths.teacher, paths.signals, paths.evaluation}
+    for name, network in params.networks.items():
+        students = range(len(network.devices))
+        files |= {paths.sizes(name), paths.partition_info(name), paths.cluster(name)}
+        files |= {place(name, student) for place in (paths.design, paths.partition) for student in students}
+        files |= {paths.student(name, student, seed) for student in students for seed in range(network.seeds)}
+        files |= {paths.network(name, seed).with_suffix(".json") for seed in range(network.seeds)}
+    files |= {paths.baseline(name, method, seed) for name, method, seeds in params.baselines() for seed in seeds}
+    for name in [*params.networks, SOLO]:
+        files |= {paths.export(name) / "manifest.json", paths.benchmark(name), paths.distributed(name)}
+    files |= {paths.log(path) for path in files if path.parts[2] in ("students", "baselines")}
+    for path in files:
+        write_text(path, "")
+    return files
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_named_stays(params):
+    files = write_all(params, Paths(params.experiment))
+    assert remove_leftovers(params, Paths(params.experiment)) == []
+    assert {path for path in Path("results").rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_no_longer_named_goes(params):
+    paths = Paths(params.experiment)
+    more = with_network(
+        params, seeds=2, devices=["small"] * 3, baselines={**params.networks["2s"].baselines, "full": 1}
+    )
+    more = more.model_copy(update={"networks": more.networks | {"3s": more.networks["2s"]}})
+    kept = write_all(params, paths)
+    surplus = write_all(more, paths) - kept
+    assert paths.student("2s", 2, 0) in surplus, "one student more"
+    assert paths.student("2s", 0, 1) in surplus, "one seed more"
+    assert paths.baseline("2s", "full", 0) in surplus, "one baseline more"
+    assert paths.export("3s") / "manifest.json" in surplus, "one network more"
+    assert remove_leftovers(params, paths)
+    inside = {paths.design("2s", 2), paths.partition("2s", 2)}  # of folders that the stages write as a whole
+    assert {path for path in Path("results").rglob("*") if path.is_file()} == kept | inside
+    assert remove_leftovers(params, paths) == []
+
+
+@pytest.mark.usefixtures("folder")
+def test_other_experiments_are_left_alone(params):
+    other = with_network(params, seeds=5).model_copy(update={"experiment": "other"})
+    files = write_all(other, Paths(other.experiment))
+    assert remove_leftovers(params, Paths(params.experiment)) == []
+    assert all(path.exists() for path in files)
