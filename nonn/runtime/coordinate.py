@@ -107,7 +107,7 @@ async def coordinate(
     Raises
     ------
     UserError
-        The cluster does not fit its export, or for the reasons of `nonn.runtime.serving.serving`.
+        The cluster does not fit its export, or for the reasons of `nonn.runtime.serving.listening`.
     """
     async with Coordinator(cluster) as coordinator:
         network = ServedNetwork(coordinator)

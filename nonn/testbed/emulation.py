@@ -127,7 +127,7 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[EmulatedNetwo
     networks may run at once, and nothing is left behind however this process ends. Programs on the
     hosts must be ended by whoever started them.
 
-    Packets are those of the kernel's own TCP and IP, unsegmented by offloads, so that `Network.counters`
+    Packets are those of the kernel's own TCP and IP, unsegmented by offloads, so that `EmulatedNetwork.counters`
     are exact. On slow links TCP is told to be patient: see `nonn.testbed.relay.retransmission_timeout`.
 
     Raises
