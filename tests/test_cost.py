@@ -99,7 +99,7 @@ def test_measuring_leaves_the_model_alone(n_filters):
 )
 def test_bytes_follow_the_precision_and_nothing_else_does(family):
     model = ConvNet(Architecture(**family), 3, 10, n_filters=7)
-    one, four = (measure_cost(model, 3, 32, bytes_per_value) for bytes_per_value in (1, 4))
+    one, four = (measure_cost(model, 3, 32, precision) for precision in ("int8", "float32"))
     assert (four.params, four.macs) == (one.params, one.macs)
     assert four.weight_bytes == 4 * one.params
     assert one.params < one.weight_bytes < 2 * one.params  # scales and biases of filters are no bytes

@@ -27,7 +27,7 @@ def all_students(grid: Design, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
     architectures = [architecture for depth in grid.depths for architecture in family(grid, depth)]
     return [
-        (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.bytes_per_value))
+        (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.precision))
         for a in architectures
     ]
 

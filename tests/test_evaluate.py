@@ -246,7 +246,7 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
         "random": load_baseline(experiment.baseline("2s", "random", 0), data),
         "ensemble_fitted": members,
     }.items():
-        network, _ = assemble_network(students, FeatureCache(data, 4), params.assemble, seed=0)
+        network, _ = assemble_network(students, FeatureCache(data, "float32"), params.assemble, seed=0)
         with torch.inference_mode():
             right = network(images).argmax(1) == labels
             left = logits_of(network.final, features_of(students, images), [1]).argmax(1)
@@ -275,7 +275,7 @@ def test_int8_students_are_scored_as_devices_run_them(params, data, experiment):
     images, labels = data.split("test")
 
     def features(student):
-        return torch.from_numpy(run_onnx(student_content(student, data, 1), images.numpy()))
+        return torch.from_numpy(run_onnx(student_content(student, data, "int8"), images.numpy()))
 
     nonn = load_network(experiment.network("2s", 0), data)
     member = load_baseline(experiment.baseline("2s", "kd", 0), data)[0]

@@ -81,7 +81,7 @@ def test_the_manifest_describes_the_files(network, data, exported, params):
         assert entry["n_features"] == student.n_features
         largest = predict(student, data.split("validation")[0])[0].max().item()
         assert entry["feature_limit"] == pytest.approx(FEATURE_MARGIN * largest)
-        assert entry["cost"] == vars(measure_cost(student, 1, 28, params.design.bytes_per_value))
+        assert entry["cost"] == vars(measure_cost(student, 1, 28, params.design.precision))
     final = manifest["final"]
     sums = {entry["file"]: entry["sha256"] for entry in [*manifest["students"], final]}
     sums[final["blocks"]] = final["blocks_sha256"]
@@ -135,7 +135,7 @@ def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
     whiten(teacher, data.images)
     teacher.train()(data.images)  # statistics for the batch norms
     images, _ = data.split("test")
-    export_solo({"teacher": teacher.eval()}, data, tmp_path, bytes_per_value=4)  # compares with torch itself
+    export_solo({"teacher": teacher.eval()}, data, tmp_path, precision="float32")  # compares with torch itself
     assert run_onnx(tmp_path / "teacher.onnx", images.numpy()).shape == (len(images), data.n_classes)
 
 
@@ -143,7 +143,7 @@ def test_a_model_that_sees_the_mirror_image_too_is_also_exported_as_a_single_pas
     torch.manual_seed(0)
     architecture = Architecture(family="fast", widths=[4, 8, 8], depth=1, mirror=True)
     model = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
-    manifest = export_solo({"total": model}, data, tmp_path, bytes_per_value=4)["total"]  # compares with torch
+    manifest = export_solo({"total": model}, data, tmp_path, precision="float32")["total"]  # compares with torch
     images = data.split("test")[0][:5]
     once = run_onnx(tmp_path / manifest["students"][0]["single_pass"], images.numpy())
     np.testing.assert_allclose(once, predict(single_pass(model), images)[1], rtol=1e-4, atol=1e-4)
@@ -155,7 +155,7 @@ def test_solo_models_are_the_teacher_and_single_baselines(params, data, experime
 
 def test_a_solo_model_classifies(params, data, experiment, tmp_path):
     teacher = solo_models(params, experiment, data)["teacher"]
-    manifests = export_solo({"teacher": teacher}, data, tmp_path, bytes_per_value=4)
+    manifests = export_solo({"teacher": teacher}, data, tmp_path, precision="float32")
     assert set(manifests) == {"teacher"}
     images, labels = data.split("test")
     logits = run_onnx(tmp_path / "teacher.onnx", images.numpy())
@@ -187,7 +187,7 @@ def test_an_int8_network_scores_in_onnx_runtime_as_it_is_evaluated(int8, data, e
     assert quantised["2s"]["test_accuracy"] == scores.accuracies[0]
     students = load_network(experiment.network("2s", 0), data).students
     for student, entry in zip(students, quantised["2s"]["students"], strict=True):
-        assert entry["cost"] == vars(measure_cost(student, 1, 28, bytes_per_value=1))
+        assert entry["cost"] == vars(measure_cost(student, 1, 28, precision="int8"))
         weights = onnx.load(experiment.export("2s") / entry["file"]).graph.initializer
         kernels = [t for t in weights if len(t.dims) == 4 and t.dims[2] > 1]
         assert {t.data_type for t in kernels} == {onnx.TensorProto.INT8}

@@ -64,14 +64,14 @@ def test_folding_changes_nothing_but_the_number_of_layers(architecture, data):
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
 def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path):
     student = make_student(architecture, data)
-    for precision in (4, 1):
+    for precision in ("float32", "int8"):
         write_student(student, data, tmp_path / f"{precision}.onnx", precision)
     images, _ = data.split("test")
     expected = predict(student, images)[0]
-    found = run_onnx(tmp_path / "1.onnx", images.numpy())
+    found = run_onnx(tmp_path / "int8.onnx", images.numpy())
     assert not np.array_equal(found, expected)
-    check_close("1.onnx", found, expected)
-    spec, whole = open_session(tmp_path / "1.onnx"), open_session(tmp_path / "4.onnx")
+    check_close("int8.onnx", found, expected)
+    spec, whole = open_session(tmp_path / "int8.onnx"), open_session(tmp_path / "float32.onnx")
     for of in ("get_inputs", "get_outputs"):
         assert [(v.name, v.type, v.shape) for v in getattr(spec, of)()] == [
             (v.name, v.type, v.shape) for v in getattr(whole, of)()
@@ -105,13 +105,13 @@ def largest_pair_sum(path):
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
 def test_two_products_fit_into_16_bits(architecture, data, tmp_path):
     """So that the processors that add two of them in 16 bits have nothing to saturate."""
-    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", 1)
+    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", "int8")
     assert 2**14 < largest_pair_sum(tmp_path / "0.onnx") < 2**15
 
 
 @pytest.mark.usefixtures("full_range")
 def test_two_products_of_8_bit_weights_would_not_fit(data, tmp_path):
-    write_student(make_student(ARCHITECTURES[0], data), data, tmp_path / "0.onnx", 1)
+    write_student(make_student(ARCHITECTURES[0], data), data, tmp_path / "0.onnx", "int8")
     assert largest_pair_sum(tmp_path / "0.onnx") >= 2**15
 
 
@@ -137,7 +137,7 @@ def run_emulated(processor, path, images, folder):
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
 def test_a_processor_without_vnni_answers_the_same(architecture, data, tmp_path):
     """Haswell has AVX2 and none of the instructions for dot products of integers."""
-    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", 1)
+    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", "int8")
     images = data.split("test")[0][:4].numpy()
     here, there = run_onnx(tmp_path / "0.onnx", images), run_emulated("Haswell", tmp_path / "0.onnx", images, tmp_path)
     difference = np.linalg.norm(there - here) / np.linalg.norm(here)
@@ -148,7 +148,7 @@ def test_a_processor_without_vnni_answers_the_same(architecture, data, tmp_path)
 def test_the_emulated_processor_saturates_where_it_can(data, tmp_path):
     """So that the test above would tell."""
     student = make_student(ARCHITECTURES[1], data)
-    write_student(student, data, tmp_path / "0.onnx", 1)
+    write_student(student, data, tmp_path / "0.onnx", "int8")
     images = data.split("test")[0][:4]
     there = run_emulated("Haswell", tmp_path / "0.onnx", images.numpy(), tmp_path)
     with pytest.raises(UserError, match="outputs differ"):
@@ -158,7 +158,7 @@ def test_the_emulated_processor_saturates_where_it_can(data, tmp_path):
 def test_weights_are_integers_and_there_once(data, tmp_path):
     """Although the network sees an image twice, and so has each convolution twice."""
     student = make_student(ARCHITECTURES[0], data)
-    write_student(student, data, tmp_path / "0.onnx", 1)
+    write_student(student, data, tmp_path / "0.onnx", "int8")
     model = onnx.load(tmp_path / "0.onnx")
     n_convolutions = sum(isinstance(module, nn.Conv2d) for module in student.modules())
     assert sum(node.op_type == "Conv" for node in model.graph.node) == 2 * n_convolutions
@@ -175,7 +175,7 @@ def test_the_same_student_gives_the_same_bytes(data, tmp_path):
     for name in ("a", "b"):
         folder = tmp_path / name
         folder.mkdir()
-        write_classifier(make_student(ARCHITECTURES[0], data, n_filters=None), data, folder / "0.onnx", 1)
+        write_classifier(make_student(ARCHITECTURES[0], data, n_filters=None), data, folder / "0.onnx", "int8")
         content = (folder / "0.onnx").read_bytes()
         assert bytes(tmp_path) not in content
         sums.add(hashlib.sha256(content).hexdigest())
@@ -201,7 +201,7 @@ def test_calibration_images_are_few_and_from_all_of_the_training_images(data):
 def test_bytes_of_the_weights_are_those_of_the_tensors_in_the_file(data, tmp_path):
     """But for what the file holds besides: zero points, scales of activations and constants."""
     student = make_student(ARCHITECTURES[2], data)
-    write_student(student, data, tmp_path / "0.onnx", 1)
+    write_student(student, data, tmp_path / "0.onnx", "int8")
     model = onnx.load(tmp_path / "0.onnx")
     kernels = [t for t in model.graph.initializer if len(t.dims) == 4 and t.data_type == onnx.TensorProto.INT8]
     weights, filters = sum(int(np.prod(t.dims)) for t in kernels), sum(t.dims[0] for t in kernels)

@@ -33,6 +33,9 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 #: Students up to which each subset of them can have a layer of its own, 2^N − 1 of them.
 MAX_SUBSET_STUDENTS = 8
 
+#: Of what a device calculates with.
+Precision = Literal["float32", "int8"]
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -207,11 +210,7 @@ class Design(Section):
     widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
     mirror: Flag = False
     strided: Flag = False
-    precision: Literal["float32", "int8"]
-
-    @property
-    def bytes_per_value(self) -> int:
-        return 1 if self.precision == "int8" else 4
+    precision: Precision
 
     @model_validator(mode="after")
     def _grid_is_not_empty(self) -> Design:

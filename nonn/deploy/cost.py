@@ -8,10 +8,12 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from nonn.core.params import Precision
 from nonn.deploy.int8 import weight_bytes
 from nonn.training.networks import ConvNet, count_parameters, deployed
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
+BYTES = {"float32": 4, "int8": 1}  # of a value
 IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)
 IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 
@@ -38,7 +40,7 @@ class Cost:
         return self.memory_bytes <= memory_kib * 1024 and self.macs <= mmacs * 1e6
 
 
-def measure_cost(model: ConvNet, channels: int, size: int, bytes_per_value: int = 4) -> Cost:
+def measure_cost(model: ConvNet, channels: int, size: int, precision: Precision = "float32") -> Cost:
     """Count the cost of one image of shape (channels, size, size), in float32 or, with 1 byte a value, in int8.
 
     Activations are counted by liveness: a tensor occupies memory from the operation that makes it to the last one that
@@ -52,8 +54,8 @@ def measure_cost(model: ConvNet, channels: int, size: int, bytes_per_value: int 
     return Cost(
         params=params,
         macs=sum(_macs(node, modules) for node in traced.graph.nodes),
-        weight_bytes=params * 4 if bytes_per_value == 4 else weight_bytes(deployed(model)),
-        peak_activation_bytes=_peak_values(traced.graph, modules) * bytes_per_value,
+        weight_bytes=params * 4 if precision == "float32" else weight_bytes(deployed(model)),
+        peak_activation_bytes=_peak_values(traced.graph, modules) * BYTES[precision],
     )
 
 

@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from nonn.core.params import Precision
 from nonn.data.dataset import Dataset
 from nonn.deploy.int8 import calibration_images, fold_norms, quantise
 from nonn.training.networks import ConvNet
@@ -65,28 +66,28 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
     path.write_bytes(proto.SerializeToString(deterministic=True))
 
 
-def write_student(student: ConvNet, data: Dataset, path: Path, bytes_per_value: int) -> None:
+def write_student(student: ConvNet, data: Dataset, path: Path, precision: Precision) -> None:
     """Write what the device of a student runs; with 1 byte a value in int8."""
-    _write(Features, "features", student, data, path, bytes_per_value)
+    _write(Features, "features", student, data, path, precision)
 
 
-def write_classifier(model: ConvNet, data: Dataset, path: Path, bytes_per_value: int) -> None:
+def write_classifier(model: ConvNet, data: Dataset, path: Path, precision: Precision) -> None:
     """Write a model that classifies alone; with 1 byte a value in int8."""
-    _write(Logits, "logits", model, data, path, bytes_per_value)
+    _write(Logits, "logits", model, data, path, precision)
 
 
 def _write(
-    kind: type[nn.Module], output_name: str, model: ConvNet, data: Dataset, path: Path, bytes_per_value: int
+    kind: type[nn.Module], output_name: str, model: ConvNet, data: Dataset, path: Path, precision: Precision
 ) -> None:
-    model = model if bytes_per_value == 4 else fold_norms(model)
+    model = model if precision == "float32" else fold_norms(model)
     export_onnx(kind(model), data.images[:1], path, "image", output_name)
-    if bytes_per_value != 4:
+    if precision == "int8":
         quantise(path, calibration_images(data))
 
 
-def student_content(student: ConvNet, data: Dataset, bytes_per_value: int) -> bytes:
+def student_content(student: ConvNet, data: Dataset, precision: Precision) -> bytes:
     """Content of the file that `write_student` would write."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "student.onnx")
-        write_student(student, data, path, bytes_per_value)
+        write_student(student, data, path, precision)
         return path.read_bytes()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nonn.core.errors import UserError
 from nonn.core.files import sha256_of
+from nonn.core.params import Precision
 from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
@@ -59,9 +60,9 @@ def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
         )
 
 
-def check_outputs(path: Path, exported: np.ndarray, original: Tensor, bytes_per_value: int) -> None:
+def check_outputs(path: Path, exported: np.ndarray, original: Tensor, precision: Precision) -> None:
     """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8."""
-    if bytes_per_value == 4:
+    if precision == "float32":
         check_same(path, exported, original)
     else:
         check_close(path.name, exported, original)
@@ -73,12 +74,12 @@ def feature_limit(student: ConvNet, data: Dataset) -> float:
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
-def _entry(path: Path, model: ConvNet, data: Dataset, bytes_per_value: int) -> dict:
-    cost = measure_cost(model, data.channels, data.size, bytes_per_value)
+def _entry(path: Path, model: ConvNet, data: Dataset, precision: Precision) -> dict:
+    cost = measure_cost(model, data.channels, data.size, precision)
     return {"file": path.name, "sha256": sha256_of(path), "cost": vars(cost)}
 
 
-def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_per_value: int) -> dict:
+def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precision: Precision) -> dict:
     """Export an assembled network into `folder`; return its manifest.
 
     The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and cost, the final
@@ -89,14 +90,14 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     students, features, expected = [], [], []
     for position, student in enumerate(track(model.students, "export")):
         path = folder / f"{position}.onnx"
-        write_student(student, data, path, bytes_per_value)
+        write_student(student, data, path, precision)
         features.append(run_onnx(path, images.numpy()))
         original = predict(student, images)[0]
-        check_outputs(path, features[-1], original, bytes_per_value)
+        check_outputs(path, features[-1], original, precision)
         # In float32 the last check is one of the whole network; the layer of int8 students is checked by itself.
-        expected.append(original if bytes_per_value == 4 else torch.from_numpy(features[-1]))
+        expected.append(original if precision == "float32" else torch.from_numpy(features[-1]))
         entry = {"n_features": student.n_features, "feature_limit": feature_limit(student, data)}
-        students.append(_entry(path, student, data, bytes_per_value) | entry)
+        students.append(_entry(path, student, data, precision) | entry)
     path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
     export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
     logits = run_onnx(path, joint)
@@ -104,10 +105,10 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, bytes_
     blocks = folder / "final.safetensors"
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
-    return _manifest(data, students, logits, labels, bytes_per_value) | {"final": final}
+    return _manifest(data, students, logits, labels, precision) | {"final": final}
 
 
-def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, bytes_per_value: int) -> dict:
+def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, precision: Precision) -> dict:
     """Export models that run alone, named by the keys of `models`; return their manifests.
 
     The model ``teacher`` is float32 whatever the students are.
@@ -115,20 +116,20 @@ def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, bytes_p
     images, labels = data.split("test")
     manifests = {}
     for name, model in track(list(models.items()), "export"):
-        path, precision = folder / f"{name}.onnx", 4 if name == "teacher" else bytes_per_value
-        write_classifier(model, data, path, precision)
+        path, own = folder / f"{name}.onnx", "float32" if name == "teacher" else precision
+        write_classifier(model, data, path, own)
         logits = run_onnx(path, images.numpy())
-        check_outputs(path, logits, predict(model, images)[1], precision)
-        entry = _entry(path, model, data, precision)
-        if model.mirrors and bytes_per_value == 4:  # `distributed` splits a network only as a single pass, in float32
+        check_outputs(path, logits, predict(model, images)[1], own)
+        entry = _entry(path, model, data, own)
+        if model.mirrors and precision == "float32":  # `distributed` splits a network only as a single pass, in float32
             entry["single_pass"] = f"{name}-single.onnx"
-            write_classifier(single_pass(model), data, folder / entry["single_pass"], 4)
-        manifests[name] = _manifest(data, [entry], logits, labels, precision)
+            write_classifier(single_pass(model), data, folder / entry["single_pass"], "float32")
+        manifests[name] = _manifest(data, [entry], logits, labels, own)
     return manifests
 
 
-def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, bytes_per_value: int) -> dict:
-    form = {"quantisation": FORM} if bytes_per_value == 1 else {}
+def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, precision: Precision) -> dict:
+    form = {"quantisation": FORM} if precision == "int8" else {}
     return form | {
         "classes": list(data.classes),
         "image": {"channels": data.channels, "size": data.size, "dtype": "uint8"},

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from nonn.core.params import Assemble
+from nonn.core.params import Assemble, Precision
 from nonn.data.dataset import Dataset
 from nonn.deploy.onnx_files import student_content
 from nonn.method.final_layer import averaged_layer, fit, layer_tensors, logits_of
@@ -93,8 +93,8 @@ class FeatureCache:
     They are those that devices calculate: of int8 students with 1 byte a value, by ONNX Runtime.
     """
 
-    def __init__(self, data: Dataset, bytes_per_value: int):
-        self.data, self.bytes_per_value = data, bytes_per_value
+    def __init__(self, data: Dataset, precision: Precision):
+        self.data, self.precision = data, precision
         self._known: dict[tuple[ConvNet, str], Tensor] = {}
         self._files: dict[ConvNet, bytes] = {}
 
@@ -107,10 +107,10 @@ class FeatureCache:
         return [self._known[student, split] for student in students], labels
 
     def _calculate(self, student: ConvNet, images: Tensor) -> Tensor:
-        if self.bytes_per_value == 4:
+        if self.precision == "float32":
             return features_of([student], images)[0]
         if student not in self._files:
-            self._files[student] = student_content(student, self.data, self.bytes_per_value)
+            self._files[student] = student_content(student, self.data, self.precision)
         return torch.from_numpy(run_onnx(self._files[student], images.numpy()))
 
 

@@ -191,9 +191,9 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     with torch.inference_mode():
         _, logits = predict(teacher, images)
     yield _scores("teacher", "", [logits[None]], labels)
-    precision = params.design.bytes_per_value
+    precision = params.design.precision
     features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
-    if precision == 1:
+    if precision == "int8":
         yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
         files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
@@ -205,9 +205,9 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
             joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
             scores = _joined_scores("nonn_averaged", network, joined, features)
             yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
-        if precision == 1:
+        if precision == "int8":
             joined = [(list(model.students), model.final) for model in models]
-            yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, 4)), answers=[])
+            yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, "float32")), answers=[])
     pool: list[ConvNet] = []
     for network, method, seeds in params.baselines():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]

@@ -57,7 +57,7 @@ def design_student(
 
     def cost_of(architecture: Architecture) -> Cost:
         model = ConvNet(architecture, channels, n_classes, n_filters)
-        return measure_cost(model, channels, size, grid.bytes_per_value)
+        return measure_cost(model, channels, size, grid.precision)
 
     def is_too_large(architecture: Architecture) -> bool:
         return not cost_of(architecture).fits(device.memory_kib, device.mmacs)

@@ -17,7 +17,7 @@ def run(params: Params, paths: Paths, network: str, seed: int) -> None:
     torch.set_num_threads(1)
     data = load_dataset(paths)
     students, designs = load_students(params, paths, data, network, seed)
-    features = FeatureCache(data, params.design.bytes_per_value)
+    features = FeatureCache(data, params.design.precision)
     model, summary = assemble_network(students, features, params.assemble, seed)
     target = paths.network(network, seed)
     write_tensors(target, model.tensors())

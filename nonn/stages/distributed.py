@@ -22,7 +22,7 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
     load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
     yield Deployment("nonn", folder, False, load, time_final(folder))
-    if params.design.bytes_per_value == 1:
+    if params.design.precision == "int8":
         log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
         return
     total = read_json(solo / "manifest.json").get(f"{name}-total")

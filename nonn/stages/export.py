@@ -17,7 +17,7 @@ from nonn.training.store import load_teacher
 def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet]:
     """The teacher, once more for int8 where students are, and each single-model baseline of the first seed."""
     models = {"teacher": load_teacher(paths, data)}
-    if params.design.bytes_per_value == 1:
+    if params.design.precision == "int8":
         models["teacher_int8"] = models["teacher"]
     for network, method, _ in params.baselines():
         if method not in PARTITION_METHODS:
@@ -27,7 +27,7 @@ def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNe
 
 def run(params: Params, paths: Paths, name: str) -> None:
     torch.set_num_threads(1)
-    data, precision = load_dataset(paths), params.design.bytes_per_value
+    data, precision = load_dataset(paths), params.design.precision
     with replacing(paths.export(name)) as folder:
         folder.mkdir(parents=True)
         if name == SOLO:

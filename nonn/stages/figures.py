@@ -30,7 +30,7 @@ from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
 
 def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
-    int8 = params.design.bytes_per_value == 1
+    int8 = params.design.precision == "int8"
     alone = read_json(paths.benchmark(SOLO))["models"]
     teachers = ("teacher", "teacher_int8") if int8 else ("teacher",)
     designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
