@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from nonn.commands.use import DEFAULT, EXPERIMENTS, merge_experiment, write_params
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.jobs import JOBS_FILE, check_jobs, list_jobs, write_jobs
+from nonn.core.jobs import JOBS_FILE, check_jobs, check_named_files, list_jobs, write_jobs
 from nonn.core.params import PARAMS_FILE, SOLO, Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 
@@ -69,6 +69,17 @@ def test_what_is_written_reads_as_what_was_meant(params):
 def test_the_shipped_lists_are_those_of_the_shipped_parameters(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     check_jobs(load_params())
+
+
+def test_files_that_are_not_there_are_refused(params, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    check_named_files(params)
+    dataset = params.dataset.model_copy(update={"source": "photos"})
+    with pytest.raises(UserError, match=r"params\.yaml: dataset\.source: photos does not exist\. Name a folder"):
+        check_named_files(params.model_copy(update={"dataset": dataset}))
+    teacher = params.teacher.model_copy(update={"weights": "results"})
+    with pytest.raises(UserError, match=r"params\.yaml: teacher\.weights: results is no file\. Name one, or null"):
+        check_named_files(params.model_copy(update={"teacher": teacher}))
 
 
 # Experiments

@@ -205,7 +205,7 @@ def test_bytes_of_the_weights_are_those_of_the_tensors_in_the_file(data, tmp_pat
     model = onnx.load(tmp_path / "0.onnx")
     kernels = [t for t in model.graph.initializer if len(t.dims) == 4 and t.data_type == onnx.TensorProto.INT8]
     weights, filters = sum(int(np.prod(t.dims)) for t in kernels), sum(t.dims[0] for t in kernels)
-    counted = measure_cost(student, data.channels, data.size, 1).weight_bytes
+    counted = measure_cost(student, data.channels, data.size, "int8").weight_bytes
     unfolded = 16 * sum(m.num_features for m in fold_norms(student).modules() if isinstance(m, nn.BatchNorm2d)) // 2
     assert len(kernels) == sum(isinstance(module, nn.Conv2d) for module in student.modules())
     head = 4 * sum(parameter.numel() for parameter in student.head.parameters())

@@ -24,7 +24,7 @@ from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
-from nonn.method.final_layer import averaged_layer
+from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.store import load_baseline, load_students
 from nonn.stages import baseline, design, distill, graph, partition
 from nonn.training.networks import ConvNet, accuracy, predict
@@ -86,7 +86,7 @@ def score(students: Sequence[ConvNet], paths: Paths) -> dict[str, Any]:
     data = load_dataset(paths)
     images, labels = data.split("validation")
     outputs = [predict(student, images) for student in students]
-    logits = averaged_layer([student.head for student in students])([features for features, _ in outputs])
+    logits = logits_of(averaged_layer([student.head for student in students]), [features for features, _ in outputs])
     costs = [measure_cost(student, data.channels, data.size) for student in students]
     own = [accuracy(own_logits, labels) for _, own_logits in outputs]
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nonn.core.jobs import check_named_files
 from nonn.core.params import load_params
 
 
@@ -11,5 +12,6 @@ def add_arguments(parser) -> None:
 
 def run(_) -> None:
     params = load_params()
+    check_named_files(params)
     n_students = sum(len(network.devices) for network in params.networks.values())
     print(f"params.yaml is sound: experiment {params.experiment}, {n_students} students.")

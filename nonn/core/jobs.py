@@ -24,10 +24,8 @@ def list_jobs(params: Params) -> dict[str, Any]:
     ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
     DVC watches their content; where nothing on this machine is named, the module that would read it.
     """
-    source = params.dataset.source
-    is_named = source == "mnist5k" or source.startswith("torchvision:")
     return {
-        "source": "nonn/data/packaged.py" if is_named else source,
+        "source": named_source(params) or "nonn/data/packaged.py",
         "weights": params.teacher.weights or "nonn/teachers/teacher.py",
         "pool": "-".join(params.pool or ()),
         "networks": {name: {} for name in params.networks},
@@ -49,6 +47,22 @@ def list_jobs(params: Params) -> dict[str, Any]:
             for seed in seeds
         },
     }
+
+
+def check_named_files(params: Params) -> None:
+    """Refuse pictures or weights that are not there, before anything runs."""
+    source, weights = named_source(params), params.teacher.weights
+    if source and not Path(source).exists():
+        remedy = "Name a folder or archive, mnist5k, or a torchvision:NAME."
+        raise UserError(f"params.yaml: dataset.source: {source} does not exist. {remedy}")
+    if weights and not Path(weights).is_file():
+        raise UserError(f"params.yaml: teacher.weights: {weights} is no file. Name one, or null to train.")
+
+
+def named_source(params: Params) -> str | None:
+    """Folder or archive that the pictures come from; None if a package brings or downloads them."""
+    source = params.dataset.source
+    return None if source == "mnist5k" or source.startswith("torchvision:") else source
 
 
 def write_jobs(params: Params) -> bool:

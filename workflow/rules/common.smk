@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
-from nonn.core.jobs import write_jobs
+from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
 
@@ -170,6 +170,7 @@ class Stage:
 def read_stages():
     """Rules, the plan, and what the target `all` wants."""
     params = load_params()
+    check_named_files(params)
     if write_jobs(params):
         print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
     jobs = Repo(".").index.stages
