@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 from dvc.dependency.param import ParamsDependency
@@ -64,6 +65,7 @@ class Plan:
             visit(address)
         return order
 
+    @cache
     def written(self, dependency):
         """Outputs that are a dependency, hold it, or lie in it, and the job that writes each."""
         if writer := self.writer.get(dependency):
@@ -102,6 +104,7 @@ class Plan:
             value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
         return value
 
+    @cache
     def inputs(self, address):
         """What a job reads, as Snakemake knows it: outputs of other jobs, and `CHANGED` if it has to run."""
         news = defaultdict(bool)
