@@ -38,7 +38,7 @@ Position = Annotated[int, Field(ge=0, lt=2**16)]
 Total = Annotated[int, Field(ge=0)]
 
 
-class Message(Record):
+class Message(Record, extra="forbid"):
     """A slice of an activation map that one device sends another, float32."""
 
     round: Position  # sent after the segment of this number, and there before the next
@@ -59,7 +59,7 @@ class Message(Record):
         return source if self.rows is None else source[:, :, slice(*self.rows)]
 
 
-class Segment(Record):
+class Segment(Record, extra="forbid"):
     """What a device computes between two rounds, an ONNX file: its inputs, outputs, cost and SHA-256."""
 
     inputs: list[Name]
@@ -69,7 +69,7 @@ class Segment(Record):
     sha256: Sha256
 
 
-class Part(Record):
+class Part(Record, extra="forbid"):
     """All that one device needs to know."""
 
     position: Position
@@ -184,7 +184,7 @@ class SplitPlan:
         return cls(content.method, list(parts), list(models), final["weight"], final["bias"], content.scale)
 
 
-class PlanFile(Record):
+class PlanFile(Record, extra="forbid"):
     """All of ``plan.json``: SHA-256 of the devices' parts and of the last layer."""
 
     method: Method
