@@ -33,7 +33,7 @@ TINY = {
         "lr": 0.05,
         "threads": 1,
     },
-    "signals": {"views": 2, "threads": 1},
+    "signals": {"views": 2, "attention": True, "threads": 1},
     "graph": {"top_k": 8},
     "design": {"depths": [1], "min_width": 4, "max_width": 16, "step": 2},
     "distill": {"epochs": 5, "batch_size": 10, "lr": 0.03, "transfer_weight": 2.0},

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -86,7 +87,7 @@ def make_log(epochs, final, generator, student=None):
     accuracy = final - 0.75 * np.exp(-0.45 * epoch) + generator.normal(0, 0.0015, epochs)
     log = pd.DataFrame({"epoch": epoch, "train_loss": 1 / epoch, "validation_loss": 1 / epoch})
     log = log.assign(validation_accuracy=accuracy)[LOG_COLUMNS]
-    return log if student is None else log.assign(student=student)
+    return (log if student is None else log.assign(student=student)).to_dict("records")
 
 
 def write_logs(params, paths, generator):
@@ -101,7 +102,7 @@ def write_logs(params, paths, generator):
         n_students = 1 if method in SINGLE_METHODS else len(params.networks[network].devices)
         for seed in seeds:
             logs = [make_log(epochs, ACCURACY[method] - 0.002, generator, i) for i in range(n_students)]
-            write_log(paths.log(paths.baseline(network, method, seed)), pd.concat(logs))
+            write_log(paths.log(paths.baseline(network, method, seed)), list(chain(*logs)))
 
 
 def add_terms(terms, present):

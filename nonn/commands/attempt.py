@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, remove
+from nonn.core.numerics import choose
 from nonn.core.options import natural
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
@@ -125,6 +126,7 @@ def run(options) -> None:
     item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)
     params = load_params(changes=changes)
+    choose(params.numerics)  # of the precision alone: torch is loaded
     if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:
         raise UserError(
             f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from nonn.core.boards import BOARDS
 from nonn.core.links import PRESETS
+from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
 
 PARAMS_FILE = Path("params.yaml")
@@ -296,6 +297,7 @@ class Params(Section):
     """All of ``params.yaml``."""
 
     experiment: Name
+    numerics: Numerics
     devices: dict[Name, Device]
     networks: Annotated[dict[Name, NetworkParams], Field(min_length=1)]
     dataset: DatasetParams

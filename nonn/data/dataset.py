@@ -9,6 +9,7 @@ The sum that was found is recorded beside the dataset, so it can be copied from 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -108,4 +109,5 @@ def measure_channels(images: Tensor) -> tuple[Tensor, Tensor]:
     shares = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
     mean = shares @ levels
     variance = (shares * (levels - mean[:, None]) ** 2).sum(1)
-    return mean.float(), variance.sqrt().clamp(min=1).float()
+    deviation = torch.tensor([max(math.sqrt(value), 1.0) for value in variance.tolist()])
+    return mean.float(), deviation

@@ -53,7 +53,8 @@ def fit(
     (B, C) of the blocks' terms (N, B, C). The start stays as it is.
     """
     weights, biases = as_tensors(start.blocks)
-    optimizer = torch.optim.Adam([p.requires_grad_() for p in (*weights, *biases)], lr=lr)
+    # Fused, its square roots are exact; those of MKL differ by the maker of the processor.
+    optimizer = torch.optim.Adam([p.requires_grad_() for p in (*weights, *biases)], lr=lr, fused=True)
     for steps in epochs:
         for index in steps:
             terms = [F.linear(f[index], w, b) for f, w, b in zip(features, weights, biases, strict=True)]

@@ -96,7 +96,7 @@ def fit_subset_layers(
     weights = (scales[:, None, None] * mask * blocks).requires_grad_()  # (S, C, F)
     before = (scales[:, None] * present) @ torch.stack(shares)
     biases = before.clone().requires_grad_()  # (S, C)
-    optimizer = torch.optim.Adam([weights, biases], lr=params.lr)
+    optimizer = torch.optim.Adam([weights, biases], lr=params.lr, fused=True)  # see `nonn.method.final_layer.fit`
     for index in batches(len(labels), params.epochs, seed):
         logits = torch.addmm(biases.flatten(), joint[index], (weights * mask).flatten(0, 1).T)
         logits = logits.view(len(index), len(subsets), -1)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -71,9 +70,9 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
         own_seed, part, label = seed * 1000 + position, checkpoint.part(position), f"{name} student {position}"
         student, log = distill_student(classroom, lesson, params.distill, seed=own_seed, checkpoint=part, label=label)
         students.append(student)
-        logs.append(log.assign(student=position))
+        logs += [row | {"student": position} for row in log]
     target = paths.baseline(network, method, seed)
     write_tensors(target, pack(students))
     write_json(target.with_suffix(".json"), read_json(paths.design(network, method)))
-    write_log(paths.log(target), pd.concat(logs))
+    write_log(paths.log(target), logs)
     checkpoint.discard()

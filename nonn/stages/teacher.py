@@ -32,7 +32,7 @@ def run(params: Params, paths: Paths) -> None:
             "architecture": section.architecture.model_dump(),
             "imported_from": section.weights,
             "n_filters": model.n_features,
-            "validation_accuracy": float(log["validation_accuracy"].iloc[-1]),
+            "validation_accuracy": log[-1]["validation_accuracy"],
         },
     )
     checkpoint.discard()

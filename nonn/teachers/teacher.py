@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +22,7 @@ from nonn.teachers.selection import Proxy
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
-from nonn.training.loop import LOG_COLUMNS, train
+from nonn.training.loop import LOG_COLUMNS, Log, train
 from nonn.training.networks import ConvNet, accuracy, predict, whiten
 
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
@@ -31,7 +30,7 @@ PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "hea
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
 
 
-def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, pd.DataFrame]:
+def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, Log]:
     """Train a teacher from scratch on labels; return it with its log, one row an epoch."""
     torch.manual_seed(params.seed)
     device = pick_device()
@@ -74,7 +73,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     return model, log
 
 
-def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, pd.DataFrame]:
+def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, Log]:
     """Build the teacher from a file of weights, and score it on the validation images.
 
     A UserError says what does not fit `teacher.architecture` or the dataset.
@@ -107,7 +106,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, pd.DataFram
     images, labels = data.split("validation")
     _, logits = predict(model, images)
     row = [0, float("nan"), F.cross_entropy(logits, labels).item(), accuracy(logits, labels)]
-    return model, pd.DataFrame([row], columns=LOG_COLUMNS)
+    return model, [dict(zip(LOG_COLUMNS, row, strict=True))]
 
 
 def _read_weights(params: Teacher) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from nonn.core.files import STATE, remove
+from nonn.core.numerics import is_portable
 from nonn.data.tensors import read_tensors, write_tensors
 
 #: What decides how a training goes, apart from its settings and inputs.
@@ -32,7 +33,7 @@ class Checkpoint:
     @classmethod
     def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
         """Checkpoint of a training with these settings (JSON) and input files, by the code of this package."""
-        key = hashlib.sha256(json.dumps([settings, torch.__version__], sort_keys=True).encode())
+        key = hashlib.sha256(json.dumps([settings, torch.__version__, is_portable()], sort_keys=True).encode())
         for path in [*inputs, *CODE]:
             with path.open("rb") as file:
                 key.update(hashlib.file_digest(file, "sha256").digest())

@@ -7,13 +7,15 @@ import platform
 
 import torch
 
+from nonn.core.numerics import is_portable
+
 #: Options of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device() -> torch.device:
-    """The GPU where there is one, otherwise the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU, where there is one and the same bytes are not asked for everywhere; otherwise the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() and not is_portable() else "cpu")
 
 
 def keep_freed_memory() -> None:
@@ -29,6 +31,8 @@ def keep_freed_memory() -> None:
 
 
 def mixed_precision(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 where the hardware has it, twice as fast as float32; otherwise a no-op."""
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    """Autocast to bfloat16 where the hardware has it and may be used, twice as fast as float32; otherwise a no-op."""
+    has_bfloat16 = (
+        torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16 and not is_portable())

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,7 +20,7 @@ from nonn.data.dataset import Dataset
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
-from nonn.training.loop import train
+from nonn.training.loop import Log, train
 from nonn.training.losses import attention_loss, kd_loss, transfer_loss
 from nonn.training.networks import ConvNet, whiten
 
@@ -64,7 +63,7 @@ class Classroom:
 
 def distill_student(
     classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
-) -> tuple[ConvNet, pd.DataFrame]:
+) -> tuple[ConvNet, Log]:
     """Train one student; return it with its log, one row an epoch.
 
     The loss of a batch is, with z the logits, f the feature vector, t the teacher's pooled activations on the student's

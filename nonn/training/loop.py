@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from nonn.training.optim import learning_rate, make_optimizers
 
 #: Columns of a training log.
 LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
+
+#: A training log: one row an epoch, by column.
+Log = list[dict[str, float]]
 
 
 def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
@@ -40,7 +43,7 @@ def train(
     label: str,
     proxy: nn.Module | None = None,
     proxy_optimizers: Sequence[torch.optim.Optimizer] = (),
-) -> pd.DataFrame:
+) -> Log:
     """Train `model` in place, resuming from `checkpoint` if it exists; return a log with one row an epoch.
 
     ``batch_loss(index, epoch)`` is the loss of the training images `index`, int64 of shape (B,). `seed` decides their
@@ -74,8 +77,10 @@ def train(
         rows.append([epoch + 1, torch.stack(losses).mean().item(), *scores])
         checkpoint.save(trained, every_optimizer, rows)
     model.cpu()
-    return pd.DataFrame(rows, columns=LOG_COLUMNS).astype({"epoch": int})
+    return [dict(zip(LOG_COLUMNS, row, strict=True)) for row in rows]
 
 
-def write_log(path: Path, log: pd.DataFrame) -> None:
-    write_text(path, log.to_csv(index=False, float_format="%.6g"))
+def write_log(path: Path, log: Log) -> None:
+    rows = [["" if math.isnan(value) else f"{value:.6g}" for value in row.values()] for row in log]
+    lines = [",".join(row) for row in [log[0], *rows]]
+    write_text(path, "\n".join(lines) + "\n")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from nonn.core.numerics import is_portable
 from nonn.core.params import Schedule
 
 
@@ -49,12 +50,13 @@ ITERATIONS = 3
 def orthogonalize(matrix: Tensor) -> Tensor:
     """About U·Vᵀ of a matrix U·S·Vᵀ: all singular values are brought near one, roughly 0.5 to 1.5.
 
-    Newton–Schulz iterations in bfloat16, whose error is far below that spread; the result has the matrix's dtype. Small
-    singular values, under about a hundredth of the Frobenius norm, remain small.
+    Newton–Schulz iterations in bfloat16, whose error is far below that spread, unless the same bytes are asked for on
+    every processor; the result has the matrix's dtype. Small singular values, under about a hundredth of the Frobenius
+    norm, remain small.
     """
     a, b, c = QUINTIC
     is_tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if is_tall else matrix).bfloat16()
+    x = (matrix.T if is_tall else matrix).to(matrix.dtype if is_portable() else torch.bfloat16)
     x = x / (x.norm() + 1e-7)  # the largest singular value is at most one, or it would diverge
     for _ in range(ITERATIONS):
         gram = x @ x.T
