@@ -7,7 +7,9 @@ CORES ?= all
 reproduce: environment
 	$(VENV)/bin/snakemake --cores $(CORES)
 	test ! -e .nonn/journal.jsonl || $(VENV)/bin/nonn timeline  # none where all came from DVC's cache
-	@echo 'Tables and figures: results/, the report: make report'
+	$(VENV)/bin/nonn compare
+	$(VENV)/bin/snakemake --cores $(CORES) --report report.html
+	@echo "The report: $(CURDIR)/report.html"
 
 report: environment
 	$(VENV)/bin/snakemake --cores $(CORES) --report report.html

@@ -47,6 +47,7 @@ COMMANDS = {
     "benchmark": (STAGES, "commands.stage", "Measure latency and memory of exported models."),
     "distributed": (STAGES, "commands.stage", "Run devices together over emulated links, and measure latency."),
     "figures": (STAGES, "commands.stage", "Draw figures and write tables from the results."),
+    "job": (STAGES, "commands.job", "Run one of these stages by its name in dvc.yaml, from the cache if possible."),
     "cluster": (DEPLOY, "runtime.cluster", "Write cluster.yaml, which says where each student runs."),
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which devices know each other."),
     "up": (DEPLOY, "live.up", "Run all nodes of a cluster on this machine and watch them."),
@@ -59,6 +60,7 @@ COMMANDS = {
     "soak": (MEASURE, "testbed.soak", "Classify on and on while nodes are killed, and count answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
+    "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
 }

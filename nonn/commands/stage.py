@@ -8,14 +8,16 @@ from __future__ import annotations
 import importlib
 import json
 import time
+from typing import Any
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, sweep
 from nonn.core.jobs import check_jobs
+from nonn.core.numerics import choose
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
 
-#: When each stage ran, one line of JSON for each time.
+#: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
 #: Kind of item that a stage takes, an example, and whether it takes a seed; other stages take neither.
 ITEMS = {
@@ -47,10 +49,25 @@ def run(options) -> None:
     check_jobs(params)
     sweep()
     remove_leftovers(params, paths)
+    choose(params.numerics)
+    module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
-    importlib.import_module(f"nonn.stages.{stage}").run(params, paths, **arguments)
-    entry = {"experiment": params.experiment, "stage": stage, "item": item, "seed": seed}
-    entry |= {"start": start, "end": time.time()}
+    module.run(params, paths, **arguments)
+    note(
+        {
+            "experiment": params.experiment,
+            "stage": stage,
+            "item": item,
+            "seed": seed,
+            "start": start,
+            "end": time.time(),
+        }
+    )
+
+
+def note(entry: dict[str, Any]) -> None:
+    """Append a line to the journal."""
+    JOURNAL.parent.mkdir(exist_ok=True)
     is_cut_off = JOURNAL.exists() and not JOURNAL.read_bytes().endswith(b"\n")  # by a crash
     with JOURNAL.open("a") as journal:
         journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")

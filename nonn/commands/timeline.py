@@ -28,18 +28,20 @@ COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 
 
 def read_journal(path: Path, experiment: str) -> pd.DataFrame:
-    """Read all jobs of an experiment, in order of their start; seconds since the epoch.
+    """Read all jobs of an experiment, in order of their start; seconds since the epoch."""
+    entries = [entry for entry in read_lines(path) if entry.get("experiment") == experiment]
+    if not entries:
+        raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")
+    return pd.DataFrame(entries).sort_values(["start", "end"], ignore_index=True)
 
-    Lines that were cut off are left out: the machine went down while they were written.
-    """
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a journal; lines that were cut off are left out: the machine went down while they were written."""
     entries = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
-    entries = [entry for entry in entries if entry["experiment"] == experiment]
-    if not entries:
-        raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")
-    return pd.DataFrame(entries).sort_values(["start", "end"], ignore_index=True)
+    return entries
 
 
 def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
@@ -70,6 +72,24 @@ def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
     return f"{name}: {len(jobs)} jobs, elapsed {elapsed:.1f} s, sum {total:.1f} s, {ratio:.2f} x parallel"
 
 
+def describe_overhead(path: Path, jobs: pd.DataFrame) -> str | None:
+    """Say what `jobs` cost apart from their work; None if they were not run by `nonn.commands.job`.
+
+    That begins when Snakemake starts a job, and ends when DVC has cached its outputs; the work is what stands in the
+    journal for the stage itself, after all imports.
+    """
+    whole = [entry for entry in read_lines(path) if "job" in entry]
+    begin, end = jobs["start"].min(), jobs["end"].max()
+    whole = [entry for entry in whole if entry["end"] > begin and entry["start"] < end]
+    if not whole:
+        return None
+    total = sum(entry["end"] - entry["start"] for entry in whole)
+    overhead = total - (jobs["end"] - jobs["start"]).sum()
+    return (
+        f"apart from their work: {overhead:.1f} s of {total:.1f} s ({overhead / total:.0%}), for Python, imports, DVC"
+    )
+
+
 def add_arguments(parser) -> None:
     parser.add_argument("--all", action="store_true", help="every job on record, not only the last run")
     parser.epilog = "example: nonn timeline --all"
@@ -81,6 +101,7 @@ def run(options) -> None:
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
     jobs = jobs if options.all else last_run(jobs)
+    overhead = describe_overhead(JOURNAL, jobs)
     begin = jobs["start"].min()
     lanes = assign_lanes(jobs["start"], jobs["end"])
     seconds = {"start_s": (jobs["start"] - begin).round(1), "end_s": (jobs["end"] - begin).round(1)}
@@ -93,3 +114,5 @@ def run(options) -> None:
     training = jobs[jobs["stage"].isin(["distill", "baseline"])]
     if len(training):
         print(describe_parallelism(training, "distill and baseline"))
+    if overhead:
+        print(overhead)

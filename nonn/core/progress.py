@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-#: Shares of the work after which a line is logged where there is no terminal.
-LOG_EVERY = 0.1
+#: Share of the work and seconds after which a line is logged where there is no terminal.
+LOG_EVERY, LOG_SECONDS = 0.1, 5.0
 
 
 def track(items: Iterable[Item], label: str, total: int | None = None, done: int = 0) -> Iterator[Item]:
@@ -29,13 +29,14 @@ def track(items: Iterable[Item], label: str, total: int | None = None, done: int
     start = time.monotonic()
     if done:
         log(f"{label}: resumed at {done} of {left + done}")
-    logged = 0.0
+    logged, logged_at = 0.0, start
     for count, item in enumerate(items, start=1):
         yield item
         share = count / left
-        if share >= logged + LOG_EVERY or count == left:
-            logged = share
-            elapsed = time.monotonic() - start
+        now = time.monotonic()
+        if (share >= logged + LOG_EVERY and now >= logged_at + LOG_SECONDS) or count == left:
+            logged, logged_at = share, now
+            elapsed = now - start
             log(f"{label}: {done + count} of {left + done}, about {elapsed / share - elapsed:.0f} s left")
 
 

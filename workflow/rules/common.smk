@@ -1,4 +1,4 @@
-import os
+import csv
 import re
 import shlex
 import sys
@@ -11,6 +11,7 @@ from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from nonn.commands.job import begin_run, merge_entries
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
 from nonn.core.jobs import check_named_files, write_jobs
@@ -23,7 +24,7 @@ shell.prefix(
 )
 
 # Touched, because DVC brings unchanged outputs back with their old times.
-REPRO = "(dvc --wait-for-lock repro -q --single-item {params.address:q} && touch {output:q}) > {log:q} 2>&1"
+JOB = "(python -m nonn job {params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
 
 # Newer than all outputs: an input of each job that has to run, and of no other.
 CHANGED = STATE / "changed"
@@ -39,6 +40,7 @@ class Plan:
 
     def __init__(self, params, jobs):
         self.jobs = {job.addressing: job for job in jobs}
+        self.names = [job.name for job in jobs]
         self.writer = {path(out): job.addressing for job in jobs for out in job.outs}
         self.changed, self.new_designs = set(), {}
         self.hashes, self.parameters = {}, {}
@@ -177,6 +179,8 @@ def read_stages():
     if write_jobs(params):
         print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
     jobs = Repo(".").index.stages
+    if merge_entries([job.name for job in jobs]):
+        jobs = Repo(".").index.stages
     plan, by_name = Plan(params, jobs), defaultdict(list)
     for job in jobs:
         by_name[job.addressing.partition("@")[0]].append(job)
@@ -185,17 +189,37 @@ def read_stages():
     read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
     # What has to run, runs, even if nothing that follows has to.
     final = [str(out) for out, writer in plan.writer.items() if out not in read or writer in plan.changed]
-    return params, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+    return params, plan, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+
+
+def expected_seconds(params, plan):
+    """Seconds that each job which has to run may take: of its stage on average, in the run that stands in results/."""
+    timeline, seconds = Paths(params.experiment) / "timeline.csv", defaultdict(list)
+    if timeline.is_file():
+        with timeline.open(newline="") as file:
+            for row in csv.DictReader(file):
+                seconds[row["stage"]].append(float(row["end_s"]) - float(row["start_s"]))
+    means = {stage: sum(values) / len(values) for stage, values in seconds.items()}
+    return {name: means.get(name.partition("@")[0], 0) + 4 for name in plan.names if name in plan.changed}
 
 
 # Not known where nothing is run, by --report, or where jobs go to other machines.
 ALL_CORES = workflow.resource_settings.cores or 1
 
 try:
-    PARAMS, STAGES, FINAL = read_stages()
+    PARAMS, PLAN, STAGES, FINAL = read_stages()
 except UserError as error:
     sys.exit(str(error))
 
 
 onstart:
     remove_leftovers(PARAMS, Paths(PARAMS.experiment))
+    begin_run(expected_seconds(PARAMS, PLAN))
+
+
+onsuccess:
+    merge_entries(PLAN.names)
+
+
+onerror:
+    merge_entries(PLAN.names)

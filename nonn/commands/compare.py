@@ -1,0 +1,85 @@
+"""The command ``nonn compare``: are the results the committed ones, byte for byte?
+
+DVC records a hash of every output in ``dvc.lock``, which is in git. What is trained or calculated is compared with the
+hashes of the last commit. Times are measured, and differ from run to run on any machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from nonn.core.errors import UserError
+from nonn.core.files import existing, read_json
+from nonn.core.params import load_params
+from nonn.core.paths import Paths
+
+#: Stages whose outputs hold measured times.
+MEASURED = ("benchmark", "distributed", "figures")
+WHY = {
+    "portable": "numerics: portable promises the same bytes with the same code, parameters, versions of the packages, "
+    "and an x86-64 processor with AVX2.",
+    "fast": "numerics: fast promises the same bytes only on the same type of processor.",
+}
+
+
+def hashes(lock: dict[str, Any] | None, folder: Path) -> dict[str, str]:
+    """MD5 by path of what stages, apart from those of `MEASURED`, wrote into a folder, from the content of a lock."""
+    return {
+        out["path"]: out["md5"]
+        for name, stage in (lock or {}).get("stages", {}).items()
+        for out in stage.get("outs", [])
+        if name.partition("@")[0] not in MEASURED and folder in Path(out["path"]).parents
+    }
+
+
+def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """Of the accuracies that both have, in points."""
+    keys = [key for key in old.keys() & new.keys() if key.endswith("accuracy")]
+    return max((100 * abs(old[key] - new[key]) for key in keys), default=0.0)
+
+
+def committed(path: Path) -> str | None:
+    """Content of a file as of the last commit; None if it has no such file, or there is no git."""
+    try:
+        shown = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return shown.stdout if shown.returncode == 0 else None
+
+
+def compare(root: Path, numerics: str) -> list[str]:
+    """What to say, line by line, of the results in a folder beside the committed ones."""
+    old = hashes(YAML(typ="safe").load(committed(Path("dvc.lock")) or ""), root)
+    new = hashes(YAML(typ="safe").load(existing(Path("dvc.lock")).read_text(encoding="utf-8")), root)
+    if not new:
+        raise UserError(f"dvc.lock: lists no results in {root}. Run `snakemake --cores all` or `dvc repro` first.")
+    if not old:
+        return [f"{root}: no results are committed, so there is nothing to compare with."]
+    shared = old.keys() & new.keys()
+    different = sorted(path for path in shared if old[path] != new[path])
+    others = f"; {len(old.keys() ^ new.keys())} are only in one of the two" if old.keys() != new.keys() else ""
+    lines = [f"{root}: {len(shared) - len(different)} of {len(shared)} outputs have the committed bytes{others}."]
+    if different:
+        lines += [f"  other bytes: {path}" for path in different[:5]]
+        lines += [f"  … and {len(different) - 5} more"] * (len(different) > 5)
+        metrics = root / "metrics.json"
+        if (before := committed(metrics)) and metrics.is_file():
+            points = largest_difference(json.loads(before), read_json(metrics))
+            lines.append(f"Accuracies differ from the committed ones by at most {points:.2f} points.")
+        lines.append(WHY[numerics])
+    lines.append("Latencies are not compared: they are measured, and differ from run to run.")
+    return lines
+
+
+def add_arguments(parser) -> None:
+    parser.epilog = "example: nonn compare"
+
+
+def run(_) -> None:
+    params = load_params()
+    print("\n".join(compare(Paths(params.experiment).root, params.numerics)))

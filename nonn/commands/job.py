@@ -1,0 +1,116 @@
+"""The command ``nonn job``: run one stage as ``dvc repro`` would, but leave ``dvc.lock`` to the end of the run.
+
+DVC reads and writes the whole of ``dvc.lock`` for every stage, so that a job costs more the more jobs there are, and
+parallel jobs wait for each other. Here a job notes its own entry in a file, and `merge_entries` adds the entries of a
+run to ``dvc.lock`` at once. All else is DVC's: outputs come from its cache where a run with these inputs is known,
+otherwise the stage runs and is kept there. A run that is killed before its entries are merged loses nothing: they are
+merged when the next one begins.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterable
+from io import StringIO
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from dvc import dvcfile
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageCmdFailedError
+from dvc.stage.serialize import to_lockfile
+from dvc.utils.serialize import loads_yaml
+from dvc.utils.serialize._yaml import _dump
+
+from nonn.commands.stage import note
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json, remove, write_json, write_text
+from nonn.core.progress import log
+
+LOCK_FILE = Path("dvc.lock")
+#: Entries of finished jobs that are not in ``dvc.lock`` yet, and what a run began with.
+ENTRIES, RUN = STATE / "entries", STATE / "run.json"
+
+
+class EntryFile(dvcfile.Lockfile):
+    """In place of ``dvc.lock``: knows nothing of earlier runs, and keeps the entry of one stage."""
+
+    def load(self) -> dict[str, Any]:
+        return {}
+
+    def dump_stages(self, stages, **kwargs) -> None:
+        for stage in stages:
+            write_text(entry_of(stage.name), json.dumps(to_lockfile(stage, **kwargs)))  # in the order of ``dvc.lock``
+
+
+def entry_of(name: str) -> Path:
+    return ENTRIES / f"{quote(name, safe='')}.json"
+
+
+def run_job(address: str) -> None:
+    """Bring the outputs of one stage up to date, from the cache or by running it."""
+    dvcfile.Lockfile = EntryFile
+    logging.getLogger("dvc").setLevel(logging.ERROR)
+    try:
+        Repo(".", _wait_for_lock=True).reproduce(address, single_item=True)
+    except DvcException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, StageCmdFailedError):
+            raise SystemExit(1) from None  # the stage has said why
+        raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None
+
+
+def merge_entries(order: Iterable[str]) -> bool:
+    """Add the entries of finished jobs to ``dvc.lock``, in the order of ``dvc.yaml``, and say whether there were any.
+
+    Entries of jobs that are not in the order have gone from ``dvc.yaml``, and go from ``dvc.lock``.
+    """
+    files = sorted(ENTRIES.glob("*.json"))
+    if not files:
+        return False
+    with Repo(".", _wait_for_lock=True).lock:
+        old = loads_yaml(LOCK_FILE.read_text(encoding="utf-8")) if LOCK_FILE.is_file() else None
+        stages = (old or {}).get("stages", {})
+        for file in files:
+            stages |= read_json(file)
+        text = StringIO()
+        _dump({"schema": "2.0", "stages": {name: stages[name] for name in order if name in stages}}, text)
+        write_text(LOCK_FILE, text.getvalue())
+    for file in files:
+        remove(file)
+    return True
+
+
+def begin_run(expected: dict[str, float]) -> None:
+    """Note when a run begins, and the seconds that each of its jobs may take, in any unit, for estimates."""
+    write_json(RUN, {"start": time.time(), "expected": expected})
+
+
+def say_what_is_left() -> None:
+    """One line: how many jobs of the run are done, and an estimate of the time that the others take."""
+    if not RUN.is_file():
+        return
+    run = read_json(RUN)
+    expected = run["expected"]
+    done = [name for name in expected if entry_of(name).is_file()]
+    if not done or len(done) == len(expected):
+        return
+    share = sum(map(expected.__getitem__, done)) / sum(expected.values())
+    minutes = (time.time() - run["start"]) * (1 / share - 1) / 60
+    log(f"{len(done)} of {len(expected)} jobs done, about {max(minutes, 0.1):.1f} minutes left")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
+    parser.epilog = "example: nonn job distill@seed0/2s/0"
+
+
+def run(options) -> None:
+    start = time.time()
+    run_job(options.address)
+    note({"job": options.address, "start": start, "end": time.time()})
+    say_what_is_left()

@@ -1,0 +1,104 @@
+"""Jobs that leave dvc.lock alone: what they keep, what is merged, what a killed run loses (nothing)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from experiments import REPOSITORY
+from ruamel.yaml import YAML
+
+from nonn.commands.job import ENTRIES, merge_entries, say_what_is_left
+from nonn.core.files import STATE, write_json
+
+BIN = Path(sys.executable).parent
+PIPELINE = """\
+stages:
+  letters:
+    foreach: [a, b]
+    do:
+      cmd: echo ran >> runs.txt; echo ${item} > ${item}.txt
+      deps: [input.txt]
+      outs: ["${item}.txt"]
+  both:
+    cmd: cat a.txt b.txt > both.txt
+    deps: [a.txt, b.txt]
+    outs: [both.txt]
+"""
+ORDER = ["letters@a", "letters@b", "both"]
+
+
+@pytest.fixture
+def repository(folder):
+    """A DVC repository of three quick stages."""
+    Path("dvc.yaml").write_text(PIPELINE)
+    Path("input.txt").write_text("1\n")
+    Path("runs.txt").touch()
+    for command in (
+        ["git", "init", "-q"],
+        [BIN / "dvc", "init", "-q"],
+        [BIN / "dvc", "config", "core.analytics", "false"],
+    ):
+        subprocess.run(command, check=True)
+    return folder
+
+
+def run_jobs(*names):
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for name in names:
+        subprocess.run([sys.executable, "-m", "nonn", "job", name], env=environment, check=True)
+
+
+@pytest.mark.usefixtures("repository")
+def test_jobs_that_are_merged_leave_nothing_for_dvc_to_do():
+    run_jobs("letters@b", "letters@a", "both")
+    assert not Path("dvc.lock").exists()
+    assert merge_entries(ORDER)
+    assert list(YAML(typ="safe").load(Path("dvc.lock"))["stages"]) == ORDER, "as in dvc.yaml, whichever ended first"
+    assert not merge_entries(ORDER)
+    lock = Path("dvc.lock").read_bytes()
+    status = subprocess.run([BIN / "dvc", "status"], capture_output=True, text=True, check=True)
+    assert "up to date" in status.stdout
+    subprocess.run([BIN / "dvc", "repro", "-q", "--force"], check=True)
+    assert Path("dvc.lock").read_bytes() == lock, "the bytes that DVC itself writes"
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_job_that_was_not_merged_comes_back_from_the_cache():
+    run_jobs("letters@a")
+    for path in (*ENTRIES.iterdir(), Path("a.txt")):
+        path.unlink()
+    run_jobs("letters@a")
+    assert Path("a.txt").read_text() == "a\n"
+    assert Path("runs.txt").read_text() == "ran\n"
+
+
+@pytest.mark.usefixtures("repository")
+def test_entries_of_jobs_that_have_gone_leave_the_lock():
+    run_jobs("letters@a", "letters@b")
+    merge_entries(ORDER)
+    Path("input.txt").write_text("2\n")
+    run_jobs("letters@b")
+    merge_entries(["letters@b"])
+    assert list(YAML(typ="safe").load(Path("dvc.lock"))["stages"]) == ["letters@b"]
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_stage_that_fails_ends_the_job_with_its_own_message_alone():
+    text = PIPELINE.replace("cat a.txt b.txt > both.txt", "echo the reason >&2; false")
+    Path("dvc.yaml").write_text(text)
+    run_jobs("letters@a", "letters@b")
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    job = [sys.executable, "-m", "nonn", "job", "both"]
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "the reason\n")
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_left_is_estimated_from_what_earlier_runs_took(monkeypatch, capsys):
+    monkeypatch.setattr("time.time", lambda: 160.0)
+    write_json(STATE / "run.json", {"start": 100.0, "expected": {"a@1": 10.0, "a@2": 10.0, "b": 40.0}})
+    write_json(ENTRIES / "a%401.json", {})
+    say_what_is_left()
+    assert capsys.readouterr().err == "1 of 3 jobs done, about 5.0 minutes left\n"
