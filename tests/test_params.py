@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from nonn.core.errors import UserError
 from nonn.core.params import load_params
 
-PAIR = {"devices": ["stm32f7"] * 2, "seeds": 1}
+PAIR = {"devices": ["stm32f4"] * 2, "seeds": 1}
 
 
 def complaint(path) -> str:
@@ -42,14 +42,14 @@ WRONG = [
     ({"network": {}}, "network: unknown key; remove it (did you mean 'networks'?)"),
     ({"teacher.epoch": 3}, "teacher.epoch: unknown key; remove it (did you mean 'epochs'?)"),
     ({"teacher.architecture.deep": 3}, "teacher.architecture.deep: unknown key; remove it (did you mean 'depth'?)"),
-    ({"devices.stm32f7.flops": 3}, "devices.stm32f7.flops: unknown key; remove it"),
+    ({"devices.stm32f4.flops": 3}, "devices.stm32f4.flops: unknown key; remove it"),
     ({"dataset": MISSING}, "dataset: missing; add it"),
     ({"distill.lr": MISSING}, "distill.lr: missing; add it"),
     ({"teacher.lr": -0.1}, "teacher.lr: input should be greater than 0 (it is -0.1); change it"),
     ({"teacher.weights_sha256": "abc"}, "teacher.weights_sha256: string should match pattern"),
     ({"teacher.muon": {"lr": 0.1}}, "teacher.muon.momentum: missing; add it"),
     ({"teacher.muon": {"lr": 0, "momentum": 0.6}}, "teacher.muon.lr: input should be greater than 0 (it is 0)"),
-    ({"devices.stm32f7.memory_kib": float("inf")}, "devices.stm32f7.memory_kib: input should be a finite number"),
+    ({"devices.stm32f4.memory_kib": float("inf")}, "devices.stm32f4.memory_kib: input should be a finite number"),
     (
         {"teacher.normalization": {"mean": [0.5], "std": [0.5]}},
         "teacher: normalization: is that of imported `weights`, and they are null; set it to null too",
@@ -58,29 +58,29 @@ WRONG = [
         {"teacher.architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 2, "width": 2}},
         "teacher.architecture: `width` belongs to families wrn and resnet; family fast takes `widths`",
     ),
-    ({"devices.stm32f7.memory_kib": 0}, "devices.stm32f7.memory_kib: input should be greater than 0 (it is 0)"),
+    ({"devices.stm32f4.memory_kib": 0}, "devices.stm32f4.memory_kib: input should be greater than 0 (it is 0)"),
     ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
     ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),
     ({"teacher.epochs": 1.5}, "teacher.epochs: input should be a valid integer"),
-    ({"networks.2s": ["stm32f7"]}, "networks.2s: input should be a valid dictionary or instance of NetworkParams"),
-    ({"networks.2s.devices": "stm32f7"}, "networks.2s.devices: input should be a valid list (it is 'stm32f7')"),
+    ({"networks.2s": ["stm32f4"]}, "networks.2s: input should be a valid dictionary or instance of NetworkParams"),
+    ({"networks.2s.devices": "stm32f4"}, "networks.2s.devices: input should be a valid list (it is 'stm32f4')"),
     ({"signals": None}, "signals: input should be a valid dictionary"),
     ({"experiment": "my/experiment"}, "experiment: string should match pattern"),
     ({"experiment": 5}, "experiment: input should be a valid string (it is 5); put it in quotes"),
     ({"networks": {2: PAIR}}, "networks.2: input should be a valid string (it is 2); put it in quotes"),
     ({"networks": {}}, "networks: dictionary should have at least 1 item"),
     (
-        {"networks.2s.devices": ["stm32f7", "stm32f8"]},
-        "networks.2s.devices: 'stm32f8' is not under `devices`; add it there (did you mean 'stm32f7'?)",
+        {"networks.2s.devices": ["stm32f4", "stm32f5"]},
+        "networks.2s.devices: 'stm32f5' is not under `devices`; add it there (did you mean 'stm32f4'?)",
     ),
     ({"assemble.missing": "ignore"}, "assemble.missing: input should be 'auto', 'rescale', 'zero_fill'"),
     (
-        {"assemble.missing": "subset_layers", "networks.2s.devices": ["stm32f7"] * 9},
+        {"assemble.missing": "subset_layers", "networks.2s.devices": ["stm32f4"] * 9},
         "assemble.missing: subset_layers is for up to 8 devices, and networks.2s has 9; choose auto or another",
     ),
     ({"networks.solo": PAIR}, "networks.solo: this is what models that run alone are called; choose another name"),
-    ({"networks.2s.devices": ["stm32f7"]}, "networks.2s.devices: list should have at least 2 items"),
-    ({"networks.2s.devices": ["stm32f7"] * 17}, "networks.2s.devices: list should have at most 16 items"),
+    ({"networks.2s.devices": ["stm32f4"]}, "networks.2s.devices: list should have at least 2 items"),
+    ({"networks.2s.devices": ["stm32f4"] * 17}, "networks.2s.devices: list should have at most 16 items"),
     ({"networks.2s.seeds": 0}, "networks.2s.seeds: input should be greater than or equal to 1 (it is 0)"),
     ({"networks.2s.seeds": 3.0}, "networks.2s.seeds: input should be a valid integer (it is 3.0)"),
     ({"networks.2s.seeds": True}, "networks.2s.seeds: input should be a valid integer (it is True)"),

@@ -124,7 +124,7 @@ class Clone:
         before = len(journal.read_text().splitlines()) if journal.exists() else 0
         self.call(command)
         lines = journal.read_text().splitlines()[before:] if journal.exists() else []
-        entries = [json.loads(line) for line in lines]
+        entries = [entry for entry in map(json.loads, lines) if "stage" in entry]
         return [" ".join(str(e[k]) for k in ("stage", "item", "seed") if e[k] is not None) for e in entries]
 
     def announced(self) -> set[str]:
