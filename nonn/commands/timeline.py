@@ -16,7 +16,7 @@ import pandas as pd
 from nonn.commands.stage import JOURNAL
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
 from nonn.report.plots import drawing_style, save_figure
 from nonn.report.timeline_plots import draw_timeline
@@ -72,12 +72,13 @@ def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
 
 def add_arguments(parser) -> None:
     parser.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    add_settings(parser)
     parser.epilog = "example: nonn timeline --all"
 
 
 def run(options) -> None:
     """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were."""
-    params = load_params()
+    params = load_settings(options)
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
     jobs = jobs if options.all else last_run(jobs)
