@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from experiments import REPOSITORY
 
-EXPERIMENTS = ["cifar10", "cifar10_int8", "cifar10_int8_long", "mnist5k"]
+EXPERIMENTS = sorted(path.parent.name for path in REPOSITORY.glob("results/*/summary.md"))
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "results/README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
 
 
