@@ -8,7 +8,8 @@ import pytest
 from experiments import REPOSITORY
 
 EXPERIMENTS = sorted(path.parent.name for path in REPOSITORY.glob("results/*/summary.md"))
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "results/README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "config/README.md", "results/README.md")]
+PAGES += sorted(REPOSITORY.glob("docs/*.md"))
 
 
 def tables(text: str) -> list[list[str]]:

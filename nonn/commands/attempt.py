@@ -111,11 +111,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def add_arguments(parser) -> None:
-    item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
+    item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="a network, or a baseline of it, such as 2s/kd")
     completed(item, lambda: load_params().networks)
     add_settings(parser)
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append a row to it")
+    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append the result to this table")
     parser.epilog = "example: nonn try 2s/kd --set distill.lr=0.1 --table attempts.csv"
 
 

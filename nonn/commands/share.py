@@ -11,7 +11,7 @@ from nonn.data.tensors import read_tensors, write_tensors
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="to write")
+    parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="file to write")
     add_settings(parser)
     parser.epilog = "example: nonn share teacher.safetensors"
 

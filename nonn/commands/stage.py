@@ -35,11 +35,13 @@ def add_arguments(parser) -> None:
     kind, item, is_seeded = ITEMS.get(stage, (None, "", False))
     if kind:
         completed(
-            parser.add_argument("item", metavar=kind, help="as named in params.yaml"),
+            parser.add_argument("item", metavar=kind, help="by the names in params.yaml"),
             lambda: known_items(stage, load_params()),
         )
     if is_seeded:
-        parser.add_argument("--seed", type=int, required=True, help="one of those in params.yaml")
+        parser.add_argument(
+            "--seed", type=int, required=True, help="seed of this training, from 0 on; params.yaml has their number"
+        )
     add_settings(parser, argparse.SUPPRESS)
     parser.epilog = f"example: nonn {stage} {item}{' --seed 0' * is_seeded}"
 

@@ -71,7 +71,7 @@ def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    parser.add_argument("--all", action="store_true", help="draw every job on record, not only the last run")
     add_settings(parser)
     parser.epilog = "example: nonn timeline --all"
 

@@ -88,9 +88,11 @@ def _yaml() -> YAML:
 
 
 def add_arguments(parser) -> None:
-    name = parser.add_argument("experiment", metavar="EXPERIMENT", help=f"a file of {EXPERIMENTS}, such as cifar10")
+    name = parser.add_argument(
+        "experiment", metavar="EXPERIMENT", help=f"name of a file in {EXPERIMENTS}, such as cifar10"
+    )
     completed(name, experiments)
-    add_settings(parser, "a value in place of the experiment's own, to be written; repeatable")
+    add_settings(parser, "write another value than the experiment's; repeatable")
     parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
 
 

@@ -17,7 +17,7 @@ def natural(text: str) -> int:
     return number
 
 
-def add_settings(parser: argparse.ArgumentParser, help: str = "a value in place of that of params.yaml; repeatable"):
+def add_settings(parser: argparse.ArgumentParser, help: str = "use another value than that of params.yaml; repeatable"):
     """Add ``--set``, for `load_settings` or, where params.yaml itself has to say it, for `refuse_settings`."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
 

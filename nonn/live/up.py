@@ -115,12 +115,23 @@ def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Pag
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="(default: %(default)s)")
     parser.add_argument(
-        "--web", type=int, nargs="?", const=7080, metavar="PORT", help="serve a live page on 127.0.0.1:PORT (7080)"
+        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
     parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="PATH", help="pictures for the page, files or folders (test images)"
+        "--web",
+        type=int,
+        nargs="?",
+        const=7080,
+        metavar="PORT",
+        help="also serve the live page on 127.0.0.1:PORT (7080)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of pictures for the page (default: test images)",
     )
     parser.epilog = "example: nonn up --web"
 

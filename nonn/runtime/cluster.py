@@ -164,12 +164,14 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    network = parser.add_argument("network", metavar="NETWORK", help="an exported network of params.yaml")
     completed(network, lambda: load_params().networks)
-    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="(default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
-    parser.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="file to write (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7100, help="port of the first node (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument(
+        "--certs", type=Path, default=Path("certs"), help="folder that `nonn certs` writes to (default: %(default)s)"
+    )
     parser.add_argument("--insecure", action="store_true", help="plain text without certificates")
     add_settings(parser)
     parser.epilog = "example: nonn cluster 2s"

@@ -25,7 +25,7 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
 def add_arguments(parser) -> None:
     parser.add_argument("image", type=Path, help="a picture of any size")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--network", help="of params.yaml; the first by default")
+    source.add_argument("--network", help="a network of params.yaml (default: the first)")
     source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
     add_settings(parser)
     parser.epilog = "example: nonn predict digit.png --cluster cluster.yaml"

@@ -287,13 +287,15 @@ async def serve(
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("part", type=Path, metavar="FOLDER/POSITION", help="of a plan that `nonn split` wrote")
+    parser.add_argument(
+        "part", type=Path, metavar="FOLDER/POSITION", help="a device's folder of a plan that `nonn split` wrote"
+    )
     parser.add_argument(
         "--devices",
         nargs="+",
         required=True,
         metavar="HOST:PORT",
-        help="of all devices in order; it listens on its own",
+        help="addresses of all devices, in order; this one listens on its own",
     )
     add_serving(parser)
     parser.epilog = "example: nonn split-node plan/0 --devices 127.0.0.1:7100 127.0.0.1:7101 --insecure"

@@ -229,10 +229,12 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
-    parser.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.epilog = "example: nonn fuzz export/2s --messages 1000"
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
+    parser.add_argument(
+        "--messages", type=int, default=100_000, help="messages to each of the two (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.epilog = "example: nonn fuzz results/mnist5k/export/2s --messages 1000"
 
 
 def run(options) -> None:
