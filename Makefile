@@ -21,7 +21,8 @@ lint: environment
 	$(VENV)/bin/snakefmt --check workflow
 	$(VENV)/bin/snakemake --lint
 	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/mkdocs build --strict --quiet --site-dir .nonn/site
+	$(VENV)/bin/mypy --cache-dir .nonn/mypy
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir .nonn/site
 
 environment: $(VENV)/installed
 

@@ -91,7 +91,7 @@ def parse_seed(item: str | None, seed: int | None, params) -> dict:
 
     A seed that the parameters do not name is refused: what it trained would be nobody's, and swept away.
     """
-    if seed is None:
+    if seed is None or item is None:
         return {}
     network, _, part = item.partition("/")
     section, key = params.networks[network], f"networks.{network}.seeds"

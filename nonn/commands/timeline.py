@@ -54,7 +54,8 @@ def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
 
 def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
     """Give each job, in order of its start, the first free lane: as many are taken as jobs ran at once."""
-    lanes, free_at = [], []
+    lanes: list[int] = []
+    free_at: list[float] = []
     for start, end in zip(starts, ends, strict=True):
         lane = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))
         free_at[lane : lane + 1] = [end]

@@ -88,9 +88,10 @@ async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | N
         exits = asyncio.gather(*(watch(by_name[node.name], contract, cluster) for node, _, contract in placed))
         end = asyncio.create_task(stopped.wait())
         served = [asyncio.create_task(page(children)) for page in pages]
-        tasks = [exits, end, *served, asyncio.create_task(show(children))]
+        awaited: list[asyncio.Future] = [exits, end, *served]
+        tasks = [*awaited, asyncio.create_task(show(children))]
         try:
-            done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:

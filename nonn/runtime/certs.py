@@ -106,7 +106,13 @@ def _issue(name: str, days: int, extensions: dict[x509.ExtensionType, bool], aut
 
 
 def _usage(**granted: bool) -> x509.KeyUsage:
-    rights = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    rights: tuple[str, ...] = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+    )
     rights += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
     return x509.KeyUsage(**dict.fromkeys(rights, False) | granted)
 

@@ -269,7 +269,7 @@ class Writer:
                     source=name,
                     name=f"{name}@{owner}",
                     rows=None if (start, stop) == owned else rows,
-                    shape=self.cuts.shape(name, (start, stop)),
+                    shape=self.cuts.shape(name, (start, stop)),  # type: ignore[arg-type]  # of four dimensions
                 )
 
     def finish(self, messages: list[Message]) -> tuple[Part, list[bytes | None]]:
