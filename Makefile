@@ -23,12 +23,15 @@ lint: environment
 	$(VENV)/bin/snakefmt --check workflow
 	$(VENV)/bin/snakemake --lint
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/mypy --cache-dir .nonn/mypy
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet --site-dir .nonn/site
 
 environment: $(VENV)/installed
 
 # Versions are those that were tested; pyproject.toml has the ranges that should work.
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'NoNN needs Python 3.11 or newer: make PYTHON=python3.11 …')"
+	$(PYTHON) -c "import sys; sys.exit(sys.maxsize < 2**32 and 'NoNN needs a 64-bit Python, on a Raspberry Pi the 64-bit Raspberry Pi OS')"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint requirements.lock --editable .[dev]
 	touch $@

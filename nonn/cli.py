@@ -1,19 +1,23 @@
 """The command ``nonn``: a table of names. The options of a command are known to its own module alone.
 
 That module has ``add_arguments(parser)``, which also gives an example, and ``run(options)``. No other
-module is imported, so that help is instant.
+module is imported, so that help is instant. Completion in a shell goes the same way: the name of a command from
+the table, its options from its module.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from nonn import __version__
 from nonn.core.errors import UserError
+from nonn.core.install import how_to_install, require_64_bit
 
 INTRODUCTION = """\
 Network of Neural Networks: one small student a device, in place of one large
@@ -24,51 +28,47 @@ The whole pipeline, as far as results are stale:
   snakemake --cores 2  the same, independent stages in parallel
   dvc repro            the same, one stage after another
 """
-BEGIN, STAGES, DEPLOY = "begin", "run the pipeline by hand, in this order", "deploy"
+BEGIN, RUN, DEPLOY = "begin", "run one stage of the pipeline by hand, in this order", "deploy"
 MEASURE, DEVELOP = "measure", "develop"
 
 #: Name of each command: its group, its module, and what it does.
 COMMANDS = {
-    "use": (BEGIN, "commands.use", "Make one of the experiments the active one, in params.yaml."),
+    "use": (BEGIN, "commands.use", "Write params.yaml for one of the experiments, and so make it the active one."),
     "check": (BEGIN, "commands.check", "Check params.yaml for mistakes, without running anything."),
-    "jobs": (BEGIN, "commands.jobs", "List the trainings that params.yaml asks for, for DVC."),
     "predict": (BEGIN, "runtime.predict", "Classify an image with the trained students."),
-    "dataset": (STAGES, "commands.stage", "Read or download the images, and split off some for the test."),
-    "teacher": (STAGES, "commands.stage", "Train or import the teacher, the one large network."),
-    "signals": (STAGES, "commands.stage", "Run the teacher once over all augmented images."),
-    "graph": (STAGES, "commands.stage", "Build the graph of the teacher's filters that act together."),
-    "design": (STAGES, "commands.stage", "Choose each student's architecture by the budgets of its device."),
-    "partition": (STAGES, "commands.stage", "Share the teacher's filters out among the students."),
-    "distill": (STAGES, "commands.stage", "Train one student to imitate its share of the teacher."),
-    "assemble": (STAGES, "commands.stage", "Join the students of a network by a final layer."),
-    "baseline": (STAGES, "commands.stage", "Train one network in another way, to compare the students with."),
-    "evaluate": (STAGES, "commands.stage", "Score everything on the test images."),
-    "export": (STAGES, "commands.stage", "Write a network as ONNX files for devices, and score those again."),
-    "benchmark": (STAGES, "commands.stage", "Measure latency and memory of exported models."),
-    "distributed": (STAGES, "commands.stage", "Run devices together over emulated links, and measure latency."),
-    "figures": (STAGES, "commands.stage", "Draw figures and write tables from the results."),
-    "job": (STAGES, "commands.job", "Run one of these stages by its name in dvc.yaml, from the cache if possible."),
+    "jobs": (RUN, "commands.jobs", "List the trainings that params.yaml asks for; `dvc repro` needs the list."),
+    "dataset": (RUN, "commands.stage", "Read or download the images, and set some aside for the test."),
+    "teacher": (RUN, "commands.stage", "Train or import the teacher, the one large network."),
+    "signals": (RUN, "commands.stage", "Run the teacher once over all augmented images, and keep its answers."),
+    "graph": (RUN, "commands.stage", "Build the graph of the teacher's filters that are active together."),
+    "design": (RUN, "commands.stage", "Choose for each student the largest architecture that fits its device."),
+    "partition": (RUN, "commands.stage", "Divide the teacher's filters among the students."),
+    "distill": (RUN, "commands.stage", "Train one student to imitate its share of the teacher."),
+    "assemble": (RUN, "commands.stage", "Join the students of a network by a final layer."),
+    "baseline": (RUN, "commands.stage", "Train one network in another way, for comparison."),
+    "evaluate": (RUN, "commands.stage", "Measure the accuracy of all networks on the test images."),
+    "export": (RUN, "commands.stage", "Write a network as ONNX files for devices, and measure its accuracy again."),
+    "benchmark": (RUN, "commands.stage", "Measure the latency and memory of exported models."),
+    "distributed": (RUN, "commands.stage", "Run all devices at once over emulated links, and measure latency."),
+    "figures": (RUN, "commands.stage", "Draw the figures and write the tables of the results."),
+    "job": (RUN, "commands.job", "Run one of these stages by its name in dvc.yaml, from the cache if possible."),
     "cluster": (DEPLOY, "runtime.cluster", "Write cluster.yaml, which says where each student runs."),
-    "certs": (DEPLOY, "runtime.certs", "Make the certificates by which devices know each other."),
-    "up": (DEPLOY, "live.up", "Run all nodes of a cluster on this machine and watch them."),
-    "node": (DEPLOY, "runtime.node", "Serve one exported student on this device, over gRPC."),
-    "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications, over gRPC."),
+    "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
+    "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
+    "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
+    "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
-    "links": (MEASURE, "testbed.links", "Measure delay and rate of the emulated links beside their theory."),
-    "split": (MEASURE, "split.planner", "Split one exported model over devices, to compare students with."),
-    "split-node": (MEASURE, "split.node", "Serve one device's part of a split model, over gRPC."),
-    "soak": (MEASURE, "testbed.soak", "Classify on and on while nodes are killed, and count answers."),
-    "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),
-    "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
+    "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
+    "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
+    "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
+    "soak": (MEASURE, "testbed.soak", "Classify many images while nodes are killed, and count the answers."),
+    "fuzz": (MEASURE, "testbed.fuzz", "Send malformed messages to a node and a coordinator, and check the replies."),
+    "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
-    "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
-    "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
+    "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
+    "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
+    "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }
-#: What only the pipeline imports, as it is imported: a device has none of it.
-PIPELINE = (
-    *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
-    *("torch", "torchvision"),
-)
 
 
 def overview() -> str:
@@ -90,27 +90,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"nonn {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    if "_ARGCOMPLETE" in os.environ:
+        complete(parser)
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     command = parser.parse_args(arguments[:1]).command
     try:
+        require_64_bit()
         run_command(command, arguments[1:])
     except UserError as error:
         sys.exit(f"nonn {command}: {error}")
     except ModuleNotFoundError as error:
-        if (package := str(error.name).partition(".")[0]) not in PIPELINE:
+        if (remedy := how_to_install(error.name)) is None:
             raise
-        sys.exit(
-            f"nonn {command}: {package} is not installed: this command needs the packages of the pipeline. "
-            "In a clone of the repository, run: pip install -e '.[pipeline]'"
-        )
+        sys.exit(f"nonn {command}: {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:
+    parser, run = parser_of(command)
+    run(parser.parse_args(arguments))
+
+
+def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]:
+    """The parser of a command's own arguments, and what runs it."""
     _, name, summary = COMMANDS[command]
     module = importlib.import_module(f"nonn.{name}")
     parser = argparse.ArgumentParser(prog=f"nonn {command}", description=summary)
     parser.set_defaults(command=command)  # for a module of several commands
     module.add_arguments(parser)
-    module.run(parser.parse_args(arguments))
+    return parser, module.run
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Tell the shell, by the protocol of argcomplete, how the line may go on, and exit."""
+    import argcomplete
+
+    *_, words, _ = argcomplete.split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))
+    if len(words) > 1 and words[1] in COMMANDS:
+        os.environ["_ARGCOMPLETE"] = "2"  # the line, as argcomplete sees it, begins with the second word
+        with contextlib.suppress(ModuleNotFoundError):  # of the pipeline, on a device
+            parser, _ = parser_of(words[1])
+    argcomplete.autocomplete(parser)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -19,6 +20,9 @@ from nonn.commands.stage import ITEMS, JOURNAL, parse_item, parse_seed
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
 from nonn.stages import STAGES
+
+#: The arguments of each stage's example.
+EXAMPLES = {stage: f"{ITEMS[stage][1]}{' --seed 0' * ITEMS[stage][2]}" if stage in ITEMS else "" for stage in STAGES}
 
 
 def call(*arguments: str) -> None:
@@ -53,6 +57,50 @@ def test_the_help_of_a_command_has_an_example_that_it_accepts(command, capsys, m
     assert (nonn, example[0]) == ("nonn", command)
     call(*example)
     assert [options.command for options in accepted] == [command]
+
+
+def complete(line: str) -> list[str]:
+    """What a shell is told when its user presses Tab at the end of a line."""
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+    asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": "answer", "_ARGCOMPLETE_IFS": "\n", "PATH": ""}
+    asked["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-m", "nonn"], env=asked, check=True)
+    answer = Path("answer").read_text()
+    Path("answer").unlink()
+    return [word.strip() for word in answer.splitlines()]
+
+
+@pytest.mark.usefixtures("experiment")
+def test_a_shell_completes_commands_items_and_options():
+    assert complete("nonn di") == ["distill", "distributed"]
+    assert complete("nonn distill 2") == ["2s/0", "2s/1"]
+    assert complete("nonn predict --clu") == ["--cluster"]
+    Path("params.yaml").write_text("devises: {}\n")
+    assert complete("nonn distill 2") == []
+
+
+def test_settings_stand_in_for_values_of_the_file(experiment, capsys):
+    call("check", "--set", "experiment=other", "--set", "graph.top_k=null")
+    assert "experiment other" in capsys.readouterr().out
+    assert stop("check", "--set", "graph.top=3").startswith("nonn check: params.yaml: graph.top: unknown key")
+    call("share", "a.safetensors")
+    assert str(experiment.root).replace("tiny", "other") in stop("share", "b.safetensors", "--set", "experiment=other")
+
+
+@pytest.mark.usefixtures("experiment")
+@pytest.mark.parametrize("command", [["jobs"], *([stage, *shlex.split(EXAMPLES[stage])] for stage in STAGES)])
+def test_what_dvc_records_is_that_of_the_file(command):
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    said = stop(*command, "--set", "distill.lr=0.1")
+    assert said.startswith(f"nonn {command[0]}: --set distill.lr=0.1: ")
+    assert "change distill.lr in params.yaml" in said
+    assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("experiment")
+def test_settings_without_effect_are_refused():
+    said = stop("predict", "image.png", "--cluster", "cluster.yaml", "--set", "experiment=other")
+    assert said.startswith("nonn predict: --set: has no effect with --cluster, ")
 
 
 def test_stages_are_those_of_the_pipeline():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,9 @@ from packaging.requirements import Requirement
 from PIL import Image
 from ruamel.yaml import YAML
 
-from nonn.cli import COMMANDS, PIPELINE, main
+from nonn.cli import COMMANDS, main
+from nonn.core.errors import UserError
+from nonn.core.install import BASE, PIPELINE, how_to_install, require_64_bit
 from nonn.runtime.cluster import write_cluster
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -55,18 +58,65 @@ def test_every_dependency_is_pinned():
 
 def test_the_command_knows_what_only_the_pipeline_imports():
     """Each of its names belongs to a package of the extra; snakemake is a command, never imported."""
+    assert providers(PIPELINE) == names(EXTRAS["pipeline"]) - {"snakemake"}
+
+
+def test_the_command_knows_what_every_installation_imports():
+    assert providers(BASE) == names(PROJECT["dependencies"])
+
+
+def providers(modules: tuple[str, ...]) -> set[str]:
+    """The package of each module, the dependency where several share a name, as those of `ruamel` do."""
     distributions = packages_distributions()
-    assert {distributions[name][0].lower() for name in PIPELINE} == names(EXTRAS["pipeline"]) - {"snakemake"}
+    wanted = names(PROJECT["dependencies"] + EXTRAS["pipeline"])
+    found = [{name.lower().replace("_", "-") for name in distributions[module]} & wanted for module in modules]
+    assert all(found), dict(zip(modules, found, strict=True))
+    return set().union(*found)
 
 
 def test_a_stage_says_what_to_install(folder):
     (folder / "params.yaml").write_text((REPOSITORY / "params.yaml").read_text())
     done = run_without("teacher")
     assert done.returncode == 1
-    assert done.stderr == (
-        "nonn teacher: torch is not installed: this command needs the packages of the pipeline. "
-        "In a clone of the repository, run: pip install -e '.[pipeline]'\n"
+    assert done.stderr == f"nonn teacher: {how_to_install('torch')}\n"
+
+
+def test_what_to_install_works_from_where_the_user_stands(monkeypatch):
+    monkeypatch.setattr("sys.prefix", "/home/pi/.venv")
+    assert how_to_install("torch.nn") == (
+        "torch is not installed: this command needs the packages of the pipeline. "
+        f"Run: {sys.executable} -m pip install -e '{REPOSITORY}[pipeline]'"
     )
+    monkeypatch.setattr("sys.prefix", sys.base_prefix)  # no virtual environment: pip refuses there
+    assert how_to_install("grpc") == (
+        f"grpc is not installed: this command needs the packages of nonn. In {REPOSITORY}, run: "
+        "python3 -m venv .venv && .venv/bin/pip install -e '.'. Then call .venv/bin/nonn."
+    )
+    monkeypatch.setattr("nonn.core.install.__file__", "/usr/lib/python3/site-packages/nonn/core/install.py")
+    assert "In a clone of the repository, run: python3 -m venv .venv && " in how_to_install("torch")
+    assert how_to_install("nonsense") is how_to_install(None) is None
+
+
+@pytest.mark.parametrize("path", ["README.md", "docs", "nonn", "workflow"])
+def test_nothing_advises_a_name_on_the_registry_that_is_not_ours(path):
+    place = REPOSITORY / path
+    for file in [place, *place.rglob("*")]:
+        if file.suffix in (".py", ".md", ".yaml"):
+            assert not re.search(r"pip install [\"']?nonn\b", file.read_text()), file
+
+
+def test_a_32_bit_python_is_refused():
+    require_64_bit(2**63 - 1)
+    with pytest.raises(UserError, match=r"^this Python is a 32-bit program \(armv7l\).* the 64-bit Raspberry Pi OS\.$"):
+        require_64_bit(2**31 - 1, "armv7l")
+
+
+def test_a_32_bit_python_ends_in_one_line():
+    code = "import sys; sys.maxsize = 2**31 - 1; from nonn.cli import main; main(['check'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nonn check: this Python is a 32-bit program (")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_another_missing_module_is_a_fault_and_looks_like_one(monkeypatch):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from experiments import REPOSITORY
 
-EXPERIMENTS = ["cifar10", "cifar10_int8", "cifar10_int8_long", "mnist5k"]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "results/README.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+EXPERIMENTS = sorted(path.parent.name for path in REPOSITORY.glob("results/*/summary.md"))
+PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "config/README.md", "results/README.md")]
+PAGES += sorted(REPOSITORY.glob("docs/*.md"))
 
 
 def tables(text: str) -> list[list[str]]:

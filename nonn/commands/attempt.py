@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, remove
 from nonn.core.numerics import choose
-from nonn.core.options import natural
+from nonn.core.options import add_settings, completed, natural
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
@@ -112,12 +112,11 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("item", metavar="NETWORK[/METHOD]", help="as named in params.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="in place of params.yaml; repeatable"
-    )
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append a row to it")
+    item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="a network, or a baseline of it, such as 2s/kd")
+    completed(item, lambda: load_params().networks)
+    add_settings(parser)
+    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append the result to this table")
     parser.epilog = "example: nonn try 2s/kd --set distill.lr=0.1 --table attempts.csv"
 
 

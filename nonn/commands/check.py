@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from nonn.core.jobs import check_named_files
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, load_settings
 
 
 def add_arguments(parser) -> None:
-    parser.epilog = "example: nonn check"
+    add_settings(parser)
+    parser.epilog = "example: nonn check --set distill.epochs=6"
 
 
-def run(_) -> None:
-    params = load_params()
+def run(options) -> None:
+    params = load_settings(options)
     check_named_files(params)
     n_students = sum(len(network.devices) for network in params.networks.values())
     print(f"params.yaml is sound: experiment {params.experiment}, {n_students} students.")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+
 from nonn.core.jobs import JOBS_FILE, list_jobs, write_jobs
+from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
 
 
 def add_arguments(parser) -> None:
+    add_settings(parser, argparse.SUPPRESS)
     parser.epilog = "example: nonn jobs"
 
 
-def run(_) -> None:
+def run(options) -> None:
+    refuse_settings(options, "the list of jobs has to be that of params.yaml")
     params = load_params()
     news = "written" if write_jobs(params) else "as it was"
     counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}

@@ -5,19 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="to write")
+    parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="file to write")
+    add_settings(parser)
     parser.epilog = "example: nonn share teacher.safetensors"
 
 
 def run(options) -> None:
     """Write the teacher's weights in float16, which is half the bytes; ``teacher.weights`` reads them."""
-    params, target = load_params(), options.file
+    params, target = load_settings(options), options.file
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: the weights are written as safetensors; give the file that suffix.")
     weights = read_tensors(Paths(params.experiment).teacher)

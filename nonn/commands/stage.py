@@ -5,6 +5,7 @@ What only the stage imports is not imported before it runs, so that its help is 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import time
@@ -14,7 +15,8 @@ from nonn.core.errors import UserError
 from nonn.core.files import STATE, sweep
 from nonn.core.jobs import check_jobs
 from nonn.core.numerics import choose
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, completed, refuse_settings
+from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
@@ -34,15 +36,22 @@ def add_arguments(parser) -> None:
     parser.set_defaults(item=None, seed=None)
     kind, item, is_seeded = ITEMS.get(stage, (None, "", False))
     if kind:
-        parser.add_argument("item", metavar=kind, help="as named in params.yaml")
+        completed(
+            parser.add_argument("item", metavar=kind, help="by the names in params.yaml"),
+            lambda: known_items(stage, load_params()),
+        )
     if is_seeded:
-        parser.add_argument("--seed", type=int, required=True, help="one of those in params.yaml")
+        parser.add_argument(
+            "--seed", type=int, required=True, help="seed of this training, from 0 on; params.yaml has their number"
+        )
+    add_settings(parser, argparse.SUPPRESS)
     parser.epilog = f"example: nonn {stage} {item}{' --seed 0' * is_seeded}"
 
 
 def run(options) -> None:
     """Run one stage on one item, and note in the journal when it ran."""
     stage, item, seed = options.command, options.item, options.seed
+    refuse_settings(options, "a stage writes the results of params.yaml, by which DVC knows them")
     params = load_params()
     paths = Paths(params.experiment)
     arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
@@ -77,18 +86,21 @@ def parse_item(stage: str, item: str | None, params) -> dict:
     """Keyword arguments of a stage's `run` from an item such as ``2s/0``."""
     if item is None:
         return {}
-    if stage in ("design", "partition", "assemble"):
-        known = {network: {"network": network} for network in params.networks}
-    elif stage in ("export", "benchmark", "distributed"):
-        known = {name: {"name": name} for name in [*params.networks, "solo"]}
-    elif stage == "distill":
-        students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
-        known = {f"{network}/{i}": {"network": network, "student": i} for network, i in students}
-    else:
-        known = {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baselines()}
-    if item not in known:
+    if item not in (known := known_items(stage, params)):
         raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
     return known[item]
+
+
+def known_items(stage: str, params: Params) -> dict[str, dict]:
+    """All items that a stage takes, each with the keyword arguments that it stands for."""
+    if stage in ("design", "partition", "assemble"):
+        return {network: {"network": network} for network in params.networks}
+    if stage in ("export", "benchmark", "distributed"):
+        return {name: {"name": name} for name in [*params.networks, "solo"]}
+    if stage == "distill":
+        students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
+        return {f"{network}/{i}": {"network": network, "student": i} for network, i in students}
+    return {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baselines()}
 
 
 def parse_seed(item: str | None, seed: int | None, params) -> dict:
@@ -96,7 +108,7 @@ def parse_seed(item: str | None, seed: int | None, params) -> dict:
 
     A seed that the parameters do not name is refused: what it trained would be nobody's, and swept away.
     """
-    if seed is None:
+    if seed is None or item is None:
         return {}
     network, _, part = item.partition("/")
     section, key = params.networks[network], f"networks.{network}.seeds"

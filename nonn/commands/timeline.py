@@ -16,7 +16,7 @@ import pandas as pd
 from nonn.commands.stage import JOURNAL
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
 from nonn.report.plots import drawing_style, save_figure
 from nonn.report.timeline_plots import draw_timeline
@@ -56,7 +56,8 @@ def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
 
 def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
     """Give each job, in order of its start, the first free lane: as many are taken as jobs ran at once."""
-    lanes, free_at = [], []
+    lanes: list[int] = []
+    free_at: list[float] = []
     for start, end in zip(starts, ends, strict=True):
         lane = next((i for i, free in enumerate(free_at) if free <= start), len(free_at))
         free_at[lane : lane + 1] = [end]
@@ -91,13 +92,14 @@ def describe_overhead(path: Path, jobs: pd.DataFrame) -> str | None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--all", action="store_true", help="every job on record, not only the last run")
+    parser.add_argument("--all", action="store_true", help="draw every job on record, not only the last run")
+    add_settings(parser)
     parser.epilog = "example: nonn timeline --all"
 
 
 def run(options) -> None:
     """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were."""
-    params = load_params()
+    params = load_settings(options)
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
     jobs = jobs if options.all else last_run(jobs)

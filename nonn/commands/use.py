@@ -17,19 +17,26 @@ from ruamel.yaml.error import YAMLError
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.jobs import write_jobs
+from nonn.core.options import add_settings, completed
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.schema import change, did_you_mean, parse_changes
 
+#: By this line editors find the schema that `nonn docs` writes, complete keys and mark mistakes.
+SCHEMA_LINE = "# yaml-language-server: $schema=workflow/params.schema.json"
 EXPERIMENTS, DEFAULT = Path("workflow/experiments"), "mnist5k"
 #: Mappings that an experiment replaces as a whole: their keys are the user's own names, or belong together.
 WHOLE = ("networks", "devices", "architecture")
+
+
+def experiments() -> list[str]:
+    return sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
 
 
 def merge_experiment(name: str) -> Any:
     """Parameters of an experiment, complete, as ruamel's mapping that keeps comments."""
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
+        known = experiments()
         raise UserError(f"{path}: no such file; experiments: {', '.join(known)}{did_you_mean(name, known)}")
     try:
         own = _yaml().load(path.read_text(encoding="utf-8"))
@@ -62,7 +69,7 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     _yaml().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
     source = f"{EXPERIMENTS}/{name}.yaml"
-    header = f"# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
+    header = f"{SCHEMA_LINE}\n# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
     old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
     write_text(PARAMS_FILE, header + body)
     try:
@@ -81,8 +88,11 @@ def _yaml() -> YAML:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("experiment", metavar="EXPERIMENT", help=f"a file of {EXPERIMENTS}, such as cifar10")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another value; repeatable")
+    name = parser.add_argument(
+        "experiment", metavar="EXPERIMENT", help=f"name of a file in {EXPERIMENTS}, such as cifar10"
+    )
+    completed(name, experiments)
+    add_settings(parser, "write another value than the experiment's; repeatable")
     parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
 
 

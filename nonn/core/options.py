@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterable
+
+from nonn.core.errors import UserError
+from nonn.core.params import PARAMS_FILE, Params, load_params
+from nonn.core.schema import parse_changes
 
 
 def natural(text: str) -> int:
@@ -10,3 +15,32 @@ def natural(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0; give 0 or more")
     return number
+
+
+def add_settings(parser: argparse.ArgumentParser, help: str = "use another value than that of params.yaml; repeatable"):
+    """Add ``--set``, for `load_settings` or, where params.yaml itself has to say it, for `refuse_settings`."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
+
+
+def load_settings(options: argparse.Namespace) -> Params:
+    """The parameters, with the values of ``--set`` in place of those of the file, which stays as it is."""
+    return load_params(changes=parse_changes(options.set))
+
+
+def refuse_settings(options: argparse.Namespace, reason: str) -> None:
+    """End a command that cannot take ``--set``: what it writes has to be that of params.yaml."""
+    if options.set:
+        key = options.set[0].partition("=")[0]
+        raise UserError(f"--set {options.set[0]}: {reason}; change {key} in {PARAMS_FILE}, or try values by `nonn try`")
+
+
+def completed(action: argparse.Action, words: Callable[[], Iterable[str]]) -> None:
+    """Let the shell complete an argument with words, which are asked for when it does; errors mean none."""
+
+    def completer(**_) -> list[str]:
+        try:
+            return list(words())
+        except UserError:
+            return []
+
+    action.completer = completer  # type: ignore[attr-defined]  # argcomplete's protocol

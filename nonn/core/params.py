@@ -262,8 +262,8 @@ class Benchmark(Section):
 class Distributed(Section):
     """Devices at once over emulated links, and what a split network takes there."""
 
-    links: Annotated[list[str], Field(min_length=1)]
-    board: str
+    links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]
+    board: Annotated[str, Field(json_schema_extra={"enum": list(BOARDS)})]
     slowdown: Positive
     reference: Architecture | None
     images: Annotated[int, Field(ge=2)]

@@ -59,7 +59,8 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     Names are relative, with slashes; those of folders end in one. Refused are fewer than two classes, an empty class, a
     class of ``test`` that ``train`` lacks, folders elsewhere than the layout has them, and two files of one name.
     """
-    files, folders = {}, set()
+    files: dict[tuple[str, ...], str] = {}
+    folders: set[tuple[str, ...]] = set()
     for name in names:
         parts = PurePosixPath(name).parts
         folder = parts if name.endswith("/") else parts[:-1]

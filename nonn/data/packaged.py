@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from nonn.data.raw import KEY, Picture, RawImages, decode_images
 DOWNLOADS = STATE / "downloads"
 
 #: torchvision datasets with one label an image and a test split, and how each names its splits.
-TORCHVISION = {
+TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     **dict.fromkeys(
         ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"),
         ({"train": True}, {"train": False}),

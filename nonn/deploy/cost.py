@@ -89,4 +89,4 @@ def _peak_values(graph: fx.Graph, modules: dict[str, nn.Module]) -> int:
 
 def _values(node: fx.Node) -> int:
     meta = node.meta.get("tensor_meta")
-    return meta.shape.numel() if hasattr(meta, "shape") else 0
+    return meta.shape.numel() if meta is not None and hasattr(meta, "shape") else 0

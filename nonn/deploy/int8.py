@@ -18,6 +18,7 @@ import copy
 import logging
 import tempfile
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ QUANTISED = ("Conv", "MaxPool")
 #: Name of the form in manifests: unsigned 8-bit activations, signed 7-bit weights.
 FORM = "u8s7"
 
+Net = TypeVar("Net", bound=nn.Module)
+
 
 def fold_norms(model: ConvNet) -> ConvNet:
     """A copy for inference, each batch norm folded into the convolution before it, where there is one.
@@ -46,12 +49,12 @@ def fold_norms(model: ConvNet) -> ConvNet:
     return _folded(copy.deepcopy(model).eval())
 
 
-def _folded(module: nn.Module) -> nn.Module:
+def _folded(module: Net) -> Net:
     if isinstance(module, nn.Sequential):
         layers: list[nn.Module] = []
         for layer in module:
             if isinstance(layer, nn.BatchNorm2d) and (position := _folds_into(layers, layer)) is not None:
-                layers[position] = fuse_conv_bn_eval(layers[position], layer)
+                layers[position] = fuse_conv_bn_eval(layers[position], layer)  # type: ignore[type-var]  # a convolution
             else:
                 layers.append(layer)
         for position in reversed(range(len(layers), len(module))):
@@ -114,9 +117,9 @@ def quantise(path: Path, images: np.ndarray) -> None:
 
 def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
     """Refuse an int8 student whose feature vectors (B, F) have little to do with the trained one's."""
-    original = original.numpy()
-    lengths = np.linalg.norm(original, axis=1)
-    difference = (np.linalg.norm(quantised - original, axis=1) / np.maximum(lengths, 1e-9)).mean()
+    trained = original.numpy()
+    lengths = np.linalg.norm(trained, axis=1)
+    difference = (np.linalg.norm(quantised - trained, axis=1) / np.maximum(lengths, 1e-9)).mean()
     if not difference <= TOLERANCE:
         raise UserError(
             f"{name}: in int8 its outputs differ by {difference:.0%} from those of the trained model, more than "

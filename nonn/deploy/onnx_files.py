@@ -56,6 +56,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
             external_data=False,
             verbose=False,
         )
+    assert program is not None  # as it is only without dynamo
     proto = program.model_proto  # made anew at each access
     graph = proto.graph
     # The exporter notes source lines with absolute paths: they differ between machines.

@@ -47,7 +47,8 @@ class DeviceCard:
 
     def took_part(self, features: np.ndarray, share: float) -> None:
         self.features, self.share, self.reason = [round(float(number), 4) for number in features], share, ""
-        self.recent.append(self.connection.latency_ms)
+        if self.connection and self.connection.latency_ms is not None:
+            self.recent.append(self.connection.latency_ms)
 
     def was_absent(self, reason: str) -> None:
         self.features, self.share, self.reason = [], None, reason
@@ -173,7 +174,7 @@ class Live:
         except NobodyAnsweredError:
             self._prediction, self._problem = None, "no device answered"
             for device in self.devices.values():
-                device.was_absent(device.connection.reason)
+                device.was_absent(device.connection.reason if device.connection else "")
         except UserError as error:
             self._prediction, self._problem = None, str(error)
         else:

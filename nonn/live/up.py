@@ -88,9 +88,10 @@ async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | N
         exits = asyncio.gather(*(watch(by_name[node.name], contract, cluster) for node, _, contract in placed))
         end = asyncio.create_task(stopped.wait())
         served = [asyncio.create_task(page(children)) for page in pages]
-        tasks = [exits, end, *served, asyncio.create_task(show(children))]
+        awaited: list[asyncio.Future] = [exits, end, *served]
+        tasks = [*awaited, asyncio.create_task(show(children))]
         try:
-            done, _ = await asyncio.wait([exits, end, *served], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
@@ -115,12 +116,23 @@ def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Pag
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="(default: %(default)s)")
     parser.add_argument(
-        "--web", type=int, nargs="?", const=7080, metavar="PORT", help="serve a live page on 127.0.0.1:PORT (7080)"
+        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
     parser.add_argument(
-        "--images", type=Path, nargs="+", metavar="PATH", help="pictures for the page, files or folders (test images)"
+        "--web",
+        type=int,
+        nargs="?",
+        const=7080,
+        metavar="PORT",
+        help="also serve the live page on 127.0.0.1:PORT (7080)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="files or folders of pictures for the page (default: test images)",
     )
     parser.epilog = "example: nonn up --web"
 

@@ -51,8 +51,8 @@ def joined(blocks: Blocks) -> nn.Linear:
 
 def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
     """Refuse an exported file whose outputs differ from the model's."""
-    original = original.numpy()
-    difference = np.abs(exported - original).max() / max(np.abs(original).max(), 1e-9)
+    trained = original.numpy()
+    difference = np.abs(exported - trained).max() / max(np.abs(trained).max(), 1e-9)
     if not difference <= TOLERANCE:
         raise UserError(
             f"{path.name}: outputs differ from the trained model by {difference:.1e} of the largest output. "

@@ -17,7 +17,8 @@ from nonn.runtime.final import Blocks, FinalLayer
 def averaged_layer(heads: Sequence[nn.Linear]) -> FinalLayer:
     """The final layer that averages the logits of N heads, or of those whose students are present."""
     n = len(heads)
-    return FinalLayer({i: tuple((p.detach() / n).numpy() for p in (h.weight, h.bias)) for i, h in enumerate(heads)})
+    parts = [((h.weight.detach() / n).numpy(), (h.bias.detach() / n).numpy()) for h in heads]
+    return FinalLayer(dict(enumerate(parts)))
 
 
 def logits_of(layer: FinalLayer, features: Sequence[Tensor], present: Iterable[int] | None = None) -> Tensor:

@@ -65,7 +65,8 @@ def partition_filters(
     """
     candidates = np.flatnonzero(live)
     _check_sizes(sizes, len(candidates))
-    communities, resolution = [], None
+    communities: list[list[int]] = []
+    resolution = None
     if method == "communities":
         communities, resolution = search_communities(weights, len(sizes), seed)
         linked = {filter_ for community in communities for filter_ in community}
@@ -262,7 +263,7 @@ def baseline_sets(graph: FilterGraph, sizes: Sequence[int], seed: int) -> dict[s
     def sets_by(method: str) -> list[list[int]]:
         return partition_filters(graph.weights, graph.live, sizes, method, seed, graph.class_activity).sets
 
-    methods = {method: {"sets": [None]} for method in SINGLE_METHODS}
+    methods: dict[str, dict[str, list]] = {method: {"sets": [None]} for method in SINGLE_METHODS}
     methods |= {method: {"sets": sets_by(method)} for method in ("contiguous", "classwise")}
     methods["full"] = {"sets": [live for _ in sizes]}
     methods["random"] = {"live": live, "sizes": list(sizes)}

@@ -50,9 +50,9 @@ class Scores:
     network: str
     n_students: int
     correct: np.ndarray  # (n_seeds, n_test), bool
-    answers: list[Answers]  # of each seed; empty for a single model, or where missing devices are of no interest
+    answers: Sequence[Answers]  # of each seed; empty for a single model, or where missing devices are of no interest
     #: Of NoNN: the same with each strategy for missing devices, whichever was chosen.
-    strategies: Mapping[str, list[Answers]] = field(default_factory=dict)
+    strategies: Mapping[str, Sequence[Answers]] = field(default_factory=dict)
     chosen: Sequence[str] = ()  # of NoNN: the strategy that each seed's network takes
 
     @property
@@ -104,7 +104,7 @@ def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, 
     for missing in range(n_devices):
         subsets = subsets_missing(n_devices, missing, seed)
         scores = np.array([[accuracy(answer(subset), labels) for subset in subsets] for answer in answers])
-        row = {"missing": missing, "n_subsets": len(subsets)}
+        row: dict[str, float | None] = {"missing": missing, "n_subsets": len(subsets)}
         for name, over_subsets in (("mean", scores.mean(1)), ("worst", scores.min(1))):
             row |= {name: float(over_subsets.mean()), f"{name}_sd": _sd(over_subsets)}
         rows.append(row)
@@ -215,8 +215,8 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
         if (network, method) == params.pool:
             pool = [student for (student,) in students]
-    for name, network in params.networks.items():
-        n = len(network.devices)
+    for name, section in params.networks.items():
+        n = len(section.devices)
         groups = [pool[start : start + n] for start in range(0, len(pool), n)]
         yield from _ensemble_scores(params, name, [group for group in groups if len(group) == n], features)
 

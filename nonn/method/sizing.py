@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from functools import cache
+from typing import Any
 
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Device
@@ -39,7 +40,7 @@ def apportion(total: int, shares: list[float]) -> list[int]:
 def family(grid: Design, depth: int) -> list[Architecture]:
     """The students of one depth, from narrow to wide, the widths of their stages in a fixed proportion."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
-    common = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
+    common: dict[str, Any] = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
     if grid.family in ("fast", "airbench"):
         return [Architecture(widths=[round(w * factor) for factor in grid.widths], **common) for w in widths]
     return [Architecture(width=width, **common) for width in widths]

@@ -106,7 +106,13 @@ def _issue(name: str, days: int, extensions: dict[x509.ExtensionType, bool], aut
 
 
 def _usage(**granted: bool) -> x509.KeyUsage:
-    rights = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
+    rights: tuple[str, ...] = (
+        "digital_signature",
+        "content_commitment",
+        "key_encipherment",
+        "data_encipherment",
+        "key_agreement",
+    )
     rights += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
     return x509.KeyUsage(**dict.fromkeys(rights, False) | granted)
 
@@ -130,9 +136,9 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("folder", type=Path, help="where they are written")
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of a node, or coordinator")
-    parser.add_argument("--days", type=int, default=DAYS, help="that they are good for (default: %(default)s)")
+    parser.add_argument("folder", type=Path, help="folder for the certificates and keys")
+    parser.add_argument("names", nargs="+", metavar="NAME", help="name of a node, or coordinator, or application")
+    parser.add_argument("--days", type=int, default=DAYS, help="days until they expire (default: %(default)s)")
     parser.epilog = "example: nonn certs certs coordinator node-0 node-1"
 
 

@@ -35,7 +35,7 @@ CHANNEL_OPTIONS = {
 def open_channel(node: Node, message_limit: int, identity: Identity | None) -> aio.Channel:
     """A channel to a node, who must show a certificate with its own name wherever it is."""
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
-    options = CHANNEL_OPTIONS | dict.fromkeys(limits, message_limit)
+    options: dict[str, int | str] = {**CHANNEL_OPTIONS, **dict.fromkeys(limits, message_limit)}
     if identity is None:
         return aio.insecure_channel(node.address, list(options.items()))
     options["grpc.ssl_target_name_override"] = node.name

@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
+from nonn.core.options import add_settings, completed, load_settings
 from nonn.core.params import Name, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -163,18 +164,22 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
-    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="(default: %(default)s)")
-    parser.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
-    parser.add_argument("--certs", type=Path, default=Path("certs"), help="folder of `nonn certs`")
+    network = parser.add_argument("network", metavar="NETWORK", help="an exported network of params.yaml")
+    completed(network, lambda: load_params().networks)
+    parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="file to write (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7100, help="port of the first node (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument(
+        "--certs", type=Path, default=Path("certs"), help="folder that `nonn certs` writes to (default: %(default)s)"
+    )
     parser.add_argument("--insecure", action="store_true", help="plain text without certificates")
+    add_settings(parser)
     parser.epilog = "example: nonn cluster 2s"
 
 
 def run(options) -> None:
     """The command ``nonn cluster``."""
-    params = load_params()
+    params = load_settings(options)
     if options.network not in params.networks:
         known = ", ".join(params.networks)
         raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {known}.")

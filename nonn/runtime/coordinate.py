@@ -115,10 +115,15 @@ async def coordinate(
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="(default: %(default)s)")
+    parser.add_argument(
+        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
+    )
     parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
     parser.add_argument(
-        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: application)"
+        "--allow",
+        action="append",
+        metavar="NAME",
+        help="common name of a caller that is answered; repeatable (default: application)",
     )
     parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")

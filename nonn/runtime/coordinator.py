@@ -160,12 +160,13 @@ class Coordinator:
         return Answer(prediction, {self.connections[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(
-        self, image: np.ndarray, seconds: float | None
+        self, image: np.ndarray | np.integer, seconds: float | None
     ) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
         """Features by position of the nodes that answer in time, and why the others do not."""
         loop = asyncio.get_running_loop()
-        hurried = seconds is not None and seconds < self.patience
-        deadline = loop.time() + (seconds if hurried else self.patience)
+        patience = self.patience if seconds is None else min(seconds, self.patience)
+        hurried = patience < self.patience
+        deadline = loop.time() + patience
         # When all are left alone, there is nothing to lose by asking them all the same.
         desperate = all(connection.is_open for connection in self.connections)
         calls = {
@@ -176,8 +177,8 @@ class Coordinator:
         try:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
         finally:
-            for call in calls.values():
-                call.cancel()  # of those that are done nothing changes
+            for pending in calls.values():
+                pending.cancel()  # of those that are done nothing changes
         features, absent = {}, {}
         for position, connection in enumerate(self.connections):
             call = calls.get(position)

@@ -36,7 +36,7 @@ def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Sch
     try:
         return schema.model_validate_json(path.read_bytes())
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}. {remedy}") from None
+        raise UserError(f"{path}: {str(error.strerror).lower()}. {remedy}") from None
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))

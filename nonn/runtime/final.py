@@ -93,8 +93,10 @@ class FinalLayer:
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All that is stored of the layer, by name: float32, the scales float64."""
-        tensors = {"scales": self.scales, "fills": self.fills.astype(np.float32)}
-        parts = {"": self.blocks} | {f"layers.{subset_name(subset)}.": own for subset, own in self.layers.items()}
+        tensors: dict[str, np.ndarray] = {"scales": self.scales, "fills": self.fills.astype(np.float32)}
+        parts: dict[str, Blocks] = {"": self.blocks} | {
+            f"layers.{subset_name(subset)}.": own for subset, own in self.layers.items()
+        }
         for prefix, blocks in parts.items():
             for number, (weight, bias) in enumerate(blocks.values()):
                 tensors[f"{prefix}weights.{number}"] = weight.astype(np.float32)
@@ -118,12 +120,16 @@ class FinalLayer:
 
     def logits(self, features: Mapping[int, np.ndarray]) -> np.ndarray:
         """Logits (…, C) of the students that are present, by position, from their feature vectors (…, F_i)."""
-        return sum(self.contributions(features).values())
+        return np.asarray(sum(self.contributions(features).values()))
 
 
 def _widened(blocks: Blocks) -> Blocks:
     """Numbers as files hold them, in float32, ready for sums in float64."""
-    return {i: tuple(np.asarray(part, np.float32).astype(np.float64) for part in pair) for i, pair in blocks.items()}
+
+    def widened(part: np.ndarray) -> np.ndarray:
+        return np.asarray(part, np.float32).astype(np.float64)
+
+    return {i: (widened(weight), widened(bias)) for i, (weight, bias) in blocks.items()}
 
 
 def _read_blocks(tensors: Mapping[str, np.ndarray], students: Iterable[int], prefix: str = "") -> Blocks:

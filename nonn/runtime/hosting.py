@@ -68,9 +68,9 @@ def write_repository(export: Path, target: Path) -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
-    parser.add_argument("folder", type=Path, metavar="TARGET", help="a new folder")
-    parser.epilog = "example: nonn hosting export/2s models"
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
+    parser.add_argument("folder", type=Path, metavar="TARGET", help="new folder for the model repository")
+    parser.epilog = "example: nonn hosting results/mnist5k/export/2s models"
 
 
 def run(options) -> None:

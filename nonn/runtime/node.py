@@ -102,19 +102,24 @@ def add_serving(parser) -> None:
     parser.add_argument("--key", type=Path, help="its private key")
     parser.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
     parser.add_argument(
-        "--allow", action="append", metavar="NAME", help="common name that may call; repeatable (default: coordinator)"
+        "--allow",
+        action="append",
+        metavar="NAME",
+        help="common name of a caller that is answered; repeatable (default: coordinator)",
     )
     parser.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
-    parser.add_argument("--sensor", type=Path, metavar="FILE.npy", help="images that stand for its camera")
+    parser.add_argument("--sensor", type=Path, metavar="FILE.npy", help="images that stand in for a camera")
     parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="beside the manifest.json of its export")
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL.onnx", help="an exported student, with manifest.json beside it"
+    )
     parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
     add_serving(parser)
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
-    parser.epilog = "example: nonn node export/2s/0.onnx --insecure"
+    parser.epilog = "example: nonn node results/mnist5k/export/2s/0.onnx --insecure"
 
 
 def run(options) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.images import read_image
-from nonn.core.params import load_params
+from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, Prediction, read_out
@@ -25,8 +25,9 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
 def add_arguments(parser) -> None:
     parser.add_argument("image", type=Path, help="a picture of any size")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--network", help="of params.yaml; the first by default")
+    source.add_argument("--network", help="a network of params.yaml (default: the first)")
     source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
+    add_settings(parser)
     parser.epilog = "example: nonn predict digit.png --cluster cluster.yaml"
 
 
@@ -34,11 +35,13 @@ def run(options) -> None:
     """Print class, probability and each student's share."""
     path = options.image
     if options.cluster:
+        if options.set:
+            raise UserError("--set: has no effect with --cluster, whose file names the network; leave one of them out")
         from nonn.runtime import coordinator  # takes a quarter of the start, which the other way can do without
 
         coordinator.run(path, options.cluster)
         return
-    params = load_params()
+    params = load_settings(options)
     network = options.network or next(iter(params.networks))
     if network not in params.networks:
         raise UserError(f"params.yaml: networks: no {network!r}; choose one of {', '.join(params.networks)}.")

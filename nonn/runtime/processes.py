@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import chain, repeat
 from pathlib import Path
 
 from tritonclient.grpc import service_pb2 as oip
@@ -66,6 +66,7 @@ class Child:
 
     async def listen(self) -> None:
         """Keep the last line that the process says: why it failed, if it does. A ready one says where it listens."""
+        assert self.process.stderr is not None  # a pipe
         while line := await self.process.stderr.readline():
             text = line.decode(errors="replace").strip()
             self.said = text[:200] or self.said
@@ -88,7 +89,7 @@ def reasons(children: Iterable[Child]) -> str:
 
 def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor: Path | None) -> list[str]:
     """What serves something with ``nonn`` for as long as this process lives, to a caller of this name."""
-    options = {"--sensor": sensor}
+    options: dict[str, Path | str | None] = {"--sensor": sensor}
     if identity:
         options |= {"--cert": identity.certificate, "--key": identity.key, "--ca": identity.ca, "--allow": caller}
     given = [word for name, value in options.items() if value for word in (name, str(value))]
@@ -99,7 +100,7 @@ def node_commands(cluster: Cluster, prefixes: Iterable[Sequence[str]] = ()) -> d
     """What serves each node of a cluster, each behind a command that runs others, such as ``ip netns exec NAME``."""
     caller = cluster.tls.coordinator if cluster.tls else ""
     commands = {}
-    for node, prefix in zip_longest(cluster.nodes, prefixes, fillvalue=()):
+    for node, prefix in zip(cluster.nodes, chain(prefixes, repeat(())), strict=False):
         arguments = ("node", str(cluster.export / f"{node.model}.onnx"), "--address", node.address)
         identity = cluster.identity(node.name)
         commands[node] = [*prefix, *nonn_command(*arguments, identity=identity, caller=caller, sensor=cluster.sensor)]

@@ -80,7 +80,8 @@ class Contract(ImageContract):
 
 def make_request(contract: Contract, image: np.ndarray | np.integer) -> ModelInferRequest:
     """Ask for the features of an image, uint8 of shape (channels, size, size), or of one by its sensor's number."""
-    name, datatype, shape = (INPUT, "UINT8", contract.image_shape)
+    name, datatype = INPUT, "UINT8"
+    shape: tuple[int, ...] = contract.image_shape
     if np.ndim(image) == 0:
         name, datatype, shape, image = SAMPLE, "INT64", (1, 1), np.asarray(image, "<i8")
     tensor = ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=shape)
@@ -118,7 +119,7 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
         raise invalid("an output is asked for twice")
     if tensor.HasField("contents"):
         raise invalid("send the pixels as raw_input_contents, not as contents")
-    if tensor.name == SAMPLE:
+    if contract.sensor is not None and tensor.name == SAMPLE:
         data = read_raw(tensor, request.raw_input_contents, "INT64", (1, 1), itemsize=8)
         number = int(np.frombuffer(data, "<i8")[0])
         if not 0 <= number < len(contract.sensor):
@@ -175,7 +176,7 @@ def check_features(contract: Contract, features: np.ndarray) -> str:
     return ""
 
 
-def check_model(contract: Contract, model: str, version: str) -> None:
+def check_model(contract: ImageContract, model: str, version: str) -> None:
     """Refuse the name of another model, or another version of it."""
     if model != contract.model:
         raise ProtocolError(StatusCode.NOT_FOUND, f"this address serves model {contract.model!r}, not {model[:64]!r}")

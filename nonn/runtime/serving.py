@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Collection
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from grpc import aio
@@ -43,9 +43,16 @@ BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 class Model(Protocol):
     """What a server answers with."""
 
-    contract: ImageContract
-    platform: str  # for the metadata: what runs it
-    is_ready: bool  # whether a request has a chance
+    @property
+    def contract(self) -> ImageContract: ...
+
+    @property
+    def platform(self) -> str:
+        """For the metadata: what runs it."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request has a chance."""
 
     async def infer(
         self, request: oip.ModelInferRequest, image: np.ndarray, seconds: float | None
@@ -61,7 +68,7 @@ class Meters:
 
     def __init__(self, model: str):
         self.registry = CollectorRegistry()
-        common = {"labelnames": ["model"], "registry": self.registry}
+        common: dict[str, Any] = {"labelnames": ["model"], "registry": self.registry}
         self.requests = Counter("nonn_requests", "Inference requests.", **common).labels(model)
         self.failures = Counter("nonn_failures", "Requests that were refused or failed.", **common).labels(model)
         latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)

@@ -1,1 +1,1 @@
-"""The rival: one network split over many devices, by channels or by rows."""
+"""For comparison: one network split over several devices, by channels or by rows."""

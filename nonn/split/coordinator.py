@@ -90,7 +90,7 @@ class SplitCoordinator:
             if not failed:
                 await asyncio.wait(late, timeout=REPORTING)  # now they say whom they have waited for
             reasons = {
-                node.name: reason_of(call.exception()) if call.done() and call.exception() else LATE
+                node.name: reason_of(failure) if call.done() and (failure := call.exception()) else LATE
                 for node, call in zip(self.nodes, calls, strict=True)
                 if (call in late and not failed) or (call.done() and call.exception())
             }
@@ -116,7 +116,7 @@ def device_commands(
     and of ``device-<position>``, it is all plain text.
     """
     commands = {}
-    for node, prefix in itertools.zip_longest(devices_at(addresses), prefixes, fillvalue=()):
+    for node, prefix in zip(devices_at(addresses), itertools.chain(prefixes, itertools.repeat(())), strict=False):
         arguments = ("split-node", str(folder / node.model), "--devices", *addresses)
         identity = Identity.of(node.name, certificates) if certificates else None
         commands[node] = [*prefix, *nonn_command(*arguments, identity=identity, caller=COORDINATOR, sensor=sensor)]

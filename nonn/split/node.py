@@ -99,7 +99,7 @@ class SplitService(Service):
     """
 
     def __init__(self, device: SplitDevice, peers: dict[int, Peer], callers: Collection[str] | None):
-        super().__init__(device)
+        super().__init__(device)  # type: ignore[arg-type]  # it infers by its own calls
         self.device, self.part, self.peers = device, device.part, peers
         self.callers = callers if callers is None else {name.encode() for name in callers}
         mine = self.part.position
@@ -137,7 +137,7 @@ class SplitService(Service):
             await context.abort(refusal.code, str(refusal))
 
     def _check_caller(self, context: aio.ServicerContext, names: Collection[bytes] | None) -> None:
-        if self.callers is not None and not callers_of(context) <= set(names):
+        if self.callers is not None and not callers_of(context) <= set(names or ()):
             raise ProtocolError(StatusCode.PERMISSION_DENIED, "this certificate's name may not send that")
 
     def _receive(self, request, context) -> oip.ModelInferResponse:
@@ -175,7 +175,7 @@ class SplitService(Service):
                 self.running = None
             if self.exchanges.get(request.id) is exchange:
                 del self.exchanges[request.id]
-        return make_response(self.contract, request.id, features)
+        return make_response(self.device.contract, request.id, features)
 
     async def _run(self, image: np.ndarray, image_id: str, exchange: Exchange, waiting: asyncio.Timeout) -> np.ndarray:
         """Features of an image, by way of all rounds.
@@ -183,14 +183,15 @@ class SplitService(Service):
         Segments run in the loop itself: a thread of their own would gain nothing, since the device waits
         for either messages or results, and would cost two changes of thread a round.
         """
-        known = {IMAGE: image}
+        known, deadline = {IMAGE: image}, waiting.when()
+        assert deadline is not None  # of a timeout of some seconds
         for index, expected in enumerate(self.received):
             try:
                 known |= self.device.compute(index, known)
             except Exception as error:
                 log(f"model {self.contract.model}, segment {index}: {error}")
                 raise ProtocolError(StatusCode.INTERNAL, "a segment failed; see the device's log") from error
-            self._send(index, known, image_id, exchange, waiting.when())
+            self._send(index, known, image_id, exchange, deadline)
             if index < len(self.received) - 1:
                 known |= await exchange.take(expected)
         features = self.device.features(known)
@@ -281,19 +282,26 @@ async def serve(
         log(f"{what}: connecting to {names or 'nobody'}")
         connected = asyncio.create_task(service.connected.wait())
         address = addresses[device.part.position]
-        connected.add_done_callback(lambda task: task.cancelled() or announce(what, address, port, identity))
+
+        def say_so(task: asyncio.Task) -> None:
+            if not task.cancelled():
+                announce(what, address, port, identity)
+
+        connected.add_done_callback(say_so)
         await stopped.wait()
         connected.cancel()
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("part", type=Path, metavar="FOLDER/POSITION", help="of a plan that `nonn split` wrote")
+    parser.add_argument(
+        "part", type=Path, metavar="FOLDER/POSITION", help="a device's folder of a plan that `nonn split` wrote"
+    )
     parser.add_argument(
         "--devices",
         nargs="+",
         required=True,
         metavar="HOST:PORT",
-        help="of all devices in order; it listens on its own",
+        help="addresses of all devices, in order; this one listens on its own",
     )
     add_serving(parser)
     parser.epilog = "example: nonn split-node plan/0 --devices 127.0.0.1:7100 127.0.0.1:7101 --insecure"

@@ -269,7 +269,7 @@ class Writer:
                     source=name,
                     name=f"{name}@{owner}",
                     rows=None if (start, stop) == owned else rows,
-                    shape=self.cuts.shape(name, (start, stop)),
+                    shape=self.cuts.shape(name, (start, stop)),  # type: ignore[arg-type]  # of four dimensions
                 )
 
     def finish(self, messages: list[Message]) -> tuple[Part, list[bytes | None]]:
@@ -339,14 +339,20 @@ def describe(plan: SplitPlan) -> str:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="of the export `solo`")
-    parser.add_argument("-n", "--devices", type=int, required=True, help="over how many to split it")
-    parser.add_argument("--method", choices=list(AXES), required=True, help="what each device has a part of")
     parser.add_argument(
-        "--recomputed", type=int, default=0, metavar="K", help="leading convolutions that every device does for itself"
+        "model", type=Path, metavar="MODEL.onnx", help="a model that runs alone, from the export `solo`"
     )
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write the plan there, a folder for each device")
-    parser.epilog = "example: nonn split export/solo/teacher.onnx -n 4 --method rows --output plan"
+    parser.add_argument("-n", "--devices", type=int, required=True, help="number of devices")
+    parser.add_argument(
+        "--method", choices=list(AXES), required=True, help="split each map by its channels or by its rows"
+    )
+    parser.add_argument(
+        "--recomputed", type=int, default=0, metavar="K", help="first convolutions, which every device computes whole"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder for the plan, with a folder for each device"
+    )
+    parser.epilog = "example: nonn split results/mnist5k/export/solo/teacher.onnx -n 4 --method rows --output plan"
 
 
 def run(options) -> None:

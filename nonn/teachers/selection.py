@@ -24,6 +24,8 @@ class Proxy(nn.Module):
     selected.
     """
 
+    n_batches: Tensor
+
     def __init__(self, network: ConvNet, schedule: Schedule, keep: float, label_smoothing: float):
         super().__init__()
         self.network, self.keep, self.label_smoothing = network, keep, label_smoothing

@@ -49,7 +49,7 @@ def compute_signals(teacher: ConvNet, data: Dataset, params: Signals) -> dict[st
 def signals_of(teacher: ConvNet, images: Tensor, attention: bool) -> dict[str, Tensor]:
     """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
     device = pick_device()
-    teacher = teacher.to(device, memory_format=torch.channels_last).eval()
+    teacher = teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     with mixed_precision(device):
         maps = teacher.stage_maps(images.to(device))
         pooled, logits = teacher.read_out(maps[-1])

@@ -110,7 +110,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, Log]:
 
 
 def _read_weights(params: Teacher) -> dict[str, Tensor]:
-    path = Path(params.weights)
+    path = Path(str(params.weights))
     if not path.is_file():
         raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
     if params.weights_sha256 not in (None, found := sha256_of(path)):

@@ -7,7 +7,7 @@ their own. Everything in it is calculated, from what was measured alone and what
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,7 @@ class Load:
     seconds: np.ndarray  # (rounds, N), of computing, measured alone on one core of this machine
     macs: np.ndarray  # (rounds, N)
     memory_bytes: int  # weights and activations of the device that needs most
-    payload: list[Transfers]  # what devices send each other after each round but the last
+    payload: Sequence[Transfers]  # what devices send each other after each round but the last
     image_bytes: float  # what one device gets in broadcast
     answer_bytes: float  # what it sends the coordinator
 
@@ -69,7 +69,7 @@ def link_seconds(link: Link, transfers: Transfers) -> float:
     """
     if not transfers:
         return 0.0
-    busy = Counter()
+    busy: dict[tuple[str, str], float] = defaultdict(float)
     for (sender, receiver), size in transfers.items():
         busy[sender, "sends"] += size
         busy[receiver, "receives"] += size
@@ -151,7 +151,7 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
     sessions = [open_sessions(models) for models in plan.models]
     with pinned_to(core):
         runs = [run_in_process(plan, pixels, sessions).seconds for _ in range(COMPUTE_RUNS)]
-    payload = [Counter() for _ in range(plan.rounds)]
+    payload: list[Counter[tuple[str, str]]] = [Counter() for _ in range(plan.rounds)]
     for message in plan.messages:
         payload[message.round][str(message.sender), str(message.receiver)] += message.n_bytes
 

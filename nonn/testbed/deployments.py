@@ -70,7 +70,7 @@ def _seconds(work) -> float:
 
 def split_deployment(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
     """One model that classifies alone, split over devices; its plan is written to `folder`."""
-    plan = plan_split(model, n_devices, method.removeprefix("reference_"))
+    plan = plan_split(model, n_devices, method.removeprefix("reference_"))  # type: ignore[arg-type]
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
     return Deployment(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))

@@ -174,7 +174,7 @@ def measure_case(deployment: Deployment, scenario: str, bed: TrialBed, network: 
     """Latencies, absences and traffic of one deployment on one link, and of a network of networks its overhead."""
     broadcast = scenario == "broadcast"
     measured = bed.measure(deployment, network, broadcast)
-    row = {"method": deployment.method, "scenario": scenario}
+    row: dict[str, Any] = {"method": deployment.method, "scenario": scenario}
     row |= {"emulated": network.is_emulated, "absent": measured.absent}
     p50, p95, p99 = np.percentile(measured.latencies_ms, [50, 95, 99])
     row |= {"images": len(measured.latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}

@@ -142,12 +142,13 @@ def measure_link(network: EmulatedNetwork) -> dict:
         ``round_trips``: for each payload its theory (None on loopback), median, 95th percentile and
         largest in milliseconds, and how many; ``tcp_mbps`` and, at most, ``tcp_theory_mbps``.
     """
-    ends, link = network.hosts[:2], network.link
+    first, second, *_ = network.hosts
+    link = network.link
     rows = []
     for payload in track(PAYLOADS, "round trips"):
         theory = round_trip(link, payload) if link else None
         count = min(max(int(ECHO_SECONDS / (theory or 1e-3)), FEWEST), MOST)
-        times = [1000 * seconds for seconds in measure_round_trips(network, *ends, payload, count)]
+        times = [1000 * seconds for seconds in measure_round_trips(network, first, second, payload, count)]
         rows.append(
             {
                 "payload_bytes": payload,
@@ -159,7 +160,7 @@ def measure_link(network: EmulatedNetwork) -> dict:
             }
         )
     seconds = max(STREAM_SECONDS, STREAM_PACKETS * MTU * 8 / link.rate_bps if link else 0)
-    throughput = measure_throughput(network, *ends, WARMUP_SECONDS, seconds)
+    throughput = measure_throughput(network, first, second, WARMUP_SECONDS, seconds)
     theory = tcp_goodput(link) / 1e6 if link else None
     return {"round_trips": rows, "tcp_mbps": throughput / 1e6, "tcp_theory_mbps": theory}
 

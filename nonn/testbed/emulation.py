@@ -147,6 +147,7 @@ def emulated_network(hosts: Sequence[str], link: Link) -> Iterator[EmulatedNetwo
         stdout=subprocess.PIPE,
         start_new_session=True,  # Ctrl-C reaches it through us, after the programs on the hosts
     )
+    assert relay.stdout is not None  # a pipe
     try:
         answer = json.loads(relay.stdout.readline() or '{"error": "the relay did not start"}')
         if "error" in answer:

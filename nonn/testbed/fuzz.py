@@ -123,6 +123,7 @@ async def status_of(call) -> tuple[str, bytes]:
 
 async def attack_as_stranger(cluster: Cluster, node: Node, sound: bytes, random: Random) -> str:
     """One attempt by someone whom the node must not answer; its kind and outcome."""
+    assert cluster.tls is not None  # the bed makes certificates
     folder = cluster.tls.folder
     authority = (folder / CA).read_bytes()
     credentials = {
@@ -152,7 +153,7 @@ async def attack_as_stranger(cluster: Cluster, node: Node, sound: bytes, random:
 
 async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
     """Outcomes of hostile requests at a node, by name; wrong ones start with ``WRONG``."""
-    random, outcomes = Random(seed), Counter()
+    random, outcomes = Random(seed), Counter[str]()
     async with running_bed(export, deadline_ms=1000) as bed:
         cluster, (node, _, contract) = bed.cluster, bed.cluster.placed()[1][0]
         process = bed.children[node.name].process
@@ -171,8 +172,9 @@ async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
                 expected = is_sound(content, ModelInferRequest, read_request, contract)
                 if status == "OK" or expected is not None:
                     features = is_sound(reply, ModelInferResponse, read_response, contract)
-                    right = expected is not None and features is not None
-                    right = right and np.array_equal(features, student.run(expected)[0])
+                    right = False
+                    if expected is not None and features is not None:
+                        right = np.array_equal(features, student.run(expected)[0])
                     status = "harmless, answered rightly" if right else f"WRONG {status}"
                 outcomes[status if status != "no answer" else f"WRONG {status}"] += 1
             status, _ = await status_of(call(sound.SerializeToString()))
@@ -183,10 +185,11 @@ async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
 
 async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
     """Outcomes of hostile responses at a coordinator; wrong ones start with ``WRONG``."""
-    random, outcomes, last = Random(seed), Counter(), {}
+    random, outcomes, last = Random(seed), Counter[str](), dict[str, bytes]()
     manifest, placed = local_cluster(export, None, 7100, 1000).placed()
     *sound_nodes, (_, rogue, contract) = placed
-    sound = make_response(contract, "", np.full((1, contract.n_features), contract.feature_limit / 2, np.float32))
+    half = (contract.feature_limit or 1.0) / 2
+    sound = make_response(contract, "", np.full((1, contract.n_features), half, np.float32))
 
     async def misbehave(_: bytes, context: aio.ServicerContext) -> bytes:
         last["content"] = b""
@@ -229,10 +232,12 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
-    parser.add_argument("--messages", type=int, default=100_000, help="at each of the two (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.epilog = "example: nonn fuzz export/2s --messages 1000"
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
+    parser.add_argument(
+        "--messages", type=int, default=100_000, help="messages to each of the two (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.epilog = "example: nonn fuzz results/mnist5k/export/2s --messages 1000"
 
 
 def run(options) -> None:

@@ -12,7 +12,7 @@ from nonn.testbed.emulation import ON_LOOPBACK, EmulatedNetwork, emulated_networ
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("--link", metavar="NAME", help="only this one, for example wifi20")
+    parser.add_argument("--link", metavar="NAME", help="measure only this link")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
     parser.epilog = "example: nonn links --link wifi20"
 

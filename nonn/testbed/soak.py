@@ -137,12 +137,14 @@ async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
-    parser.add_argument("--requests", type=int, default=100_000, help="(default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of an image (default: %(default)s)")
-    parser.add_argument("--kill-every", type=float, default=10.0, metavar="S", help="seconds (default: %(default)s)")
-    parser.add_argument("--seed", type=natural, default=0)
-    parser.epilog = "example: nonn soak export/4s --requests 1000"
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
+    parser.add_argument("--requests", type=int, default=100_000, help="images to classify (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument(
+        "--kill-every", type=float, default=10.0, metavar="S", help="seconds between kills (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.epilog = "example: nonn soak results/mnist5k/export/4s --requests 1000"
 
 
 def run(options) -> None:

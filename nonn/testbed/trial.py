@@ -139,7 +139,8 @@ async def carry_out(trial: Trial) -> None:
         await warm_up(ask, inputs, len(trial.addresses))
         print("ready", flush=True)
         sys.stdin.readline()
-        latencies, absent, end = [], 0, time.monotonic() + trial.seconds
+        latencies: list[float] = []
+        absent, end = 0, time.monotonic() + trial.seconds
         while len(latencies) < trial.runs and (len(latencies) < FEWEST or time.monotonic() < end):
             start = time.perf_counter()
             present = await ask(inputs[len(latencies) % len(inputs)])
@@ -158,10 +159,9 @@ def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
         It failed, or took far longer than it was given.
     """
     command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     watchdog = threading.Timer(trial.seconds + SLACK, lambda: process.kill())
     try:
-        with subprocess.Popen(command, **pipes) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             watchdog.start()
             _say(process, trial.model_dump_json())
             _hear(process, trial)
@@ -179,11 +179,13 @@ def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
 
 
 def _say(process: subprocess.Popen, line: str) -> None:
+    assert process.stdin is not None  # a pipe
     process.stdin.write(line + "\n")
     process.stdin.flush()
 
 
 def _hear(process: subprocess.Popen, trial: Trial) -> str:
+    assert process.stdout is not None  # a pipe
     if not (line := process.stdout.readline()):
         raise _failure(trial)
     return line

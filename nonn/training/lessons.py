@@ -86,8 +86,8 @@ def distill_student(
     def batch_loss(index: Tensor, epoch: int) -> Tensor:
         batch, signal = classroom.batch(index, epoch)
 
-        def taught(name: str, columns: list[int] | slice = slice(None)) -> Tensor:
-            return signal(name)[:, columns].to(device).float()
+        def taught(name: str, columns: list[int] | None = None) -> Tensor:
+            return signal(name)[:, slice(None) if columns is None else columns].to(device).float()
 
         with mixed_precision(device):
             maps = student.stage_maps(batch.to(device))

@@ -52,7 +52,7 @@ def train(
     discards it once the outputs are in place. A `proxy` that `batch_loss` selects images with is on the same schedule
     and in the same checkpoint.
     """
-    trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)
+    trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, schedule)
     every_optimizer = [*optimizers, *proxy_optimizers]
     rows = checkpoint.load(trained, every_optimizer)

@@ -45,6 +45,9 @@ WHITENED = 2
 class Normalize(nn.Module):
     """``(x - mean) / std`` by channel; `mean` and `std` in units of the raw pixel values, 0 to 255."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, mean: Tensor, std: Tensor):
         super().__init__()
         self.register_buffer("mean", mean.float().reshape(1, -1, 1, 1))
@@ -64,9 +67,10 @@ def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) ->
     return [convolution(inputs, outputs, kernel), *pooling, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
 
 
-def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     width = max(4, architecture.widths[0] // 2)
-    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    stem = nn.Sequential(*rectified(channels, width))
+    stages: list[nn.Sequential] = []
     for outputs in architecture.widths:
         layers = rectified(width, outputs, pool=True)
         for _ in range(architecture.depth - 1):
@@ -97,14 +101,15 @@ class Shortcut(nn.Sequential):
         return x + super().forward(x)
 
 
-def airbench_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+def airbench_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     width = 2 * channels * WHITENED**2  # each direction of a patch and its opposite
     # Padded, where airbench's output is a pixel smaller: the stages are as large as a student's.
-    padding, whitening, stages = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, width, WHITENED, bias=False), []
+    padding, whitening = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, width, WHITENED, bias=False)
+    stages: list[nn.Sequential] = []
     whitening.weight.requires_grad_(False)
     for outputs in architecture.widths:
         if architecture.strided and not stages:
-            shrinking = [identity_convolution(width, outputs, stride=2)]
+            shrinking: list[nn.Module] = [identity_convolution(width, outputs, stride=2)]
         else:
             shrinking = [identity_convolution(width, outputs), nn.MaxPool2d(2)]
         layers, rest = [*shrinking, unscaled_norm(outputs), nn.GELU()], []
@@ -135,7 +140,7 @@ class WideBlock(nn.Module):
         return skipped + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
-def wrn_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+def wrn_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     blocks, width = (architecture.depth - 4) // 6, 16
     stem, stages = convolution(channels, width, bias=True), []
     for stride, outputs in ((1, 16), (2, 32), (2, 64)):
@@ -165,7 +170,7 @@ class ResidualBlock(nn.Module):
         return F.relu(x + y)
 
 
-def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Module], int]:
+def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     blocks, width = (architecture.depth - 2) // 6, 16 * architecture.width
     stem, stages = nn.Sequential(*rectified(channels, width)), []
     for stride, factor in ((1, 1), (2, 2), (2, 4)):
@@ -245,7 +250,7 @@ def whiten(model: ConvNet, images: Tensor, n_images: int = 5000, eps: float = 5e
     patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (directions / (variances + eps).sqrt()).T
-    weight = model.stem[1].weight
+    weight = model.stem[1].weight  # type: ignore[index]
     weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
 
@@ -253,7 +258,7 @@ def deployed(model: ConvNet) -> ConvNet:
     """What a device runs, as a copy: a student with a bridge leaves its training head behind."""
     model = copy.deepcopy(model)
     if not isinstance(model.bridge, nn.Identity):
-        model.head = nn.Identity()
+        model.head = nn.Identity()  # type: ignore[assignment]
     return model
 
 
@@ -273,7 +278,7 @@ def predict(
     model: ConvNet, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32."""
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in images.split(batch_size)]
     features, logits = zip(*outputs, strict=True)
     return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu()

@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(filters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure
         for group in self.param_groups:
             for weight in group["params"]:
                 state, gradient = self.state[weight], weight.grad

@@ -39,7 +39,7 @@ def cut(filters: np.ndarray, sizes: Sequence[int]) -> list[list[int]]:
     return [np.sort(part).tolist() for part in np.split(filters, np.cumsum(sizes)[:-1])]
 
 
-def load_baseline_sets(path: Path, seed: int) -> list[list[int] | None]:
+def load_baseline_sets(path: Path, seed: int) -> Sequence[list[int] | None]:
     """Filters of each student of a baseline, from a file of this stage, with one of its seeds."""
     saved = read_json(path)
     if "sets" in saved:

@@ -1,0 +1,50 @@
+"""What nonn needs of a machine, and what to type where something is missing.
+
+Nothing here is imported from elsewhere than the standard library: it speaks when the rest cannot be imported.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from nonn.core.errors import UserError
+
+#: What every installation has, and what only the extra ``pipeline`` brings, by the names they are imported by.
+BASE = (
+    *("aiohttp", "argcomplete", "cryptography", "google", "grpc", "grpc_health", "numpy", "onnxruntime", "PIL"),
+    *("prometheus_client", "pydantic", "ruamel", "safetensors", "tqdm", "tritonclient"),
+)
+PIPELINE = (
+    *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
+    *("torch", "torchvision"),
+)
+
+
+def require_64_bit(largest: int = sys.maxsize, machine: str | None = None) -> None:
+    """Refuse a 32-bit Python, also one on a 64-bit processor: `largest` is its ``sys.maxsize``."""
+    if largest < 2**32:
+        raise UserError(
+            f"this Python is a 32-bit program ({machine or platform.machine()}), for which there is no ONNX Runtime: "
+            "install a 64-bit system, on a Raspberry Pi the 64-bit Raspberry Pi OS."
+        )
+
+
+def how_to_install(module: str | None) -> str | None:
+    """One line on how to install a module that is missing; None if it belongs to no dependency of nonn."""
+    package = str(module).partition(".")[0]
+    if package not in BASE + PIPELINE:
+        return None
+    extra, whose = ("[pipeline]", "the pipeline") if package in PIPELINE else ("", "nonn")
+    return f"{package} is not installed: this command needs the packages of {whose}. {_command(extra)}"
+
+
+def _command(extra: str) -> str:
+    """What to type: in the environment that runs, or in a new one, since systems refuse pip otherwise (PEP 668)."""
+    clone = Path(__file__).resolve().parents[2]
+    is_clone, has_environment = (clone / "pyproject.toml").is_file(), sys.prefix != sys.base_prefix
+    if is_clone and has_environment:
+        return f"Run: {sys.executable} -m pip install -e '{clone}{extra}'"
+    folder = clone if is_clone else "a clone of the repository"
+    return f"In {folder}, run: python3 -m venv .venv && .venv/bin/pip install -e '.{extra}'. Then call .venv/bin/nonn."
