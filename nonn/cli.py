@@ -32,6 +32,7 @@ COMMANDS = {
     "use": (BEGIN, "commands.use", "Make one of the experiments the active one, in params.yaml."),
     "check": (BEGIN, "commands.check", "Check params.yaml for mistakes, without running anything."),
     "jobs": (BEGIN, "commands.jobs", "List the trainings that params.yaml asks for, for DVC."),
+    "demo": (BEGIN, "live.demo", "Run the network that comes with the package, and show it at work."),
     "predict": (BEGIN, "runtime.predict", "Classify an image with the trained students."),
     "dataset": (STAGES, "commands.stage", "Read or download the images, and split off some for the test."),
     "teacher": (STAGES, "commands.stage", "Train or import the teacher, the one large network."),
@@ -60,6 +61,7 @@ COMMANDS = {
     "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
     "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
+    "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
 }
 #: What only the pipeline imports, as it is imported: a device has none of it.

@@ -30,7 +30,7 @@ from nonn.live.state import FASTEST, SLOWEST, Live
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
-HOST = "127.0.0.1"
+HOST, PORT = "127.0.0.1", 7080
 #: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
 NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, bytes of the longest post, and seconds that streams have to end.
@@ -165,8 +165,22 @@ async def read_post(request: web.Request, schema: type[Wish]) -> Wish:
         raise web.HTTPBadRequest(text=f"expected the keys {', '.join(schema.model_fields)}\n") from None
 
 
-async def serve_page(cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture], port: int) -> None:
-    """Classify pictures and show how it goes, until cancelled; a `UserError` if the port is taken."""
+async def log_address(address: str) -> None:
+    log(f"live page: {address}")
+
+
+async def serve_page(
+    cluster: Cluster,
+    children: Sequence[Child],
+    pictures: Sequence[Picture],
+    port: int,
+    option: str = "--web",
+    listening: Callable[[str], Awaitable[None]] = log_address,
+) -> None:
+    """Classify pictures and show how it goes, until cancelled; a `UserError` that names `option` if the port is taken.
+
+    `listening` is told the address of the page once it can be opened.
+    """
     live = Live(cluster, children, pictures)
     runner = web.AppRunner(Page(live).application(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE)
     await runner.setup()
@@ -174,8 +188,8 @@ async def serve_page(cluster: Cluster, children: Sequence[Child], pictures: Sequ
         try:
             await web.TCPSite(runner, HOST, port).start()
         except (OSError, OverflowError) as error:
-            raise UserError(f"--web: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
-        log(f"live page: http://{HOST}:{runner.addresses[0][1]}")
+            raise UserError(f"{option}: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
+        await listening(f"http://{HOST}:{runner.addresses[0][1]}")
         await live.run()
     finally:
         await runner.cleanup()

@@ -14,6 +14,7 @@ from nonn.core.errors import UserError
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=1, le=2**16)]
+GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
 class Record(BaseModel):
@@ -47,6 +48,9 @@ class Image(Record):
     channels: Count
     size: Count
     dtype: Literal["uint8"]
+    #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.core.images`);
+    #: none in exports from before it was measured.
+    border: tuple[GreyLevel, GreyLevel] | None = None
 
 
 class StudentFile(Record):
@@ -75,6 +79,9 @@ class Manifest(Record):
     image: Image
     students: Annotated[list[StudentFile], Field(min_length=1)]
     final: FinalFiles
+    #: What logits are divided by before they become probabilities (`nonn.method.calibration`); 1 in exports from
+    #: before it was fitted, whose probabilities are not calibrated.
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     #: Form of int8 students (`nonn.quantize.FORM`); none of float32 ones, and of exports from before it was named.
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
