@@ -10,9 +10,10 @@ from PIL import Image as Pillow
 
 from nonn.cli import main
 from nonn.core.files import read_json, write_json
-from nonn.method.calibration import HIGHEST, calibration_error, fit_temperature, measure_calibration
+from nonn.method.calibration import HIGHEST, calibration_error, fit_temperature, fit_temperatures, measure_calibration
+from nonn.method.final_layer import logits_of
 from nonn.runtime.exported import Image, read_manifest
-from nonn.runtime.final import read_out
+from nonn.runtime.final import FinalLayer, read_out
 from nonn.runtime.inversion import border_brightness, looks_inverted, usual_border
 from nonn.runtime.predict import classify
 
@@ -57,20 +58,20 @@ def test_calibration_is_measured_for_each_number_of_missing_devices():
     logits, labels = drawn_from(2.0)
 
     def answer(present):
-        return logits if len(present) == 2 else 2 * logits  # too sure when a device is missing
+        return logits if len(present) == 2 else logits / 4  # not sure enough when a device is missing
 
-    whole, one_missing = measure_calibration([answer], [2.0], 2, labels, seed=0)
+    whole, one_missing = measure_calibration([answer], [[0.5, 2.0]], 2, labels, seed=0)
     assert (whole["missing"], whole["n_subsets"], one_missing["missing"], one_missing["n_subsets"]) == (0, 1, 1, 2)
     assert whole["calibrated"] == calibration_error(logits, labels, 2.0) < whole["uncalibrated"]
-    assert one_missing["calibrated"] == pytest.approx(whole["uncalibrated"])
+    assert one_missing["calibrated"] == pytest.approx(whole["calibrated"]) < one_missing["uncalibrated"]
 
 
 def test_the_temperature_changes_no_answer_and_no_share(network_folder):
     plain = read_manifest(network_folder)
-    assert plain.temperature == 1, "of a manifest from before there was one"
+    assert plain.temperature(3) == 1, "of a manifest from before there were any"
     random = np.random.default_rng(0)
     for temperature in (0.1, 7.0):
-        manifest = plain.model_copy(update={"temperature": temperature})
+        manifest = plain.model_copy(update={"temperatures": (9.0, 9.0, temperature)})
         for _ in range(20):
             terms = list(random.normal(size=(3, len(CLASSES))))
             before, after = read_out(plain, terms), read_out(manifest, terms)
@@ -80,13 +81,26 @@ def test_the_temperature_changes_no_answer_and_no_share(network_folder):
             np.testing.assert_allclose(after.probabilities, powers / powers.sum())
 
 
-@pytest.mark.parametrize("wrong", ["0", "-1", "1e999", "null"])
-def test_an_impossible_temperature_is_refused(network_folder, tmp_path, wrong):
+@pytest.mark.parametrize("wrong", ["[0, 1, 1]", "[-1, 1, 1]", "[1, 1, 1e999]", "null", "[1, 1]"])
+def test_impossible_temperatures_are_refused(network_folder, tmp_path, wrong):
     shutil.copytree(network_folder, tmp_path / "export")
     path = tmp_path / "export/manifest.json"
-    path.write_text(path.read_text().replace("{", f'{{"temperature": {wrong},', 1))
-    with pytest.raises(SystemExit, match=r"manifest\.json: not the manifest of an exported network \(temperature"):
+    path.write_text(path.read_text().replace("{", f'{{"temperatures": {wrong},', 1))
+    with pytest.raises(SystemExit, match=r"manifest\.json: not the manifest of an exported network \(.*temperatures"):
         main(["predict", "image.png", "--export", str(tmp_path / "export")])
+
+
+def test_each_number_of_students_has_its_temperature():
+    """Missing students count as zeros, so logits shrink with their number, and accuracy by less."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (400,), generator=generator)
+    features = [10 * torch.eye(4)[labels] + 5 * torch.randn(400, 4, generator=generator) for _ in range(3)]
+    layer = FinalLayer({i: (np.eye(4) / 3, np.zeros(4)) for i in range(3)}, scales=np.ones(3))
+    temperatures = fit_temperatures(layer, features, labels)
+    assert temperatures == sorted(temperatures)
+    for present, temperature in zip(((0,), (1, 2), (0, 1, 2)), temperatures, strict=True):
+        logits = logits_of(layer, features, present)
+        assert calibration_error(logits, labels, temperature) < calibration_error(logits, labels)
 
 
 # Without a clone

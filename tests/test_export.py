@@ -79,7 +79,7 @@ def test_the_manifest_describes_the_files(network, data, exported, params):
     assert border.min() <= low < high <= border.max()
     assert 0.9 < ((low <= border) & (border <= high)).mean() < 1
     assert manifest["image"] == {"channels": 1, "size": 28, "dtype": "uint8"}
-    assert manifest["temperature"] == network.temperature != 1
+    assert manifest["temperatures"] == network.temperatures != [1, 1]
     images, labels = data.split("test")
     with torch.no_grad():
         assert manifest["test_accuracy"] == (network(images).argmax(1) == labels).double().mean()
@@ -225,7 +225,7 @@ def test_classify_says_what_the_network_says(network, data, exported):
     for image, expected in zip(images.numpy(), logits, strict=True):
         found = classify(exported, image)
         assert found.label == data.classes[expected.argmax()]
-        calibrated = (expected / network.temperature).softmax(0)
+        calibrated = (expected / network.temperatures[1]).softmax(0)
         assert found.probability == pytest.approx(calibrated.max().item(), abs=1e-3)
         assert len(found.shares) == 2
         assert sum(map(abs, found.shares)) == pytest.approx(1)

@@ -503,7 +503,7 @@ def test_pictures_of_the_viewers_own(browser, pictures_folder, tmp_path):
         ActionChains(browser).move_to_element(sketch).click_and_hold().move_by_offset(0, 60).release().perform()
         until(lambda: find("caption").text == "your drawing")
         assert shown()[0, :, 0].max() == 0, "black at the left"
-        assert shown()[0, 2:, 1:3].max() > 100, "a light stroke down from the middle"
+        assert shown()[0, 2, 1:3].min() > 20, "a light stroke down from the middle"
         until(lambda: find("camera").is_displayed())
         find("camera").click()
         until(lambda: browser.execute_script("return arguments[0].videoWidth", find("viewfinder")) > 0)

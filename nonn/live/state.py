@@ -120,7 +120,7 @@ class Live:
             "deadline_ms": self.cluster.deadline_ms,
             "tolerated_failures": TOLERATED_FAILURES,
             "classes": self.manifest.classes,
-            "temperature": self.manifest.temperature,
+            "calibrated": bool(self.manifest.temperatures),
             "border": self.manifest.image.border,
             "rate": self.rate,
             "held": self.held,

@@ -1,9 +1,9 @@
 """Calibrated confidence: of the answers given with 90 %, 9 of 10 should be right.
 
-One temperature divides all logits [1]_. It is fitted on validation images with all students present, after
-everything else, and changes no answer. With students missing the same temperature holds: whichever strategy makes up
-for them keeps the scale of the logits, and a temperature for each subset would be fitted to a handful of errors.
-The stage `evaluate` measures the calibration error for each number of missing students.
+A temperature divides the logits [1]_, which changes no answer. There is one for each number of students present,
+fitted on validation images after everything else, over all subsets of that number. A single temperature would not do:
+where missing students are filled in, logits shrink, and a network of four that has lost three is right on most images
+but hardly sure of any. A temperature for each subset would be fitted to a handful of errors.
 
 References
 ----------
@@ -18,8 +18,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 from torch import Tensor
 
+from nonn.method.final_layer import logits_of
+from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
 
 #: The temperatures that are searched.
@@ -29,22 +32,32 @@ BINS = 15
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature of the least cross-entropy on validation images, from logits (M, C) and labels (M,).
+    """The temperature of the least cross-entropy of logits (M, C) or, of S subsets, (S, M, C), from labels (M,).
 
     One image of unknown class, spread evenly over the M, is counted in. Without it a network that is right on all
     validation images would be calibrated to be certain of everything.
     """
     logits = logits.double().numpy()
     unknown = 1 / (len(labels) + 1)
-    wanted = logits[np.arange(len(labels)), labels.numpy()] * (1 - unknown) + logits.mean(1) * unknown
+    right = logits[..., np.arange(len(labels)), labels.numpy()]
+    wanted = right * (1 - unknown) + logits.mean(-1) * unknown
 
     def cross_entropy(logarithm: float) -> float:
         scale = math.exp(-logarithm)
-        return float(np.mean(np.logaddexp.reduce(scale * logits, axis=1) - scale * wanted))
+        return float(np.mean(logsumexp(scale * logits, axis=-1) - scale * wanted))
 
     # In 1/T the cross-entropy is convex, so in log T it has one minimum too.
     found = minimize_scalar(cross_entropy, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded")
     return round(math.exp(found.x), 4)  # the last digits differ from one processor to the next
+
+
+def fit_temperatures(layer: FinalLayer, features: Sequence[Tensor], labels: Tensor) -> list[float]:
+    """Temperatures for 1 to N students present, from their features (M, F_i) of validation images."""
+    n = len(features)
+    return [
+        fit_temperature(torch.stack([logits_of(layer, features, s) for s in subsets_missing(n, n - present)]), labels)
+        for present in range(1, n + 1)
+    ]
 
 
 def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
@@ -63,7 +76,7 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) 
 @torch.inference_mode()
 def measure_calibration(
     answers: Sequence[Callable[[Sequence[int]], Tensor]],
-    temperatures: Sequence[float],
+    temperatures: Sequence[Sequence[float]],
     n_devices: int,
     labels: Tensor,
     seed: int,
@@ -78,9 +91,10 @@ def measure_calibration(
     for missing in range(n_devices):
         subsets = subsets_missing(n_devices, missing, seed)
         errors = []
-        for answer, temperature in zip(answers, temperatures, strict=True):
+        for answer, by_present in zip(answers, temperatures, strict=True):
+            fitted = by_present[n_devices - missing - 1]
             for logits in map(answer, subsets):
-                errors.append([calibration_error(logits, labels), calibration_error(logits, labels, temperature)])
+                errors.append([calibration_error(logits, labels), calibration_error(logits, labels, fitted)])
         uncalibrated, calibrated = np.mean(errors, axis=0).tolist()
         row = {"missing": missing, "n_subsets": len(subsets)}
         rows.append(row | {"uncalibrated": uncalibrated, "calibrated": calibrated})

@@ -85,7 +85,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
 
     The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and cost, the final
     layer (as one ONNX file for when all students are present, and in blocks by student for when some are missing), the
-    temperature, the classes, the usual border of the training images, and the accuracy of the exported files on the
+    temperatures, the classes, the usual border of the training images, and the accuracy of the exported files on the
     test images.
     """
     images, labels = data.split("test")
@@ -109,7 +109,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     manifest = _manifest(data, students, logits, labels, precision)
     manifest["image"]["border"] = usual_border(data.split("train")[0].numpy())
-    return manifest | {"final": final, "temperature": model.temperature}
+    return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 
 def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, precision: Precision) -> dict:

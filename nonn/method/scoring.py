@@ -54,7 +54,7 @@ class Scores:
     #: Of NoNN: the same with each strategy for missing devices, whichever was chosen.
     strategies: Mapping[str, list[Answers]] = field(default_factory=dict)
     chosen: Sequence[str] = ()  # of NoNN: the strategy that each seed's network takes
-    temperatures: Sequence[float] = ()  # of NoNN: those of each seed's network
+    temperatures: Sequence[Sequence[float]] = ()  # of NoNN: those of each seed's network
 
     @property
     def accuracies(self) -> list[float]:
@@ -183,7 +183,7 @@ def _nonn_scores(
     }
     scores = _joined_scores("nonn", network, [(s, m.final) for s, m in zip(students, models, strict=True)], features)
     strategies = {name: s.answers for name, s in by_strategy.items()}
-    return replace(scores, temperatures=[m.temperature for m in models], strategies=strategies, chosen=chosen)
+    return replace(scores, temperatures=[m.temperatures for m in models], strategies=strategies, chosen=chosen)
 
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:

@@ -147,7 +147,7 @@ def read_out(manifest: Manifest, contributions: Sequence[np.ndarray]) -> Predict
     """Class, probabilities and shares from what each student adds to the logits, N vectors of shape (C,)."""
     logits = np.sum(contributions, axis=0)
     winner = int(logits.argmax())
-    exponentials = np.exp((logits - logits.max()) / manifest.temperature)
+    exponentials = np.exp((logits - logits.max()) / manifest.temperature(len(contributions)))
     probabilities = exponentials / exponentials.sum()
     leads = [float(term[winner] - term.mean()) for term in contributions]
     total = sum(map(abs, leads)) or 1.0
