@@ -63,7 +63,8 @@ def test_calibration_is_measured_for_each_number_of_missing_devices():
     whole, one_missing = measure_calibration([answer], [[0.5, 2.0]], 2, labels, seed=0)
     assert (whole["missing"], whole["n_subsets"], one_missing["missing"], one_missing["n_subsets"]) == (0, 1, 1, 2)
     assert whole["calibrated"] == calibration_error(logits, labels, 2.0) < whole["uncalibrated"]
-    assert one_missing["calibrated"] == pytest.approx(whole["calibrated"]) < one_missing["uncalibrated"]
+    assert one_missing["calibrated"] == pytest.approx(whole["calibrated"])
+    assert one_missing["calibrated"] < one_missing["uncalibrated"]
 
 
 def test_the_temperature_changes_no_answer_and_no_share(network_folder):
@@ -91,13 +92,13 @@ def test_impossible_temperatures_are_refused(network_folder, tmp_path, wrong):
 
 
 def test_each_number_of_students_has_its_temperature():
-    """Missing students count as zeros, so logits shrink with their number, and accuracy by less."""
+    """Three students that see the same, of which missing ones count as zeros: only the logits shrink."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 4, (400,), generator=generator)
-    features = [10 * torch.eye(4)[labels] + 5 * torch.randn(400, 4, generator=generator) for _ in range(3)]
+    features = 3 * [90 * torch.eye(4)[labels] + 45 * torch.randn(400, 4, generator=generator)]
     layer = FinalLayer({i: (np.eye(4) / 3, np.zeros(4)) for i in range(3)}, scales=np.ones(3))
     temperatures = fit_temperatures(layer, features, labels)
-    assert temperatures == sorted(temperatures)
+    assert temperatures == pytest.approx([temperatures[2] / 3, temperatures[2] * 2 / 3, temperatures[2]], rel=0.01)
     for present, temperature in zip(((0,), (1, 2), (0, 1, 2)), temperatures, strict=True):
         logits = logits_of(layer, features, present)
         assert calibration_error(logits, labels, temperature) < calibration_error(logits, labels)
