@@ -25,7 +25,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.live.pictures import LARGEST, Picture, as_png, dataset_pictures, find_pictures, sent_picture
 from nonn.live.state import FASTEST, Live
-from nonn.live.web import LARGEST_PICTURE, Page, read_page, serve_page
+from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
@@ -242,6 +242,27 @@ def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
                 assert b" 408 " in await reader.readline()
             writer.close()
         await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
+    monkeypatch.setattr("nonn.live.web.CONNECTIONS", 2)
+    monkeypatch.setattr("nonn.live.web.LONGEST_SILENCE", 0.5)
+
+    async def scenario():
+        application = Page(Live(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())).application()
+        async with opened(application, 0, "--web") as address, asyncio.timeout(PATIENCE):
+            port = int(address.rpartition(":")[2])
+            ends = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for _, writer in ends[:2]:
+                writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1")  # and no more
+            with contextlib.suppress(ConnectionError):
+                assert await ends[2][0].read() == b"", "one too many"
+            for reader, _ in ends[:2]:
+                assert await reader.read() == b""
+            async with aiohttp.ClientSession() as session, session.get(address) as response:
+                assert response.status == 200
 
     asyncio.run(scenario())
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -38,6 +39,8 @@ NAMES = {"127.0.0.1", "localhost"}
 VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
 #: Bytes of the largest picture that is taken, and seconds in which a post must have come.
 LARGEST_PICTURE, SLOWEST_POST = 16 * 2**20, 10.0
+#: Connections at once, and seconds for which one may stay without a request.
+CONNECTIONS, LONGEST_SILENCE = 64, 15.0
 #: Letters of a picture's name that are shown.
 LONGEST_NAME = 60
 
@@ -223,14 +226,36 @@ async def serve_page(
     `listening` is told the address of the page once it can be opened.
     """
     live = Live(cluster, children, pictures)
-    runner = web.AppRunner(Page(live).application(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE)
+    async with opened(Page(live).application(), port, option) as address:
+        await listening(address)
+        await live.run()
+
+
+class Refused(asyncio.Protocol):
+    """A connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def opened(application: web.Application, port: int, option: str) -> AsyncIterator[str]:
+    """Serve an application on `HOST` while the block runs; yield its address, useful where port 0 was asked for."""
+    limits = {"keepalive_timeout": LONGEST_SILENCE, "shutdown_timeout": GRACE}
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, **limits)
     await runner.setup()
+
+    def connect() -> asyncio.Protocol:
+        return runner.server() if len(runner.server.connections) < CONNECTIONS else Refused()
+
     try:
         try:
-            await web.TCPSite(runner, HOST, port).start()
+            server = await asyncio.get_running_loop().create_server(connect, HOST, port)
         except (OSError, OverflowError) as error:
             raise UserError(f"{option}: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
-        await listening(f"http://{HOST}:{runner.addresses[0][1]}")
-        await live.run()
+        try:
+            yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
     finally:
         await runner.cleanup()
