@@ -35,6 +35,7 @@ MEASURE, DEVELOP = "measure", "develop"
 COMMANDS = {
     "use": (BEGIN, "commands.use", "Write params.yaml for one of the experiments, and so make it the active one."),
     "check": (BEGIN, "commands.check", "Check params.yaml for mistakes, without running anything."),
+    "demo": (BEGIN, "live.demo", "Run the trained network that comes with the package, and show it at work."),
     "predict": (BEGIN, "runtime.predict", "Classify an image with the trained students."),
     "jobs": (RUN, "commands.jobs", "List the trainings that params.yaml asks for; `dvc repro` needs the list."),
     "dataset": (RUN, "commands.stage", "Read or download the images, and set some aside for the test."),
@@ -66,6 +67,7 @@ COMMANDS = {
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
+    "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }

@@ -29,6 +29,7 @@ from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joine
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
 from nonn.runtime.exported import read_manifest
+from nonn.runtime.inversion import border_brightness
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
 from nonn.stages import assemble as assemble_stage
@@ -73,7 +74,12 @@ def test_training_heads_stay_behind(network, exported):
 def test_the_manifest_describes_the_files(network, data, exported, params):
     manifest = read_json(exported / "manifest.json")
     assert manifest["classes"] == list(data.classes)
+    border = border_brightness(data.split("train")[0].numpy())
+    low, high = manifest["image"].pop("border")
+    assert border.min() <= low < high <= border.max()
+    assert 0.9 < ((low <= border) & (border <= high)).mean() < 1
     assert manifest["image"] == {"channels": 1, "size": 28, "dtype": "uint8"}
+    assert manifest["temperatures"] == network.temperatures != [1, 1]
     images, labels = data.split("test")
     with torch.no_grad():
         assert manifest["test_accuracy"] == (network(images).argmax(1) == labels).double().mean()
@@ -219,7 +225,8 @@ def test_classify_says_what_the_network_says(network, data, exported):
     for image, expected in zip(images.numpy(), logits, strict=True):
         found = classify(exported, image)
         assert found.label == data.classes[expected.argmax()]
-        assert found.probability == pytest.approx(expected.softmax(0).max().item(), abs=1e-3)
+        calibrated = (expected / network.temperatures[1]).softmax(0)
+        assert found.probability == pytest.approx(calibrated.max().item(), abs=1e-3)
         assert len(found.shares) == 2
         assert sum(map(abs, found.shares)) == pytest.approx(1)
 

@@ -147,7 +147,13 @@ def write_evaluation(params, paths, n_test, generator):
     section = params.evaluate.model_copy(update={"resamples": 1000})
     strategies = [row for s in scores for row in missing_strategies(s, labels, 0)]
     evaluation = {"n_test": n_test, "rows": summarise(scores, section)}
-    write_json(paths.evaluation, evaluation | {"missing": missing, "missing_strategies": strategies})
+    calibration = [
+        {"network": network, "missing": number, "n_subsets": 1, "calibrated": 0.01 * (1 + number), "uncalibrated": 0.07}
+        for network in params.networks
+        for number in range(2)
+    ]
+    evaluation |= {"missing": missing, "missing_strategies": strategies, "calibration": calibration}
+    write_json(paths.evaluation, evaluation)
 
 
 def write_benchmarks(params, paths):
@@ -528,6 +534,9 @@ def test_claims_and_metrics_agree_with_the_table(inside):
     assert claims["best_baseline"] == others["accuracy_mean"].idxmax()
     for key in ("memory_ratio", "performance_ratio", "best_baseline"):
         assert metrics[f"{network}_{key}"] == claims[key]
+    for network in params.networks:
+        assert metrics[f"{network}_calibration_error"] == 0.01, "with all devices present"
+        assert metrics[f"{network}_calibration_error_uncalibrated"] == 0.07
 
 
 def test_tex_table_is_booktabs_and_escaped(inside):

@@ -151,7 +151,13 @@ def test_an_image_is_classified(folder, network_folder):
 
 
 ON_DEVICES = [f"runtime.{name}" for name in ("node", "coordinate", "certs", "cluster", "hosting", "predict")]
-ON_DEVICES += ["live.up", "live.web", "split.node", *(f"testbed.{name}" for name in ("fuzz", "soak", "links"))]
+ON_DEVICES += [
+    "live.demo",
+    "live.up",
+    "live.web",
+    "split.node",
+    *(f"testbed.{name}" for name in ("fuzz", "soak", "links")),
+]
 
 
 @pytest.mark.parametrize("module", ON_DEVICES)

@@ -1,6 +1,7 @@
 """The live page: what it shows, whom it refuses, and, in a real browser, what its switch does."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from io import BytesIO
 
 import aiohttp
 import numpy as np
@@ -21,15 +23,22 @@ from safetensors.numpy import save_file
 
 from nonn.cli import main
 from nonn.core.errors import UserError
-from nonn.live.pictures import Picture, as_png, dataset_pictures, find_pictures
+from nonn.live.pictures import LARGEST, Picture, as_png, dataset_pictures, find_pictures, sent_picture
 from nonn.live.state import FASTEST, Live
-from nonn.live.web import Page, read_page, serve_page
+from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.exported import read_manifest
+from nonn.runtime.predict import classify
 from nonn.runtime.processes import UP, Child, node_commands, running
 
 #: What a browser with this page sends with a post.
 SAME = {"Content-Type": "application/json"}
+
+
+def picture_file(pixels: np.ndarray) -> bytes:
+    content = BytesIO()
+    Image.fromarray(pixels[0]).save(content, "PNG")
+    return content.getvalue()
 
 
 def make_pictures(count: int = 2) -> list[Picture]:
@@ -103,7 +112,7 @@ def test_strangers_are_refused(cluster):
         own = f"http://127.0.0.1:{runner.addresses[0][1]}"
         wish = json.dumps({"node": "node-0", "silent": True})
 
-        async def status(method: str, path: str, headers: dict, body: str | None = None) -> int:
+        async def status(method: str, path: str, headers: dict, body: str | bytes | None = None) -> int:
             async with session.request(method, own + path, headers=headers, data=body) as response:
                 assert "default-src 'none'" in response.headers["Content-Security-Policy"]
                 assert response.headers["X-Content-Type-Options"] == "nosniff"
@@ -126,6 +135,14 @@ def test_strangers_are_refused(cluster):
             assert await status("POST", "/switch", good, wish.replace("node-0", "node-9")) == 409
             assert await status("POST", "/playback", good, '{"rate": 1e9}') == 400
             assert await status("POST", "/playback", good, '{"rate": 2, "held": true}') == 204
+            picture = {"Origin": own, "Content-Type": "application/octet-stream"}
+            content = picture_file(make_image())
+            assert await status("POST", "/picture", {"Content-Type": "application/octet-stream"}, content) == 403
+            assert await status("POST", "/picture", picture | {"Origin": "http://evil.example"}, content) == 403
+            assert await status("POST", "/picture", picture | {"Content-Type": "image/png"}, content) == 415
+            assert await status("POST", "/picture", picture, b"no picture") == 400
+            assert await status("POST", "/picture", picture, bytes(LARGEST_PICTURE + 1)) == 413
+            assert await status("POST", "/picture", picture, content) == 204
             assert await status("GET", "/switch", {}) == 405
             assert await status("GET", "/../params.yaml", {}) == 404
         await runner.cleanup()
@@ -152,7 +169,7 @@ def test_events_tell_what_goes_on_and_the_switch_silences(cluster, monkeypatch):
             whole = await wait_for(events, everyone)
             assert whole["classes"] == CLASSES
             assert whole["deadline_ms"] == 1000
-            assert whole["picture"]["truth"] == CLASSES[whole["picture"]["number"] - 1]
+            assert whole["picture"]["truth"] == CLASSES[int(whole["picture"]["place"][0]) - 1]
             assert sum(whole["prediction"]["probabilities"]) == pytest.approx(1, abs=1e-3)
             assert [len(d["features"]) for d in whole["devices"]] == list(N_FEATURES)
             assert sum(abs(d["share"]) for d in whole["devices"]) == pytest.approx(1)
@@ -167,18 +184,96 @@ def test_events_tell_what_goes_on_and_the_switch_silences(cluster, monkeypatch):
             assert device(gone, "node-1")["share"] is None
             assert "no answer by the deadline" in device(gone, "node-1")["reason"]
             left = await wait_for(events, lambda s: device(s, "node-1")["breaker"] == "open")
-            assert left["picture"]["number"] == gone["picture"]["number"]  # it is held
+            assert left["picture"]["place"] == gone["picture"]["place"]  # it is held
             assert not children["node-1"].has_exited
             await post("switch", node="node-1", silent=False)
             assert not device(await wait_for(events, everyone), "node-1")["silent"]
             await post("playback", step=True)
-            await wait_for(events, lambda s: s["picture"]["number"] != gone["picture"]["number"])
+            await wait_for(events, lambda s: s["picture"]["place"] != gone["picture"]["place"])
             await post("switch", node="node-2", silent=True)
         # Had the page not let it go on, it could not have ended by itself.
         assert children["node-2"].process.returncode == 0
         assert nobody_listens(node.address for node in cluster.nodes)
 
     asyncio.run(scenario())
+
+
+def test_a_picture_that_is_sent_is_classified_and_held(cluster):
+    cluster = cluster.model_copy(update={"deadline_ms": 1000})
+    pixels = make_image(7)
+    expected = {invert: classify(cluster.export, 255 - pixels if invert else pixels) for invert in (False, True)}
+
+    async def scenario():
+        async with served(cluster) as (address, _), aiohttp.ClientSession() as session:
+            events = snapshots(session, address)
+            await wait_for(events, everyone)
+            headers = {"Content-Type": "application/octet-stream", "Origin": address}
+            for invert, prediction in expected.items():
+                url = f"{address}/picture?name=mine.png&invert={str(invert).lower()}"
+                async with session.post(url, headers=headers, data=picture_file(pixels)) as response:
+                    assert response.status == 204
+                png = as_png(255 - pixels if invert else pixels)
+                shown = await wait_for(events, lambda s, png=png: everyone(s) and s["picture"]["png"] == png)
+                assert (shown["picture"]["name"], shown["picture"]["place"], shown["held"]) == ("mine.png", None, True)
+                assert shown["prediction"]["label"] == prediction.label
+                assert shown["prediction"]["probability"] == pytest.approx(prediction.probability, abs=1e-6)
+            wish = {"held": False, "step": True}
+            async with session.post(f"{address}/playback", headers=SAME | {"Origin": address}, json=wish) as response:
+                assert response.status == 204
+            await wait_for(events, lambda s: s["picture"]["place"] is not None)
+
+    asyncio.run(scenario())
+
+
+def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
+    monkeypatch.setattr("nonn.live.web.SLOWEST_POST", 0.2)
+
+    async def scenario():
+        children = [Child(node, None) for node in cluster.nodes]
+        runner = aiohttp.web.AppRunner(Page(Live(cluster, children, make_pictures())).application())
+        await runner.setup()
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        for path, kind in (("/picture", "application/octet-stream"), ("/switch", "application/json")):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            own = f"Host: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
+            writer.write(f"POST {path} HTTP/1.1\r\n{own}Content-Type: {kind}\r\nContent-Length: 99\r\n\r\nx".encode())
+            async with asyncio.timeout(PATIENCE):
+                assert b" 408 " in await reader.readline()
+            writer.close()
+        await runner.cleanup()
+
+    asyncio.run(scenario())
+
+
+def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
+    monkeypatch.setattr("nonn.live.web.CONNECTIONS", 2)
+    monkeypatch.setattr("nonn.live.web.LONGEST_SILENCE", 0.5)
+
+    async def scenario():
+        application = Page(Live(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())).application()
+        async with opened(application, 0, "--web") as address, asyncio.timeout(PATIENCE):
+            port = int(address.rpartition(":")[2])
+            ends = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for _, writer in ends[:2]:
+                writer.write(b"GET / HTTP/1.1\r\nHost: 127.0.0.1")  # and no more
+            with contextlib.suppress(ConnectionError):
+                assert await ends[2][0].read() == b"", "one too many"
+            for reader, _ in ends[:2]:
+                assert await reader.read() == b""
+            async with aiohttp.ClientSession() as session, session.get(address) as response:
+                assert response.status == 200
+
+    asyncio.run(scenario())
+
+
+def test_pictures_that_are_too_large_or_none_are_refused(network_folder):
+    manifest = read_manifest(network_folder)
+    wide = BytesIO()
+    Image.new("1", (LARGEST // 1000 + 1, 1000)).save(wide, "PNG")
+    for content, reason in ((b"none", "not an image"), (wide.getvalue(), "pixels are too many")):
+        with pytest.raises(UserError, match=rf"mine: cannot be read \(.*{reason}\)\. Send a PNG"):
+            sent_picture("mine", content, False, manifest)
 
 
 def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path):
@@ -199,7 +294,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path
         events = told(live)
         await wait_for(events, lambda s: "broken.png: not a readable image" in s["problem"])
         passed_over = await wait_for(events, lambda s: s["problem"] == "no device answered")
-        assert passed_over["picture"]["number"] == 2
+        assert passed_over["picture"]["place"] == "2 of 2"
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 
@@ -296,9 +391,6 @@ def test_test_images_of_the_experiment_are_shown(network_folder, tmp_path):
 
 
 def test_pictures_travel_unchanged():
-    import base64
-    from io import BytesIO
-
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (channels, 5, 5), dtype=np.uint8)
         with Image.open(BytesIO(base64.b64decode(as_png(pixels)))) as image:
@@ -338,6 +430,7 @@ def browser(tmp_path, monkeypatch):
     options.binary_location = chromium
     flags = ["headless", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
     flags += ["disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={tmp_path}/profile"]
+    flags += ["use-fake-ui-for-media-stream", "use-fake-device-for-media-stream"]
     flags += ["no-sandbox"] if os.geteuid() == 0 else []
     for flag in flags:
         options.add_argument(f"--{flag}")
@@ -387,6 +480,64 @@ def test_clicking_the_switch_silences_a_device(browser, pictures_folder):
         process.send_signal(signal.SIGINT)
         until(lambda: "does not answer" in text("problem"))
         assert process.wait(timeout=PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_pictures_of_the_viewers_own(browser, pictures_folder, tmp_path):
+    """A file, the same inverted, a drawing, and a frame of the camera, which here is Chromium's test pattern."""
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def find(name: str):
+        return browser.find_element(By.ID, name)
+
+    def until(condition) -> None:
+        WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: condition())
+
+    def shown() -> np.ndarray:
+        content = base64.b64decode(find("picture").get_attribute("src").partition(",")[2])
+        return np.asarray(Image.open(BytesIO(content)))[None]
+
+    pixels = make_image(7)
+    (tmp_path / "mine.png").write_bytes(picture_file(pixels))
+    process, address = start_up("--images", pictures_folder)
+    try:
+        browser.get(address)
+        until(lambda: find("summary").text.startswith("3 of 3 devices take part"))
+        assert "A device's share says how much of the lead" in find("explained").text
+        assert find("calibrated").text == "The probabilities are not calibrated."
+        find("file").send_keys(str(tmp_path / "mine.png"))
+        until(lambda: find("caption").text == "mine.png")
+        np.testing.assert_array_equal(shown(), pixels)
+        find("invert").click()
+        until(lambda: np.array_equal(shown(), 255 - pixels))
+        (tmp_path / "none.png").write_text("no picture")
+        find("file").send_keys(str(tmp_path / "none.png"))
+        until(lambda: "none.png: cannot be read (not an image)" in find("refused").text)
+        find("draw").click()
+        sketch = find("sketch")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", sketch)
+        ActionChains(browser).move_to_element(sketch).click_and_hold().move_by_offset(0, 60).release().perform()
+        until(lambda: find("caption").text == "your drawing")
+        assert shown()[0, :, 0].max() == 0, "black at the left"
+        assert shown()[0, 2, 1:3].min() > 20, "a light stroke down from the middle"
+        until(lambda: find("camera").is_displayed())
+        find("camera").click()
+        until(lambda: browser.execute_script("return arguments[0].videoWidth", find("viewfinder")) > 0)
+        find("shoot").click()
+        until(lambda: find("caption").text == "your camera")
+        find("camera").click()
+        assert not find("viewfinder").is_displayed()
+        find("hold").click()
+        until(lambda: find("caption").text.endswith("of 3), in truth " + find("caption").text.rpartition(" ")[2]))
+        width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
+        assert width[0] <= width[1]
+        logged = [entry for entry in browser.get_log("browser") if "400" not in entry["message"]]
+        assert logged == []
     finally:
         process.kill()
         process.wait()

@@ -17,14 +17,22 @@ def read_image(path: Path, channels: int, size: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            pixels = fit_image(image, size)
-            if len(pixels) > channels:
-                pixels = fit_image(image.convert("L"), size)
-            return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
+            return fit_network(image, channels, size)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of an image.") from None
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
         raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
+
+
+def fit_network(image: Image.Image, channels: int, size: int) -> np.ndarray:
+    """Fit an image to a network, in grey if that is what it takes: uint8 of shape (channels, size, size).
+
+    Raises ValueError as `fit_image` does, and whatever Pillow raises on damaged data.
+    """
+    pixels = fit_image(image, size)
+    if len(pixels) > channels:
+        pixels = fit_image(image.convert("L"), size)
+    return np.ascontiguousarray(np.broadcast_to(pixels, (channels, size, size)))
 
 
 #: Pillow modes that are converted to greyscale or colour. Deeper ones would be clipped to 8 bits.

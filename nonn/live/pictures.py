@@ -10,13 +10,15 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from nonn.core.errors import UserError
-from nonn.core.images import read_image
+from nonn.core.images import fit_network, read_image
 from nonn.runtime.exported import Manifest
 
+#: Pixels of the largest picture that a viewer may send; it takes some 300 MB while it is decoded.
+LARGEST = 50_000_000
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -78,6 +80,27 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
         Picture(f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index)))
         for i, index in ((int(i), indices[i]) for i in _shuffled(len(indices)))
     ]
+
+
+def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) -> Picture:
+    """A picture that somebody sent, from the bytes of its file, or its negative.
+
+    Raises
+    ------
+    UserError
+        It cannot be read, or is too large.
+    """
+    shape = manifest.image
+    try:
+        with Image.open(BytesIO(content)) as image:
+            if image.width * image.height > LARGEST:
+                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+            pixels = fit_network(image, shape.channels, shape.size)
+    except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name}: cannot be read ({reason}). Send a PNG, JPEG or the like.") from None
+    pixels = 255 - pixels if invert else pixels
+    return Picture(name, None, lambda: pixels)
 
 
 def as_png(pixels: np.ndarray) -> str:

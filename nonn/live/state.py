@@ -22,6 +22,7 @@ from nonn.core.errors import UserError
 from nonn.live.pictures import Picture, as_png
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, NobodyAnsweredError, NodeConnection
+from nonn.runtime.inversion import describe_inversion, looks_inverted
 from nonn.runtime.processes import UP, Child
 
 #: Pictures a second at first, and the bounds of what can be chosen.
@@ -80,11 +81,12 @@ class Live:
 
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
         self.cluster, self.pictures = cluster, pictures
-        self.classes = cluster.placed()[0].classes
+        self.manifest, _ = cluster.placed()
         self.devices = {child.node.name: DeviceCard(child) for child in children}
         self.rate, self.held = RATE, False
         self.version = 0
         self._position = 0
+        self._sent: Picture | None = None
         self._picture: dict | None = None
         self._prediction: dict | None = None
         self._problem = "the nodes are starting"
@@ -118,7 +120,9 @@ class Live:
             "network": self.cluster.export.resolve().name,
             "deadline_ms": self.cluster.deadline_ms,
             "tolerated_failures": TOLERATED_FAILURES,
-            "classes": self.classes,
+            "classes": self.manifest.classes,
+            "calibrated": bool(self.manifest.temperatures),
+            "border": self.manifest.image.border,
             "rate": self.rate,
             "held": self.held,
             "picture": self._picture,
@@ -142,9 +146,16 @@ class Live:
 
     def play(self, held: bool | None = None, rate: float | None = None, step: bool = False) -> None:
         """Hold the picture or go on, set the pictures a second, or show the next one now."""
+        if step or held is False:
+            self._sent = None
         self.held = self.held if held is None else held
         self.rate = self.rate if rate is None else rate
         self._position += step
+        self._woken.set()
+
+    def submit(self, picture: Picture) -> None:
+        """Show a picture that a viewer has sent, and hold it until somebody wants the next one."""
+        self._sent, self.held = picture, True
         self._woken.set()
 
     async def _wait_for_nodes(self) -> None:
@@ -163,12 +174,14 @@ class Live:
 
     async def _classify(self, coordinator: Coordinator) -> None:
         """Read a picture and have it classified; what goes wrong is told to the viewers."""
-        number = self._position % len(self.pictures)
-        picture, loop = self.pictures[number], asyncio.get_running_loop()
+        number, loop = self._position % len(self.pictures), asyncio.get_running_loop()
+        picture = self._sent or self.pictures[number]
         try:
             pixels = await asyncio.to_thread(picture.read)
-            self._picture = {"number": number + 1, "of": len(self.pictures), "name": picture.name}
-            self._picture |= {"truth": picture.truth, "png": as_png(pixels)}
+            place = None if self._sent else f"{number + 1} of {len(self.pictures)}"
+            self._picture = {"place": place, "name": picture.name, "truth": picture.truth, "png": as_png(pixels)}
+            hint = describe_inversion(self.manifest.image) if looks_inverted(pixels, self.manifest.image) else ""
+            self._picture["hint"] = hint
             start = loop.time()
             answer = await coordinator.classify(pixels)
         except NobodyAnsweredError:

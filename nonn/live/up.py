@@ -7,7 +7,7 @@ import contextlib
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,25 +79,41 @@ async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | N
     UserError
         The cluster does not fit its export, certificates are missing, all nodes have exited, or a page failed.
     """
-    stopped, (_, placed) = stopped or told_to_stop(False, signal.SIGHUP), cluster.placed()
+    stopped = stopped or told_to_stop(False, signal.SIGHUP)
+    cluster.placed()  # refuses what does not fit
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
             identity.for_server()  # refuses what cannot be read before anything has started
-    async with running(node_commands(cluster), wait=False) as by_name:
-        children = list(by_name.values())
-        exits = asyncio.gather(*(watch(by_name[node.name], contract, cluster) for node, _, contract in placed))
-        end = asyncio.create_task(stopped.wait())
-        served = [asyncio.create_task(page(children)) for page in pages]
-        awaited: list[asyncio.Future] = [exits, end, *served]
-        tasks = [*awaited, asyncio.create_task(show(children))]
+    async with running(node_commands(cluster), wait=False) as children:
+        table = asyncio.create_task(show(list(children.values())))
         try:
-            done, _ = await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await attend(cluster, children, pages, stopped)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            table.cancel()
+            await asyncio.gather(table, return_exceptions=True)
+
+
+async def attend(cluster: Cluster, by_name: Mapping[str, Child], pages: Sequence[Page], stopped: asyncio.Event) -> None:
+    """Watch the nodes of a cluster that are running, and let `pages` go on beside them, until `stopped` is set.
+
+    Raises
+    ------
+    UserError
+        All nodes have exited, or a page failed.
+    """
+    _, placed = cluster.placed()
+    children = list(by_name.values())
+    exits = asyncio.gather(*(watch(by_name[node.name], contract, cluster) for node, _, contract in placed))
+    end = asyncio.create_task(stopped.wait())
+    tasks: list[asyncio.Future] = [exits, end, *(asyncio.create_task(page(children)) for page in pages)]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
     if not stopped.is_set():
         raise UserError(f"all nodes have exited ({reasons(children)})")
 

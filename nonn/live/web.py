@@ -1,4 +1,4 @@
-"""The live page of ``nonn up --web``: one file, one stream of events, two switches' worth of posts.
+"""The live page of ``nonn up --web`` and ``nonn demo``: one file, one stream of events, and posts of three kinds.
 
 It listens on 127.0.0.1 only. Pages of other sites get nothing: the Host must be this machine by name
 (against DNS rebinding), an Origin must be the page's own, and a post needs one. The page loads nothing
@@ -10,13 +10,15 @@ well-tested code, and is in the full environment anyway (dvc needs it).
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -25,16 +27,22 @@ from pydantic import Field, ValidationError
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.core.schema import Section
-from nonn.live.pictures import Picture
+from nonn.live.pictures import Picture, sent_picture
 from nonn.live.state import FASTEST, SLOWEST, Live
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
-HOST = "127.0.0.1"
+HOST, PORT = "127.0.0.1", 7080
 #: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
 NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, bytes of the longest post, and seconds that streams have to end.
 VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
+#: Bytes of the largest picture that is taken, and seconds in which a post must have come.
+LARGEST_PICTURE, SLOWEST_POST = 16 * 2**20, 10.0
+#: Connections at once, and seconds for which one may stay without a request.
+CONNECTIONS, LONGEST_SILENCE = 64, 15.0
+#: Letters of a picture's name that are shown.
+LONGEST_NAME = 60
 
 Wish = TypeVar("Wish", bound=Section)
 
@@ -103,10 +111,12 @@ class Page:
         self.live = live
         self.page, policy = read_page()
         self.viewers = 0
+        self.decoding = asyncio.Lock()  # one picture at a time, which bounds the memory that they take
         self.headers = {
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
+            "Permissions-Policy": "camera=(self), microphone=()",
             "Cross-Origin-Resource-Policy": "same-origin",
             "Cache-Control": "no-store",
         }
@@ -115,6 +125,7 @@ class Page:
         application = web.Application(middlewares=[guard], client_max_size=LONGEST_POST)
         application.add_routes([web.get("/", self.show), web.get("/events", self.stream)])
         application.add_routes([web.post("/switch", self.switch), web.post("/playback", self.playback)])
+        application.add_routes([web.post("/picture", self.picture)])
         application.on_response_prepare.append(self.protect)
         return application
 
@@ -154,28 +165,97 @@ class Page:
         self.live.play(wish.held, wish.rate, wish.step)
         return web.Response(status=204)
 
+    async def picture(self, request: web.Request) -> web.Response:
+        """Classify a picture whose file is the body; the query says its ``name`` and whether to ``invert`` it."""
+        if request.content_type != "application/octet-stream":
+            raise web.HTTPUnsupportedMediaType(text="send application/octet-stream\n")
+        content = await in_time(read_body(request, LARGEST_PICTURE))
+        name = request.query.get("name", "")[:LONGEST_NAME] or "your picture"
+        invert = request.query.get("invert") == "true"
+        async with self.decoding:
+            try:
+                picture = await asyncio.to_thread(sent_picture, name, content, invert, self.live.manifest)
+            except UserError as error:
+                raise web.HTTPBadRequest(text=f"{error}\n") from None
+        self.live.submit(picture)
+        return web.Response(status=204)
+
+
+async def read_body(request: web.Request, limit: int) -> bytes:
+    """Body of a post of so many bytes at most."""
+    content = bytearray()
+    async for chunk in request.content.iter_any():
+        content += chunk
+        if len(content) > limit:
+            raise web.HTTPRequestEntityTooLarge(limit, len(content), text=f"{limit // 2**20} MiB at most\n")
+    return bytes(content)
+
+
+async def in_time(body: Coroutine[Any, Any, bytes]) -> bytes:
+    """What is read of a post, unless it is slower than `SLOWEST_POST`."""
+    try:
+        return await asyncio.wait_for(body, SLOWEST_POST)
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="too slow\n") from None
+
 
 async def read_post(request: web.Request, schema: type[Wish]) -> Wish:
     """A small JSON object of a schema; anything else is refused."""
     if request.content_type != "application/json":
         raise web.HTTPUnsupportedMediaType(text="send application/json\n")
     try:
-        return schema.model_validate_json(await request.read())
+        return schema.model_validate_json(await in_time(request.read()))
     except ValidationError:
         raise web.HTTPBadRequest(text=f"expected the keys {', '.join(schema.model_fields)}\n") from None
 
 
-async def serve_page(cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture], port: int) -> None:
-    """Classify pictures and show how it goes, until cancelled; a `UserError` if the port is taken."""
+async def log_address(address: str) -> None:
+    log(f"live page: {address}")
+
+
+async def serve_page(
+    cluster: Cluster,
+    children: Sequence[Child],
+    pictures: Sequence[Picture],
+    port: int,
+    option: str = "--web",
+    listening: Callable[[str], Awaitable[None]] = log_address,
+) -> None:
+    """Classify pictures and show how it goes, until cancelled; a `UserError` that names `option` if the port is taken.
+
+    `listening` is told the address of the page once it can be opened.
+    """
     live = Live(cluster, children, pictures)
-    runner = web.AppRunner(Page(live).application(), access_log=None, handler_cancellation=True, shutdown_timeout=GRACE)
+    async with opened(Page(live).application(), port, option) as address:
+        await listening(address)
+        await live.run()
+
+
+class Refused(asyncio.Protocol):
+    """A connection that is one too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.abort()
+
+
+@contextlib.asynccontextmanager
+async def opened(application: web.Application, port: int, option: str) -> AsyncIterator[str]:
+    """Serve an application on `HOST` while the block runs; yield its address, useful where port 0 was asked for."""
+    limits = {"keepalive_timeout": LONGEST_SILENCE, "shutdown_timeout": GRACE}
+    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, **limits)
     await runner.setup()
+
+    def connect() -> asyncio.Protocol:
+        return runner.server() if len(runner.server.connections) < CONNECTIONS else Refused()
+
     try:
         try:
-            await web.TCPSite(runner, HOST, port).start()
+            server = await asyncio.get_running_loop().create_server(connect, HOST, port)
         except (OSError, OverflowError) as error:
-            raise UserError(f"--web: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
-        log(f"live page: http://{HOST}:{runner.addresses[0][1]}")
-        await live.run()
+            raise UserError(f"{option}: cannot listen on {HOST}:{port} ({error}). Choose another port.") from None
+        try:
+            yield f"http://{HOST}:{server.sockets[0].getsockname()[1]}"
+        finally:
+            server.close()
     finally:
         await runner.cleanup()

@@ -27,6 +27,7 @@ from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
 from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
 from nonn.method.joining import NetworkOfNetworks
 from nonn.runtime.final import Blocks
+from nonn.runtime.inversion import usual_border
 from nonn.runtime.session import run_onnx
 from nonn.training.networks import ConvNet, predict, single_pass
 
@@ -84,7 +85,8 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
 
     The manifest lists each student's file, its SHA-256, feature length, largest feature accepted and cost, the final
     layer (as one ONNX file for when all students are present, and in blocks by student for when some are missing), the
-    classes, and the accuracy of the exported files on the test images.
+    temperatures, the classes, the usual border of the training images, and the accuracy of the exported files on the
+    test images.
     """
     images, labels = data.split("test")
     students, features, expected = [], [], []
@@ -105,7 +107,9 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     blocks = folder / "final.safetensors"
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
-    return _manifest(data, students, logits, labels, precision) | {"final": final}
+    manifest = _manifest(data, students, logits, labels, precision)
+    manifest["image"]["border"] = usual_border(data.split("train")[0].numpy())
+    return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 
 def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, precision: Precision) -> dict:

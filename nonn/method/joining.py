@@ -16,6 +16,7 @@ from torch import Tensor
 from nonn.core.params import Assemble, Precision
 from nonn.data.dataset import Dataset
 from nonn.deploy.onnx_files import student_content
+from nonn.method.calibration import fit_temperatures
 from nonn.method.final_layer import averaged_layer, fit, layer_tensors, logits_of
 from nonn.method.missing import fit_strategies
 from nonn.runtime.final import FinalLayer
@@ -37,11 +38,14 @@ class NetworkOfNetworks:
         Of the strategy chosen for missing students.
     others : mapping of str to FinalLayer
         Of the strategies not chosen, for comparison.
+    temperatures : sequence of float
+        What logits are divided by before they become probabilities, with 1 to N students present.
     """
 
     students: Sequence[ConvNet]
     final: FinalLayer
     others: Mapping[str, FinalLayer] = field(default_factory=dict)
+    temperatures: Sequence[float] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (B, C), float64, of uint8 images."""
@@ -139,6 +143,9 @@ def join_students(
 def assemble_network(
     students: Sequence[ConvNet], features: FeatureCache, params: Assemble, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
-    """Join trained students; return the network and how its final layer came about."""
+    """Join trained students; return the network and how its final layer and its temperatures came about."""
     layers, summary = join_students(students, features, params, seed)
-    return NetworkOfNetworks(students, layers.pop(summary["missing"]["chosen"]), layers), summary
+    final = layers.pop(summary["missing"]["chosen"])
+    validation, labels = features(students, "validation")
+    temperatures = fit_temperatures(final, validation, labels)
+    return NetworkOfNetworks(students, final, layers, temperatures), summary | {"temperatures": temperatures}

@@ -54,6 +54,7 @@ class Scores:
     #: Of NoNN: the same with each strategy for missing devices, whichever was chosen.
     strategies: Mapping[str, Sequence[Answers]] = field(default_factory=dict)
     chosen: Sequence[str] = ()  # of NoNN: the strategy that each seed's network takes
+    temperatures: Sequence[Sequence[float]] = ()  # of NoNN: those of each seed's network
 
     @property
     def accuracies(self) -> list[float]:
@@ -181,7 +182,8 @@ def _nonn_scores(
         if name in layers[0]
     }
     scores = _joined_scores("nonn", network, [(s, m.final) for s, m in zip(students, models, strict=True)], features)
-    return replace(scores, strategies={name: s.answers for name, s in by_strategy.items()}, chosen=chosen)
+    strategies = {name: s.answers for name, s in by_strategy.items()}
+    return replace(scores, temperatures=[m.temperatures for m in models], strategies=strategies, chosen=chosen)
 
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:

@@ -35,7 +35,7 @@ def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
     for position, student in enumerate(students):
         student.load_state_dict(_below(tensors, f"students.{position}."))
     others = {name: _layer(tensors, f"others.{name}.") for name in info["missing"]["not_chosen"]}
-    return NetworkOfNetworks(students, _layer(tensors, "final."), others)
+    return NetworkOfNetworks(students, _layer(tensors, "final."), others, info["temperatures"])
 
 
 def _layer(tensors: Mapping[str, Tensor], prefix: str) -> FinalLayer:

@@ -13,7 +13,6 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -21,9 +20,8 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
-from nonn.core.images import read_image
 from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
-from nonn.runtime.cluster import Cluster, Node, load_cluster
+from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
 
@@ -156,7 +154,7 @@ class Coordinator:
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
-        prediction = read_out(self.manifest.classes, list(self.final.contributions(features).values()))
+        prediction = read_out(self.manifest, list(self.final.contributions(features).values()))
         return Answer(prediction, {self.connections[i].name: feature for i, feature in features.items()}, absent)
 
     async def _collect(
@@ -204,16 +202,3 @@ async def classify_once(cluster: Cluster, image: np.ndarray) -> Answer:
     """Classify a single image: connect, ask, disconnect."""
     async with Coordinator(cluster) as coordinator:
         return await coordinator.classify(image)
-
-
-def run(path: Path, cluster_path: Path) -> None:
-    """The command ``nonn predict IMAGE --cluster``: class, probability, and each node's share or excuse."""
-    cluster = load_cluster(cluster_path)
-    shape = cluster.placed()[0].image
-    answer = asyncio.run(classify_once(cluster, read_image(path, shape.channels, shape.size)))
-    prediction = answer.prediction
-    print(f"{prediction.label}  {prediction.probability:.1%}  ({cluster_path}, {path})")
-    for name, share in zip(answer.present, prediction.shares, strict=True):
-        print(f"  {name}: {share:6.1%} of the lead")
-    for name, reason in answer.absent.items():
-        print(f"  {name}: absent, {reason}")

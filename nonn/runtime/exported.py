@@ -6,14 +6,16 @@ import hashlib
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nonn.core.errors import UserError
 
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**16)]
+GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
 class Record(BaseModel):
@@ -47,6 +49,9 @@ class Image(Record):
     channels: Count
     size: Count
     dtype: Literal["uint8"]
+    #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.core.images`);
+    #: none in exports from before it was measured.
+    border: tuple[GreyLevel, GreyLevel] | None = None
 
 
 class StudentFile(Record):
@@ -64,6 +69,7 @@ class StudentFile(Record):
 
 class FinalFiles(Record):
     file: FileName
+    sha256: Sha256
     blocks: FileName
     blocks_sha256: Sha256
 
@@ -75,8 +81,21 @@ class Manifest(Record):
     image: Image
     students: Annotated[list[StudentFile], Field(min_length=1)]
     final: FinalFiles
+    #: What logits are divided by before they become probabilities, with 1 to N students present
+    #: (`nonn.method.calibration`); none in exports from before they were fitted.
+    temperatures: tuple[Temperature, ...] = ()
     #: Form of int8 students (`nonn.quantize.FORM`); none of float32 ones, and of exports from before it was named.
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _has_all_temperatures(self) -> Manifest:
+        if len(self.temperatures) not in (0, len(self.students)):
+            raise ValueError(f"{len(self.temperatures)} temperatures for {len(self.students)} students")
+        return self
+
+    def temperature(self, present: int) -> float:
+        """Temperature with so many students present; 1, which calibrates nothing, where none was fitted."""
+        return self.temperatures[present - 1] if self.temperatures else 1.0
 
 
 def read_manifest(folder: Path) -> Manifest:

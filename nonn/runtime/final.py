@@ -142,23 +142,23 @@ class Prediction:
     """What a network says of one image."""
 
     label: str  # the most probable class
-    probability: float
+    probability: float  # calibrated, see `nonn.method.calibration`
     probabilities: list[float]  # of all classes
     #: Of each student that took part: its part in the lead of the predicted class over the mean of all classes,
     #: negative if it spoke against the class. Their magnitudes add up to 1.
     shares: list[float]
 
 
-def read_out(classes: Sequence[str], contributions: Sequence[np.ndarray]) -> Prediction:
+def read_out(manifest: Manifest, contributions: Sequence[np.ndarray]) -> Prediction:
     """Class, probabilities and shares from what each student adds to the logits, N vectors of shape (C,)."""
     logits = np.sum(contributions, axis=0)
     winner = int(logits.argmax())
-    exponentials = np.exp(logits - logits.max())
+    exponentials = np.exp((logits - logits.max()) / manifest.temperature(len(contributions)))
     probabilities = exponentials / exponentials.sum()
     leads = [float(term[winner] - term.mean()) for term in contributions]
     total = sum(map(abs, leads)) or 1.0
     return Prediction(
-        label=classes[winner],
+        label=manifest.classes[winner],
         probability=float(probabilities[winner]),
         probabilities=probabilities.tolist(),
         shares=[lead / total for lead in leads],

@@ -9,6 +9,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.data.dataset import load_dataset
+from nonn.method.calibration import measure_calibration
 from nonn.method.scoring import missing_devices, missing_strategies, score_all, summarise
 
 
@@ -30,6 +31,12 @@ def run(params: Params, paths: Paths) -> None:
                 for s in scores
                 if s.answers
                 for row in missing_devices(s.answers, s.n_students, labels, params.evaluate.seed)
+            ],
+            "calibration": [
+                {"network": s.network, **row}
+                for s in scores
+                if s.temperatures and s.answers  # a network of one device is not asked for parts of it
+                for row in measure_calibration(s.answers, s.temperatures, s.n_students, labels, params.evaluate.seed)
             ],
             "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],
         },

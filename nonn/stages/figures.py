@@ -109,6 +109,16 @@ def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     )
 
 
+def calibration_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Expected calibration error of each network with all devices present, before and after calibration."""
+    whole = [row for row in evaluation["calibration"] if row["missing"] == 0]
+    return {
+        f"{row['network']}_calibration_error{ending}": round(row[key], 6)
+        for row in whole
+        for key, ending in (("calibrated", ""), ("uncalibrated", "_uncalibrated"))
+    }
+
+
 def read_log(path: Path) -> pd.DataFrame:
     return pd.read_csv(existing(path))
 
@@ -139,7 +149,8 @@ def run(params: Params, paths: Paths) -> None:
     write_text(paths / "distributed.csv", write_csv(deployed, deployment_table.COLUMNS))
     write_text(paths / "missing.csv", write_csv(strategies, missing_table.COLUMNS))
     write_json(paths / "ratios.json", ratios)
-    write_json(paths / "metrics.json", method_table.collect_metrics(methods, comparisons))
+    metrics = method_table.collect_metrics(methods, comparisons) | calibration_metrics(evaluation)
+    write_json(paths / "metrics.json", metrics)
     write_json(paths / "claims.json", method_table.collect_claims(comparisons))
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}

@@ -221,7 +221,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             coordinator.connections[rogue].failures = 0  # or its breaker would keep the rest of the campaign away
             said = is_sound(last["content"], ModelInferResponse, read_response, contract)
             present = features if said is None else features | {rogue: said}
-            expected = read_out(manifest.classes, list(coordinator.final.contributions(present).values()))
+            expected = read_out(manifest, list(coordinator.final.contributions(present).values()))
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
             # Not what `read_response` thinks of them, which is what is being tried here.

@@ -1,0 +1,60 @@
+"""The command ``nonn ship``: put a trained network into the package, for `nonn demo`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from nonn import demo
+from nonn.core.errors import UserError
+from nonn.core.files import replacing
+from nonn.core.params import load_params
+from nonn.core.paths import Paths
+from nonn.live.pictures import dataset_pictures
+from nonn.runtime.exported import read_manifest, read_verified
+
+
+def ship(export: Path, dataset: Path, network: Path, pictures: Path) -> None:
+    """Copy an exported network, verified, to the folder `network`, and test images to the folder `pictures`.
+
+    The images are the first of each class in a fixed random order, whatever the network says of them.
+
+    Raises
+    ------
+    UserError
+        Export or dataset are missing, damaged, or do not belong together.
+    """
+    manifest = read_manifest(export)
+    files = {student.file: student.sha256 for student in manifest.students}
+    files |= {manifest.final.blocks: manifest.final.blocks_sha256, manifest.final.file: manifest.final.sha256}
+    found = dataset_pictures(dataset, manifest)
+    with replacing(network) as folder:
+        folder.mkdir(parents=True)
+        for name, sha256 in files.items():
+            (folder / name).write_bytes(read_verified(export / name, sha256))
+        shutil.copyfile(export / "manifest.json", folder / "manifest.json")
+    with replacing(pictures) as folder:
+        for name in manifest.classes:
+            picture = next((picture for picture in found if picture.truth == name), None)
+            if picture is None:
+                raise UserError(f"{dataset}: has no test image of class {name!r}. Ship another network.")
+            pixels = picture.read()
+            (folder / name).mkdir(parents=True)
+            image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+            image.save(folder / name / f"{picture.name.replace(' ', '-')}.png")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    parser.epilog = "example: nonn ship 4s"
+
+
+def run(options) -> None:
+    params = load_params()
+    if options.network not in params.networks:
+        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {', '.join(params.networks)}.")
+    paths = Paths(params.experiment)
+    ship(paths.export(options.network), paths.dataset, demo.NETWORK, demo.PICTURES)
+    print(f"{demo.NETWORK}: {options.network} of {params.experiment}, shown by `nonn demo`; commit it")

@@ -1,0 +1,48 @@
+"""Telling dark on light from light on dark: by the border of a picture, where its background usually lies."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nonn.runtime.exported import Image
+
+#: Share of the training images whose borders are within the range that is kept.
+USUAL = 0.99
+MIDDLE = 127.5
+
+
+def border_brightness(images: np.ndarray) -> np.ndarray:
+    """Mean grey level of the outermost pixels of images, uint8 of shape (..., channels, size, size); shape (...)."""
+    inner = np.zeros(images.shape[-2:], bool)
+    inner[1:-1, 1:-1] = True
+    return images[..., ~inner].mean((-1, -2))
+
+
+def usual_border(images: np.ndarray) -> tuple[float, float]:
+    """Grey levels between which the border lies in the share `USUAL` of images, uint8 (M, channels, size, size)."""
+    low, high = np.quantile(border_brightness(images), [(1 - USUAL) / 2, (1 + USUAL) / 2])
+    return round(float(low), 2), round(float(high), 2)
+
+
+def looks_inverted(pixels: np.ndarray, image: Image) -> bool:
+    """Whether the negative of a picture, uint8 of shape (channels, size, size), is more like the training images.
+
+    Its border must be one that training images hardly ever have, and that of its negative less than half as far from
+    theirs. False where dark and bright borders are both usual, or the export does not say what is.
+    """
+    if image.border is None or image.border[0] <= MIDDLE <= image.border[1]:
+        return False
+    low, high = image.border
+    brightness = float(border_brightness(pixels))
+
+    def distance(level: float) -> float:
+        return max(low - level, level - high, 0)
+
+    return distance(brightness) > 2 * distance(255 - brightness)
+
+
+def describe_inversion(image: Image) -> str:
+    """What to tell whoever shows a network a picture that looks inverted."""
+    usual = "dark" if image.border[1] < MIDDLE else "bright"
+    other = "bright" if usual == "dark" else "dark"
+    return f"the picture looks inverted: its border is {other}, that of the training pictures {usual}"
