@@ -174,3 +174,11 @@ def test_other_experiments_are_left_alone(params):
     files = write_all(other, Paths(other.experiment))
     assert remove_leftovers(params, Paths(params.experiment)) == []
     assert all(path.exists() for path in files)
+
+
+@pytest.mark.usefixtures("folder")
+def test_baselines_go_when_none_is_named(params):
+    paths = Paths(params.experiment)
+    write_all(params, paths)
+    remove_leftovers(with_network(params, baselines={}), paths)
+    assert not list((paths / "baselines").iterdir())

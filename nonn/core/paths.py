@@ -116,7 +116,7 @@ def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     kept["networks"] = list(jobs["assembled"])
     leftovers = []
     for folder, names in kept.items():
-        depth = "/".join("*" * (1 + names[0].count("/")))
+        depth = "/".join("*" * (1 + names[0].count("/"))) if names else "*"
         for path in sorted((paths / folder).glob(depth)):
             if str(path.relative_to(paths / folder)).partition(".")[0] not in names:
                 leftovers.append(path)

@@ -235,18 +235,26 @@ class Refused(asyncio.Protocol):
     """A connection that is one too many."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
         transport.abort()
 
 
 @contextlib.asynccontextmanager
 async def opened(application: web.Application, port: int, option: str) -> AsyncIterator[str]:
     """Serve an application on `HOST` while the block runs; yield its address, useful where port 0 was asked for."""
-    limits = {"keepalive_timeout": LONGEST_SILENCE, "shutdown_timeout": GRACE}
-    runner = web.AppRunner(application, access_log=None, handler_cancellation=True, **limits)
+    runner = web.AppRunner(
+        application,
+        access_log=None,
+        handler_cancellation=True,
+        keepalive_timeout=LONGEST_SILENCE,
+        shutdown_timeout=GRACE,
+    )
     await runner.setup()
+    accepted = runner.server
+    assert accepted, "it is there once the runner is set up"
 
     def connect() -> asyncio.Protocol:
-        return runner.server() if len(runner.server.connections) < CONNECTIONS else Refused()
+        return accepted() if len(accepted.connections) < CONNECTIONS else Refused()
 
     try:
         try:

@@ -37,14 +37,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     One image of unknown class, spread evenly over the M, is counted in. Without it a network that is right on all
     validation images would be calibrated to be certain of everything.
     """
-    logits = logits.double().numpy()
+    values = logits.double().numpy()
     unknown = 1 / (len(labels) + 1)
-    right = logits[..., np.arange(len(labels)), labels.numpy()]
-    wanted = right * (1 - unknown) + logits.mean(-1) * unknown
+    right = values[..., np.arange(len(labels)), labels.numpy()]
+    wanted = right * (1 - unknown) + values.mean(-1) * unknown
 
     def cross_entropy(logarithm: float) -> float:
         scale = math.exp(-logarithm)
-        return float(np.mean(logsumexp(scale * logits, axis=-1) - scale * wanted))
+        return float(np.mean(logsumexp(scale * values, axis=-1) - scale * wanted))
 
     # In 1/T the cross-entropy is convex, so in log T it has one minimum too.
     found = minimize_scalar(cross_entropy, bounds=(math.log(LOWEST), math.log(HIGHEST)), method="bounded")
@@ -65,9 +65,9 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float = 1.0) 
 
     The mean distance of confidence from accuracy over `BINS` bins of confidence, weighted by their images.
     """
-    confidence, answers = (logits.double() / temperature).softmax(1).max(1)
+    confidences, answers = (logits.double() / temperature).softmax(1).max(1)
     right = (answers == labels).double().numpy()
-    confidence = confidence.numpy()
+    confidence = confidences.numpy()
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = np.bincount(bins, right - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(labels))

@@ -43,6 +43,7 @@ def looks_inverted(pixels: np.ndarray, image: Image) -> bool:
 
 def describe_inversion(image: Image) -> str:
     """What to tell whoever shows a network a picture that looks inverted."""
+    assert image.border, "only a picture that was compared with it looks inverted"
     usual = "dark" if image.border[1] < MIDDLE else "bright"
     other = "bright" if usual == "dark" else "dark"
     return f"the picture looks inverted: its border is {other}, that of the training pictures {usual}"
