@@ -32,6 +32,7 @@ from nonn.training.networks import ConvNet
 
 PARAMS = load_params(REPOSITORY / "params.yaml")
 N_CLASSES = 10
+TEACHER_MS = 9.6
 #: Test accuracies that the made-up experiment scatters around.
 ACCURACY = {
     "teacher": 0.993,
@@ -149,14 +150,22 @@ def write_evaluation(params, paths, n_test, generator):
     write_json(paths.evaluation, evaluation | {"missing": missing, "missing_strategies": strategies})
 
 
+def timed(ms):
+    ratio = TEACHER_MS / ms
+    return {
+        **{"latency_p50_ms": ms, "latency_ratio": ratio},
+        **{"latency_ratio_low": 0.95 * ratio, "latency_ratio_high": 1.05 * ratio},
+    }
+
+
 def write_benchmarks(params, paths):
     teacher = measure_cost(ConvNet(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
     for name, network in params.networks.items():
-        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(network.devices))}
+        models = {str(i): timed(0.9 + 0.1 * i) for i in range(len(network.devices))}
         write_json(paths.benchmark(name), {"system": describe_system(), "models": models})
     single = [f"{network}-{method}" for network, method, _ in params.baselines() if method in SINGLE_METHODS]
-    models = {name: {"latency_p50_ms": 1.1} for name in single}
-    models["teacher"] = vars(teacher) | {"latency_p50_ms": 9.6}
+    models = {name: timed(1.1) for name in single}
+    models["teacher"] = vars(teacher) | {"latency_p50_ms": TEACHER_MS}
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 
@@ -312,7 +321,13 @@ DESIGNS = {
     ("2s", "ensemble"): [{"n_filters": None, "cost": cost(11, 85, 44, 10)}] * 2,
     ("2s", "full"): [{"n_filters": 8, "cost": cost(14, 90, 56, 20)}] * 2,
 }
-LATENCIES = {("", "teacher"): 6.0, ("2s", "nonn"): 1.5, ("2s", "ensemble"): 1.2}
+LATENCIES = {
+    ("", "teacher"): {"latency_p50_ms": 6.0},
+    ("2s", "nonn"): {
+        **{"latency_p50_ms": 1.5, "latency_ratio": 4.0, "latency_ratio_low": 3.9, "latency_ratio_high": 4.1}
+    },
+    ("2s", "ensemble"): {"latency_p50_ms": 1.2, "latency_ratio": 5.0},
+}
 
 
 @pytest.fixture
@@ -336,11 +351,12 @@ def write_report(methods, comparison):
 def test_summary_csv_by_hand(methods):
     assert summary.write_csv(methods, method_table.COLUMNS) == (
         "method,network,n_students,n_seeds,accuracy_mean,accuracy_sd,params_per_device,params_total,"
-        "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
-        "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,,\n"
-        "nonn,2s,2,2,0.960000,0.010000,12,22,48,90,20,1.5000,,\n"
-        "ensemble,2s,2,2,0.950000,0.010000,11,22,44,85,40,1.2000,0.500000,0.250000\n"
-        "full,2s,2,2,0.930000,0.010000,14,28,56,90,32,,0.001000,0.000500\n"
+        "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,"
+        "latency_ratio,latency_ratio_low,latency_ratio_high,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
+        "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,,,,,\n"
+        "nonn,2s,2,2,0.960000,0.010000,12,22,48,90,20,1.5000,4.0000,3.9000,4.1000,,\n"
+        "ensemble,2s,2,2,0.950000,0.010000,11,22,44,85,40,1.2000,5.0000,,,0.500000,0.250000\n"
+        "full,2s,2,2,0.930000,0.010000,14,28,56,90,32,,,,,0.001000,0.000500\n"
     )
 
 
@@ -352,6 +368,8 @@ def test_comparison_by_hand(methods):
         "accuracy_gap_points": 3.0,
         "memory_ratio": 10.0,  # (400 + 200) / max(40 + 20, 48 + 2)
         "performance_ratio": 4.0,
+        "performance_ratio_low": 3.9,
+        "performance_ratio_high": 4.1,
         "best_baseline": "ensemble",
         "best_baseline_accuracy": 0.95,
         "best_baseline_beaten": False,  # ahead, but p = 0.5

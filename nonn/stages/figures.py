@@ -7,6 +7,7 @@ is left to `nonn.report`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +58,13 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
     return {**cost, **in_float32}
 
 
-def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float]:
-    """p50 latency (ms) of the slowest student of every method that was benchmarked."""
-    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark(SOLO))["models"].items()}
+def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]:
+    """What was measured of the slowest student of every method that was benchmarked."""
+    solo = read_json(paths.benchmark(SOLO))["models"]
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
-        slowest = max(student["latency_p50_ms"] for student in students)
+        slowest = max(students, key=itemgetter("latency_p50_ms"))
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
         if params.pool:
             member = solo["-".join(params.pool)]
@@ -145,18 +146,19 @@ def run(params: Params, paths: Paths) -> None:
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
+    budgets = {name: sorted({d.memory_kib for d in params.devices_of(name)}) for name in params.networks}
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
             "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
             "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
-            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
+            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, budgets, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
             "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
-            "latency": deployment_plots.draw_latency(deployed),
+            "latency": deployment_plots.draw_latency(deployed, params.distributed.board),
             "scaling": deployment_plots.draw_scaling(deployed, comparisons, params.distributed.board),
-            "ratios": deployment_plots.draw_ratios(ratios),
+            "ratios": deployment_plots.draw_ratios(ratios, deployment_table.list_ratios(deployed, comparisons)),
         }
         for name, figure in figures.items():
-            plots.save_figure(figure, paths / f"figures/{name}.{params.figures.format}", params.figures)
+            plots.save_figure(figure, paths / f"figures/{name}", params.figures)
