@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
-from nonn.core.params import SINGLE_METHODS, STRATEGIES, load_params
+from nonn.core.params import SINGLE_METHODS, STRATEGIES, Architecture, load_params
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
-from nonn.report import accuracy_plots, graph_plots, method_table, missing_table, plots, summary
+from nonn.report import accuracy_plots, design_plots, graph_plots, method_table, missing_table, plots, summary
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 from nonn.stages import graph as graph_stage
@@ -48,7 +48,7 @@ ACCURACY = {
 CHOSEN = ["fail_out", "subset_layers", "fail_out"]
 FIGURES = (
     *("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices"),
-    *("communication", "latency", "scaling", "ratios"),
+    *("student_selection", "architectures", "communication", "latency", "scaling", "ratios"),
 )
 TABLES = (
     "missing.csv",
@@ -208,7 +208,7 @@ def with_figures(params, **changes):
 def experiment(tmp_path_factory):
     """Folder of an experiment whose stage has run; do not change it."""
     folder = tmp_path_factory.mktemp("experiment")
-    params = with_figures(PARAMS, dpi=50, format="svg")
+    params = with_figures(PARAMS, dpi=50)
     params = params.model_copy(update={"design": params.design.model_copy(update={"step": 16})})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -224,15 +224,17 @@ def inside(experiment, monkeypatch):
 
 
 def test_every_output_is_there(inside):
-    params, paths = inside
+    _, paths = inside
     for name in FIGURES:
-        assert (paths / f"figures/{name}.{params.figures.format}").read_text().startswith("<?xml")
+        assert (paths / f"figures/{name}.svg").read_text().startswith("<?xml")
+        assert (paths / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in paths.root.glob("*") if path.name in TABLES} == set(TABLES)
 
 
 def test_running_again_gives_the_same_bytes(inside):
     params, paths = inside
-    outputs = [*(paths / f"figures/{name}.svg" for name in FIGURES), *(paths / name for name in TABLES)]
+    drawn = [paths / f"figures/{name}.{suffix}" for name in FIGURES for suffix in plots.FORMATS]
+    outputs = [*drawn, *(paths / name for name in TABLES)]
     before = [path.read_bytes() for path in outputs]
     figures_stage.run(params, paths)
     assert [path.read_bytes() for path in outputs] == before
@@ -242,13 +244,12 @@ TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5,
 
 
 def draw(file_format):
-    section = with_figures(PARAMS, format=file_format).figures
     with plots.drawing_style():
-        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), section)
-    return Path("figure").read_bytes()
+        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), PARAMS.figures)
+    return Path(f"figure.{file_format}").read_bytes()
 
 
-@pytest.mark.parametrize("file_format", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("file_format", plots.FORMATS)
 def test_no_format_tells_the_time(file_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
@@ -637,11 +638,78 @@ def test_all_points_are_in_view(methods):
     ).assign(worst_sd=None)
     (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {"2s": 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
-    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])
     assert len(axis.containers) == len(methods)
 
 
 def test_every_method_is_named_beside_its_point(methods):
-    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
-    assert sorted(text.get_text() for text in axis.texts) == sorted(plots.METHODS[m].label for m in methods["method"])
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
+    named = [text.get_text() for text in axis.texts if not text.get_text().startswith("budget")]
+    assert sorted(named) == sorted(plots.METHODS[m].label for m in methods["method"])
+
+
+def test_every_method_is_drawn_at_its_memory_and_accuracy(methods):
+    """However crowded: a point that is moved aside reads as another number."""
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
+    drawn = [container.lines[0] for container in axis.containers]
+    assert all(line.get_transform() == axis.transData for line in drawn)
+    places = sorted(tuple(line.get_xydata()[0]) for line in drawn)
+    wanted = zip(methods["memory_bytes_per_device"] / 1024, methods["accuracy_mean"], strict=True)
+    assert places == pytest.approx(sorted(wanted))
+    (budget,) = [line for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+    assert list(budget.get_xdata()) == [0.1, 0.1]
+
+
+def contrast_to_white(colour):
+    """Of WCAG 2: https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio."""
+    channels = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+
+
+def test_every_colour_stands_out_from_white():
+    """3 to 1 is what WCAG 2.2 asks of graphics (success criterion 1.4.11)."""
+    assert contrast_to_white("black") == pytest.approx(21)
+    colours = {look.colour for look in plots.METHODS.values()} | set(plots.STUDENT_COLOURS)
+    assert len(colours) == len(plots.METHODS) + len(plots.STUDENT_COLOURS), "each means one thing"
+    assert {colour for colour in colours if contrast_to_white(colour) < 3} == set()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"family": "fast", "widths": [6, 8, 10], "depth": 2},
+        {"family": "airbench", "widths": [6, 8, 10], "depth": 2},
+        {"family": "airbench", "widths": [6, 8, 10], "depth": 3, "strided": True},
+        {"family": "wrn", "depth": 10, "width": 1},
+        {"family": "resnet", "depth": 8, "width": 1},
+    ],
+    ids=lambda architecture: architecture["family"],
+)
+@pytest.mark.parametrize("size", [28, 30, 32])
+def test_blocks_are_those_of_the_network(architecture, size):
+    architecture = Architecture(**architecture)
+    blocks = design_plots.list_blocks(architecture, 3, size, 5)
+    model = ConvNet(architecture, 3, 10, 5).eval()
+    maps = model.stage_maps(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    stages = [(width, side) for name, width, side, _ in blocks if name.startswith("stage")]
+    assert stages == [tuple(one.shape[1:3]) for one in maps]
+    stem = model.stem(model.normalize(torch.zeros(1, 3, size, size)))
+    assert ("stem", stem.shape[1]) in [block[:2] for block in blocks]
+    assert blocks[-1] == ("bridge", 5, maps[-1].shape[-1], 1)
+
+
+def test_chosen_students_stand_within_their_budgets(inside):
+    params, paths = inside
+    network = next(iter(params.networks))
+    students, devices = figures_stage.load_students(params, paths)[network], params.devices_of(network)
+    candidates = read_json(paths.candidates(network))
+    drawn = design_plots.draw_student_selection({network: candidates}, {network: students}, {network: devices})
+    (axis,) = drawn.axes
+    (chosen,) = [line for line in axis.lines if line.get_marker() == "o"]
+    x, y = chosen.get_xydata().T
+    assert (x <= devices[0].memory_kib).all()
+    assert (y <= devices[0].mmacs).all()
+    (curve,) = [line for line in axis.lines if line.get_marker() == "."]
+    assert len(curve.get_xdata()) == len(candidates) >= 5

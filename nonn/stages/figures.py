@@ -21,6 +21,7 @@ from nonn.report import (
     accuracy_plots,
     deployment_plots,
     deployment_table,
+    design_plots,
     graph_plots,
     method_table,
     missing_table,
@@ -77,6 +78,32 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]
     return latencies
 
 
+def load_students(params: Params, paths: Paths) -> dict[str, list[dict]]:
+    """Students of each network, as the stage `design` wrote them."""
+    return {
+        network: [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
+        for network, section in params.networks.items()
+    }
+
+
+def load_architectures(params: Params, paths: Paths, students: Mapping[str, list[dict]]) -> list[dict]:
+    """Teacher, students and baselines of one model, as `draw_architectures` takes them: those built alike as one."""
+    teacher = read_json(paths.benchmark(SOLO))["models"]["teacher"]
+    listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
+    listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
+    singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
+    listed += [(m, f" {n}", read_json(paths.design(n, m))[0]) for n, m in singles]
+    found: dict[str, dict] = {}
+    for method, where, design in listed:
+        # Baselines of one device are built alike, whatever they learn from.
+        kind = method if method in ("teacher", "nonn", "total") else "kd"
+        title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
+        entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
+        key = str((kind, where, design["architecture"], entry["n_filters"]))
+        found.setdefault(key, entry | {"architecture": Architecture(**design["architecture"])})
+    return list(found.values())
+
+
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
     """Sets of a network's students, with the summary of its partition."""
     students = range(len(params.networks[network].devices))
@@ -115,8 +142,8 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def run(params: Params, paths: Paths) -> None:
-    evaluation, graph = read_json(paths.evaluation), load_graph(paths)
-    n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
+    evaluation, graph, info = read_json(paths.evaluation), load_graph(paths), read_json(paths.dataset_info)
+    n_test, n_classes, students = evaluation["n_test"], len(info["classes"]), load_students(params, paths)
     methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
@@ -152,6 +179,14 @@ def run(params: Params, paths: Paths) -> None:
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
             "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "student_selection": design_plots.draw_student_selection(
+                {network: read_json(paths.candidates(network)) for network in students},
+                students,
+                {network: params.devices_of(network) for network in students},
+            ),
+            "architectures": design_plots.draw_architectures(
+                load_architectures(params, paths, students), info["channels"], info["size"]
+            ),
             "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
             "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, budgets, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
