@@ -15,8 +15,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from nonn.core.params import Architecture, Device
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
-#: Height of a block of so many channels, and width of one layer of a stage, in units of a row.
-TALLEST, LAYER_WIDTH = 0.62, 0.5
+#: Height of the block of most channels, in units of a row, and width of the deepest stage.
+TALLEST, LAYER_WIDTH = 0.5, 0.5
 
 
 def draw_student_selection(
@@ -137,7 +137,7 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
                 axis.add_patch(Rectangle(place, one, tall, facecolor=face, edgecolor=colour, linewidth=0.8, zorder=2))
                 axis.patches[-1].set_edgecolor(colour if layers == 0 else "white")
             note = f"{width} × {side}²"
-            axis.text(left, middle + 0.36, note, size=7.5, ha="left", va="center")
+            axis.text(left, middle + 0.37, note, size=7.5, ha="left", va="center")
         cost = network["cost"]
         memory = (cost["weight_bytes"] + cost["peak_activation_bytes"]) / 1024
         ends = "features" if network["n_filters"] else "classes"

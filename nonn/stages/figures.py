@@ -87,7 +87,10 @@ def load_students(params: Params, paths: Paths) -> dict[str, list[dict]]:
 
 
 def load_architectures(params: Params, paths: Paths, students: Mapping[str, list[dict]]) -> list[dict]:
-    """Teacher, students and baselines of one model, as `draw_architectures` takes them: those built alike as one."""
+    """Teacher, students and baselines of one model, as `draw_architectures` takes them: those built alike as one.
+
+    Of students that differ in their bridge alone, the one of the widest.
+    """
     teacher = read_json(paths.benchmark(SOLO))["models"]["teacher"]
     listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
@@ -99,8 +102,10 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
         kind = method if method in ("teacher", "nonn", "total") else "kd"
         title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
         entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
-        key = str((kind, where, design["architecture"], entry["n_filters"]))
-        found.setdefault(key, entry | {"architecture": Architecture(**design["architecture"])})
+        entry["architecture"] = Architecture(**design["architecture"])
+        key = str((kind, where, entry["architecture"]))
+        if key not in found or (entry["n_filters"] or 0) > (found[key]["n_filters"] or 0):
+            found[key] = entry
     return list(found.values())
 
 
