@@ -656,7 +656,7 @@ def test_every_method_is_drawn_at_its_memory_and_accuracy(methods):
     assert all(line.get_transform() == axis.transData for line in drawn)
     places = sorted(tuple(line.get_xydata()[0]) for line in drawn)
     wanted = zip(methods["memory_bytes_per_device"] / 1024, methods["accuracy_mean"], strict=True)
-    assert places == pytest.approx(sorted(wanted))
+    assert np.array(places) == pytest.approx(np.array(sorted(wanted)))
     (budget,) = [line for line in axis.lines if list(line.get_ydata()) == [0, 1]]
     assert list(budget.get_xdata()) == [0.1, 0.1]
 
@@ -712,4 +712,4 @@ def test_chosen_students_stand_within_their_budgets(inside):
     assert (x <= devices[0].memory_kib).all()
     assert (y <= devices[0].mmacs).all()
     (curve,) = [line for line in axis.lines if line.get_marker() == "."]
-    assert len(curve.get_xdata()) == len(candidates) >= 5
+    assert len(curve.get_xdata()) == len(candidates) > 1
