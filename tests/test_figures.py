@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
-from nonn.core.params import SINGLE_METHODS, STRATEGIES, load_params
+from nonn.core.params import SINGLE_METHODS, STRATEGIES, Architecture, load_params
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
-from nonn.report import accuracy_plots, graph_plots, method_table, missing_table, plots, summary
+from nonn.report import accuracy_plots, design_plots, graph_plots, method_table, missing_table, plots, summary
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 from nonn.stages import graph as graph_stage
@@ -33,6 +33,7 @@ from nonn.training.networks import ConvNet
 
 PARAMS = load_params(REPOSITORY / "params.yaml")
 N_CLASSES = 10
+TEACHER_MS = 9.6
 #: Test accuracies that the made-up experiment scatters around.
 ACCURACY = {
     "teacher": 0.993,
@@ -48,7 +49,7 @@ ACCURACY = {
 CHOSEN = ["fail_out", "subset_layers", "fail_out"]
 FIGURES = (
     *("filter_graph", "adjacency", "top_k", "training", "accuracy_memory", "missing_devices"),
-    *("communication", "latency", "scaling", "ratios"),
+    *("student_selection", "architectures", "communication", "latency", "scaling", "ratios"),
 )
 TABLES = (
     "missing.csv",
@@ -156,14 +157,22 @@ def write_evaluation(params, paths, n_test, generator):
     write_json(paths.evaluation, evaluation)
 
 
+def timed(ms):
+    ratio = TEACHER_MS / ms
+    return {
+        **{"latency_p50_ms": ms, "latency_ratio": ratio},
+        **{"latency_ratio_low": 0.95 * ratio, "latency_ratio_high": 1.05 * ratio},
+    }
+
+
 def write_benchmarks(params, paths):
     teacher = measure_cost(ConvNet(params.teacher.architecture, 1, N_CLASSES), 1, params.dataset.size)
     for name, network in params.networks.items():
-        models = {str(i): {"latency_p50_ms": 0.9 + 0.1 * i} for i in range(len(network.devices))}
+        models = {str(i): timed(0.9 + 0.1 * i) for i in range(len(network.devices))}
         write_json(paths.benchmark(name), {"system": describe_system(), "models": models})
     single = [f"{network}-{method}" for network, method, _ in params.baselines() if method in SINGLE_METHODS]
-    models = {name: {"latency_p50_ms": 1.1} for name in single}
-    models["teacher"] = vars(teacher) | {"latency_p50_ms": 9.6}
+    models = {name: timed(1.1) for name in single}
+    models["teacher"] = vars(teacher) | {"latency_p50_ms": TEACHER_MS}
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 
@@ -206,7 +215,7 @@ def with_figures(params, **changes):
 def experiment(tmp_path_factory):
     """Folder of an experiment whose stage has run; do not change it."""
     folder = tmp_path_factory.mktemp("experiment")
-    params = with_figures(PARAMS, dpi=50, format="svg")
+    params = with_figures(PARAMS, dpi=50)
     params = params.model_copy(update={"design": params.design.model_copy(update={"step": 16})})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -222,15 +231,17 @@ def inside(experiment, monkeypatch):
 
 
 def test_every_output_is_there(inside):
-    params, paths = inside
+    _, paths = inside
     for name in FIGURES:
-        assert (paths / f"figures/{name}.{params.figures.format}").read_text().startswith("<?xml")
+        assert (paths / f"figures/{name}.svg").read_text().startswith("<?xml")
+        assert (paths / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in paths.root.glob("*") if path.name in TABLES} == set(TABLES)
 
 
 def test_running_again_gives_the_same_bytes(inside):
     params, paths = inside
-    outputs = [*(paths / f"figures/{name}.svg" for name in FIGURES), *(paths / name for name in TABLES)]
+    drawn = [paths / f"figures/{name}.{suffix}" for name in FIGURES for suffix in plots.FORMATS]
+    outputs = [*drawn, *(paths / name for name in TABLES)]
     before = [path.read_bytes() for path in outputs]
     figures_stage.run(params, paths)
     assert [path.read_bytes() for path in outputs] == before
@@ -240,13 +251,12 @@ TOP_K = {"top_k": None, "n_filters": 600, "modularity": 0.3, "n_communities": 5,
 
 
 def draw(file_format):
-    section = with_figures(PARAMS, format=file_format).figures
     with plots.drawing_style():
-        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), section)
-    return Path("figure").read_bytes()
+        plots.save_figure(graph_plots.draw_top_k(TOP_K), Path("figure"), PARAMS.figures)
+    return Path(f"figure.{file_format}").read_bytes()
 
 
-@pytest.mark.parametrize("file_format", ["png", "svg", "pdf"])
+@pytest.mark.parametrize("file_format", plots.FORMATS)
 def test_no_format_tells_the_time(file_format, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
@@ -319,7 +329,13 @@ DESIGNS = {
     ("2s", "ensemble"): [{"n_filters": None, "cost": cost(11, 85, 44, 10)}] * 2,
     ("2s", "full"): [{"n_filters": 8, "cost": cost(14, 90, 56, 20)}] * 2,
 }
-LATENCIES = {("", "teacher"): 6.0, ("2s", "nonn"): 1.5, ("2s", "ensemble"): 1.2}
+LATENCIES = {
+    ("", "teacher"): {"latency_p50_ms": 6.0},
+    ("2s", "nonn"): {
+        **{"latency_p50_ms": 1.5, "latency_ratio": 4.0, "latency_ratio_low": 3.9, "latency_ratio_high": 4.1}
+    },
+    ("2s", "ensemble"): {"latency_p50_ms": 1.2, "latency_ratio": 5.0},
+}
 
 
 @pytest.fixture
@@ -343,11 +359,12 @@ def write_report(methods, comparison):
 def test_summary_csv_by_hand(methods):
     assert summary.write_csv(methods, method_table.COLUMNS) == (
         "method,network,n_students,n_seeds,accuracy_mean,accuracy_sd,params_per_device,params_total,"
-        "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
-        "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,,\n"
-        "nonn,2s,2,2,0.960000,0.010000,12,22,48,90,20,1.5000,,\n"
-        "ensemble,2s,2,2,0.950000,0.010000,11,22,44,85,40,1.2000,0.500000,0.250000\n"
-        "full,2s,2,2,0.930000,0.010000,14,28,56,90,32,,0.001000,0.000500\n"
+        "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,"
+        "latency_ratio,latency_ratio_low,latency_ratio_high,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
+        "teacher,,1,1,0.990000,,100,100,400,1000,40,6.0000,,,,,\n"
+        "nonn,2s,2,2,0.960000,0.010000,12,22,48,90,20,1.5000,4.0000,3.9000,4.1000,,\n"
+        "ensemble,2s,2,2,0.950000,0.010000,11,22,44,85,40,1.2000,5.0000,,,0.500000,0.250000\n"
+        "full,2s,2,2,0.930000,0.010000,14,28,56,90,32,,,,,0.001000,0.000500\n"
     )
 
 
@@ -359,6 +376,8 @@ def test_comparison_by_hand(methods):
         "accuracy_gap_points": 3.0,
         "memory_ratio": 10.0,  # (400 + 200) / max(40 + 20, 48 + 2)
         "performance_ratio": 4.0,
+        "performance_ratio_low": 3.9,
+        "performance_ratio_high": 4.1,
         "best_baseline": "ensemble",
         "best_baseline_accuracy": 0.95,
         "best_baseline_beaten": False,  # ahead, but p = 0.5
@@ -629,11 +648,78 @@ def test_all_points_are_in_view(methods):
     ).assign(worst_sd=None)
     (axis,) = accuracy_plots.draw_missing_devices(missing, {"2s": "rescaled"}, {"2s": 3}, 100).axes
     assert_in_view(axis, [line for line in axis.lines if len(line.get_xdata()) == 2])
-    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
     assert_in_view(axis, [container.lines[0] for container in axis.containers])
     assert len(axis.containers) == len(methods)
 
 
 def test_every_method_is_named_beside_its_point(methods):
-    (axis,) = accuracy_plots.draw_accuracy_memory(methods, 100).axes
-    assert sorted(text.get_text() for text in axis.texts) == sorted(plots.METHODS[m].label for m in methods["method"])
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
+    named = [text.get_text() for text in axis.texts if not text.get_text().startswith("budget")]
+    assert sorted(named) == sorted(plots.METHODS[m].label for m in methods["method"])
+
+
+def test_every_method_is_drawn_at_its_memory_and_accuracy(methods):
+    """However crowded: a point that is moved aside reads as another number."""
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
+    drawn = [container.lines[0] for container in axis.containers]
+    assert all(line.get_transform() == axis.transData for line in drawn)
+    places = sorted(tuple(line.get_xydata()[0]) for line in drawn)
+    wanted = zip(methods["memory_bytes_per_device"] / 1024, methods["accuracy_mean"], strict=True)
+    assert np.array(places) == pytest.approx(np.array(sorted(wanted)))
+    (budget,) = [line for line in axis.lines if list(line.get_ydata()) == [0, 1]]
+    assert list(budget.get_xdata()) == [0.1, 0.1]
+
+
+def contrast_to_white(colour):
+    """Of WCAG 2: https://www.w3.org/TR/WCAG22/#dfn-contrast-ratio."""
+    channels = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+
+
+def test_every_colour_stands_out_from_white():
+    """3 to 1 is what WCAG 2.2 asks of graphics (success criterion 1.4.11)."""
+    assert contrast_to_white("black") == pytest.approx(21)
+    colours = {look.colour for look in plots.METHODS.values()} | set(plots.STUDENT_COLOURS)
+    assert len(colours) == len(plots.METHODS) + len(plots.STUDENT_COLOURS), "each means one thing"
+    assert {colour for colour in colours if contrast_to_white(colour) < 3} == set()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        {"family": "fast", "widths": [6, 8, 10], "depth": 2},
+        {"family": "airbench", "widths": [6, 8, 10], "depth": 2},
+        {"family": "airbench", "widths": [6, 8, 10], "depth": 3, "strided": True},
+        {"family": "wrn", "depth": 10, "width": 1},
+        {"family": "resnet", "depth": 8, "width": 1},
+    ],
+    ids=lambda architecture: architecture["family"],
+)
+@pytest.mark.parametrize("size", [28, 30, 32])
+def test_blocks_are_those_of_the_network(architecture, size):
+    architecture = Architecture(**architecture)
+    blocks = design_plots.list_blocks(architecture, 3, size, 5)
+    model = ConvNet(architecture, 3, 10, 5).eval()
+    maps = model.stage_maps(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    stages = [(width, side) for name, width, side, _ in blocks if name.startswith("stage")]
+    assert stages == [tuple(one.shape[1:3]) for one in maps]
+    stem = model.stem(model.normalize(torch.zeros(1, 3, size, size)))
+    assert ("stem", stem.shape[1]) in [block[:2] for block in blocks]
+    assert blocks[-1] == ("bridge", 5, maps[-1].shape[-1], 1)
+
+
+def test_chosen_students_stand_within_their_budgets(inside):
+    params, paths = inside
+    network = next(iter(params.networks))
+    students, devices = figures_stage.load_students(params, paths)[network], params.devices_of(network)
+    candidates = read_json(paths.candidates(network))
+    drawn = design_plots.draw_student_selection({network: candidates}, {network: students}, {network: devices})
+    (axis,) = drawn.axes
+    (chosen,) = [line for line in axis.lines if line.get_marker() == "o"]
+    x, y = chosen.get_xydata().T
+    assert (x <= devices[0].memory_kib).all()
+    assert (y <= devices[0].mmacs).all()
+    (curve,) = [line for line in axis.lines if line.get_marker() == "."]
+    assert len(curve.get_xdata()) == len(candidates) > 1

@@ -98,7 +98,7 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    """Write ``timeline.csv`` and ``figures/timeline.png``, and print how parallel the jobs were."""
+    """Write ``timeline.csv`` and ``figures/timeline``, and print how parallel the jobs were."""
     params = load_settings(options)
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
@@ -111,7 +111,7 @@ def run(options) -> None:
     write_text(paths / "timeline.csv", jobs[COLUMNS].to_csv(index=False, float_format="%.1f"))
     with drawing_style():
         figure = draw_timeline(jobs, STAGES)
-        save_figure(figure, paths / "figures/timeline.png", params.figures, "png")
+        save_figure(figure, paths / "figures/timeline", params.figures)
     print(describe_parallelism(jobs, "all stages"))
     training = jobs[jobs["stage"].isin(["distill", "baseline"])]
     if len(training):

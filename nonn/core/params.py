@@ -256,6 +256,7 @@ class Benchmark(Section):
     warmup: Annotated[int, Field(ge=0)]
     runs: Annotated[int, Field(ge=10)]
     windows: Count
+    pairs: Count
     core: Annotated[int, Field(ge=0)]
 
 
@@ -290,7 +291,6 @@ class Distributed(Section):
 
 class Figures(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
-    format: Literal["png", "svg", "pdf"]
 
 
 class Params(Section):

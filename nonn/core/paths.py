@@ -55,6 +55,10 @@ class Paths:
         """Number of filters for each student, decided from the devices' budgets."""
         return self / f"design/{network}/sizes.json"
 
+    def candidates(self, network: str) -> Path:
+        """What some of the students cost among which the design chose."""
+        return self / f"design/{network}/candidates.json"
+
     def design(self, network: str, name: str | int) -> Path:
         """Architecture of a student (0, 1, …), or those of a baseline's students (its method)."""
         return self / f"design/{network}" / _file_of(name)

@@ -14,10 +14,15 @@ from bisect import bisect_left
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Device
 from nonn.deploy.cost import Cost, measure_cost
 from nonn.training.networks import ConvNet
+
+#: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
+N_SHOWN, SHOWN_UP_TO = 14, 4.0
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
@@ -79,6 +84,25 @@ def design_student(
             f"{smallest.macs / 1e6:.2f} million. Raise devices.*.memory_kib or mmacs, or lower design.min_width."
         )
     return best
+
+
+def sample_candidates(grid: Design, devices: list[Device], info: dict, n_filters: int) -> list[dict]:
+    """What some of the candidates cost, to be drawn: at most `N_SHOWN` of each depth, each ``{architecture, cost}``.
+
+    From the narrowest to the first whose memory is beyond `SHOWN_UP_TO` times the largest budget. All have a bridge to
+    `n_filters`; `info` is that of the dataset.
+    """
+    largest = SHOWN_UP_TO * max(device.memory_kib for device in devices) * 1024
+    shown = []
+    for depth in grid.depths:
+        students = family(grid, depth)
+        for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
+            model = ConvNet(students[i], info["channels"], len(info["classes"]), n_filters)
+            cost = measure_cost(model, info["channels"], info["size"], grid.precision)
+            shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})
+            if cost.memory_bytes > largest:
+                break
+    return shown
 
 
 def combined_budget(devices: list[Device]) -> Device:

@@ -75,7 +75,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.n
     return np.clip(isotonic_regression(np.asarray(values) - steps).x, low, high - steps[-1]) + steps
 
 
-def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
+def draw_accuracy_memory(methods: pd.DataFrame, budgets: Mapping[str, Sequence[float]], n_test: int) -> Figure:
     """Draw test accuracy against memory per device, a panel for each network.
 
     Parameters
@@ -83,6 +83,8 @@ def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
     methods : DataFrame
         One row a method and network: ``method``, ``network``, ``n_seeds``, ``accuracy_mean``,
         ``accuracy_sd`` and ``memory_bytes_per_device``. The teacher, network "", is in each panel.
+    budgets : mapping
+        Network to the memory of its kinds of devices, in KiB.
     """
     networks = [network for network in methods["network"].unique() if network]
     memory = methods["memory_bytes_per_device"] / 1024
@@ -95,10 +97,11 @@ def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
     for axis, network in zip(axes, networks, strict=True):
         axis.set_xscale("log")
         # Names stand left of the points: two fifths of the width are for them.
-        axis.set_xlim(memory.min() / 10 ** (0.8 * decades - 0.2), memory.max() * 10 ** (0.12 * decades))
+        axis.set_xlim(memory.min() / 10 ** (0.9 * decades - 0.2), memory.max() * 10 ** (0.2 * decades))
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:,g}")
+        _mark_budgets(axis, budgets[network])
         _place_methods(axis, methods.assign(memory=memory)[methods["network"].isin(["", network])])
         n_seeds = methods.query("method == 'nonn' and network == @network")["n_seeds"].iloc[0]
         axis.set_title(f"{network}: NoNN n = {n_seeds}, {n_test:,} test images")
@@ -107,11 +110,19 @@ def draw_accuracy_memory(methods: pd.DataFrame, n_test: int) -> Figure:
     return figure
 
 
-def _place_methods(axis: Axes, rows: pd.DataFrame) -> None:
-    """Draw the methods of one panel and name each one.
+def _mark_budgets(axis: Axes, budgets: Sequence[float]) -> None:
+    for budget in budgets:
+        axis.axvline(budget, color="0.45", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+        name = {"rotation": 90, "ha": "left", "va": "bottom", "size": 7, "color": "0.35"}
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (2, 3), "textcoords": "offset points"}
+        axis.annotate(f"budget {budget:,g} KiB", (budget, 0), **place, **name)
 
-    Methods of nearly the same memory stand side by side, a few points apart, and are named in a
-    column at the left; one that stands alone is named beside it. Ticks on the axis are exact.
+
+def _place_methods(axis: Axes, rows: pd.DataFrame) -> None:
+    """Draw the methods of one panel at their places, and name each one.
+
+    Markers are hollow, but for NoNN's, so that those at one place can be told apart. Methods of nearly the same memory
+    are named in a column at the left; one that stands alone is named beside it.
     """
     rows = rows.sort_values(["memory", "accuracy_mean", "method"])
     group = (rows["memory"].pct_change() > 0.15).cumsum()
@@ -122,26 +133,24 @@ def _place_methods(axis: Axes, rows: pd.DataFrame) -> None:
     for index, row in rows.iterrows():
         method, memory, accuracy, deviation = row[["method", "memory", "accuracy_mean", "accuracy_sd"]]
         look, colour, hero = METHODS[method], METHODS[method].colour, method == "nonn"
-        peers = group.index[group == group[index]]
-        place = _shifted(axis, 5 * (peers.get_loc(index) - (len(peers) - 1) / 2))
-        ticks = axis.get_xaxis_transform()
-        axis.plot(memory, 0, "|", color=colour, markersize=9, transform=ticks, clip_on=False)
-        bar = {"yerr": None if pd.isna(deviation) else deviation, "elinewidth": 1.2, "zorder": 4 if hero else 3}
-        mark = {"markersize": {"*": 11, "o": 7.5}.get(look.marker, 6), "markeredgewidth": 0.6}
-        mark |= {"fmt": look.marker, "color": colour, "markeredgecolor": axis.get_facecolor()}
-        axis.errorbar(memory, accuracy, transform=place, **bar, **mark)
+        # Bars of one memory lie on each other: the wider caps are those of the more accurate.
+        rank = list(group.index[group == group[index]]).index(index)
+        bar = {"yerr": None if pd.isna(deviation) else deviation, "elinewidth": 1, "capsize": 2 + rank}
+        mark = {"markersize": {"*": 10, "o": 7}.get(look.marker, 6), "markeredgewidth": 1.2}
+        mark |= {"fmt": look.marker, "color": colour, "markerfacecolor": colour if hero else "none"}
+        axis.errorbar(memory, accuracy, zorder=3 if hero else 4, **bar, **mark)
         where = {"xytext": (9, 0), "va": "center"}
         if method in ("teacher", "teacher_int8"):
             where = {"xytext": (0, -9), "ha": "center", "va": "top"}
-        elif method == "total":  # between the crowd and the teacher: the room is above and to the right
-            accuracy += np.nan_to_num(deviation)
-            where = {"xytext": (0, 5), "va": "bottom"}
         elif crowded[index]:
-            where |= {"textcoords": "axes fraction", "xytext": (0.3, label_heights[index]), "ha": "right"}
-            line = {"arrowstyle": "-", "color": colour, "alpha": 0.45, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 4}
+            where |= {"textcoords": "axes fraction", "xytext": (0.31, label_heights[index]), "ha": "right"}
+            line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
             where["arrowprops"] = line
+        elif method == "total" and memory > 0.1 * rows["memory"].max():  # close to the teacher's: the room is above
+            accuracy += np.nan_to_num(deviation)
+            where = {"xytext": (0, 5), "ha": "center", "va": "bottom"}
         where = {"textcoords": "offset points", "weight": "bold" if hero else "normal"} | where
-        axis.annotate(look.label, (memory, accuracy), xycoords=place, color=colour, **where)
+        axis.annotate(look.label, (memory, accuracy), color=colour, **where)
 
 
 def _shifted(axis: Axes, points: float) -> ScaledTranslation:

@@ -11,10 +11,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from nonn.core.params import Architecture
 from nonn.report.deployment_table import PAPER, RATIO_LABELS
+from nonn.report.method_table import format_interval
 from nonn.report.plots import METHODS, Look, legend_below, legend_handle, panels
 
 #: How a layout of the devices appears; those that are methods of accuracy too keep their look.
@@ -33,6 +35,7 @@ LINK_NAMES = {
     "ethernet100": "Ethernet, 100 Mbit/s",
     "ethernet941": "Ethernet, 941 Mbit/s",
 }
+BARS = "bars: left, 95 % interval; right, range of the published constants"
 HOLLOW = {"linestyle": (0, (3, 2)), "markerfacecolor": "none"}
 
 
@@ -85,7 +88,20 @@ def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Fi
     return figure
 
 
-def draw_latency(rows: pd.DataFrame) -> Figure:
+def _plain_decades(axis: Axes) -> None:
+    """Plain numbers at 1, 2 and 5 of each decade, where there are few; else at each decade."""
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 300 * low else (1,), numticks=20))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.yaxis.set_major_formatter("{x:,g}")
+
+
+def _board_name(board: str) -> str:
+    name = board.replace("_", "-").replace("cortex-m", "Cortex-M")
+    return name.replace("pi", "Raspberry Pi ", 1).replace("-plus", "+")
+
+
+def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
     """Draw the total latency of one image against the number of devices, a panel for each link."""
     rows = rows[(rows["scenario"] == "sensor") & rows["method"].isin(list(LAYOUTS))].sort_values("n_devices")
     layouts = {method: look for method, look in LAYOUTS.items() if method in set(rows["method"])}
@@ -95,18 +111,21 @@ def draw_latency(rows: pd.DataFrame) -> Figure:
         for method, look in layouts.items():
             here = rows[(rows["link"] == link) & (rows["method"] == method)]
             modelled = here["badge"] == "modelled"
-            style = {"color": look.colour, "marker": look.marker, "linewidth": 1.2}
+            style = {"color": look.colour, "marker": look.marker, "linewidth": 1.2, "elinewidth": 0.9}
             style["zorder"] = 4 if method == "nonn" else 3
             for line, more in ((here[modelled], HOLLOW), (here[~modelled], {})):
-                axis.plot(line["n_devices"], line["total_ms"], **style, **more)
+                median, p95 = line["total_ms"], line["p95_ms"].astype(float)
+                above = np.maximum(p95 - median, 0).fillna(0)
+                bars = None if more else np.stack([np.zeros(len(line)), above])
+                axis.errorbar(line["n_devices"], median, yerr=bars, **style, **more)
         _count_decades(axis)
         axis.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms")
         _count_devices(axis, rows["n_devices"].unique())
         axis.set_title(LINK_NAMES[link])
-    axes[0].set_ylabel("from the image to its class (median)")
+    axes[0].set_ylabel("from the image to its class")
     handles = [legend_handle(look) for look in layouts.values()]
-    handles.append(legend_handle(Look("timed, all devices at once", "0.4", "o")))
-    handles.append(legend_handle(Look("composed, each device alone", "0.4", "o"), **HOLLOW))
+    handles.append(legend_handle(Look("timed on this machine: median, bar to the 95th percentile", "0.4", "o")))
+    handles.append(legend_handle(Look(f"composed for another processor, {_board_name(board)}", "0.4", "o"), **HOLLOW))
     legend_below(figure, handles, columns=4)
     return figure
 
@@ -122,15 +141,11 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     counts = rows[rows["network"] != ""].groupby("network")["n_devices"].first()
     figure = Figure(figsize=(8.2, 3.9), layout="constrained")
     speed, energy = figure.subplots(1, 2)
-    nonn, teacher = LAYOUTS["nonn"], LAYOUTS["teacher"]
-    places = [1, *(counts[comparison["network"]] for comparison in comparisons)]
-    ratios = [1, *(comparison["performance_ratio"] for comparison in comparisons)]
-    speed.plot(places, ratios, color=nonn.colour, marker=nonn.marker, markersize=6)
-    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-    for point in list(zip(places, ratios, strict=True))[1:]:
-        speed.annotate(f"{point[1]:.1f}×", point, color=nonn.colour, **above)
-    speed.plot(1, 1, color=teacher.colour, marker=teacher.marker, markersize=11)
-    speed.set(ylim=(0, 1.2 * max(ratios[1:])), ylabel="times faster than the teacher")
+    teacher = LAYOUTS["teacher"]
+    tops = [_draw_speed(speed, counts[comparison["network"]], comparison) for comparison in comparisons]
+    speed.axhline(1, color=teacher.colour, linewidth=1.2, linestyle=(0, (4, 3)))
+    speed.annotate("teacher", (0, 1), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points")
+    speed.set(ylim=(0, 1.2 * max(tops)), ylabel="times sooner than the teacher")
     speed.set_title("performance of the slowest device (measured)")
     layouts = {method: look for method, look in LAYOUTS.items() if method in set(rows["method"]) and method != "kd"}
     for method, look in layouts.items():
@@ -140,40 +155,82 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         for key, more in lines.items():
             low, high = line[f"energy_{key}_mj_low"], line[f"energy_{key}_mj_high"]
             energy.errorbar(line["n_devices"], (low + high) / 2, yerr=(high - low) / 2, **style, **more)
-    _count_decades(energy)
-    energy.yaxis.set_major_formatter("{x:g}")
-    energy.set(ylabel="energy of one image (mJ)", title=f"energy on {board.replace('_', '-')} (modelled)")
-    for axis in (speed, energy):
-        _count_devices(axis, sorted({1, *counts}))
+    energy.set_yscale("log")
+    _plain_decades(energy)
+    energy.set(ylabel="energy of one image (mJ)", title=f"energy on {_board_name(board)} (modelled)")
+    _count_devices(speed, sorted(set(counts)))
+    _count_devices(energy, sorted({1, *counts}))
+    few = min(counts) / 1.5, max(counts) * 1.5
+    speed.set_xlim(*few)
     handles = [legend_handle(look) for look in layouts.values()]
     handles.append(legend_handle(Look("of the neediest device", "0.4", "o")))
     handles.append(legend_handle(Look("of all devices", "0.4", "o"), **HOLLOW))
+    handles.append(Line2D([], [], color="0.4", marker="|", linestyle="", markersize=12, label=BARS))
     legend_below(figure, handles, columns=3)
     return figure
 
 
-def draw_ratios(ratios: Mapping[str, Mapping | None]) -> Figure:
-    """Draw how many times less NoNN needs, beside what the paper says."""
+def _draw_speed(axis: Axes, n_devices: int, comparison: Mapping) -> float:
+    """Draw how many times sooner a network's slowest device is, with its interval; return the upper end."""
+    ratio, look = comparison["performance_ratio"], LAYOUTS["nonn"]
+    low, high = (comparison.get(f"performance_ratio_{end}") or ratio for end in ("low", "high"))
+    bars = [[ratio - low], [high - ratio]]
+    axis.errorbar(n_devices, ratio, yerr=bars, color=look.colour, fmt=look.marker, markersize=6, elinewidth=1.2)
+    beside = {"xytext": (7, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
+    axis.annotate(f"{ratio:.1f}×", (n_devices, ratio), color=look.colour, **beside)
+    return high
+
+
+def draw_ratios(ratios: Mapping[str, Mapping | None], candidates: pd.DataFrame) -> Figure:
+    """Draw how many times less NoNN needs, on every network and link, beside what the paper says.
+
+    Parameters
+    ----------
+    ratios : mapping
+        From `nonn.report.deployment_table.collect_ratios`: each is drawn filled, and written out.
+    candidates : DataFrame
+        From `nonn.report.deployment_table.list_ratios`: those among which these are the largest.
+    """
     entries = {name: ratios[name] for name in RATIO_LABELS if ratios.get(name)}
-    figure = Figure(figsize=(7.6, 0.62 * len(entries) + 1.1), layout="constrained")
+    figure = Figure(figsize=(8.2, 0.62 * len(entries) + 1.5), layout="constrained")
     axis = figure.subplots()
-    found, places = [entry["ratio"] for entry in entries.values()], np.arange(len(entries))
-    bars = axis.barh(places - 0.19, found, 0.36, color=METHODS["nonn"].colour)
-    links = [f", {LINK_NAMES.get(e['link'], e['link'])}" if e["link"] else "" for e in entries.values()]
-    notes = [
-        f" {entry['ratio']:.1f}×  {entry['n']} devices{link} ({entry['badge']})"
-        for entry, link in zip(entries.values(), links, strict=True)
-    ]
-    axis.bar_label(bars, notes, padding=2, size=8)
-    cited = {place: PAPER[name] for place, name in enumerate(entries) if name in PAPER}
-    bars = axis.barh([place + 0.19 for place in cited], list(cited.values()), 0.36, color="0.75")
-    axis.bar_label(bars, [f" {ratio:.0f}×  paper (cited)" for ratio in cited.values()], padding=2, size=8)
-    axis.set_yticks(places, [RATIO_LABELS[name].lower().replace(", against a ", "\nagainst ") for name in entries])
-    axis.set_ylim(len(entries) - 0.4, -0.6)
+    colour, places = METHODS["nonn"].colour, np.arange(len(entries))
+    for place, (name, entry) in enumerate(entries.items()):
+        others = candidates.loc[candidates["claim"] == name, "ratio"]
+        axis.plot(others, [place] * len(others), "o", color=colour, markerfacecolor="none", markersize=6)
+        low, high = (entry.get(f"ratio_{end}") or entry["ratio"] for end in ("low", "high"))
+        bars = [[entry["ratio"] - low], [high - entry["ratio"]]]
+        axis.errorbar(entry["ratio"], place, xerr=bars, color=colour, fmt="o", markersize=7, elinewidth=1.4)
+        if name in PAPER:
+            axis.plot(PAPER[name], place, "D", color="0.25", markersize=6, markerfacecolor="none", markeredgewidth=1.4)
+    named = [RATIO_LABELS[name].lower().replace(", against a ", "\nagainst ") for name in entries]
+    axis.set_yticks(places, named)
+    notes = axis.secondary_yaxis("right")
+    notes.set_yticks(places, [_describe_ratio(entry) for entry in entries.values()], size=8)
+    notes.tick_params(length=0)
+    notes.spines["right"].set_visible(False)
+    axis.set_ylim(len(entries) - 0.5, -0.5)
     axis.set_xscale("log")
-    largest = max(*found, *PAPER.values())
-    axis.set_xlim(min(1, 0.8 * min(found)), largest**2.1)  # a wide right margin, for the notes
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×" if value <= 2 * largest else "")
+    found = [*candidates["ratio"], *(entry["ratio"] for entry in entries.values()), *PAPER.values()]
+    axis.set_xlim(min(0.9, 0.8 * min(found)), 1.4 * max(found))
+    axis.axvline(1, color="0.4", linewidth=0.8)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter("{x:g}×")
     axis.grid(axis="y", visible=False)
     axis.set_xlabel("times less than the baseline")
+    marker = {"linestyle": "", "markersize": 6}
+    hollow = marker | {"markerfacecolor": "none"}
+    handles = [
+        Line2D([], [], color=colour, marker="o", label="NoNN, the largest (written out)", **marker),
+        Line2D([], [], color=colour, marker="o", label="other networks and links", **hollow),
+        Line2D([], [], color="0.25", marker="D", label="the paper's, “up to” (cited)", **hollow),
+    ]
+    legend_below(figure, handles, columns=3)
     return figure
+
+
+def _describe_ratio(entry: Mapping) -> str:
+    link = f", {LINK_NAMES.get(entry['link'], entry['link'])}" if entry["link"] else ""
+    images = f", n = {entry['images']} images" if entry["images"] else ""
+    return f"{format_interval(entry, 'ratio')}\n{entry['n']} devices{link} ({entry['badge']}{images})"

@@ -15,10 +15,11 @@ cited
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import itemgetter
 from typing import Any
 
 import pandas as pd
+
+from nonn.report.method_table import format_interval
 
 #: Columns of ``distributed.csv`` and how each is written.
 COLUMNS = {
@@ -49,6 +50,12 @@ COLUMNS = {
 }
 #: What the paper's abstract claims, each "up to".
 PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_latency": 33.0}
+#: What each ratio is against.
+BASELINES = {
+    **dict.fromkeys(("memory", "performance", "energy_per_node"), "teacher"),
+    "total_latency": "split by channels",
+    "total_latency_rows": "split by rows",
+}
 RATIO_LABELS = {
     "memory": "Memory of a device",
     "performance": "Time of a device",
@@ -114,43 +121,54 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
     Returns
     -------
     dict
-        ``memory``, ``performance``, ``energy_per_node`` and ``total_latency``: each ``ratio``, the
-        ``baseline`` that it is against, ``link`` and ``scenario`` (None where none takes part), ``n``
-        devices, ``network``, ``images`` timed, and ``badge``. Energy is that of the teacher on one device
-        over that of NoNN's neediest device: upper bounds, without idle draw. Total latency is against the
-        split by channels; ``total_latency_rows`` is the same against the split by rows, of the same network
-        on the same link, and ``paper`` holds the paper's ratios.
+        ``memory``, ``performance``, ``energy_per_node`` and ``total_latency``: each ``ratio`` with the ends
+        ``ratio_low`` and ``ratio_high`` of its interval (None for all but performance), the ``baseline`` that it is
+        against, ``link`` and ``scenario`` (None where none takes part), ``n`` devices, ``network``, ``images`` timed,
+        and ``badge``. Energy is that of the teacher on one device over that of NoNN's neediest device: upper bounds,
+        without idle draw. Total latency is against the split by channels; ``total_latency_rows`` is the same against
+        the split by rows, of the same network on the same link, and ``paper`` holds the paper's ratios.
     """
-    sizes = rows.groupby("network")["n_devices"].first()
+    candidates = list_ratios(rows, comparisons)
     ratios: dict[str, Any] = {}
-    for name, badge in (("memory", "modelled"), ("performance", "measured")):
-        best = max(comparisons, key=itemgetter(f"{name}_ratio"))
-        network, ratio = best["network"], best[f"{name}_ratio"]
-        entry = {"network": network, "n_devices": sizes[network], "ratio": ratio, "badge": badge}
-        ratios[name] = _ratio(entry, "teacher")
+    for name, baseline in BASELINES.items():
+        own = candidates[candidates["claim"] == name]
+        if name == "total_latency_rows" and (chosen := ratios.get("total_latency")):
+            same = ["network", "link", "scenario"]
+            own = own[(own[same] == [chosen[key] for key in same]).all(axis=1)]
+        ratios[name] = None if own.empty else _ratio(own.loc[own["ratio"].idxmax()], baseline)
+    return ratios | {"paper": {name: {"ratio": ratio, "badge": "cited"} for name, ratio in PAPER.items()}}
 
+
+def list_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> pd.DataFrame:
+    """The ratios among which `collect_ratios` takes the largest: one a ``claim``, network and link."""
+    sizes = rows.groupby("network")["n_devices"].first()
+    counted = [
+        {"claim": name, "network": c["network"], "n_devices": sizes[c["network"]], "badge": badge}
+        | {key: c.get(f"{name}_{key}") for key in ("ratio", "ratio_low", "ratio_high")}
+        for name, badge in (("memory", "modelled"), ("performance", "measured"))
+        for c in comparisons
+    ]
     energies = rows.loc[rows["badge"] == "modelled"].drop(columns="images")
     teacher = energies[energies["method"] == "teacher"]
     both = energies[energies["method"] == "nonn"].merge(teacher, on=["link", "scenario"], suffixes=("", "_teacher"))
     both["ratio"] = both["energy_node_mj_high_teacher"] / both["energy_node_mj_high"]
-    ratios["energy_per_node"] = _ratio(both.loc[both["ratio"].idxmax()], "teacher")
 
     live = compare_splits(rows).query("badge != 'modelled'")
-    for name, method in (("total_latency", "channels"), ("total_latency_rows", "rows")):
-        candidates = live[live["method"] == method]
-        if chosen := ratios.get("total_latency"):
-            same = ["network", "link", "scenario"]
-            candidates = candidates[(candidates[same] == [chosen[key] for key in same]).all(axis=1)]
-        best = None if candidates.empty else candidates.loc[candidates["ratio"].idxmax()]
-        ratios[name] = None if best is None else _ratio(best, f"split by {method}")
-    return ratios | {"paper": {name: {"ratio": ratio, "badge": "cited"} for name, ratio in PAPER.items()}}
+    claims = {"channels": "total_latency", "rows": "total_latency_rows"}
+    live = live.assign(claim=live["method"].map(claims))
+    tables = [table for table in (both.assign(claim="energy_per_node"), live) if not table.empty]
+    listed = [*counted, *(row for table in tables for row in table.to_dict("records"))]
+    columns = ["claim", "network", "n_devices", "link", "scenario", "badge", "images", "ratio", "ratio_low"]
+    table = pd.DataFrame(listed, columns=[*columns, "ratio_high"])
+    return table.astype({"ratio": float, "ratio_low": float, "ratio_high": float})
 
 
-def _ratio(best: Mapping[str, Any] | pd.Series, baseline: str) -> dict[str, Any]:
-    entry = {key: best.get(key) for key in ("network", "link", "scenario", "badge")}
-    images = None if best.get("images") is None else int(best["images"])
-    ratio = round(float(best["ratio"]), 4)
-    return entry | {"ratio": ratio, "baseline": baseline, "n": int(best["n_devices"]), "images": images}
+def _ratio(best: pd.Series, baseline: str) -> dict[str, Any]:
+    known = best.astype(object).where(best.notna(), None)
+    entry = {key: known[key] for key in ("network", "link", "scenario", "badge")}
+    entry |= {key: None if known[key] is None else round(known[key], 4) for key in ("ratio", "ratio_low", "ratio_high")}
+    images = None if known["images"] is None else int(known["images"])
+    return entry | {"baseline": baseline, "n": int(known["n_devices"]), "images": images}
 
 
 def format_ratios(ratios: Mapping[str, Any]) -> pd.DataFrame:
@@ -158,7 +176,7 @@ def format_ratios(ratios: Mapping[str, Any]) -> pd.DataFrame:
     lines = [
         {
             "": label,
-            "NoNN": f"{entry['ratio']:.1f}×",
+            "NoNN": format_interval(entry, "ratio"),
             **{key.capitalize(): str(entry[key] or "–") for key in ("network", "link", "images", "badge")},
             "Paper": f"{PAPER[name]:.0f}×" if name in PAPER else "–",
         }

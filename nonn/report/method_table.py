@@ -23,9 +23,14 @@ COLUMNS = {
     "macs_per_device": "{:d}",
     "feature_bytes": "{:d}",
     "latency_p50_ms": "{:.4f}",
+    "latency_ratio": "{:.4f}",
+    "latency_ratio_low": "{:.4f}",
+    "latency_ratio_high": "{:.4f}",
     "p_value_vs_nonn": "{:.6f}",
     "p_value_vs_nonn_seeds": "{:.6f}",
 }
+#: Columns that the stage `benchmark` measured; the ratios are the teacher's latency over the model's.
+LATENCIES = ("latency_p50_ms", "latency_ratio", "latency_ratio_low", "latency_ratio_high")
 #: p-values below are called significant.
 SIGNIFICANCE = 0.05
 
@@ -33,7 +38,7 @@ Key = tuple[str, str]  # network and method
 
 
 def summarise_methods(
-    rows: Iterable[Mapping], designs: Mapping[Key, list[dict]], latencies: Mapping[Key, float], n_classes: int
+    rows: Iterable[Mapping], designs: Mapping[Key, list[dict]], latencies: Mapping[Key, Mapping], n_classes: int
 ) -> pd.DataFrame:
     """Join what was measured and counted of each method on each network.
 
@@ -45,8 +50,8 @@ def summarise_methods(
         Network and method to the students, each ``{n_filters, cost}``; ``n_filters``, the features that
         it sends, is None for a model that classifies by itself. The teacher's network is "".
     latencies : mapping
-        Network and method to the p50 latency of the slowest student (ms); without an entry where
-        it was not measured.
+        Network and method to what the stage `benchmark` measured of the slowest student: `LATENCIES`; without an
+        entry where it was not measured.
     n_classes : int
         What a model that classifies alone sends.
 
@@ -65,7 +70,7 @@ def summarise_methods(
         entry |= {f"{key}_per_device": max(cost[key] for cost in costs) for key in ("params", "weight_bytes", "macs")}
         entry["params_total"] = sum(cost["params"] for cost in costs)
         entry["feature_bytes"] = 4 * max(student["n_filters"] or n_classes for student in students)
-        entry["latency_p50_ms"] = latencies.get((row["network"], row["method"]))
+        entry |= {key: latencies.get((row["network"], row["method"]), {}).get(key) for key in LATENCIES}
         entry["memory_bytes_per_device"] = max(cost["weight_bytes"] + cost["peak_activation_bytes"] for cost in costs)
         table.append(entry)
     networks, methods = list(dict.fromkeys(["", *(network for network, _ in designs)])), list(METHODS)
@@ -86,11 +91,11 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Accuracies as fractions of 1, gap in percentage points. The ratios say how many times less
-        memory a device needs and how many times sooner its slowest student answers than the
-        teacher. The best baseline is the one of highest mean accuracy on this network, whatever it
-        costs; None for all of its keys where there is no baseline. It counts as beaten where the
-        network's mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
+        Accuracies as fractions of 1, gap in percentage points. The ratios say how many times less memory a device needs
+        and how many times sooner its slowest student answers than the teacher, the latter with the ends of its 95 %
+        interval, None where there is none. The best baseline is the one of highest mean accuracy on this network,
+        whatever it costs; None for all of its keys where there is no baseline. It counts as beaten where the network's
+        mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
     """
     teacher, nonn = row_of(methods, "", "teacher"), row_of(methods, network, "nonn")
     accuracy = nonn["accuracy_mean"]
@@ -100,7 +105,7 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         "teacher_accuracy": round(teacher["accuracy_mean"], 6),
         "accuracy_gap_points": round(100 * (teacher["accuracy_mean"] - accuracy), 4),
         "memory_ratio": round(teacher["memory_bytes_per_device"] / nonn["memory_bytes_per_device"], 4),
-        "performance_ratio": round(teacher["latency_p50_ms"] / nonn["latency_p50_ms"], 4),
+        **{f"performance_{key}": _rounded(nonn[f"latency_{key}"]) for key in ("ratio", "ratio_low", "ratio_high")},
         **dict.fromkeys(("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")),
     }
     own = methods["method"].str.startswith("nonn")  # NoNN's students, with another final layer or precision
@@ -115,6 +120,16 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         "best_baseline_beaten": bool(accuracy > best["accuracy_mean"] and p < SIGNIFICANCE),
         "p_value": round(p, 6),
     }
+
+
+def _rounded(value: float) -> float | None:
+    return None if pd.isna(value) else round(float(value), 4)
+
+
+def format_interval(row: Mapping[str, Any], key: str) -> str:
+    """A ratio and its interval, if it has one, such as "20.3×, 19.8 to 20.9"."""
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return f"{row[key]:.1f}×" + ("" if pd.isna(low) else f", {low:.1f} to {high:.1f}")
 
 
 def collect_claims(comparisons: list[dict]) -> dict[str, Any]:

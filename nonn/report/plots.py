@@ -3,8 +3,9 @@
 The functions that draw are in the modules ``*_plots``: each takes numbers and returns a figure, and reads or writes
 nothing.
 
-Colours are safe for colour-blind readers and mean the same in all figures: one of Okabe and Ito's [1]_
-for each method, one of Paul Tol's [2]_ for each student. Equal numbers give equal bytes.
+Colours mean the same in all figures: one after Okabe and Ito [1]_ for each method, one after Paul Tol [2]_ for each
+student. Light ones are darkened until they stand out from white by 3 to 1, as WCAG 2 asks of graphics; methods have a
+marker each besides. Equal numbers give equal bytes.
 
 References
 ----------
@@ -41,25 +42,25 @@ class Look(NamedTuple):
 #: In the order in which tables and legends list them.
 METHODS = {
     "teacher": Look("Teacher", "#666666", "*"),
-    "teacher_int8": Look("Teacher, int8", "#B0B0B0", "*"),
+    "teacher_int8": Look("Teacher, int8", "#919191", "*"),
     "nonn": Look("NoNN", "#D55E00", "o"),
-    "nonn_averaged": Look("NoNN, averaged", "#F0A070", "o"),
+    "nonn_averaged": Look("NoNN, averaged", "#8A5A44", "o"),
     "nonn_float32": Look("NoNN, float32", "#A04000", "o"),
     "ensemble": Look("Ensemble of KD", "#0072B2", "s"),
     "ensemble_fitted": Look("Ensemble of KD, fitted", "#004D80", "d"),
     "total": Look("KD, total budget", "#009E73", "D"),
     "at_kd": Look("AT+KD", "#CC79A7", "^"),
-    "kd": Look("KD", "#56B4E9", "v"),
-    "labels": Look("Labels only", "#999999", "X"),
-    "random": Look("Random partition", "#E69F00", "P"),
-    "contiguous": Look("Contiguous partition", "#B8A900", "<"),
+    "kd": Look("KD", "#1D9AE1", "v"),
+    "labels": Look("Labels only", "#6E7B8B", "X"),
+    "random": Look("Random partition", "#C08500", "P"),
+    "contiguous": Look("Contiguous partition", "#A19400", "<"),
     "classwise": Look("Classwise partition", "#8C6D31", ">"),
     "full": Look("All filters each", "#7B5EA7", "h"),
 }
 #: As many as a network may have students, the best told apart first.
 STUDENT_COLOURS = (
-    *("#332288", "#CC6677", "#44AA99", "#DDCC77", "#88CCEE", "#117733", "#882255", "#999933"),
-    *("#4477AA", "#AA4499", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB"),
+    *("#332288", "#CC6677", "#40A090", "#C07A0A", "#1F9BDA", "#117733", "#882255", "#7A7A1F"),
+    *("#4477AA", "#AA4499", "#EE6677", "#228833", "#A0922C", "#0F7F9C", "#AA3377", "#8C8C8C"),
 )
 HOUSE_STYLE = {
     "axes.axisbelow": True,
@@ -79,8 +80,8 @@ HOUSE_STYLE = {
     "xtick.color": "0.3",
     "ytick.color": "0.3",
 }
-#: What the formats would otherwise write about the moment of drawing.
-NO_TIMESTAMP = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+#: The formats of every figure, and what each would otherwise write about the moment of drawing.
+FORMATS = {"png": {"Software": None}, "svg": {"Date": None}}
 PANEL_COLUMNS = 3
 
 
@@ -92,11 +93,11 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: Path, section: Figures, file_format: str | None = None) -> None:
-    """Write a figure, with the same bytes each time."""
-    file_format = file_format or section.format
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=file_format, dpi=section.dpi, metadata=NO_TIMESTAMP[file_format])
+def save_figure(figure: Figure, path: Path, section: Figures) -> None:
+    """Write a figure beside `path` in each of the `FORMATS`, with the same bytes each time."""
+    for suffix, metadata in FORMATS.items():
+        with replacing(path.with_suffix(f".{suffix}")) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=section.dpi, metadata=metadata)
 
 
 def panels(n_panels: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nonn.report.method_table import SIGNIFICANCE, row_of
+from nonn.report.method_table import SIGNIFICANCE, format_interval, row_of
 from nonn.report.plots import METHODS
 
 
@@ -25,12 +25,8 @@ def format_methods(methods: pd.DataFrame) -> pd.DataFrame:
     """Format the table of methods for readers: units in the headings, ratios to the teacher beside the numbers."""
     teacher = row_of(methods, "", "teacher")
 
-    def beside_teacher(name: str, form: str, unit: float = 1) -> list[str]:
-        ratios = methods["method"].map(lambda method: "" if method == "teacher" else " ({:.1f}×)")
-        return [
-            "–" if pd.isna(value) else form.format(value / unit) + ratio.format(teacher[name] / value)
-            for value, ratio in zip(methods[name], ratios, strict=True)
-        ]
+    memory = methods["memory_bytes_per_device"]
+    less = methods["method"].map(lambda method: "" if method == "teacher" else " ({:.1f}×)")
 
     return pd.DataFrame(
         {
@@ -40,13 +36,23 @@ def format_methods(methods: pd.DataFrame) -> pd.DataFrame:
             "n": methods["n_seeds"].astype(str),
             "Accuracy": [format_accuracy(row) for row in methods.to_dict("records")],
             "p vs NoNN": methods["p_value_vs_nonn"].map(format_p_value),
-            "Memory (KiB)": beside_teacher("memory_bytes_per_device", "{:,.0f}", 1024),
+            "Memory (KiB)": [
+                f"{own / 1024:,.0f}" + ratio.format(teacher["memory_bytes_per_device"] / own)
+                for own, ratio in zip(memory, less, strict=True)
+            ],
             "Parameters": methods["params_per_device"].map("{:,}".format),
             "MMACs": (methods["macs_per_device"] / 1e6).map("{:.2f}".format),
             "Sent (bytes)": methods["feature_bytes"].map("{:,}".format),
-            "Latency (ms)": beside_teacher("latency_p50_ms", "{:.3f}"),
+            "Latency (ms)": [_format_latency(row) for row in methods.to_dict("records")],
         }
     )
+
+
+def _format_latency(row: Mapping[str, Any]) -> str:
+    if pd.isna(row["latency_p50_ms"]):
+        return "–"
+    ratio = "" if pd.isna(row["latency_ratio"]) else f" ({format_interval(row, 'latency_ratio')})"
+    return f"{row['latency_p50_ms']:.3f}{ratio}"
 
 
 def format_accuracy(row: Mapping[str, Any]) -> str:
@@ -75,7 +81,7 @@ def write_summary_md(methods: pd.DataFrame, **facts: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"accuracy": format_accuracy, "p_value": format_p_value}
+    environment.filters |= {"accuracy": format_accuracy, "p_value": format_p_value, "interval": format_interval}
     return environment.get_template("summary.md.jinja").render(
         table=format_methods(methods),
         methods=methods.set_index(["network", "method"]).to_dict("index"),

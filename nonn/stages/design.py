@@ -9,11 +9,11 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.method.sizing import design_network
+from nonn.method.sizing import design_network, sample_candidates
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
-    """Write the sizes of a network's students, and the architectures of theirs and its baselines'."""
+    """Write the sizes of a network's students, the architectures of theirs and its baselines', and candidates."""
     with replacing(paths.sizes(network).parent) as folder:
         for path, content in design_files(params, paths, network).items():
             write_json(folder / path.relative_to(paths.sizes(network).parent), content)
@@ -22,9 +22,11 @@ def run(params: Params, paths: Paths, network: str) -> None:
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
     """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
     graph, info = read_json(paths.graph_info), read_json(paths.dataset_info)
+    devices = params.devices_of(network)
     try:
-        sizes, designs = design_network(params.design, params.devices_of(network), info, graph["n_live"])
+        sizes, designs = design_network(params.design, devices, info, graph["n_live"])
     except UserError as error:
         raise UserError(f"params.yaml: networks.{network}: {error}") from None
     architectures = {paths.design(network, name): students for name, students in designs.items()}
-    return {paths.sizes(network): {"sizes": sizes}, **architectures}
+    candidates = sample_candidates(params.design, devices, info, max(sizes))
+    return {paths.sizes(network): {"sizes": sizes}, paths.candidates(network): candidates, **architectures}

@@ -7,6 +7,7 @@ is left to `nonn.report`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nonn.report import (
     accuracy_plots,
     deployment_plots,
     deployment_table,
+    design_plots,
     graph_plots,
     method_table,
     missing_table,
@@ -57,13 +59,13 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
     return {**cost, **in_float32}
 
 
-def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float]:
-    """p50 latency (ms) of the slowest student of every method that was benchmarked."""
-    solo = {name: m["latency_p50_ms"] for name, m in read_json(paths.benchmark(SOLO))["models"].items()}
+def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]:
+    """What was measured of the slowest student of every method that was benchmarked."""
+    solo = read_json(paths.benchmark(SOLO))["models"]
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
         students = read_json(paths.benchmark(network))["models"].values()
-        slowest = max(student["latency_p50_ms"] for student in students)
+        slowest = max(students, key=itemgetter("latency_p50_ms"))
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
         if params.pool:
             member = solo["-".join(params.pool)]
@@ -74,6 +76,37 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, float
         elif method in PARTITION_METHODS and method != "full":
             latencies[network, method] = latencies[network, "nonn"]
     return latencies
+
+
+def load_students(params: Params, paths: Paths) -> dict[str, list[dict]]:
+    """Students of each network, as the stage `design` wrote them."""
+    return {
+        network: [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
+        for network, section in params.networks.items()
+    }
+
+
+def load_architectures(params: Params, paths: Paths, students: Mapping[str, list[dict]]) -> list[dict]:
+    """Teacher, students and baselines of one model, as `draw_architectures` takes them: those built alike as one.
+
+    Of students that differ in their bridge alone, the one of the widest.
+    """
+    teacher = read_json(paths.benchmark(SOLO))["models"]["teacher"]
+    listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
+    listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
+    singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
+    listed += [(m, f" {n}", read_json(paths.design(n, m))[0]) for n, m in singles]
+    found: dict[str, dict] = {}
+    for method, where, design in listed:
+        # Baselines of one device are built alike, whatever they learn from.
+        kind = method if method in ("teacher", "nonn", "total") else "kd"
+        title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
+        entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
+        entry["architecture"] = Architecture(**design["architecture"])
+        key = str((kind, where, entry["architecture"]))
+        if key not in found or (entry["n_filters"] or 0) > (found[key]["n_filters"] or 0):
+            found[key] = entry
+    return list(found.values())
 
 
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
@@ -124,8 +157,8 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def run(params: Params, paths: Paths) -> None:
-    evaluation, graph = read_json(paths.evaluation), load_graph(paths)
-    n_test, n_classes = evaluation["n_test"], len(read_json(paths.dataset_info)["classes"])
+    evaluation, graph, info = read_json(paths.evaluation), load_graph(paths), read_json(paths.dataset_info)
+    n_test, n_classes, students = evaluation["n_test"], len(info["classes"]), load_students(params, paths)
     methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
@@ -156,18 +189,27 @@ def run(params: Params, paths: Paths) -> None:
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
+    budgets = {name: sorted({d.memory_kib for d in params.devices_of(name)}) for name in params.networks}
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
             "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "student_selection": design_plots.draw_student_selection(
+                {network: read_json(paths.candidates(network)) for network in students},
+                students,
+                {network: params.devices_of(network) for network in students},
+            ),
+            "architectures": design_plots.draw_architectures(
+                load_architectures(params, paths, students), info["channels"], info["size"]
+            ),
             "training": accuracy_plots.draw_training(read_log(paths.log(paths.teacher)), load_logs(params, paths)),
-            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, n_test),
+            "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, budgets, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
             "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
-            "latency": deployment_plots.draw_latency(deployed),
+            "latency": deployment_plots.draw_latency(deployed, params.distributed.board),
             "scaling": deployment_plots.draw_scaling(deployed, comparisons, params.distributed.board),
-            "ratios": deployment_plots.draw_ratios(ratios),
+            "ratios": deployment_plots.draw_ratios(ratios, deployment_table.list_ratios(deployed, comparisons)),
         }
         for name, figure in figures.items():
-            plots.save_figure(figure, paths / f"figures/{name}.{params.figures.format}", params.figures)
+            plots.save_figure(figure, paths / f"figures/{name}", params.figures)

@@ -158,7 +158,7 @@ class Stage:
         caption = Path(workflow.basedir, "report", f"{path(out).stem}.rst")
         if caption.is_file():
             category = "Figures" if path(out).parent.name == "figures" else "Tables"
-            if category == "Figures" or path(out).suffix == ".md":
+            if path(out).suffix in (".png", ".md"):
                 flags.append(lambda name: report(name, caption=str(caption), category=category))
         name = name.replace(key, "{job}") if key else name
         for flag in flags:
