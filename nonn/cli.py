@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from itertools import groupby
@@ -56,12 +57,15 @@ COMMANDS = {
     "links": (MEASURE, "testbed.links", "Measure delay and rate of the emulated links beside their theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over devices, to compare students with."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model, over gRPC."),
+    "load": (MEASURE, "testbed.load", "Call a node and a coordinator from many callers at once, and count answers."),
     "soak": (MEASURE, "testbed.soak", "Classify on and on while nodes are killed, and count answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
     "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
 }
+#: Commands that serve gRPC: they say whose handshake has failed; see `nonn.runtime.logs`.
+SERVERS = ("node", "coordinate", "split-node")
 #: What only the pipeline imports, as it is imported: a device has none of it.
 PIPELINE = (
     *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
@@ -107,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run_command(command: str, arguments: Sequence[str]) -> None:
     _, name, summary = COMMANDS[command]
+    if command in SERVERS:  # gRPC reads it when it is imported
+        os.environ.setdefault("GRPC_TRACE", "handshaker")
     module = importlib.import_module(f"nonn.{name}")
     parser = argparse.ArgumentParser(prog=f"nonn {command}", description=summary)
     parser.set_defaults(command=command)  # for a module of several commands
