@@ -33,10 +33,13 @@ CHANNEL_OPTIONS = {
 }
 
 
-def open_channel(node: Node, message_limit: int, identity: Identity | None) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is."""
+def open_channel(node: Node, message_limit: int, identity: Identity | None, own: bool = False) -> aio.Channel:
+    """A channel to a node, who must show a certificate with its own name wherever it is.
+
+    Channels of this process to the same node share a connection, unless one is to have its `own`.
+    """
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
-    options = CHANNEL_OPTIONS | dict.fromkeys(limits, message_limit)
+    options = CHANNEL_OPTIONS | dict.fromkeys(limits, message_limit) | {"grpc.use_local_subchannel_pool": int(own)}
     if identity is None:
         return aio.insecure_channel(node.address, list(options.items()))
     options["grpc.ssl_target_name_override"] = node.name
