@@ -25,6 +25,10 @@ QUEUE = 256
 NEWEST = 1 / 16
 #: Moments of return lie this many service times apart: callers who are answered come back as well.
 SPACING = 2.0
+#: Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
+STALE = 0.7
+#: Service times after an answer in which further calls may well be waiting unseen.
+IDLE = 3.0
 #: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
 FORGETTING, PEERS = 30.0, 1024
 #: Seconds after which a refused caller may return at the latest.
@@ -60,32 +64,35 @@ class Admission:
     ):
         self.service_seconds, self.patience, self.share, self.clock = service_seconds, patience, share, clock
         self.waiting = self.refused = 0
-        self._served_since: float | None = None  # when the call at the head of the queue got there; None: no queue
+        self._served_since = 0.0  # when the call at the head of the queue got there, if there is one
+        self._finished = float("-inf")  # when the last answer was given
         self._appointment = 0.0
         self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
 
     def expected_seconds(self) -> float:
         """What a call that came now would take."""
-        if self._served_since is None:
-            return (self.waiting + 1) * self.service_seconds
+        if not self.waiting:
+            return self.service_seconds
         head = max(self.clock() - self._served_since, self.service_seconds)
         return self.waiting * self.service_seconds + head
 
-    def check(self, seconds: float | None, peer: str = "") -> None:
+    def check(self, seconds: float | None, peer: str = "") -> float:
         """Refuse a call with so much time left, as an `OverloadedError`, unless it will be answered in time.
 
         Calls that have waited long before this process looked at them, in buffers of the system or of gRPC, are told
-        by how much less time they have left than is usual on their connection. To answer the oldest first would be to
-        answer all of them late. Where nobody waits every call is tried: or one slow answer would shut the door for
-        ever.
+        by how much less time they have left than is usual on their connection; so callers with unlike deadlines should
+        not share one. To answer the oldest first would be to
+        answer all of them late. Where nobody waits and nobody was answered just now every call is tried: or one slow
+        answer would shut the door for ever. Gives the seconds that the call has probably waited.
         """
         age = 0.0 if seconds is None else self._age(seconds, peer)
-        if self.waiting == 0:
-            return
+        if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
+            return age
         left = self.patience if seconds is None else min(seconds, self.patience)
-        if self.waiting >= QUEUE or self.expected_seconds() + age > self.share * (left + age):
+        if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > STALE * (left + age):
             self.refused += 1
             raise OverloadedError(self._next_appointment())
+        return age
 
     def _age(self, seconds: float, peer: str) -> float:
         """Seconds that a call has probably waited, by what it has left."""
@@ -107,19 +114,20 @@ class Admission:
     @contextlib.contextmanager
     def admitted(self, seconds: float | None, peer: str = "") -> Iterator[Place]:
         """Let a call wait while the block runs; see `check`."""
-        self.check(seconds, peer)
+        arrived = self.clock() - self.check(seconds, peer)
         place = Place(self, seconds)
         try:
             yield place
-            self._measure()
+            self._measure(arrived)
         finally:
             place.leave()
 
-    def _measure(self) -> None:
+    def _measure(self, arrived: float) -> None:
+        """Take over what an answer took, if its call has waited for the one before: or it is not the queue's pace."""
         now = self.clock()
-        if self._served_since is not None:
-            self.service_seconds += NEWEST * (now - self._served_since - self.service_seconds)
-        self._served_since = now if self.waiting > 1 else None
+        if arrived <= self._finished:
+            self.service_seconds += NEWEST * (now - self._finished - self.service_seconds)
+        self._finished = self._served_since = now
 
     def slow_down(self) -> None:
         """Take calls for longer than measured: somebody behind this process has been asked too often."""
@@ -131,19 +139,22 @@ class Place:
 
     def __init__(self, admission: Admission, seconds: float | None):
         self.admission, self.seconds = admission, seconds
+        self.is_held = False
+        self._take()
+
+    def _take(self) -> None:
         self.is_held = True
-        admission.waiting += 1
+        self.admission.waiting += 1
+        if self.admission.waiting == 1:
+            self.admission._served_since = self.admission.clock()
 
     def leave(self) -> None:
         if self.is_held:
             self.is_held = False
             self.admission.waiting -= 1
-            if self.admission.waiting == 0:
-                self.admission._served_since = None
 
     def keep(self) -> None:
         """Be in the queue again: an `OverloadedError` if the place was left, and others have taken it."""
         if not self.is_held:
             self.admission.check(self.seconds)
-            self.is_held = True
-            self.admission.waiting += 1
+            self._take()

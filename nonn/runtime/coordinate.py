@@ -34,7 +34,7 @@ DEFAULT_CALLERS = ("application",)
 #: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
 CALLERS_SHARE = 0.9
 #: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.
-CALL_SECONDS, SHARE = 2e-3, 0.5
+CALL_SECONDS, SHARE = 2e-3, 0.4
 
 
 @dataclass(frozen=True)

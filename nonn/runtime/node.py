@@ -38,7 +38,7 @@ QUICK = 1e-3
 #: First guess of the seconds that a call takes besides the student.
 CALL_SECONDS = 3e-4
 #: Seconds within which a call without a deadline is answered; and see `nonn.runtime.admission.Admission`.
-PATIENCE, SHARE = 10.0, 0.8
+PATIENCE, SHARE = 10.0, 0.5
 
 
 class Student:

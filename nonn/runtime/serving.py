@@ -38,6 +38,8 @@ CONCURRENT_STREAMS = 256
 #: Connections at once, if the limit of open files is not lower; beyond it they are closed at once. Each may be idle, or
 #: take to say who it is, for so many seconds only.
 CONNECTIONS, IDLE, HANDSHAKE = 2048, 600, 5
+#: Calls that gRPC keeps until this process looks at them.
+PENDING = 4096
 #: Files that a server has open besides its connections.
 OTHER_FILES = 64
 #: Seconds between two looks at the dates of certificates.
@@ -138,6 +140,9 @@ def channel_options(message_limit: int) -> list[tuple[str, int]]:
         # Of a caller whose power fails nothing more is heard: his connection is given up in less than two minutes.
         "grpc.keepalive_time_ms": 60_000,
         "grpc.keepalive_timeout_ms": 20_000,
+        # Beyond it gRPC refuses calls by itself, as CANCELLED and without a word about when to return.
+        "grpc.server.max_pending_requests": PENDING,
+        "grpc.server.max_pending_requests_hard_limit": 2 * PENDING,
         "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
     }
     return list(options.items())

@@ -1,8 +1,9 @@
 """Campaign `nonn load`: many callers at once at a node and at a coordinator, on this machine only.
 
 Nodes and coordinator run as processes of their own, under mutual TLS. The callers live in this process: each calls,
-waits for the answer or the deadline, and calls again. A caller who is refused returns when he is told to; with
-``--impatient`` at once, as no well-behaved one would. Callers share the processor with what they call, so the figures
+waits for the answer or the deadline, and calls again. A caller who is refused returns when he is told to, one who got
+no answer in time after a pause that grows with each try; with ``--impatient`` both return at once, as no well-behaved
+caller would. Callers share the processor with what they call, so the figures
 are those of a machine that does everything.
 """
 
@@ -23,6 +24,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import write_json
 from nonn.core.options import natural
 from nonn.core.progress import log
+from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle_all
 from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
@@ -36,8 +38,8 @@ from nonn.testbed.bed import RunningCluster, running_bed
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
 #: Seconds of each run that are not counted: callers come and estimates settle.
-WARM_UP = 1.0
-#: Seconds that a caller waits whom a refusal did not tell when to return.
+WARM_UP = 5.0
+#: Seconds that a caller waits on average who got no answer and was not told when to return; doubled each time.
 PAUSE = 0.1
 #: Seconds that a caller waits in any case after a refusal with ``--impatient``: none can be quicker than the network.
 HASTE = 0.001
@@ -109,9 +111,9 @@ async def call_repeatedly(
     impatient: bool,
 ) -> None:
     """One caller in a closed loop, from `start` until the load's time is over."""
-    loop = asyncio.get_running_loop()
+    loop, in_vain = asyncio.get_running_loop(), 0
     counted, end = start + WARM_UP, start + WARM_UP + load.seconds
-    await asyncio.sleep(random.random() * WARM_UP / 2)  # nobody comes at the very same moment
+    await asyncio.sleep(random.random() * 0.8 * WARM_UP)  # nobody comes at the very same moment
     while loop.time() < end:
         began, pause = loop.time(), 0.0
         kind, answer = "answered", b""
@@ -124,7 +126,7 @@ async def call_repeatedly(
             elif error.code() == StatusCode.DEADLINE_EXCEEDED:
                 kind = "late"
             else:
-                kind, pause = "failed", PAUSE
+                kind = "failed"
         now = loop.time()
         if counted <= now < end:
             if kind == "answered":
@@ -132,6 +134,9 @@ async def call_repeatedly(
                 load.complete += target.is_complete(answer)
             else:
                 setattr(load, kind, getattr(load, kind) + 1)
+        in_vain = in_vain + 1 if kind in ("late", "failed") else 0
+        if in_vain and not impatient:
+            pause = random.uniform(0, min(PAUSE * 2**in_vain, LONGEST_RETURN))
         if pause:
             await asyncio.sleep(min(pause, max(end - now, 0)))
 
