@@ -81,9 +81,9 @@ class Admission:
 
         Calls that have waited long before this process looked at them, in buffers of the system or of gRPC, are told
         by how much less time they have left than is usual on their connection; so callers with unlike deadlines should
-        not share one. To answer the oldest first would be to
-        answer all of them late. Where nobody waits and nobody was answered just now every call is tried: or one slow
-        answer would shut the door for ever. Gives the seconds that the call has probably waited.
+        not share one. To answer the oldest first would be to answer all of them late. Where nobody waits and nobody
+        was answered just now every call is tried: or one slow answer would shut the door for ever. Gives the seconds
+        that the call has probably waited.
         """
         age = 0.0 if seconds is None else self._age(seconds, peer)
         if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:

@@ -164,16 +164,16 @@ class Coordinator:
         self._attending: asyncio.Task | None = None
 
     async def __aenter__(self) -> Coordinator:
+        stamp = self.identity and self.identity.stamp()
         for node, _, contract in self.placed:
             channel = open_channel(node, contract.message_limit, self.identity)
             self.connections.append(NodeConnection(node, contract, channel, self.patience))
         await settle_all(connection.channel for connection in self.connections)
-        self._attending = asyncio.create_task(self._attend())
+        self._attending = asyncio.create_task(self._attend(stamp))
         return self
 
-    async def _attend(self) -> None:
+    async def _attend(self, stamp: tuple | None) -> None:
         """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
-        stamp = self.identity and self.identity.stamp()
         while True:
             await asyncio.sleep(ATTENTION)
             if self.identity and (newest := self.identity.stamp()) != stamp:
