@@ -9,6 +9,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,15 +50,14 @@ def dated(folder, monkeypatch, start: int, days: int) -> Identity:
     """An identity whose certificate is good for some days from `start` days on, of an authority that is good today."""
     write_certificates(folder, ["other"])
 
-    real = datetime.datetime
+    class Shifted:
+        @staticmethod
+        def now(zone):
+            return datetime.datetime.now(zone) + datetime.timedelta(days=start)
 
-    class Shifted(real):
-        @classmethod
-        def now(cls, tz=None):
-            return real.now(tz) + datetime.timedelta(days=start)
-
+    shifted = SimpleNamespace(datetime=Shifted, timedelta=datetime.timedelta, UTC=datetime.UTC)
     with monkeypatch.context() as patch:
-        patch.setattr(certs.datetime, "datetime", Shifted)
+        patch.setattr(certs, "datetime", shifted)
         pair = certs.make_certificate("node-0", certs._read_authority(folder), days)
     certs._write_pair(pair, folder / "node-0.pem", folder / "node-0.key")
     return Identity.of("node-0", folder)
