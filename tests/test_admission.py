@@ -23,7 +23,7 @@ from clusters import (
 from grpc import StatusCode, aio
 
 from nonn.runtime import guard, node
-from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SPACING, Admission, OverloadedError
+from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
 from nonn.runtime.channel import MODEL_INFER, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, AllBusyError, Coordinator
 from nonn.runtime.node import Student
@@ -83,11 +83,12 @@ def test_the_service_time_is_measured_while_calls_wait(clock):
         clock.now += 0.02
         place.__exit__(None, None, None)
     assert admission.service_seconds == pytest.approx(0.02, rel=0.05)
-    for _ in range(100):  # alone, and each after a pause: no pace of a queue
-        clock.now += 1
-        with admission.admitted(None):
-            clock.now += 0.001
-    assert admission.service_seconds == pytest.approx(0.02, rel=0.05)
+    for seconds, expected in ((0.03, 0.02), (0.01, 0.01)):  # alone, each after a pause: at most that long
+        for _ in range(100):
+            clock.now += 1
+            with admission.admitted(None):
+                clock.now += seconds
+        assert admission.service_seconds == pytest.approx(expected, rel=0.05)
 
 
 def test_one_slow_answer_does_not_shut_the_door(clock):
@@ -116,6 +117,21 @@ def test_moments_of_return_are_spaced(clock):
     assert told[1] - told[0] == pytest.approx(1000 * SPACING * 0.01)
     assert told == sorted(told)
     assert told[-1] == 1000 * LONGEST_RETURN
+
+
+def test_it_slows_down_now_and_then_and_recovers(clock):
+    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    for _ in range(100):
+        admission.slow_down()
+    assert admission.service_seconds == pytest.approx(SLOWER * 0.01)
+    clock.now = 1.0
+    admission.slow_down()
+    assert admission.service_seconds == pytest.approx(SLOWER**2 * 0.01)
+    for _ in range(100):
+        clock.now += 1
+        with admission.admitted(0.5):
+            clock.now += 0.005
+    assert admission.service_seconds == pytest.approx(0.005, rel=0.05)
 
 
 # At a node

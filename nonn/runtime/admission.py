@@ -31,6 +31,8 @@ STALE = 0.7
 IDLE = 3.0
 #: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
 FORGETTING, PEERS = 30.0, 1024
+#: By how much calls are thought to take longer when there were too many.
+SLOWER = 1.25
 #: Seconds after which a refused caller may return at the latest.
 LONGEST_RETURN = 10.0
 #: Trailing metadata of a refusal: milliseconds after which it makes sense to call again.
@@ -67,6 +69,7 @@ class Admission:
         self._served_since = 0.0  # when the call at the head of the queue got there, if there is one
         self._finished = float("-inf")  # when the last answer was given
         self._appointment = 0.0
+        self._slowed = float("-inf")
         self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
 
     def expected_seconds(self) -> float:
@@ -123,15 +126,22 @@ class Admission:
             place.leave()
 
     def _measure(self, arrived: float) -> None:
-        """Take over what an answer took, if its call has waited for the one before: or it is not the queue's pace."""
+        """Take over what an answer took since the one before, or since its call came.
+
+        Of a call that came later than that, the time may be longer than the pace of a queue, and is only taken over if
+        it is shorter than what was thought.
+        """
         now = self.clock()
-        if arrived <= self._finished:
-            self.service_seconds += NEWEST * (now - self._finished - self.service_seconds)
+        taken = now - max(arrived, self._finished)
+        if arrived <= self._finished or taken < self.service_seconds:
+            self.service_seconds += NEWEST * (taken - self.service_seconds)
         self._finished = self._served_since = now
 
     def slow_down(self) -> None:
-        """Take calls for longer than measured: somebody behind this process has been asked too often."""
-        self.service_seconds = min(1.25 * self.service_seconds, self.patience)
+        """Take calls for longer than measured, for now: somebody behind this process has been asked too often."""
+        now = self.clock()
+        if now - self._slowed >= self.patience:  # what was changed before has had time to show
+            self.service_seconds, self._slowed = SLOWER * self.service_seconds, now
 
 
 class Place:
