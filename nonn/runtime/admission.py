@@ -24,7 +24,7 @@ QUEUE = 256
 #: Weight of the newest measurement in the moving average of the service time.
 NEWEST = 1 / 16
 #: Moments of return lie this many service times apart: callers who are answered come back as well.
-SPACING = 2.0
+SPACING = 4.0
 #: Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
 STALE = 0.7
 #: Service times after an answer in which further calls may well be waiting unseen.

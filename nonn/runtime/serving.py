@@ -149,15 +149,17 @@ def channel_options(message_limit: int) -> list[tuple[str, int]]:
 
 
 def connection_limit() -> int:
-    """Connections that a server takes: as many as it may open files, once this process has allowed itself all it can.
+    """Connections that a server takes: `CONNECTIONS`, or as many as it may open files for.
 
-    Half of the files, since a connection that is refused is accepted first.
+    For each it needs two, since a connection that is refused is accepted first. The soft limit is raised if need be.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > soft:
-        soft = 2 * CONNECTIONS + OTHER_FILES if hard == resource.RLIM_INFINITY else hard
+    needed = 2 * CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(min(CONNECTIONS, (soft - OTHER_FILES) // 2), 1)
+    files = needed if soft == resource.RLIM_INFINITY else soft
+    return max(min(CONNECTIONS, (files - OTHER_FILES) // 2), 1)
 
 
 @contextlib.asynccontextmanager
