@@ -99,7 +99,7 @@ def test_one_slow_answer_does_not_shut_the_door(clock):
 def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
     admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
     with admission.admitted(0.1, "a"):
-        admission.check(0.04, "a")
+        admission.check(0.06, "a")
         with pytest.raises(OverloadedError):
             admission.check(0.02, "a")  # most of it is over
         admission.check(0.02, "b")  # somebody in a hurry

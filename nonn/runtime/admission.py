@@ -25,8 +25,6 @@ QUEUE = 256
 NEWEST = 1 / 16
 #: Moments of return lie this many service times apart: callers who are answered come back as well.
 SPACING = 4.0
-#: Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
-STALE = 0.7
 #: Service times after an answer in which further calls may well be waiting unseen.
 IDLE = 3.0
 #: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
@@ -59,12 +57,20 @@ class Admission:
     share
         Of the time that a call has left, what it may spend here by expectation; the rest is for its way back, and for
         what is longer than expected.
+    stale
+        Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
     """
 
     def __init__(
-        self, service_seconds: float, patience: float, share: float, clock: Callable[[], float] = time.monotonic
+        self,
+        service_seconds: float,
+        patience: float,
+        share: float,
+        stale: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self.service_seconds, self.patience, self.share, self.clock = service_seconds, patience, share, clock
+        self.service_seconds, self.patience, self.clock = service_seconds, patience, clock
+        self.share, self.stale = share, stale
         self.waiting = self.refused = 0
         self._served_since = 0.0  # when the call at the head of the queue got there, if there is one
         self._finished = float("-inf")  # when the last answer was given
@@ -92,7 +98,7 @@ class Admission:
         if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
             return age
         left = self.patience if seconds is None else min(seconds, self.patience)
-        if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > STALE * (left + age):
+        if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > self.stale * (left + age):
             self.refused += 1
             raise OverloadedError(self._next_appointment())
         return age

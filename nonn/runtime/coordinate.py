@@ -34,7 +34,8 @@ DEFAULT_CALLERS = ("application",)
 #: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
 CALLERS_SHARE = 0.9
 #: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.
-CALL_SECONDS, SHARE = 2e-3, 0.4
+#: Calls are stale sooner than at nodes, which would take them for such.
+CALL_SECONDS, SHARE, STALE = 2e-3, 0.4, 0.25
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ServedNetwork:
         self.contract = NetworkContract(
             name, image.channels, image.size, len(manifest.classes), version=network_version(manifest)
         )
-        self.admission = Admission(CALL_SECONDS, coordinator.patience, SHARE)
+        self.admission = Admission(CALL_SECONDS, coordinator.patience, SHARE, STALE)
         self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
 
     @property
