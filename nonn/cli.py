@@ -62,6 +62,11 @@ COMMANDS = {
     "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
+    "load": (
+        MEASURE,
+        "testbed.load",
+        "Call a node and a coordinator from many callers at once, and count answers.",
+    ),
     "soak": (MEASURE, "testbed.soak", "Classify many images while nodes are killed, and count the answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send malformed messages to a node and a coordinator, and check the replies."),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
@@ -71,6 +76,8 @@ COMMANDS = {
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }
+#: Commands that serve gRPC: they say whose handshake has failed; see `nonn.runtime.logs`.
+SERVERS = ("node", "coordinate", "split-node")
 
 
 def overview() -> str:
@@ -117,6 +124,8 @@ def run_command(command: str, arguments: Sequence[str]) -> None:
 def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]:
     """The parser of a command's own arguments, and what runs it."""
     _, name, summary = COMMANDS[command]
+    if command in SERVERS:  # gRPC reads it when it is imported
+        os.environ.setdefault("GRPC_TRACE", "handshaker")
     module = importlib.import_module(f"nonn.{name}")
     parser = argparse.ArgumentParser(prog=f"nonn {command}", description=summary)
     parser.set_defaults(command=command)  # for a module of several commands

@@ -19,12 +19,15 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 from nonn.core.files import write_json
 from nonn.runtime.cluster import Cluster, Node, Tls
 from nonn.runtime.node import Student
+from nonn.runtime.protocol import version_of
 from nonn.runtime.serving import serving
 
 CHANNELS, SIZE, N_FEATURES, CLASSES = 1, 4, (3, 5, 2), ["ant", "bee", "cat", "dog"]
 PIXELS = CHANNELS * SIZE * SIZE
 #: More than the students can reach, as their weights are.
 FEATURE_LIMIT = 20.0
+#: Of the students that `write_export` has written: the same each time.
+VERSIONS: list[str] = []
 #: Seconds after which what a test waits for has failed: more than it takes on a slow and busy machine.
 PATIENCE = 60
 #: Deadline that every image meets.
@@ -86,6 +89,7 @@ def write_export(folder: Path) -> Path:
         "final": final,
     }
     write_json(folder / "manifest.json", manifest)
+    VERSIONS[:] = [version_of(student["sha256"]) for student in manifest["students"]]
     return folder
 
 
@@ -175,7 +179,7 @@ async def refusal(call) -> tuple[StatusCode, str]:
 #: How a sound request is damaged; the status that refuses it, if not INVALID_ARGUMENT, and what a node says.
 BROKEN = {
     "another model": (lambda r: setattr(r, "model_name", "1"), StatusCode.NOT_FOUND, "serves model '0', not '1'"),
-    "another version": (lambda r: setattr(r, "model_version", "2"), StatusCode.NOT_FOUND, "only version 1"),
+    "another version": (lambda r: setattr(r, "model_version", "2"), StatusCode.NOT_FOUND, "has only version"),
     "no input": (lambda r: r.ClearField("inputs"), None, "expected 1 input, not 0"),
     "two inputs": (lambda r: r.inputs.append(r.inputs[0]), None, "expected 1 input, not 2"),
     "input name": (lambda r: setattr(r.inputs[0], "name", "pixels"), None, "the input 'image', not 'pixels'"),

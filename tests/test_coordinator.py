@@ -17,6 +17,7 @@ from clusters import (
     PATIENCE,
     PLENTY_MS,
     SIZE,
+    VERSIONS,
     cluster_of,
     free_ports,
     hang,
@@ -121,6 +122,10 @@ async def refuse(request, context):
     await context.abort(StatusCode.RESOURCE_EXHAUSTED, "busy")
 
 
+async def fail(request, context):
+    await context.abort(StatusCode.INTERNAL, "ill")
+
+
 def test_a_missing_node_is_done_without(network_folder, free_port):
     async def scenario():
         async with two_and(network_folder, f"127.0.0.1:{free_port}") as coordinator:
@@ -181,9 +186,8 @@ def test_nobody_left(network_folder):
 
 def with_features(values):
     async def answer(request, context):
-        return make_response(
-            Contract("2", CHANNELS, SIZE, N_FEATURES[2], FEATURE_LIMIT), "", np.array([values], np.float32)
-        )
+        contract = Contract("2", CHANNELS, SIZE, N_FEATURES[2], FEATURE_LIMIT, version=VERSIONS[2])
+        return make_response(contract, "", np.array([values], np.float32))
 
     return answer
 
@@ -210,6 +214,7 @@ ROGUES = {
     "another type": (with_change(lambda r: setattr(r.outputs[0], "datatype", "INT32")), "the type FP32, not 'INT32'"),
     "another output": (with_change(lambda r: setattr(r.outputs[0], "name", "x")), "the output 'features' alone"),
     "another model": (with_change(lambda r: setattr(r, "model_name", "0")), "of model '2', not of '0'"),
+    "another export": (with_change(lambda r: setattr(r, "model_version", "1")), "serves model '2' of another export"),
     "no data": (with_change(lambda r: r.ClearField("raw_output_contents")), "one raw tensor, not 0"),
     "no output": (with_change(lambda r: r.ClearField("outputs")), "the output 'features' alone"),
     "too large": (with_change(lambda r: setattr(r, "id", "x" * MESSAGE_LIMIT)), "resource exhausted"),
@@ -282,7 +287,7 @@ def test_an_answer_that_is_no_message(network_folder):
 def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
     monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
     sound = with_features([1, 2])
-    behaviour = {"now": refuse}
+    behaviour = {"now": fail}
 
     async def behave(request, context):
         return await behaviour["now"](request, context)
@@ -295,14 +300,14 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
                 assert connection.is_open == (attempt == coordination.TOLERATED_FAILURES)
             asked = rogue.asked
             answer = await coordinator.classify(make_image())
-            assert answer.absent["node-2"] == "left alone after 3 failures in a row (resource exhausted: busy)"
+            assert answer.absent["node-2"] == "left alone after 3 failures in a row (internal: ill)"
             assert rogue.asked == asked
             await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
             assert connection.is_open
             behaviour["now"] = sound
             await until(lambda: not connection.is_open)
             # On probation: one failure is enough to be left alone again.
-            behaviour["now"] = refuse
+            behaviour["now"] = fail
             await coordinator.classify(make_image())
             assert connection.is_open
             behaviour["now"] = sound

@@ -1,7 +1,7 @@
 """What other servers are given: the same files, and a description that agrees with them."""
 
 import pytest
-from clusters import CHANNELS, N_FEATURES, SIZE, make_image, sha256
+from clusters import CHANNELS, N_FEATURES, SIZE, VERSIONS, make_image, sha256
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -18,7 +18,7 @@ def repository(network_folder, folder):
 
 def test_triton_is_told_what_the_file_is(repository, network_folder):
     for position, n_features in enumerate(N_FEATURES):
-        path = repository / f"{position}/1/model.onnx"
+        path = repository / f"{position}/{VERSIONS[position]}/model.onnx"
         assert sha256(path) == sha256(network_folder / f"{position}.onnx")
         text = (path.parents[1] / "config.pbtxt").read_text()
         assert "NOT tested" in text.splitlines()[0]
@@ -36,7 +36,7 @@ def test_openvino_is_told_where_the_models_are(repository):
     models = read_json(repository / "config.json")["model_config_list"]
     for entry in models:
         base = entry["config"]["base_path"].removeprefix("/models/")
-        assert (repository / base / "1/model.onnx").is_file()
+        assert (repository / base / VERSIONS[int(base)] / "model.onnx").is_file()
     assert [entry["config"]["name"] for entry in models] == ["0", "1", "2"]
     assert "NOT tested" in (repository / "README").read_text()
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
+from nonn.runtime.admission import LONGEST_RETURN, RETRY_AFTER
 from nonn.runtime.cluster import Node
-from nonn.runtime.tls import Identity
+from nonn.runtime.tls import Identity, handshake_problem
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 READY = ChannelConnectivity.READY
@@ -32,10 +33,14 @@ CHANNEL_OPTIONS = {
 }
 
 
-def open_channel(node: Node, message_limit: int, identity: Identity | None) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is."""
+def open_channel(node: Node, message_limit: int, identity: Identity | None, own: bool = False) -> aio.Channel:
+    """A channel to a node, who must show a certificate with its own name wherever it is.
+
+    Channels of this process to the same node share a connection, unless one is to have its `own`.
+    """
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
     options: dict[str, int | str] = {**CHANNEL_OPTIONS, **dict.fromkeys(limits, message_limit)}
+    options["grpc.use_local_subchannel_pool"] = int(own)
     if identity is None:
         return aio.insecure_channel(node.address, list(options.items()))
     options["grpc.ssl_target_name_override"] = node.name
@@ -58,10 +63,21 @@ async def settle(
         await channel.wait_for_state_change(state)
 
 
+def busy_seconds(error: BaseException) -> float | None:
+    """Seconds after which a node that refuses for lack of time may be asked again; None if that is not what it says."""
+    if not isinstance(error, aio.AioRpcError) or error.code() != StatusCode.RESOURCE_EXHAUSTED:
+        return None
+    if "larger than max" in (error.details() or ""):  # gRPC says the same of a message that is too large
+        return None
+    wish = dict(error.trailing_metadata() or ()).get(RETRY_AFTER, "")
+    return min(int(wish) / 1000, LONGEST_RETURN) if wish.isdecimal() and len(wish) < 10 else LONGEST_RETURN
+
+
 def reason_of(error: BaseException) -> str:
     """Why a node is absent, in a few words."""
     if isinstance(error, aio.AioRpcError):
         if error.code() == StatusCode.DEADLINE_EXCEEDED:
             return LATE
-        return f"{error.code().name.lower().replace('_', ' ')}: {(error.details() or '')[:200]}"
+        details = (error.details() or "").rpartition("last error: ")[2]
+        return f"{error.code().name.lower().replace('_', ' ')}: {handshake_problem(details) or details[:200]}"
     return str(error) or type(error).__name__

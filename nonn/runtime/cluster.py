@@ -18,7 +18,7 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.schema import Section, load_yaml
 from nonn.runtime.exported import Manifest, read_manifest
-from nonn.runtime.protocol import Contract
+from nonn.runtime.protocol import Contract, student_contract
 from nonn.runtime.tls import Identity, is_loopback, split_address
 
 CLUSTER_FILE = Path("cluster.yaml")
@@ -96,16 +96,13 @@ class Cluster(Section):
             Nodes and exported students do not match.
         """
         manifest = read_manifest(self.export)
-        image = manifest.image
         nodes = {node.model: node for node in self.nodes}
         models = [student.model for student in manifest.students]
         if surplus := sorted(set(nodes) - set(models)):
             raise UserError(f"nodes: no student {', '.join(surplus)} in {self.export}; it has {', '.join(models)}.")
         if missing := sorted(set(models) - set(nodes)):
             raise UserError(f"nodes: no node serves student {', '.join(missing)} of {self.export}. Add one for each.")
-        contracts = [
-            Contract(s.model, image.channels, image.size, s.n_features, s.feature_limit) for s in manifest.students
-        ]
+        contracts = [student_contract(manifest, student) for student in manifest.students]
         return manifest, [(nodes[contract.model], i, contract) for i, contract in enumerate(contracts)]
 
 

@@ -8,6 +8,7 @@ as usual, and with all missing it is UNAVAILABLE.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,12 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.utils import serialize_byte_tensor
 
 from nonn.core.errors import UserError
+from nonn.runtime.admission import Admission, OverloadedError
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
-from nonn.runtime.coordinator import Answer, Coordinator, NobodyAnsweredError
-from nonn.runtime.protocol import ENVELOPE, VERSION, ImageContract, ProtocolError
+from nonn.runtime.coordinator import AllBusyError, Answer, Coordinator, NobodyAnsweredError
+from nonn.runtime.exported import Manifest
+from nonn.runtime.logs import relayed_stderr
+from nonn.runtime.protocol import ENVELOPE, ImageContract, ProtocolError, version_of
 from nonn.runtime.serving import serve
 from nonn.runtime.tls import Identity
 
@@ -29,6 +33,9 @@ from nonn.runtime.tls import Identity
 DEFAULT_CALLERS = ("application",)
 #: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
 CALLERS_SHARE = 0.9
+#: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.
+#: Calls are stale sooner than at nodes, which would take them for such.
+CALL_SECONDS, SHARE, STALE = 2e-3, 0.4, 0.25
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,19 @@ def make_answer(contract: NetworkContract, request: ModelInferRequest, answer: A
         "label": _strings([prediction.label]),
         "present": _strings(answer.present),
     }
-    response = ModelInferResponse(model_name=contract.model, model_version=VERSION, id=request.id)
+    response = ModelInferResponse(model_name=contract.model, model_version=contract.version, id=request.id)
     for name in [output.name for output in request.outputs] or contract.outputs:
         tensor, (datatype, _) = tensors[name], contract.outputs[name]
         response.outputs.add(name=name, datatype=datatype, shape=tensor.shape)
         raw = tensor.tobytes() if datatype == "FP32" else serialize_byte_tensor(tensor).item()
         response.raw_output_contents.append(raw)
     return response
+
+
+def network_version(manifest: Manifest) -> str:
+    """The version of a network: that of its students and its final layer together."""
+    parts = [student.sha256 for student in manifest.students] + [manifest.final.blocks_sha256]
+    return version_of(hashlib.sha256("".join(parts).encode()).hexdigest())
 
 
 def _strings(words: list[str]) -> np.ndarray:
@@ -80,7 +93,10 @@ class ServedNetwork:
         self.coordinator = coordinator
         manifest, image = coordinator.manifest, coordinator.manifest.image
         name = coordinator.cluster.export.resolve().name
-        self.contract = NetworkContract(name, image.channels, image.size, len(manifest.classes))
+        self.contract = NetworkContract(
+            name, image.channels, image.size, len(manifest.classes), version=network_version(manifest)
+        )
+        self.admission = Admission(CALL_SECONDS, coordinator.patience, SHARE, STALE)
         self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
 
     @property
@@ -92,17 +108,27 @@ class ServedNetwork:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""
         try:
             answer = await self.coordinator.classify(image[0], None if seconds is None else CALLERS_SHARE * seconds)
+        except AllBusyError as busy:
+            self.admission.slow_down()
+            raise OverloadedError(busy.seconds) from None
         except NobodyAnsweredError as error:
             raise ProtocolError(StatusCode.UNAVAILABLE, str(error)) from None
         for name in answer.absent:
             self.absences.labels(name).inc()
+        if answer.busy:
+            self.admission.slow_down()
         return make_answer(self.contract, request, answer)
 
 
 async def coordinate(
-    cluster: Cluster, address: str, identity: Identity | None, allowed: Collection[str], metrics_port: int | None
+    cluster: Cluster,
+    address: str,
+    identity: Identity | None,
+    allowed: Collection[str],
+    metrics_port: int | None,
+    attached: bool = False,
 ) -> None:
-    """Serve the network of a cluster until SIGINT or SIGTERM.
+    """Serve the network of a cluster until SIGINT or SIGTERM, or, if `attached`, until standard input closes.
 
     Raises
     ------
@@ -111,7 +137,7 @@ async def coordinate(
     """
     async with Coordinator(cluster) as coordinator:
         network = ServedNetwork(coordinator)
-        await serve(network, address, identity, allowed, metrics_port, counters=[network.absences])
+        await serve(network, address, identity, allowed, metrics_port, attached, counters=[network.absences])
 
 
 def add_arguments(parser) -> None:
@@ -127,6 +153,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
     parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
     parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
 
 
@@ -138,4 +165,5 @@ def run(options) -> None:
     if options.allow and identity is None:
         raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
     allowed = options.allow or DEFAULT_CALLERS
-    asyncio.run(coordinate(cluster, options.address, identity, allowed, options.metrics_port))
+    with relayed_stderr():
+        asyncio.run(coordinate(cluster, options.address, identity, allowed, options.metrics_port, options.attached))

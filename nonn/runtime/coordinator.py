@@ -20,7 +20,9 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
-from nonn.runtime.channel import LATE, MODEL_INFER, open_channel, reason_of, settle_all
+from nonn.core.progress import log
+from nonn.runtime.admission import LONGEST_RETURN
+from nonn.runtime.channel import LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
@@ -29,10 +31,22 @@ from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_req
 TOLERATED_FAILURES = 3
 #: Seconds between probes of a node that is left alone: doubled from the first to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+#: Seconds between two looks at connections and certificates.
+ATTENTION = 1.0
+#: A caller who gives the nodes less than this share of the cluster's deadline proves nothing about those that are late.
+HURRY = 0.8
 
 
 class NobodyAnsweredError(UserError):
     """No student is left to predict with."""
+
+
+class AllBusyError(NobodyAnsweredError):
+    """Every node that was asked has refused for lack of time; it may be asked again after some seconds."""
+
+    def __init__(self, message: str, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,7 @@ class Answer:
     prediction: Prediction  # with one share for each node that is present, in their order
     features: dict[str, np.ndarray]  # (F_i,), float32, of the nodes that took part, by name
     absent: dict[str, str]  # why each of the others did not
+    busy: bool = False  # whether one of them had no time
 
     @property
     def present(self) -> list[str]:
@@ -53,12 +68,17 @@ class NodeConnection:
     """One node as the coordinator sees it, with its circuit breaker."""
 
     def __init__(self, node: Node, contract: Contract, channel: aio.Channel, patience: float):
-        self.name, self.contract, self.channel = node.name, contract, channel
+        self.node, self.name, self.contract = node, node.name, contract
         self.patience = patience
         self.failures, self.pause = 0, FIRST_PAUSE
         self.reason = ""
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
+        self.use(channel)
+
+    def use(self, channel: aio.Channel) -> None:
+        """Send what comes from now on by way of this channel."""
+        self.channel = channel
         # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
         self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
 
@@ -79,6 +99,18 @@ class NodeConnection:
         features = read_response(self.contract, response)
         self.latency_ms = (time.perf_counter() - start) * 1000
         return features
+
+    async def ask_until(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
+        """As `ask`, by a time of the event loop; once more if the node is busy and says that it will not be then."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await self.ask(image, deadline - loop.time())
+        except aio.AioRpcError as error:
+            pause = busy_seconds(error)
+            if pause is None or pause >= LONGEST_RETURN or loop.time() + 2 * pause > deadline:
+                raise
+        await asyncio.sleep(pause)
+        return await self.ask(image, deadline - loop.time())
 
     def succeeded(self) -> None:
         self.failures, self.pause = 0, FIRST_PAUSE
@@ -106,9 +138,10 @@ class NodeConnection:
                 await self.ask(blank, self.patience)
             except (aio.AioRpcError, ProtocolError) as error:
                 self.reason = reason_of(error)
-            else:
-                self.failures, self.probing = TOLERATED_FAILURES - 1, None
-                return
+                if busy_seconds(error) is None:
+                    continue
+            self.failures, self.probing = TOLERATED_FAILURES - 1, None
+            return
 
     async def close(self) -> None:
         if self.probing:
@@ -124,16 +157,45 @@ class Coordinator:
         self.manifest, self.placed = cluster.placed()
         self.final = FinalLayer.load(cluster.export, self.manifest)
         self.patience = cluster.deadline_ms / 1000
+        self.identity = cluster.own_identity
         self.connections: list[NodeConnection] = []
+        self._attending: asyncio.Task | None = None
 
     async def __aenter__(self) -> Coordinator:
+        stamp = self.identity.stamp() if self.identity else None
         for node, _, contract in self.placed:
-            channel = open_channel(node, contract.message_limit, self.cluster.own_identity)
+            channel = open_channel(node, contract.message_limit, self.identity)
             self.connections.append(NodeConnection(node, contract, channel, self.patience))
         await settle_all(connection.channel for connection in self.connections)
+        self._attending = asyncio.create_task(self._attend(stamp))
         return self
 
+    async def _attend(self, stamp: tuple | None) -> None:
+        """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
+        while True:
+            await asyncio.sleep(ATTENTION)
+            if self.identity and (newest := self.identity.stamp()) != stamp:
+                try:
+                    await self._reopen()
+                    stamp = newest
+                except UserError as error:  # perhaps only some of the files have been replaced so far
+                    log(f"{error} The certificates from before stay in use.")
+            for connection in self.connections:
+                connection.channel.get_state(try_to_connect=True)
+
+    async def _reopen(self) -> None:
+        """Replace all channels; calls that are under way end where they began."""
+        opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in self.connections]
+        await settle_all(opened)
+        former = [connection.channel for connection in self.connections]
+        for connection, channel in zip(self.connections, opened, strict=True):
+            connection.use(channel)
+        await asyncio.gather(*(channel.close(self.patience) for channel in former))
+
     async def __aexit__(self, *_: object) -> None:
+        if self._attending:
+            self._attending.cancel()
+            await asyncio.gather(self._attending, return_exceptions=True)
         await asyncio.gather(*(connection.close() for connection in self.connections))
         self.connections = []
 
@@ -150,25 +212,27 @@ class Coordinator:
             The image is of another type or shape.
         """
         check_image(self.connections[0].contract, image)
-        features, absent = await self._collect(image, seconds)
+        features, absent, busy = await self._collect(image, seconds)
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+            if busy:
+                raise AllBusyError(f"no node has time ({reasons}). Ask less often.", max(busy.values()))
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
         prediction = read_out(self.manifest, list(self.final.contributions(features).values()))
-        return Answer(prediction, {self.connections[i].name: feature for i, feature in features.items()}, absent)
+        present = {self.connections[i].name: feature for i, feature in features.items()}
+        return Answer(prediction, present, absent, bool(busy))
 
     async def _collect(
         self, image: np.ndarray | np.integer, seconds: float | None
-    ) -> tuple[Mapping[int, np.ndarray], dict[str, str]]:
-        """Features by position of the nodes that answer in time, and why the others do not."""
+    ) -> tuple[Mapping[int, np.ndarray], dict[str, str], dict[str, float]]:
+        """Features by position of the nodes that answer in time, why the others do not, and how long some are busy."""
         loop = asyncio.get_running_loop()
-        patience = self.patience if seconds is None else min(seconds, self.patience)
-        hurried = patience < self.patience
-        deadline = loop.time() + patience
+        given = self.patience if seconds is None else min(seconds, self.patience)
+        hurried, deadline = given < HURRY * self.patience, loop.time() + given
         # When all are left alone, there is nothing to lose by asking them all the same.
         desperate = all(connection.is_open for connection in self.connections)
         calls = {
-            position: loop.create_task(connection.ask(image, deadline - loop.time()))
+            position: loop.create_task(connection.ask_until(image, deadline))
             for position, connection in enumerate(self.connections)
             if desperate or not connection.is_open
         }
@@ -177,7 +241,7 @@ class Coordinator:
         finally:
             for pending in calls.values():
                 pending.cancel()  # of those that are done nothing changes
-        features, absent = {}, {}
+        features, absent, busy = {}, {}, {}
         for position, connection in enumerate(self.connections):
             call = calls.get(position)
             if call is None:
@@ -190,12 +254,14 @@ class Coordinator:
                     connection.failed(LATE)
             elif error := call.exception():
                 absent[connection.name] = reason_of(error)
-                if not (hurried and absent[connection.name] == LATE):
+                if (pause := busy_seconds(error)) is not None:
+                    busy[connection.name] = pause  # who has no time is not ill
+                elif not (hurried and absent[connection.name] == LATE):
                     connection.failed(absent[connection.name])
             else:
                 features[position] = call.result()
                 connection.succeeded()
-        return features, absent
+        return features, absent, busy
 
 
 async def classify_once(cluster: Cluster, image: np.ndarray) -> Answer:

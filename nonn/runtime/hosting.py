@@ -17,7 +17,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import replacing, write_json, write_text
 from nonn.core.progress import log
 from nonn.runtime.exported import Manifest, StudentFile, read_manifest, read_verified
-from nonn.runtime.protocol import INPUT, OUTPUT, VERSION
+from nonn.runtime.protocol import INPUT, OUTPUT, version_of
 
 UNTESTED = "Written from the server's documentation; NOT tested with the server."
 
@@ -47,7 +47,7 @@ def openvino_config(manifest: Manifest) -> dict:
 
 
 def write_repository(export: Path, target: Path) -> None:
-    """Write a model repository that either server can serve: ``<model>/1/model.onnx`` and configurations.
+    """Write a model repository that either server can serve: ``<model>/<version>/model.onnx`` and configurations.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def write_repository(export: Path, target: Path) -> None:
     manifest = read_manifest(export)
     with replacing(target) as folder:
         for student in manifest.students:
-            versioned = folder / student.model / VERSION
+            versioned = folder / student.model / version_of(student.sha256)
             versioned.mkdir(parents=True)
             (versioned / "model.onnx").write_bytes(read_verified(export / student.file, student.sha256))
             (versioned.parent / "config.pbtxt").write_text(triton_config(manifest, student), encoding="utf-8")

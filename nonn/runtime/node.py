@@ -2,8 +2,9 @@
 
 The student's file is checked against its manifest before it is loaded, every request before it
 reaches the student, every feature vector before it leaves. Calls are answered one after another, as
-they would be on a small device; a call whose caller has given up while it waited is not computed,
-unless the student is so quick that it does not matter.
+they would be on a small device; those for which there is no time are refused, see `nonn.runtime.admission`.
+A call whose caller has given up while it waited is not computed, unless the student is so quick that it
+does not matter.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,10 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
+from nonn.runtime.admission import Admission
 from nonn.runtime.exported import read_manifest, read_verified
-from nonn.runtime.protocol import INPUT, OUTPUT, Contract, ProtocolError, check_features, make_response
+from nonn.runtime.logs import relayed_stderr
+from nonn.runtime.protocol import INPUT, OUTPUT, ProtocolError, check_features, make_response, student_contract
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serve
 from nonn.runtime.session import open_session
@@ -31,6 +35,10 @@ DEFAULT_CALLERS = ("coordinator",)
 #: Seconds within which a student may keep the event loop from everything else. To compute in a thread
 #: takes two changes of thread, each of which costs about as much as a very small student.
 QUICK = 1e-3
+#: First guess of the seconds that a call takes besides the student.
+CALL_SECONDS = 3e-4
+#: Seconds within which a call without a deadline is answered; and see `nonn.runtime.admission.Admission`.
+PATIENCE, SHARE = 10.0, 0.5
 
 
 class Student:
@@ -53,7 +61,7 @@ class Student:
         content = read_verified(path, entry.sha256)
         shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
         images = load_sensor(sensor, shape)
-        self.contract = Contract(entry.model, *shape[:2], entry.n_features, entry.feature_limit, sensor=images)
+        self.contract = replace(student_contract(manifest, entry), sensor=images)
         self.session = open_session(content)
         blank = np.zeros(self.contract.image_shape, np.uint8)
         features = self.run(blank)
@@ -61,7 +69,9 @@ class Student:
             raise UserError(f"{path}: its output is not what the manifest says. Export the network again.")
         start = time.perf_counter()  # the first run, above, has allocated what this one finds
         self.run(blank)
-        is_quick = time.perf_counter() - start < QUICK
+        seconds = time.perf_counter() - start
+        is_quick = seconds < QUICK
+        self.admission = Admission(seconds + CALL_SECONDS, PATIENCE, SHARE)
         self.worker = None if is_quick else ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
 
     def run(self, image: np.ndarray) -> np.ndarray:
@@ -126,4 +136,5 @@ def run(options) -> None:
     """The command ``nonn node``."""
     student, allowed = Student(options.model, options.sensor), options.allow or DEFAULT_CALLERS
     identity = identity_from(options)
-    asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))
+    with relayed_stderr():
+        asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))

@@ -18,10 +18,12 @@ import numpy as np
 from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
+from nonn.runtime.exported import Manifest, StudentFile
+
 INPUT, OUTPUT = "image", "features"
 #: Input in place of an image where the device has a sensor: int64 of shape (1, 1), which of its images is meant.
 SAMPLE = "sample"
-#: Models are replaced by restarting the node, so there is one version.
+#: Of what has no other: a network as a whole, a device of a split network.
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
 MESSAGE_LIMIT = 64 * 1024
@@ -37,6 +39,14 @@ class ProtocolError(Exception):
         self.code = code
 
 
+def version_of(sha256: str) -> str:
+    """The version of a model whose file has this SHA-256, so that no answer of another export is taken for its own.
+
+    It is a whole number below 2^60, because Triton and OpenVINO Model Server want versions to be numbers.
+    """
+    return str(int(sha256[:15], 16))
+
+
 @dataclass(frozen=True)
 class ImageContract:
     """What a server of images, uint8 of shape (1, channels, size, size), takes and gives."""
@@ -46,6 +56,7 @@ class ImageContract:
     size: int
     #: Images (n, channels, size, size), uint8, that the server sees for itself; it then takes their numbers too.
     sensor: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
+    version: str = field(default=VERSION, kw_only=True)  # see `version_of`
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
@@ -78,7 +89,15 @@ class Contract(ImageContract):
         return max(super().message_limit, 4 * self.n_features + ENVELOPE)
 
 
-def make_request(contract: Contract, image: np.ndarray | np.integer) -> ModelInferRequest:
+def student_contract(manifest: Manifest, student: StudentFile) -> Contract:
+    """What the node of an exported student takes and gives."""
+    image, version = manifest.image, version_of(student.sha256)
+    return Contract(
+        student.model, image.channels, image.size, student.n_features, student.feature_limit, version=version
+    )
+
+
+def make_request(contract: ImageContract, image: np.ndarray | np.integer) -> ModelInferRequest:
     """Ask for the features of an image, uint8 of shape (channels, size, size), or of one by its sensor's number."""
     name, datatype = INPUT, "UINT8"
     shape: tuple[int, ...] = contract.image_shape
@@ -134,7 +153,11 @@ def make_response(contract: Contract, request_id: str, features: np.ndarray) -> 
     tensor = ModelInferResponse.InferOutputTensor(name=OUTPUT, datatype="FP32", shape=(1, contract.n_features))
     raw = [features.astype("<f4", copy=False).tobytes()]
     return ModelInferResponse(
-        model_name=contract.model, model_version=VERSION, id=request_id, outputs=[tensor], raw_output_contents=raw
+        model_name=contract.model,
+        model_version=contract.version,
+        id=request_id,
+        outputs=[tensor],
+        raw_output_contents=raw,
     )
 
 
@@ -148,6 +171,12 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
     """
     if response.model_name != contract.model:
         raise invalid(f"expected an answer of model {contract.model!r}, not of {response.model_name[:64]!r}")
+    if response.model_version != contract.version:
+        raise ProtocolError(
+            StatusCode.FAILED_PRECONDITION,
+            f"it serves model {contract.model!r} of another export (version {response.model_version[:64]!r}, not "
+            f"{contract.version!r}). Copy this export's folder there and start the node again.",
+        )
     if [output.name for output in response.outputs] != [OUTPUT]:
         raise invalid(f"expected the output {OUTPUT!r} alone")
     (tensor,) = response.outputs
@@ -180,8 +209,9 @@ def check_model(contract: ImageContract, model: str, version: str) -> None:
     """Refuse the name of another model, or another version of it."""
     if model != contract.model:
         raise ProtocolError(StatusCode.NOT_FOUND, f"this address serves model {contract.model!r}, not {model[:64]!r}")
-    if version not in ("", VERSION):
-        raise ProtocolError(StatusCode.NOT_FOUND, f"model {model!r} has only version {VERSION}, not {version[:64]!r}")
+    if version not in ("", contract.version):
+        known = f"model {model!r} has only version {contract.version}"
+        raise ProtocolError(StatusCode.NOT_FOUND, f"{known}, not {version[:64]!r}")
 
 
 def read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: int) -> bytes:

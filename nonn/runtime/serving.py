@@ -9,35 +9,45 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
+import resource
 import signal
+import socket
 import sys
-import time
 from collections.abc import AsyncIterator, Collection
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from grpc import aio
 from grpc_health.v1 import health, health_pb2_grpc
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import Counter
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 import nonn
 from nonn.core.errors import UserError
 from nonn.core.progress import log
-from nonn.runtime.protocol import INPUT, VERSION, ImageContract, ProtocolError, check_model, read_request
-from nonn.runtime.tls import Guard, Identity, is_loopback, split_address
+from nonn.runtime.admission import Admission
+from nonn.runtime.guard import Guard
+from nonn.runtime.metrics import Meters, serving_metrics
+from nonn.runtime.protocol import INPUT, ImageContract, ProtocolError, check_model, read_request
+from nonn.runtime.tls import Identity, is_loopback, split_address
 
-#: Calls that may wait or run at once; more are refused as RESOURCE_EXHAUSTED.
-CONCURRENT_CALLS = 64
-#: Of one connection; beyond it gRPC resets streams without a word, so it is the wider limit.
+#: Calls of one connection at once; beyond it gRPC keeps them back at the caller's, or resets them without a word.
 CONCURRENT_STREAMS = 256
+#: Connections at once, if the limit of open files is not lower; beyond it they are closed at once. Each may be idle, or
+#: take to say who it is, for so many seconds only.
+CONNECTIONS, IDLE, HANDSHAKE = 2048, 600, 5
+#: Calls that gRPC keeps until this process looks at them.
+PENDING = 4096
+#: Files that a server has open besides its connections.
+OTHER_FILES = 64
+#: Seconds between two looks at the dates of certificates.
+DAY = 24 * 3600.0
 #: Seconds that calls under way have left when the server is told to stop.
 GRACE = 1.0
 #: Of Linux's prctl(2).
 PR_SET_PDEATHSIG = 1
-#: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
-BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 
 
 class Model(Protocol):
@@ -54,6 +64,9 @@ class Model(Protocol):
     def is_ready(self) -> bool:
         """Whether a request has a chance."""
 
+    @property
+    def admission(self) -> Admission: ...
+
     async def infer(
         self, request: oip.ModelInferRequest, image: np.ndarray, seconds: float | None
     ) -> oip.ModelInferResponse:
@@ -61,38 +74,6 @@ class Model(Protocol):
 
         `seconds` are left until the caller gives up; None if it waits for ever. A refusal is a `ProtocolError`.
         """
-
-
-class Meters:
-    """What a server counts, for Prometheus and for the statistics call of the protocol."""
-
-    def __init__(self, model: str):
-        self.registry = CollectorRegistry()
-        common: dict[str, Any] = {"labelnames": ["model"], "registry": self.registry}
-        self.requests = Counter("nonn_requests", "Inference requests.", **common).labels(model)
-        self.failures = Counter("nonn_failures", "Requests that were refused or failed.", **common).labels(model)
-        latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)
-        self.latency = latency.labels(model)
-        self.statistics = oip.InferStatistics()
-
-    @contextlib.contextmanager
-    def measuring(self):
-        self.requests.inc()
-        start = time.perf_counter_ns()
-        try:
-            yield
-        except BaseException:  # also that of a caller who gives up
-            self.failures.inc()
-            self._add(self.statistics.fail, start)
-            raise
-        self.latency.observe(self._add(self.statistics.success, start) / 1e9)
-
-    def _add(self, total: oip.StatisticDuration, start: int) -> int:
-        """Count what began at some time, and give the nanoseconds since."""
-        elapsed = time.perf_counter_ns() - start
-        total.count += 1
-        total.ns += elapsed
-        return elapsed
 
 
 class Service(oip_grpc.GRPCInferenceServiceServicer):
@@ -112,7 +93,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         return oip.ServerMetadataResponse(name="nonn", version=nonn.__version__, extensions=["statistics"])
 
     async def ModelReady(self, request, context):
-        known = request.name == self.contract.model and request.version in ("", VERSION)
+        known = request.name == self.contract.model and request.version in ("", self.contract.version)
         return oip.ModelReadyResponse(ready=known and self.model.is_ready)
 
     async def ModelMetadata(self, request, context):
@@ -120,7 +101,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         tensor = oip.ModelMetadataResponse.TensorMetadata
         return oip.ModelMetadataResponse(
             name=self.contract.model,
-            versions=[VERSION],
+            versions=[self.contract.version],
             platform=self.model.platform,
             inputs=[tensor(name=INPUT, datatype="UINT8", shape=self.contract.image_shape)],
             outputs=[tensor(name=name, datatype=kind, shape=s) for name, (kind, s) in self.contract.outputs.items()],
@@ -132,7 +113,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         statistics = self.meters.statistics
         model_statistics = oip.ModelStatistics(
             name=self.contract.model,
-            version=VERSION,
+            version=self.contract.version,
             inference_count=statistics.success.count,
             execution_count=statistics.success.count,
             inference_stats=statistics,
@@ -154,6 +135,42 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
             await context.abort(refusal.code, str(refusal))
 
 
+def channel_options(message_limit: int) -> list[tuple[str, int]]:
+    """Options of a server's connections, for messages of at most so many bytes."""
+    options = {
+        "grpc.max_receive_message_length": message_limit,
+        "grpc.max_send_message_length": message_limit,
+        "grpc.http2.lookahead_bytes": message_limit,  # a whole message may come without asking for room again
+        "grpc.max_metadata_size": 8 * 1024,
+        "grpc.max_concurrent_streams": CONCURRENT_STREAMS,
+        "grpc.max_allowed_incoming_connections": connection_limit(),
+        "grpc.server_handshake_timeout_ms": 1000 * HANDSHAKE,
+        "grpc.max_connection_idle_ms": 1000 * IDLE,
+        # Of a caller whose power fails nothing more is heard: his connection is given up in less than two minutes.
+        "grpc.keepalive_time_ms": 60_000,
+        "grpc.keepalive_timeout_ms": 20_000,
+        # Beyond it gRPC refuses calls by itself, as CANCELLED and without a word about when to return.
+        "grpc.server.max_pending_requests": PENDING,
+        "grpc.server.max_pending_requests_hard_limit": 2 * PENDING,
+        "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
+    }
+    return list(options.items())
+
+
+def connection_limit() -> int:
+    """Connections that a server takes: `CONNECTIONS`, or as many as it may open files for.
+
+    For each it needs two, since a connection that is refused is accepted first. The soft limit is raised if need be.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * CONNECTIONS + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    files = needed if soft == resource.RLIM_INFINITY else soft
+    return max(min(CONNECTIONS, (files - OTHER_FILES) // 2), 1)
+
+
 @contextlib.asynccontextmanager
 async def listening(
     service: oip_grpc.GRPCInferenceServiceServicer,
@@ -161,11 +178,12 @@ async def listening(
     message_limit: int,
     identity: Identity | None,
     allowed: Collection[str],
+    admission: Admission | None = None,
 ) -> AsyncIterator[int]:
     """Let a service be called at ``host:port`` while the block runs; yield the port, useful where 0 was asked for.
 
     With an identity it is called under mutual TLS by those whose certificates have an allowed common name. Without
-    one everything is plain text.
+    one everything is plain text. `admission` is for inference requests.
 
     Raises
     ------
@@ -178,38 +196,54 @@ async def listening(
         raise UserError(f"--address: {error}") from None
     if identity is None and not is_loopback(address):
         raise UserError(f"{address}: plain text is for loopback addresses only. Use certificates elsewhere.")
-    options = {
-        "grpc.max_receive_message_length": message_limit,
-        "grpc.max_send_message_length": message_limit,
-        "grpc.http2.lookahead_bytes": message_limit,  # a whole message may come without asking for room again
-        "grpc.max_metadata_size": 8 * 1024,
-        "grpc.max_concurrent_streams": CONCURRENT_STREAMS,
-        "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
-    }
-    server = aio.server(
-        interceptors=[Guard(allowed if identity else None)],
-        options=list(options.items()),
-        maximum_concurrent_rpcs=CONCURRENT_CALLS,
-    )
+    guard = Guard(allowed if identity else None, admission)
+    server = aio.server(interceptors=[guard], options=channel_options(message_limit))
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
     status = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
+    credentials = identity and identity.for_server()
     try:
-        if identity is None:
-            port = server.add_insecure_port(address)
-        else:
-            port = server.add_secure_port(address, identity.for_server())
+        port = server.add_secure_port(address, credentials) if identity else server.add_insecure_port(address)
     except RuntimeError:
-        problem = f"{address}: cannot listen there. Is the port free, and the address this machine's?"
-        if identity:
-            problem += f" Do {identity.certificate} and {identity.key} belong together?"
-        raise UserError(problem) from None
+        raise UserError(f"{address}: cannot listen there: {why_not(address)}") from None
     await server.start()
+    warning = asyncio.create_task(warn_daily(identity)) if identity else None
     try:
         yield port
     finally:
+        if warning:
+            warning.cancel()
         await status.enter_graceful_shutdown()
         await server.stop(GRACE)
+
+
+async def warn_daily(identity: Identity) -> None:
+    """Say each day which certificates end soon."""
+    while True:
+        with contextlib.suppress(UserError):  # what is wrong with new files is said where they are used
+            identity.warn()
+        await asyncio.sleep(DAY)
+
+
+def why_not(address: str) -> str:
+    """Why nothing can listen at ``host:port``, found out by trying once more."""
+    host, port = split_address(address)
+    try:
+        family, kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen()
+    except socket.gaierror:
+        return "no machine of this name is known. Give an address of this machine."
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: "another program listens on this port. Stop it, or choose another port.",
+            errno.EADDRNOTAVAIL: "this machine has no such address. Give one of its own, or 0.0.0.0 for all.",
+            errno.EACCES: "this user may not use this port. Choose one from 1024 on.",
+        }
+        return reasons.get(error.errno or 0, f"{error.strerror}.")
+    return "the port was taken a moment ago. Try again."
 
 
 @contextlib.asynccontextmanager
@@ -218,7 +252,9 @@ async def serving(
 ) -> AsyncIterator[tuple[int, Meters]]:
     """Serve a model while the block runs, see `listening`; yield the port and the model's meters."""
     service = Service(model)
-    async with listening(service, address, model.contract.message_limit, identity, allowed) as port:
+    service.meters.refusals.set_function(lambda: model.admission.refused)
+    limit = model.contract.message_limit
+    async with listening(service, address, limit, identity, allowed, model.admission) as port:
         yield port, service.meters
 
 
@@ -258,13 +294,11 @@ async def serve(
     Metrics are those of every server, and `counters` of the model's own.
     """
     stopped = told_to_stop(attached)
-    async with serving(model, address, identity, allowed) as (port, meters):
+    async with contextlib.AsyncExitStack() as stack:
+        port, meters = await stack.enter_async_context(serving(model, address, identity, allowed))
         for counter in counters:
             meters.registry.register(counter)
         if metrics_port is not None:
-            try:
-                start_http_server(metrics_port, addr="127.0.0.1", registry=meters.registry)
-            except (OSError, OverflowError) as error:
-                raise UserError(f"--metrics-port: cannot listen on 127.0.0.1:{metrics_port} ({error})") from None
+            await stack.enter_async_context(serving_metrics(meters.registry, metrics_port))
         announce(f"model {model.contract.model}", address, port, identity)
         await stopped.wait()

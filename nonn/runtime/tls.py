@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Collection
+import os
+import shlex
+import stat
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
-from grpc import StatusCode, aio
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from grpc import aio
 
 from nonn.core.errors import UserError
+from nonn.core.progress import log
 
 #: Certificates of a test bed as `nonn certs` writes them.
 CA, CERTIFICATE, KEY = "ca.pem", "{}.pem", "{}.key"
+#: How long before its end a certificate is spoken of.
+SOON = timedelta(days=30)
+
+
+#: What OpenSSL says of a handshake that failed, and what it means.
+HANDSHAKE_PROBLEMS = {
+    "HTTP_REQUEST": "it speaks plain HTTP, not TLS",
+    "WRONG_VERSION_NUMBER": "it speaks no TLS",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "it shows no certificate",
+    "certificate has expired": "its certificate has expired; is the clock right, there and here?",
+    "certificate is not yet valid": "its certificate is not valid yet; is the clock right, there and here?",
+    "Hostname Verification Check failed": "its certificate bears another name",
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by the authority that is trusted here",
+    "CERTIFICATE_EXPIRED": "it takes this side's certificate for expired; is the clock right, there and here?",
+    "UNKNOWN_CA": "it does not trust the authority of this side's certificate",
+    "timed out": "it did not say in time who it is",
+}
+
+
+def handshake_problem(text: str) -> str:
+    """What an error of gRPC says about a failed handshake, in plain words; empty if nothing known."""
+    return next((meaning for sign, meaning in HANDSHAKE_PROBLEMS.items() if sign in text), "")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Files that prove who a process is, and the authority that it trusts: all PEM."""
+    """Files that prove who a process is, and the authority that it trusts: all PEM.
+
+    What is made of them is checked first; a `UserError` names the file, what is wrong and what to do.
+    """
 
     certificate: Path
     key: Path
@@ -32,12 +62,102 @@ class Identity:
         return cls(folder / CERTIFICATE.format(name), folder / KEY.format(name), folder / CA)
 
     def for_server(self) -> grpc.ServerCredentials:
-        """Credentials of a node; whoever calls it must show a certificate of the authority."""
-        pair = (_read_pem(self.key), _read_pem(self.certificate))
-        return grpc.ssl_server_credentials([pair], _read_pem(self.ca), require_client_auth=True)
+        """Credentials of a node; whoever calls it must show a certificate of the authority.
+
+        Files that change are used from the next handshake on, unless something is wrong with them.
+        """
+        known = self.stamp()
+        initial = self._server_configuration()
+
+        def renewed() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal known
+            if (stamp := self.stamp()) == known:
+                return None
+            try:
+                configuration = self._server_configuration()
+            except UserError as error:  # perhaps only some of the files have been replaced so far
+                log(f"{error} The certificates from before stay in use.")
+                return None
+            known = stamp
+            log(f"{self.certificate}: renewed")
+            return configuration
+
+        return grpc.dynamic_ssl_server_credentials(initial, renewed, require_client_authentication=True)
 
     def for_client(self) -> grpc.ChannelCredentials:
-        return grpc.ssl_channel_credentials(_read_pem(self.ca), _read_pem(self.key), _read_pem(self.certificate))
+        key, certificate, ca = self._checked()
+        return grpc.ssl_channel_credentials(ca, key, certificate)
+
+    def stamp(self) -> tuple:
+        """Something else whenever a file has changed."""
+        return tuple(_stamp(path) for path in (self.certificate, self.key, self.ca))
+
+    def warn(self) -> None:
+        """Say which certificates end soon."""
+        now = datetime.now(UTC)
+        for path in (self.certificate, self.ca):
+            if (end := max(certificate.not_valid_after_utc for certificate in _certificates(path))) - now < SOON:
+                log(f"{path}: ends on {end:%Y-%m-%d %H:%M} UTC. {self._renewal(path)}")
+
+    def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        key, certificate, ca = self._checked()
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
+
+    def _checked(self) -> tuple[bytes, bytes, bytes]:
+        """Contents of key, certificate and authority."""
+        contents = _read_pem(self.key), _read_pem(self.certificate), _read_pem(self.ca)
+        _check_mode(self.key)
+        own, authorities = _certificates(self.certificate)[:1], _certificates(self.ca)
+        try:
+            key = serialization.load_pem_private_key(contents[0], password=None)
+        except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise UserError(f"{self.key}: is no private key without a password ({error}).") from None
+        if key.public_key() != own[0].public_key():
+            raise UserError(f"{self.certificate} and {self.key} do not belong together. Make both anew.")
+        for path, certificates in ((self.certificate, own), (self.ca, authorities)):
+            now = datetime.now(UTC)
+            if now < (start := min(certificate.not_valid_before_utc for certificate in certificates)):
+                raise UserError(
+                    f"{path}: is not valid before {start:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
+                    f"{now:%Y-%m-%d %H:%M}. Is the clock right?"
+                )
+            if now > (end := max(certificate.not_valid_after_utc for certificate in certificates)):
+                raise UserError(
+                    f"{path}: has expired on {end:%Y-%m-%d %H:%M} UTC, and this machine's clock says "
+                    f"{now:%Y-%m-%d %H:%M}. Is the clock right? {self._renewal(path)}"
+                )
+        return contents
+
+    def _renewal(self, path: Path) -> str:
+        if path == self.ca:
+            return "Make an authority and all certificates anew, in an empty folder: `nonn certs`."
+        words = shlex.join(["nonn", "certs", str(path.parent), path.stem])
+        return f"To renew it, where the authority's key is: {words}"
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _check_mode(key: Path) -> None:
+    """Refuse a private key of this user that others may read, as ssh does."""
+    status = key.stat()
+    if os.name == "posix" and status.st_uid == os.getuid() and status.st_mode & 0o077:
+        mode = stat.S_IMODE(status.st_mode)
+        raise UserError(
+            f"{key}: others may read this private key (mode {mode:04o}). Run: chmod 600 {shlex.quote(str(key))}"
+        )
+
+
+def _certificates(path: Path) -> list[x509.Certificate]:
+    try:
+        return x509.load_pem_x509_certificates(_read_pem(path))
+    except ValueError as error:
+        raise UserError(f"{path}: is no certificate ({error}). Make certificates with `nonn certs`.") from None
 
 
 def _read_pem(path: Path) -> bytes:
@@ -71,42 +191,3 @@ def is_loopback(address: str) -> bool:
 def callers_of(context: aio.ServicerContext) -> set[bytes]:
     """Common names of the certificate that a caller has shown; empty for plain text."""
     return set(context.auth_context().get("x509_common_name", []))
-
-
-class Guard(aio.ServerInterceptor):
-    """Lets through what a node answers: one request, one response, from a caller on the allow-list.
-
-    A caller's name is its certificate's common name: the alternative names hold ``localhost`` in
-    every certificate of a test bed, so they tell nobody apart. Streams are refused altogether: one
-    that is left open would hold a place among the few calls that a node takes at once. Where there are no
-    certificates, there is no list.
-    """
-
-    def __init__(self, names: Collection[str] | None):
-        self.names = names if names is None else frozenset(name.encode() for name in names)
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler | None:
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return None
-
-        async def answer(content: bytes, context: aio.ServicerContext) -> Any:
-            await self._check(context)  # before anything that a stranger sent is parsed
-            try:
-                request = handler.request_deserializer(content)
-            except DecodeError:
-                await context.abort(StatusCode.INVALID_ARGUMENT, "this is no message of the protocol")
-            return await handler.unary_unary(request, context)
-
-        return grpc.unary_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
-
-    async def _check(self, context: aio.ServicerContext) -> None:
-        if self.names is None:
-            return
-        callers = callers_of(context)
-        if not callers or not callers <= self.names:
-            await context.abort(StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list")

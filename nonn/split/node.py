@@ -23,6 +23,7 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
+from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, add_serving, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
@@ -310,4 +311,5 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """The command ``nonn split-node``."""
     identity, device = identity_from(options), SplitDevice(options.part, options.sensor)
-    asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))
+    with relayed_stderr():
+        asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))

@@ -1,8 +1,9 @@
 """Campaign `nonn soak`: requests without end through a cluster whose nodes die and dawdle, on this machine only.
 
-Every so often one node is killed with SIGKILL and started again, and another is stopped for longer than
-the deadline. Every request must be answered, none much later than the deadline, memory must not grow, and
-in the end the cluster must be whole again.
+Every so often one node is killed with SIGKILL and started again, another is stopped for longer than the
+deadline, and a third gets more calls than it can answer. Every request must be answered, none much later
+than the deadline, memory must not grow, and in the end the cluster must be whole again. A node that has too
+many calls must refuse some.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+from grpc import aio
 
 from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import track
+from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
+from nonn.runtime.protocol import make_request
 from nonn.testbed.bed import RunningCluster, running_bed
 from nonn.testbed.latency import memory_kib
 
 #: What a stopped node sleeps, in deadlines; and seconds that the end may take.
 NAP, RECOVERY = 3.0, 15.0
+#: Callers of a node that gets too many calls, seconds for which they call, their deadline as a share of the cluster's,
+#: and seconds until a refused one returns: sooner than he is told, or the crowd would not last.
+CROWD, RUSH, CROWD_SHARE, RETURN = 64, 1.0, 0.5, 0.02
 #: How late an answer may be, in milliseconds: at p99 and at p99.9 of all requests.
 LATE_P99_MS, LATE_P999_MS = 5.0, 20.0
 #: Growth of memory that would be a leak, in bytes a request: less than any message of a request.
@@ -41,6 +48,8 @@ class Soak:
     memory: list[tuple[int, int]] = field(default_factory=list)  # requests done, and bytes of this process (RSS) then
     kills: int = 0
     naps: int = 0
+    crowds: int = 0
+    refused: int = 0  # calls of the crowds
     whole_again: bool = False
 
     @property
@@ -68,23 +77,25 @@ class Soak:
             found.append(f"late by {p99:.1f} ms at p99, {p999:.1f} ms at p99.9")
         if self.bytes_per_request > LEAK_BYTES:
             found.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
+        if self.crowds and not self.refused:
+            found.append("no node refused anything, however many calls it had")
         if not self.whole_again:
             found.append("the cluster was not whole again at the end")
         return found
 
 
 async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float) -> None:
-    """Kill and restart a node, then stop one for a while, and so on until cancelled."""
+    """Kill and restart a node, then stop one for a while, then call one too often, and so on until cancelled."""
     names = list(bed.children)
     while True:
-        await asyncio.sleep(every / 2)
+        await asyncio.sleep(every / 3)
         victim = random.choice(names)
         bed.children[victim].process.kill()
         await bed.children[victim].process.wait()
         soak.kills += 1
         await bed.restart(victim)
         await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
-        await asyncio.sleep(every / 2)
+        await asyncio.sleep(every / 3)
         sleeper = bed.children[random.choice(names)].process
         sleeper.send_signal(signal.SIGSTOP)
         soak.naps += 1
@@ -92,6 +103,31 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
             await asyncio.sleep(NAP * bed.cluster.deadline_ms / 1000)
         finally:
             sleeper.send_signal(signal.SIGCONT)
+        await asyncio.sleep(every / 3)
+        soak.crowds += 1
+        await crowd(bed, soak, random.choice(names))
+
+
+async def crowd(bed: RunningCluster, soak: Soak, name: str) -> None:
+    """Call a node from many callers at once for a while; their answers are of no interest."""
+    contract = next(contract for node, _, contract in bed.cluster.placed()[1] if node.name == name)
+    content = make_request(contract, np.zeros(contract.image_shape[1:], np.uint8)).SerializeToString()
+    deadline = bed.cluster.deadline_ms / 1000
+    loop = asyncio.get_running_loop()
+    end = loop.time() + RUSH
+
+    async def call_on_and_on(call: aio.UnaryUnaryMultiCallable) -> None:
+        while loop.time() < end:
+            try:
+                await call(content, timeout=CROWD_SHARE * deadline)
+            except aio.AioRpcError as error:
+                soak.refused += busy_seconds(error) is not None
+                await asyncio.sleep(RETURN)
+
+    own, limit = bed.cluster.own_identity, contract.message_limit
+    async with open_channel(bed.children[name].node, limit, own, own=True) as channel:
+        call = channel.unary_unary(MODEL_INFER)
+        await asyncio.gather(*(call_on_and_on(call) for _ in range(CROWD)))
 
 
 async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every: float, seed: int) -> Soak:
@@ -157,6 +193,7 @@ def run(options) -> None:
         soak_cluster(options.export, options.requests, options.deadline_ms, options.kill_every, options.seed)
     )
     print(f"{len(soak.late_ms)} requests, {soak.kills} nodes killed, {soak.naps} stopped for a while")
+    print(f"{soak.crowds} crowds at a node, {soak.refused} of their calls refused at once")
     for n_students, n_requests in zip(*np.unique(soak.present, return_counts=True), strict=True):
         print(f"  {n_requests:>8}  answered by {n_students} students")
     print("time beyond the deadline: p99 {:.2f} ms, p99.9 {:.2f} ms".format(*soak.late_percentiles_ms))

@@ -1,0 +1,176 @@
+"""Admission of calls by queue time: whoever cannot be answered in time is refused at once, and told when to return.
+
+Calls are answered one after another, or as good as: `Admission` measures what each takes when others wait behind it,
+and knows how many wait. Their product is what a further call would wait for. The estimate is that of Little's law
+[1]_, so it also holds where several calls are under way at once, as at a coordinator.
+
+Who is refused gets an appointment: the moments of return are spaced as calls are answered, so that a thousand
+callers do not come back together. Answers stay quick because the queue stays short, and the rate of answers does not
+fall because refusals stay rare.
+
+References
+----------
+.. [1] J. D. C. Little, A Proof for the Queuing Formula L = λW. Operations Research 9(3), 1961.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+#: Calls that may be under way or wait at once, however quick they are.
+QUEUE = 256
+#: Weight of the newest measurement in the moving average of the service time.
+NEWEST = 1 / 16
+#: Moments of return lie this many service times apart: callers who are answered come back as well.
+SPACING = 4.0
+#: Service times after an answer in which further calls may well be waiting unseen.
+IDLE = 3.0
+#: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
+FORGETTING, PEERS = 30.0, 1024
+#: By how much calls are thought to take longer when there were too many.
+SLOWER = 1.25
+#: Seconds after which a refused caller may return at the latest.
+LONGEST_RETURN = 10.0
+#: Trailing metadata of a refusal: milliseconds after which it makes sense to call again.
+RETRY_AFTER = "retry-after-ms"
+
+
+class OverloadedError(Exception):
+    """A call that could not be answered in time."""
+
+    def __init__(self, seconds: float):
+        self.retry_after_ms = max(round(1000 * seconds), 1)
+        super().__init__(f"busy; call again in {self.retry_after_ms} ms")
+
+
+class Admission:
+    """Who may wait for an answer, and who is sent away.
+
+    Parameters
+    ----------
+    service_seconds
+        First guess of what a call takes, until it is measured.
+    patience
+        Seconds within which a call without a deadline, or with a later one, shall be answered.
+    share
+        Of the time that a call has left, what it may spend here by expectation; the rest is for its way back, and for
+        what is longer than expected.
+    stale
+        Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
+    """
+
+    def __init__(
+        self,
+        service_seconds: float,
+        patience: float,
+        share: float,
+        stale: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.service_seconds, self.patience, self.clock = service_seconds, patience, clock
+        self.share, self.stale = share, stale
+        self.waiting = self.refused = 0
+        self._served_since = 0.0  # when the call at the head of the queue got there, if there is one
+        self._finished = float("-inf")  # when the last answer was given
+        self._appointment = 0.0
+        self._slowed = float("-inf")
+        self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
+
+    def expected_seconds(self) -> float:
+        """What a call that came now would take."""
+        if not self.waiting:
+            return self.service_seconds
+        head = max(self.clock() - self._served_since, self.service_seconds)
+        return self.waiting * self.service_seconds + head
+
+    def check(self, seconds: float | None, peer: str = "") -> float:
+        """Refuse a call with so much time left, as an `OverloadedError`, unless it will be answered in time.
+
+        Calls that have waited long before this process looked at them, in buffers of the system or of gRPC, are told
+        by how much less time they have left than is usual on their connection; so callers with unlike deadlines should
+        not share one. To answer the oldest first would be to answer all of them late. Where nobody waits and nobody
+        was answered just now every call is tried: or one slow answer would shut the door for ever. Gives the seconds
+        that the call has probably waited.
+        """
+        age = 0.0 if seconds is None else self._age(seconds, peer)
+        if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
+            return age
+        left = self.patience if seconds is None else min(seconds, self.patience)
+        if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > self.stale * (left + age):
+            self.refused += 1
+            raise OverloadedError(self._next_appointment())
+        return age
+
+    def _age(self, seconds: float, peer: str) -> float:
+        """Seconds that a call has probably waited, by what it has left."""
+        now = self.clock()
+        usual, then = self._usual.get(peer, (0.0, now))
+        usual = max(usual * 0.5 ** ((now - then) / FORGETTING), seconds)
+        if len(self._usual) >= PEERS:
+            self._usual.clear()
+        self._usual[peer] = usual, now
+        return usual - seconds
+
+    def _next_appointment(self) -> float:
+        """Seconds until a caller who is refused now shall come again: after all who were refused before."""
+        now, spacing = self.clock(), SPACING * self.service_seconds
+        drained = now + max(self.expected_seconds() - self.share * self.patience, 0)
+        self._appointment = min(max(self._appointment, drained) + spacing, now + LONGEST_RETURN)
+        return self._appointment - now
+
+    @contextlib.contextmanager
+    def admitted(self, seconds: float | None, peer: str = "") -> Iterator[Place]:
+        """Let a call wait while the block runs; see `check`."""
+        arrived = self.clock() - self.check(seconds, peer)
+        place = Place(self, seconds)
+        try:
+            yield place
+            self._measure(arrived)
+        finally:
+            place.leave()
+
+    def _measure(self, arrived: float) -> None:
+        """Take over what an answer took since the one before, or since its call came.
+
+        Of a call that came later than that, the time may be longer than the pace of a queue, and is only taken over if
+        it is shorter than what was thought.
+        """
+        now = self.clock()
+        taken = now - max(arrived, self._finished)
+        if arrived <= self._finished or taken < self.service_seconds:
+            self.service_seconds += NEWEST * (taken - self.service_seconds)
+        self._finished = self._served_since = now
+
+    def slow_down(self) -> None:
+        """Take calls for longer than measured, for now: somebody behind this process has been asked too often."""
+        now = self.clock()
+        if now - self._slowed >= self.patience:  # what was changed before has had time to show
+            self.service_seconds, self._slowed = SLOWER * self.service_seconds, now
+
+
+class Place:
+    """A call's place in the queue, which it can leave while it is itself waited for."""
+
+    def __init__(self, admission: Admission, seconds: float | None):
+        self.admission, self.seconds = admission, seconds
+        self.is_held = False
+        self._take()
+
+    def _take(self) -> None:
+        self.is_held = True
+        self.admission.waiting += 1
+        if self.admission.waiting == 1:
+            self.admission._served_since = self.admission.clock()
+
+    def leave(self) -> None:
+        if self.is_held:
+            self.is_held = False
+            self.admission.waiting -= 1
+
+    def keep(self) -> None:
+        """Be in the queue again: an `OverloadedError` if the place was left, and others have taken it."""
+        if not self.is_held:
+            self.admission.check(self.seconds)
+            self._take()

@@ -1,0 +1,86 @@
+"""What stands before every call of a server: who it is from, whether there is time for it, and a message at last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc import StatusCode, aio
+
+from nonn.runtime.admission import RETRY_AFTER, Admission, OverloadedError, Place
+from nonn.runtime.channel import MODEL_INFER
+from nonn.runtime.tls import callers_of
+
+#: Seconds within which a call must send its message; and after which it is no longer counted among those that wait
+#: for an answer.
+MESSAGE_TIMEOUT, PROMPT = 5.0, 0.05
+
+
+class Guard(aio.ServerInterceptor):
+    """Lets through what a node answers: one request, one response, from a caller on the allow-list.
+
+    A caller's name is its certificate's common name: the alternative names hold ``localhost`` in
+    every certificate of a test bed, so they tell nobody apart. Streams are refused altogether: one
+    that is left open would hold a place among the few calls that a node takes at once. Where there are no
+    certificates, there is no list.
+
+    A handler of unary calls is only run when a message has come, so that whoever sends none would never be looked
+    at. Here all handlers are those of streams of requests, which is the same on the wire, and read one message.
+    """
+
+    def __init__(self, names: Collection[str] | None, admission: Admission | None = None):
+        self.names = names if names is None else frozenset(name.encode() for name in names)
+        self.admission = admission
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return None
+        admission = self.admission if handler_call_details.method == MODEL_INFER else None
+
+        async def answer(_: Any, context: aio.ServicerContext) -> Any:
+            await self._check(context)  # before anything that a stranger sent is waited for
+            try:
+                if admission is None:
+                    return await self._answer(handler, context)
+                with admission.admitted(context.time_remaining(), context.peer()) as place:
+                    return await self._answer(handler, context, place)
+            except OverloadedError as overloaded:
+                when = ((RETRY_AFTER, str(overloaded.retry_after_ms)),)
+                await context.abort(StatusCode.RESOURCE_EXHAUSTED, str(overloaded), when)
+
+        return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+    async def _check(self, context: aio.ServicerContext) -> None:
+        if self.names is None:
+            return
+        callers = callers_of(context)
+        if not callers or not callers <= self.names:
+            await context.abort(StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list")
+
+    async def _answer(
+        self, handler: grpc.RpcMethodHandler, context: aio.ServicerContext, place: Place | None = None
+    ) -> Any:
+        late = asyncio.get_running_loop().call_later(PROMPT, place.leave) if place else None
+        try:
+            async with asyncio.timeout(MESSAGE_TIMEOUT):
+                content = await context.read()
+        except TimeoutError:
+            await context.abort(StatusCode.DEADLINE_EXCEEDED, f"no message came within {MESSAGE_TIMEOUT:g} s")
+        if place and late:
+            late.cancel()
+            place.keep()
+        if content is aio.EOF:
+            await context.abort(StatusCode.INVALID_ARGUMENT, "a call without a message")
+        try:
+            request = handler.request_deserializer(content)
+        except DecodeError:
+            await context.abort(StatusCode.INVALID_ARGUMENT, "this is no message of the protocol")
+        return await handler.unary_unary(request, context)

@@ -1,0 +1,122 @@
+"""Standard error of a server: it never keeps the server waiting, and repetitions are counted instead of written.
+
+gRPC writes a line of its own for every handshake that fails, into a pipe that perhaps nobody empties; a server that
+waits for room there answers nobody. So a thread stands between: it always reads, and drops what cannot be written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from nonn.runtime.tls import handshake_problem
+
+#: Lines of one kind, and kinds of lines, that are written in each `WINDOW` of seconds; the rest is counted.
+LINES, KINDS, WINDOW = 5, 50, 10.0
+#: Longest line in bytes: what a pipe that has room at all takes without waiting, and a line break.
+LONGEST = select.PIPE_BUF - 1
+#: What gRPC has to trace (``GRPC_TRACE``) so that its lines say whose handshake has failed.
+TRACE = "handshaker"
+
+_TRACED = b"CallNextHandshakerLocked: error="
+_NOISE = (b"gRPC Tracers:", b"handshake_manager 0x", b"handshake manager 0x")
+_PEER = re.compile(r"endpoint_peer_address=ipv[46]:([^,}]+)")
+
+
+def in_plain_words(line: bytes) -> bytes:
+    """A line as it is to be written; nothing if it tells the reader nothing.
+
+    Of gRPC's traces of handshakes only failures of callers are left, with their address and the reason.
+    """
+    if _TRACED not in line:
+        traced = b"Handshake failed with error" in line and TRACE in os.environ.get("GRPC_TRACE", "")
+        return b"" if traced or any(noise in line for noise in _NOISE) else line
+    text = line.partition(_TRACED)[2].decode(errors="replace")
+    if text.startswith("OK") or "grpc.internal.server_credentials" not in text:
+        return b""
+    problem, _, arguments = text.partition(" shutdown=")
+    peer = found[1] if (found := _PEER.search(arguments)) else "an unknown address"
+    return f"refused a connection from {peer}: {handshake_problem(problem) or problem[:200]}".encode()
+
+
+class Limiter:
+    """Lets the first lines of each kind through, and says once in a while how many more there were.
+
+    Lines are of one kind if they differ in numbers alone, such as addresses and times.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self.clock, self.since = clock, clock()
+        self.seen: Counter[bytes] = Counter()
+
+    def passed(self, line: bytes) -> Iterator[bytes]:
+        """The lines to write now that this one has come."""
+        yield from self.summary()
+        kind = re.sub(rb"[0-9]+", b"#", line)
+        if kind not in self.seen and len(self.seen) >= KINDS:
+            kind = b"other lines"
+        self.seen[kind] += 1
+        if self.seen[kind] <= LINES:
+            yield line
+
+    def summary(self, at_once: bool = False) -> Iterator[bytes]:
+        """What was held back in a window that is over."""
+        if not at_once and self.clock() - self.since < WINDOW:
+            return
+        held = [(kind, count - LINES) for kind, count in self.seen.items() if count > LINES]
+        self.seen.clear()
+        self.since = self.clock()
+        for kind, count in held:
+            yield b"%d more lines like: %s" % (count, kind)
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    """Write a line if that takes no waiting."""
+    with contextlib.suppress(OSError):  # nobody reads any more
+        if select.select([], [descriptor], [], 0)[1]:
+            os.write(descriptor, line[:LONGEST] + b"\n")
+
+
+def _pump(source: int, target: int) -> None:
+    limiter, rest = Limiter(), b""
+    while True:
+        if not select.select([source], [], [], WINDOW)[0]:
+            lines = limiter.summary()
+        elif content := os.read(source, 1 << 16):
+            *whole, rest = (rest + content).split(b"\n")
+            rest = rest[-(1 << 16) :]
+            plain = filter(None, map(in_plain_words, whole))
+            lines = (passed for line in plain for passed in limiter.passed(line))
+        else:
+            lines = (line for line in (rest, *limiter.summary(at_once=True)) if line)
+            source = -1
+        for line in lines:
+            _write(target, line)
+        if source < 0:
+            return
+
+
+@contextlib.contextmanager
+def relayed_stderr() -> Iterator[None]:
+    """Have everything that this process writes to standard error relayed while the block runs."""
+    sys.stderr.flush()
+    original = os.dup(2)
+    source, inlet = os.pipe()
+    os.set_blocking(inlet, True)
+    os.dup2(inlet, 2)
+    os.close(inlet)
+    pump = threading.Thread(target=_pump, args=(source, original), name="stderr", daemon=True)
+    pump.start()
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(original, 2)  # with its last writer the pipe ends, and so does the thread
+        pump.join(1.0)

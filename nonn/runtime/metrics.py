@@ -1,0 +1,104 @@
+"""What a server counts, and the port where Prometheus asks for it.
+
+The port is served by the event loop that is there anyway: few connections at once, each for a few seconds only, so
+that nobody who half-sends requests costs more than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+from tritonclient.grpc import service_pb2 as oip
+
+from nonn.core.errors import UserError
+
+#: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
+BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
+#: Connections to the metrics port at once, seconds that one may take, and bytes of its request.
+CONNECTIONS, SECONDS, REQUEST_LIMIT = 16, 5.0, 8192
+HOST = "127.0.0.1"
+
+
+class Meters:
+    """What a server counts, for Prometheus and for the statistics call of the protocol."""
+
+    def __init__(self, model: str):
+        self.registry = CollectorRegistry()
+        common: dict[str, Any] = {"labelnames": ["model"], "registry": self.registry}
+        self.requests = Counter("nonn_requests", "Inference requests.", **common).labels(model)
+        self.failures = Counter("nonn_failures", "Requests that were refused or failed.", **common).labels(model)
+        self.refusals = Gauge("nonn_refusals", "Calls sent away at once under load, so far.", **common).labels(model)
+        latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)
+        self.latency = latency.labels(model)
+        self.statistics = oip.InferStatistics()
+
+    @contextlib.contextmanager
+    def measuring(self):
+        self.requests.inc()
+        start = time.perf_counter_ns()
+        try:
+            yield
+        except BaseException:  # also that of a caller who gives up
+            self.failures.inc()
+            self._add(self.statistics.fail, start)
+            raise
+        self.latency.observe(self._add(self.statistics.success, start) / 1e9)
+
+    def _add(self, total: oip.StatisticDuration, start: int) -> int:
+        """Count what began at some time, and give the nanoseconds since."""
+        elapsed = time.perf_counter_ns() - start
+        total.count += 1
+        total.ns += elapsed
+        return elapsed
+
+
+def _respond(request: bytes, registry: CollectorRegistry) -> bytes:
+    """An HTTP response to a request line and its headers."""
+    line, *headers = request.decode("latin-1").split("\r\n")
+    method, _, rest = line.partition(" ")
+    status, kind, content = "404 Not Found", "text/plain", b"ask for /metrics\n"
+    if method != "GET":
+        status, content = "405 Method Not Allowed", b"only GET is answered\n"
+    elif rest.split(" ")[0].partition("?")[0] in ("/", "/metrics"):
+        accepted = next((text[7:] for text in headers if text.lower().startswith("accept:")), "")
+        encode, kind = choose_encoder(accepted)
+        status, content = "200 OK", encode(registry)
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + content
+
+
+@contextlib.asynccontextmanager
+async def serving_metrics(registry: CollectorRegistry, port: int) -> AsyncIterator[int]:
+    """Answer Prometheus on this port of 127.0.0.1 while the block runs; yield the port, or raise a `UserError`."""
+    connections: set[asyncio.StreamWriter] = set()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            if len(connections) >= CONNECTIONS:
+                return
+            connections.add(writer)
+            async with asyncio.timeout(SECONDS):
+                writer.write(_respond(await reader.readuntil(b"\r\n\r\n"), registry))
+                await writer.drain()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+        finally:
+            connections.discard(writer)
+            writer.close()
+
+    try:
+        server = await asyncio.start_server(answer, HOST, port, limit=REQUEST_LIMIT)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--metrics-port: cannot listen on {HOST}:{port} ({error})") from None
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for writer in list(connections):
+            writer.transport.abort()

@@ -1,0 +1,252 @@
+"""Campaign `nonn load`: many callers at once at a node and at a coordinator, on this machine only.
+
+Nodes and coordinator run as processes of their own, under mutual TLS. The callers live in this process: each calls,
+waits for the answer or the deadline, and calls again. A caller who is refused returns when he is told to, one who got
+no answer in time after a pause that grows with each try; with ``--impatient`` both return at once, as no well-behaved
+caller would. Callers share the processor with what they call, so the figures
+are those of a machine that does everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from grpc import StatusCode, aio
+from tritonclient.grpc.service_pb2 import ModelInferResponse
+
+from nonn.core.errors import UserError
+from nonn.core.files import write_json
+from nonn.core.options import natural
+from nonn.core.progress import log
+from nonn.runtime.admission import LONGEST_RETURN
+from nonn.runtime.certs import write_certificates
+from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle_all
+from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
+from nonn.runtime.coordinate import DEFAULT_CALLERS, NetworkContract, network_version
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.processes import nonn_command, running
+from nonn.runtime.protocol import ImageContract, make_request
+from nonn.runtime.tls import Identity
+from nonn.testbed.bed import RunningCluster, running_bed
+
+#: Callers that share a connection, as the threads of an application do.
+CALLERS_PER_CONNECTION = 100
+#: Seconds of each run that are not counted: callers come and estimates settle.
+WARM_UP = 5.0
+#: Seconds that a caller waits on average who got no answer and was not told when to return; doubled each time.
+PAUSE = 0.1
+#: Seconds that a caller waits in any case after a refusal with ``--impatient``: none can be quicker than the network.
+HASTE = 0.001
+COLUMNS = "{:<12} {:>8} {:>11} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>10}"
+HEADER = ("asked", "callers", "answered/s", "p50 ms", "p95 ms", "p99 ms", "refused/s", "late/s", "failed/s", "complete")
+
+
+@dataclass
+class Load:
+    """What some callers have seen of a node or of a coordinator."""
+
+    asked: str
+    callers: int
+    seconds: float
+    latencies_ms: list[float] = field(default_factory=list)  # of answers
+    complete: int = 0  # answers with all students
+    refused: int = 0
+    late: int = 0
+    failed: int = 0
+
+    def summary(self) -> dict:
+        """Rates a second, percentiles of the latency in milliseconds, and the share of answers with all students."""
+        answered = len(self.latencies_ms)
+        p50, p95, p99 = np.quantile(self.latencies_ms, [0.5, 0.95, 0.99]).tolist() if answered else (None,) * 3
+        rates = {"answered": answered, "refused": self.refused, "late": self.late, "failed": self.failed}
+        return {
+            "asked": self.asked,
+            "callers": self.callers,
+            **{f"{name}_per_s": count / self.seconds for name, count in rates.items()},
+            **{"p50_ms": p50, "p95_ms": p95, "p99_ms": p99},
+            "complete": self.complete / answered if answered else None,
+        }
+
+
+def row(summary: dict) -> str:
+    """A line of the table."""
+    times = ["-" if summary[p] is None else f"{summary[p]:.1f}" for p in ("p50_ms", "p95_ms", "p99_ms")]
+    rates = [f"{summary[f'{name}_per_s']:.0f}" for name in ("answered", "refused", "late", "failed")]
+    complete = "-" if summary["complete"] is None else f"{summary['complete']:.2%}"
+    return COLUMNS.format(summary["asked"], summary["callers"], rates[0], *times, *rates[1:], complete)
+
+
+@dataclass
+class Target:
+    """What is called: a node or a coordinator, by whom, and how its complete answers look."""
+
+    node: Node
+    contract: ImageContract
+    identity: Identity
+    n_present: int | None  # students of a complete answer; None where there is but one
+
+    def is_complete(self, content: bytes) -> bool:
+        """Whether all students took part in an answer."""
+        if self.n_present is None:
+            return True
+        response = ModelInferResponse.FromString(content)
+        position = [output.name for output in response.outputs].index("present")
+        return response.outputs[position].shape[0] == self.n_present
+
+
+async def call_repeatedly(
+    call: aio.UnaryUnaryMultiCallable,
+    content: bytes,
+    target: Target,
+    load: Load,
+    deadline: float,
+    start: float,
+    random: Random,
+    impatient: bool,
+) -> None:
+    """One caller in a closed loop, from `start` until the load's time is over."""
+    loop, in_vain = asyncio.get_running_loop(), 0
+    counted, end = start + WARM_UP, start + WARM_UP + load.seconds
+    await asyncio.sleep(random.random() * 0.8 * WARM_UP)  # nobody comes at the very same moment
+    while loop.time() < end:
+        began, pause = loop.time(), 0.0
+        kind, answer = "answered", b""
+        try:
+            answer = await call(content, timeout=deadline)
+        except aio.AioRpcError as error:
+            seconds = busy_seconds(error)
+            if seconds is not None:
+                kind, pause = "refused", HASTE if impatient else seconds * random.uniform(1.0, 1.1)
+            elif error.code() == StatusCode.DEADLINE_EXCEEDED:
+                kind = "late"
+            else:
+                kind = "failed"
+        now = loop.time()
+        if counted <= now < end:
+            if kind == "answered":
+                load.latencies_ms.append(1000 * (now - began))
+                load.complete += target.is_complete(answer)
+            else:
+                setattr(load, kind, getattr(load, kind) + 1)
+        in_vain = in_vain + 1 if kind in ("late", "failed") else 0
+        if in_vain and not impatient:
+            pause = random.uniform(0, min(PAUSE * 2**in_vain, LONGEST_RETURN))
+        if pause:
+            await asyncio.sleep(min(pause, max(end - now, 0)))
+
+
+async def measure(target: Target, callers: int, seconds: float, deadline: float, seed: int, impatient: bool) -> Load:
+    """Call from so many callers at once for some seconds after the warm-up."""
+    load = Load(target.node.name, callers, seconds)
+    generator = np.random.default_rng(seed)
+    image = generator.integers(0, 256, target.contract.image_shape[1:], dtype=np.uint8)
+    content = make_request(target.contract, image).SerializeToString()
+    async with contextlib.AsyncExitStack() as stack:
+        channels = []
+        for _ in range(-(-callers // CALLERS_PER_CONNECTION)):
+            channel = open_channel(target.node, target.contract.message_limit, target.identity, own=True)
+            channels.append(await stack.enter_async_context(channel))
+        await settle_all(channels)
+        calls = [channel.unary_unary(MODEL_INFER) for channel in channels]
+        start = asyncio.get_running_loop().time()
+        common = (content, target, load, deadline, start)
+        loops = (
+            call_repeatedly(calls[i % len(calls)], *common, Random(f"{seed} {i}"), impatient) for i in range(callers)
+        )
+        await asyncio.gather(*loops)
+    return load
+
+
+@contextlib.asynccontextmanager
+async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[list[Target]]:
+    """A running node and a running coordinator of an exported network, with nodes of its own."""
+    async with running_bed(export, deadline_ms) as bed:
+        folder, identity = folder_of(bed), bed.cluster.own_identity
+        assert identity, "a bed has certificates"
+        write_certificates(folder, DEFAULT_CALLERS)
+        manifest, placed = bed.cluster.placed()
+        node, _, contract = placed[0]
+        async with running(coordinator_command(bed)) as children:
+            image = manifest.image
+            network = NetworkContract(
+                export.resolve().name,
+                image.channels,
+                image.size,
+                len(manifest.classes),
+                version=network_version(manifest),
+            )
+            coordinator = children[COORDINATOR].node
+            yield [
+                Target(node, contract, identity, None),
+                Target(coordinator, network, Identity.of(*DEFAULT_CALLERS, folder), len(placed)),
+            ]
+
+
+def folder_of(bed: RunningCluster) -> Path:
+    """Of the certificates, which a bed always has."""
+    assert bed.cluster.tls
+    return bed.cluster.tls.folder
+
+
+def coordinator_command(bed: RunningCluster) -> dict[Node, list[str]]:
+    """What serves a bed's network to applications, for `nonn.runtime.processes.running`."""
+    folder = folder_of(bed)
+    path = folder / "cluster.yaml"
+    write_cluster(path, bed.cluster)
+    node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
+    arguments = ("coordinate", "--cluster", str(path), "--address", node.address)
+    return {node: nonn_command(*arguments, identity=None, caller="", sensor=None)[:-1]}
+
+
+async def run_load(
+    export: Path, callers: list[int], seconds: float, deadline_ms: float, seed: int, impatient: bool
+) -> list[dict]:
+    """Summaries for each number of callers, first of a node, then of a coordinator; see `Load.summary`."""
+    summaries = []
+    async with running_targets(export, deadline_ms) as targets:
+        print(COLUMNS.format(*HEADER), flush=True)
+        for target in targets:
+            for count in callers:
+                load = await measure(target, count, seconds, deadline_ms / 1000, seed, impatient)
+                summaries.append(load.summary())
+                print(row(summaries[-1]), flush=True)
+    return summaries
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, with commas between them."""
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
+    parser.add_argument("--callers", type=numbers, default="1,10,100,1000", help="at once (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of callers (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of a call (default: %(default)s)")
+    parser.add_argument("--impatient", action="store_true", help="callers do not wait as they are told")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.epilog = "example: nonn load export/4s --callers 1,10 --seconds 5"
+
+
+def run(options) -> None:
+    """The command ``nonn load``."""
+    if not 0 < options.seconds <= 3600:
+        raise UserError("--seconds: give more than 0, up to 3600")
+    read_manifest(options.export)
+    summaries = asyncio.run(
+        run_load(options.export, options.callers, options.seconds, options.deadline_ms, options.seed, options.impatient)
+    )
+    if options.json:
+        settings = {"seconds": options.seconds, "deadline_ms": options.deadline_ms, "impatient": options.impatient}
+        write_json(options.json, settings | {"loads": summaries})
+        log(f"{options.json}: written")

@@ -1,0 +1,299 @@
+"""Under load whoever can be answered in time is, and everybody else is refused at once and told when to return."""
+
+import asyncio
+import contextlib
+import threading
+
+import pytest
+from clusters import (
+    CHANNELS,
+    FEATURE_LIMIT,
+    N_FEATURES,
+    PATIENCE,
+    SIZE,
+    VERSIONS,
+    cluster_of,
+    make_image,
+    plain_node,
+    refusal,
+    rogue_node,
+    stub_of,
+    until,
+)
+from grpc import StatusCode, aio
+
+from nonn.runtime import guard, node
+from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
+from nonn.runtime.channel import MODEL_INFER, busy_seconds
+from nonn.runtime.coordinator import TOLERATED_FAILURES, AllBusyError, Coordinator
+from nonn.runtime.node import Student
+from nonn.runtime.protocol import Contract, make_request
+from nonn.runtime.serving import serving
+from nonn.runtime.tls import Identity
+
+CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def queue_of(admission: Admission, stack: contextlib.ExitStack, count: int) -> None:
+    for _ in range(count):
+        stack.enter_context(admission.admitted(None))
+
+
+# The estimate
+
+
+def test_who_can_be_answered_in_half_his_time_is_admitted(clock):
+    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    with contextlib.ExitStack() as stack:
+        queue_of(admission, stack, 4)
+        admission.check(0.1)  # 5 calls of 10 ms
+        with pytest.raises(OverloadedError):
+            admission.check(0.09)
+        queue_of(admission, stack, 46)
+        with pytest.raises(OverloadedError):  # without a deadline, or with a late one, it is the server's patience
+            admission.check(60.0)
+
+
+def test_the_queue_is_bounded_however_quick_calls_are(clock):
+    admission = Admission(1e-9, patience=1.0, share=0.5, clock=clock)
+    with contextlib.ExitStack() as stack:
+        queue_of(admission, stack, QUEUE)
+        with pytest.raises(OverloadedError):
+            admission.check(None)
+
+
+def test_the_service_time_is_measured_while_calls_wait(clock):
+    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    places = [admission.admitted(None) for _ in range(101)]
+    for place in places:
+        place.__enter__()
+    for place in places:
+        clock.now += 0.02
+        place.__exit__(None, None, None)
+    assert admission.service_seconds == pytest.approx(0.02, rel=0.05)
+    for seconds, expected in ((0.03, 0.02), (0.01, 0.01)):  # alone, each after a pause: at most that long
+        for _ in range(100):
+            clock.now += 1
+            with admission.admitted(None):
+                clock.now += seconds
+        assert admission.service_seconds == pytest.approx(expected, rel=0.05)
+
+
+def test_one_slow_answer_does_not_shut_the_door(clock):
+    admission = Admission(100.0, patience=0.1, share=0.5, clock=clock)
+    admission.check(0.1)
+
+
+def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
+    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    with admission.admitted(0.1, "a"):
+        admission.check(0.06, "a")
+        with pytest.raises(OverloadedError):
+            admission.check(0.02, "a")  # most of it is over
+        admission.check(0.02, "b")  # somebody in a hurry
+
+
+def test_moments_of_return_are_spaced(clock):
+    admission = Admission(0.01, patience=0.1, share=0.5, clock=clock)
+    told = []
+    with contextlib.ExitStack() as stack:
+        queue_of(admission, stack, 5)
+        for _ in range(1000):
+            with pytest.raises(OverloadedError) as refused:
+                admission.check(0.1)
+            told.append(refused.value.retry_after_ms)
+    assert told[1] - told[0] == pytest.approx(1000 * SPACING * 0.01)
+    assert told == sorted(told)
+    assert told[-1] == 1000 * LONGEST_RETURN
+
+
+def test_it_slows_down_now_and_then_and_recovers(clock):
+    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    for _ in range(100):
+        admission.slow_down()
+    assert admission.service_seconds == pytest.approx(SLOWER * 0.01)
+    clock.now = 1.0
+    admission.slow_down()
+    assert admission.service_seconds == pytest.approx(SLOWER**2 * 0.01)
+    for _ in range(100):
+        clock.now += 1
+        with admission.admitted(0.5):
+            clock.now += 0.005
+    assert admission.service_seconds == pytest.approx(0.005, rel=0.05)
+
+
+# At a node
+
+
+def slow_student(folder, monkeypatch, released: threading.Event) -> Student:
+    """A student that answers when it is released, and says that it takes 20 ms."""
+    monkeypatch.setattr(node, "QUICK", 0.0)
+    student = Student(folder / "0.onnx")
+    run = student.run
+
+    def slowly(image):
+        assert released.wait(PATIENCE)
+        return run(image)
+
+    student.run = slowly
+    student.admission.service_seconds = 0.02
+    return student
+
+
+def test_a_node_refuses_at_once_and_says_when_to_return(network_folder, monkeypatch):
+    released = threading.Event()
+    student = slow_student(network_folder, monkeypatch, released)
+
+    async def scenario():
+        request = make_request(CONTRACT, make_image())
+        async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
+            waiting = [asyncio.ensure_future(stub.ModelInfer(request)) for _ in range(5)]
+            await until(lambda: student.admission.waiting == 5)
+            with pytest.raises(aio.AioRpcError) as error:
+                await stub.ModelInfer(request, timeout=0.15)
+            assert error.value.code() == StatusCode.RESOURCE_EXHAUSTED
+            wish = dict(error.value.trailing_metadata())[RETRY_AFTER]
+            assert busy_seconds(error.value) == int(wish) / 1000 > 0
+            assert student.admission.refused == 1
+            released.set()
+            assert all(answer.outputs for answer in await asyncio.gather(*waiting))
+
+    asyncio.run(scenario())
+
+
+def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, monkeypatch):
+    """64 calls of headers alone, by a stranger and then by the coordinator: all end, and others are answered."""
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 0.5)
+
+    async def silent():
+        await asyncio.sleep(PATIENCE)
+        yield b""
+
+    async def scenario():
+        identity, request = Identity.of("node-0", certificates), make_request(CONTRACT, make_image())
+        student = Student(network_folder / "0.onnx")
+        async with serving(student, "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
+            address, own = f"127.0.0.1:{port}", Identity.of("coordinator", certificates).for_client()
+            for name, status in (
+                ("stranger", StatusCode.PERMISSION_DENIED),
+                ("coordinator", StatusCode.DEADLINE_EXCEEDED),
+            ):
+                credentials = Identity.of(name, certificates).for_client()
+                async with aio.secure_channel(address, credentials) as channel, stub_of(address, own) as stub:
+                    calls = [channel.stream_unary(MODEL_INFER)(silent()) for _ in range(64)]
+                    ended = [asyncio.ensure_future(call.code()) for call in calls]
+                    assert (await stub.ModelInfer(request, timeout=PATIENCE)).outputs
+                    assert set(await asyncio.gather(*ended)) == {status}
+            assert student.admission.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_silent_leaves_its_place(network_folder, monkeypatch):
+    monkeypatch.setattr(guard, "PROMPT", 0.01)
+
+    async def late():
+        await spoken.wait()
+        yield make_request(CONTRACT, make_image()).SerializeToString()
+
+    spoken = asyncio.Event()
+
+    async def scenario():
+        student = Student(network_folder / "0.onnx")
+        async with serving(student, "127.0.0.1:0") as (port, _), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            student.admission.check = lambda *_: 0.0
+            entered = []
+            take = student.admission.admitted
+            student.admission.admitted = lambda *given: entered.append(given) or take(*given)
+            call = asyncio.ensure_future(channel.stream_unary(MODEL_INFER)(late()))
+            await until(lambda: bool(entered) and student.admission.waiting == 0)
+            spoken.set()
+            assert await call
+
+    asyncio.run(scenario())
+
+
+# At a coordinator
+
+
+def busy_for(milliseconds: int | None):
+    async def refuse(_, context):
+        when = () if milliseconds is None else ((RETRY_AFTER, str(milliseconds)),)
+        await context.abort(StatusCode.RESOURCE_EXHAUSTED, "busy", when)
+
+    return refuse
+
+
+@pytest.mark.parametrize("milliseconds", [None, 1, 60_000])
+def test_a_node_without_time_is_absent_but_never_left_alone(network_folder, milliseconds):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = [(await stack.enter_async_context(plain_node(network_folder, i)))[0] for i in range(2)]
+            addresses.append((await stack.enter_async_context(rogue_node(busy_for(milliseconds))))[0])
+            coordinator = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses)))
+            for _ in range(2 * TOLERATED_FAILURES):
+                answer = await coordinator.classify(make_image())
+                assert answer.absent == {"node-2": "resource exhausted: busy"}
+                assert answer.busy
+            assert not coordinator.connections[2].is_open
+
+    asyncio.run(scenario())
+
+
+def test_a_node_is_asked_again_when_it_has_time(network_folder):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = [(await stack.enter_async_context(plain_node(network_folder, i)))[0] for i in range(3)]
+            real = await stack.enter_async_context(stub_of(addresses[2]))
+
+            async def behave(request, context):
+                if rogue.asked == 1:
+                    await busy_for(1)(request, context)
+                return await real.ModelInfer(request)
+
+            addresses[2], rogue = await stack.enter_async_context(rogue_node(behave))
+            coordinator = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses)))
+            assert not (await coordinator.classify(make_image())).absent
+            assert rogue.asked == 2
+
+    asyncio.run(scenario())
+
+
+def test_if_no_node_has_time_the_caller_hears_when(network_folder):
+    async def scenario():
+        async with contextlib.AsyncExitStack() as stack:
+            addresses = [(await stack.enter_async_context(rogue_node(busy_for(90_000))))[0] for _ in range(3)]
+            coordinator = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses)))
+            with pytest.raises(AllBusyError, match="no node has time") as error:
+                await coordinator.classify(make_image())
+            assert error.value.seconds == LONGEST_RETURN
+
+    asyncio.run(scenario())
+
+
+# Whose export it is
+
+
+def test_a_node_says_which_file_it_serves(network_folder):
+    async def scenario():
+        async with plain_node(network_folder, 1) as (address, _), stub_of(address) as stub:
+            request = make_request(Contract("1", CHANNELS, SIZE, N_FEATURES[1], FEATURE_LIMIT), make_image())
+            assert (await stub.ModelInfer(request)).model_version == VERSIONS[1]
+            request.model_version = VERSIONS[1]
+            assert (await stub.ModelInfer(request)).outputs
+            request.model_version = VERSIONS[0]
+            assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.NOT_FOUND
+
+    asyncio.run(scenario())
