@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import groupby
 
 from nonn import __version__
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, refusal
 
 INTRODUCTION = """\
 Network of Neural Networks: one small student a device, in place of one large
@@ -67,6 +69,8 @@ PIPELINE = (
     *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
     *("torch", "torchvision"),
 )
+#: Parameters that decide how much memory the stages take.
+GREEDY = "dataset.size, signals.views, teacher.architecture or batch_size"
 
 
 def overview() -> str:
@@ -103,6 +107,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of whoever reads what is printed, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (told := refusal(error)) is None:
+            raise
+        sys.exit(f"nonn {command}: {told}")
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        sys.exit(f"nonn {command}: this machine has too little memory for it. Close other programs, or lower {GREEDY}.")
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether memory was refused: PyTorch, which is not imported here, says so in an error of another type."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:

@@ -16,7 +16,9 @@ from experiments import REPOSITORY
 from nonn.stages import STAGES
 
 #: Modules that hand over what decides, and decide nothing: parameters, files and paths are dependencies themselves.
-CARRIERS = {f"nonn.core.{name}" for name in ("errors", "files", "jobs", "params", "paths", "progress", "schema")}
+CARRIERS = {
+    f"nonn.core.{name}" for name in ("artifacts", "errors", "files", "jobs", "params", "paths", "progress", "schema")
+}
 
 
 @pytest.fixture(scope="module")

@@ -219,7 +219,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatc
     assert len(trained) == params.distill.epochs * (1 if run is distill_stage.run else 2) - (killed_after - 1)
     assert target.read_bytes() == before
     assert not list((STATE / "checkpoints").iterdir())
-    assert not list((STATE / "tmp").iterdir())
+    assert not list(Path().rglob(".nonn-tmp-*"))
 
 
 # Baselines

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError
-from nonn.core.files import read_json
+from nonn.core.files import intact, read_json
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors
 
@@ -61,7 +62,29 @@ class Dataset:
 
 
 def load_dataset(paths: Paths) -> Dataset:
-    return Dataset(**read_tensors(paths.dataset), classes=tuple(read_json(paths.dataset_info)["classes"]))
+    classes = tuple(read_json(paths.dataset_info, DatasetInfo)["classes"])
+    with intact(paths.dataset):
+        data = Dataset(**read_tensors(paths.dataset), classes=classes)
+        _check(data)
+    return data
+
+
+def _check(data: Dataset) -> None:
+    """Raise ValueError for tensors that do not make a dataset."""
+    if data.images.dim() != 4 or data.images.dtype != torch.uint8:
+        raise ValueError("images are not uint8 of shape (N, C, H, W)")
+    if data.labels.shape != data.images.shape[:1]:
+        raise ValueError("labels are not one an image")
+    limits = {"labels": data.n_classes, **dict.fromkeys(SPLITS, len(data.images))}
+    for name, limit in limits.items():
+        values = getattr(data, name)
+        if values.dim() != 1 or values.dtype != torch.int64:
+            raise ValueError(f"{name} is not a list of whole numbers")
+        if ((values < 0) | (values >= limit)).any():
+            raise ValueError(f"{name} has a number that is not from 0 to {limit - 1}")
+    for name in ("mean", "std"):
+        if getattr(data, name).shape != (data.channels,):
+            raise ValueError(f"{name} is not one number a channel")
 
 
 def split_dataset(

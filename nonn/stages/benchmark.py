@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from nonn.core.artifacts import ModelManifest, SoloManifest
 from nonn.core.files import read_json, write_json
-from nonn.core.params import Params
+from nonn.core.params import SOLO, Params
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
 from nonn.testbed.latency import measure_models
@@ -11,11 +12,11 @@ from nonn.testbed.latency import measure_models
 
 def run(params: Params, paths: Paths, name: str) -> None:
     folder = paths.export(name)
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json", SoloManifest if name == SOLO else ModelManifest)
     # A network's manifest lists its students; the solo manifest has one for each model.
     models = (
         {key: m["students"][0] for key, m in manifest.items()}
-        if name == "solo"
+        if name == SOLO
         else {str(position): student for position, student in enumerate(manifest["students"])}
     )
     measured = measure_models({key: folder / entry["file"] for key, entry in models.items()}, params.benchmark)
