@@ -88,19 +88,29 @@ def _check(data: Dataset) -> None:
 
 
 def split_dataset(
-    labels: np.ndarray, classes: Sequence[str], is_test: np.ndarray | None, validation: float, test: float, seed: int
+    labels: np.ndarray,
+    classes: Sequence[str],
+    is_test: np.ndarray | None,
+    validation: float,
+    test: float,
+    seed: int,
+    is_validation: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Split images into train, validation and test, class by class; return the sorted indices of each, int64.
 
     Each class gives ``round(fraction * count)`` of its images, and one at least, where `count` is the number of its
     images that the source does not set aside for testing itself. `is_test` (N,) bool is the source's own test split,
-    which is kept; None draws one of the fraction `test`. Test images do not depend on `validation`. A class with too
-    few images to train with is a UserError.
+    which is kept; None draws one of the fraction `test`. `is_validation` is its own
+    validation split, in the same way. Test images do not depend on `validation`. A class with too few images to train
+    with is a UserError.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     for label, name in enumerate(classes):
         members = shuffled[labels[shuffled] == label]
+        own = np.empty(0, np.int64)
+        if is_validation is not None:
+            own, members = members[is_validation[members]], members[~is_validation[members]]
         if is_test is None:
             n_test = max(1, round(test * len(members)))
             held, rest = members[:n_test], members[n_test:]
@@ -108,13 +118,13 @@ def split_dataset(
         else:
             held, rest = members[is_test[members]], members[~is_test[members]]
             count = len(rest)
-        n_validation = max(1, round(validation * count))
+        n_validation = max(1, round(validation * count)) if is_validation is None else 0
         if len(rest) <= n_validation:
             raise UserError(
                 f"params.yaml: dataset.source: class {name!r} has {count} images to split, which leaves none "
                 "for training. Add images to it, or lower dataset.validation and dataset.test."
             )
-        parts["validation"].append(rest[:n_validation])
+        parts["validation"].append(own if is_validation is not None else rest[:n_validation])
         parts["train"].append(rest[n_validation:])
         parts["test"].append(held)
     return {name: np.sort(np.concatenate(indices)) for name, indices in parts.items()}
