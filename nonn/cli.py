@@ -60,8 +60,10 @@ COMMANDS = {
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model, over gRPC."),
     "soak": (MEASURE, "testbed.soak", "Classify on and on while nodes are killed, and count answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send hostile messages to a node and a coordinator."),
+    "torture": (MEASURE, "commands.torture", "Kill stages, damage files, and compare what comes of it."),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran, side by side."),
     "try": (DEVELOP, "commands.attempt", "Train with changed params, and score on the validation images."),
+    "verify": (DEVELOP, "commands.verify", "Look whether DVC's cache still holds what its names say."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for others to import."),
 }
 #: What only the pipeline imports, as it is imported: a device has none of it.
