@@ -90,25 +90,6 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_behind(write, folder
     assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux only")
-def test_safetensors_name_the_reason_that_the_system_gave(folder, monkeypatch):
-    monkeypatch.setattr(files, "_flush", lambda *_, **__: None)
-    target = folder / "a.safetensors"
-    real = files.itertools.count
-
-    class Full:
-        def __next__(self):
-            number = 0
-            (folder / f"{files.TEMPORARY}{files._HOST}-{os.getpid()}-{number}.safetensors").symlink_to("/dev/full")
-            return number
-
-    assert real
-    monkeypatch.setattr(files, "_NUMBERS", Full())
-    with pytest.raises(UserError, match=r"a\.safetensors: no space left on device\. Free some space"):
-        write_tensors(target, {"a": torch.zeros(1_000_000)})
-    assert not target.exists()
-
-
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")
 def test_results_may_lie_on_another_file_system(folder):
     other = Path("/dev/shm") / f"nonn-test-{os.getpid()}"

@@ -21,7 +21,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
         except SafetensorError as error:  # it has the operating system's number in its text alone
-            if number := re.search(r"\bcode: (\d+)", str(error)):
+            if number := re.search(r"(?:os error|code:) (\d+)", str(error)):
                 raise OSError(int(number[1]), "cannot be written") from error
             raise
         temporary.chmod(0o644)  # safetensors makes it private
