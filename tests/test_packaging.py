@@ -13,6 +13,7 @@ import pytest
 from clusters import PATIENCE, cluster_of, make_image, plain_node
 from experiments import REPOSITORY
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -40,7 +41,7 @@ def run_without(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def names(requirements: list[str]) -> set[str]:
-    return {Requirement(requirement).name.lower() for requirement in requirements}
+    return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
 
 
 def test_the_conda_environment_is_that_of_the_pipeline():
@@ -50,8 +51,7 @@ def test_the_conda_environment_is_that_of_the_pipeline():
 
 def test_every_dependency_is_pinned():
     wanted = names(PROJECT["dependencies"] + EXTRAS["pipeline"] + EXTRAS["dev"]) - {"nonn"}
-    pinned = {line.partition("==")[0].lower() for line in (REPOSITORY / "requirements.lock").read_text().split()}
-    assert wanted - {name.replace("_", "-") for name in pinned} == set()
+    assert wanted - {canonicalize_name(entry.partition("==")[0]) for entry in locked("requirements.lock")} == set()
 
 
 def locked(name: str) -> dict[str, list[str]]:
@@ -79,8 +79,8 @@ def test_a_device_installs_the_same_versions_and_nothing_of_the_pipeline():
     device, everything = locked("requirements-device.lock"), locked("requirements.lock")
     versions = {entry.partition(" ;")[0] for entry in everything}
     assert {entry.partition(" ;")[0] for entry in device} <= versions
-    pinned = {entry.partition("==")[0].lower() for entry in device}
-    assert names(PROJECT["dependencies"]) - {re.sub(r"\[.*", "", name) for name in pinned} == set()
+    pinned = {canonicalize_name(re.split(r"\[|==", entry)[0]) for entry in device}
+    assert names(PROJECT["dependencies"]) - pinned == set()
     assert pinned & names(EXTRAS["pipeline"]) == set()
 
 

@@ -238,6 +238,6 @@ def test_commands_of_the_workflow_bear_any_path(name, tmp_path):
 
     try:
         exec(line, {"shell": shell, "sys": FakeSystem, "Path": Path, "shlex": __import__("shlex")})
-        assert shell('printf "%s" "${{PATH%%:*}}"', read=True).decode() == str(folder)
+        assert shell('printf "%s" "${{PATH%%:*}}"', read=True) == str(folder)
     finally:
         shell.prefix("")
