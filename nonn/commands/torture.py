@@ -71,7 +71,11 @@ class Ground:
 
     def call(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> tuple[int, str]:
         process = self.start(command, prepare)
-        output, _ = process.communicate(timeout=LONGEST)
+        try:
+            output, _ = process.communicate(timeout=LONGEST)
+        except BaseException:  # nothing goes on in a folder that will be deleted
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return process.returncode, output
 
     def digests(self) -> dict[str, str]:
