@@ -51,6 +51,7 @@ def run(options) -> None:
     importlib.import_module(f"nonn.stages.{stage}").run(params, paths, **arguments)
     entry = {"experiment": params.experiment, "stage": stage, "item": item, "seed": seed}
     entry |= {"start": start, "end": time.time()}
+    JOURNAL.parent.mkdir(exist_ok=True)
     is_cut_off = JOURNAL.exists() and not JOURNAL.read_bytes().endswith(b"\n")  # by a crash
     with JOURNAL.open("a") as journal:
         journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")

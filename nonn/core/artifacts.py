@@ -117,8 +117,8 @@ class ModelManifest(TypedDict):
 SoloManifest = dict[str, ModelManifest]
 
 
-class Latency(Cost):
-    """One model of the stage `benchmark`."""
+class Latency(TypedDict):
+    """One model of the stage `benchmark`, without its cost."""
 
     latency_p50_ms: float
 
