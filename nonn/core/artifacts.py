@@ -126,7 +126,7 @@ class Latency(TypedDict):
 class Benchmark(TypedDict):
     """``benchmark/NAME.json``."""
 
-    system: dict[str, Any]
+    system: NotRequired[dict[str, Any]]
     models: Annotated[dict[str, Latency], Field(min_length=1)]
 
 
