@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
 
-.PHONY: reproduce report test lint environment
+.PHONY: reproduce report test lint environment lock sbom
 reproduce: environment
 	$(VENV)/bin/snakemake --cores $(CORES)
 	test ! -e .nonn/journal.jsonl || $(VENV)/bin/nonn timeline  # none where all came from DVC's cache
@@ -28,10 +28,25 @@ lint: environment
 
 environment: $(VENV)/installed
 
-# Versions are those that were tested; pyproject.toml has the ranges that should work.
+# Versions are those that were tested, each file with its SHA-256, and nothing else is installed; pyproject.toml has the
+# ranges that should work.
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'NoNN needs Python 3.11 or newer: make PYTHON=python3.11 …')"
 	$(PYTHON) -c "import sys; sys.exit(sys.maxsize < 2**32 and 'NoNN needs a 64-bit Python, on a Raspberry Pi the 64-bit Raspberry Pi OS')"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --constraint requirements.lock --editable .[dev]
+	$(VENV)/bin/pip install --quiet --require-hashes --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+COMPILE = $(VENV)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
+
+# After a change of the dependencies in pyproject.toml: versions stay as they are where they can. What a device installs
+# has a list of its own, of the same versions, with setuptools to build NoNN itself.
+lock: environment
+	$(COMPILE) pyproject.toml --extra dev --output-file requirements.lock
+	echo setuptools | $(COMPILE) pyproject.toml - --constraint requirements.lock --output-file requirements-device.lock
+
+# Which software a device runs, for those who have to watch it (CycloneDX).
+sbom: environment
+	$(VENV)/bin/cyclonedx-py requirements requirements-device.lock --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file sbom.cdx.json

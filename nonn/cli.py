@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from nonn import __version__
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, refusal
 from nonn.core.install import how_to_install, require_64_bit
 
 INTRODUCTION = """\
@@ -62,22 +63,26 @@ COMMANDS = {
     "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
-    "load": (
-        MEASURE,
-        "testbed.load",
-        "Call a node and a coordinator from many callers at once, and count answers.",
-    ),
+    "load": (MEASURE, "testbed.load", "Call a node and a coordinator from many callers at once, and count answers."),
     "soak": (MEASURE, "testbed.soak", "Classify many images while nodes are killed, and count the answers."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send malformed messages to a node and a coordinator, and check the replies."),
+    "torture": (
+        MEASURE,
+        "commands.torture",
+        "Kill stages and damage files, and compare with undisturbed results.",
+    ),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
     "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
+    "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache are what their names say."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }
 #: Commands that serve gRPC: they say whose handshake has failed; see `nonn.runtime.logs`.
 SERVERS = ("node", "coordinate", "split-node")
+#: Parameters that decide how much memory the stages take.
+GREEDY = "dataset.size, signals.views, teacher.architecture or batch_size"
 
 
 def overview() -> str:
@@ -114,6 +119,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"nonn {command}: {remedy}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of whoever reads what is printed, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if (told := refusal(error)) is None:
+            raise
+        sys.exit(f"nonn {command}: {told}")
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        sys.exit(f"nonn {command}: this machine has too little memory for it. Close other programs, or lower {GREEDY}.")
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether memory was refused: PyTorch, which is not imported here, says so in an error of another type."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def run_command(command: str, arguments: Sequence[str]) -> None:

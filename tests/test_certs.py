@@ -86,8 +86,18 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
 
 def test_a_damaged_authority_is_refused(certificates, tmp_path):
     (tmp_path / "ca.key").write_bytes((certificates / "ca.key").read_bytes())
+    (tmp_path / "ca.pem").write_text("no certificate")
     with pytest.raises(UserError, match="its authority cannot be read"):
         write_certificates(tmp_path, ["node-0"])
     (tmp_path / "ca.pem").write_bytes((certificates / "node-0.pem").read_bytes())
     with pytest.raises(UserError, match="do not belong together"):
         write_certificates(tmp_path, ["node-0"])
+
+
+@pytest.mark.parametrize("kept", ["ca.pem", "ca.key"])
+def test_half_an_authority_is_refused_and_nothing_is_touched(kept, certificates, tmp_path):
+    (tmp_path / kept).write_bytes((certificates / kept).read_bytes())
+    with pytest.raises(UserError, match=r"ca\.(pem|key): is not there, and .* Put ca\.(pem|key) back"):
+        write_certificates(tmp_path, ["node-2"])
+    assert [path.name for path in tmp_path.iterdir()] == [kept]
+    assert (tmp_path / kept).read_bytes() == (certificates / kept).read_bytes()

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 from nonn import cli
 from nonn.core.errors import UserError
 from nonn.core.paths import Paths
-from nonn.runtime.cluster import load_cluster, local_cluster, write_cluster
+from nonn.runtime.cluster import Cluster, load_cluster, local_cluster, write_cluster
 
 SOUND = {
     "export": "export",
@@ -122,3 +122,22 @@ def test_the_command_writes_what_up_can_start(network_folder, params, capsys):
 def test_impossible_ports_and_deadlines_are_refused(network_folder, port, deadline_ms):
     with pytest.raises(UserError, match=r"--(port|deadline-ms): .*give"):
         local_cluster(network_folder, None, port, deadline_ms)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("localhost:7100", "127.0.0.1:7100"),
+        ("[::1]:7100", "LOCALHOST:7100"),
+        ("127.0.0.2:7100", "[::ffff:127.0.0.1]:7100"),
+        ("10.0.0.1:7100", "[::ffff:10.0.0.1]:7100"),
+        ("Node.example:7100", "node.example.:7100"),
+        ("[2001:db8::1]:7100", "[2001:db8:0::1]:7100"),
+    ],
+)
+def test_two_names_of_one_place_are_not_two_nodes(one, other):
+    nodes = [{"name": f"n{i}", "address": address, "model": str(i)} for i, address in enumerate((one, other))]
+    with pytest.raises(ValueError, match="is the same place as"):
+        Cluster.model_validate({"export": "e", "deadline_ms": 100.0, "tls": {"folder": "certs"}, "nodes": nodes})
+    nodes[1]["address"] = other.replace("7100", "7101")
+    Cluster.model_validate({"export": "e", "deadline_ms": 100.0, "tls": {"folder": "certs"}, "nodes": nodes})

@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import socket
 import tarfile
 import zipfile
 from pathlib import Path
@@ -175,9 +177,11 @@ def test_train_alone_is_no_split():
         (["train/cat/1.png", "train/dog/1.png", "test/cat/"], "class folder test/cat is empty"),
         (["train/cat/1.png", "train/dog/1.png", "test/"], "folder test has no class folders"),
         (["train/cat/1.png", "train/dog/1.png", "test/eel/1.png"], "class 'eel' is in test but not in train"),
-        (["train/cat/1.png", "test/cat/1.png", "val/cat/1.png"], "has val beside train and test"),
+        (["train/cat/1.png", "test/cat/1.png", "rest/cat/1.png"], "has rest beside test and train"),
+        (["train/cat/1.png", "val/cat/1.png", "Valid/cat/1.png"], "Valid and val name the same split"),
+        (["train/cat/1.png", "train/dog/1.png", "val/cat/1.png"], "class 'dog' is not in val"),
+        (["Test/cat/1.png", "val/cat/1.png"], "has Test, val, but no train"),
         (["cat/1.png", "dog/small/1.png"], "folder dog/small lies too deep"),
-        (["train/cat/1.png", "val/cat/1.png"], "folder train/cat lies too deep"),
         (["cat/1.png", "dog/1.png", "./cat/1.png"], "holds ./cat/1.png twice"),
     ],
 )
@@ -497,3 +501,54 @@ def test_cifar10_archive():
     images = decode_images(pictures, 7, 32)
     assert images.shape == (7, 3, 32, 32)
     assert images.std() > 0
+
+
+# Splits of the source's own, and what is no picture
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Train", "Valid", "Test"), ("training", "validation", "testing")])
+def test_folders_of_validation_images_are_the_validation_split(names, tmp_path):
+    folder = write_folder(tmp_path / "images", [f"{split}/{name}" for split in names for name in ("cat", "dog")])
+    run(make_params(folder), PATHS)
+    data, layout = load_dataset(PATHS), read_layout(_names(folder), folder)
+    of_split = {split: [i for i, name in enumerate(layout.names) if name.startswith(split)] for split in names}
+    assert data.validation.tolist() == of_split[names[1]]
+    if len(names) == 3:
+        assert data.test.tolist() == of_split[names[2]]
+        assert data.train.tolist() == of_split[names[0]]
+    else:
+        assert len(data.test) == 4, "a quarter of the training images"
+        assert sorted([*data.train.tolist(), *data.test.tolist()]) == of_split["train"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "dangling link", "folder"])
+def test_what_is_no_regular_file_is_named_and_not_opened(kind, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "images", ["cat", "dog"])
+    odd = folder / "cat/odd.png"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    elif kind == "socket":
+        monkeypatch.chdir(odd.parent)
+        socket.socket(socket.AF_UNIX).bind(odd.name)
+    elif kind == "dangling link":
+        odd.symlink_to("nowhere")
+    else:
+        odd.mkdir()
+    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: .*cat/odd\.png"):
+        load_images(str(folder), SIZE)
+
+
+def test_names_that_are_not_utf8_are_read(tmp_path):
+    folder = write_folder(tmp_path / "images", ["cat", "dog"])
+    (folder / "cat/0.png").rename(folder / "cat" / os.fsdecode(b"\xff\xfe.png"))
+    assert len(load_images(str(folder), SIZE).labels) == 16
+    (folder / "cat").joinpath(os.fsdecode(b"\xff\xfe.png")).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"cat/\\udcff\\udcfe\.png cannot be read"):
+        load_images(str(folder), SIZE)
+
+
+@pytest.mark.parametrize("name", ["images.zip", "images.tar", "images"])
+def test_a_source_that_is_a_pipe_is_refused(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"dataset\.source: .*(is a named pipe|neither a folder nor)"):
+        load_images(str(tmp_path / name), SIZE)

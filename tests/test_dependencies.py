@@ -17,7 +17,19 @@ from nonn.stages import STAGES
 
 #: Modules that hand over what decides, and decide nothing: parameters, files and paths are dependencies themselves.
 CARRIERS = {
-    f"nonn.core.{name}" for name in ("errors", "files", "jobs", "options", "params", "paths", "progress", "schema")
+    f"nonn.core.{name}"
+    for name in (
+        "artifacts",
+        "errors",
+        "files",
+        "jobs",
+        "options",
+        "params",
+        "paths",
+        "progress",
+        "schema",
+        "yaml_text",
+    )
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json, write_json
+from nonn.core.files import STATE, TEMPORARY, read_json, write_json
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Augment
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
@@ -219,7 +219,7 @@ def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatc
     assert len(trained) == params.distill.epochs * (1 if run is distill_stage.run else 2) - (killed_after - 1)
     assert target.read_bytes() == before
     assert not list((STATE / "checkpoints").iterdir())
-    assert not list((STATE / "tmp").iterdir())
+    assert not list(STATE.parent.rglob(f"{TEMPORARY}*"))
 
 
 # Baselines

@@ -10,12 +10,15 @@ from experiments import REPOSITORY
 
 from nonn.core import files, progress
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json, remove, replacing, sweep, write_json, write_text
+from nonn.core.files import STATE, TEMPORARY, read_json, remove, replacing, sweep, write_json, write_text
 from nonn.core.progress import track
 from nonn.data.tensors import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("folder")
-TEMPORARIES = STATE / "tmp"
+
+
+def temporaries() -> list[Path]:
+    return list(Path().rglob(f"{TEMPORARY}*"))
 
 
 def files_below(folder: Path) -> list[str]:
@@ -40,7 +43,7 @@ def test_a_failed_write_leaves_everything_as_it_was():
     with pytest.raises(RuntimeError):
         fail_half_way(target)
     assert files_below(Path()) == ["results/a/old.txt"]
-    assert not list(TEMPORARIES.iterdir())
+    assert not temporaries()
 
 
 def test_a_folder_replaces_a_folder_as_a_whole():
@@ -51,14 +54,14 @@ def test_a_folder_replaces_a_folder_as_a_whole():
             for name in names:
                 write_text(temporary / f"{name}.txt", name)
         assert files_below(target) == [f"{name}.txt" for name in names]
-    assert not list(TEMPORARIES.iterdir())
+    assert not temporaries()
 
 
 def test_a_file_replaces_a_file_in_a_new_folder():
     write_text(Path("results/deep/down.txt"), "first")
     write_text(Path("results/deep/down.txt"), "größer")
     assert Path("results/deep/down.txt").read_bytes() == "größer".encode()
-    assert not list(TEMPORARIES.iterdir())
+    assert not temporaries()
 
 
 def test_json_does_not_depend_on_the_order_of_keys():
@@ -119,20 +122,20 @@ with replacing(pathlib.Path("results/a")) as temporary:
 
 def test_sweep_removes_what_killed_processes_left(monkeypatch):
     subprocess.run([sys.executable, "-c", KILLED], env={"PYTHONPATH": str(REPOSITORY)}, check=False)
-    (orphan,) = TEMPORARIES.iterdir()
-    assert not Path("results").exists()
+    (orphan,) = temporaries()
+    assert not Path("results/a").exists()
     with replacing(Path("results/b")) as temporary:
         temporary.touch()
         with monkeypatch.context() as patch:
             patch.setattr(files, "_HOST", "elsewhere")
-            sweep()
+            sweep(Path("results"))
         assert orphan.exists(), "another machine cannot know"
-        sweep()
-        assert list(TEMPORARIES.iterdir()) == [temporary], "this process is alive"
+        sweep(Path("results"))
+        assert temporaries() == [temporary], "this process is alive"
 
 
 def test_sweep_bears_that_there_is_nothing():
-    sweep()
+    sweep(Path("results"), STATE)
     assert not STATE.exists()
 
 
@@ -188,11 +191,11 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
 # Targets that users name
 
 
-def test_what_cannot_be_written_is_one_clear_error(folder):
+def test_what_cannot_be_written_is_one_clear_error():
     Path("folder").mkdir()
     Path("file").write_text("as it was")
-    for target, content in (("folder", "is a folder"), ("file/below", "is below a file")):
-        with pytest.raises(UserError, match=rf"^{target}: cannot be written \(.+\)\. Name another place\."):
-            write_text(Path(target), content)
+    for target, named, reason in (("folder", "folder", "is a directory"), ("file/below", "file", "file exists")):
+        with pytest.raises(UserError, match=rf"^{named}: {reason}\. Move what is there away, or name another place\."):
+            write_text(Path(target), "text")
     assert Path("file").read_text() == "as it was"
-    assert not any((folder / ".nonn" / "tmp").iterdir())
+    assert not temporaries()

@@ -13,6 +13,7 @@ import pytest
 from clusters import PATIENCE, cluster_of, make_image, plain_node
 from experiments import REPOSITORY
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -42,7 +43,7 @@ def run_without(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def names(requirements: list[str]) -> set[str]:
-    return {Requirement(requirement).name.lower() for requirement in requirements}
+    return {canonicalize_name(Requirement(requirement).name) for requirement in requirements}
 
 
 def test_the_conda_environment_is_that_of_the_pipeline():
@@ -52,8 +53,37 @@ def test_the_conda_environment_is_that_of_the_pipeline():
 
 def test_every_dependency_is_pinned():
     wanted = names(PROJECT["dependencies"] + EXTRAS["pipeline"] + EXTRAS["dev"]) - {"nonn"}
-    pinned = {line.partition("==")[0].lower() for line in (REPOSITORY / "requirements.lock").read_text().split()}
-    assert wanted - {name.replace("_", "-") for name in pinned} == set()
+    assert wanted - {canonicalize_name(entry.partition("==")[0]) for entry in locked("requirements.lock")} == set()
+
+
+def locked(name: str) -> dict[str, list[str]]:
+    """Lines of hashes of each pinned version, with the systems that it is for."""
+    entries: dict[str, list[str]] = {}
+    for line in (REPOSITORY / name).read_text().splitlines():
+        if line.startswith(" "):
+            entries[next(reversed(entries))].append(line.strip(" \\"))
+        else:
+            entries[line.removesuffix(" \\")] = []
+    return entries
+
+
+def test_every_pinned_file_has_its_hash():
+    for name in ("requirements.lock", "requirements-device.lock"):
+        entries = locked(name)
+        assert len(entries) > 20
+        for version, hashes in entries.items():
+            assert "==" in version
+            assert hashes, version
+            assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", line) for line in hashes), version
+
+
+def test_a_device_installs_the_same_versions_and_nothing_of_the_pipeline():
+    device, everything = locked("requirements-device.lock"), locked("requirements.lock")
+    versions = {entry.partition(" ;")[0] for entry in everything}
+    assert {entry.partition(" ;")[0] for entry in device} <= versions
+    pinned = {canonicalize_name(re.split(r"\[|==", entry)[0]) for entry in device}
+    assert names(PROJECT["dependencies"]) - pinned == set()
+    assert pinned & names(EXTRAS["pipeline"]) == set()
 
 
 def test_the_command_knows_what_only_the_pipeline_imports():

@@ -1,10 +1,11 @@
 """The schema: what ships is sound, and every mistake is answered with its key and its remedy."""
 
+import os
 import re
 from copy import deepcopy
 
 import pytest
-from experiments import SHIPPED
+from experiments import REPOSITORY, SHIPPED
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
@@ -130,6 +131,23 @@ WRONG = [
         "distributed.links: no link 'pigeon'; choose of ethernet941, ethernet100, wifi100, wifi50, wifi20, ieee802154",
     ),
     ({"distributed.links": ["wifi20", "wifi20"]}, "distributed.links: a link is listed twice; remove one"),
+    *(({"experiment": name}, f"experiment: {name!r} looks like an option to a shell") for name in ("-h", "--help")),
+    *(
+        ({"experiment": name}, f"experiment: {name!r} reads as something else than text in YAML")
+        for name in ("no", "Yes", "null", "TRUE", "on", "1e3", "0x10", "12", "1_000", "0o17", "2001-01-01")
+    ),
+    ({"experiment": "~"}, "experiment: string should match pattern"),
+    ({"networks": {"no": PAIR}}, "networks.no: 'no' reads as something else"),
+    ({"networks": {"-h": PAIR}}, "networks.-h: '-h' looks like an option"),
+    ({"signals.views": 10**12}, "signals.views: input should be less than or equal to 1000"),
+    ({"design.depths": [10**9]}, "design.depths.0: input should be less than or equal to 1000"),
+    (
+        {"teacher.architecture": {"family": "fast", "widths": [10**9, 1, 1], "depth": 1}},
+        "teacher.architecture.widths.0: input should be less than or equal to 16384",
+    ),
+    ({"graph.top_k": 10**9}, "graph.top_k: input should be less than or equal to 16384"),
+    ({"distill.epochs": True}, "distill.epochs: input should be a valid integer (it is True)"),
+    ({"distill.epochs": "12"}, "distill.epochs: input should be a valid integer (it is '12')"),
     ({"distributed.board": "abacus"}, "distributed.board: no board 'abacus'; choose one of cortex_m7, pi3b, pi3b_plus"),
 ]
 
@@ -155,7 +173,7 @@ def test_every_mistake_has_its_line(tmp_path):
     [
         (b"seeds: [0\nstudents: []\n", " line 2 is not valid YAML"),
         (b"seeds: [0]\n\nseeds: [1]\n", ' line 3 is not valid YAML: found duplicate key "seeds"'),
-        (b"seeds:\n\t- 0\n", " line 2 is not valid YAML: found character '\\t'"),
+        (b"seeds:\n\t- 0\n", " line 2 is not valid YAML: found character "),
         (b"- seeds\n", " holds no keys. Restore it from version control."),
         (b"", " holds no keys. Restore it from version control."),
         (b"seeds: \xff\xfe\n", " is not text in UTF-8"),
@@ -194,3 +212,58 @@ def test_parameters_cannot_be_changed_by_a_stage(params):
         params.experiment = "other"
     with pytest.raises(ValueError, match="frozen"):
         params.distill.lr = 1.0
+
+
+HOSTILE = {
+    "nested brackets": "a: " + "[" * 3000 + "]" * 3000,
+    "many nested brackets": "[" * 200_000,
+    "nested mappings": "{a: " * 500 + "1" + "}" * 500,
+    "digits": "experiment: " + "9" * 5000,
+    "hexadecimal digits": "experiment: 0x" + "f" * 5000,
+    "no integer": "experiment: !!int abc",
+    "no float": "experiment: !!float abc",
+    "no date": "experiment: 2001-99-99",
+    "unknown tag": "experiment: !!python/object/apply:os.system [ls]",
+    "holds itself": "experiment: &a [*a]",
+    "two documents": "a: 1\n---\nb: 2\n",
+    "no such alias": "a: *b\n",
+    "laughs": "\n".join(
+        ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+        + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 10)]
+        + ["dataset: {source: *a9}"]
+    ),
+    "merged laughs": "\n".join(
+        ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 10)]
+    ),
+    "long": "#" * 2_000_000,
+    "keys that are no names": "? [a, b]\n: c\n",
+    "escapes": 'experiment: "\\e[2J\\n"',
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_files_are_refused_in_short_lines(content, tmp_path):
+    """At once, too: what took for ever before would here reach the limit of the whole test."""
+    path = tmp_path / "params.yaml"
+    path.write_text(content)
+    said = complaint(path)
+    assert all(line.startswith(f"{path}:") and len(line) < len(str(path)) + 300 for line in said.splitlines())
+    assert "\x1b" not in said
+
+
+def test_anchors_that_a_person_writes_are_read(tmp_path):
+    text = (REPOSITORY / "params.yaml").read_text()
+    text = text.replace("stm32f7: {", "stm32f7: &board {")
+    (tmp_path / "params.yaml").write_text(text.replace("devices:\n", "devices:\n  other: *board\n", 1))
+    with pytest.raises(UserError, match="found undefined alias"):
+        load_params(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text(text.replace("mmacs: 20}\n", "mmacs: 20}\n  other: *board\n", 1))
+    params = load_params(tmp_path / "params.yaml")
+    assert params.devices["other"] == params.devices["stm32f7"]
+
+
+def test_parameters_that_are_no_regular_file_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "params.yaml")
+    assert complaint(tmp_path / "params.yaml").endswith("is a named pipe. Name a regular file.")
+    (tmp_path / "link.yaml").symlink_to("nowhere")
+    assert "is a link to nowhere, which is not there" in complaint(tmp_path / "link.yaml")

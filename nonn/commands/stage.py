@@ -56,7 +56,7 @@ def run(options) -> None:
     paths = Paths(params.experiment)
     arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
     check_jobs(params)
-    sweep()
+    sweep(paths.root, STATE / "checkpoints")
     remove_leftovers(params, paths)
     choose(params.numerics)
     module = importlib.import_module(f"nonn.stages.{stage}")

@@ -1,51 +1,73 @@
-"""Reading and writing artifacts: deterministic bytes, and never a half-written file."""
+"""Reading and writing artifacts: deterministic bytes, never a half-written file, and only regular files are opened."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable, refusal
 
-#: Ignored by git: checkpoints, half-written files and the journal of jobs.
+#: Ignored by git: checkpoints, downloads and the journal of jobs.
 STATE = Path(".nonn")
+#: How names of temporaries begin. Git and DVC ignore them.
+TEMPORARY = ".nonn-tmp-"
 
-_HOST = platform.node().replace("-", "_") or "localhost"
+_HOST = platform.node().replace("-", "_")[:64] or "localhost"
+_NUMBERS = itertools.count()
 
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes `target` in one rename, if the block succeeds.
 
-    The temporary lives in `STATE`, named by machine and process: a killed stage leaves nothing beside its
-    outputs, and an orphan that outlives its scheduler cannot write into the file of its successor.
+    The temporary lies beside the target, since only on one file system is a rename atomic. It is named by machine and
+    process, so that `sweep` knows what a killed stage has left, and that an orphan that outlives its scheduler cannot
+    write into the file of its successor.
+
+    Raises
+    ------
+    UserError
+        The operating system refuses.
     """
-    scratch = STATE / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True)
-    temporary = scratch / f"{_HOST}-{os.getpid()}-{target.name}"
-    remove(temporary)
+    temporary = target.parent / f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}"
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if temporary.is_dir():
-                remove(target)  # a directory cannot be renamed over a full one
-            temporary.replace(target)
-        except OSError as error:
-            problem = f"cannot be written ({error.strerror}). Name another place."
-            if error.errno == errno.EXDEV:
-                problem = "is on another file system than this folder. Write here, then copy."
-            raise UserError(f"{target}: {problem}") from None
+        _flush(temporary)
+        if temporary.is_dir():
+            remove(target)  # a directory cannot be renamed over a full one
+        temporary.replace(target)
+        _flush(target.parent, below=False)
+    except OSError as error:
+        if str(error.filename).startswith(str(temporary)):
+            error.filename = None  # a reader knows the target, not its temporary
+        if told := refusal(error, target):
+            raise told from None
+        raise
     finally:
-        remove(temporary)
+        with contextlib.suppress(OSError):
+            remove(temporary)
+
+
+def _flush(path: Path, below: bool = True) -> None:
+    """Write to the disk what is in memory, so that a power cut does not leave the new name with the old content."""
+    inner = (Path(folder, name) for folder, _, files in os.walk(path) for name in files) if below else ()
+    for file in (*inner, path):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some file systems cannot do it for folders
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -56,11 +78,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep() -> None:
-    """Delete temporaries of processes of this machine that are gone: killed before they could tidy up."""
-    for path in (STATE / "tmp").glob(f"{_HOST}-*"):
-        if not _is_running(int(path.name.split("-")[1])):
-            remove(path)
+def sweep(*roots: Path) -> None:
+    """Delete below these folders the temporaries of processes of this machine that were killed before they could."""
+    prefix = f"{TEMPORARY}{_HOST}-"
+    for root in roots:
+        for folder, folders, files in os.walk(root):
+            for name in [*folders, *files]:
+                if name.startswith(prefix) and not _is_running(int(name[len(prefix) :].partition("-")[0])):
+                    remove(Path(folder, name))
+            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
 
 def _is_running(pid: int) -> bool:
@@ -73,8 +99,39 @@ def _is_running(pid: int) -> bool:
     return True
 
 
+def regular(path: Path) -> Path:
+    """The path, if a regular file is there: a named pipe would be waited for, and a device read, for ever.
+
+    Raises
+    ------
+    UserError
+        There is something else, or a link that leads nowhere.
+    FileNotFoundError
+        There is nothing.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if path.is_symlink():
+            raise UserError(
+                f"{printable(path)}: is a link to {printable(path.readlink())}, which is not there. "
+                "Mend the link, or name a file."
+            ) from None
+        raise
+    if stat.S_ISREG(mode):
+        return path
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    raise UserError(f"{printable(path)}: is {kinds.get(stat.S_IFMT(mode), 'no file')}. Name a regular file.")
+
+
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -88,12 +145,48 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(existing(path).read_text(encoding="utf-8"))
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Content of an artifact that a stage has written; a UserError if it is damaged.
+
+    `kind` is what it has to be: see `nonn.core.artifacts`.
+    """
+    with intact(path):
+        data = json.loads(existing(path).read_text(encoding="utf-8"))
+        if kind is not Any:
+            from pydantic import TypeAdapter  # what only writes does without
+
+            TypeAdapter(kind).validate_python(data)
+    return data
 
 
 def existing(path: Path) -> Path:
     """The path of an artifact that some stage has written."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.")
-    return path
+    try:
+        return regular(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: no such file. Run `dvc repro` or `snakemake --cores 2` first.") from None
+
+
+@contextlib.contextmanager
+def intact(path: Path) -> Iterator[None]:
+    """Turn what damaged or foreign content of an artifact raises, where the block looks into it, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if told := refusal(error, path):
+            raise told from None
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, problem: Any) -> UserError:
+    """An artifact that is not what its stage writes: what is wrong, and how it is made again."""
+    kind, text = type(problem).__name__, " ".join(str(problem).split())
+    if kind == "ValidationError":  # of pydantic: the first problem, with its place
+        first = problem.errors()[0]
+        text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+    elif isinstance(problem, LookupError):
+        text = f"{text} is missing" if kind == "KeyError" else text
+    text = printable(text if len(text) <= 200 else f"{text[:200]} …")
+    return UserError(f"{printable(path)}: damaged ({text}). Delete it and run the pipeline again.")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 
 
 def read_image(path: Path, channels: int, size: int) -> np.ndarray:
@@ -16,8 +17,10 @@ def read_image(path: Path, channels: int, size: int) -> np.ndarray:
     A file that is not an image, or has more than 8 bits a channel, is a UserError.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(regular(path)) as image:
             return fit_network(image, channels, size)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Give the path of an image.") from None
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything

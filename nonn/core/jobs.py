@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nonn.core.errors import UserError
-from nonn.core.files import write_text
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular, write_text
 from nonn.core.params import SOLO, Params
 
 JOBS_FILE = Path("workflow/jobs.yaml")
@@ -52,11 +52,18 @@ def list_jobs(params: Params) -> dict[str, Any]:
 def check_named_files(params: Params) -> None:
     """Refuse pictures or weights that are not there, before anything runs."""
     source, weights = named_source(params), params.teacher.weights
-    if source and not Path(source).exists():
-        remedy = "Name a folder or archive, mnist5k, or a torchvision:NAME."
-        raise UserError(f"params.yaml: dataset.source: {source} does not exist. {remedy}")
-    if weights and not Path(weights).is_file():
-        raise UserError(f"params.yaml: teacher.weights: {weights} is no file. Name one, or null to train.")
+    for key, name, remedy in (
+        ("dataset.source", source, "Name a folder or archive, mnist5k, or a torchvision:NAME."),
+        ("teacher.weights", weights, "Name a file, or null to train."),
+    ):
+        try:
+            if name and not (key == "dataset.source" and Path(name).is_dir()):
+                regular(Path(name))
+        except (OSError, ValueError) as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise UserError(f"params.yaml: {key}: {printable(name or '')} {reason}. {remedy}") from None
+        except UserError as error:
+            raise UserError(f"params.yaml: {key}: {error}") from None
 
 
 def named_source(params: Params) -> str | None:

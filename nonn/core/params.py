@@ -6,11 +6,12 @@ is refused with the key and the remedy before a stage runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nonn.core.boards import BOARDS
 from nonn.core.links import PRESETS
@@ -37,12 +38,30 @@ MAX_SUBSET_STUDENTS = 8
 #: Of what a device calculates with.
 Precision = Literal["float32", "int8"]
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+#: Words that YAML takes for a truth value or for nothing, in any of its versions.
+_YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
+
+
+def _check_name(name: str) -> str:
+    if name.startswith("-"):
+        raise ValueError(f"{name!r} looks like an option to a shell; begin it with a letter or digit")
+    number = name.replace("_", "")
+    if name.lower() in _YAML_WORDS or re.fullmatch(r"\d+|0[xob][0-9a-fA-F]+|\d+[eE]-?\d+|\d+(-\d+)+", number):
+        raise ValueError(f"{name!r} reads as something else than text in YAML; add a letter to it")
+    return name
+
+
+#: Of a folder and of a key: no shell and no YAML reads it as anything but text.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Width = Annotated[int, Field(ge=1, le=16_384)]  # channels of a layer
+Depth = Annotated[int, Field(ge=1, le=1_000)]
+Threads = Annotated[int, Field(ge=1, le=1_024)]
+Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -61,8 +80,8 @@ class NetworkParams(Section):
     """
 
     devices: Annotated[list[Name], Field(min_length=2, max_length=16)]
-    seeds: Count
-    baselines: dict[Method, Count] = Field(default={})
+    seeds: Seeds
+    baselines: dict[Method, Seeds] = Field(default={})
 
 
 class DatasetParams(Section):
@@ -94,9 +113,9 @@ class Architecture(Section):
     """A convolutional network of one family: see `nonn.training.networks`."""
 
     family: Literal["fast", "airbench", "wrn", "resnet"]
-    widths: list[Count] = Field(default=[])
-    depth: Count
-    width: Count = 1
+    widths: Annotated[list[Width], Field(max_length=3)] = Field(default=[])
+    depth: Depth
+    width: Annotated[int, Field(ge=1, le=256)] = 1
     mirror: Flag = False
     strided: Flag = False
 
@@ -174,7 +193,7 @@ class Teacher(Schedule):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     augment: Augment
     selection: Selection | None = None
-    threads: Count
+    threads: Threads
     seed: Seed
 
     @model_validator(mode="after")
@@ -185,16 +204,16 @@ class Teacher(Schedule):
 
 
 class Signals(Section):
-    views: Count
+    views: Annotated[int, Field(ge=1, le=1_000)]  # each as large as the teacher's answers to all training images
     augment: Augment
     attention: bool
-    threads: Count
+    threads: Threads
     seed: Seed
 
 
 class GraphParams(Section):
     rule: Literal["activation_hubs", "coactivation"]
-    top_k: Annotated[int, Field(ge=2)] | None
+    top_k: Annotated[int, Field(ge=2, le=16_384)] | None
 
 
 class PartitionParams(Section):
@@ -204,11 +223,13 @@ class PartitionParams(Section):
 
 class Design(Section):
     family: Literal["fast", "airbench", "wrn"]
-    depths: Annotated[list[Count], Field(min_length=1)]
-    min_width: Count
-    max_width: Count
-    step: Count
-    widths: Annotated[list[Annotated[float, Field(ge=1)]], Field(min_length=3, max_length=3)] = Field(default=[1, 2, 4])
+    depths: Annotated[list[Depth], Field(min_length=1, max_length=16)]
+    min_width: Width
+    max_width: Width
+    step: Width
+    widths: Annotated[list[Annotated[float, Field(ge=1, le=64)]], Field(min_length=3, max_length=3)] = Field(
+        default=[1, 2, 4]
+    )
     mirror: Flag = False
     strided: Flag = False
     precision: Precision
@@ -240,24 +261,24 @@ class Baseline(Section):
 
 
 class Assemble(Section):
-    epochs: Annotated[int, Field(ge=0)]
+    epochs: Annotated[int, Field(ge=0, le=1_000_000)]
     lr: Positive
     missing: Literal["auto", Strategy] = "auto"
 
 
 class Evaluate(Section):
-    resamples: Annotated[int, Field(ge=100)]
+    resamples: Annotated[int, Field(ge=100, le=1_000_000)]
     seed: Seed
     final_layer: Literal["averaged", "fitted"] = "averaged"
-    threads: Count = 1
+    threads: Threads = 1
 
 
 class Benchmark(Section):
-    warmup: Annotated[int, Field(ge=0)]
-    runs: Annotated[int, Field(ge=10)]
+    warmup: Annotated[int, Field(ge=0, le=1_000_000)]
+    runs: Annotated[int, Field(ge=10, le=1_000_000)]
     windows: Count
     pairs: Count
-    core: Annotated[int, Field(ge=0)]
+    core: Annotated[int, Field(ge=0, le=4_095)]
 
 
 class Distributed(Section):
@@ -267,7 +288,7 @@ class Distributed(Section):
     board: Annotated[str, Field(json_schema_extra={"enum": list(BOARDS)})]
     slowdown: Positive
     reference: Architecture | None
-    images: Annotated[int, Field(ge=2)]
+    images: Annotated[int, Field(ge=2, le=1_000_000)]
     seconds: Positive
     longest: Limit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nonn.core.files import remove
+from nonn.core.files import TEMPORARY, remove
 from nonn.core.jobs import list_jobs
 from nonn.core.params import SOLO, Params
 
@@ -122,6 +122,8 @@ def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     for folder, names in kept.items():
         depth = "/".join("*" * (1 + names[0].count("/"))) if names else "*"
         for path in sorted((paths / folder).glob(depth)):
+            if path.name.startswith(TEMPORARY):  # of a job that runs beside this one; the dead are swept
+                continue
             if str(path.relative_to(paths / folder)).partition(".")[0] not in names:
                 leftovers.append(path)
                 remove(path)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
+from nonn.core.yaml_text import parse_yaml, read_yaml
 
 
 class Section(BaseModel):
@@ -23,6 +23,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+#: How values are shown in messages.
+VALUES = reprlib.Repr()
+VALUES.maxstring = VALUES.maxother = VALUES.maxlong = 100
+VALUES.maxlevel = 3
+
 Schema = TypeVar("Schema", bound=Section)
 
 
@@ -32,17 +37,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
     `changes` hold new values by dotted key, such as ``distill.lr``; `remedy` says what a user is to do who has no such
     file. The UserError has a line for each problem: file, key, what is wrong, what to do.
     """
-    try:
-        raw = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
-    except MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}:{line} is not valid YAML: {error.problem}. Mend that line.") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not text in UTF-8 ({str(error).splitlines()[0]}). Save it as such.") from None
+    raw = read_yaml(path, remedy)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no keys. Restore it from version control.")
     for key, value in (changes or {}).items():
@@ -50,7 +45,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        problems = [line for e in error.errors() for line in _explain(e, schema).splitlines()]
+        problems = [line for e in error.errors() for line in map(printable, _explain(e, schema).splitlines())]
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 
@@ -60,8 +55,8 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, value = setting.partition("=")
         try:
-            changes[key] = YAML(typ="safe").load(value)
-        except YAMLError:
+            changes[key] = parse_yaml(value, key)
+        except UserError:
             equals = ""
         if not (key and equals):
             raise UserError(f"{setting}: is not KEY=VALUE with a value in YAML; write for example distill.lr=0.1")
@@ -90,7 +85,12 @@ def _explain(error: Any, schema: type[Section]) -> str:
         return f"{key}: {message}" if key else message
     is_number = error["type"] == "string_type" and isinstance(error["input"], int | float)
     remedy = "put it in quotes" if is_number else "change it"
-    return f"{key}: {message[0].lower()}{message[1:]} (it is {error['input']!r}); {remedy}"
+    return f"{key}: {message[0].lower()}{message[1:]} (it is {_shown(error['input'])}); {remedy}"
+
+
+def _shown(value: Any) -> str:
+    """A value on one short line: it may be of any size."""
+    return "a number of too many digits" if isinstance(value, int) and value.bit_length() > 1000 else VALUES.repr(value)
 
 
 def _fields_at(location: list[str], schema: type[Section]) -> list[str]:

@@ -9,18 +9,21 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from nonn.core.errors import UserError
-from nonn.core.files import sha256_of
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular, sha256_of
 from nonn.data.raw import KEY, RawImages, check_sha256, decode_images
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
+#: What folders of splits are called, in small letters, and which split each is.
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
 
 def load_files(path: Path, size: int, expected: str | None) -> RawImages:
@@ -29,18 +32,21 @@ def load_files(path: Path, size: int, expected: str | None) -> RawImages:
         raise UserError(f"{KEY}: {path} does not exist. Name a folder or archive, mnist5k, or a torchvision:NAME.")
     if not path.is_dir() and not path.name.endswith(ARCHIVES):
         raise UserError(f"{KEY}: {path} is neither a folder nor a {', '.join(ARCHIVES)}. Repack it as one.")
+    if not path.is_dir():
+        with _damage_explained(path):
+            regular(path)
     with _damage_explained(path):
         layout = read_layout(_names(path), path)
         if path.is_dir():
             lines = (f"{sha256_of(path / name)}  {name}\n" for name in sorted(layout.names))
-            sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+            sha256 = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
         else:
             sha256 = sha256_of(path)
         check_sha256(str(path), sha256, expected)
         index = {name: index for index, name in enumerate(layout.names)}
-        pictures = ((index[name], f"{path}: {name}", data) for name, data in _contents(path, index))
+        pictures = ((index[name], printable(f"{path}: {name}"), data) for name, data in _contents(path, index))
         images = decode_images(pictures, len(index), size)
-    return RawImages(images, layout.labels, layout.classes, layout.is_test, sha256)
+    return RawImages(images, layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,7 @@ class FolderLayout:
     labels: np.ndarray  # (N,), int64
     classes: tuple[str, ...]
     is_test: np.ndarray | None  # (N,), bool
+    is_validation: np.ndarray | None = None  # (N,), bool
 
 
 def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
@@ -78,12 +85,25 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
         len(folder) > top + 1 for folder in folders
     ):
         top += 1
-    has_splits = tops >= {"train", "test"}
-    if has_splits and (others := sorted(tops - {"train", "test"})):
-        raise UserError(f"{KEY}: {path}: has {', '.join(others)} beside train and test; move its images or remove it.")
+    splits = {name: SPLIT_NAMES[name.lower()] for name in tops if name.lower() in SPLIT_NAMES}
+    meant = set(splits.values())
+    # Classes may have any names, so a folder is a split only beside another one, and with class folders inside.
+    is_deep = any(len(folder) > top + 1 for folder in folders)
+    has_splits = "train" in meant and (len(meant) > 1 or is_deep)
+    if has_splits and (others := sorted(tops - set(splits))):
+        known = " and ".join(sorted(splits))
+        raise UserError(f"{KEY}: {path}: has {', '.join(others)} beside {known}; move its images or remove it.")
+    if has_splits and (twice := sorted(s for s in splits if list(splits.values()).count(splits[s]) > 1)):
+        raise UserError(f"{KEY}: {path}: {' and '.join(twice)} name the same split; move one's images to the other.")
+    if not has_splits and len(meant) > 1 and is_deep:
+        known = ", ".join(sorted(splits))
+        raise UserError(f"{KEY}: {path}: has {known}, but no train. Name the folder of the training images train.")
+
+    def split_of(parts: tuple[str, ...]) -> str:
+        return splits[parts[top]] if has_splits else "train"
 
     def in_test(parts: tuple[str, ...]) -> bool:
-        return has_splits and parts[top] == "test"
+        return split_of(parts) == "test"
 
     level = top + 1 + has_splits  # depth of a class folder
     if deeper := sorted(folder for folder in folders if len(folder) > level):
@@ -93,23 +113,33 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     images = [parts for parts in files if len(parts) == level + 1]
     if empty := sorted(class_folders - {parts[:level] for parts in images}):
         raise UserError(f"{KEY}: {path}: class folder {'/'.join(empty[0])} is empty. Fill it or remove it.")
-    classes = sorted({folder[-1] for folder in class_folders if not in_test(folder)})
-    tested = {folder[-1] for folder in class_folders if in_test(folder)}
-    if unknown := sorted(tested - set(classes)):
-        raise UserError(f"{KEY}: {path}: class {unknown[0]!r} is in test but not in train. Add it there or remove it.")
+    classes = sorted({folder[-1] for folder in class_folders if split_of(folder) == "train"})
+    for split in ("test", "validation"):
+        held = {folder[-1] for folder in class_folders if split_of(folder) == split}
+        name = next((name for name, kind in splits.items() if kind == split), split)
+        if unknown := sorted(held - set(classes)):
+            raise UserError(
+                f"{KEY}: {path}: class {unknown[0]!r} is in {name} but not in train. Add it there or remove it."
+            )
+        if has_splits and split in meant and not held:
+            raise UserError(f"{KEY}: {path}: folder {name} has no class folders. Fill it or remove it.")
+        if split == "validation" and held and (absent := sorted(set(classes) - held)):
+            raise UserError(f"{KEY}: {path}: class {absent[0]!r} is not in {name}. Add images of it, or remove {name}.")
     if len(classes) < 2:
         raise UserError(f"{KEY}: {path}: has {len(classes)} class folders, needs two at least: {LAYOUT}.")
-    if has_splits and not tested:
-        raise UserError(f"{KEY}: {path}: folder test has no class folders. Fill it or remove it.")
-
-    images.sort(key=lambda parts: (in_test(parts), parts))
+    images.sort(key=lambda parts: (in_test(parts), parts))  # as ever: sums and seeds go by this order
     position = {name: label for label, name in enumerate(classes)}
     return FolderLayout(
         names=[files[parts] for parts in images],
         labels=np.array([position[parts[-2]] for parts in images], np.int64),
         classes=tuple(classes),
-        is_test=np.array([in_test(parts) for parts in images]) if has_splits else None,
+        is_test=_mask(images, "test", split_of) if "test" in meant and has_splits else None,
+        is_validation=_mask(images, "validation", split_of) if "validation" in meant and has_splits else None,
     )
+
+
+def _mask(images: list[tuple[str, ...]], split: str, split_of: Callable[[tuple[str, ...]], str]) -> np.ndarray:
+    return np.array([split_of(parts) == split for parts in images])
 
 
 def _names(path: Path) -> Iterator[str]:
@@ -130,7 +160,7 @@ def _names(path: Path) -> Iterator[str]:
 def _contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
     """Yield name and bytes of the wanted files, in stored order: a compressed tar has no other."""
     if path.is_dir():
-        yield from ((name, (path / name).read_bytes()) for name in wanted)
+        yield from ((name, regular(path / name).read_bytes()) for name in wanted)
     elif path.suffix == ".zip":
         with zipfile.ZipFile(path) as archive:
             yield from ((name, archive.read(name)) for name in wanted)
@@ -149,5 +179,7 @@ def _damage_explained(path: Path) -> Iterator[None]:
     damage = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
     try:
         yield
+    except UserError as error:
+        raise error if str(error).startswith(("params.yaml", KEY)) else UserError(f"{KEY}: {error}") from None
     except (*damage, OSError, EOFError, KeyError, RuntimeError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({error}). Fetch or pack it again.") from error
+        raise UserError(f"{KEY}: {path} cannot be read ({printable(str(error))}). Fetch or pack it again.") from error

@@ -35,6 +35,7 @@ class RawImages:
     classes: tuple[str, ...]
     is_test: np.ndarray | None  # (N,), bool: the source's own test split, None if it has none
     sha256: str
+    is_validation: np.ndarray | None = None  # (N,), bool: its own validation split, None if it has none
 
 
 def decode_images(pictures: Iterator[Picture], count: int, size: int) -> np.ndarray:

@@ -24,8 +24,8 @@ def load_images(source: str, size: int, sha256: str | None = None) -> RawImages:
     ----------
     source : str
         ``mnist5k``; ``torchvision:NAME``; or the path of a folder, zip or tar that holds ``<class>/<image>``, or
-        ``train/<class>/<image>`` and ``test/<class>/<image>``, at the top or inside one further folder. Hidden files,
-        ``__MACOSX`` and files outside the class folders are left out.
+        ``train/<class>/<image>`` and ``test/<class>/<image>`` or ``val/<class>/<image>`` or both, at the top or inside
+        one further folder. Hidden files, ``__MACOSX`` and files outside the class folders are left out.
     sha256 : str, optional
         Pins the content. For an archive it is the sum of the file; for a folder that of the lines ``<sum>  <name>``
         which ``sha256sum`` prints for its images, sorted by name; for the other sources that of labels and pixels.

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nonn.core.errors import UserError
+from nonn.core.files import damaged, existing, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
-from nonn.core.files import existing, replacing
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:  # it has the operating system's number in its text alone
+            if number := re.search(r"(?:os error|code:) (\d+)", str(error)):
+                raise OSError(int(number[1]), "cannot be written") from error
+            raise
         temporary.chmod(0o644)  # safetensors makes it private
 
 
@@ -26,6 +32,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(existing(path))
+        tensors = load_file(existing(path))
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error}). Delete it and run the pipeline again.") from None
+        raise damaged(path, error) from None
+    if not tensors:
+        raise damaged(path, "it holds no tensors")
+    return tensors

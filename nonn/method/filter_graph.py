@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nonn.core.files import intact
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors
 
@@ -184,4 +185,11 @@ class FilterGraph:
 
 def load_graph(paths: Paths) -> FilterGraph:
     tensors = {name: tensor.numpy() for name, tensor in read_tensors(paths.graph).items()}
-    return FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])
+    with intact(paths.graph):
+        graph = FilterGraph(tensors["weights"], tensors["live"].astype(bool), tensors["class_activity"])
+        n = len(graph.live)
+        if graph.weights.shape != (n, n) or graph.class_activity.ndim != 2 or graph.class_activity.shape[1] != n:
+            raise ValueError("its parts are not of the same filters")
+        if not np.isfinite(graph.weights).all():
+            raise ValueError("a weight is not finite")
+    return graph

@@ -26,6 +26,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from nonn.core.artifacts import NetworkInfo
 from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES, Evaluate, Params
 from nonn.core.paths import Paths
@@ -199,7 +200,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
         files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
-        chosen = [read_json(path.with_suffix(".json"))["missing"]["chosen"] for path in files]
+        chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
         models = [load_network(path, data) for path in files]
         yield _nonn_scores(network, models, chosen, features)
         if params.evaluate.final_layer == "fitted":

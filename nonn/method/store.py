@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nonn.core.files import read_json
+from nonn.core.artifacts import Designs, NetworkInfo
+from nonn.core.files import intact, read_json
 from nonn.core.params import Architecture, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
@@ -22,20 +23,22 @@ def load_baseline(path: Path, data: Dataset) -> list[ConvNet]:
     """The students of a baseline, ready to predict, from the file of its weights."""
     tensors, students = read_tensors(path), []
     for position, (architecture, n_filters) in enumerate(load_design(path.with_suffix(".json"))):
-        student, prefix = ConvNet(architecture, data.channels, data.n_classes, n_filters), f"{position}."
-        student.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        student = ConvNet(architecture, data.channels, data.n_classes, n_filters)
+        with intact(path):
+            student.load_state_dict(_below(tensors, f"{position}."))
         students.append(student.eval())
     return students
 
 
 def load_network(path: Path, data: Dataset) -> NetworkOfNetworks:
     """An assembled network, ready to predict, from the file of its weights."""
-    tensors, info = read_tensors(path), read_json(path.with_suffix(".json"))
+    tensors, info = read_tensors(path), read_json(path.with_suffix(".json"), NetworkInfo)
     students = [ConvNet(*_shape(design, data)).eval() for design in info["students"]]
-    for position, student in enumerate(students):
-        student.load_state_dict(_below(tensors, f"students.{position}."))
-    others = {name: _layer(tensors, f"others.{name}.") for name in info["missing"]["not_chosen"]}
-    return NetworkOfNetworks(students, _layer(tensors, "final."), others, info["temperatures"])
+    with intact(path):
+        for position, student in enumerate(students):
+            student.load_state_dict(_below(tensors, f"students.{position}."))
+        others = {name: _layer(tensors, f"others.{name}.") for name in info["missing"]["not_chosen"]}
+        return NetworkOfNetworks(students, _layer(tensors, "final."), others, info["temperatures"])
 
 
 def _layer(tensors: Mapping[str, Tensor], prefix: str) -> FinalLayer:
@@ -56,9 +59,10 @@ def load_students(
     """The trained students of a network, ready to predict, and their designs."""
     students, designs = [], []
     for position in range(len(params.networks[network].devices)):
-        (design,) = read_json(paths.design(network, position))
-        student = ConvNet(*_shape(design, data))
-        student.load_state_dict(read_tensors(paths.student(network, position, seed)))
+        design = read_json(paths.design(network, position), Designs)[0]
+        student, path = ConvNet(*_shape(design, data)), paths.student(network, position, seed)
+        with intact(path):
+            student.load_state_dict(read_tensors(path))
         students.append(student.eval())
         designs.append(design)
     return students, designs

@@ -6,7 +6,6 @@ any PEM files whose common name is the node's or coordinator's name, also as an 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import ipaddress
 import os
@@ -20,6 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular, replacing
 from nonn.core.progress import log
 from nonn.runtime.tls import CA, CERTIFICATE, KEY
 
@@ -68,7 +68,14 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name in RESERVED:
             raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _ (not {RESERVED}).")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if (folder / CA_KEY).exists():
+    there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
+    if len(there) == 1:
+        (gone,) = {CA, CA_KEY} - set(there)
+        raise UserError(
+            f"{folder / gone}: is not there, and {there[0]} is: a new authority would void the certificates of the "
+            f"old one. Put {gone} back for as long as certificates are made, or use an empty folder."
+        )
+    if there:
         authority = _read_authority(folder)
         left = (authority[1].not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days
         if left < days:
@@ -83,8 +90,8 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
 
 def _read_authority(folder: Path) -> Authority:
     try:
-        key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), password=None)
-        certificate = x509.load_pem_x509_certificate((folder / CA).read_bytes())
+        key = serialization.load_pem_private_key(regular(folder / CA_KEY).read_bytes(), password=None)
+        certificate = x509.load_pem_x509_certificate(regular(folder / CA).read_bytes())
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder}: its authority cannot be read ({error}). Use an empty folder.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
@@ -124,15 +131,12 @@ def _write_pair(pair: Authority, certificate: Path, key: Path) -> None:
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
-    """Write beside the target and rename, with the right mode from the first byte on."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-            file.write(content)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    """Write with the right mode from the first byte on."""
+    with (
+        replacing(path) as temporary,
+        os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file,
+    ):
+        file.write(content)
 
 
 def add_arguments(parser) -> None:

@@ -13,16 +13,18 @@ from ruamel.yaml import YAML
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.options import add_settings, completed, load_settings
-from nonn.core.params import Name, load_params
+from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.schema import Section, load_yaml
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract, student_contract
-from nonn.runtime.tls import Identity, is_loopback, split_address
+from nonn.runtime.tls import Identity, canonical_address, is_loopback, split_address
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
+#: Of a node or a model, which may be a number in quotes.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 #: Text in YAML.
 FilePath = Annotated[Path, Field(strict=False)]
 LONGEST_DEADLINE_MS = 60_000
@@ -73,6 +75,12 @@ class Cluster(Section):
             values = [getattr(node, key) for node in self.nodes if not getattr(node, key).endswith(":0")]
             if twice := {value for value in values if values.count(value) > 1}:
                 raise ValueError(f"nodes: {', '.join(sorted(twice))}: {key} given twice; change one")
+        places: dict[tuple[str, int], Node] = {}
+        for node in self.nodes:
+            place = canonical_address(node.address)
+            if place[1] and (other := places.setdefault(place, node)) is not node:
+                same = f"{node.address} is the same place as {other.address} of {other.name}"
+                raise ValueError(f"nodes: {node.name}: {same}; change one")
         for node in self.nodes:
             if self.insecure and not is_loopback(node.address):
                 raise ValueError(f"nodes: {node.name}: {node.address} is not on this machine; use `tls`")

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
@@ -36,7 +37,7 @@ def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Sch
         It is missing or damaged, or not `what` it should be.
     """
     try:
-        return schema.model_validate_json(path.read_bytes())
+        return schema.model_validate_json(regular(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {str(error.strerror).lower()}. {remedy}") from None
     except ValidationError as error:
@@ -107,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
 def read_verified(path: Path, sha256: str) -> bytes:
     """Content of a file of this SHA-256, or a `UserError`; read once, so what was checked is what is used."""
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Export the network again.") from None
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -6,6 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from nonn.core.errors import UserError
+from nonn.core.files import regular
+
+#: What ONNX Runtime raises of a file that is no model, is damaged, or asks for what it cannot do.
+REFUSALS = (
+    *(state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NoModel),
+    *(state.NoSuchFile, state.NotFound, state.NotImplemented, state.RuntimeException),
+)
 
 
 def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
@@ -13,14 +23,21 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
 
     Raises
     ------
-    onnxruntime.capi.onnxruntime_pybind11_state.Fail
-        The file is not a valid model.
+    UserError
+        It is not a valid model.
     """
+    if isinstance(model, Path):
+        regular(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except REFUSALS as error:
+        name = "the model" if isinstance(model, bytes) else model
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"{name}: not a model that ONNX Runtime runs ({reason}). Export it again.") from None
 
 
 def run_onnx(model: Path | bytes, inputs: np.ndarray) -> np.ndarray:

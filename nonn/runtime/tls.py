@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from grpc import aio
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 from nonn.core.progress import log
 
 #: Certificates of a test bed as `nonn certs` writes them.
@@ -162,7 +163,7 @@ def _certificates(path: Path) -> list[x509.Certificate]:
 
 def _read_pem(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Make certificates with `nonn certs`.") from None
     if not content.startswith(b"-----BEGIN "):
@@ -183,9 +184,26 @@ def is_loopback(address: str) -> bool:
     """Whether nothing that is sent to ``host:port`` leaves this machine."""
     host, _ = split_address(address)
     try:
-        return ipaddress.ip_address(host).is_loopback
+        ip = ipaddress.ip_address(host)
     except ValueError:
-        return host == "localhost"
+        return host.lower().removesuffix(".") in ("localhost", "ip6-localhost")
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def canonical_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` in one form, so that equal places compare as equal.
+
+    All names and addresses of this machine's loopback are one. Other names are not looked up: what a name server says
+    differs from day to day.
+    """
+    host, port = split_address(address)
+    if is_loopback(address):
+        return "localhost", port
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix("."), port
+    return str(getattr(ip, "ipv4_mapped", None) or ip), port
 
 
 def callers_of(context: aio.ServicerContext) -> set[bytes]:

@@ -22,17 +22,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nonn.core.files import read_json, write_json
+from nonn.core.artifacts import Designs
+from nonn.core.files import damaged, read_json, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
-from nonn.data.tensors import read_tensors, write_tensors
+from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_baseline_sets, load_design
+from nonn.training.store import load_baseline_sets, load_design, load_signals
 
 
 def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
@@ -40,6 +41,8 @@ def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: 
     section = params.distill
     designs = load_design(paths.design(network, method))
     filter_sets = load_baseline_sets(paths.partition(network, method), seed)
+    if len(designs) != len(filter_sets):
+        raise damaged(paths.partition(network, method), f"{len(filter_sets)} sets for {len(designs)} students")
     return [
         Lesson(
             architecture=architecture,
@@ -63,8 +66,13 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     name = f"{network}/{method} seed {seed}"
     lessons = plan_lessons(params, paths, network, method, seed)
     settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump()]
+    data = load_dataset(paths)
+    signals = load_signals(paths, data)
+    n_filters = signals["pooled"].shape[-1]
+    if any(filter >= n_filters for lesson in lessons for filter in lesson.filters or ()):
+        raise damaged(paths.partition(network, method), f"a filter beyond the {n_filters} of the teacher")
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
-    classroom = Classroom(load_dataset(paths), read_tensors(paths.signals), params.signals)
+    classroom = Classroom(data, signals, params.signals)
     students, logs = [], []
     for position, lesson in enumerate(lessons):
         own_seed, part, label = seed * 1000 + position, checkpoint.part(position), f"{name} student {position}"
@@ -73,6 +81,6 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
         logs += [row | {"student": position} for row in log]
     target = paths.baseline(network, method, seed)
     write_tensors(target, pack(students))
-    write_json(target.with_suffix(".json"), read_json(paths.design(network, method)))
+    write_json(target.with_suffix(".json"), read_json(paths.design(network, method), Designs))
     write_log(paths.log(target), logs)
     checkpoint.discard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nonn.core.artifacts import ModelManifest, SoloManifest
 from nonn.core.files import existing, read_json, write_json
 from nonn.core.params import SOLO, Params
 from nonn.core.paths import Paths
@@ -14,7 +15,7 @@ TEACHER_FILE = "teacher.onnx"
 
 def run(params: Params, paths: Paths, name: str) -> None:
     folder = paths.export(name)
-    manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json", SoloManifest if name == SOLO else ModelManifest)
     # A network's manifest lists its students; the solo manifest has one for each model.
     models = (
         {key: m["students"][0] for key, m in manifest.items()}

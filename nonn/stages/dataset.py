@@ -15,7 +15,8 @@ from nonn.data.tensors import write_tensors
 def run(params: Params, paths: Paths) -> None:
     section = params.dataset
     raw = load_images(section.source, section.size, section.sha256)
-    splits = split_dataset(raw.labels, raw.classes, raw.is_test, section.validation, section.test, section.seed)
+    fractions = section.validation, section.test, section.seed
+    splits = split_dataset(raw.labels, raw.classes, raw.is_test, *fractions, raw.is_validation)
     images, labels = torch.from_numpy(raw.images), torch.from_numpy(raw.labels)
     indices = {name: torch.from_numpy(split) for name, split in splits.items()}
     mean, std = measure_channels(images[indices["train"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nonn.core.artifacts import DatasetInfo, GraphInfo
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
@@ -21,7 +22,7 @@ def run(params: Params, paths: Paths, network: str) -> None:
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
     """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
-    graph, info = read_json(paths.graph_info), read_json(paths.dataset_info)
+    graph, info = read_json(paths.graph_info, GraphInfo), read_json(paths.dataset_info, DatasetInfo)
     devices = params.devices_of(network)
     try:
         sizes, designs = design_network(params.design, devices, info, graph["n_live"])

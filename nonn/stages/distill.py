@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from nonn.core.files import read_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
-from nonn.data.tensors import read_tensors, write_tensors
+from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
-from nonn.training.store import load_design
+from nonn.training.store import load_design, load_filters, load_signals
 
 
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
@@ -21,17 +20,19 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     torch.set_num_threads(1)
     keep_freed_memory()
     section = params.distill
-    ((architecture, _),) = load_design(paths.design(network, student))
+    data = load_dataset(paths)
+    signals = load_signals(paths, data)
+    architecture, _ = load_design(paths.design(network, student))[0]
     lesson = Lesson(
         architecture=architecture,
-        filters=read_json(paths.partition(network, student))["filters"],
+        filters=load_filters(paths.partition(network, student), signals),
         kd_weight=section.kd_weight,
         transfer_weight=section.transfer_weight,
     )
     name = f"{network}/{student} seed {seed}"
     settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump()]
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
-    classroom = Classroom(load_dataset(paths), read_tensors(paths.signals), params.signals)
+    classroom = Classroom(data, signals, params.signals)
     own_seed = seed * 1000 + student  # students of one network differ in their initial weights, too
     model, log = distill_student(classroom, lesson, section, seed=own_seed, checkpoint=checkpoint, label=name)
     target = paths.student(network, student, seed)

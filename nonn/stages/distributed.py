@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from nonn.core.artifacts import Benchmark, DatasetInfo, SoloManifest
 from nonn.core.files import read_json, write_json
 from nonn.core.params import SOLO, Params
 from nonn.core.paths import Paths
@@ -20,12 +21,12 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
-    load = load_of_network(folder, read_json(paths.benchmark(name))["models"])
+    load = load_of_network(folder, read_json(paths.benchmark(name), Benchmark)["models"])
     yield Deployment("nonn", folder, False, load, time_final(folder))
     if params.design.precision == "int8":
         log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
         return
-    total = read_json(solo / "manifest.json").get(f"{name}-total")
+    total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
         return
@@ -38,7 +39,7 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
 
 def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
     """The teacher, and one KD student, each on a single device."""
-    benchmark = read_json(paths.benchmark(SOLO))["models"]
+    benchmark = read_json(paths.benchmark(SOLO), Benchmark)["models"]
     alone = {"teacher": "teacher"} | ({"kd": "-".join(params.pool)} if params.pool else {})
     for method, name in alone.items():
         folder = as_network(paths.export(SOLO), name, scratch / method)
@@ -55,7 +56,7 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     from nonn.deploy.onnx_files import Logits, export_onnx
     from nonn.training.networks import ConvNet
 
-    info = read_json(paths.dataset_info)
+    info = read_json(paths.dataset_info, DatasetInfo)
     torch.manual_seed(0)
     model = Logits(ConvNet(architecture, info["channels"], len(info["classes"])))
     example = torch.zeros(1, info["channels"], info["size"], info["size"], dtype=torch.uint8)
@@ -68,7 +69,7 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
 
 
 def run(params: Params, paths: Paths, name: str) -> None:
-    info = read_json(paths.dataset_info)
+    info = read_json(paths.dataset_info, DatasetInfo)
     with tempfile.TemporaryDirectory() as folder:
         scratch, reference = Path(folder), []
         if name == SOLO:

@@ -13,7 +13,17 @@ from typing import Any
 
 import pandas as pd
 
-from nonn.core.files import existing, read_json, write_json, write_text
+from nonn.core.artifacts import (
+    Benchmark,
+    DatasetInfo,
+    Designs,
+    Distributed,
+    Evaluation,
+    Filters,
+    GraphInfo,
+    PartitionInfo,
+)
+from nonn.core.files import existing, intact, read_json, write_json, write_text
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
 from nonn.core.paths import Paths
 from nonn.method.filter_graph import load_graph
@@ -33,23 +43,23 @@ from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
 def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
     int8 = params.design.precision == "int8"
-    alone = read_json(paths.benchmark(SOLO))["models"]
+    alone = read_json(paths.benchmark(SOLO), Benchmark)["models"]
     teachers = ("teacher", "teacher_int8") if int8 else ("teacher",)
     designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
     for network, section in params.networks.items():
-        students = [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
+        students = [read_json(paths.design(network, i), Designs)[0] for i in range(len(section.devices))]
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
             designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
         if not params.pool:
             continue
-        ensemble = read_json(paths.design(*params.pool)) * len(students)
+        ensemble = read_json(paths.design(*params.pool), Designs) * len(students)
         designs[network, "ensemble"] = ensemble
         # Their final layer is over features, as NoNN's is, so those travel in place of logits.
         features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
         designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
     for network, method, _ in params.baselines():
-        designs[network, method] = read_json(paths.design(network, method))
+        designs[network, method] = read_json(paths.design(network, method), Designs)
     return designs
 
 
@@ -61,10 +71,10 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
 
 def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]:
     """What was measured of the slowest student of every method that was benchmarked."""
-    solo = read_json(paths.benchmark(SOLO))["models"]
+    solo = read_json(paths.benchmark(SOLO), Benchmark)["models"]
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
-        students = read_json(paths.benchmark(network))["models"].values()
+        students = read_json(paths.benchmark(network), Benchmark)["models"].values()
         slowest = max(students, key=itemgetter("latency_p50_ms"))
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
         if params.pool:
@@ -81,7 +91,7 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]
 def load_students(params: Params, paths: Paths) -> dict[str, list[dict]]:
     """Students of each network, as the stage `design` wrote them."""
     return {
-        network: [read_json(paths.design(network, i))[0] for i in range(len(section.devices))]
+        network: [read_json(paths.design(network, i), Designs)[0] for i in range(len(section.devices))]
         for network, section in params.networks.items()
     }
 
@@ -91,11 +101,11 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
 
     Of students that differ in their bridge alone, the one of the widest.
     """
-    teacher = read_json(paths.benchmark(SOLO))["models"]["teacher"]
+    teacher = read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"]
     listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
-    listed += [(m, f" {n}", read_json(paths.design(n, m))[0]) for n, m in singles]
+    listed += [(m, f" {n}", read_json(paths.design(n, m), Designs)[0]) for n, m in singles]
     found: dict[str, dict] = {}
     for method, where, design in listed:
         # Baselines of one device are built alike, whatever they learn from.
@@ -112,8 +122,8 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:
     """Sets of a network's students, with the summary of its partition."""
     students = range(len(params.networks[network].devices))
-    sets = [read_json(paths.partition(network, student))["filters"] for student in students]
-    return read_json(paths.partition_info(network)) | {"sets": sets}
+    sets = [read_json(paths.partition(network, student), Filters)["filters"] for student in students]
+    return read_json(paths.partition_info(network), PartitionInfo) | {"sets": sets}
 
 
 def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataFrame]]]:
@@ -136,7 +146,7 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
 
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
-    results = {name: read_json(paths.distributed(name)) for name in [*params.networks, SOLO]}
+    results = {name: read_json(paths.distributed(name), Distributed) for name in [*params.networks, SOLO]}
     return deployment_table.join_rows(
         results, {name: len(network.devices) for name, network in params.networks.items()}
     )
@@ -153,11 +163,16 @@ def calibration_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_log(path: Path) -> pd.DataFrame:
-    return pd.read_csv(existing(path))
+    with intact(path):
+        log = pd.read_csv(existing(path))
+        if missing := {"epoch", "validation_accuracy"} - set(log.columns):
+            raise ValueError(f"no column {sorted(missing)[0]}")
+    return log
 
 
 def run(params: Params, paths: Paths) -> None:
-    evaluation, graph, info = read_json(paths.evaluation), load_graph(paths), read_json(paths.dataset_info)
+    evaluation, graph = read_json(paths.evaluation, Evaluation), load_graph(paths)
+    info = read_json(paths.dataset_info, DatasetInfo)
     n_test, n_classes, students = evaluation["n_test"], len(info["classes"]), load_students(params, paths)
     methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
@@ -174,7 +189,7 @@ def run(params: Params, paths: Paths) -> None:
         latencies=deployment_table.format_latencies(deployed),
         missing=missing_table.format_missing(strategies),
         n_test=n_test,
-        system=read_json(paths.benchmark(SOLO))["system"],
+        system=read_json(paths.benchmark(SOLO), Benchmark)["system"],
     )
     write_text(paths / "summary.md", report)
     write_text(paths / "summary.tex", write_summary_tex(methods))
@@ -194,7 +209,7 @@ def run(params: Params, paths: Paths) -> None:
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
             "adjacency": graph_plots.draw_adjacency(graph.weights, partitions),
-            "top_k": graph_plots.draw_top_k(read_json(paths.graph_info)),
+            "top_k": graph_plots.draw_top_k(read_json(paths.graph_info, GraphInfo)),
             "student_selection": design_plots.draw_student_selection(
                 {network: read_json(paths.candidates(network)) for network in students},
                 students,

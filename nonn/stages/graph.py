@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nonn.core.errors import UserError
-from nonn.core.files import write_json
+from nonn.core.files import damaged, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
@@ -15,15 +15,16 @@ from nonn.method.filter_graph import RULES, mean_class_activity, normalise_activ
 
 def run(params: Params, paths: Paths) -> None:
     rule, top_k = params.graph.rule, params.graph.top_k
-    pooled = read_tensors(paths.signals)["validation_pooled"]
+    data = load_dataset(paths)
+    pooled, labels = read_tensors(paths.signals).get("validation_pooled"), data.labels[data.validation]
+    if pooled is None or pooled.dim() != 2 or len(pooled) != len(labels):
+        raise damaged(paths.signals, "validation_pooled is not of the validation images of this dataset")
     n_filters = pooled.shape[1]
     if top_k is not None and top_k > n_filters:
         raise UserError(
             f"params.yaml: graph.top_k: is {top_k}, but the teacher has only {n_filters} filters; "
             f"lower it, or set it to null for all filters"
         )
-    data = load_dataset(paths)
-    labels = data.labels[data.validation]
     weights = RULES[rule](normalise_activity(pooled, top_k))
     write_tensors(
         paths.graph,

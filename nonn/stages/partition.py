@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nonn.core.files import read_json, replacing, write_json
+from nonn.core.artifacts import Sizes
+from nonn.core.files import damaged, read_json, replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.method.filter_graph import load_graph
@@ -11,7 +12,9 @@ from nonn.method.partitioning import baseline_sets, partition_filters, summarise
 
 def run(params: Params, paths: Paths, network: str) -> None:
     graph = load_graph(paths)
-    sizes = read_json(paths.sizes(network))["sizes"]
+    sizes, n_live = read_json(paths.sizes(network), Sizes)["sizes"], int(graph.live.sum())
+    if sum(sizes) != n_live:
+        raise damaged(paths.sizes(network), f"it shares out {sum(sizes)} filters, and the graph has {n_live} live ones")
     method, seed = params.partition.method, params.partition.seed
     partition = partition_filters(graph.weights, graph.live, sizes, method, seed, graph.class_activity)
     target = paths.partition_info(network).parent

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from safetensors.numpy import save_file
 
+from nonn.core.artifacts import SoloManifest
 from nonn.core.files import read_json, sha256_of, write_json
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer
@@ -21,7 +22,7 @@ SPLITS = ("channels", "rows")
 
 def as_network(solo: Path, name: str, folder: Path) -> Path:
     """An exported model that classifies alone, as a network of one student whose features are the logits."""
-    manifest = read_json(solo / "manifest.json")[name]
+    manifest = read_json(solo / "manifest.json", SoloManifest)[name]
     (student,) = manifest["students"]
     model = onnx.load(solo / student["file"])
     (output,) = model.graph.output

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,27 @@ from typing import Any
 import torch
 from torch import nn
 
+from nonn.core.errors import UserError
 from nonn.core.files import STATE, remove
 from nonn.core.numerics import is_portable
+from nonn.core.progress import log as say
 from nonn.data.tensors import read_tensors, write_tensors
 
 #: What decides how a training goes, apart from its settings and inputs.
 CODE = sorted(Path(__file__).parent.glob("*.py"))
+
+
+#: Name of the checksum of all other tensors of a checkpoint: a damaged one would train on to other weights.
+DIGEST = "digest"
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """SHA-256 of names and contents, uint8 of shape (32,)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -49,13 +64,22 @@ class Checkpoint:
             for index, state in optimizer.state_dict()["state"].items():
                 if state.get("momentum_buffer") is not None:
                     tensors[f"momentum.{number}.{index}"] = state["momentum_buffer"]
-        write_tensors(self.path, {**tensors, "log": torch.tensor(log, dtype=torch.float64)})
+        tensors["log"] = torch.tensor(log, dtype=torch.float64)
+        write_tensors(self.path, {**tensors, DIGEST: _digest(tensors)})
 
     def load(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> list[list[float]]:
-        """Restore model and optimizers in place; return the log so far, empty if there is no checkpoint."""
+        """Restore model and optimizers in place; return the log so far, empty if there is no sound checkpoint."""
         if not self.path.exists():
             return []
-        tensors = read_tensors(self.path)
+        try:
+            tensors = read_tensors(self.path)
+            sound = torch.equal(tensors.pop(DIGEST, torch.empty(0)), _digest(tensors))
+        except UserError:
+            sound = False
+        if not sound:  # what is lost is time, and the outcome is the same
+            say(f"{self.path}: damaged; the training begins anew")
+            remove(self.path)
+            return []
         model.load_state_dict({name[6:]: t for name, t in tensors.items() if name.startswith("model.")})
         for number, optimizer in enumerate(optimizers):
             state, prefix = optimizer.state_dict(), f"momentum.{number}."

@@ -18,9 +18,12 @@ from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
 
-# Stages run in the environment of Snakemake, unless Snakemake has made one for them.
+# Stages run in the environment of Snakemake, unless Snakemake has made one for them. Snakemake replaces what is in
+# braces here, and a path may hold some.
 shell.prefix(
-    f"""case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH" ;; esac; """
+    """case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH="""
+    + shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").replace("}", "}}")
+    + """:"$PATH" ;; esac; """
 )
 
 # Touched, because DVC brings unchanged outputs back with their old times.

@@ -1,0 +1,256 @@
+"""The command ``nonn torture``: kill stages, fill the disk and damage files at random, and compare what comes of it.
+
+In a scratch copy of the repository, with the parameters that are active. After each disturbance the pipeline is run
+again, and what it then has written must be, byte for byte, what an undisturbed run has written. Measured times are left
+out of the comparison.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, TEMPORARY, remove
+from nonn.core.options import natural
+from nonn.core.params import load_params
+from nonn.core.progress import log
+
+#: Artifacts that hold measured times, or follow from them: by folder, and by name.
+TIMED_FOLDERS = ("benchmark", "distributed")
+TIMED_FILES = (
+    *("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling"),
+    "accuracy_memory",
+)
+LONGEST = 600.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a disturbed command, and of the run after it."""
+
+    kind: str
+    job: str
+    undone: bool  # whether the disturbance hit before the command was done
+    problem: str  # empty: the same bytes
+
+
+@dataclass
+class Ground:
+    """A folder in which one experiment was run undisturbed, and may be disturbed."""
+
+    folder: Path
+    environment: Mapping[str, str]
+    expected: dict[str, str] = field(default_factory=dict)
+    generator: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def start(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            preexec_fn=prepare,
+        )
+
+    def call(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> tuple[int, str]:
+        process = self.start(command, prepare)
+        try:
+            output, _ = process.communicate(timeout=LONGEST)
+        except BaseException:  # nothing goes on in a folder that will be deleted
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return process.returncode, output
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every artifact that holds no times."""
+        roots = sorted((self.folder / "results").iterdir())
+        return {
+            str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for root in roots
+            for path in sorted(root.rglob("*"))
+            if path.is_file() and not is_timed(path.relative_to(root))
+        }
+
+    def differences(self) -> str:
+        """What is not as an undisturbed run leaves it; empty if all is."""
+        found = self.digests()
+        names = sorted(n for n in {*found, *self.expected} if found.get(n) != self.expected.get(n))
+        left = [str(path.relative_to(self.folder)) for path in self.folder.rglob(f"{TEMPORARY}*")]
+        return ", ".join([*(f"{name} differs" for name in names[:3]), *(f"{name} is left" for name in left[:3])])
+
+    def again(self, command: Sequence[str]) -> str:
+        """Run a command to its end; what went wrong, or differs then."""
+        code, output = self.call(command)
+        return f"exit {code}: {output[-500:]}" if code else self.differences()
+
+
+def is_timed(path: Path) -> bool:
+    return path.parts[0] in TIMED_FOLDERS or path.stem in TIMED_FILES or path.name == ".snakemake_timestamp"
+
+
+def kill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], within: float) -> Outcome:
+    """Kill a command and all that it has started, at a random moment; then run the other one to its end."""
+    process = ground.start(disturbed)
+    time.sleep(ground.generator.uniform(0, within))
+    undone = process.poll() is None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        undone = False
+    process.communicate()
+    return Outcome("kill", job, undone, ground.again(undisturbed))
+
+
+def fill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], largest: int) -> Outcome:
+    """Let no file become larger than a random size, as when a disk is full; it must say so in one line."""
+    limit = ground.generator.randrange(largest)
+    code, output = ground.call(disturbed, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    if "Traceback" in output:
+        return Outcome("full disk", job, bool(code), f"a traceback at {limit} bytes: {output[-300:]}")
+    return Outcome("full disk", job, bool(code), ground.again(undisturbed))
+
+
+def flip(ground: Ground, path: Path) -> None:
+    """Change one byte of a file, whoever may write it."""
+    content = bytearray(path.read_bytes())
+    content[ground.generator.randrange(len(content))] ^= 1 << ground.generator.randrange(8)
+    mode = path.stat().st_mode
+    path.chmod(0o644)
+    path.write_bytes(content)
+    path.chmod(mode)
+
+
+def damage_artifact(ground: Ground, undisturbed: Sequence[str]) -> Outcome:
+    """Damage one of the artifacts."""
+    root = next((ground.folder / "results").iterdir())
+    path = root / ground.generator.choice(sorted(ground.expected))
+    flip(ground, path)
+    return Outcome("damaged artifact", str(path.relative_to(root)), True, ground.again(undisturbed))
+
+
+def damage_cache(ground: Ground, undisturbed: Sequence[str], verify: Sequence[str]) -> Outcome:
+    """Damage an object of DVC's cache and delete the results; `verify` has to find it."""
+    objects = sorted(p for p in (ground.folder / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.stat().st_size)
+    path = ground.generator.choice(objects)
+    flip(ground, path)
+    for root in (ground.folder / "results").iterdir():
+        remove(root)
+    code, _ = ground.call(verify)
+    problem = ground.again(undisturbed) if code else "the damaged object was not found"
+    return Outcome("damaged cache", path.name[:8], True, problem)
+
+
+def damage_checkpoint(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str]) -> Outcome:
+    """Kill a training once it has a checkpoint, damage that, and train on."""
+    process = ground.start(disturbed)
+    found: list[Path] = []
+    while process.poll() is None and not found:
+        found = sorted((ground.folder / STATE / "checkpoints").glob("*.safetensors"))
+        time.sleep(0.01)
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    found = [path for path in found if path.exists()]
+    for path in found:
+        flip(ground, path)
+    return Outcome("damaged checkpoint", job, bool(found), ground.again(undisturbed))
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Counts by kind, and a line for each outcome that is wrong."""
+    lines = [f"{'disturbance':<20}{'tries':>6}{'hit':>6}{'same bytes':>12}"]
+    counts = Counter(o.kind for o in outcomes)
+    for kind, tries in counts.items():
+        hits = sum(o.undone for o in outcomes if o.kind == kind)
+        same = sum(not o.problem for o in outcomes if o.kind == kind)
+        lines.append(f"{kind:<20}{tries:>6}{hits:>6}{same:>12}")
+    lines += [f"{o.kind}, {o.job}: {o.problem}" for o in outcomes if o.problem]
+    return "\n".join(lines)
+
+
+def copy_repository(folder: Path) -> None:
+    """What git knows, without results, into a new repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError("git ls-files: failed. Run nonn torture from the top folder of a clone.")
+    for name in filter(None, done.stdout.split("\0")):
+        if Path(name).is_file() and not name.startswith(("results/", "dvc.lock")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(name, folder / name)
+    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--tries", type=natural, default=20, metavar="N", help="kills a stage (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after (default: none)")
+    parser.add_argument("--seed", type=natural, default=0, help="of what is random (default: %(default)s)")
+    parser.epilog = "example: nonn torture --tries 2"
+
+
+def run(options) -> None:
+    """Disturb every stage, print the table, and end with 1 if a byte differs."""
+    load_params()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="nonn-torture-") as name:
+        folder = Path(name)
+        copy_repository(folder)
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        ground = Ground(folder, environment, generator=random.Random(options.seed))
+        repro, verify = ["dvc", "repro", "-q"], [sys.executable, "-m", "nonn", "verify"]
+        for command in ([sys.executable, "-m", "nonn", "jobs"], repro):
+            code, output = ground.call(command)
+            if code:
+                raise UserError(f"the undisturbed run failed, so there is nothing to compare with: {output[-500:]}")
+        ground.expected = ground.digests()
+        outcomes: list[Outcome] = []
+        listed = subprocess.check_output(
+            ["dvc", "stage", "list", "--name-only"], cwd=folder, env=environment, text=True
+        )
+        first: dict[str, str] = {}
+        for address in listed.split():
+            first.setdefault(address.partition("@")[0], address)
+        largest = max(path.stat().st_size for path in (folder / "results").rglob("*") if path.is_file())
+
+        def trials():
+            for address in first.values():
+                forced = [*repro, "--force", "--single-item", address]
+                start = time.monotonic()
+                if problem := ground.again(forced):
+                    yield Outcome("run again", address, False, problem)
+                usual = time.monotonic() - start
+                for _ in range(options.tries):
+                    yield kill(ground, address, forced, repro, usual)
+                yield fill(ground, address, forced, repro, largest)
+                if address.startswith(("teacher", "distill", "baseline")):
+                    yield damage_checkpoint(ground, address, forced, repro)
+            for _ in range(options.tries):
+                yield damage_artifact(ground, repro)
+                yield damage_cache(ground, repro, verify)
+
+        for outcome in trials():
+            outcomes.append(outcome)
+            log(f"{outcome.kind}, {outcome.job}: {outcome.problem or 'the same bytes'}")
+            if time.monotonic() - begun > options.seconds:
+                break
+    print(table(outcomes))
+    if wrong := sum(bool(outcome.problem) for outcome in outcomes):
+        raise UserError(f"{wrong} of {len(outcomes)} disturbances changed what the pipeline writes.")

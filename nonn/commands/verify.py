@@ -1,0 +1,65 @@
+"""The command ``nonn verify``: look whether DVC's cache still holds what its names say.
+
+DVC takes an object that is read-only for sound without reading it, so what a disk or a crash has damaged would come
+back as a result. What does not match its name is deleted here, with the artifacts that were restored from it; DVC then
+makes it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular, remove
+
+_OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
+
+
+def cache_folder() -> Path:
+    """Of the repository in the working directory, wherever its configuration puts it."""
+    done = subprocess.run(["dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError("dvc cache dir: failed. Run nonn from the repository's top folder.")
+    return Path(done.stdout.strip()) / "files" / "md5"
+
+
+def md5_of(path: Path) -> str:
+    """As DVC names what it keeps; not for safety from forgery."""
+    with regular(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def damaged_objects(cache: Path) -> Iterator[Path]:
+    """Objects whose content is not what they are named by."""
+    for path in sorted(cache.glob("??/*")):
+        name = path.relative_to(cache).as_posix()
+        if _OBJECT.fullmatch(name) and md5_of(path) != name.replace("/", "").removesuffix(".dir"):
+            yield path
+
+
+def mend_cache(cache: Path, results: Path) -> list[Path]:
+    """Delete damaged objects, and artifacts of the same content; return both."""
+    gone = list(damaged_objects(cache))
+    contents = {md5_of(path) for path in gone}
+    if gone:
+        gone += [path for path in sorted(results.rglob("*")) if path.is_file() and md5_of(path) in contents]
+    for path in gone:
+        remove(path)
+    return gone
+
+
+def add_arguments(parser) -> None:
+    parser.epilog = "example: nonn verify"
+
+
+def run(_) -> None:
+    gone = mend_cache(cache_folder(), Path("results"))
+    for path in gone:
+        print(f"{printable(path)}: damaged, deleted")
+    if gone:
+        raise UserError(f"{len(gone)} damaged files were deleted. Run `dvc repro` to make them again.")
+    print("DVC's cache is sound.")

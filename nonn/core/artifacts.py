@@ -1,0 +1,145 @@
+"""What the JSON files of the stages hold, as far as later stages read it: `read_json` checks a file against these.
+
+A file may hold more. What is not here, the stage that reads it shows as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from nonn.core.params import Architecture
+
+Count = Annotated[int, Field(ge=1, le=2**31)]
+Index = Annotated[int, Field(ge=0, le=2**31)]
+
+
+class DatasetInfo(TypedDict):
+    """``dataset.json``."""
+
+    classes: Annotated[list[str], Field(min_length=2)]
+    channels: Annotated[int, Field(ge=1, le=3)]
+    size: Count
+
+
+class TeacherInfo(TypedDict):
+    """``teacher.json``."""
+
+    architecture: Architecture
+
+
+class GraphInfo(TypedDict):
+    """``graph.json``."""
+
+    n_filters: Count
+    n_live: Index
+    top_k_curve: list[dict[str, Any]]
+
+
+class Sizes(TypedDict):
+    """``design/NETWORK/sizes.json``."""
+
+    sizes: Annotated[list[Count], Field(min_length=1)]
+
+
+class Cost(TypedDict):
+    """Of a model on a device."""
+
+    params: Index
+    macs: Index
+    weight_bytes: Index
+    peak_activation_bytes: Index
+
+
+class Design(TypedDict):
+    """One student of those in a file below ``design/NETWORK``."""
+
+    architecture: Architecture
+    n_filters: Count | None
+    cost: NotRequired[Cost]
+
+
+Designs = list[Design]
+
+
+class Filters(TypedDict):
+    """``partition/NETWORK/students/N.json``."""
+
+    filters: list[Index]
+
+
+class BaselineSets(TypedDict):
+    """``partition/NETWORK/baselines/METHOD.json``: sets, or what is permuted into sets by each seed."""
+
+    sets: NotRequired[list[list[Index] | None]]
+    live: NotRequired[list[Index]]
+    sizes: NotRequired[list[Count]]
+
+
+class Missing(TypedDict):
+    """What was chosen for missing students."""
+
+    chosen: str
+    not_chosen: list[str]
+
+
+class NetworkInfo(TypedDict):
+    """``networks/seedN/NETWORK.json``."""
+
+    students: Annotated[Designs, Field(min_length=1)]
+    missing: Missing
+    temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
+
+
+class Evaluation(TypedDict):
+    """``evaluation.json``."""
+
+    n_test: Count
+    rows: list[dict[str, Any]]
+    missing: list[dict[str, Any]]
+    missing_strategies: list[dict[str, Any]]
+
+
+class ModelFile(TypedDict):
+    """One model in a manifest of the stage `export`."""
+
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.onnx$")]
+    cost: Cost
+
+
+class ModelManifest(TypedDict):
+    """``export/NETWORK/manifest.json``, and one entry of ``export/solo/manifest.json``."""
+
+    students: Annotated[list[ModelFile], Field(min_length=1)]
+
+
+SoloManifest = dict[str, ModelManifest]
+
+
+class Latency(TypedDict):
+    """One model of the stage `benchmark`, without its cost."""
+
+    latency_p50_ms: float
+
+
+class Benchmark(TypedDict):
+    """``benchmark/NAME.json``."""
+
+    system: NotRequired[dict[str, Any]]
+    models: Annotated[dict[str, Latency], Field(min_length=1)]
+
+
+class Distributed(TypedDict):
+    """``distributed/NAME.json``."""
+
+    system: dict[str, Any]
+    live: list[dict[str, Any]]
+    composed: list[dict[str, Any]]
+
+
+class PartitionInfo(TypedDict):
+    """``partition/NETWORK/summary.json``."""
+
+    modularity: float | None

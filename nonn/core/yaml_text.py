@@ -1,0 +1,89 @@
+"""Reading YAML that anybody may have written: a clear error at once, whatever the text holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular
+
+#: Far more than a person writes. A parser's time grows with the square of the depth, its memory with what aliases
+#: stand for ("billion laughs").
+MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1_000_000, 40, 100_000
+
+
+def read_yaml(path: Path, remedy: str) -> Any:
+    """Content of a YAML file; `remedy` says what a user is to do who has no such file.
+
+    Raises
+    ------
+    UserError
+        The file is missing, no regular file, no text, or no YAML that this program can need.
+    """
+    try:
+        if regular(path).stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: has more than {MAX_BYTES} bytes. Restore it from version control.")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. {remedy}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text in UTF-8 ({error}). Save it as such.") from None
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Values of a YAML text; `name` is what a UserError calls it."""
+    try:
+        if problem := _excess(text):
+            raise UserError(f"{name}: {problem}. Write the values out, without nesting or aliases.")
+        return YAML(typ="safe").load(text)
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{name}:{line} is not valid YAML: {_short(error.problem)}. Mend that line.") from None
+    except YAMLError as error:
+        raise UserError(f"{name}: is not text in UTF-8 ({_short(error)}). Save it as such.") from None
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # What a number, a date or another tagged value cannot be; the reader says no line.
+        raise UserError(f"{name}: holds a value that cannot be read ({_short(error)}). Correct it.") from None
+
+
+def _excess(text: str) -> str | None:
+    """What is too much of a text, found before anything is built from it."""
+    sizes: dict[str | None, int] = {}  # values that an anchor stands for
+    open_nodes: list[tuple[str | None, int]] = []
+    for event in YAML(typ="safe").parse(text):
+        if isinstance(event, CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+            if len(open_nodes) > MAX_DEPTH:
+                return f"line {event.start_mark.line + 1} nests more than {MAX_DEPTH} levels"
+            continue
+        if isinstance(event, AliasEvent):
+            if event.anchor in (anchor for anchor, _ in open_nodes):
+                return f"line {event.start_mark.line + 1} holds itself (*{event.anchor})"
+            size = sizes.get(event.anchor, 1)
+        elif isinstance(event, ScalarEvent):
+            size = 1
+            sizes[event.anchor] = size
+        elif isinstance(event, CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+            sizes[anchor] = size
+        else:
+            continue
+        if open_nodes:
+            anchor, inner = open_nodes[-1]
+            open_nodes[-1] = anchor, inner + size
+            if inner + size > MAX_VALUES:
+                return f"line {event.start_mark.line + 1} stands for more than {MAX_VALUES} values"
+    return None
+
+
+def _short(problem: object) -> str:
+    text = printable(" ".join(str(problem).split()))
+    return text if len(text) <= 120 else f"{text[:120]} …"

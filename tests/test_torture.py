@@ -1,0 +1,71 @@
+"""Stages that are killed, starved of disk or fed damaged files leave, in the end, the bytes of an undisturbed run."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from experiments import REPOSITORY
+
+from nonn.commands import torture
+from nonn.commands.torture import Ground, Outcome
+from nonn.commands.verify import damaged_objects, md5_of, mend_cache
+from nonn.core.files import STATE, sweep
+
+DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
+DESIGN = [sys.executable, "-m", "nonn", "design", "2s"]
+
+
+@pytest.fixture
+def ground(experiment) -> Ground:
+    """The tiny experiment, in the working directory."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    ground = Ground(Path().absolute(), environment)
+    ground.expected = ground.digests()
+    assert len(ground.expected) > 20
+    assert experiment.root.is_dir()
+    return ground
+
+
+def test_a_killed_stage_leaves_the_same_bytes_in_the_end(ground):
+    outcome = torture.kill(ground, "distill", DISTILL, DISTILL, within=8.0)
+    assert outcome.problem == ""
+
+
+def test_a_damaged_checkpoint_costs_time_and_no_bytes(ground):
+    outcome = torture.damage_checkpoint(ground, "distill", DISTILL, DISTILL)
+    assert outcome == Outcome("damaged checkpoint", "distill", outcome.undone, "")
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written(ground):
+    outcome = torture.fill(ground, "design", DESIGN, DESIGN, largest=20)
+    assert outcome == Outcome("full disk", "design", True, "")
+
+
+def test_what_differs_is_seen(ground):
+    path = sorted((ground.folder / "results").rglob("*.safetensors"))[0]
+    torture.flip(ground, path)
+    (path.parent / ".nonn-tmp-elsewhere-1-0").touch()
+    assert "differs" in ground.differences()
+    assert "is left" in ground.differences()
+    assert "1     1           0" in torture.table([Outcome("kill", "x", True, ground.differences())])
+
+
+def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_them(folder):
+    cache = Path("cache")
+    for content in (b"sound", b"other"):
+        Path("content").write_bytes(content)
+        name = md5_of(Path("content"))
+        (cache / name[:2]).mkdir(parents=True)
+        (cache / name[:2] / name[2:]).write_bytes(content)
+    assert list(damaged_objects(cache)) == []
+    torture.flip(Ground(folder, {}), cache / name[:2] / name[2:])
+    restored = Path("results/restored")
+    restored.parent.mkdir()
+    restored.write_bytes((cache / name[:2] / name[2:]).read_bytes())
+    Path("results/else").write_bytes(b"sound")
+    assert mend_cache(cache, Path("results")) == [cache / name[:2] / name[2:], restored]
+    assert not restored.exists()
+    assert Path("results/else").exists()
+    assert list(damaged_objects(cache)) == []
+    sweep(STATE)
