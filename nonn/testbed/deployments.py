@@ -34,13 +34,14 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     onnx.save(model, path)
     save_file(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors(), blocks)
     student = {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
+    final = {"file": blocks.name, "sha256": sha256_of(blocks), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     write_json(
         folder / "manifest.json",
         {
             "classes": manifest["classes"],
             "image": manifest["image"],
             "students": [student],
-            "final": {"file": blocks.name, "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)},
+            "final": final,
         },
     )
     return folder
