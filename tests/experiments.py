@@ -18,6 +18,7 @@ SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
 #: What the tiny experiment changes in the shipped parameters.
 TINY = {
     "experiment": "tiny",
+    "numerics": "fast",  # as in the process of the tests, where torch is loaded before anything can be chosen
     "networks": {
         "2s": {
             "devices": ["small", "large"],

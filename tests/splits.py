@@ -12,6 +12,9 @@ from nonn.core.params import Architecture
 from nonn.deploy.onnx_files import Logits, export_onnx
 from nonn.training.networks import ConvNet
 
+#: Of no model in particular.
+COST = dict.fromkeys(("params", "macs", "weight_bytes", "peak_activation_bytes"), 1)
+
 
 def export_untrained(path: Path, channels: int, size: int, n_filters: int | None = None, **architecture) -> None:
     """Export a classifier of ten classes whose batch norms all differ, as after a training."""
@@ -34,7 +37,7 @@ def write_solo(folder: Path, names: list[str]) -> Path:
     manifest = {
         "classes": [f"class {number}" for number in range(10)],
         "image": {"channels": 1, "size": 28, "dtype": "uint8"},
-        "students": [{"file": "model.onnx"}],
+        "students": [{"file": "model.onnx", "cost": COST}],
     }
     write_json(folder / "manifest.json", dict.fromkeys(names, manifest))
     return folder

@@ -100,7 +100,7 @@ def test_what_dvc_records_is_that_of_the_file(command):
 @pytest.mark.usefixtures("experiment")
 def test_settings_without_effect_are_refused():
     said = stop("predict", "image.png", "--cluster", "cluster.yaml", "--set", "experiment=other")
-    assert said.startswith("nonn predict: --set: has no effect with --cluster, ")
+    assert said.startswith("nonn predict: --set: has an effect only where params.yaml names the network")
 
 
 def test_stages_are_those_of_the_pipeline():

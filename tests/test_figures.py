@@ -607,14 +607,14 @@ def test_top_k_is_drawn_without_a_curve():
 
 def test_an_imported_teacher_is_a_level_line():
     teacher = pd.DataFrame({"epoch": [0], "validation_accuracy": [0.9]})
-    log = make_log(4, 0.95, np.random.default_rng(0))
+    log = pd.DataFrame(make_log(4, 0.95, np.random.default_rng(0)))
     (axis,) = accuracy_plots.draw_training(teacher, {"2s": {"nonn": [log, log]}}).axes
     assert set(axis.lines[0].get_ydata()) == {0.9}
 
 
 def test_a_legend_is_no_wider_than_its_figure():
     """A single network makes narrow figures, and all baselines a long legend."""
-    log = make_log(4, 0.95, np.random.default_rng(0))
+    log = pd.DataFrame(make_log(4, 0.95, np.random.default_rng(0)))
     trained = ["nonn", "labels", "kd", "at_kd", "total", "random", "classwise", "full"]
     figure = accuracy_plots.draw_training(log, {"2s": {method: [log] for method in trained}})
     figure.draw_without_rendering()

@@ -142,7 +142,8 @@ def test_sweep_bears_that_there_is_nothing():
 # Progress
 
 
-def test_without_a_terminal_a_few_lines_are_logged(capsys):
+def test_without_a_terminal_a_few_lines_are_logged(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     assert list(track(range(1000), "work")) == list(range(1000))
     lines = capsys.readouterr().err.splitlines()
     assert 5 <= len(lines) <= 11
@@ -162,7 +163,13 @@ def test_time_left_follows_from_the_share_that_is_done(capsys, monkeypatch):
     ]
 
 
-def test_resumed_work_says_so(capsys):
+def test_quick_work_is_logged_at_its_end_alone(capsys):
+    assert list(track(range(1000), "work")) == list(range(1000))
+    assert capsys.readouterr().err == "work: 1000 of 1000, about 0 s left\n"
+
+
+def test_resumed_work_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     assert list(track(range(8, 10), "work", done=8)) == [8, 9]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "work: resumed at 8 of 10"

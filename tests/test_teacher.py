@@ -70,8 +70,8 @@ def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
     model, log = trained(0, "a")
     again, log_again = trained(0, "b")
     other, _ = trained(1, "c")
-    assert log["validation_accuracy"].iloc[-1] > 0.9
-    assert log.equals(log_again)
+    assert log[-1]["validation_accuracy"] > 0.9
+    assert log == log_again
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert not torch.equal(model.head.weight, other.head.weight)
@@ -88,8 +88,8 @@ def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder
     changes = {"architecture": architecture, "muon": MuonParams(lr=0.1, momentum=0.6), "selection": selection}
     section = params.teacher.model_copy(update=changes)
     whole, log = train_teacher(data, section, teacher.Checkpoint(folder / "whole"))
-    assert log["validation_accuracy"].iloc[-1] > 0.9
-    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+    assert log[-1]["validation_accuracy"] > 0.9
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
 
     def dies_at_epoch_3(n_images, view, *arguments):
         if view == 3:
@@ -102,7 +102,7 @@ def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder
         with pytest.raises(KeyboardInterrupt):
             train_teacher(data, section, checkpoint)
     resumed, log_resumed = train_teacher(data, section, checkpoint)
-    assert log_resumed.equals(log)
+    assert log_resumed == log
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert (folder / "whole").read_bytes() == checkpoint.path.read_bytes()
@@ -126,7 +126,7 @@ def test_wide_resnets_of_the_paper_are_trained(params, data, checkpoint, depth):
     )
     model, log = train_teacher(few, section, checkpoint)
     assert model.n_features == 256
-    assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
+    assert log[-1]["train_loss"] < log[0]["train_loss"]
 
 
 def test_every_epoch_sees_a_view_of_its_own(params, data, checkpoint, monkeypatch):
@@ -166,7 +166,7 @@ def test_own_weights_come_back_with_their_normalisation(params, data, experiment
     section = importing(params, path, params.teacher.architecture)
     model, log = import_teacher(data, section)
     assert torch.equal(predict(model, data.images)[1], predict(load_teacher(experiment, data), data.images)[1])
-    assert log["validation_accuracy"].tolist() == [read_json(experiment.teacher_info)["validation_accuracy"]]
+    assert [row["validation_accuracy"] for row in log] == [read_json(experiment.teacher_info)["validation_accuracy"]]
 
 
 @pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"state_dict": weights, "best_prec1": 91.7}])
@@ -292,4 +292,4 @@ def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params):
         tuple(classes),
     )
     _, log = import_teacher(data, importing(params, PRETRAINED, normalization=IMAGENET))
-    assert log["validation_accuracy"].item() > 0.88
+    assert log[-1]["validation_accuracy"] > 0.88

@@ -34,7 +34,12 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     onnx.save(model, path)
     save_file(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors(), blocks)
     student = {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
-    final = {"file": blocks.name, "sha256": sha256_of(blocks), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
+    final = {
+        "file": blocks.name,
+        "sha256": sha256_of(blocks),
+        "blocks": blocks.name,
+        "blocks_sha256": sha256_of(blocks),
+    }
     write_json(
         folder / "manifest.json",
         {
