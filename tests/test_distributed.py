@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from clusters import CLASSES, N_FEATURES
-from splits import write_tiny
+from splits import COST, write_tiny
 
 from nonn.core.files import read_json, write_json
 from nonn.core.links import PRESETS, Link
@@ -340,7 +340,8 @@ def stage(params, section, network_folder, folder, monkeypatch):
     write_json(paths.benchmark("3s"), {"models": {str(i): student_row(i) for i in range(3)}})
     paths.export("solo").mkdir()
     write_tiny(paths.export("solo") / "3s-total.onnx")
-    write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [{"file": "3s-total.onnx"}]}})
+    alone = {"students": [{"file": "3s-total.onnx", "cost": COST}]}
+    write_json(paths.export("solo") / "manifest.json", {"3s-total": alone})
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     changes = {"benchmark": params.benchmark.model_copy(update={"core": CORE}), "distributed": section}
     networks = params.networks | {
