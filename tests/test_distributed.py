@@ -418,7 +418,7 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
 
 def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(stage, tmp_path):
     params, paths = stage
-    entry = {"file": "missing.onnx", "single_pass": "3s-total.onnx"}
+    entry = {"file": "missing.onnx", "single_pass": "3s-total.onnx", "cost": COST}
     write_json(paths.export("solo") / "manifest.json", {"3s-total": {"students": [entry]}})
     assert [deployment.is_split for deployment in network_deployments(params, paths, "3s", tmp_path / "scratch")] == [
         False,

@@ -105,7 +105,7 @@ def test_an_experiment_changes_what_it_says_and_nothing_else(monkeypatch):
     long, short, default = merge_experiment("cifar10_int8_long"), merge_experiment("cifar10_int8"), SHIPPED
     assert long["distill"] == {**short["distill"], "epochs": 32}
     assert long["teacher"] == short["teacher"]
-    assert short["benchmark"] == default["benchmark"]
+    assert short["graph"] == default["graph"]
     assert list(long["networks"]) == ["4s"], "networks are replaced as a whole"
 
 
