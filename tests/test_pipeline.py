@@ -182,7 +182,8 @@ def add_device(params: dict) -> None:
 EDITS = {
     "nothing": (leave_alone, set()),
     # `design` reads all budgets, so it runs for every network; nothing follows where its outcome is the same.
-    "memory, same architecture": (set_to("devices", "large", "memory_kib", value=201), DESIGNS),
+    # The figures show the budget.
+    "memory, same architecture": (set_to("devices", "large", "memory_kib", value=201), {*DESIGNS, "figures"}),
     "memory, another architecture": (
         set_to("devices", "large", "memory_kib", value=260),
         {*DESIGNS, *STUDENTS_HIGH, *after("high"), *TABLES},
