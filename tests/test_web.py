@@ -309,9 +309,10 @@ def start_up(*flags: str) -> tuple[subprocess.Popen, str]:
     timer.daemon = True
     timer.start()
     for line in process.stdout:
-        if line.startswith("live page: "):
+        # Nodes write to the same pipe, so what one of them says may stand on the same line.
+        if found := re.search(r"live page: (http://[\d.]+:\d+)", line):
             threading.Thread(target=process.stdout.read, daemon=True).start()
-            return process, line.split()[-1]
+            return process, found[1]
     raise AssertionError("it ended early")
 
 
