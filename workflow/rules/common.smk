@@ -116,9 +116,11 @@ class Plan:
         for dependency in files(self.jobs[address]):
             for out, writer in self.written(dependency):
                 news[out] |= writer in self.changed and self.is_news(dependency)
-        marked = [str(CHANGED)] if address in self.changed else []
-        # DVC compares contents; times count only for what is written while this runs.
-        return marked + [str(out) if is_new else ancient(str(out)) for out, is_new in news.items()]
+        has_to_run = address in self.changed
+        marked = [str(CHANGED)] if has_to_run else []
+        # DVC compares contents; times count only for what is written while this runs. A job that has to run waits for all
+        # of that, whether it is news or not: Snakemake leaves it out if what it waits for is ancient.
+        return marked + [str(out) if is_new or has_to_run else ancient(str(out)) for out, is_new in news.items()]
 
 
 def path(entry):
