@@ -48,7 +48,7 @@ PIPELINE = {
     "evaluate": {"resamples": 100},
     "benchmark": {"windows": 1},
     # Every image would take "too long": the devices themselves are tested elsewhere.
-    "distributed": {"links": ["wifi20"], "reference": None, "longest": 1e-6},
+    "distributed": {"links": ["wifi20"], "reference": None, "longest": 1e-6, "images": 2, "seconds": 0.1},
     "figures": {"dpi": 50},
 }
 
@@ -203,8 +203,14 @@ EDITS = {
 ANNOUNCED = ("nothing", "memory, same architecture", "memory, another architecture")
 
 
+#: Edits after which nearly everything runs again: minutes each, so they are for `pytest -m slow`.
+LONG = ("KD weight", "teacher epochs")
+SHORT = {name: edit for name, edit in EDITS.items() if name not in LONG}
+
+
+@pytest.mark.parametrize("edits", [SHORT, pytest.param(EDITS, marks=pytest.mark.slow)], ids=["short", "all"])
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
+def test_edits_run_exactly_the_stages_they_affect(front_end, edits, tmp_path):
     """Each edit undoes the one before: what ran for that one comes back from the cache and is not in the set."""
     clone, run = Clone(tmp_path), FRONT_ENDS[front_end]
     assert set(clone.stages_of(run)) == {"dataset", *FROM_TEACHER}
@@ -212,7 +218,7 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, tmp_path):
     assert "Nothing to be done" in clone.call([BIN / "snakemake", "--dry-run", "--cores", "2"])
     assert "Report created" in clone.call([BIN / "snakemake", "--report", "report.html"])
     untouched, original = (tmp_path / "params.yaml").read_bytes(), clone.results()
-    for name, (change, expected) in EDITS.items():
+    for name, (change, expected) in edits.items():
         (tmp_path / "params.yaml").write_bytes(untouched)
         clone.edit(change)
         announced = clone.announced() if name in ANNOUNCED and front_end == "snakemake" else expected
