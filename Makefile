@@ -8,11 +8,11 @@ reproduce: environment
 	$(VENV)/bin/snakemake --cores $(CORES)
 	test ! -e .nonn/journal.jsonl || $(VENV)/bin/nonn timeline  # none where all came from DVC's cache
 	$(VENV)/bin/nonn compare
-	$(VENV)/bin/snakemake --cores $(CORES) --report report.html
-	@echo "The report: $(CURDIR)/report.html"
+	@$(MAKE) --no-print-directory report
 
 report: environment
 	$(VENV)/bin/snakemake --cores $(CORES) --report report.html
+	@echo "The report: $(CURDIR)/report.html"
 
 test: environment lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup

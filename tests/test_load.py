@@ -10,7 +10,7 @@ from grpc import StatusCode, aio
 from nonn.cli import main
 from nonn.runtime.admission import RETRY_AFTER
 from nonn.runtime.cluster import Node
-from nonn.runtime.protocol import ImageContract
+from nonn.runtime.protocol import Contract
 from nonn.testbed import load
 from nonn.testbed.load import Load, Target, measure, row
 
@@ -51,7 +51,7 @@ def test_refused_callers_return_when_they_are_told_unless_impatient(monkeypatch,
     async def scenario():
         async with rogue_node(refuse) as (address, rogue):
             node = Node(name="node-0", address=address, model="0")
-            target = Target(node, ImageContract("0", CHANNELS, SIZE), None, None)
+            target = Target(node, Contract("0", CHANNELS, SIZE, 1), None, None)
             await measure(target, 10, 0.5, PATIENCE, seed=0, impatient=impatient)
             return rogue.asked
 

@@ -38,11 +38,12 @@ def test_a_small_training_gives_the_bytes_of_other_processors(tmp_path):
 
 @needs_avx2
 @pytest.mark.slow
-def test_an_emulated_processor_of_another_maker_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("processor", ["Haswell", "EPYC-Rome"])
+def test_emulated_processors_of_two_makers_give_the_same_bytes(processor, tmp_path):
     emulator = shutil.which("qemu-x86_64")
     if not emulator:
         pytest.skip("needs qemu-x86_64 (Debian: apt-get install qemu-user)")
-    assert train(tmp_path, emulator, "-cpu", "Haswell") == HASHES
+    assert train(tmp_path, emulator, "-cpu", processor) == HASHES
 
 
 def test_portable_takes_neither_bfloat16_nor_a_gpu(monkeypatch):

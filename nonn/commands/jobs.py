@@ -1,4 +1,8 @@
-"""The command ``nonn jobs``: write the lists of jobs of ``params.yaml`` for DVC, see `nonn.core.jobs`."""
+"""The command ``nonn jobs``: write the lists of jobs of ``params.yaml`` for DVC, see `nonn.core.jobs`.
+
+What jobs that are no longer there have written is deleted: DVC compares whole folders, so a student too many would let
+what reads its folder run again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import argparse
 from nonn.core.jobs import JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
+from nonn.core.paths import Paths, remove_leftovers
 
 
 def add_arguments(parser) -> None:
@@ -17,6 +22,7 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     refuse_settings(options, "the list of jobs has to be that of params.yaml")
     params = load_params()
+    remove_leftovers(params, Paths(params.experiment))
     news = "written" if write_jobs(params) else "as it was"
     counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
     print(f"{JOBS_FILE}: {news}; " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -30,10 +30,7 @@ from nonn.core.progress import log
 
 #: Artifacts that hold measured times, or follow from them: by folder, and by name.
 TIMED_FOLDERS = ("benchmark", "distributed")
-TIMED_FILES = (
-    *("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling"),
-    "accuracy_memory",
-)
+TIMED_FILES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
 LONGEST = 600.0
 
 
@@ -102,6 +99,7 @@ class Ground:
 
 
 def is_timed(path: Path) -> bool:
+    """Whether an artifact, named from its experiment's folder, holds measured times or is no result at all."""
     return path.parts[0] in TIMED_FOLDERS or path.stem in TIMED_FILES or path.name == ".snakemake_timestamp"
 
 
@@ -185,16 +183,16 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def copy_repository(folder: Path) -> None:
-    """What git knows, without results, into a new repository."""
+def copy_repository(folder: Path, source: Path = Path()) -> None:
+    """What git knows in the top folder of a clone, without results, into a new repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError("git ls-files: failed. Run nonn torture from the top folder of a clone.")
     for name in filter(None, done.stdout.split("\0")):
-        if Path(name).is_file() and not name.startswith(("results/", "dvc.lock")):
+        if (source / name).is_file() and not name.startswith(("results/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(name, folder / name)
+            shutil.copy(source / name, folder / name)
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
 
 

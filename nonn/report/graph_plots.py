@@ -168,7 +168,8 @@ def draw_adjacency(weights: np.ndarray, partitions: Mapping[str, Mapping]) -> Fi
     figure, axes = panels(1 + len(partitions), 3.5, 3.3)
     orders = {"": np.arange(len(weights))} | {n: order_filters(p) for n, p in partitions.items()}
     for axis, (network, order) in zip(axes, orders.items(), strict=True):
-        image = axis.imshow(weights[np.ix_(order, order)], cmap=colour_map, norm=norm)
+        # Not smoothed: each pair of filters is a cell of one colour, and files stay small.
+        image = axis.imshow(weights[np.ix_(order, order)], cmap=colour_map, norm=norm, interpolation="none")
         axis.grid(visible=False)
         axis.spines[:].set_visible(True)
         axis.set(xticks=[], yticks=[], xlabel=f"{len(order)} filters")

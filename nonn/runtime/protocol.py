@@ -12,6 +12,7 @@ References
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,7 +49,7 @@ def version_of(sha256: str) -> str:
 
 
 @dataclass(frozen=True)
-class ImageContract:
+class ImageContract(ABC):
     """What a server of images, uint8 of shape (1, channels, size, size), takes and gives."""
 
     model: str  # name of what is served
@@ -63,9 +64,9 @@ class ImageContract:
         return 1, self.channels, self.size, self.size
 
     @property
+    @abstractmethod
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Datatype and shape of each output, by name; -1 where a length varies."""
-        raise NotImplementedError
 
     @property
     def message_limit(self) -> int:
