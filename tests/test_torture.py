@@ -9,7 +9,7 @@ from experiments import REPOSITORY
 
 from nonn.commands import torture
 from nonn.commands.torture import Ground, Outcome
-from nonn.commands.verify import damaged_objects, md5_of, mend_cache
+from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache
 from nonn.core.files import STATE, sweep
 
 DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
@@ -69,3 +69,12 @@ def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_th
     assert Path("results/else").exists()
     assert list(damaged_objects(cache)) == []
     sweep(STATE)
+
+
+def test_objects_are_not_trusted_for_being_read_only(tmp_path):
+    path = tmp_path / "ab/cdef"
+    path.parent.mkdir()
+    path.write_bytes(b"content")
+    path.chmod(0o444)
+    distrust(tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o644

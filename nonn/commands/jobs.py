@@ -7,7 +7,9 @@ what reads its folder run again.
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from nonn.commands.verify import cache_folder, distrust
 from nonn.core.jobs import JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
@@ -23,6 +25,8 @@ def run(options) -> None:
     refuse_settings(options, "the list of jobs has to be that of params.yaml")
     params = load_params()
     remove_leftovers(params, Paths(params.experiment))
+    if Path(".dvc").is_dir():
+        distrust(cache_folder())
     news = "written" if write_jobs(params) else "as it was"
     counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
     print(f"{JOBS_FILE}: {news}; " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -12,6 +12,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from nonn.commands.job import begin_run, merge_entries
+from nonn.commands.verify import distrust
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
 from nonn.core.jobs import check_named_files, write_jobs
@@ -183,7 +184,9 @@ def read_stages():
     check_named_files(params)
     if write_jobs(params):
         print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
-    jobs = Repo(".").index.stages
+    repo = Repo(".")
+    distrust(Path(repo.cache.local.path))
+    jobs = repo.index.stages
     if merge_entries([job.name for job in jobs]):
         jobs = Repo(".").index.stages
     plan, by_name = Plan(params, jobs), defaultdict(list)
