@@ -61,8 +61,8 @@ def test_the_stock_triton_client_can_call_a_node(network_folder):
             assert client.is_model_ready("0")
             assert not client.is_model_ready("1")
             metadata = client.get_model_metadata("0", as_json=True)
-            assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["1", "1", "4", "4"]}]
-            assert metadata["outputs"] == [{"name": "features", "datatype": "FP32", "shape": ["1", "3"]}]
+            assert metadata["inputs"] == [{"name": "image", "datatype": "UINT8", "shape": ["-1", "1", "4", "4"]}]
+            assert metadata["outputs"] == [{"name": "features", "datatype": "FP32", "shape": ["-1", "3"]}]
             tensor = triton.InferInput("image", [1, *image.shape], "UINT8")
             tensor.set_data_from_numpy(image[None])
             wanted = triton.InferRequestedOutput("features")
@@ -111,7 +111,7 @@ def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has
             np.testing.assert_array_equal(features, run_onnx(network_folder / "0.onnx", image[None])[0])
 
     asyncio.run(scenario())
-    assert (Student(network_folder / "0.onnx").worker is not None) == has_thread
+    assert (Student(network_folder / "0.onnx").quick_batch == 0) == has_thread
 
 
 def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):

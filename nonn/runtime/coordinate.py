@@ -104,10 +104,10 @@ class ServedNetwork:
         """Whether any node is not left alone."""
         return not all(connection.is_open for connection in self.coordinator.connections)
 
-    async def infer(self, request: ModelInferRequest, image: np.ndarray, seconds: float | None) -> ModelInferResponse:
+    async def infer(self, request: ModelInferRequest, images: np.ndarray, seconds: float | None) -> ModelInferResponse:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""
         try:
-            answer = await self.coordinator.classify(image[0], None if seconds is None else CALLERS_SHARE * seconds)
+            answer = await self.coordinator.classify(images[0], None if seconds is None else CALLERS_SHARE * seconds)
         except AllBusyError as busy:
             self.admission.slow_down()
             raise OverloadedError(busy.seconds) from None

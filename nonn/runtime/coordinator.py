@@ -22,6 +22,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
+from nonn.runtime.batches import Batches
 from nonn.runtime.channel import LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, read_out
@@ -74,6 +75,7 @@ class NodeConnection:
         self.reason = ""
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
+        self.batches = Batches(self._ask_by, contract.largest_batch)
         self.use(channel)
 
     def use(self, channel: aio.Channel) -> None:
@@ -88,7 +90,7 @@ class NodeConnection:
         return self.probing is not None
 
     async def ask(self, image: np.ndarray | np.integer, seconds: float, image_id: str = "") -> np.ndarray:
-        """Features (F_i,) of an image; without them an `aio.AioRpcError` or a `ProtocolError`."""
+        """Features (F_i,) of an image, or (k, F_i) of k; without them an `aio.AioRpcError` or a `ProtocolError`."""
         start, request = time.perf_counter(), make_request(self.contract, image)
         request.id = image_id
         content = await self._call(request, timeout=max(seconds, 0))
@@ -96,11 +98,15 @@ class NodeConnection:
             response = ModelInferResponse.FromString(content)
         except DecodeError:
             raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol") from None
-        features = read_response(self.contract, response)
+        features = read_response(self.contract, response, n_images=len(image) if np.ndim(image) == 4 else 1)
         self.latency_ms = (time.perf_counter() - start) * 1000
         return features
 
     async def ask_until(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
+        """As `ask` of one image, by a time of the event loop, in one message with others that wait; see `_ask_by`."""
+        return await (self._ask_by(image, deadline) if np.ndim(image) == 0 else self.batches.ask(image, deadline))
+
+    async def _ask_by(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
         """As `ask`, by a time of the event loop; once more if the node is busy and says that it will not be then."""
         loop = asyncio.get_running_loop()
         try:
@@ -146,6 +152,7 @@ class NodeConnection:
     async def close(self) -> None:
         if self.probing:
             self.probing.cancel()
+        self.batches.close()
         await self.channel.close()
 
 

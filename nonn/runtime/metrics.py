@@ -37,6 +37,7 @@ class Meters:
         latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)
         self.latency = latency.labels(model)
         self.statistics = oip.InferStatistics()
+        self.images = 0  # answered; a request may hold several
 
     @contextlib.contextmanager
     def measuring(self):

@@ -1,8 +1,8 @@
 """What travels between coordinator and nodes: Open Inference Protocol v2, and nothing that was not checked.
 
-One image goes out as one uint8 tensor, one feature vector comes back as one fp32 tensor, both as
-raw bytes. Either side takes a message apart here, and refuses whatever is not exactly what the
-manifest of the export promises.
+Images go out as one uint8 tensor, their feature vectors come back as one fp32 tensor, both as raw bytes: one image at
+a time, or a few in one message if as many wait. Either side takes a message apart here, and refuses whatever is not
+exactly what the manifest of the export promises.
 
 References
 ----------
@@ -28,6 +28,8 @@ SAMPLE = "sample"
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
 MESSAGE_LIMIT = 64 * 1024
+#: Images of one message at most, and bytes that they may be together.
+LARGEST_BATCH, BATCH_BYTES = 16, 256 * 1024
 #: Room for what surrounds the tensors of a message: names, shapes, the request's id.
 ENVELOPE = 4096
 
@@ -58,10 +60,16 @@ class ImageContract(ABC):
     #: Images (n, channels, size, size), uint8, that the server sees for itself; it then takes their numbers too.
     sensor: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
     version: str = field(default=VERSION, kw_only=True)  # see `version_of`
+    largest_batch: int = field(default=1, kw_only=True)  # images that a request may hold
 
     @property
     def image_shape(self) -> tuple[int, int, int, int]:
         return 1, self.channels, self.size, self.size
+
+    @property
+    def request_shape(self) -> tuple[int, int, int, int]:
+        """That of a request's images, -1 where there may be several."""
+        return 1 if self.largest_batch == 1 else -1, *self.image_shape[1:]
 
     @property
     @abstractmethod
@@ -71,7 +79,7 @@ class ImageContract(ABC):
     @property
     def message_limit(self) -> int:
         """Bytes of the largest message that either side accepts."""
-        return max(MESSAGE_LIMIT, math.prod(self.image_shape) + ENVELOPE)
+        return max(MESSAGE_LIMIT, self.largest_batch * math.prod(self.image_shape) + ENVELOPE)
 
 
 @dataclass(frozen=True)
@@ -83,25 +91,28 @@ class Contract(ImageContract):
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {OUTPUT: ("FP32", (1, self.n_features))}
+        return {OUTPUT: ("FP32", (self.request_shape[0], self.n_features))}
 
     @property
     def message_limit(self) -> int:
-        return max(super().message_limit, 4 * self.n_features + ENVELOPE)
+        return max(super().message_limit, 4 * self.largest_batch * self.n_features + ENVELOPE)
 
 
 def student_contract(manifest: Manifest, student: StudentFile) -> Contract:
     """What the node of an exported student takes and gives."""
     image, version = manifest.image, version_of(student.sha256)
-    return Contract(
-        student.model, image.channels, image.size, student.n_features, student.feature_limit, version=version
-    )
+    batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (image.channels * image.size**2)))
+    shape = (image.channels, image.size, student.n_features)
+    return Contract(student.model, *shape, student.feature_limit, version=version, largest_batch=batch)
 
 
 def make_request(contract: ImageContract, image: np.ndarray | np.integer) -> ModelInferRequest:
-    """Ask for the features of an image, uint8 of shape (channels, size, size), or of one by its sensor's number."""
+    """Ask for the features of an image, or of one by its sensor's number, or of several images.
+
+    They are uint8 of shape (channels, size, size), or (k, channels, size, size).
+    """
     name, datatype = INPUT, "UINT8"
-    shape: tuple[int, ...] = contract.image_shape
+    shape: tuple[int, ...] = (len(image) if np.ndim(image) == 4 else 1, *contract.image_shape[1:])
     if np.ndim(image) == 0:
         name, datatype, shape, image = SAMPLE, "INT64", (1, 1), np.asarray(image, "<i8")
     tensor = ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=shape)
@@ -116,7 +127,7 @@ def check_image(contract: ImageContract, image: np.ndarray | np.integer) -> None
 
 
 def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndarray:
-    """The image of a request, uint8 of shape (1, channels, size, size).
+    """The images of a request, uint8 of shape (k, channels, size, size), k from 1 to the contract's `largest_batch`.
 
     Raises
     ------
@@ -145,13 +156,17 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
         if not 0 <= number < len(contract.sensor):
             raise invalid(f"the sensor has images 0 to {len(contract.sensor) - 1}, none of number {number}")
         return contract.sensor[number][None]
-    data = read_raw(tensor, request.raw_input_contents, "UINT8", contract.image_shape, itemsize=1)
-    return np.frombuffer(data, np.uint8).reshape(contract.image_shape)
+    n_images = tensor.shape[0] if tensor.shape and 1 < tensor.shape[0] <= contract.largest_batch else 1
+    shape = (n_images, *contract.image_shape[1:])
+    data = read_raw(tensor, request.raw_input_contents, "UINT8", shape, itemsize=1)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def make_response(contract: Contract, request_id: str, features: np.ndarray) -> ModelInferResponse:
-    """Answer with a feature vector, float32 of shape (1, F_i)."""
-    tensor = ModelInferResponse.InferOutputTensor(name=OUTPUT, datatype="FP32", shape=(1, contract.n_features))
+    """Answer with the feature vectors of k images, float32 of shape (k, F_i)."""
+    tensor = ModelInferResponse.InferOutputTensor(
+        name=OUTPUT, datatype="FP32", shape=(len(features), contract.n_features)
+    )
     raw = [features.astype("<f4", copy=False).tobytes()]
     return ModelInferResponse(
         model_name=contract.model,
@@ -162,8 +177,8 @@ def make_response(contract: Contract, request_id: str, features: np.ndarray) -> 
     )
 
 
-def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarray:
-    """The features of a response, float32 of shape (F_i,).
+def read_response(contract: Contract, response: ModelInferResponse, n_images: int = 1) -> np.ndarray:
+    """The features of a response, float32 of shape (F_i,), or (n_images, F_i) of more than one.
 
     Raises
     ------
@@ -181,11 +196,11 @@ def read_response(contract: Contract, response: ModelInferResponse) -> np.ndarra
     if [output.name for output in response.outputs] != [OUTPUT]:
         raise invalid(f"expected the output {OUTPUT!r} alone")
     (tensor,) = response.outputs
-    data = read_raw(tensor, response.raw_output_contents, "FP32", (1, contract.n_features), itemsize=4)
-    features = np.frombuffer(data, "<f4")
+    shape = (n_images, contract.n_features)
+    features = np.frombuffer(read_raw(tensor, response.raw_output_contents, "FP32", shape, itemsize=4), "<f4")
     if problem := check_features(contract, features):
         raise invalid(f"features {problem}")
-    return features
+    return features if n_images == 1 else features.reshape(shape)
 
 
 def check_features(contract: Contract, features: np.ndarray) -> str:

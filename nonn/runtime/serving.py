@@ -68,9 +68,9 @@ class Model(Protocol):
     def admission(self) -> Admission: ...
 
     async def infer(
-        self, request: oip.ModelInferRequest, image: np.ndarray, seconds: float | None
+        self, request: oip.ModelInferRequest, images: np.ndarray, seconds: float | None
     ) -> oip.ModelInferResponse:
-        """Answer a request whose image, uint8 of shape (1, channels, size, size), has been checked.
+        """Answer a request whose k images, uint8 of shape (k, channels, size, size), have been checked.
 
         `seconds` are left until the caller gives up; None if it waits for ever. A refusal is a `ProtocolError`.
         """
@@ -103,7 +103,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
             name=self.contract.model,
             versions=[self.contract.version],
             platform=self.model.platform,
-            inputs=[tensor(name=INPUT, datatype="UINT8", shape=self.contract.image_shape)],
+            inputs=[tensor(name=INPUT, datatype="UINT8", shape=self.contract.request_shape)],
             outputs=[tensor(name=name, datatype=kind, shape=s) for name, (kind, s) in self.contract.outputs.items()],
         )
 
@@ -114,7 +114,7 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         model_statistics = oip.ModelStatistics(
             name=self.contract.model,
             version=self.contract.version,
-            inference_count=statistics.success.count,
+            inference_count=self.meters.images,
             execution_count=statistics.success.count,
             inference_stats=statistics,
         )
@@ -123,8 +123,10 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
     async def ModelInfer(self, request, context):
         try:
             with self.meters.measuring():
-                image = read_request(self.contract, request)
-                return await self.model.infer(request, image, context.time_remaining())
+                images = read_request(self.contract, request)
+                answer = await self.model.infer(request, images, context.time_remaining())
+            self.meters.images += len(images)
+            return answer
         except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 

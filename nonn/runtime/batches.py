@@ -1,0 +1,90 @@
+"""Images that wait for the same node travel together.
+
+A message costs its sender and its receiver more than a small student costs the device, so under load images share
+messages. An image that comes while few messages are under way is sent at once: with one caller nothing waits. A slow
+student gets no more images in a message than it can answer in a part of the time that the first of them has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+#: Messages under way at once: while the answer to one travels, the node computes the other.
+PIPELINED = 2
+#: Part of the time left that one message may take by expectation, and the weight of the newest measurement for that.
+TIME_SHARE, NEWEST = 0.25, 1 / 8
+
+
+class Batches:
+    """What waits for one node.
+
+    Parameters
+    ----------
+    send
+        Asks for the features of images, uint8 of shape (k, channels, size, size), by a time of the event loop; gives
+        (k, F_i), or (F_i,) of a single one.
+    largest
+        Images of one message.
+    """
+
+    def __init__(self, send: Callable[[np.ndarray, float], Awaitable[np.ndarray]], largest: int):
+        self.send, self.largest = send, largest
+        self._seconds = 0.0  # that an image of a message takes, there and back; 0 until measured
+        self._waiting: deque[tuple[np.ndarray, float, asyncio.Future[np.ndarray]]] = deque()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    async def ask(self, image: np.ndarray, deadline: float) -> np.ndarray:
+        """Features (F_i,) of an image, or what `send` raises."""
+        answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        self._waiting.append((image, deadline, answer))
+        self._go_on()
+        return await answer
+
+    def _room(self) -> int:
+        """How many of the images that wait the next message may hold."""
+        left = self._waiting[0][1] - asyncio.get_running_loop().time()
+        return max(1, min(self.largest, int(TIME_SHARE * left / self._seconds))) if self._seconds else 1
+
+    def _go_on(self) -> None:
+        while self._waiting and len(self._under_way) < PIPELINED:
+            batch, room = [], self._room()
+            while self._waiting and len(batch) < room:
+                waiting = self._waiting.popleft()
+                if not waiting[-1].done():  # cancelled: its caller has given up
+                    batch.append(waiting)
+            if batch:
+                task = asyncio.create_task(self._send(*zip(*batch, strict=True)))
+                self._under_way.add(task)
+                task.add_done_callback(self._sent)
+
+    async def _send(self, images, deadlines, answers) -> None:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        try:
+            features = await self.send(np.stack(images), max(deadlines))
+        except asyncio.CancelledError:  # the channel has been closed
+            for answer in answers:
+                answer.cancel()
+            raise
+        except Exception as error:  # whatever it is, each of the callers handles it
+            for answer in answers:
+                if not answer.done():
+                    answer.set_exception(error)
+            return
+        taken = (loop.time() - start) / len(images)
+        self._seconds += NEWEST * (taken - self._seconds) if self._seconds else taken
+        for answer, row in zip(answers, features.reshape(len(images), -1), strict=True):
+            if not answer.done():
+                answer.set_result(row)
+
+    def close(self) -> None:
+        for task in self._under_way:
+            task.cancel()
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._under_way.discard(task)
+        self._go_on()
