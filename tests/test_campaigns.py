@@ -33,7 +33,7 @@ def test_a_coordinator_withstands_hostile_responses(network_folder):
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_coordinator_that_lets_nan_through_is_found_out(network_folder, monkeypatch):
-    def careless(contract, response, n_images=1):
+    def careless(contract, response, **_):
         return np.resize(
             np.frombuffer(b"".join(response.raw_output_contents)[:8] or bytes(8), "<f4"), contract.n_features
         )
