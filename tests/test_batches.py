@@ -5,6 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 from clusters import CHANNELS, N_FEATURES, PATIENCE, SIZE, make_image, plain_node, refusal, stub_of
+from grpc import StatusCode, aio
 
 from nonn.runtime.batches import PIPELINED, Batches
 from nonn.runtime.protocol import LARGEST_BATCH, Contract, make_request, read_response
@@ -81,6 +82,27 @@ def test_an_error_is_that_of_all_in_the_message_and_nobody_else():
         node.error = None
         (task,) = await asked(batches, [7])
         assert await task == 7
+
+    asyncio.run(scenario())
+
+
+def test_a_server_that_takes_only_one_image_gets_one():
+    class Single(Recorder):
+        async def send(self, images, deadline):
+            features = await super().send(images, deadline)
+            if len(images) > 1:
+                raise aio.AioRpcError(StatusCode.INVALID_ARGUMENT, aio.Metadata(), aio.Metadata())
+            return features
+
+    async def scenario():
+        node = Single()
+        batches = Batches(node.send, largest=8)
+        batches._seconds = 1e-3
+        tasks = await asked(batches, range(PIPELINED + 3))
+        node.may_answer.set()
+        answers = await asyncio.gather(*tasks)
+        assert [answer.item() for answer in answers] == list(range(PIPELINED + 3))
+        assert node.sizes == [1] * PIPELINED + [3, 1, 1, 1]
 
     asyncio.run(scenario())
 

@@ -2,7 +2,8 @@
 
 A message costs its sender and its receiver more than a small student costs the device, so under load images share
 messages. An image that comes while few messages are under way is sent at once: with one caller nothing waits. A slow
-student gets no more images in a message than it can answer in a part of the time that the first of them has left.
+student gets no more images in a message than it can answer in a part of the time that the first of them has left, and a
+server that takes only one, such as Triton with an exported student, gets one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 
 import numpy as np
+from grpc import StatusCode, aio
 
 #: Messages under way at once: while the answer to one travels, the node computes the other.
 PIPELINED = 2
@@ -71,6 +73,10 @@ class Batches:
                 answer.cancel()
             raise
         except Exception as error:  # whatever it is, each of the callers handles it
+            if len(images) > 1 and isinstance(error, aio.AioRpcError) and error.code() == StatusCode.INVALID_ARGUMENT:
+                self.largest = 1
+                self._waiting.extendleft(reversed(list(zip(images, deadlines, answers, strict=True))))
+                return
             for answer in answers:
                 if not answer.done():
                     answer.set_exception(error)
