@@ -20,6 +20,9 @@ PIPELINED = 2
 #: Part of the time left that one message may take by expectation, and the weight of the newest measurement for that.
 TIME_SHARE, NEWEST = 0.25, 1 / 8
 
+#: An image, the time by which its answer is wanted, and the answer.
+Waiting = tuple[np.ndarray, float, "asyncio.Future[np.ndarray]"]
+
 
 class Batches:
     """What waits for one node.
@@ -36,7 +39,7 @@ class Batches:
     def __init__(self, send: Callable[[np.ndarray, float], Awaitable[np.ndarray]], largest: int):
         self.send, self.largest = send, largest
         self._seconds = 0.0  # that an image of a message takes, there and back; 0 until measured
-        self._waiting: deque[tuple[np.ndarray, float, asyncio.Future[np.ndarray]]] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def ask(self, image: np.ndarray, deadline: float) -> np.ndarray:
@@ -53,7 +56,8 @@ class Batches:
 
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINED:
-            batch, room = [], self._room()
+            batch: list[Waiting] = []
+            room = self._room()
             while self._waiting and len(batch) < room:
                 waiting = self._waiting.popleft()
                 if not waiting[-1].done():  # cancelled: its caller has given up

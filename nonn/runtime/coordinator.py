@@ -98,13 +98,15 @@ class NodeConnection:
             response = ModelInferResponse.FromString(content)
         except DecodeError:
             raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol") from None
-        features = read_response(self.contract, response, n_images=len(image) if np.ndim(image) == 4 else 1)
+        features = read_response(self.contract, response, n_images=image.shape[0] if image.ndim == 4 else 1)
         self.latency_ms = (time.perf_counter() - start) * 1000
         return features
 
     async def ask_until(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
         """As `ask` of one image, by a time of the event loop, in one message with others that wait; see `_ask_by`."""
-        return await (self._ask_by(image, deadline) if np.ndim(image) == 0 else self.batches.ask(image, deadline))
+        if isinstance(image, np.integer):
+            return await self._ask_by(image, deadline)
+        return await self.batches.ask(image, deadline)
 
     async def _ask_by(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
         """As `ask`, by a time of the event loop; once more if the node is busy and says that it will not be then."""

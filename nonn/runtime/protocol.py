@@ -112,8 +112,8 @@ def make_request(contract: ImageContract, image: np.ndarray | np.integer) -> Mod
     They are uint8 of shape (channels, size, size), or (k, channels, size, size).
     """
     name, datatype = INPUT, "UINT8"
-    shape: tuple[int, ...] = (len(image) if np.ndim(image) == 4 else 1, *contract.image_shape[1:])
-    if np.ndim(image) == 0:
+    shape: tuple[int, ...] = (image.shape[0] if image.ndim == 4 else 1, *contract.image_shape[1:])
+    if image.ndim == 0:
         name, datatype, shape, image = SAMPLE, "INT64", (1, 1), np.asarray(image, "<i8")
     tensor = ModelInferRequest.InferInputTensor(name=name, datatype=datatype, shape=shape)
     return ModelInferRequest(model_name=contract.model, inputs=[tensor], raw_input_contents=[image.tobytes()])
