@@ -37,7 +37,9 @@ def merge_experiment(name: str) -> Any:
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
         known = experiments()
-        raise UserError(f"{path}: no such file; experiments: {', '.join(known)}{did_you_mean(name, known)}")
+        if not known:
+            raise UserError(f"{EXPERIMENTS}: no such folder. Run nonn from the repository's top folder.")
+        raise UserError(f"{path}: no such file. Choose one of {', '.join(known)}{did_you_mean(name, known)}.")
     try:
         own = _yaml().load(path.read_text(encoding="utf-8"))
     except YAMLError as error:

@@ -22,7 +22,7 @@ REMEDIES = {
     errno.EROFS: "Make that file system writable, or name another place.",
     errno.EACCES: _DENIED,
     errno.EPERM: _DENIED,
-    errno.ENOENT: "Name a file that is there.",
+    errno.ENOENT: "Name a file or folder that is there.",
     errno.ENOTDIR: _OCCUPIED,
     errno.EISDIR: _OCCUPIED,
     errno.EEXIST: _OCCUPIED,
