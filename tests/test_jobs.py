@@ -116,7 +116,7 @@ def test_what_the_schema_refuses_is_not_written():
     assert load_params().distill.epochs == 3
     with pytest.raises(UserError, match=r"distill\.epochs: input should be"):
         write_params(DEFAULT, {"distill.epochs": 0})
-    with pytest.raises(UserError, match=r"cifar11\.yaml: no such file; experiments: .*did you mean 'cifar10'"):
+    with pytest.raises(UserError, match=r"cifar11\.yaml: no such file. Choose one of .*did you mean 'cifar10'"):
         write_params("cifar11")
     assert (PARAMS_FILE.read_bytes(), JOBS_FILE.read_bytes()) == before
 
