@@ -17,7 +17,18 @@ from nonn.testbed.load import Load, Target, measure, row
 
 def test_the_command_counts_answers_of_a_node_and_of_a_coordinator(network_folder, folder, monkeypatch, capsys):
     monkeypatch.setattr(load, "WARM_UP", 0.5)
-    arguments = ["--callers", "1,3", "--seconds", "0.5", "--deadline-ms", str(1000 * PATIENCE), "--json", "load.json"]
+    arguments = [
+        "--callers",
+        "1,3",
+        "--seconds",
+        "0.5",
+        "--deadline-ms",
+        str(1000 * PATIENCE),
+        "--idle",
+        "2",
+        "--json",
+        "load.json",
+    ]
     main(["load", str(network_folder), *arguments])
     loads = json.loads((folder / "load.json").read_text())["loads"]
     assert [(one["asked"], one["callers"]) for one in loads] == [

@@ -3,7 +3,8 @@
 Nodes and coordinator run as processes of their own, under mutual TLS. The callers live in this process: each calls,
 waits for the answer or the deadline, and calls again. A caller who is refused returns when he is told to, one who got
 no answer in time after a pause that grows with each try; with ``--impatient`` both return at once, as no well-behaved
-caller would. Callers share the processor with what they call, so the figures
+caller would. With ``--idle`` a stranger, who has a certificate but is on no list, besides keeps so many calls open that
+never send a message. Callers share the processor with what they call, so the figures
 are those of a machine that does everything.
 """
 
@@ -35,6 +36,8 @@ from nonn.runtime.protocol import ImageContract, make_request
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_bed
 
+#: In the certificate of who makes idle calls.
+STRANGER = "stranger"
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
 #: Seconds of each run that are not counted: callers come and estimates settle.
@@ -141,6 +144,31 @@ async def call_repeatedly(
             await asyncio.sleep(min(pause, max(end - now, 0)))
 
 
+@contextlib.asynccontextmanager
+async def idle_calls(target: Target, stranger: Identity, count: int) -> AsyncIterator[None]:
+    """So many calls of headers alone at a time while the block runs; each that is ended is made again."""
+
+    async def nothing() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async def keep_calling(call: aio.StreamUnaryMultiCallable) -> None:
+        while True:
+            with contextlib.suppress(aio.AioRpcError):
+                await call(nothing())
+            await asyncio.sleep(PAUSE)
+
+    async with open_channel(target.node, target.contract.message_limit, stranger, own=True) as channel:
+        call = channel.stream_unary(MODEL_INFER)
+        callers = [asyncio.create_task(keep_calling(call)) for _ in range(count)]
+        try:
+            yield
+        finally:
+            for caller in callers:
+                caller.cancel()
+            await asyncio.gather(*callers, return_exceptions=True)
+
+
 async def measure(target: Target, callers: int, seconds: float, deadline: float, seed: int, impatient: bool) -> Load:
     """Call from so many callers at once for some seconds after the warm-up."""
     load = Load(target.node.name, callers, seconds)
@@ -169,7 +197,7 @@ async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[lis
     async with running_bed(export, deadline_ms) as bed:
         folder, identity = folder_of(bed), bed.cluster.own_identity
         assert identity, "a bed has certificates"
-        write_certificates(folder, DEFAULT_CALLERS)
+        write_certificates(folder, (*DEFAULT_CALLERS, STRANGER))
         manifest, placed = bed.cluster.placed()
         node, _, contract = placed[0]
         async with running(coordinator_command(bed)) as children:
@@ -205,15 +233,17 @@ def coordinator_command(bed: RunningCluster) -> dict[Node, list[str]]:
 
 
 async def run_load(
-    export: Path, callers: list[int], seconds: float, deadline_ms: float, seed: int, impatient: bool
+    export: Path, callers: list[int], seconds: float, deadline_ms: float, seed: int, impatient: bool, idle: int
 ) -> list[dict]:
     """Summaries for each number of callers, first of a node, then of a coordinator; see `Load.summary`."""
     summaries = []
     async with running_targets(export, deadline_ms) as targets:
         print(COLUMNS.format(*HEADER), flush=True)
+        stranger = Identity.of(STRANGER, targets[0].identity.ca.parent)
         for target in targets:
             for count in callers:
-                load = await measure(target, count, seconds, deadline_ms / 1000, seed, impatient)
+                async with idle_calls(target, stranger, idle):
+                    load = await measure(target, count, seconds, deadline_ms / 1000, seed, impatient)
                 summaries.append(load.summary())
                 print(row(summaries[-1]), flush=True)
     return summaries
@@ -233,6 +263,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each number of callers (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=float, default=100.0, help="of a call (default: %(default)s)")
     parser.add_argument("--impatient", action="store_true", help="callers do not wait as they are told")
+    parser.add_argument("--idle", type=natural, default=0, metavar="N", help="calls that a stranger keeps open, silent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--seed", type=natural, default=0)
     parser.epilog = "example: nonn load export/4s --callers 1,10 --seconds 5"
@@ -243,10 +274,8 @@ def run(options) -> None:
     if not 0 < options.seconds <= 3600:
         raise UserError("--seconds: give more than 0, up to 3600")
     read_manifest(options.export)
-    summaries = asyncio.run(
-        run_load(options.export, options.callers, options.seconds, options.deadline_ms, options.seed, options.impatient)
-    )
+    settings = {name: getattr(options, name) for name in ("seconds", "deadline_ms", "impatient", "idle")}
+    summaries = asyncio.run(run_load(options.export, options.callers, seed=options.seed, **settings))
     if options.json:
-        settings = {"seconds": options.seconds, "deadline_ms": options.deadline_ms, "impatient": options.impatient}
         write_json(options.json, settings | {"loads": summaries})
         log(f"{options.json}: written")
