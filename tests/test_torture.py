@@ -42,6 +42,11 @@ def test_a_full_disk_is_one_line_and_nothing_half_written(ground):
     assert outcome == Outcome("full disk", "design", True, "")
 
 
+def test_what_hangs_is_seen(ground):
+    ground.longest = 0.1
+    assert ground.again(["sleep", "60"]) == "exit -1: it did not end within 0 s"
+
+
 def test_what_differs_is_seen(ground):
     path = sorted((ground.folder / "results").rglob("*.safetensors"))[0]
     torture.flip(ground, path)

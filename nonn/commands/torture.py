@@ -31,7 +31,8 @@ from nonn.core.progress import log
 #: Artifacts that hold measured times, or follow from them: by folder, and by name.
 TIMED_FOLDERS = ("benchmark", "distributed")
 TIMED_FILES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
-LONGEST = 600.0
+#: What is run again may take so many times as long as the undisturbed run, and a minute, before it counts as hanging.
+SLOWER, MINUTE = 10.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Ground:
     folder: Path
     environment: Mapping[str, str]
     expected: dict[str, str] = field(default_factory=dict)
+    longest: float | None = None  # seconds that a command may take; None: for ever
     generator: random.Random = field(default_factory=lambda: random.Random(0))
 
     def start(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen:
@@ -69,9 +71,11 @@ class Ground:
     def call(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> tuple[int, str]:
         process = self.start(command, prepare)
         try:
-            output, _ = process.communicate(timeout=LONGEST)
-        except BaseException:  # nothing goes on in a folder that will be deleted
+            output, _ = process.communicate(timeout=self.longest)
+        except BaseException as error:  # nothing goes on in a folder that will be deleted
             os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return -1, f"it did not end within {self.longest:.0f} s"
             raise
         return process.returncode, output
 
@@ -217,6 +221,7 @@ def run(options) -> None:
             code, output = ground.call(command)
             if code:
                 raise UserError(f"the undisturbed run failed, so there is nothing to compare with: {output[-500:]}")
+        ground.longest = MINUTE + SLOWER * (time.monotonic() - begun)
         ground.expected = ground.digests()
         outcomes: list[Outcome] = []
         listed = subprocess.check_output(
