@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clusters import PLENTY_MS, free_ports, write_export
+from clusters import CLASSES, PLENTY_MS, free_ports, make_image, write_export
 from experiments import make_dataset, tiny_params, write_dataset
 from hypothesis import settings
+from PIL import Image
 from ruamel.yaml import YAML
 from splits import write_solo
 
@@ -145,3 +146,14 @@ def cluster(network_folder, certificates, tmp_path, monkeypatch) -> Cluster:
 def pytest_collection_modifyitems(items):
     """Start the tests of the whole pipeline first: they take minutes, and two workers share them out."""
     items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
+@pytest.fixture
+def pictures_folder(cluster, tmp_path) -> str:
+    """Folder of one picture a class; the cluster file beside it waits a second."""
+    cluster = cluster.model_copy(update={"deadline_ms": 1000})
+    write_cluster(tmp_path / "cluster.yaml", cluster)
+    for seed in range(3):
+        (tmp_path / "pictures" / CLASSES[seed]).mkdir(parents=True)
+        Image.fromarray(make_image(seed)[0]).save(tmp_path / "pictures" / CLASSES[seed] / f"{seed}.png")
+    return str(tmp_path / "pictures")

@@ -1,48 +1,37 @@
-"""The live page: what it shows, whom it refuses, and, in a real browser, what its switch does."""
+"""The live page: what it shows, and whom it refuses."""
 
 import asyncio
-import base64
 import contextlib
 import json
-import os
 import re
-import shutil
 import signal
-import socket
-import subprocess
 import sys
-import threading
 from io import BytesIO
 
 import aiohttp
-import numpy as np
 import pytest
-from clusters import CHANNELS, CLASSES, N_FEATURES, PATIENCE, SIZE, free_ports, make_image, nobody_listens, until
+from clusters import CLASSES, N_FEATURES, PATIENCE, free_ports, make_image, nobody_listens, until
+from pages import (
+    SAME,
+    device,
+    everyone,
+    make_pictures,
+    picture_file,
+    silence,
+    snapshots,
+    start_up,
+    wait_for,
+)
 from PIL import Image
-from safetensors.numpy import save_file
 
-from nonn.cli import main
 from nonn.core.errors import UserError
-from nonn.live.pictures import LARGEST, Picture, as_png, dataset_pictures, find_pictures, sent_picture
+from nonn.live.pictures import LARGEST, as_png, find_pictures, sent_picture
 from nonn.live.state import FASTEST, Live
 from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
-from nonn.runtime.cluster import Cluster, write_cluster
+from nonn.runtime.cluster import Cluster
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
 from nonn.runtime.processes import UP, Child, node_commands, running
-
-#: What a browser with this page sends with a post.
-SAME = {"Content-Type": "application/json"}
-
-
-def picture_file(pixels: np.ndarray) -> bytes:
-    content = BytesIO()
-    Image.fromarray(pixels[0]).save(content, "PNG")
-    return content.getvalue()
-
-
-def make_pictures(count: int = 2) -> list[Picture]:
-    return [Picture(f"picture {seed}", CLASSES[seed], lambda seed=seed: make_image(seed)) for seed in range(count)]
 
 
 @contextlib.asynccontextmanager
@@ -59,34 +48,6 @@ async def served(cluster: Cluster):
         finally:
             page.cancel()
             await asyncio.gather(page, return_exceptions=True)
-
-
-async def snapshots(session: aiohttp.ClientSession, address: str):
-    """What the page is told, one snapshot after another."""
-    async with session.get(f"{address}/events") as response:
-        assert response.content_type == "text/event-stream"
-        while line := await response.content.readuntil(b"\n\n"):
-            assert line.startswith(b"data: ")
-            yield json.loads(line.removeprefix(b"data: "))
-
-
-async def wait_for(events, condition) -> dict:
-    async with asyncio.timeout(PATIENCE):
-        while True:
-            snapshot = await anext(events)
-            if condition(snapshot):
-                return snapshot
-
-
-def device(snapshot: dict, name: str) -> dict:
-    return next(device for device in snapshot["devices"] if device["name"] == name)
-
-
-def everyone(snapshot: dict) -> bool:
-    return bool(snapshot["prediction"]) and len(snapshot["prediction"]["present"]) == 3
-
-
-# The page itself
 
 
 def test_the_page_has_no_address_but_its_own():
@@ -148,9 +109,6 @@ def test_strangers_are_refused(cluster):
         await runner.cleanup()
 
     asyncio.run(scenario())
-
-
-# At work
 
 
 def test_events_tell_what_goes_on_and_the_switch_silences(cluster, monkeypatch):
@@ -301,39 +259,6 @@ def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path
     asyncio.run(scenario())
 
 
-def start_up(*flags: str) -> tuple[subprocess.Popen, str]:
-    """``nonn up --web``, and where its page is; one that hangs is killed after three minutes."""
-    command = [sys.executable, "-m", "nonn", "up", "--web", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    timer = threading.Timer(180, process.kill)
-    timer.daemon = True
-    timer.start()
-    for line in process.stdout:
-        # Nodes write to the same pipe, so what one of them says may stand on the same line.
-        if found := re.search(r"live page: (http://[\d.]+:\d+)", line):
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            return process, found[1]
-    raise AssertionError("it ended early")
-
-
-@pytest.fixture
-def pictures_folder(cluster, tmp_path) -> str:
-    cluster = cluster.model_copy(update={"deadline_ms": 1000})
-    write_cluster(tmp_path / "cluster.yaml", cluster)
-    for seed in range(3):
-        (tmp_path / "pictures" / CLASSES[seed]).mkdir(parents=True)
-        Image.fromarray(make_image(seed)[0]).save(tmp_path / "pictures" / CLASSES[seed] / f"{seed}.png")
-    return str(tmp_path / "pictures")
-
-
-async def silence(address: str, node: str) -> None:
-    async with aiohttp.ClientSession() as session:
-        await wait_for(snapshots(session, address), everyone)
-        wish = {"node": node, "silent": True}
-        async with session.post(f"{address}/switch", headers=SAME | {"Origin": address}, json=wish) as response:
-            assert response.status == 204
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_behind_not_even_a_silenced_node(cluster, pictures_folder, number):
     if number == signal.SIGKILL and sys.platform != "linux":
@@ -343,202 +268,3 @@ def test_nothing_is_left_behind_not_even_a_silenced_node(cluster, pictures_folde
     process.send_signal(number)
     assert process.wait(timeout=PATIENCE) == (0 if number == signal.SIGINT else -signal.SIGKILL)
     asyncio.run(until(lambda: nobody_listens(node.address for node in cluster.nodes)))
-
-
-# Pictures
-
-
-def test_the_class_of_a_file_is_that_of_its_folder(network_folder, tmp_path):
-    for name in ("ant", "unheard of"):
-        (tmp_path / name).mkdir()
-        Image.fromarray(make_image()[0]).resize((9, 9)).save(tmp_path / name / "a.PNG")
-    (tmp_path / "ant/notes.txt").touch()
-    pictures = find_pictures([tmp_path], read_manifest(network_folder))
-    assert sorted((p.name, p.truth) for p in pictures if p.truth) == [("a.PNG", "ant")]
-    assert len(pictures) == 2
-    assert {p.read().shape for p in pictures} == {(CHANNELS, SIZE, SIZE)}
-
-
-def test_missing_pictures_are_refused(network_folder, tmp_path):
-    manifest = read_manifest(network_folder)
-    with pytest.raises(UserError, match=r"--images: .*nowhere: no such file or folder"):
-        find_pictures([tmp_path / "nowhere"], manifest)
-    with pytest.raises(UserError, match="--images: no pictures"):
-        find_pictures([tmp_path], manifest)
-    with pytest.raises(UserError, match="no such file, so there is nothing to classify"):
-        dataset_pictures(tmp_path / "dataset.safetensors", manifest)
-
-
-def test_test_images_of_the_experiment_are_shown(network_folder, tmp_path):
-    path, manifest = tmp_path / "dataset.safetensors", read_manifest(network_folder)
-    images = np.stack([make_image(seed) for seed in range(6)])
-    arrays = {"images": images, "labels": np.array([0, 1, 2, 3, 0, 1]), "test": np.array([1, 4, 5])}
-    save_file(arrays, path)
-    pictures = dataset_pictures(path, manifest)
-    assert {(p.name, p.truth) for p in pictures} == {
-        ("test image 0", "bee"),
-        ("test image 1", "ant"),
-        ("test image 2", "bee"),
-    }
-    for picture in pictures:
-        expected = make_image([1, 4, 5][int(picture.name.split()[-1])])
-        np.testing.assert_array_equal(picture.read(), expected)
-    save_file(arrays | {"images": images[:, :, :2]}, path)
-    with pytest.raises(UserError, match="is not the dataset of this network"):
-        dataset_pictures(path, manifest)
-    path.write_text("rubbish")
-    with pytest.raises(UserError, match="damaged"):
-        dataset_pictures(path, manifest)
-
-
-def test_pictures_travel_unchanged():
-    for channels in (1, 3):
-        pixels = np.random.default_rng(0).integers(0, 256, (channels, 5, 5), dtype=np.uint8)
-        with Image.open(BytesIO(base64.b64decode(as_png(pixels)))) as image:
-            np.testing.assert_array_equal(np.asarray(image).reshape(5, 5, -1).transpose(2, 0, 1), pixels)
-
-
-def test_wrong_settings_are_refused(cluster, tmp_path):
-    with pytest.raises(SystemExit, match=r"--images: are shown on the page\. Give --web"):
-        main(["up", "--images", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"dataset\.safetensors: no such file"):
-        main(["up", "--web"])
-    Image.fromarray(make_image()[0]).save("image.png")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        with pytest.raises(SystemExit, match=f"--web: cannot listen on 127.0.0.1:{port}"):
-            main(["up", "--web", port, "--images", "image.png"])
-    assert nobody_listens(node.address for node in cluster.nodes)
-
-
-# In a browser
-
-
-@pytest.fixture
-def browser(tmp_path, monkeypatch):
-    """Headless Chromium with an empty profile, driven by the system's chromedriver: nothing is downloaded."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not (chromium and driver):
-        pytest.skip("chromium or chromedriver is not installed (Debian: apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    monkeypatch.setenv("SE_OFFLINE", "true")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = ["headless", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-    flags += ["disable-component-update", "disable-sync", "disable-dev-shm-usage", f"user-data-dir={tmp_path}/profile"]
-    flags += ["use-fake-ui-for-media-stream", "use-fake-device-for-media-stream"]
-    flags += ["no-sandbox"] if os.geteuid() == 0 else []
-    for flag in flags:
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    with webdriver.Chrome(options=options, service=Service(driver)) as browser:
-        browser.set_window_size(390, 900)  # a phone's
-        yield browser
-
-
-@pytest.mark.usefixtures("cluster")
-def test_clicking_the_switch_silences_a_device(browser, pictures_folder):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def text(name: str) -> str:
-        return browser.find_element(By.ID, name).text
-
-    def until(condition) -> None:
-        WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: condition())
-
-    process, address = start_up("--images", pictures_folder)
-    try:
-        browser.get(address)
-        until(lambda: text("summary").startswith("3 of 3 devices take part"))
-        browser.find_element(By.ID, "hold").click()
-        until(lambda: browser.find_element(By.ID, "hold").get_attribute("aria-pressed") == "true")
-        assert text("label") in CLASSES
-        before, caption = text("classes"), text("caption")
-        switch = browser.find_element(By.ID, "switch-node-1")
-        assert (switch.aria_role, switch.accessible_name) == ("switch", "node-1 answers")
-        card = switch.find_element(By.XPATH, "ancestor::article")
-        assert switch.get_attribute("aria-checked") == "true"
-        switch.click()
-        until(lambda: text("summary").startswith("2 of 3 devices take part"))
-        assert switch.get_attribute("aria-checked") == "false"
-        assert card.get_attribute("data-state") == "silenced"
-        assert text("classes") != before
-        assert text("caption") == caption  # the same picture, with another prediction
-        until(lambda: card.find_element(By.CLASS_NAME, "breaker").text == "open")
-        switch.send_keys(Keys.SPACE)  # back again, from the keyboard
-        until(lambda: text("summary").startswith("3 of 3 devices take part"))
-        until(lambda: text("classes") == before)
-        width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert width[0] <= width[1]
-        assert browser.get_log("browser") == []
-        process.send_signal(signal.SIGINT)
-        until(lambda: "does not answer" in text("problem"))
-        assert process.wait(timeout=PATIENCE) == 0
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.usefixtures("cluster")
-def test_pictures_of_the_viewers_own(browser, pictures_folder, tmp_path):
-    """A file, the same inverted, a drawing, and a frame of the camera, which here is Chromium's test pattern."""
-    from selenium.webdriver import ActionChains
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    def find(name: str):
-        return browser.find_element(By.ID, name)
-
-    def until(condition) -> None:
-        WebDriverWait(browser, PATIENCE, poll_frequency=0.05).until(lambda _: condition())
-
-    def shown() -> np.ndarray:
-        content = base64.b64decode(find("picture").get_attribute("src").partition(",")[2])
-        return np.asarray(Image.open(BytesIO(content)))[None]
-
-    pixels = make_image(7)
-    (tmp_path / "mine.png").write_bytes(picture_file(pixels))
-    process, address = start_up("--images", pictures_folder)
-    try:
-        browser.get(address)
-        until(lambda: find("summary").text.startswith("3 of 3 devices take part"))
-        assert "A device's share says how much of the lead" in find("explained").text
-        assert find("calibrated").text == "The probabilities are not calibrated."
-        find("file").send_keys(str(tmp_path / "mine.png"))
-        until(lambda: find("caption").text == "mine.png")
-        np.testing.assert_array_equal(shown(), pixels)
-        find("invert").click()
-        until(lambda: np.array_equal(shown(), 255 - pixels))
-        (tmp_path / "none.png").write_text("no picture")
-        find("file").send_keys(str(tmp_path / "none.png"))
-        until(lambda: "none.png: cannot be read (not an image)" in find("refused").text)
-        find("draw").click()
-        sketch = find("sketch")
-        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", sketch)
-        ActionChains(browser).move_to_element(sketch).click_and_hold().move_by_offset(0, 60).release().perform()
-        until(lambda: find("caption").text == "your drawing")
-        assert shown()[0, :, 0].max() == 0, "black at the left"
-        assert shown()[0, 2, 1:3].min() > 20, "a light stroke down from the middle"
-        until(lambda: find("camera").is_displayed())
-        find("camera").click()
-        until(lambda: browser.execute_script("return arguments[0].videoWidth", find("viewfinder")) > 0)
-        find("shoot").click()
-        until(lambda: find("caption").text == "your camera")
-        find("camera").click()
-        assert not find("viewfinder").is_displayed()
-        find("hold").click()
-        until(lambda: find("caption").text.endswith("of 3), in truth " + find("caption").text.rpartition(" ")[2]))
-        width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
-        assert width[0] <= width[1]
-        logged = [entry for entry in browser.get_log("browser") if "400" not in entry["message"]]
-        assert logged == []
-    finally:
-        process.kill()
-        process.wait()
