@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from nonn.core.jobs import JOBS_FILE, list_jobs, write_jobs
+from nonn.core.jobs import FACTS, JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
@@ -24,5 +24,6 @@ def run(options) -> None:
     params = load_params()
     remove_leftovers(params, Paths(params.experiment))
     news = "written" if write_jobs(params) else "as it was"
-    counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
+    jobs = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
+    counts = {name: count for name, count in jobs.items() if name not in FACTS}
     print(f"{JOBS_FILE}: {news}; " + ", ".join(f"{count} {name}" for name, count in counts.items()))

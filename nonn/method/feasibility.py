@@ -1,0 +1,70 @@
+"""Whether the devices can hold any student at all: asked before anything is trained, and answered with what works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nonn.core.artifacts import DatasetInfo, GraphInfo, TeacherInfo
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.params import Architecture, Params
+from nonn.core.paths import Paths
+from nonn.method.sizing import apportion_filters, design_network, design_student, say_if_lopsided, smallest_device
+
+
+def check_budgets(params: Params, paths: Paths) -> list[str]:
+    """Refuse budgets that hold no student; return a line for each network whose shares are lopsided.
+
+    As long as the stage `dataset` has not read the images, they are taken as grey and of two classes, and a bridge has
+    one output: a budget that is refused then, never works. What is known by then of images and filters is used, if it
+    is of these parameters.
+    """
+    info, n_live = known_images(params, paths), known_filters(params, paths)
+    problems, warnings = [], []
+    for network in params.networks:
+        found: list[str] = []
+        try:
+            found = list(_check_network(params, network, info, n_live))
+        except UserError as error:
+            problems.append(f"params.yaml: networks.{network}: {error}")
+        warnings += [f"networks.{network}: {line}" for line in found]
+    if problems:
+        raise UserError("\n".join(problems))
+    return warnings
+
+
+def known_images(params: Params, paths: Paths) -> dict[str, Any] | None:
+    """What ``dataset.json`` says of the images; None if there is none, or it is of another source or size."""
+    if not paths.dataset_info.is_file():
+        return None
+    info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
+    is_stale = info["size"] != params.dataset.size or info.get("source", params.dataset.source) != params.dataset.source
+    return None if is_stale else info
+
+
+def known_filters(params: Params, paths: Paths) -> int | None:
+    """How many live filters the graph has; None if there is none, or it is of another teacher."""
+    if not (paths.graph_info.is_file() and paths.teacher_info.is_file()):
+        return None
+    trained = Architecture.model_validate(read_json(paths.teacher_info, TeacherInfo)["architecture"])
+    is_stale = trained != params.teacher.architecture
+    return None if is_stale else read_json(paths.graph_info, GraphInfo)["n_live"]
+
+
+def least_images(params: Params) -> dict[str, Any]:
+    """Images that ask least of a student, as long as nothing but their size is known."""
+    return {"channels": 1, "size": params.dataset.size, "classes": ["", ""]}
+
+
+def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_live: int | None) -> Iterator[str]:
+    budgets, grid = params.budgets_of(network), params.design
+    if info is not None and n_live is not None:
+        sizes, _ = design_network(grid, budgets, info, n_live)
+    else:
+        info = info or least_images(params)
+        # Of all filters that a teacher has, some are never active: there may be fewer, not more.
+        sizes = apportion_filters(grid, budgets, info, max(params.teacher.architecture.n_features, len(budgets)))
+        design_student(grid, smallest_device(grid, budgets, info), info, None)
+    if line := say_if_lopsided(sizes, budgets):
+        yield line
