@@ -133,9 +133,9 @@ def test_a_budget_for_nothing_is_refused_with_what_works(budget, said):
     enough = {key: float(value) for key, value in nearest.items()}
     find_student(FAST, replace(named, **enough), 5)
     for key, value in enough.items():
+        less = replace(named, **enough | {key: value - (1 if key.endswith("kib") else 0.01)})
         with pytest.raises(UserError, match=f"{key} is"):
-            step = 1 if key.endswith("kib") else 0.01
-            find_student(FAST, replace(named, **enough | {key: value - step}), 5)
+            find_student(FAST, less, 5)
 
 
 def test_flash_and_ram_limit_a_student_apart():

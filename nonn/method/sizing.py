@@ -18,13 +18,13 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nonn.core.budgets import Budget, combined_budget
+from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Design
+from nonn.core.params import Architecture, Design, Precision
 from nonn.deploy.counting import BODIES, Cost, count_cost
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
@@ -59,26 +59,39 @@ def family(grid: Design, depth: int) -> list[Architecture]:
     return [Architecture(width=width, **common) for width in widths]
 
 
+class Shape(NamedTuple):
+    """What a student's cost depends on, beside its architecture."""
+
+    channels: int
+    size: int
+    n_classes: int
+    n_filters: int | None  # outputs of its bridge, None for a student without one (a baseline)
+
+
+def _key(grid: Design) -> str:
+    """The grid as JSON, which can be a key: candidates and costs are asked for again and again."""
+    return grid.model_dump_json(exclude_unset=True)
+
+
 @cache
-def _counted(
-    architecture: str, channels: int, size: int, n_classes: int, n_filters: int | None, precision: Any
-) -> Cost:
-    candidate = Architecture.model_validate_json(architecture)
-    if candidate.family in BODIES:
-        return count_cost(candidate, channels, size, n_classes, n_filters, precision)
+def _candidates(grid: str, depth: int) -> list[Architecture]:
+    return family(Design.model_validate_json(grid), depth)
+
+
+@cache
+def _cost(grid: str, depth: int, position: int, shape: Shape, precision: Precision) -> Cost:
+    architecture = _candidates(grid, depth)[position]
+    if architecture.family in BODIES:
+        return count_cost(architecture, *shape, precision)
     from nonn.deploy.cost import measure_cost  # of PyTorch, which takes seconds to import
     from nonn.training.networks import ConvNet
 
-    return measure_cost(ConvNet(candidate, channels, n_classes, n_filters), channels, size, precision)
+    channels, size, n_classes, n_filters = shape
+    return measure_cost(ConvNet(architecture, channels, n_classes, n_filters), channels, size, precision)
 
 
-def student_cost(grid: Design, architecture: Architecture, info: dict, n_filters: int | None) -> Cost:
-    """What a student costs at the precision of the grid, on the images that `info` describes.
-
-    `n_filters` are the outputs of its bridge, None for a student without one (a baseline).
-    """
-    shape = info["channels"], info["size"], len(info["classes"]), n_filters, grid.precision
-    return _counted(architecture.model_dump_json(), *shape)
+def _shape(info: dict, n_filters: int | None) -> Shape:
+    return Shape(info["channels"], info["size"], len(info["classes"]), n_filters)
 
 
 def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> tuple[Architecture, Cost]:
@@ -87,37 +100,49 @@ def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | No
     `info` is that of the dataset; `n_filters` are the outputs of the bridge, None for a student without one (a
     baseline). If not even the smallest candidate fits, a UserError says which limit fails, by how much, and what works.
     """
+    shape = _shape(info, n_filters)
+    found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision)
+    if found is None:
+        raise UserError(refusal(grid, budget, info, n_filters))
+    return found
+
+
+@cache
+def _design(
+    grid: str, depths: tuple[int, ...], budget: Budget, shape: Shape, precision: Precision
+) -> tuple[Architecture, Cost] | None:
     best = None
-    for depth in grid.depths:
-        students = family(grid, depth)
+    for depth in depths:
+        students = _candidates(grid, depth)
+
+        def cost_of(position: int, depth: int = depth) -> Cost:
+            return _cost(grid, depth, position, shape, precision)
+
         # A wider student costs more in every respect, so those that fit come first.
-        n_fit = bisect_left(
-            students, True, key=lambda student: not budget.fits(student_cost(grid, student, info, n_filters))
-        )
+        n_fit = bisect_left(range(len(students)), True, key=lambda position: not budget.fits(cost_of(position)))
         if n_fit:
-            cost = student_cost(grid, students[n_fit - 1], info, n_filters)
+            cost = cost_of(n_fit - 1)
             if best is None or (cost.params, cost.macs) > (best[1].params, best[1].macs):
                 best = (students[n_fit - 1], cost)
-    if best is None:
-        raise UserError(refusal(grid, budget, info, n_filters))
     return best
 
 
 def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
-    def missing(student: Architecture) -> tuple[int, float]:
-        broken = [limit for limit in budget.limits(student_cost(grid, student, info, n_filters)) if not limit.is_kept]
-        return len(broken), max(limit.needed / limit.offered for limit in broken)
+    def broken(depth: int) -> list[Allowance]:
+        smallest = _cost(_key(grid), depth, 0, _shape(info, n_filters), grid.precision)
+        return [limit for limit in budget.limits(smallest) if not limit.is_kept]
 
-    smallest = min((family(grid, depth)[0] for depth in grid.depths), key=missing)
-    broken = [limit for limit in budget.limits(student_cost(grid, smallest, info, n_filters)) if not limit.is_kept]
+    def missing(depth: int) -> tuple[int, float]:
+        return len(broken(depth)), max(limit.needed / limit.offered for limit in broken(depth))
+
+    depth = min(grid.depths, key=missing)
     device = f"device {budget.name!r}" if budget.name else "the device"
-    problems = "; ".join(map(str, broken))
-    works = ", ".join(f"{limit.key}: {limit.enough:g}" for limit in broken)
+    works = ", ".join(f"{limit.key}: {limit.enough:g}" for limit in broken(depth))
     return (
-        f"no student of `design` fits {device}: {problems}. The smallest, {smallest.name}, needs {works}; give as much, "
-        "or lower design.min_width."
+        f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
+        f"{family(grid, depth)[0].name}, needs {works}; give as much, or lower design.min_width."
     )
 
 
@@ -132,7 +157,7 @@ def sample_candidates(grid: Design, budgets: Sequence[Budget], info: dict, n_fil
     for depth in grid.depths:
         students = family(grid, depth)
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
-            cost = student_cost(grid, students[i], info, n_filters)
+            cost = _cost(_key(grid), depth, int(i), _shape(info, n_filters), grid.precision)
             shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})
             if cost.memory_bytes > largest:
                 break
@@ -170,9 +195,9 @@ def say_if_lopsided(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | No
     if sizes[many] < LOPSIDED * sizes[few]:
         return None
     return (
-        f"lopsided: student {many} ({budgets[many].name}) imitates {sizes[many]} of {sum(sizes)} filters, student {few} "
-        f"({budgets[few].name}) only {sizes[few]}; without student {many} little is left. Devices that are more alike, "
-        "or a lower design.max_width, share them more evenly."
+        f"lopsided: student {many} ({budgets[many].name}) imitates {sizes[many]} of {sum(sizes)} filters, "
+        f"student {few} ({budgets[few].name}) only {sizes[few]}. Devices that are more alike, or a lower "
+        "design.max_width, share them more evenly."
     )
 
 

@@ -72,7 +72,7 @@ def _costs(students: Sequence[Mapping]) -> tuple[list[float], list[float]]:
 
 
 def _near(budgets: Sequence[Budget], memory: Sequence[float], mmacs: Sequence[float]) -> list[tuple[float, float]]:
-    """Memory and compute of the devices, without those that lie far beyond every candidate: infinite, to be left out."""
+    """Memory and compute of the devices, infinite where it is far beyond every candidate."""
 
     def near(value: float, costs: Sequence[float]) -> float:
         return value if value <= BEYOND * max(costs) else math.inf
