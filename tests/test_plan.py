@@ -2,11 +2,12 @@
 
 import contextlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
-from experiments import tiny_params
+from experiments import REPOSITORY, tiny_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -15,7 +16,6 @@ from nonn.cli import main
 from nonn.core.boards import OWN_FILE, Range, find_board, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
-from nonn.core.links import PRESETS
 from nonn.core.params import Design, Params
 from nonn.core.schema import parse_yaml
 from nonn.method.planning import Planner, board_budget, pareto, parse_devices
@@ -23,12 +23,11 @@ from nonn.method.sizing import design_network, design_student
 
 GRID = Design(family="fast", depths=[2], min_width=4, max_width=24, step=1, precision="int8")
 INFO = {"channels": 3, "size": 32, "classes": [""] * 10}
-LINK = PRESETS["ieee802154"]
 
 
 @pytest.fixture
 def planner():
-    return Planner(GRID, INFO, 64, LINK, shipped_boards())
+    return Planner(GRID, INFO, 64, "ieee802154", shipped_boards())
 
 
 def stop(*arguments: str) -> str:
@@ -255,3 +254,16 @@ def test_a_plan_needs_nothing_that_only_the_pipeline_has(folder):
     arguments = ["plan", "--devices", "2×rp2350", "--latency-ms", "100"]
     shown = subprocess.check_output([sys.executable, "-c", code, *arguments], cwd=folder, text=True)
     assert not {"torch", "onnxruntime", "pandas", "dvc"} & set(shown.splitlines()[-1].split())
+
+
+def test_the_documentation_shows_what_the_commands_print(folder, capsys):
+    text = (REPOSITORY / "docs" / "catalogue.md").read_text()
+    shown = re.findall(r"```console\n\$ nonn (.*?)\n(.*?)```", text, re.DOTALL)
+    assert len(shown) == 5
+    for line, expected in shown:
+        try:
+            main(shlex.split(line))
+        except SystemExit as stopped:
+            print(stopped.code)
+        assert capsys.readouterr().out == expected, line
+    assert not list(folder.iterdir())

@@ -45,11 +45,12 @@ def describe(name: str, board) -> list[str]:
     """One board: each figure, how it is known, and its source."""
     lines = [f"{name}: {board.title}", ""]
     for key, figure in board.figures.items():
-        value = ", ".join(map(str, figure.value)) if isinstance(figure.value, list) else f"{figure.value:,.10g}"
+        values = figure.value if isinstance(figure.value, list) else [f"{figure.value:,.10g}"]
+        value = ", ".join(map(str, values)) or "none by itself"
         lines.append(f"  {key:<14}  {value}  ({figure.kind})")
         lines += [f"  {'':<14}  {figure.how}"] if figure.how else []
         lines.append(f"  {'':<14}  {figure.source}")
-    unknown = [key for key in KEYS if key not in board.figures and not getattr(board, key, None)]
+    unknown = [key for key in KEYS if key not in board.figures and not getattr(board, key)]
     unknown += [f"{precision}_mmacs" for precision, speed in board.mmacs.items() if speed is None]
     if board.flash_kib is None:
         unknown.remove("flash_kib")

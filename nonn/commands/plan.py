@@ -109,14 +109,13 @@ def run(options) -> None:
 def make_planner(options, params: Params | None) -> tuple[Planner, str]:
     """A planner for the options, the parameters where they say nothing, and the defaults; and a line on all three."""
     from nonn.core.boards import all_boards
-    from nonn.core.links import find_link
     from nonn.core.params import Design
     from nonn.core.paths import Paths
     from nonn.method.feasibility import known_filters, known_images
     from nonn.method.planning import Planner
 
     images: dict[str, Any] = {"size": SIZE, "channels": CHANNELS, "classes": [""] * CLASSES}
-    filters, link, grid, source = FILTERS, LINK, Design(**STUDENTS, precision=PRECISION), "defaults"
+    filters, link, grid, source = FILTERS, LINK, Design.model_validate(STUDENTS | {"precision": PRECISION}), "defaults"
     if params:
         paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
         images |= known_images(params, paths) or {"size": params.dataset.size}
@@ -134,7 +133,7 @@ def make_planner(options, params: Params | None) -> tuple[Planner, str]:
         f"{filters} filters to share; {grid.family} students in {grid.precision}; link {link}. "
         f"From {source} and options."
     )
-    return Planner(grid, images, filters, find_link(link), all_boards()), facts
+    return Planner(grid, images, filters, link, all_boards()), facts
 
 
 def _params() -> Params | None:
@@ -173,6 +172,8 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print(table(_rows(plan)))
     print()
     print("\n".join(_summary(plan, len(planner.info["classes"]), latency_ms)))
+    if without := planner.without_link(budgets):
+        print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
     if line := say_if_lopsided(plan.sizes, budgets):
         print(line)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
@@ -203,16 +204,25 @@ def _summary(plan: Plan, n_classes: int, latency_ms: float | None) -> list[str]:
     total = UNKNOWN if plan.total_ms is None else f"{plan.total_ms:,.1f}"
     target = f" (target {latency_ms:g})" if latency_ms else ""
     lines = [
-        f"sent by all devices    {plan.answer_bytes:,} bytes for one image (modelled)",
-        f"on the link            {plan.link_ms:,.1f} ms (modelled)",
-        f"slowest device + link  {total} ms{target} (modelled)",
-        f"energy of all devices  {_span(plan.energy_mj)} mJ for one image, without what they draw anyway (modelled)",
+        f"sent by all devices        {plan.answer_bytes:,} bytes for one image (modelled)",
+        f"on the link                {plan.link_ms:,.1f} ms (modelled)",
+        f"slowest device + link      {total} ms{target} (modelled)",
+        _energy(plan),
         f"{plan.params:,} parameters and {sum(plan.sizes)} features for {n_classes} classes; "
         "accuracy is known after training.",
     ]
     if any(device.compute_ms is None or device.energy_mj is None for device in plan.devices):
         lines.append(f"{UNKNOWN}: the catalogue has no speed or no power of the device; see `nonn devices NAME`.")
     return lines
+
+
+def _energy(plan: Plan) -> str:
+    from nonn.method.planning import total
+
+    known, number = plan.known_energies, len(plan.devices)
+    whose = "all" if len(known) == number else f"{len(known)} of {number}"
+    amount = f"{_span(total(known))} mJ for one image, without what they draw anyway" if known else "not known"
+    return f"{'energy of ' + whose + ' devices':<25}  {amount} (modelled)"
 
 
 def _as_params(budgets: list[Budget], plan: Plan) -> str:

@@ -105,7 +105,7 @@ class Board:
     ram_kib: float = 0.0
     flash_kib: float | None = None  # None: weights live in RAM, too
     mmacs: Mapping[str, float | None] = field(default_factory=dict)
-    links: tuple[str, ...] = ()
+    links: tuple[str, ...] | None = None  # that it has by itself; None where unknown
     runs_onnx: bool = False
     figures: Mapping[str, Figure] = field(default_factory=dict)  # by the keys of the catalogue
 
@@ -170,7 +170,7 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
         ram_kib=facts.ram_kib,
         flash_kib=facts.flash_kib,
         mmacs={"float32": facts.float32_mmacs, "int8": facts.int8_mmacs},
-        links=tuple(facts.links or ()),
+        links=None if facts.links is None else tuple(facts.links),
         runs_onnx=facts.runs_onnx,
         figures=known,
     )

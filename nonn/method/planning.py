@@ -18,7 +18,7 @@ from typing import Any
 from nonn.core.boards import OWN_FILE, Board, Range, inference_energy
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
-from nonn.core.links import Link, datagram_bytes, link_seconds
+from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.params import Architecture, Design, Device
 from nonn.core.schema import did_you_mean
 from nonn.deploy.counting import Cost
@@ -70,22 +70,25 @@ class Plan:
         return max(times) + self.link_ms if len(times) == len(self.devices) else None
 
     @property
+    def known_energies(self) -> list[Range]:
+        """Of the devices whose speed and power are known."""
+        return [device.energy_mj for device in self.devices if device.energy_mj]
+
+    @property
     def energy_mj(self) -> Range | None:
-        """Of all devices together; None if the power of one is not known."""
-        known = [device.energy_mj for device in self.devices if device.energy_mj]
-        if len(known) < len(self.devices):
-            return None
-        return Range(sum(energy.low for energy in known), sum(energy.high for energy in known))
+        """Of all devices together; None if that of one is not known."""
+        return total(self.known_energies) if len(self.known_energies) == len(self.devices) else None
 
 
 class Planner:
     """Plans for one experiment: what students there are, what images, and how many filters they share.
 
-    `info` describes the images as ``dataset.json`` does.
+    `info` describes the images as ``dataset.json`` does; `link` is the name of one.
     """
 
-    def __init__(self, grid: Design, info: dict[str, Any], n_filters: int, link: Link, boards: Mapping[str, Board]):
-        self.grid, self.info, self.n_filters, self.link, self.boards = grid, info, n_filters, link, boards
+    def __init__(self, grid: Design, info: dict[str, Any], n_filters: int, link: str, boards: Mapping[str, Board]):
+        self.grid, self.info, self.n_filters, self.boards = grid, info, n_filters, boards
+        self.link_name, self.link = link, find_link(link)
 
     def plan(self, budgets: Sequence[Budget], latency_ms: float | None = None) -> Plan:
         """Design the students of a set of devices, so that they answer within a target if there is one.
@@ -140,6 +143,15 @@ class Planner:
             lowest, highest = (lowest, middle) if works(middle) else (middle, highest)
         return round(highest * TARGET_STEP, 1)
 
+    def without_link(self, budgets: Sequence[Budget]) -> list[str]:
+        """Boards that do not have the link by themselves, as far as it is known."""
+        found = []
+        for name in dict.fromkeys(budget.board for budget in budgets if budget.board in self.boards):
+            links = self.boards[name or ""].links
+            if links is not None and self.link_name not in links:
+                found.append(str(name))
+        return found
+
     def _energy(self, budget: Budget, n_filters: int, compute_ms: float | None, window_ms: float) -> Range | None:
         """Millijoules that an image adds on one device."""
         board = self.boards.get(budget.board or "")
@@ -148,6 +160,10 @@ class Planner:
         wire = datagram_bytes(REQUEST_BYTES) + answer_bytes(n_filters)
         energy = inference_energy(board, compute_ms / 1e3, window_ms / 1e3, wire, idle=False)
         return Range(1e3 * energy.low, 1e3 * energy.high)
+
+
+def total(energies: Sequence[Range]) -> Range:
+    return Range(sum(energy.low for energy in energies), sum(energy.high for energy in energies))
 
 
 def answer_bytes(n_filters: int) -> int:
