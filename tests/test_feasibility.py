@@ -64,6 +64,13 @@ def test_a_target_that_is_too_short_is_refused(folder):
 
 
 @pytest.mark.usefixtures("folder")
+def test_every_device_that_cannot_be_gets_a_line():
+    with pytest.raises(UserError) as refusal:
+        check_budgets(with_devices(small={"memory_kib": 5, "mmacs": 5}, large={"memory_kib": 6, "mmacs": 5}), NOTHING)
+    assert re.findall(r"device '(\w+)'", str(refusal.value)) == ["small", "large"]
+
+
+@pytest.mark.usefixtures("folder")
 def test_every_network_that_cannot_be_gets_a_line():
     networks = {name: {"devices": ["small", "large"], "seeds": 1} for name in ("a", "b")}
     params = tiny_params(

@@ -21,14 +21,16 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
     is of these parameters.
     """
     info, n_live = known_images(params, paths), known_filters(params, paths)
-    problems, warnings = [], []
+    problems: list[str] = []
+    warnings: list[str] = []
     for network in params.networks:
-        found: list[str] = []
+        where = f"networks.{network}: "
+        broken = list(_refused_devices(params, network, info or least_images(params)))
         try:
-            found = list(_check_network(params, network, info, n_live))
+            warnings += [] if broken else [where + line for line in _check_network(params, network, info, n_live)]
         except UserError as error:
-            problems.append(f"params.yaml: networks.{network}: {error}")
-        warnings += [f"networks.{network}: {line}" for line in found]
+            broken.append(str(error))
+        problems += [f"params.yaml: {where}{problem}" for problem in broken]
     if problems:
         raise UserError("\n".join(problems))
     return warnings
@@ -55,6 +57,15 @@ def known_filters(params: Params, paths: Paths) -> int | None:
 def least_images(params: Params) -> dict[str, Any]:
     """Images that ask least of a student, as long as nothing but their size is known."""
     return {"channels": 1, "size": params.dataset.size, "classes": ["", ""]}
+
+
+def _refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
+    """A line for each kind of device that holds no student even with a bridge to one filter."""
+    for budget in dict.fromkeys(params.budgets_of(network)):
+        try:
+            design_student(params.design, budget, info, 1)
+        except UserError as error:
+            yield str(error)
 
 
 def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_live: int | None) -> Iterator[str]:
