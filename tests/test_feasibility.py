@@ -38,6 +38,22 @@ def test_an_impossible_budget_is_refused_before_the_images_are_known():
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_budget_for_few_filters_alone_is_said_and_not_refused():
+    """How many filters of the teacher are live is known from the stage `graph` on."""
+
+    def check(kib: float) -> list[str]:
+        teacher = {"architecture": {"family": "fast", "widths": [8, 16, 2000], "depth": 1}}
+        devices = {"small": {"memory_kib": kib, "mmacs": 5}, "large": {"memory_kib": kib, "mmacs": 5}}
+        return check_budgets(Params.model_validate(tiny_params({"teacher": teacher, "devices": devices})), NOTHING)
+
+    with pytest.raises(UserError) as refusal:
+        check(5)
+    (warning,) = check(float(re.findall(r"needs memory_kib: (\d+)", str(refusal.value))[0]))
+    assert warning.startswith("networks.2s: if all 2000 filters of the teacher are live, no student of `design` fits ")
+    assert check(float(re.findall(r"needs memory_kib: (\d+)", warning)[0])) == []
+
+
+@pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
     ("device", "said"),
     [

@@ -18,6 +18,7 @@ from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, refuse_settings
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
+from nonn.core.progress import log
 
 #: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
@@ -64,7 +65,8 @@ def run(options) -> None:
     if stage in BEFORE_DESIGN:
         from nonn.method.feasibility import check_budgets
 
-        check_budgets(params, paths)
+        for line in check_budgets(params, paths):
+            log(f"params.yaml: {line}")
     module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
     module.run(params, paths, **arguments)

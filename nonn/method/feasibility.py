@@ -14,7 +14,7 @@ from nonn.method.sizing import apportion_filters, design_network, design_student
 
 
 def check_budgets(params: Params, paths: Paths) -> list[str]:
-    """Refuse budgets that hold no student; return a line for each network whose shares are lopsided.
+    """Refuse budgets that hold no student; return lines on shares that are lopsided, and on what may yet be refused.
 
     As long as the stage `dataset` has not read the images, they are taken as grey and of two classes, and a bridge has
     one output: a budget that is refused then, never works. What is known by then of images and filters is used, if it
@@ -75,7 +75,13 @@ def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_
     else:
         info = info or least_images(params)
         # Of all filters that a teacher has, some are never active: there may be fewer, not more.
-        sizes = apportion_filters(grid, budgets, info, max(params.teacher.architecture.n_features, len(budgets)))
+        most = max(params.teacher.architecture.n_features, len(budgets))
+        sizes = apportion_filters(grid, budgets, info, most)
         design_student(grid, smallest_device(grid, budgets, info), info, None)
+        for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
+            try:
+                design_student(grid, budget, info, size)
+            except UserError as error:
+                yield f"if all {most} filters of the teacher are live, {error}"
     if line := say_if_lopsided(sizes, budgets):
         yield line
