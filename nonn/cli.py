@@ -36,6 +36,8 @@ MEASURE, DEVELOP = "measure", "develop"
 COMMANDS = {
     "use": (BEGIN, "commands.use", "Write params.yaml for one of the experiments, and so make it the active one."),
     "check": (BEGIN, "commands.check", "Check params.yaml for mistakes, without running anything."),
+    "devices": (BEGIN, "commands.devices", "List the boards of the catalogue: memory, speed, power and sources."),
+    "plan": (BEGIN, "commands.plan", "Say what a set of devices would run and how fast, before anything is trained."),
     "demo": (BEGIN, "live.demo", "Run the trained network that comes with the package, and show it at work."),
     "predict": (BEGIN, "runtime.predict", "Classify an image with the trained students."),
     "jobs": (RUN, "commands.jobs", "List the trainings that params.yaml asks for; `dvc repro` needs the list."),

@@ -86,7 +86,7 @@ def test_fewer_views_than_there_are_can_be_tried(tmp_path):
         ("2s", ["signals.threads=1"], "signals.threads: has no effect on an attempt, which begins with"),
         ("2s", ["teacher.lr=1"], "teacher.lr: has no effect on an attempt"),
         ("2s", ["assemble.lr=1"], "What can be tried: signals.views, networks, devices,"),
-        ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits a device of 1 KiB"),
+        ("2s", ["devices.small.memory_kib=1"], "no student of `design` fits device 'small': memory_kib is 1 KiB"),
     ],
 )
 @pytest.mark.usefixtures("experiment")

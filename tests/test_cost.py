@@ -1,10 +1,14 @@
 """The cost of a network, against counts by hand."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from nonn.core.params import Architecture
-from nonn.deploy.cost import Cost, measure_cost
+from nonn.core.budgets import Budget
+from nonn.core.params import Architecture, Design
+from nonn.deploy.cost import measure_cost
+from nonn.deploy.counting import BODIES, Cost, count_cost
 from nonn.training.networks import ConvNet
 
 
@@ -109,6 +113,39 @@ def test_bytes_follow_the_precision_and_nothing_else_does(family):
 
 def test_fits_up_to_the_budget_and_no_further():
     cost = Cost(params=256, macs=2_000_000, weight_bytes=1024, peak_activation_bytes=1024)
-    assert cost.fits(memory_kib=2, mmacs=2)
-    assert not cost.fits(memory_kib=1.999, mmacs=2)
-    assert not cost.fits(memory_kib=2, mmacs=1.999)
+    assert Budget(memory_kib=2, mmacs=2).fits(cost)
+    assert not Budget(memory_kib=1.999, mmacs=2).fits(cost)
+    assert not Budget(memory_kib=2, mmacs=1.999).fits(cost)
+
+
+def test_flash_and_ram_are_two_budgets():
+    cost = Cost(params=512, macs=0, weight_bytes=2048, peak_activation_bytes=1024)
+    assert Budget(flash_kib=2, ram_kib=1).fits(cost)
+    assert not Budget(flash_kib=1.999, ram_kib=100).fits(cost), "activations cannot live in the flash's place"
+    assert not Budget(flash_kib=100, ram_kib=0.999).fits(cost)
+
+
+#: Of every family that is counted without a network: layers of one, odd sides, shortcuts, mirrors, strides.
+DRAWN = [
+    {"family": "fast", "widths": [7, 9, 12], "depth": 2},
+    {"family": "fast", "widths": [4, 4, 4], "depth": 1, "mirror": True},
+    {"family": "airbench", "widths": [8, 8, 16], "depth": 2, "strided": True},
+    {"family": "airbench", "widths": [8, 9, 10], "depth": 4, "mirror": True},
+    {"family": "airbench", "widths": [8, 9, 10], "depth": 1},
+    {"family": "wrn", "depth": 10, "width": 1, "mirror": True},
+    {"family": "wrn", "depth": 16, "width": 2},
+]
+
+
+@pytest.mark.parametrize("architecture", DRAWN, ids=lambda a: f"{a['family']}-{a['depth']}")
+def test_what_is_counted_without_a_network_is_what_the_network_measures(architecture):
+    architecture = Architecture(**architecture)
+    for n_filters, channels, size, precision in ((None, 3, 28, "int8"), (5, 1, 33, "float32"), (300, 3, 29, "int8")):
+        measured = measure_cost(ConvNet(architecture, channels, 7, n_filters), channels, size, precision)
+        assert count_cost(architecture, channels, size, 7, n_filters, precision) == measured
+
+
+def test_every_family_of_students_is_counted_or_measured():
+    families = {architecture["family"] for architecture in DRAWN}
+    assert families == set(BODIES)
+    assert families <= set(get_args(Design.model_fields["family"].annotation))

@@ -20,6 +20,7 @@ CARRIERS = {
     f"nonn.core.{name}"
     for name in (
         "artifacts",
+        "devices",
         "errors",
         "files",
         "jobs",

@@ -1,6 +1,8 @@
 """Sizes and architectures from budgets: exact shares, and the largest student that fits by trying all."""
 
 import itertools
+import re
+from dataclasses import replace
 
 import pytest
 from experiments import REPOSITORY
@@ -8,19 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nonn.commands.use import merge_experiment
+from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.core.params import Architecture, Design, Device, Params
 from nonn.deploy.cost import measure_cost
-from nonn.method.sizing import apportion, combined_budget, design_network, design_student, family
+from nonn.deploy.counting import Cost
+from nonn.method.sizing import apportion, apportion_filters, design_network, design_student, family, say_if_lopsided
 from nonn.stages import design as design_stage
+from nonn.stages import partition as partition_stage
 from nonn.training.networks import ConvNet
 from nonn.training.store import load_design
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, precision="float32")
 INFO = {"channels": 1, "size": 28, "classes": ["a", "b", "c"]}
-AMPLE = Device(memory_kib=10_000, mmacs=1000)
+AMPLE = Budget(memory_kib=10_000, mmacs=1000)
 
 
 def all_students(grid: Design, n_filters: int | None) -> list:
@@ -32,8 +37,8 @@ def all_students(grid: Design, n_filters: int | None) -> list:
     ]
 
 
-def find_student(grid: Design, device: Device, n_filters: int | None):
-    return design_student(grid, device, INFO["channels"], INFO["size"], len(INFO["classes"]), n_filters)
+def find_student(grid: Design, device: Budget, n_filters: int | None):
+    return design_student(grid, device, INFO, n_filters)
 
 
 # Sizes
@@ -76,19 +81,19 @@ def test_the_largest_that_fits_is_found(grid):
     assert len({cost.params for _, cost in candidates}) == len(candidates)
     for _, budget in candidates[::2]:
         for change in (0, -1):  # exactly enough for this candidate, and one byte less
-            device = Device(memory_kib=(budget.memory_bytes + change) / 1024, mmacs=1000)
-            fitting = [(a, c) for a, c in candidates if c.fits(device.memory_kib, device.mmacs)]
+            device = Budget(memory_kib=(budget.memory_bytes + change) / 1024, mmacs=1000)
+            fitting = [(a, c) for a, c in candidates if device.fits(c)]
             if fitting:
                 assert find_student(grid, device, 5) == max(fitting, key=lambda found: found[1].params)
-        device = Device(memory_kib=10_000, mmacs=budget.macs / 1e6)
-        fitting = [(a, c) for a, c in candidates if c.fits(device.memory_kib, device.mmacs)]
+        device = Budget(memory_kib=10_000, mmacs=budget.macs / 1e6)
+        fitting = [(a, c) for a, c in candidates if device.fits(c)]
         assert find_student(grid, device, 5) == max(fitting, key=lambda found: found[1].params)
 
 
 def test_more_budget_never_gives_a_smaller_student():
     for budgets in (
-        [Device(memory_kib=kib, mmacs=1000) for kib in (40, 50, 60, 80, 120, 200)],
-        [Device(memory_kib=10_000, mmacs=mmacs) for mmacs in (0.5, 1, 2, 4, 8)],
+        [Budget(memory_kib=kib, mmacs=1000) for kib in (40, 50, 60, 80, 120, 200)],
+        [Budget(memory_kib=10_000, mmacs=mmacs) for mmacs in (0.5, 1, 2, 4, 8)],
     ):
         params = [find_student(FAST, device, 5)[1].params for device in budgets]
         assert params == sorted(params)
@@ -106,39 +111,64 @@ def test_the_widths_of_the_stages_follow_their_proportion():
 
 
 def test_lower_precision_leaves_room_for_a_larger_student():
-    device = Device(memory_kib=60, mmacs=1000)
+    device = Budget(memory_kib=60, mmacs=1000)
     quarter = FAST.model_copy(update={"precision": "int8"})
     assert find_student(quarter, device, 5)[1].params > find_student(FAST, device, 5)[1].params
 
 
 @pytest.mark.parametrize(
-    ("device", "numbers"),
+    ("budget", "said"),
     [
-        (Device(memory_kib=3, mmacs=20), r"of 3 KiB and 20 million .* needs \d\d KiB and 0\.\d+ million"),
-        (Device(memory_kib=320, mmacs=0.01), r"of 320 KiB and 0\.01 million .* needs \d\d KiB and 0\.\d+ million"),
+        (Budget(memory_kib=3, mmacs=20), r"memory_kib is 3 KiB, \d\d KiB less than the \d\d needed"),
+        (Budget(memory_kib=320, mmacs=0.01), r"mmacs is 0\.01 million, 0\.\d+ million less than the 0\.\d+ needed"),
+        (Budget(flash_kib=3, ram_kib=300), r"flash_kib is 3 KiB, \d+ KiB less"),
+        (Budget(flash_kib=300, ram_kib=3), r"ram_kib is 3 KiB, \d+ KiB less"),
+        (Budget(memory_kib=900, latency_ms=0.5, mmacs_per_s=10), r"latency_ms is 0\.5 ms, [\d.]+ ms less"),
+        (Budget(memory_kib=3, mmacs=0.01), r"memory_kib is .*; mmacs is"),
     ],
 )
-def test_a_budget_for_nothing_is_refused_with_numbers(device, numbers):
-    with pytest.raises(
-        UserError, match=rf"{numbers}.*Raise devices\.\*\.memory_kib or mmacs, or lower design\.min_width"
-    ):
-        find_student(FAST, device, 5)
+def test_a_budget_for_nothing_is_refused_with_what_works(budget, said):
+    named = replace(budget, name="tiny")
+    with pytest.raises(UserError, match=rf"no student of `design` fits device 'tiny': {said}") as refusal:
+        find_student(FAST, named, 5)
+    nearest = dict(re.findall(r"(\w+): ([\d.]+)", str(refusal.value).split(" needs ")[1]))
+    enough = {key: float(value) for key, value in nearest.items()}
+    find_student(FAST, replace(named, **enough), 5)
+    for key, value in enough.items():
+        less = replace(named, **enough | {key: value - (1 if key.endswith("kib") else 0.01)})
+        with pytest.raises(UserError, match=f"{key} is"):
+            find_student(FAST, less, 5)
 
 
-def test_the_smallest_student_is_what_the_message_says():
-    smallest = min((cost for _, cost in all_students(FAST, 5)), key=lambda cost: cost.memory_bytes)
-    with pytest.raises(UserError) as refusal:
-        find_student(FAST, Device(memory_kib=3, mmacs=20), 5)
-    assert f"needs {smallest.memory_bytes / 1024:.0f} KiB and {smallest.macs / 1e6:.2f} million" in str(refusal.value)
+def test_flash_and_ram_limit_a_student_apart():
+    (_, small), *_, (_, large) = all_students(FAST.model_copy(update={"depths": [1]}), 5)
+    weights = Budget(flash_kib=small.weight_bytes / 1024, ram_kib=10_000)
+    activations = Budget(flash_kib=10_000, ram_kib=small.peak_activation_bytes / 1024)
+    shallow = FAST.model_copy(update={"depths": [1]})
+    for budget in (weights, activations):
+        assert find_student(shallow, budget, 5)[1] == small
+    both = Budget(flash_kib=large.weight_bytes / 1024, ram_kib=large.peak_activation_bytes / 1024)
+    assert find_student(shallow, both, 5)[1] == large
+
+
+def test_a_target_limits_a_student_by_the_speed_of_its_device():
+    candidates = all_students(FAST, 5)
+    for _, cost in candidates:
+        budget = Budget(memory_kib=10_000, latency_ms=cost.macs / 50 / 1e3, mmacs_per_s=50)
+        within = [c for _, c in candidates if c.macs <= cost.macs]
+        assert find_student(FAST, budget, 5)[1] == max(within, key=lambda c: c.params)
+        assert budget.compute_ms(cost) == pytest.approx(budget.latency_ms)
 
 
 # Networks
 
 
-def test_devices_that_differ_get_students_in_proportion():
-    devices = [Device(memory_kib=40, mmacs=20), Device(memory_kib=120, mmacs=20)]
+def test_devices_that_differ_get_filters_in_proportion_to_what_they_can_hold():
+    devices = [Budget(memory_kib=40, mmacs=20), Budget(memory_kib=120, mmacs=20)]
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
-    assert sizes == [10, 30]
+    capacities = [find_student(FAST, device, 1)[1].params ** 0.5 for device in devices]
+    assert sizes == apportion(40, capacities)
+    assert sizes[0] < sizes[1]
     for position, (device, n_filters) in enumerate(zip(devices, sizes, strict=True)):
         architecture, cost = find_student(FAST, device, n_filters)
         assert designs[str(position)] == [
@@ -147,8 +177,47 @@ def test_devices_that_differ_get_students_in_proportion():
     assert designs["1"][0]["cost"]["params"] > designs["0"][0]["cost"]["params"]
 
 
+WIDE = Design(family="fast", depths=[2], min_width=4, max_width=128, step=1, precision="float32")
+
+
+@pytest.mark.parametrize(
+    ("grid", "budgets", "n_live"),
+    [
+        (WIDE, [Budget(memory_kib=128), Budget(memory_kib=320), Budget(memory_kib=100_000)], 64),
+        (WIDE.model_copy(update={"max_width": 64}), [Budget(memory_kib=1e9), Budget(memory_kib=320)], 63),
+    ],
+)
+def test_memory_that_no_student_can_use_earns_no_filters(grid, budgets, n_live):
+    sizes = apportion_filters(grid, budgets, INFO, n_live)
+    assert sum(sizes) == n_live
+    assert min(sizes) >= 4
+    assert max(sizes) < 0.9 * n_live
+    assert "lopsided: " in say_if_lopsided(sizes, budgets)
+    ample = [replace(budget, memory_kib=10 * budget.total_kib) for budget in budgets if budget.total_kib > 50_000]
+    assert apportion_filters(grid, [*ample, *ample], INFO, 64) == [32, 32] * len(ample)
+
+
+def test_a_student_of_one_filter_is_the_last_resort():
+    budgets = [Budget(memory_kib=60, mmacs=20), *[AMPLE] * 3]
+    assert min(apportion_filters(WIDE, budgets, INFO, 8)) == 2
+    assert sorted(apportion_filters(WIDE, budgets, INFO, 7)) == [1, 2, 2, 2]
+
+
+@given(n_live=st.integers(8, 300), n_devices=st.integers(2, 8))
+def test_equal_devices_share_equally(n_live, n_devices):
+    sizes = apportion_filters(FAST, [AMPLE] * n_devices, INFO, n_live)
+    assert sizes == apportion(n_live, [1] * n_devices)
+    assert say_if_lopsided(sizes, [AMPLE] * n_devices) is None
+
+
+def test_a_limit_on_compute_counts_as_much_as_memory():
+    slow, small = Budget(memory_kib=10_000, mmacs=1), Budget(memory_kib=60, mmacs=1000)
+    sizes = apportion_filters(WIDE, [slow, small, AMPLE], INFO, 64)
+    assert sizes[2] > max(sizes[:2])
+
+
 def test_every_baseline_has_its_budget():
-    devices = [Device(memory_kib=60, mmacs=20), Device(memory_kib=40, mmacs=20)]
+    devices = [Budget(memory_kib=60, mmacs=20), Budget(memory_kib=40, mmacs=20)]
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
     students = [designs["0"][0], designs["1"][0]]
     for method in ("random", "contiguous", "classwise"):
@@ -157,16 +226,17 @@ def test_every_baseline_has_its_budget():
     for method in ("labels", "kd", "at_kd"):
         assert designs[method] == [{"architecture": smallest.model_dump(), "n_filters": None, "cost": vars(cost)}]
     (total,) = designs["total"]
-    assert total["architecture"] == find_student(FAST, Device(memory_kib=100, mmacs=40), None)[0].model_dump()
+    assert total["architecture"] == find_student(FAST, Budget(memory_kib=100, mmacs=40), None)[0].model_dump()
     assert [student["n_filters"] for student in designs["full"]] == [40, 40]
     assert [student["cost"] for student in designs["full"]] == [vars(find_student(FAST, d, 40)[1]) for d in devices]
-    assert sizes == [24, 16]
+    assert sizes[0] >= sizes[1]
+    assert sum(sizes) == 40
 
 
 def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
     smallest = ConvNet(family(FAST, 1)[0], INFO["channels"], len(INFO["classes"]), 5)
     needed = measure_cost(smallest, INFO["channels"], INFO["size"])
-    devices = [Device(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
+    devices = [Budget(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
     assert sizes == [5] * 8
     assert designs["0"]
@@ -177,8 +247,8 @@ def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
 
 
 def test_combined_budget_is_the_sum():
-    devices = [Device(memory_kib=60, mmacs=20), Device(memory_kib=40, mmacs=5)]
-    assert combined_budget(devices) == Device(memory_kib=100, mmacs=25)
+    devices = [Budget(memory_kib=60, mmacs=20), Budget(memory_kib=40, mmacs=5)]
+    assert combined_budget(devices) == Budget(memory_kib=100, mmacs=25)
 
 
 def test_more_devices_than_filters_are_refused():
@@ -190,13 +260,13 @@ def test_more_devices_than_filters_are_refused():
 
 
 def test_the_stage_writes_what_fits(params, experiment):
-    devices = params.devices_of("2s")
+    devices = params.budgets_of("2s")
     n_live = read_json(experiment.graph_info)["n_live"]
     assert sum(read_json(experiment.sizes("2s"))["sizes"]) == n_live
     for position, device in enumerate(devices):
         ((architecture, n_filters),) = load_design(experiment.design("2s", position))
         assert n_filters == read_json(experiment.sizes("2s"))["sizes"][position]
-        assert measure_cost(ConvNet(architecture, 1, 3, n_filters), 1, 28).fits(device.memory_kib, device.mmacs)
+        assert device.fits(measure_cost(ConvNet(architecture, 1, 3, n_filters), 1, 28))
 
 
 def test_a_budget_that_changes_nothing_leaves_the_bytes_alone(params, experiment):
@@ -210,10 +280,40 @@ def test_a_budget_that_changes_nothing_leaves_the_bytes_alone(params, experiment
     assert artifacts() == before
 
 
+def test_a_network_of_mixed_devices_is_designed_and_partitioned(params, experiment, capsys):
+    kinds = {
+        "pico": Device(board="rp2350", share=0.2),
+        "camera": Device(flash_kib=60, ram_kib=30, mmacs=5, mmacs_per_s=50),
+        "whole": Device(memory_kib=60, mmacs=5, mmacs_per_s=20),
+    }
+    network = params.networks["2s"].model_copy(update={"devices": list(kinds), "latency_ms": 40.0})
+    mixed = params.model_copy(update={"devices": kinds, "networks": {"2s": network}})
+    design_stage.run(mixed, experiment, "2s")
+    partition_stage.run(mixed, experiment, "2s")
+    sizes = read_json(experiment.sizes("2s"))["sizes"]
+    assert sum(sizes) == read_json(experiment.graph_info)["n_live"]
+    for position, (budget, size) in enumerate(zip(mixed.budgets_of("2s"), sizes, strict=True)):
+        (student,) = read_json(experiment.design("2s", position))
+        cost = Cost(**student["cost"])
+        assert budget.fits(cost)
+        assert budget.compute_ms(cost) <= 40
+        assert len(read_json(experiment.partition("2s", position))["filters"]) == student["n_filters"] == size
+    assert ("lopsided" in capsys.readouterr().err) == (max(sizes) >= 4 * min(sizes))
+
+
+def test_the_stage_says_what_is_lopsided(params, experiment, capsys):
+    kinds = {"small": Device(memory_kib=36, mmacs=5), "large": Device(memory_kib=1e9, mmacs=float("inf"))}
+    wide = params.design.model_copy(update={"max_width": 64})
+    design_stage.run(params.model_copy(update={"devices": kinds, "design": wide}), experiment, "2s")
+    assert "networks.2s: lopsided: student 1 (large) imitates " in capsys.readouterr().err
+
+
 def test_the_stage_names_the_network_that_does_not_fit(params, experiment):
     before = experiment.sizes("2s").read_bytes()
     devices = {name: Device(memory_kib=1, mmacs=1) for name in params.devices}
-    with pytest.raises(UserError, match=r"params\.yaml: networks\.2s: no student"):
+    with pytest.raises(
+        UserError, match=r"params\.yaml: networks\.2s: no student of `design` fits device 'small': memory_kib is 1 KiB"
+    ):
         design_stage.run(params.model_copy(update={"devices": devices}), experiment, "2s")
     assert experiment.sizes("2s").read_bytes() == before
 

@@ -270,7 +270,7 @@ def test_every_seed_has_a_random_partition_of_its_own(lessons):
 
 def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
     """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
-    devices = params.devices_of("2s")
+    devices = params.budgets_of("2s")
     info = read_json(experiment.dataset_info)
     _, designs = design_network(params.design, devices, info, n_live=30)
     live = [f for f in range(32) if f not in (3, 17)]

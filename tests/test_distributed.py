@@ -12,7 +12,7 @@ from clusters import CLASSES, N_FEATURES
 from splits import COST, write_tiny
 
 from nonn.core.files import read_json, write_json
-from nonn.core.links import PRESETS, Link
+from nonn.core.links import PRESETS, Link, link_seconds
 from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
@@ -26,7 +26,7 @@ from nonn.split.planner import plan_split
 from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
-from nonn.testbed.composed import Load, compose, link_seconds, load_of_network, load_of_split, payload_bytes
+from nonn.testbed.composed import Load, compose, load_of_network, load_of_split, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
 from nonn.testbed.distributed import LOOPBACK, compose_all, framing_of, measure_live
 from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges

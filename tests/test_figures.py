@@ -713,7 +713,7 @@ def test_blocks_are_those_of_the_network(architecture, size):
 def test_chosen_students_stand_within_their_budgets(inside):
     params, paths = inside
     network = next(iter(params.networks))
-    students, devices = figures_stage.load_students(params, paths)[network], params.devices_of(network)
+    students, devices = figures_stage.load_students(params, paths)[network], params.budgets_of(network)
     candidates = read_json(paths.candidates(network))
     drawn = design_plots.draw_student_selection({network: candidates}, {network: students}, {network: devices})
     (axis,) = drawn.axes

@@ -151,7 +151,10 @@ WRONG = [
     ({"graph.top_k": 10**9}, "graph.top_k: input should be less than or equal to 16384"),
     ({"distill.epochs": True}, "distill.epochs: input should be a valid integer (it is True)"),
     ({"distill.epochs": "12"}, "distill.epochs: input should be a valid integer (it is '12')"),
-    ({"distributed.board": "abacus"}, "distributed.board: no board 'abacus'; choose one of cortex_m7, pi3b, pi3b_plus"),
+    (
+        {"distributed.board": "abacus"},
+        "distributed.board: no board 'abacus'; choose one of pi3b, pi3b_plus, pi4b, cortex_m7",
+    ),
 ]
 
 

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from nonn.commands.verify import cache_folder, distrust
-from nonn.core.jobs import JOBS_FILE, list_jobs, write_jobs
+from nonn.core.jobs import FACTS, JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
@@ -28,5 +28,6 @@ def run(options) -> None:
     if Path(".dvc").is_dir():
         distrust(cache_folder())
     news = "written" if write_jobs(params) else "as it was"
-    counts = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
+    jobs = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}
+    counts = {name: count for name, count in jobs.items() if name not in FACTS}
     print(f"{JOBS_FILE}: {news}; " + ", ".join(f"{count} {name}" for name, count in counts.items()))

@@ -18,7 +18,10 @@ from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, refuse_settings
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
+from nonn.core.progress import log
 
+#: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
+BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
 #: Kind of item that a stage takes, an example, and whether it takes a seed; other stages take neither.
@@ -59,6 +62,11 @@ def run(options) -> None:
     sweep(paths.root, STATE / "checkpoints")
     remove_leftovers(params, paths)
     choose(params.numerics)
+    if stage in BEFORE_DESIGN:
+        from nonn.method.feasibility import check_budgets
+
+        for line in check_budgets(params, paths):
+            log(f"params.yaml: {line}")
     module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
     module.run(params, paths, **arguments)

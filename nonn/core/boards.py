@@ -1,24 +1,83 @@
-"""Energy of one inference on one device, from published constants: modelled, not measured.
+"""Boards: memory, speed, power and links of each kind, and the energy that an inference on one takes by its power.
+
+The figures stand in ``boards.yaml``, each with its source. A project adds or replaces some in a file of its own,
+`OWN_FILE`. Energy is modelled from these figures, not measured:
 
     E = (P_active - P_idle) · t_compute + P_idle · t_window + bits · E_bit
 
 The first term is what computing adds, the second what the device draws anyway until the image is answered, the third
 what its radio spends on the bytes it sends and receives. Where a constant is only known as a range, so is the energy.
-
-References
-----------
-.. [1] MLPerf Tiny v1.1, closed division, NUCLEO-H7A3ZI-Q: https://mlcommons.org/benchmarks/inference-tiny/
-.. [2] Raspberry Pi 3B: 1.4 W idle, 3.7 W under full load: https://www.pidramble.com/wiki/benchmarks/power-consumption
-.. [3] Raspberry Pi 3B+: https://github.com/geerlingguy/sbc-reviews/issues/16
-.. [4] Raspberry Pi 4B: https://github.com/geerlingguy/sbc-reviews/issues/4
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+
+from nonn.core.errors import UserError
+from nonn.core.links import PRESETS
+from nonn.core.schema import Section, did_you_mean, explain
+from nonn.core.yaml_text import read_yaml
+
+#: What a project adds to the catalogue, beside its ``params.yaml``.
+OWN_FILE = Path("devices.yaml")
 
 #: Joules a bit of a Bluetooth Low Energy class radio, from the best to the worst published.
 RADIO_J_PER_BIT = (10e-9, 50e-9)
+
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Figure(Section):
+    """One figure of the catalogue, and where it comes from."""
+
+    value: Any
+    kind: Literal["measured", "cited", "estimated"]
+    source: str
+    how: str | None = None
+
+    @model_validator(mode="after")
+    def _says_how_it_was_derived(self) -> Figure:
+        if self.kind == "estimated" and not self.how:
+            raise ValueError("an estimate says in `how` what it was derived from")
+        return self
+
+
+class Facts(Section):
+    """The values of one board, as they stand in a file without their sources."""
+
+    title: str = ""
+    ram_kib: Amount
+    flash_kib: Amount | None = None
+    float32_mmacs: Amount | None = None
+    int8_mmacs: Amount | None = None
+    idle_w: Amount | None = None
+    active_w: Amount | Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
+    links: list[str] | None = None
+    runs_onnx: bool = False
+
+    @model_validator(mode="after")
+    def _agree(self) -> Facts:
+        for link in self.links or ():
+            if link not in PRESETS:
+                raise ValueError(f"links: no link {link!r}; choose of {', '.join(PRESETS)}")
+        low, high = self.active_range or (None, None)
+        if low is not None and high is not None and not (self.idle_w or 0) < low <= high:
+            raise ValueError("active_w: is [low, high], and above idle_w")
+        return self
+
+    @property
+    def active_range(self) -> tuple[float, float] | None:
+        if self.active_w is None:
+            return None
+        low, high = self.active_w if isinstance(self.active_w, list) else (self.active_w, self.active_w)
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -31,30 +90,99 @@ class Range:
 
 @dataclass(frozen=True)
 class Board:
-    """Power and speed of a kind of device.
+    """A kind of device.
 
-    Published figures are for all four cores of a Raspberry Pi: one core takes from a quarter of the difference to idle
-    up to the whole of it. Of a device on which no latency can be measured here, the compute time is `seconds_per_mac`
-    times the multiply-accumulates; otherwise it is the measured one, times a stated slowdown.
+    `idle_w` are watts with nothing to do, 0 where no source gives any, and then left out; `active_w` those with one
+    core computing, None where unknown. On a board of `seconds_per_mac` no latency can be measured here: there the stage
+    `distributed` multiplies it by the multiply-accumulates, and elsewhere takes the measured time, times a stated
+    slowdown. `mmacs` are millions of multiply-accumulates a second by precision, None where unknown.
     """
 
-    idle_w: float  # watts with nothing to do; 0 where the source gives none, and then left out
-    active_w: Range  # watts with one core computing
+    idle_w: float
+    active_w: Range | None
     seconds_per_mac: float | None = None
+    title: str = ""
+    ram_kib: float = 0.0
+    flash_kib: float | None = None  # None: weights live in RAM, too
+    mmacs: Mapping[str, float | None] = field(default_factory=dict)
+    links: tuple[str, ...] | None = None  # that it has by itself; None where unknown
+    runs_onnx: bool = False
+    figures: Mapping[str, Figure] = field(default_factory=dict)  # by the keys of the catalogue
+
+    @property
+    def has_energy(self) -> bool:
+        """Whether the stage `distributed` can say what an image takes there."""
+        return self.active_w is not None and (self.runs_onnx or self.seconds_per_mac is not None)
 
 
-def _one_core_of_four(idle_w: float, full_w: float) -> Range:
-    return Range(idle_w + (full_w - idle_w) / 4, full_w)
+@cache
+def _shipped() -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """Sources by name, and boards, of the file that comes with the package."""
+    content = YAML(typ="safe").load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return content["sources"], content["boards"]
 
 
-#: Boards by the name that ``params.yaml`` gives them.
-BOARDS = {
-    # ResNet-8 of 12.5 million multiply-accumulates: 18.2 a second at 280 MHz and 7,615 µJ each [1]_, so 0.139 W.
-    "cortex_m7": Board(0.0, Range(0.139, 0.139), seconds_per_mac=1 / (18.2 * 12.5e6)),
-    "pi3b": Board(1.4, _one_core_of_four(1.4, 3.7)),
-    "pi3b_plus": Board(3.1, _one_core_of_four(3.1, 5.6)),
-    "pi4b": Board(1.6, _one_core_of_four(1.6, 5.0)),
-}
+@cache
+def shipped_boards() -> dict[str, Board]:
+    """Boards of the package, by the names that ``params.yaml`` gives them."""
+    sources, entries = _shipped()
+    return {name: make_board(name, entry, sources) for name, entry in entries.items()}
+
+
+def all_boards() -> dict[str, Board]:
+    """Boards of the package and of the project; where both have a figure of one, it is the project's."""
+    if not OWN_FILE.is_file():
+        return dict(shipped_boards())
+    content = read_yaml(OWN_FILE, "Remove it, or write one.")
+    own = content.get("boards") if isinstance(content, dict) else None
+    if not isinstance(own, dict) or set(content) - {"boards", "sources"}:
+        raise UserError(
+            f"{OWN_FILE}: has one key, `boards`, a mapping of names to their figures; see docs/catalogue.md"
+        )
+    sources, entries = _shipped()
+    sources = sources | (content.get("sources") or {})
+    boards = dict(shipped_boards())
+    for name, entry in own.items():
+        if not isinstance(entry, dict):
+            raise UserError(f"{OWN_FILE}: boards.{name}: is no mapping of figures; write for example ram_kib: 512")
+        boards[str(name)] = make_board(name, entries.get(name, {}) | entry, sources, f"{OWN_FILE}: ")
+    return boards
+
+
+def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Board:
+    """A board from its entry in a catalogue, where a figure is a number, or a mapping with its source."""
+    try:
+        figures = {key: Figure.model_validate(value) for key, value in entry.items() if isinstance(value, dict)}
+        values = {key: figures[key].value if key in figures else value for key, value in entry.items()}
+        facts = Facts.model_validate(values)
+    except ValidationError as error:
+        problems = [line for e in error.errors() for line in explain(e, Facts)]
+        raise UserError("\n".join(f"{where}boards.{name}: {problem}" for problem in problems)) from None
+    known = {
+        key: figure.model_copy(update={"source": sources.get(figure.source, figure.source)})
+        for key, figure in figures.items()
+    }
+    return Board(
+        idle_w=facts.idle_w or 0.0,
+        active_w=Range(*facts.active_range) if facts.active_range else None,
+        seconds_per_mac=1 / (1e6 * facts.int8_mmacs) if facts.int8_mmacs and not facts.runs_onnx else None,
+        title=facts.title or str(name),
+        ram_kib=facts.ram_kib,
+        flash_kib=facts.flash_kib,
+        mmacs={"float32": facts.float32_mmacs, "int8": facts.int8_mmacs},
+        links=None if facts.links is None else tuple(facts.links),
+        runs_onnx=facts.runs_onnx,
+        figures=known,
+    )
+
+
+def find_board(name: str) -> Board:
+    """A board by its name in the catalogue."""
+    boards = all_boards()
+    if name not in boards:
+        hint = did_you_mean(name, boards)
+        raise UserError(f"no board {name!r}{hint}; choose one of {', '.join(boards)}, or add it to {OWN_FILE}")
+    return boards[name]
 
 
 def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: float) -> float:
@@ -63,11 +191,12 @@ def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: floa
 
 
 def inference_energy(board: Board, compute_s: float, window_s: float, wire_bytes: float, idle: bool) -> Range:
-    """Joules of one device for one image.
+    """Joules of one device for one image, on a board whose `active_w` is known.
 
     It computes for `compute_s` of the `window_s` seconds from the start of the image to its answer, and sends and
     receives `wire_bytes`. What it would draw anyway is counted if `idle`; without, only what the image adds.
     """
+    assert board.active_w is not None, "energy asks for power"
     base = board.idle_w * window_s if idle else 0.0
     bounds = zip((board.active_w.low, board.active_w.high), RADIO_J_PER_BIT, strict=True)
     return Range(*((watts - board.idle_w) * compute_s + base + 8 * wire_bytes * bit_j for watts, bit_j in bounds))

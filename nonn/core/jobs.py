@@ -10,11 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nonn.core.boards import find_board
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
 from nonn.core.params import SOLO, Params
 
 JOBS_FILE = Path("workflow/jobs.yaml")
+#: What the lists hold beside jobs.
+FACTS = ("budgets", "board")
 HEADER = "# Derived from params.yaml by `nonn jobs`, and checked before a stage runs: edit params.yaml instead.\n"
 
 
@@ -22,12 +25,16 @@ def list_jobs(params: Params) -> dict[str, Any]:
     """Jobs by the list of ``dvc.yaml`` that they belong to; the key of a job is the path of what it writes.
 
     ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
-    DVC watches their content; where nothing on this machine is named, the module that would read it.
+    DVC watches their content; where nothing on this machine is named, the module that would read it. ``budgets`` and
+    ``board`` are what the catalogue of boards says, so that DVC notices when it says something else: the budgets of
+    networks that need it, and the board of the stage `distributed`.
     """
     return {
         "source": named_source(params) or "nonn/data/packaged.py",
         "weights": params.teacher.weights or "nonn/teachers/teacher.py",
         "pool": "-".join(params.pool or ()),
+        "budgets": looked_up_budgets(params),
+        "board": _board_facts(params),
         "networks": {name: {} for name in params.networks},
         "exported": {name: {} for name in [*params.networks, SOLO]},
         "students": {
@@ -47,6 +54,23 @@ def list_jobs(params: Params) -> dict[str, Any]:
             for seed in seeds
         },
     }
+
+
+def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
+    """Budgets of the devices of each network that names a board or has a target, in order."""
+    found = {name: params.budgets_of(name) for name in params.networks}
+    return {
+        name: [budget.as_dict() for budget in budgets]
+        for name, budgets in found.items()
+        if any(budget.board or budget.latency_ms for budget in budgets)
+    }
+
+
+def _board_facts(params: Params) -> dict[str, Any]:
+    board = find_board(params.distributed.board)
+    power = board.active_w
+    facts = {"idle_w": board.idle_w, "active_w": [power.low, power.high] if power else None}
+    return facts | {"seconds_per_mac": board.seconds_per_mac}
 
 
 def check_named_files(params: Params) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nonn.core.errors import UserError
@@ -10,6 +12,8 @@ from nonn.core.errors import UserError
 #: Largest IP packet in bytes, on every link: also on 802.15.4, whose adaptation layer (6LoWPAN) would
 #: cut packets into frames of at most 127 bytes. Headers below IP are not modelled.
 MTU = 1500
+
+Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
 
 IP_HEADER, UDP_HEADER, TCP_HEADER = 20, 8, 32  # TCP's with the timestamps that Linux sends
 
@@ -76,3 +80,19 @@ def tcp_goodput(link: Link) -> float:
     header = IP_HEADER + TCP_HEADER
     acknowledgement = header / 2 if link.shared else 0
     return link.rate_bps * (MTU - header) / (MTU + acknowledgement)
+
+
+def link_seconds(link: Link, transfers: Transfers) -> float:
+    """Seconds from the first byte sent to the last received, all senders starting at once.
+
+    Every host sends and receives at the link's rate, or all share one medium; then the delay. This is
+    what `nonn.testbed.emulation` emulates, for messages that need many packets.
+    """
+    if not transfers:
+        return 0.0
+    busy: dict[tuple[str, str], float] = defaultdict(float)
+    for (sender, receiver), size in transfers.items():
+        busy[sender, "sends"] += size
+        busy[receiver, "receives"] += size
+    busiest = sum(transfers.values()) if link.shared else max(busy.values())
+    return busiest * 8 / link.rate_bps + link.delay_s

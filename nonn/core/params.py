@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from nonn.core.boards import BOARDS
+from nonn.core.boards import all_boards, shipped_boards
+from nonn.core.budgets import Budget
+from nonn.core.devices import Device, Limit, Positive, check_board
 from nonn.core.links import PRESETS
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
@@ -54,9 +56,7 @@ def _check_name(name: str) -> str:
 #: Of a folder and of a key: no shell and no YAML reads it as anything but text.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Width = Annotated[int, Field(ge=1, le=16_384)]  # channels of a layer
 Depth = Annotated[int, Field(ge=1, le=1_000)]
@@ -64,13 +64,6 @@ Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class Device(Section):
-    """Budget of one device."""
-
-    memory_kib: Positive
-    mmacs: Limit
 
 
 class NetworkParams(Section):
@@ -82,6 +75,7 @@ class NetworkParams(Section):
     devices: Annotated[list[Name], Field(min_length=2, max_length=16)]
     seeds: Seeds
     baselines: dict[Method, Seeds] = Field(default={})
+    latency_ms: Positive | None = None
 
 
 class DatasetParams(Section):
@@ -285,7 +279,7 @@ class Distributed(Section):
     """Devices at once over emulated links, and what a split network takes there."""
 
     links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]
-    board: Annotated[str, Field(json_schema_extra={"enum": list(BOARDS)})]
+    board: Annotated[str, Field(json_schema_extra={"enum": [n for n, b in shipped_boards().items() if b.has_energy]})]
     slowdown: Positive
     reference: Architecture | None
     images: Annotated[int, Field(ge=2, le=1_000_000)]
@@ -305,9 +299,7 @@ class Distributed(Section):
     @field_validator("board")
     @classmethod
     def _is_a_board(cls, board: str) -> str:
-        if board not in BOARDS:
-            raise ValueError(f"no board {board!r}; choose one of {', '.join(BOARDS)}")
-        return board
+        return check_board(board, [name for name, facts in all_boards().items() if facts.has_energy])
 
 
 class Figures(Section):
@@ -335,8 +327,10 @@ class Params(Section):
     distributed: Distributed
     figures: Figures
 
-    def devices_of(self, network: str) -> list[Device]:
-        return [self.devices[name] for name in self.networks[network].devices]
+    def budgets_of(self, network: str) -> list[Budget]:
+        """What each device of a network offers its student."""
+        target, precision = self.networks[network].latency_ms, self.design.precision
+        return [self.devices[name].budget(name, precision, target) for name in self.networks[network].devices]
 
     def baselines(self) -> Iterator[tuple[str, str, range]]:
         """Yield ``(network, method, seeds)`` of every baseline."""
@@ -369,6 +363,12 @@ class Params(Section):
                 if device not in self.devices:
                     hint = did_you_mean(device, self.devices)
                     yield f"networks.{name}.devices: {device!r} is not under `devices`; add it there{hint}"
+            if network.latency_ms is not None and all(device in self.devices for device in network.devices):
+                for device in dict.fromkeys(budget.name for budget in self.budgets_of(name) if not budget.mmacs_per_s):
+                    yield (
+                        f"networks.{name}.latency_ms: the speed of device {device!r} in {self.design.precision} is not "
+                        f"known; give devices.{device} a board that has one, or mmacs_per_s"
+                    )
             if self.assemble.missing == "subset_layers" and len(network.devices) > MAX_SUBSET_STUDENTS:
                 yield (
                     f"assemble.missing: subset_layers is for up to {MAX_SUBSET_STUDENTS} devices, "

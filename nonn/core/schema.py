@@ -45,7 +45,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        problems = [line for e in error.errors() for line in map(printable, _explain(e, schema).splitlines())]
+        problems = [line for e in error.errors() for line in explain(e, schema)]
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
 
 
@@ -72,8 +72,12 @@ def change(raw: dict, key: str, value: Any) -> None:
     raw[name] = value
 
 
-def _explain(error: Any, schema: type[Section]) -> str:
-    """Turn one of pydantic's errors into a sentence with the key and the remedy, a line for each key."""
+def explain(error: Any, schema: type[Section]) -> list[str]:
+    """Sentences with the key and the remedy for one of pydantic's errors, a line for each key."""
+    return [printable(line) for line in _sentence(error, schema).splitlines()]
+
+
+def _sentence(error: Any, schema: type[Section]) -> str:
     location = [str(part) for part in error["loc"] if part != "[key]"]
     key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -1,8 +1,12 @@
 """From the devices' budgets, how many filters and which architecture each student gets.
 
-Sizes come first and are exact: a device gets filters in proportion to its memory, so the bridge of its student is known
-before the stage `partition` decides which filters these are. The sizes are written apart from the architectures, so a
-budget that changes an architecture but no size leaves the partition alone.
+Sizes come first: a device gets filters in proportion to the capacity of the largest student that it can hold, so the
+bridge of its student is known before the stage `partition` decides which filters these are. The sizes are written apart
+from the architectures, so a budget that changes an architecture but no size leaves the partition alone.
+
+Capacity is the square root of the parameters, counted with a bridge to one filter: as filters do, it grows with the
+width of a network, where parameters grow with its square. Memory itself would not do. A device has more of it than any
+student of the grid can use, or too little compute to use it.
 
 *Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
 budget would rerun the partition, on which all students depend, though it rarely changes.
@@ -10,33 +14,37 @@ budget would rerun the partition, on which all students depend, though it rarely
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Design, Device
-from nonn.deploy.cost import Cost, measure_cost
-from nonn.training.networks import ConvNet
+from nonn.core.params import Architecture, Design, Precision
+from nonn.deploy.counting import BODIES, Cost, count_cost
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
 N_SHOWN, SHOWN_UP_TO = 14, 4.0
+#: From how many times the filters of the smallest student on those of the largest are called lopsided.
+LOPSIDED = 4
 
 
-def apportion(total: int, shares: list[float]) -> list[int]:
-    """Split `total` into whole numbers in proportion to `shares`, by largest remainders, each at least 1.
+def apportion(total: int, shares: Sequence[float], least: int = 1) -> list[int]:
+    """Split `total` into whole numbers in proportion to `shares`, by largest remainders, each at least `least`.
 
     >>> apportion(10, [1, 1, 2])
     [3, 2, 5]
     """
     exact = [total * share / sum(shares) for share in shares]
-    sizes = [max(1, int(value)) for value in exact]
+    sizes = [max(least, int(value)) for value in exact]
     by_need = sorted(range(len(shares)), key=lambda i: (sizes[i] - exact[i], i))
     while sum(sizes) != total:
         step = 1 if sum(sizes) < total else -1
-        order = by_need if step > 0 else [i for i in reversed(by_need) if sizes[i] > 1]
+        order = by_need if step > 0 else [i for i in reversed(by_need) if sizes[i] > least]
         for i in order[: abs(total - sum(sizes))]:
             sizes[i] += step
     return sizes
@@ -51,67 +59,150 @@ def family(grid: Design, depth: int) -> list[Architecture]:
     return [Architecture(width=width, **common) for width in widths]
 
 
-def design_student(
-    grid: Design, device: Device, channels: int, size: int, n_classes: int, n_filters: int | None
-) -> tuple[Architecture, Cost]:
+class Shape(NamedTuple):
+    """What a student's cost depends on, beside its architecture."""
+
+    channels: int
+    size: int
+    n_classes: int
+    n_filters: int | None  # outputs of its bridge, None for a student without one (a baseline)
+
+
+def _key(grid: Design) -> str:
+    """The grid as JSON, which can be a key: candidates and costs are asked for again and again."""
+    return grid.model_dump_json(exclude_unset=True)
+
+
+@cache
+def _candidates(grid: str, depth: int) -> list[Architecture]:
+    return family(Design.model_validate_json(grid), depth)
+
+
+@cache
+def _cost(grid: str, depth: int, position: int, shape: Shape, precision: Precision) -> Cost:
+    architecture = _candidates(grid, depth)[position]
+    if architecture.family in BODIES:
+        return count_cost(architecture, *shape, precision)
+    from nonn.deploy.cost import measure_cost  # of PyTorch, which takes seconds to import
+    from nonn.training.networks import ConvNet
+
+    channels, size, n_classes, n_filters = shape
+    return measure_cost(ConvNet(architecture, channels, n_classes, n_filters), channels, size, precision)
+
+
+def _shape(info: dict, n_filters: int | None) -> Shape:
+    return Shape(info["channels"], info["size"], len(info["classes"]), n_filters)
+
+
+def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> tuple[Architecture, Cost]:
     """Find the largest student that fits a device: of most parameters, among equals of most multiply-accumulates.
 
-    `size` is in pixels; `n_filters` are the outputs of the bridge, None for a student without one (a baseline). If not
-    even the smallest candidate fits, a UserError tells what it needs.
+    `info` is that of the dataset; `n_filters` are the outputs of the bridge, None for a student without one (a
+    baseline). If not even the smallest candidate fits, a UserError says which limit fails, by how much, and what works.
     """
-    families = [family(grid, depth) for depth in grid.depths]
+    shape = _shape(info, n_filters)
+    found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision)
+    if found is None:
+        raise UserError(refusal(grid, budget, info, n_filters))
+    return found
 
-    def cost_of(architecture: Architecture) -> Cost:
-        model = ConvNet(architecture, channels, n_classes, n_filters)
-        return measure_cost(model, channels, size, grid.precision)
 
-    def is_too_large(architecture: Architecture) -> bool:
-        return not cost_of(architecture).fits(device.memory_kib, device.mmacs)
-
+@cache
+def _design(
+    grid: str, depths: tuple[int, ...], budget: Budget, shape: Shape, precision: Precision
+) -> tuple[Architecture, Cost] | None:
     best = None
-    for students in families:
+    for depth in depths:
+        students = _candidates(grid, depth)
+
+        def cost_of(position: int, depth: int = depth) -> Cost:
+            return _cost(grid, depth, position, shape, precision)
+
         # A wider student costs more in every respect, so those that fit come first.
-        n_fit = bisect_left(students, True, key=is_too_large)
+        n_fit = bisect_left(range(len(students)), True, key=lambda position: not budget.fits(cost_of(position)))
         if n_fit:
-            cost = cost_of(students[n_fit - 1])
+            cost = cost_of(n_fit - 1)
             if best is None or (cost.params, cost.macs) > (best[1].params, best[1].macs):
                 best = (students[n_fit - 1], cost)
-    if best is None:
-        smallest = min((cost_of(students[0]) for students in families), key=lambda cost: cost.memory_bytes)
-        raise UserError(
-            f"no student of `design` fits a device of {device.memory_kib:g} KiB and {device.mmacs:g} million "
-            f"multiply-accumulates: the smallest needs {smallest.memory_bytes / 1024:.0f} KiB and "
-            f"{smallest.macs / 1e6:.2f} million. Raise devices.*.memory_kib or mmacs, or lower design.min_width."
-        )
     return best
 
 
-def sample_candidates(grid: Design, devices: list[Device], info: dict, n_filters: int) -> list[dict]:
+def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
+    """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
+
+    def broken(depth: int) -> list[Allowance]:
+        smallest = _cost(_key(grid), depth, 0, _shape(info, n_filters), grid.precision)
+        return [limit for limit in budget.limits(smallest) if not limit.is_kept]
+
+    def missing(depth: int) -> tuple[int, float]:
+        return len(broken(depth)), max(limit.needed / limit.offered for limit in broken(depth))
+
+    depth = min(grid.depths, key=missing)
+    device = f"device {budget.name!r}" if budget.name else "the device"
+    works = ", ".join(f"{limit.key}: {limit.enough:g}" for limit in broken(depth))
+    return (
+        f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
+        f"{family(grid, depth)[0].name}, needs {works}; give as much, or lower design.min_width."
+    )
+
+
+def sample_candidates(grid: Design, budgets: Sequence[Budget], info: dict, n_filters: int) -> list[dict]:
     """What some of the candidates cost, to be drawn: at most `N_SHOWN` of each depth, each ``{architecture, cost}``.
 
     From the narrowest to the first whose memory is beyond `SHOWN_UP_TO` times the largest budget. All have a bridge to
     `n_filters`; `info` is that of the dataset.
     """
-    largest = SHOWN_UP_TO * max(device.memory_kib for device in devices) * 1024
+    largest = SHOWN_UP_TO * max(budget.total_kib for budget in budgets) * 1024
     shown = []
     for depth in grid.depths:
         students = family(grid, depth)
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
-            model = ConvNet(students[i], info["channels"], len(info["classes"]), n_filters)
-            cost = measure_cost(model, info["channels"], info["size"], grid.precision)
+            cost = _cost(_key(grid), depth, int(i), _shape(info, n_filters), grid.precision)
             shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})
             if cost.memory_bytes > largest:
                 break
     return shown
 
 
-def combined_budget(devices: list[Device]) -> Device:
-    """One device with the memory and the compute of all."""
-    return Device(memory_kib=sum(d.memory_kib for d in devices), mmacs=sum(d.mmacs for d in devices))
+def apportion_filters(grid: Design, budgets: Sequence[Budget], info: dict, n_live: int) -> list[int]:
+    """How many of the teacher's `n_live` filters each student gets, in proportion to its capacity.
+
+    No student gets a single one where there are two for each: its share of the loss would hardly ever change.
+    """
+    if len(budgets) > n_live:
+        raise UserError(f"{len(budgets)} devices share {n_live} live filters; take fewer devices or a wider teacher.")
+    capacities = [math.sqrt(_largest(grid, budget, info).params) for budget in budgets]
+    return apportion(n_live, capacities, least=2 if n_live >= 2 * len(budgets) else 1)
+
+
+def smallest_device(grid: Design, budgets: Sequence[Budget], info: dict) -> Budget:
+    """The device that holds the smallest student, the first of equals."""
+
+    def capacity(budget: Budget) -> tuple[int, int]:
+        cost = _largest(grid, budget, info)
+        return cost.params, cost.macs
+
+    return min(budgets, key=capacity)
+
+
+def _largest(grid: Design, budget: Budget, info: dict) -> Cost:
+    return design_student(grid, budget, info, 1)[1]
+
+
+def say_if_lopsided(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | None:
+    """One line where some student gets far more filters than another; None where the shares are alike."""
+    few, many = min(range(len(sizes)), key=sizes.__getitem__), max(range(len(sizes)), key=sizes.__getitem__)
+    if sizes[many] < LOPSIDED * sizes[few]:
+        return None
+    return (
+        f"lopsided: student {many} ({budgets[many].name}) imitates {sizes[many]} of {sum(sizes)} filters, "
+        f"student {few} ({budgets[few].name}) only {sizes[few]}. Devices that are more alike, or a lower "
+        "design.max_width, share them more evenly."
+    )
 
 
 def design_network(
-    grid: Design, devices: list[Device], info: dict, n_live: int
+    grid: Design, budgets: Sequence[Budget], info: dict, n_live: int
 ) -> tuple[list[int], dict[str, list[dict]]]:
     """Design all students of a network, and those of every baseline within the same budgets.
 
@@ -120,24 +211,21 @@ def design_network(
     it trains. A bridge to all filters may not fit where one to a student's own does: then ``full`` has none. `info` is
     that of the dataset.
     """
-    if len(devices) > n_live:
-        raise UserError(f"{len(devices)} devices share {n_live} live filters; take fewer devices or a wider teacher.")
-    sizes = apportion(n_live, [device.memory_kib for device in devices])
+    sizes = apportion_filters(grid, budgets, info, n_live)
 
     @cache
-    def design(device: Device, n_filters: int | None) -> dict:
-        shape = (info["channels"], info["size"], len(info["classes"]), n_filters)
-        architecture, cost = design_student(grid, device, *shape)
+    def design(budget: Budget, n_filters: int | None) -> dict:
+        architecture, cost = design_student(grid, budget, info, n_filters)
         return {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
 
-    students = [design(device, n_filters) for device, n_filters in zip(devices, sizes, strict=True)]
-    smallest = min(devices, key=lambda device: (device.memory_kib, device.mmacs))
+    students = [design(budget, n_filters) for budget, n_filters in zip(budgets, sizes, strict=True)]
     designs = {str(position): [student] for position, student in enumerate(students)}
     designs |= dict.fromkeys(("random", "contiguous", "classwise"), students)
-    designs |= {method: [design(smallest, None)] for method in ("labels", "kd", "at_kd")}
-    designs["total"] = [design(combined_budget(devices), None)]
+    alone = design(smallest_device(grid, budgets, info), None)
+    designs |= {method: [alone] for method in ("labels", "kd", "at_kd")}
+    designs["total"] = [design(combined_budget(budgets), None)]
     try:
-        designs["full"] = [design(device, n_live) for device in devices]
+        designs["full"] = [design(budget, n_live) for budget in budgets]
     except UserError:
         designs["full"] = []
     return sizes, designs

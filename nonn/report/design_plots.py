@@ -12,9 +12,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from nonn.core.params import Architecture, Device
+from nonn.core.budgets import Budget
+from nonn.core.params import Architecture
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
+#: From how many times the costliest candidate on a budget is not drawn: it would push all else into a corner.
+BEYOND = 10.0
 #: Height of the block of most channels, in units of a row, and width of the deepest stage.
 TALLEST, LAYER_WIDTH = 0.5, 0.5
 
@@ -22,7 +25,7 @@ TALLEST, LAYER_WIDTH = 0.5, 0.5
 def draw_student_selection(
     candidates: Mapping[str, Sequence[Mapping]],
     chosen: Mapping[str, Sequence[Mapping]],
-    devices: Mapping[str, Sequence[Device]],
+    devices: Mapping[str, Sequence[Budget]],
 ) -> Figure:
     """Draw candidates for students by what they cost, a panel for each network; the paper's Fig. 5.
 
@@ -33,7 +36,7 @@ def draw_student_selection(
     chosen : mapping
         Network to its students, likewise.
     devices : mapping
-        Network to its devices, whose budgets are drawn.
+        Network to the budgets of its devices, which are drawn.
     """
     figure, axes = panels(len(candidates), 4.6, 3.9, sharex=True, sharey=True)
     depths = sorted({c["architecture"]["depth"] for listed in candidates.values() for c in listed})
@@ -46,7 +49,7 @@ def draw_student_selection(
         axis.plot(*_costs(taken), linestyle="", color=look.colour, marker=look.marker, markersize=9, zorder=4)
         axis.set(xscale="log", yscale="log", xlabel="weights and peak activations (KiB)")
         axis.set_title(f"{network}: {plural(len(chosen[network]), 'student')}")
-        _draw_budgets(axis, sorted({(device.memory_kib, device.mmacs) for device in devices[network]}))
+        _draw_budgets(axis, _near(devices[network], *_costs(listed)))
         if axis.get_subplotspec().is_first_col():
             axis.set_ylabel("multiply-accumulates of one image (millions)")
         for scale in (axis.xaxis, axis.yaxis):
@@ -68,15 +71,26 @@ def _costs(students: Sequence[Mapping]) -> tuple[list[float], list[float]]:
     return memory, [cost["macs"] / 1e6 for cost in costs]
 
 
+def _near(budgets: Sequence[Budget], memory: Sequence[float], mmacs: Sequence[float]) -> list[tuple[float, float]]:
+    """Memory and compute of the devices, infinite where it is far beyond every candidate."""
+
+    def near(value: float, costs: Sequence[float]) -> float:
+        return value if value <= BEYOND * max(costs) else math.inf
+
+    return sorted({(near(b.total_kib, memory), near(b.most_mmacs, mmacs)) for b in budgets})
+
+
 def _draw_budgets(axis: Axes, budgets: Sequence[tuple[float, float]]) -> None:
     for memory, mmacs in budgets:
         style = {"color": "0.35", "linewidth": 1, "linestyle": (0, (1, 2))}
-        axis.axvline(memory, **style)
-        axis.axhline(mmacs, **style)
         text = {"textcoords": "offset points", "size": 7, "color": "0.3"}
         at_side, at_foot = ("axes fraction", "data"), ("data", "axes fraction")
-        axis.annotate(f"{memory:,g} KiB", (memory, 0), (2, 3), xycoords=at_foot, rotation=90, va="bottom", **text)
-        axis.annotate(f"{mmacs:,g} million", (0, mmacs), (3, 2), xycoords=at_side, va="bottom", **text)
+        if memory < math.inf:
+            axis.axvline(memory, **style)
+            axis.annotate(f"{memory:,g} KiB", (memory, 0), (2, 3), xycoords=at_foot, rotation=90, va="bottom", **text)
+        if mmacs < math.inf:
+            axis.axhline(mmacs, **style)
+            axis.annotate(f"{mmacs:,g} million", (0, mmacs), (3, 2), xycoords=at_side, va="bottom", **text)
 
 
 def list_blocks(

@@ -10,24 +10,28 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.method.sizing import design_network, sample_candidates
+from nonn.core.progress import log
+from nonn.method.sizing import design_network, sample_candidates, say_if_lopsided
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
     """Write the sizes of a network's students, the architectures of theirs and its baselines', and candidates."""
+    files = design_files(params, paths, network)
+    if line := say_if_lopsided(files[paths.sizes(network)]["sizes"], params.budgets_of(network)):
+        log(f"networks.{network}: {line}")
     with replacing(paths.sizes(network).parent) as folder:
-        for path, content in design_files(params, paths, network).items():
+        for path, content in files.items():
             write_json(folder / path.relative_to(paths.sizes(network).parent), content)
 
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
     """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
     graph, info = read_json(paths.graph_info, GraphInfo), read_json(paths.dataset_info, DatasetInfo)
-    devices = params.devices_of(network)
+    budgets = params.budgets_of(network)
     try:
-        sizes, designs = design_network(params.design, devices, info, graph["n_live"])
+        sizes, designs = design_network(params.design, budgets, info, graph["n_live"])
     except UserError as error:
         raise UserError(f"params.yaml: networks.{network}: {error}") from None
     architectures = {paths.design(network, name): students for name, students in designs.items()}
-    candidates = sample_candidates(params.design, devices, info, max(sizes))
+    candidates = sample_candidates(params.design, budgets, info, max(sizes))
     return {paths.sizes(network): {"sizes": sizes}, paths.candidates(network): candidates, **architectures}

@@ -204,7 +204,7 @@ def run(params: Params, paths: Paths) -> None:
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
-    budgets = {name: sorted({d.memory_kib for d in params.devices_of(name)}) for name in params.networks}
+    budgets = {name: sorted({b.total_kib for b in params.budgets_of(name)}) for name in params.networks}
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
@@ -213,7 +213,7 @@ def run(params: Params, paths: Paths) -> None:
             "student_selection": design_plots.draw_student_selection(
                 {network: read_json(paths.candidates(network)) for network in students},
                 students,
-                {network: params.devices_of(network) for network in students},
+                {network: params.budgets_of(network) for network in students},
             ),
             "architectures": design_plots.draw_architectures(
                 load_architectures(params, paths, students), info["channels"], info["size"]

@@ -7,7 +7,7 @@ their own. Everything in it is calculated, from what was measured alone and what
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
-from nonn.core.boards import BOARDS, compute_seconds, inference_energy
-from nonn.core.links import Link
+from nonn.core.boards import compute_seconds, find_board, inference_energy
+from nonn.core.links import Link, Transfers, link_seconds
 from nonn.core.params import Distributed
 from nonn.core.system import pinned_to
 from nonn.runtime.cluster import COORDINATOR
@@ -26,8 +26,6 @@ from nonn.split.plan import SplitPlan, open_sessions, run_in_process
 
 #: Images whose computing is timed segment by segment.
 COMPUTE_RUNS = 50
-
-Transfers = Mapping[tuple[str, str], float]  # sender and receiver: bytes
 
 
 @dataclass(frozen=True)
@@ -61,22 +59,6 @@ def payload_bytes(transfers: Sequence[Transfers]) -> float:
     return sum(sum(sent.values()) for sent in transfers)
 
 
-def link_seconds(link: Link, transfers: Transfers) -> float:
-    """Seconds from the first byte sent to the last received, all senders starting at once.
-
-    Every host sends and receives at the link's rate, or all share one medium; then the delay. This is
-    what `nonn.testbed.emulation` emulates, for messages that need many packets.
-    """
-    if not transfers:
-        return 0.0
-    busy: dict[tuple[str, str], float] = defaultdict(float)
-    for (sender, receiver), size in transfers.items():
-        busy[sender, "sends"] += size
-        busy[receiver, "receives"] += size
-    busiest = sum(transfers.values()) if link.shared else max(busy.values())
-    return busiest * 8 / link.rate_bps + link.delay_s
-
-
 def compose(
     load: Load, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
 ) -> dict[str, Any]:
@@ -97,7 +79,7 @@ def compose(
         all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``, and the same with
         what the devices draw anyway, ``…_with_idle_mj``.
     """
-    board = BOARDS[params.board]
+    board = find_board(params.board)
     compute = np.vectorize(lambda macs, s: compute_seconds(board, macs, s, params.slowdown), otypes=[float])(
         load.macs, load.seconds
     )

@@ -18,6 +18,7 @@ from nonn.core.files import STATE, read_json
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
+from nonn.method.feasibility import check_budgets
 
 # Stages run in the environment of Snakemake, unless Snakemake has made one for them. Snakemake replaces what is in
 # braces here, and a path may hold some.
@@ -182,6 +183,7 @@ def read_stages():
     """Rules, the plan, and what the target `all` wants."""
     params = load_params()
     check_named_files(params)
+    check_budgets(params, Paths(params.experiment))
     if write_jobs(params):
         print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
     repo = Repo(".")

@@ -1,0 +1,70 @@
+"""The command ``nonn devices``: the catalogue of boards, or one of them with the source of each figure."""
+
+from __future__ import annotations
+
+from nonn.core.options import completed
+
+
+def add_arguments(parser) -> None:
+    name = parser.add_argument("name", nargs="?", metavar="NAME", help="show one board, with the source of each figure")
+    completed(name, _names)
+    parser.epilog = "example: nonn devices rp2350"
+
+
+def run(options) -> None:
+    from nonn.core.boards import OWN_FILE, all_boards, find_board
+
+    if options.name:
+        print("\n".join(describe(options.name, find_board(options.name))))
+        return
+    print("\n".join(overview(all_boards())))
+    print(
+        "\nMMAC/s: millions of multiply-accumulates a second that networks attain on one core. –: no figure was found."
+    )
+    print(f"`nonn devices NAME` has the source of each figure. {OWN_FILE} adds boards or replaces figures.")
+
+
+def overview(boards) -> list[str]:
+    """A table of all boards."""
+    from nonn.commands.plan import table
+
+    rows = [["board", "RAM KiB", "flash KiB", "float32 MMAC/s", "int8 MMAC/s", "idle W", "active W", "what it is"]]
+    for name, board in boards.items():
+        active = "–" if board.active_w is None else f"{board.active_w.low:g}"
+        if board.active_w and board.active_w.high > board.active_w.low:
+            active += f"–{board.active_w.high:g}"
+        numbers = [board.ram_kib, board.flash_kib, board.mmacs.get("float32"), board.mmacs.get("int8"), board.idle_w]
+        rows.append([name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, board.title])
+    *body, last = zip(*rows, strict=True)
+    lines = table([list(row) for row in zip(*body, strict=True)]).splitlines()
+    width = max(map(len, lines))
+    return [f"{line.ljust(width)}  {title}" for line, title in zip(lines, last, strict=True)]
+
+
+def describe(name: str, board) -> list[str]:
+    """One board: each figure, how it is known, and its source."""
+    lines = [f"{name}: {board.title}", ""]
+    for key, figure in board.figures.items():
+        values = figure.value if isinstance(figure.value, list) else [f"{figure.value:,.10g}"]
+        value = ", ".join(map(str, values)) or "none by itself"
+        lines.append(f"  {key:<14}  {value}  ({figure.kind})")
+        lines += [f"  {'':<14}  {figure.how}"] if figure.how else []
+        lines.append(f"  {'':<14}  {figure.source}")
+    unknown = [key for key in KEYS if key not in board.figures and not getattr(board, key)]
+    unknown += [f"{precision}_mmacs" for precision, speed in board.mmacs.items() if speed is None]
+    if board.flash_kib is None:
+        unknown.remove("flash_kib")
+        lines.append("  flash_kib       none: weights and activations share the RAM")
+    if unknown:
+        lines.append(f"  not known: {', '.join(unknown)}")
+    return [*lines, "", f"In params.yaml: devices: {{{name}: {{board: {name}}}}}"]
+
+
+#: What may be unknown of a board, beside its speeds.
+KEYS = ("flash_kib", "idle_w", "active_w", "links")
+
+
+def _names() -> list[str]:
+    from nonn.core.boards import all_boards
+
+    return list(all_boards())

@@ -1,0 +1,292 @@
+"""The command ``nonn plan``: what a set of devices would run and how fast, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nonn.core.errors import UserError
+from nonn.core.options import completed, natural
+
+if TYPE_CHECKING:  # help is instant
+    from nonn.core.boards import Range
+    from nonn.core.budgets import Budget
+    from nonn.core.params import Params
+    from nonn.method.planning import Plan, Planner
+
+#: Where there is no params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
+CLASSES, SIZE, CHANNELS, FILTERS, PRECISION, LINK = 10, 32, 3, 256, "int8", "ieee802154"
+STUDENTS = {"family": "fast", "depths": [2], "min_width": 4, "max_width": 128, "step": 1}
+#: Most devices of a set in the catalogue's table: their number grows with its power.
+MOST_IN_SETS = 4
+UNKNOWN = "?"
+
+
+def positive(text: str) -> float:
+    """A number above 0, of milliseconds."""
+    if not 0 < (number := float(text)) < 1e9:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0; give milliseconds, such as 100")
+    return number
+
+
+def at_least(least: int):
+    """A whole number from some number on."""
+
+    def number(text: str) -> int:
+        if (value := natural(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
+
+
+def add_arguments(parser) -> None:
+    own = "params.yaml's"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="such as '2×rp2350 + 1×pi_zero2w', also 2x and 2*: of `nonn devices`, or of `devices` in params.yaml",
+    )
+    what.add_argument("--catalogue", action="store_true", help="compare all sets of boards that meet --target-latency")
+    parser.add_argument(
+        "--latency-ms",
+        "--target-latency",
+        dest="latency_ms",
+        type=positive,
+        metavar="MS",
+        help="time for one image, computing and link together",
+    )
+    parser.add_argument(
+        "--max-devices",
+        type=at_least(2),
+        default=3,
+        metavar="N",
+        help=f"largest set of --catalogue, 2 to {MOST_IN_SETS} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classes", type=at_least(2), metavar="N", help=f"(default: those of the data set, or {CLASSES})"
+    )
+    parser.add_argument(
+        "--size", type=at_least(28), metavar="PIXELS", help=f"side of an image (default: {own}, or {SIZE})"
+    )
+    parser.add_argument(
+        "--channels", type=at_least(1), metavar="N", help=f"1 or 3 (default: those of the data set, or {CHANNELS})"
+    )
+    parser.add_argument(
+        "--filters",
+        type=at_least(2),
+        metavar="N",
+        help=f"live filters of the teacher (default: of {own}, or {FILTERS})",
+    )
+    parser.add_argument("--precision", choices=("float32", "int8"), help=f"(default: {own}, or {PRECISION})")
+    link = parser.add_argument(
+        "--link", metavar="NAME", help=f"of `nonn links` (default: the first of {own}, or {LINK})"
+    )
+    completed(link, _links)
+    parser.epilog = "example: nonn plan --devices '2×rp2350 + 1×pi_zero2w' --latency-ms 500"
+
+
+def run(options) -> None:
+    from nonn.core.boards import all_boards
+    from nonn.method.planning import parse_devices
+
+    params = _params()
+    planner, facts = make_planner(options, params)
+    print(facts)
+    if options.catalogue:
+        _show_catalogue(planner, options)
+        return
+    own = params.devices if params else {}
+    names = parse_devices(options.devices, [*own, *(name for name in all_boards() if name not in own)])
+    budgets = [_budget(name, params, planner.grid.precision) for name in names]
+    _show_plan(planner, budgets, options.latency_ms)
+
+
+def make_planner(options, params: Params | None) -> tuple[Planner, str]:
+    """A planner for the options, the parameters where they say nothing, and the defaults; and a line on all three."""
+    from nonn.core.boards import all_boards
+    from nonn.core.params import Design
+    from nonn.core.paths import Paths
+    from nonn.method.feasibility import known_filters, known_images
+    from nonn.method.planning import Planner
+
+    images: dict[str, Any] = {"size": SIZE, "channels": CHANNELS, "classes": [""] * CLASSES}
+    filters, link, grid, source = FILTERS, LINK, Design.model_validate(STUDENTS | {"precision": PRECISION}), "defaults"
+    if params:
+        paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
+        images |= known_images(params, paths) or {"size": params.dataset.size}
+        filters = known_filters(params, paths) or params.teacher.architecture.n_features
+    images |= {"size": options.size} if options.size else {}
+    images |= {"channels": options.channels} if options.channels else {}
+    images |= {"classes": [""] * options.classes} if options.classes else {}
+    filters, link = options.filters or filters, options.link or link
+    if options.precision:
+        grid = grid.model_copy(update={"precision": options.precision})
+    if images["channels"] not in (1, 3):
+        raise UserError(f"--channels: images have 1 or 3, not {images['channels']}")
+    facts = (
+        f"Images of {images['channels']}×{images['size']}×{images['size']}, {len(images['classes'])} classes, "
+        f"{filters} filters to share; {grid.family} students in {grid.precision}; link {link}. "
+        f"From {source} and options."
+    )
+    return Planner(grid, images, filters, link, all_boards()), facts
+
+
+def _params() -> Params | None:
+    from nonn.core.params import PARAMS_FILE, load_params
+
+    return load_params() if Path(PARAMS_FILE).is_file() else None
+
+
+def _budget(name: str, params: Params | None, precision: str) -> Budget:
+    from nonn.method.planning import board_budget
+
+    if params and name in params.devices:
+        return params.devices[name].budget(name, precision)
+    return board_budget(name, precision)
+
+
+def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None) -> None:
+    from nonn.method.sizing import say_if_lopsided
+
+    if latency_ms and (silent := [budget.name for budget in budgets if not budget.mmacs_per_s]):
+        raise UserError(
+            f"--latency-ms: the speed of {silent[0]!r} in {planner.grid.precision} is not known; try another "
+            "--precision, or add it to devices.yaml"
+        )
+    try:
+        plan = planner.plan(budgets, latency_ms)
+    except UserError:
+        if latency_ms is None or (nearest := planner.nearest_target(budgets)) is None:
+            raise
+        link_ms = planner.plan(budgets, nearest).link_ms
+        raise UserError(
+            f"{latency_ms:g} ms is too short: the link takes {link_ms:,.1f} ms, and the smallest student of the "
+            f"slowest device {nearest - link_ms:,.1f} ms. The nearest that works is --latency-ms {nearest:g}."
+        ) from None
+    print()
+    print(table(_rows(plan)))
+    print()
+    print("\n".join(_summary(plan, len(planner.info["classes"]), latency_ms)))
+    if without := planner.without_link(budgets):
+        print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
+    if line := say_if_lopsided(plan.sizes, budgets):
+        print(line)
+    print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
+    print(_as_params(budgets, plan))
+
+
+def _rows(plan: Plan) -> list[list[str]]:
+    heading = ["device", "student", "filters", "weights KiB", "activations KiB", "MMACs", "compute ms", "energy mJ"]
+    rows = [heading, ["", *["modelled"] * (len(heading) - 1)]]
+    for device in plan.devices:
+        cost = device.cost
+        rows.append(
+            [
+                device.budget.name,
+                device.architecture.name,
+                str(device.n_filters),
+                f"{cost.weight_bytes / 1024:,.1f}",
+                f"{cost.peak_activation_bytes / 1024:,.1f}",
+                f"{cost.macs / 1e6:,.2f}",
+                UNKNOWN if device.compute_ms is None else f"{device.compute_ms:,.2f}",
+                _span(device.energy_mj),
+            ]
+        )
+    return rows
+
+
+def _summary(plan: Plan, n_classes: int, latency_ms: float | None) -> list[str]:
+    total = UNKNOWN if plan.total_ms is None else f"{plan.total_ms:,.1f}"
+    target = f" (target {latency_ms:g})" if latency_ms else ""
+    lines = [
+        f"sent by all devices        {plan.answer_bytes:,} bytes for one image (modelled)",
+        f"on the link                {plan.link_ms:,.1f} ms (modelled)",
+        f"slowest device + link      {total} ms{target} (modelled)",
+        _energy(plan),
+        f"{plan.params:,} parameters and {sum(plan.sizes)} features for {n_classes} classes; "
+        "accuracy is known after training.",
+    ]
+    if any(device.compute_ms is None or device.energy_mj is None for device in plan.devices):
+        lines.append(f"{UNKNOWN}: the catalogue has no speed or no power of the device; see `nonn devices NAME`.")
+    return lines
+
+
+def _energy(plan: Plan) -> str:
+    from nonn.method.planning import total
+
+    known, number = plan.known_energies, len(plan.devices)
+    whose = "all" if len(known) == number else f"{len(known)} of {number}"
+    amount = f"{_span(total(known))} mJ for one image, without what they draw anyway" if known else "not known"
+    return f"{'energy of ' + whose + ' devices':<25}  {amount} (modelled)"
+
+
+def _as_params(budgets: list[Budget], plan: Plan) -> str:
+    names = [budget.name for budget in budgets]
+    boards = {budget.name: budget.board for budget in budgets if budget.board}
+    lines = ["devices:", *(f"  {name}: {{board: {board}}}" for name, board in boards.items())] if boards else []
+    lines += ["networks:", f"  {len(names)}d:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
+    if plan.target_ms is not None:
+        lines.append(f"    latency_ms: {int(10 * plan.target_ms) / 10:g}  # of computing: what the link leaves")
+    return "\n".join(lines)
+
+
+def _show_catalogue(planner: Planner, options) -> None:
+    from nonn.method.planning import board_budget, pareto
+
+    if options.latency_ms is None:
+        raise UserError("--catalogue: give the time for one image, for example --target-latency 100")
+    if options.max_devices > MOST_IN_SETS:
+        raise UserError(f"--max-devices: {options.max_devices} is above {MOST_IN_SETS}; give 2 to {MOST_IN_SETS}")
+    precision = planner.grid.precision
+    every = {name: board_budget(name, precision) for name in planner.boards}
+    budgets = {name: budget for name, budget in every.items() if budget.mmacs_per_s}
+    found = pareto(planner, budgets, options.latency_ms, options.max_devices)
+    if not found:
+        nearest = min(filter(None, (planner.nearest_target([budget] * 2) for budget in budgets.values())), default=None)
+        remedy = f"the nearest that works is --target-latency {nearest:g}" if nearest else "take another --precision"
+        raise UserError(f"no set of devices answers within {options.latency_ms:g} ms; {remedy}.")
+    rows = [["devices", "parameters", "latency ms", "energy mJ"], ["", *["modelled"] * 3]]
+    for names, plan in found:
+        kinds = " + ".join(f"{count}×{name}" for name, count in Counter(names).items())
+        rows.append([kinds, f"{plan.params:,}", f"{plan.total_ms:,.1f}", _span(plan.energy_mj)])
+    print()
+    print(table(rows))
+    print(
+        f"\n{len(found)} sets of up to {options.max_devices} devices, from fast to slow: no other has more parameters"
+    )
+    print(
+        "in less time and with less energy, differences below 5 % aside. Energy that is not known counts as the worst."
+    )
+    print("Accuracy is known after training.")
+    if left := [name for name in every if name not in budgets]:
+        print(f"Left out, for want of a speed in {precision}: {', '.join(left)}.")
+
+
+def _span(energy: Range | None) -> str:
+    if energy is None:
+        return UNKNOWN
+    low, high = f"{energy.low:,.3g}", f"{energy.high:,.3g}"
+    return low if low == high else f"{low}–{high}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as they have to be: the first two texts to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    texts = {i for i in range(len(widths)) if i == 0 or rows[0][i] == "student"}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _links() -> list[str]:
+    from nonn.core.links import PRESETS
+
+    return list(PRESETS)

@@ -1,0 +1,69 @@
+"""Devices as ``params.yaml`` states them: a budget in full, or a board of the catalogue."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator, model_validator
+
+from nonn.core.boards import OWN_FILE, all_boards
+from nonn.core.budgets import Budget
+from nonn.core.schema import Section, did_you_mean
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
+
+
+def check_board(name: str, known: list[str]) -> str:
+    """The name of a board, refused if it is not among the known ones."""
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"no board {name!r}{hint}; choose one of {', '.join(known)}, or add it to {OWN_FILE}")
+    return name
+
+
+class Device(Section):
+    """Budget of one device: stated in full, or that of a board of the catalogue, of which single figures are replaced.
+
+    It has one memory, `memory_kib`, or two, `flash_kib` and `ram_kib`.
+    """
+
+    memory_kib: Positive | None = None
+    flash_kib: Positive | None = None
+    ram_kib: Positive | None = None
+    mmacs: Limit | None = None
+    mmacs_per_s: Positive | None = None
+    board: str | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @field_validator("board")
+    @classmethod
+    def _is_known(cls, board: str | None) -> str | None:
+        return board if board is None else check_board(board, list(all_boards()))
+
+    @model_validator(mode="after")
+    def _is_a_budget(self) -> Device:
+        parts = self.flash_kib, self.ram_kib
+        if self.memory_kib is not None and parts != (None, None):
+            raise ValueError("memory_kib is for weights and activations together; remove it, or flash_kib and ram_kib")
+        if self.board is None:
+            if self.memory_kib is None and None in parts:
+                raise ValueError("has no memory; give memory_kib, or flash_kib and ram_kib, or a board")
+            if self.mmacs is None:
+                raise ValueError("mmacs: missing; add it (`.inf` sets no limit)")
+            if self.share is not None:
+                raise ValueError("share: is that of a board's RAM; name its `board`, or remove it")
+        return self
+
+    def budget(self, name: str, precision: str, latency_ms: float | None = None) -> Budget:
+        """What it comes down to: `name` is its own, `precision` the one that students calculate in."""
+        memory, flash, ram, speed = self.memory_kib, self.flash_kib, self.ram_kib, self.mmacs_per_s
+        if self.board is not None:
+            board = all_boards()[self.board]
+            speed = speed or board.mmacs[precision]
+            if memory is None:
+                ram = ram or board.ram_kib * (self.share or 1)
+                flash = flash or board.flash_kib
+                memory, flash, ram = (ram, None, None) if flash is None else (None, flash, ram)
+        mmacs = float("inf") if self.mmacs is None else self.mmacs
+        return Budget(memory, mmacs, flash, ram, latency_ms, speed, name, self.board)

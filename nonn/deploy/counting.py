@@ -1,0 +1,238 @@
+"""What a student costs its device, counted from its architecture alone: without PyTorch, in less than a millisecond.
+
+`nonn.deploy.cost` counts the same from the network itself, whatever it is made of, and takes a thousand times as long.
+A design looks at hundreds of candidates, and ``nonn plan`` at thousands, so the families of students are drawn here a
+second time, layer by layer; a test compares the two. A family that is not drawn here is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from nonn.core.params import Architecture, Precision
+
+#: Bytes of an activation.
+BYTES = {"float32": 4, "int8": 1}
+#: Side of the patches that the first layer of family airbench whitens: see `nonn.training.networks`.
+WHITENED = 2
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one image through one network.
+
+    Activations of int8 models count as in a runtime that has integer kernels for all of the model; ONNX Runtime holds
+    more, since it calculates GELU in float32.
+    """
+
+    params: int  # trained or not, of what the device runs: a student's training head is left behind
+    macs: int  # multiply-accumulates of convolutions and linear layers
+    weight_bytes: int  # this and the next at the deployed precision
+    peak_activation_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """What must fit a device of one memory: weights and the largest set of activations alive at once."""
+        return self.weight_bytes + self.peak_activation_bytes
+
+
+class Step(NamedTuple):
+    """One operation of a network, in the order in which they run."""
+
+    values: int  # that it makes
+    reads: tuple[int, ...] = ()  # the steps whose values it reads
+    shares: int | None = None  # the step in whose memory it writes, where it needs none of its own
+
+
+def peak_values(steps: list[Step]) -> int:
+    """Largest number of values alive at once: from the step that makes them to the last that reads them."""
+    owner: list[int] = []
+    for number, step in enumerate(steps):
+        owner.append(number if step.shares is None else owner[step.shares])
+    last_use = list(owner)
+    for number, step in enumerate(steps):
+        last_use[owner[number]] = max(last_use[owner[number]], number)
+        for read in step.reads:
+            last_use[owner[read]] = max(last_use[owner[read]], number)
+    released: list[list[int]] = [[] for _ in steps]
+    for number, end in enumerate(last_use):
+        if owner[number] == number:
+            released[end].append(steps[number].values)
+    alive = peak = 0
+    for number, step in enumerate(steps):
+        alive += step.values if owner[number] == number else 0
+        peak = max(peak, alive)
+        alive -= sum(released[number])
+    return peak
+
+
+class Map(NamedTuple):
+    """Output of a step: `channels` maps of `side` by `side` values."""
+
+    step: int
+    channels: int
+    side: int
+
+
+@dataclass
+class Sketch:
+    """A network as it is drawn, layer by layer; weights are counted in the first pass alone."""
+
+    steps: list[Step] = field(default_factory=list)
+    macs: int = 0
+    weights: int = 0  # of convolutions
+    filters: int = 0
+    biases: int = 0  # of convolutions
+    folded: int = 0  # parameters of batch norms that int8 models fold into the convolution before them
+    others: int = 0
+    counts_weights: bool = True
+
+    @property
+    def params(self) -> int:
+        return self.weights + self.biases + self.folded + self.others
+
+    def weight_bytes(self, precision: Precision) -> int:
+        """As `nonn.deploy.int8.weight_bytes`: in int8 each filter has a 32-bit bias and a 32-bit scale."""
+        return 4 * self.params if precision == "float32" else self.weights + 8 * self.filters + 4 * self.others
+
+    def add(self, values: int, *reads: int, shares: int | None = None) -> int:
+        self.steps.append(Step(values, reads, shares))
+        return len(self.steps) - 1
+
+    def new(self, channels: int, side: int, *reads: int) -> Map:
+        return Map(self.add(channels * side * side, *reads), channels, side)
+
+    def in_place(self, x: Map) -> Map:
+        return x._replace(step=self.add(0, x.step, shares=x.step))
+
+    def convolve(
+        self, x: Map, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False, padding: int | None = None
+    ) -> Map:
+        margin = kernel // 2 if padding is None else padding
+        side = (x.side + 2 * margin - kernel) // stride + 1
+        weights = x.channels * kernel * kernel * outputs
+        self.macs += weights * side * side
+        if self.counts_weights:
+            self.weights += weights
+            self.filters += outputs
+            self.biases += outputs * bias
+        return self.new(outputs, side, x.step)
+
+    def normalise(self, x: Map, is_folded: bool = True) -> Map:
+        """Batch norm of two parameters a channel, of which one may be fixed."""
+        if self.counts_weights and is_folded:
+            self.folded += 2 * x.channels
+        elif self.counts_weights:
+            self.others += 2 * x.channels
+        return self.in_place(x)
+
+    def pool(self, x: Map) -> Map:
+        return self.new(x.channels, x.side // 2, x.step)
+
+    def rectified(self, x: Map, outputs: int, kernel: int = 3, pool: bool = False) -> Map:
+        x = self.convolve(x, outputs, kernel)
+        return self.in_place(self.normalise(self.pool(x) if pool else x))
+
+
+def _fast(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
+    x = sketch.rectified(x, max(4, architecture.widths[0] // 2))
+    for outputs in architecture.widths:
+        x = sketch.rectified(x, outputs, pool=True)
+        for _ in range(architecture.depth - 1):
+            x = sketch.rectified(x, outputs)
+    return x
+
+
+def _airbench(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
+    padded = sketch.new(x.channels, x.side + 1, x.step)
+    x = sketch.in_place(sketch.convolve(padded, 2 * x.channels * WHITENED**2, WHITENED, padding=0))
+    for stage, outputs in enumerate(architecture.widths):
+        if architecture.strided and stage == 0:
+            x = sketch.convolve(x, outputs, stride=2)
+        else:
+            x = sketch.pool(sketch.convolve(x, outputs))
+        x = entry = sketch.in_place(sketch.normalise(x))
+        for layer in range(architecture.depth - 1):
+            x = sketch.normalise(sketch.convolve(x, outputs))
+            # The last activation of a stage with a shortcut comes after its sum.
+            if architecture.depth < 3 or layer < architecture.depth - 2:
+                x = sketch.in_place(x)
+        if architecture.depth >= 3:
+            x = sketch.in_place(sketch.new(outputs, x.side, entry.step, x.step))
+    return x
+
+
+def _wrn(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
+    x = sketch.convolve(x, 16, bias=True)
+    for first_stride, outputs in ((1, 16), (2, 32), (2, 64)):
+        outputs *= architecture.width
+        for block in range((architecture.depth - 4) // 6):
+            stride = first_stride if block == 0 else 1
+            active = sketch.in_place(sketch.normalise(x, is_folded=False))
+            skipped = x
+            if x.channels != outputs or stride != 1:
+                skipped = sketch.convolve(active, outputs, kernel=1, stride=stride, bias=True)
+            y = sketch.convolve(active, outputs, stride=stride, bias=True)
+            y = sketch.in_place(sketch.normalise(y, is_folded=False))
+            y = sketch.convolve(y, outputs, bias=True)
+            x = sketch.new(outputs, y.side, skipped.step, y.step)
+    return sketch.in_place(sketch.normalise(x, is_folded=False))
+
+
+#: The families of students that are drawn here.
+BODIES: dict[str, Callable[[Sketch, Map, Architecture], Map]] = {"fast": _fast, "airbench": _airbench, "wrn": _wrn}
+
+
+def count_cost(
+    architecture: Architecture,
+    channels: int,
+    size: int,
+    n_classes: int,
+    n_filters: int | None,
+    precision: Precision = "float32",
+) -> Cost:
+    """Count the cost of one image of shape (channels, size, size) through a student of a family in `BODIES`.
+
+    `n_filters` are the outputs of the bridge; with one the head stays behind, and without it answers `n_classes`.
+    """
+    sketch = Sketch()
+    image = sketch.new(channels, size)
+    features, logits = _pass(sketch, image, architecture, n_classes, n_filters)
+    if architecture.mirror:
+        sketch.counts_weights = False
+        flipped = sketch.new(channels, size, image.step)
+        again = _pass(sketch, flipped, architecture, n_classes, n_filters)
+        features, logits = (_mean(sketch, *pair) for pair in zip((features, logits), again, strict=True))
+    sketch.add(0, features, logits)
+    return Cost(
+        params=sketch.params,
+        macs=sketch.macs,
+        weight_bytes=sketch.weight_bytes(precision),
+        peak_activation_bytes=BYTES[precision] * peak_values(sketch.steps),
+    )
+
+
+def _pass(
+    sketch: Sketch, image: Map, architecture: Architecture, n_classes: int, n_filters: int | None
+) -> tuple[int, int]:
+    """Draw the network once: the steps of its features and of its logits."""
+    pixels = sketch.new(image.channels, image.side, image.step)
+    for _ in ("mean", "std"):
+        statistic = sketch.add(image.channels)
+        pixels = sketch.new(image.channels, image.side, pixels.step, statistic)
+    last = BODIES[architecture.family](sketch, pixels, architecture)
+    last = sketch.rectified(last, n_filters, kernel=1) if n_filters else sketch.in_place(last)
+    features = sketch.add(last.channels, last.step)
+    if n_filters:
+        return features, sketch.add(0, features, shares=features)
+    sketch.macs += last.channels * n_classes
+    if sketch.counts_weights:
+        sketch.others += (last.channels + 1) * n_classes
+    return features, sketch.add(n_classes, features)
+
+
+def _mean(sketch: Sketch, one: int, other: int) -> int:
+    values = sketch.steps[one].values or sketch.steps[sketch.steps[one].shares or 0].values
+    return sketch.add(values, sketch.add(values, one, other))

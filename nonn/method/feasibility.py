@@ -1,0 +1,87 @@
+"""Whether the devices can hold any student at all: asked before anything is trained, and answered with what works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from nonn.core.artifacts import DatasetInfo, GraphInfo, TeacherInfo
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.params import Architecture, Params
+from nonn.core.paths import Paths
+from nonn.method.sizing import apportion_filters, design_network, design_student, say_if_lopsided, smallest_device
+
+
+def check_budgets(params: Params, paths: Paths) -> list[str]:
+    """Refuse budgets that hold no student; return lines on shares that are lopsided, and on what may yet be refused.
+
+    As long as the stage `dataset` has not read the images, they are taken as grey and of two classes, and a bridge has
+    one output: a budget that is refused then, never works. What is known by then of images and filters is used, if it
+    is of these parameters.
+    """
+    info, n_live = known_images(params, paths), known_filters(params, paths)
+    problems: list[str] = []
+    warnings: list[str] = []
+    for network in params.networks:
+        where = f"networks.{network}: "
+        broken = list(_refused_devices(params, network, info or least_images(params)))
+        try:
+            warnings += [] if broken else [where + line for line in _check_network(params, network, info, n_live)]
+        except UserError as error:
+            broken.append(str(error))
+        problems += [f"params.yaml: {where}{problem}" for problem in broken]
+    if problems:
+        raise UserError("\n".join(problems))
+    return warnings
+
+
+def known_images(params: Params, paths: Paths) -> dict[str, Any] | None:
+    """What ``dataset.json`` says of the images; None if there is none, or it is of another source or size."""
+    if not paths.dataset_info.is_file():
+        return None
+    info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
+    is_stale = info["size"] != params.dataset.size or info.get("source", params.dataset.source) != params.dataset.source
+    return None if is_stale else info
+
+
+def known_filters(params: Params, paths: Paths) -> int | None:
+    """How many live filters the graph has; None if there is none, or it is of another teacher."""
+    if not (paths.graph_info.is_file() and paths.teacher_info.is_file()):
+        return None
+    trained = Architecture.model_validate(read_json(paths.teacher_info, TeacherInfo)["architecture"])
+    is_stale = trained != params.teacher.architecture
+    return None if is_stale else read_json(paths.graph_info, GraphInfo)["n_live"]
+
+
+def least_images(params: Params) -> dict[str, Any]:
+    """Images that ask least of a student, as long as nothing but their size is known."""
+    return {"channels": 1, "size": params.dataset.size, "classes": ["", ""]}
+
+
+def _refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
+    """A line for each kind of device that holds no student even with a bridge to one filter."""
+    for budget in dict.fromkeys(params.budgets_of(network)):
+        try:
+            design_student(params.design, budget, info, 1)
+        except UserError as error:
+            yield str(error)
+
+
+def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_live: int | None) -> Iterator[str]:
+    budgets, grid = params.budgets_of(network), params.design
+    if info is not None and n_live is not None:
+        sizes, _ = design_network(grid, budgets, info, n_live)
+    else:
+        info = info or least_images(params)
+        # Of all filters that a teacher has, some are never active: there may be fewer, not more.
+        most = max(params.teacher.architecture.n_features, len(budgets))
+        sizes = apportion_filters(grid, budgets, info, most)
+        design_student(grid, smallest_device(grid, budgets, info), info, None)
+        for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
+            try:
+                design_student(grid, budget, info, size)
+            except UserError as error:
+                yield f"if all {most} filters of the teacher are live, {error}"
+    if line := say_if_lopsided(sizes, budgets):
+        yield line
