@@ -25,6 +25,7 @@ from nonn.deploy.onnx_files import write_classifier
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
 from nonn.method.exporting import export_solo
 from nonn.method.filter_graph import activation_hub_graph, live_filters, normalise_activity
+from nonn.report.design_plots import draw_architectures
 from nonn.runtime.session import run_onnx
 from nonn.stages import graph as graph_stage
 from nonn.stages import signals as signals_stage
@@ -370,7 +371,7 @@ def test_outputs_are_mapped_to_the_classes_of_the_data_set(folder, colour, model
 
 
 def test_a_teacher_in_another_order_is_refused_with_the_order(colour):
-    """C17: near chance; the order that a trial finds is named, and with it the teacher is taken."""
+    """Near chance: the order that a trial finds is named, and with it the teacher is taken."""
     turned = taught(colour)
     with torch.no_grad():
         turned.fc.weight.copy_(turned.fc.weight[[1, 2, 0]])
@@ -388,7 +389,7 @@ def test_a_teacher_in_another_order_is_refused_with_the_order(colour):
 
 
 def test_pixels_of_another_range_are_refused_with_the_right_one(colour, model):
-    """C19: trained on 0 to 1, given 0 to 255."""
+    """Trained on 0 to 1, given 0 to 255."""
     params = section(weights=save(model.state_dict()), pixels="byte", expected_accuracy=0.99)
     teacher, _ = import_teacher(colour, params)
     with pytest.raises(UserError, match=r"Likely cause: how it sees images; with teacher\.pixels: unit it is right on"):
@@ -396,7 +397,7 @@ def test_pixels_of_another_range_are_refused_with_the_right_one(colour, model):
 
 
 def test_an_untrained_teacher_is_refused(colour):
-    """C17: no other reading of the images helps, so all likely causes are listed."""
+    """No other reading of the images helps, so all likely causes are listed."""
     params = section()
     teacher, _ = import_teacher(colour, params)
     with pytest.raises(UserError, match=r"about chance.*Likely causes: normalization, pixels"):
@@ -404,7 +405,7 @@ def test_an_untrained_teacher_is_refused(colour):
 
 
 def test_a_teacher_that_has_seen_the_validation_images_is_told_from_one_that_has_not(colour, model, capsys):
-    """C21: all images alike to it, or validation as good as training and much better than test."""
+    """Right on all validation images, or on validation as good as training and much better than test."""
     params = section(weights=save(model.state_dict()))
     teacher, _ = import_teacher(colour, params)
     score_teacher(teacher, colour, params)
@@ -620,3 +621,11 @@ def test_code_that_has_changed_since_the_import_is_refused(colour, model):
 def test_live_filters_are_those_that_are_not_constant():
     pooled = Tensor([[0.0, 2.0, 0.1], [0.0, 2.0, 0.3]])
     assert live_filters(pooled).tolist() == [False, False, True]
+
+
+def test_figures_call_a_foreign_teacher_by_its_source():
+    cost = {"weight_bytes": 1024, "peak_activation_bytes": 1024, "macs": 10**6}
+    row = {"title": "Teacher", "method": "teacher", "architecture": "timm:vit", "n_filters": None, "cost": cost}
+    own = row | {"title": "Student", "architecture": Architecture(family="wrn", depth=10)}
+    (axis,) = draw_architectures([row, own], 3, 32).axes
+    assert any("Teacher\ntimm:vit\n2 KiB" in text.get_text() for text in axis.texts)
