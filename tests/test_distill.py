@@ -17,12 +17,12 @@ from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_lessons
 from nonn.teachers.signals import signals_of
+from nonn.teachers.store import load_teacher
 from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet, predict
-from nonn.training.store import load_teacher
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 

@@ -27,8 +27,8 @@ from nonn.method.store import load_baseline, load_network
 from nonn.runtime.session import run_onnx
 from nonn.runtime.subsets import MAX_SUBSETS
 from nonn.stages import evaluate as evaluate_stage
+from nonn.teachers.store import load_teacher
 from nonn.training.networks import predict
-from nonn.training.store import load_teacher
 
 
 def answers(n_seeds: int, n_images: int, share: float, seed: int = 0) -> np.ndarray:

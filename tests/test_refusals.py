@@ -22,7 +22,8 @@ from nonn.method.filter_graph import load_graph
 from nonn.method.store import load_baseline, load_network, load_students
 from nonn.runtime.session import open_session
 from nonn.stages import baseline, benchmark, design, distill, graph, partition
-from nonn.training.store import load_signals, load_teacher
+from nonn.teachers.store import load_teacher
+from nonn.training.store import load_signals
 
 # The operating system
 

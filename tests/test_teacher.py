@@ -19,11 +19,11 @@ from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.stages import teacher as teacher_stage
 from nonn.teachers import teacher
-from nonn.teachers.teacher import import_teacher, train_teacher
+from nonn.teachers.store import load_teacher
+from nonn.teachers.teacher import import_teacher, score_teacher, train_teacher
 from nonn.training.augment import draw_view
 from nonn.training.loop import LOG_COLUMNS
 from nonn.training.networks import ConvNet, predict, whiten
-from nonn.training.store import load_teacher
 
 RESNET_20 = Architecture(family="resnet", depth=20)
 PRETRAINED = REPOSITORY.parent / "shared/data/pretrained/resnet20-cifar10.pt"
@@ -164,7 +164,8 @@ def test_own_weights_come_back_with_their_normalisation(params, data, experiment
     path = tmp_path / "own.safetensors"
     write_tensors(path, load_teacher(experiment, data).state_dict())
     section = importing(params, path, params.teacher.architecture)
-    model, log = import_teacher(data, section)
+    model, _ = import_teacher(data, section)
+    log = score_teacher(model, data, section)
     assert torch.equal(predict(model, data.images)[1], predict(load_teacher(experiment, data), data.images)[1])
     assert [row["validation_accuracy"] for row in log] == [read_json(experiment.teacher_info)["validation_accuracy"]]
 
@@ -291,5 +292,6 @@ def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params):
         torch.ones(3),
         tuple(classes),
     )
-    _, log = import_teacher(data, importing(params, PRETRAINED, normalization=IMAGENET))
+    section = importing(params, PRETRAINED, normalization=IMAGENET)
+    log = score_teacher(import_teacher(data, section)[0], data, section)
     assert log[-1]["validation_accuracy"] > 0.88

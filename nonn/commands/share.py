@@ -21,7 +21,12 @@ def run(options) -> None:
     params, target = load_settings(options), options.file
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: the weights are written as safetensors; give the file that suffix.")
+    if params.teacher.is_foreign:
+        raise UserError(
+            f"params.yaml: teacher.source: {params.teacher.source} is not trained here. Name the same source and "
+            "weights in the other experiment."
+        )
     weights = read_tensors(Paths(params.experiment).teacher)
     write_tensors(target, {name: t.half() if t.is_floating_point() else t for name, t in weights.items()})
-    architecture = params.teacher.architecture.model_dump(exclude_defaults=True)
+    architecture = params.teacher.own.model_dump(exclude_defaults=True)
     print(f"In another experiment, set teacher.weights to {target} and teacher.architecture to {architecture}.")

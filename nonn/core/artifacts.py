@@ -27,7 +27,13 @@ class DatasetInfo(TypedDict):
 class TeacherInfo(TypedDict):
     """``teacher.json``."""
 
-    architecture: Architecture
+    architecture: Architecture | None  # None of a foreign teacher, which has what follows
+    source: NotRequired[str]
+    classifier: NotRequired[str | None]
+    preprocessing: NotRequired[dict[str, Any]]
+    n_outputs: NotRequired[Count]
+    outputs: NotRequired[list[Index] | None]
+    code_sha256: NotRequired[str]
 
 
 class GraphInfo(TypedDict):

@@ -14,6 +14,7 @@ from nonn.core.boards import find_board
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
 from nonn.core.params import SOLO, Params
+from nonn.core.teacher_source import WHOLE_FILES
 
 JOBS_FILE = Path("workflow/jobs.yaml")
 #: What the lists hold beside jobs.
@@ -24,14 +25,19 @@ HEADER = "# Derived from params.yaml by `nonn jobs`, and checked before a stage 
 def list_jobs(params: Params) -> dict[str, Any]:
     """Jobs by the list of ``dvc.yaml`` that they belong to; the key of a job is the path of what it writes.
 
-    ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
-    DVC watches their content; where nothing on this machine is named, the module that would read it. ``budgets`` and
-    ``board`` are what the catalogue of boards says, so that DVC notices when it says something else: the budgets of
-    networks that need it, and the board of the stage `distributed`.
+    ``source``, ``weights``, ``teacher`` and ``teacher_data`` are the files or folders that `dataset.source`,
+    `teacher.weights` and `teacher.source` name, the last with what lies beside an ONNX file, so that DVC watches their
+    content; where nothing on this machine is named, the module that would read it. ``budgets`` and ``board`` are what
+    the catalogue of boards says, so that DVC notices when it says something else: the budgets of networks that need it,
+    and the board of the stage `distributed`.
     """
+    reader = "nonn/teachers/teacher.py"
+    teacher = [str(path) for path in params.teacher.files]
     return {
         "source": named_source(params) or "nonn/data/packaged.py",
-        "weights": params.teacher.weights or "nonn/teachers/teacher.py",
+        "weights": params.teacher.weights or reader,
+        "teacher": (teacher or [reader])[0],
+        "teacher_data": (teacher[1:] or [reader])[0],
         "pool": "-".join(params.pool or ()),
         "budgets": looked_up_budgets(params),
         "board": _board_facts(params),
@@ -74,11 +80,13 @@ def _board_facts(params: Params) -> dict[str, Any]:
 
 
 def check_named_files(params: Params) -> None:
-    """Refuse pictures or weights that are not there, before anything runs."""
-    source, weights = named_source(params), params.teacher.weights
+    """Refuse pictures, weights or a teacher that are not there, before anything runs."""
+    teacher = params.teacher
+    without = "null for the library's own" if teacher.is_foreign else "null to train"
     for key, name, remedy in (
-        ("dataset.source", source, "Name a folder or archive, mnist5k, or a torchvision:NAME."),
-        ("teacher.weights", weights, "Name a file, or null to train."),
+        ("dataset.source", named_source(params), "Name a folder or archive, mnist5k, or a torchvision:NAME."),
+        ("teacher.weights", teacher.weights, f"Name a file, or {without}."),
+        ("teacher.source", teacher.target if teacher.kind in WHOLE_FILES else None, "Name a file."),
     ):
         try:
             if name and not (key == "dataset.source" and Path(name).is_dir()):

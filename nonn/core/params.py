@@ -19,6 +19,8 @@ from nonn.core.devices import Device, Limit, Positive, check_board
 from nonn.core.links import PRESETS
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
+from nonn.core.teacher_source import Normalization as Normalization
+from nonn.core.teacher_source import TeacherSource
 
 PARAMS_FILE = Path("params.yaml")
 
@@ -165,13 +167,6 @@ class Schedule(Section):
     muon: MuonParams | None = None
 
 
-class Normalization(Section):
-    """Mean and standard deviation of each channel, pixels scaled to 0..1."""
-
-    mean: Annotated[list[float], Field(min_length=1, max_length=3)]
-    std: Annotated[list[Positive], Field(min_length=1, max_length=3)]
-
-
 class Selection(Section):
     """Of the hardest images of each batch, by a small network: see `nonn.teachers.selection`."""
 
@@ -179,21 +174,33 @@ class Selection(Section):
     proxy: Architecture
 
 
-class Teacher(Schedule):
-    architecture: Architecture
-    weights: str | None
+class Teacher(Schedule, TeacherSource):
+    """What only training needs has defaults, which are of no effect for an imported teacher."""
+
+    architecture: Architecture | None = None
     weights_sha256: Sha256 | None = None
-    normalization: Normalization | None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
-    augment: Augment
+    epochs: Count = 12
+    batch_size: Count = 250
+    lr: Positive = 0.4
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 0.0005
+    warmup: Fraction = 0.2
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    augment: Augment = Augment(pad=2, flip=False)
     selection: Selection | None = None
     threads: Threads
-    seed: Seed
+    seed: Seed = 0
+
+    @property
+    def own(self) -> Architecture:
+        """The architecture of a teacher of our own families."""
+        assert self.architecture is not None  # as validated
+        return self.architecture
 
     @model_validator(mode="after")
-    def _normalization_has_an_effect(self) -> Teacher:
-        if self.normalization and not self.weights:
-            raise ValueError("normalization: is that of imported `weights`, and they are null; set it to null too")
+    def _is_complete(self) -> Teacher:
+        if not (self.is_foreign or self.architecture):
+            raise ValueError("architecture: source train needs one; add it, or name another source")
         return self
 
 
@@ -376,6 +383,11 @@ class Params(Section):
                 )
             if "at_kd" in network.baselines and not self.signals.attention:
                 yield f"networks.{name}.baselines.at_kd: needs attention maps; set signals.attention to true"
+        if self.signals.attention and self.teacher.is_foreign:
+            yield (
+                "signals.attention: only teachers of source train have attention maps; set it to false, and remove "
+                "baselines at_kd"
+            )
 
 
 def load_params(path: Path = PARAMS_FILE, changes: Mapping[str, Any] | None = None) -> Params:

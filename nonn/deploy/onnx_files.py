@@ -33,7 +33,7 @@ class Features(nn.Module):
 class Logits(nn.Module):
     """A model that classifies alone."""
 
-    def __init__(self, model: ConvNet):
+    def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 

@@ -9,6 +9,7 @@ is there in both precisions; manifests of int8 files name their form as ``quanti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import FORM, check_close
 from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
+from nonn.deploy.teacher_files import measure_file_cost, write_teacher
 from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
 from nonn.method.joining import NetworkOfNetworks
 from nonn.runtime.final import Blocks
 from nonn.runtime.inversion import usual_border
 from nonn.runtime.session import run_onnx
+from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.networks import ConvNet, predict, single_pass
 
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
@@ -75,8 +78,11 @@ def feature_limit(student: ConvNet, data: Dataset) -> float:
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
-def _entry(path: Path, model: ConvNet, data: Dataset, precision: Precision) -> dict:
-    cost = measure_cost(model, data.channels, data.size, precision)
+def _entry(path: Path, model: ConvNet | ForeignTeacher, data: Dataset, precision: Precision) -> dict:
+    if isinstance(model, ForeignTeacher):
+        cost = measure_file_cost(path)
+    else:
+        cost = measure_cost(model, data.channels, data.size, precision)
     return {"file": path.name, "sha256": sha256_of(path), "cost": vars(cost)}
 
 
@@ -112,7 +118,9 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 
-def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, precision: Precision) -> dict:
+def export_solo(
+    models: Mapping[str, ConvNet | ForeignTeacher], data: Dataset, folder: Path, precision: Precision
+) -> dict:
     """Export models that run alone, named by the keys of `models`; return their manifests.
 
     The model ``teacher`` is float32 whatever the students are.
@@ -121,11 +129,16 @@ def export_solo(models: dict[str, ConvNet], data: Dataset, folder: Path, precisi
     manifests = {}
     for name, model in track(list(models.items()), "export"):
         path, own = folder / f"{name}.onnx", "float32" if name == "teacher" else precision
-        write_classifier(model, data, path, own)
+        if isinstance(model, ForeignTeacher):
+            write_teacher(model, data, path)
+        else:
+            write_classifier(model, data, path, own)
         logits = run_onnx(path, images.numpy())
         check_outputs(path, logits, predict(model, images)[1], own)
         entry = _entry(path, model, data, own)
-        if model.mirrors and precision == "float32":  # `distributed` splits a network only as a single pass, in float32
+        if (
+            isinstance(model, ConvNet) and model.mirrors and precision == "float32"
+        ):  # `distributed` splits a network only as a single pass, in float32
             entry["single_pass"] = f"{name}-single.onnx"
             write_classifier(single_pass(model), data, folder / entry["single_pass"], "float32")
         manifests[name] = _manifest(data, [entry], logits, labels, own)

@@ -49,6 +49,11 @@ def normalise_activity(pooled: Tensor, top_k: int | None = None) -> Tensor:
     return torch.zeros_like(activity).scatter_(1, kept, activity.gather(1, kept))
 
 
+def live_filters(pooled: Tensor) -> Tensor:
+    """Which filters tell images apart: bool (F,), False for those of one value on all images of `pooled` (N, F)."""
+    return (pooled != pooled[:1]).any(dim=0)
+
+
 def activation_hub_graph(activity: Tensor, block: int = 32, chunk: int = 128) -> Tensor:
     """Link weak filters to strong ones, so that the strong become hubs.
 
@@ -141,11 +146,11 @@ def mean_class_activity(activity: Tensor, labels: Tensor, n_classes: int) -> Ten
 def summarise_graph(pooled: Tensor, weights: Tensor, rule: str, top_k: int | None) -> dict[str, Any]:
     """Describe the graph of `pooled` (N, F), and what its community structure would be for other `top_k`, for JSON.
 
-    ``dead_filters`` are zero on every image; ``density`` is the share of pairs of live filters that are linked;
+    ``dead_filters`` are the same on every image; ``density`` is the share of pairs of live filters that are linked;
     ``top_k_curve`` is empty above `CURVE_MAX_FILTERS`.
     """
     n_filters = len(weights)
-    live = (pooled > 0).any(dim=0)
+    live = live_filters(pooled)
     n_live = int(live.sum())
     links = int((weights > 0).sum()) // 2
     communities = find_communities(weights.numpy(), seed=LOUVAIN_SEED)
@@ -179,7 +184,7 @@ class FilterGraph:
     """The graph as partitioning needs it."""
 
     weights: np.ndarray  # (F, F), float32
-    live: np.ndarray  # (F,), bool: False for filters that are zero on every validation image
+    live: np.ndarray  # (F,), bool: see `live_filters`, of the validation images
     class_activity: np.ndarray  # (C, F), float32: mean normalised activity, of all filters whatever `top_k`
 
 

@@ -11,7 +11,7 @@ ensembles, as a method of their own, ``ensemble_fitted``. What NoNN gains by it 
 students with their heads averaged. Otherwise the heads of the students present are averaged.
 
 Where devices run int8, students of all methods are scored as such. What that costs is told by ``nonn_float32``, NoNN's
-students before they were quantised, and ``teacher_int8`` says what quantising would do for the teacher.
+students before they were quantised, and ``teacher_int8`` says what quantising would do for a teacher of our families.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
 from nonn.method.store import load_baseline, load_network
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
+from nonn.teachers.store import load_teacher
 from nonn.training.networks import ConvNet, accuracy, predict
-from nonn.training.store import load_teacher
 
 #: Logits (n_test, C) of a network when only these of its devices are present.
 Answers = Callable[[Sequence[int]], Tensor]
@@ -196,7 +196,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     yield _scores("teacher", "", [logits[None]], labels)
     precision = params.design.precision
     features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
-    if precision == "int8":
+    if precision == "int8" and isinstance(teacher, ConvNet):
         yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
     for network in params.networks:
         files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]

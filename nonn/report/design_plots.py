@@ -94,12 +94,15 @@ def _draw_budgets(axis: Axes, budgets: Sequence[tuple[float, float]]) -> None:
 
 
 def list_blocks(
-    architecture: Architecture, channels: int, size: int, n_filters: int | None
+    architecture: Architecture | str, channels: int, size: int, n_filters: int | None
 ) -> list[tuple[str, int, int, int]]:
     """Blocks of a network from its input to its features: name, channels, side of its map in pixels, and layers.
 
-    A layer is a convolution, in the residual families a block of two. As `nonn.training.networks` builds them.
+    A layer is a convolution, in the residual families a block of two. As `nonn.training.networks` builds them. Of a
+    network that is known by its name alone, only the image is.
     """
+    if isinstance(architecture, str):
+        return [("image", channels, size, 0)]
     if architecture.family in ("fast", "airbench"):
         stem = max(4, architecture.widths[0] // 2) if architecture.family == "fast" else 8 * channels
         widths, layers = architecture.widths, architecture.depth
@@ -125,7 +128,8 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
     Parameters
     ----------
     networks : sequence of mapping
-        ``title``, ``method``, ``architecture``, ``n_filters`` (None without a bridge) and ``cost``.
+        ``title``, ``method``, ``architecture`` (a foreign teacher's is its source, text), ``n_filters`` (None without
+        a bridge) and ``cost``.
     channels, size : int
         Of an image, in pixels.
     """
@@ -156,9 +160,9 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
         memory = (cost["weight_bytes"] + cost["peak_activation_bytes"]) / 1024
         ends = "features" if network["n_filters"] else "classes"
         axis.text(end + 0.4, middle, ends, size=8, va="center")
-        about = (
-            f"{network['title']}\n{network['architecture'].name}\n{memory:,.0f} KiB, {cost['macs'] / 1e6:,.1f} MMACs"
-        )
+        built = network["architecture"]
+        name = built if isinstance(built, str) else built.name
+        about = f"{network['title']}\n{name}\n{memory:,.0f} KiB, {cost['macs'] / 1e6:,.1f} MMACs"
         axis.text(-0.15, middle, about, size=8, ha="right", va="center", color=colour)
     axis.set_xticks([step * i + LAYER_WIDTH / 2 for i in range(len(columns))], columns)
     axis.xaxis.tick_top()

@@ -10,14 +10,18 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_dataset
 from nonn.method.exporting import export_network, export_solo
 from nonn.method.store import load_baseline, load_network
+from nonn.teachers.foreign import ForeignTeacher
+from nonn.teachers.store import load_teacher
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_teacher
 
 
-def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet]:
-    """The teacher, once more for int8 where students are, and each single-model baseline of the first seed."""
-    models = {"teacher": load_teacher(paths, data)}
-    if params.design.precision == "int8":
+def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet | ForeignTeacher]:
+    """The teacher, once more for int8 where students are, and each single-model baseline of the first seed.
+
+    A foreign teacher stays in float32: what quantising does to it is a matter of its own.
+    """
+    models: dict[str, ConvNet | ForeignTeacher] = {"teacher": load_teacher(paths, data)}
+    if params.design.precision == "int8" and isinstance(models["teacher"], ConvNet):
         models["teacher_int8"] = models["teacher"]
     for network, method, _ in params.baselines():
         if method not in PARTITION_METHODS:

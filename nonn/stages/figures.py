@@ -22,6 +22,7 @@ from nonn.core.artifacts import (
     Filters,
     GraphInfo,
     PartitionInfo,
+    TeacherInfo,
 )
 from nonn.core.files import existing, intact, read_json, write_json, write_text
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
@@ -44,7 +45,7 @@ def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[di
     """Students of every method on every network, as `summarise_methods` takes them."""
     int8 = params.design.precision == "int8"
     alone = read_json(paths.benchmark(SOLO), Benchmark)["models"]
-    teachers = ("teacher", "teacher_int8") if int8 else ("teacher",)
+    teachers = [name for name in ("teacher", "teacher_int8") if name in alone]
     designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
     for network, section in params.networks.items():
         students = [read_json(paths.design(network, i), Designs)[0] for i in range(len(section.devices))]
@@ -101,8 +102,11 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
 
     Of students that differ in their bridge alone, the one of the widest.
     """
-    teacher = read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"]
-    listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
+    cost, info = (
+        read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"],
+        read_json(paths.teacher_info, TeacherInfo),
+    )
+    listed = [("teacher", "", {"architecture": info["architecture"] or info["source"], "cost": cost})]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
     listed += [(m, f" {n}", read_json(paths.design(n, m), Designs)[0]) for n, m in singles]
@@ -112,7 +116,8 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
         kind = method if method in ("teacher", "nonn", "total") else "kd"
         title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
         entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
-        entry["architecture"] = Architecture(**design["architecture"])
+        architecture = design["architecture"]
+        entry["architecture"] = architecture if isinstance(architecture, str) else Architecture(**architecture)
         key = str((kind, where, entry["architecture"]))
         if key not in found or (entry["n_filters"] or 0) > (found[key]["n_filters"] or 0):
             found[key] = entry

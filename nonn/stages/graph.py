@@ -10,7 +10,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
-from nonn.method.filter_graph import RULES, mean_class_activity, normalise_activity, summarise_graph
+from nonn.method.filter_graph import RULES, live_filters, mean_class_activity, normalise_activity, summarise_graph
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -30,7 +30,7 @@ def run(params: Params, paths: Paths) -> None:
         paths.graph,
         {
             "weights": weights,
-            "live": (pooled > 0).any(dim=0).to(torch.uint8),
+            "live": live_filters(pooled).to(torch.uint8),
             "class_activity": mean_class_activity(normalise_activity(pooled), labels, data.n_classes),
         },
     )

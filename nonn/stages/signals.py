@@ -9,7 +9,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.teachers.signals import compute_signals
-from nonn.training.store import load_teacher
+from nonn.teachers.store import load_teacher
 
 
 def run(params: Params, paths: Paths) -> None:

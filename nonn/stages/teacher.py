@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nonn.core.files import write_json
@@ -9,10 +11,13 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
-from nonn.teachers.teacher import import_teacher, train_teacher
+from nonn.teachers.foreign import ForeignTeacher
+from nonn.teachers.store import tensors_of
+from nonn.teachers.teacher import import_teacher, score_teacher, train_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
 from nonn.training.loop import write_log
+from nonn.training.networks import ConvNet
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -20,19 +25,20 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(section.threads)
     keep_freed_memory()
     checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset])
-    if section.weights:
-        model, log = import_teacher(data, section)
-    else:
+    record: dict[str, Any] = {}
+    model: ConvNet | ForeignTeacher
+    if section.is_trained:
         model, log = train_teacher(data, section, checkpoint)
-    write_tensors(paths.teacher, model.state_dict())
+    else:
+        model, record = import_teacher(data, section)
+        log = score_teacher(model, data, section)
+    write_tensors(paths.teacher, tensors_of(model))
     write_log(paths.log(paths.teacher), log)
-    write_json(
-        paths.teacher_info,
-        {
-            "architecture": section.architecture.model_dump(),
-            "imported_from": section.weights,
-            "n_filters": model.n_features,
-            "validation_accuracy": log[-1]["validation_accuracy"],
-        },
-    )
+    info = {
+        "architecture": None if section.is_foreign else section.own.model_dump(),
+        "imported_from": section.weights,
+        "n_filters": model.n_features,
+        "validation_accuracy": log[-1]["validation_accuracy"],
+    }
+    write_json(paths.teacher_info, info | record)
     checkpoint.discard()

@@ -13,6 +13,7 @@ from torch import Tensor
 from nonn.core.params import Signals
 from nonn.core.progress import track
 from nonn.data.dataset import Dataset
+from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.losses import attention_map
@@ -21,7 +22,15 @@ from nonn.training.networks import ConvNet
 BATCH_SIZE = 500
 
 
-def compute_signals(teacher: ConvNet, data: Dataset, params: Signals) -> dict[str, Tensor]:
+def as_activity(features: Tensor) -> Tensor:
+    """How active each filter is, at least 0: what the graph and the students' rectified features can follow.
+
+    RULE
+    """
+    return features.clamp(min=0)
+
+
+def compute_signals(teacher: ConvNet | ForeignTeacher, data: Dataset, params: Signals) -> dict[str, Tensor]:
     """Run the teacher over the K views of the N training images and over the M validation images as they are.
 
     Returns ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>`` (K, N, H·W) of the views;
@@ -46,14 +55,18 @@ def compute_signals(teacher: ConvNet, data: Dataset, params: Signals) -> dict[st
 
 
 @torch.inference_mode()
-def signals_of(teacher: ConvNet, images: Tensor, attention: bool) -> dict[str, Tensor]:
+def signals_of(teacher: ConvNet | ForeignTeacher, images: Tensor, attention: bool) -> dict[str, Tensor]:
     """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
     device = pick_device()
     teacher = teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    maps: list[Tensor] = []
     with mixed_precision(device):
-        maps = teacher.stage_maps(images.to(device))
-        pooled, logits = teacher.read_out(maps[-1])
-    signals = {"logits": logits, "pooled": pooled}
+        if isinstance(teacher, ConvNet):  # once, whether or not it mirrors
+            maps = teacher.stage_maps(images.to(device))
+            features, logits = teacher.read_out(maps[-1])
+        else:
+            features, logits = teacher(images.to(device))
+    signals = {"logits": logits, "pooled": as_activity(features)}
     if attention:
         signals |= {f"attention.{stage}": attention_map(m.float()) for stage, m in enumerate(maps)}
     return {name: tensor.half().cpu() for name, tensor in signals.items()}

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.files import sha256_of
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
-from nonn.data.tensors import read_tensors
+from nonn.teachers.checkpoints import PREFIXES, read_weights, strip_prefixes
+from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
 from nonn.teachers.selection import Proxy
+from nonn.teachers.verdict import judge
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device
@@ -28,13 +30,15 @@ from nonn.training.networks import ConvNet, accuracy, predict, whiten
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
+#: How names begin in torchvision's and timm's networks, as they are after the translation, and never in ours.
+LIBRARY_NAMES = ("layer4.", "features.", "classifier.", "blocks.", "encoder.", "conv_proj.", "trunk_output.", "patch_")
 
 
 def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, Log]:
     """Train a teacher from scratch on labels; return it with its log, one row an epoch."""
     torch.manual_seed(params.seed)
     device = pick_device()
-    model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
     images, labels = data.split("train")
     whiten(model, images)
     proxy = None
@@ -73,23 +77,22 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     return model, log
 
 
-def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, Log]:
-    """Build the teacher from a file of weights, and score it on the validation images.
+def import_own(data: Dataset, params: Teacher) -> ConvNet:
+    """Build a teacher of one of our families from a file of weights.
 
     A UserError says what does not fit `teacher.architecture` or the dataset.
     """
-    model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    weights = {_own_name(name): tensor for name, tensor in _read_weights(params).items()}
+    path = Path(str(params.weights))
+    model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
     expected = model.state_dict()
-    if params.normalization:
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(params.normalization, name)) * 255
-            if len(values) != data.channels:
-                raise UserError(
-                    f"params.yaml: teacher.normalization.{name}: has {len(values)} channels, the images have "
-                    f"{data.channels}; give one number a channel."
-                )
-            weights[f"normalize.{name}"] = values.reshape(1, -1, 1, 1)
+    weights, _ = read_weights(params)
+    weights = strip_prefixes({_own_name(name): t for name, t in weights.items()}, expected, path)
+    weights |= _own_normalization(data, params)
+    if params.classes and (order := order_of(params.classes, data.classes, params)):
+        weights |= {n: weights[n][order] for n in ("head.weight", "head.bias") if len(weights.get(n, ())) > max(order)}
+    if params.colour_order == "bgr" and data.channels == 3:
+        first = next(name for name, tensor in expected.items() if tensor.dim() == 4 and "normalize" not in name)
+        weights[first] = weights[first].flip(1) if first in weights else torch.empty(0)
     # A file need not hold the normalisation, and old ones do not count the batches, which nothing reads.
     given = {n: t for n, t in expected.items() if n.startswith("normalize.") or n.endswith("num_batches_tracked")}
     weights = given | weights
@@ -97,47 +100,56 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, Log]:
     misfits = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
     if missing or surplus or misfits:
         example = (missing + surplus + sorted(misfits))[0]
+        remedy = (
+            "Its names are those of another library: set teacher.source to torchvision:NAME or timm:NAME."
+            if any(name.startswith(LIBRARY_NAMES) for name in weights)
+            else f"Set family, depth and widths to those it was trained with, for {data.n_classes} classes and "
+            f"{data.channels} channels."
+        )
         raise UserError(
             f"{params.weights}: does not fit teacher.architecture in params.yaml ({len(missing)} tensors missing, "
-            f"{len(surplus)} unknown, {len(misfits)} of another shape, such as {example}). Set family, depth and "
-            f"widths to those it was trained with, for {data.n_classes} classes and {data.channels} channels."
+            f"{len(surplus)} unknown, {len(misfits)} of another shape, such as {example}). {remedy}"
         )
     model.load_state_dict(weights)
+    return model
+
+
+def _own_normalization(data: Dataset, params: Teacher) -> dict[str, Tensor]:
+    """Mean and deviation in grey levels, from the parameters; nothing where the file or the data set says them."""
+    tensors = {}
+    for name, values in (params.normalization.model_dump() if params.normalization else {}).items():
+        if len(values) != data.channels:
+            raise UserError(
+                f"params.yaml: teacher.normalization.{name}: has {len(values)} channels, the images have "
+                f"{data.channels}; give one number a channel."
+            )
+        grey = torch.tensor(values) * (255 if params.pixels == "unit" else 1)
+        grey = grey.flip(0) if params.colour_order == "bgr" else grey
+        tensors[f"normalize.{name}"] = grey.reshape(1, -1, 1, 1)
+    return tensors
+
+
+def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTeacher, dict[str, Any]]:
+    """Build an imported teacher; return it with what `nonn.teachers.store.load_teacher` needs besides its tensors.
+
+    A UserError says why it cannot be a teacher of this data set.
+    """
+    return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
+
+
+def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
+    """A log of one row for an imported teacher; a UserError if it is too bad to be one, see `nonn.teachers.verdict`."""
     images, labels = data.split("validation")
-    _, logits = predict(model, images)
+    with torch.inference_mode():
+        _, logits = predict(model, images)
+    judge(model, logits, data, params)
     row = [0, float("nan"), F.cross_entropy(logits, labels).item(), accuracy(logits, labels)]
-    return model, [dict(zip(LOG_COLUMNS, row, strict=True))]
-
-
-def _read_weights(params: Teacher) -> dict[str, Tensor]:
-    path = Path(str(params.weights))
-    if not path.is_file():
-        raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
-    if params.weights_sha256 not in (None, found := sha256_of(path)):
-        raise UserError(
-            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
-            "Fetch the right file, or correct the key."
-        )
-    if path.suffix == ".safetensors":
-        try:
-            return read_tensors(path)
-        except UserError:
-            raise UserError(f"params.yaml: teacher.weights: {path} is damaged. Fetch or save it again.") from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # on damaged data, torch raises almost anything
-        raise UserError(
-            f"{path}: not a readable state dict. Save `model.state_dict()` and name that file in teacher.weights."
-        ) from error
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise UserError(
-            f"{path}: holds no state dict. Save `model.state_dict()` and name that file in teacher.weights."
-        )
-    return loaded
+    return [dict(zip(LOG_COLUMNS, row, strict=True))]
 
 
 def _own_name(name: str) -> str:
     """Our name of a parameter of a public ResNet; our own names stay as they are."""
-    first, _, rest = name.removeprefix("module.").partition(".")
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    first, _, rest = name.partition(".")
     return f"{PUBLIC_NAMES.get(first, first)}.{rest}"

@@ -275,9 +275,12 @@ def count_parameters(model: nn.Module) -> int:
 
 @torch.no_grad()
 def predict(
-    model: ConvNet, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
+    model: nn.Module, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
-    """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32."""
+    """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32.
+
+    Of a `ConvNet`, or of a teacher that is called as one.
+    """
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in images.split(batch_size)]
     features, logits = zip(*outputs, strict=True)

@@ -1,4 +1,4 @@
-"""What trainings read of earlier stages: the teacher, its signals, designs, and sets of filters."""
+"""What trainings read of earlier stages: the teacher's signals, designs, and sets of filters."""
 
 from __future__ import annotations
 
@@ -8,23 +8,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from nonn.core.artifacts import BaselineSets, Designs, Filters, TeacherInfo
+from nonn.core.artifacts import BaselineSets, Designs, Filters
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, intact, read_json
 from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.training.networks import ConvNet
-
-
-def load_teacher(paths: Paths, data: Dataset) -> ConvNet:
-    """The teacher of the experiment, ready to predict."""
-    info = read_json(paths.teacher_info, TeacherInfo)
-    with intact(paths.teacher):
-        model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
-        model.load_state_dict(read_tensors(paths.teacher))
-    return model.eval()
 
 
 def load_design(path: Path) -> list[tuple[Architecture, int | None]]:

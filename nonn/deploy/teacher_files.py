@@ -1,0 +1,106 @@
+"""Foreign teachers as ONNX files like those of our own networks, and what such a file costs a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from nonn.core.errors import UserError
+from nonn.data.dataset import Dataset
+from nonn.deploy.cost import Cost
+from nonn.deploy.onnx_files import Logits, export_onnx
+from nonn.runtime.session import open_session
+from nonn.teachers.bodies import first_line
+from nonn.teachers.foreign import ForeignTeacher
+from nonn.teachers.onnx_body import OnnxBody
+
+#: Operations of an ONNX graph that a deployed runtime fuses into the one before, or that only rename.
+FUSED = {"BatchNormalization", "Cast", "Clip", "Dropout", "Flatten", "HardSigmoid", "HardSwish", "Identity", "Relu"}
+FUSED |= {"Reshape", "Sigmoid", "Gelu", "Squeeze", "Unsqueeze", "Erf", "Tanh"}
+
+
+def write_teacher(model: ForeignTeacher, data: Dataset, path: Path) -> None:
+    """Write a foreign teacher, in float32; an ONNX file stays as it is, with its preprocessing put before it."""
+    if isinstance(model.body, OnnxBody):
+        image = (data.channels, data.size, data.size)
+        path.write_bytes(model.body.as_classifier(model.preprocess.settings, model.outputs, image))
+        return
+    try:
+        export_onnx(Logits(model), data.images[:1], path, "image", "logits")
+    except Exception as error:  # the exporter may raise anything on a network that it does not know
+        raise UserError(
+            f"{path.name}: the teacher cannot be exported to ONNX ({first_line(error)}). Export it yourself, and set "
+            "teacher.source to onnx:FILE."
+        ) from None
+
+
+def measure_file_cost(path: Path) -> Cost:
+    """Count the cost of one image through an ONNX file of one float32 model, by running it once.
+
+    As `measure_cost` counts: multiply-accumulates of convolutions and matrix products, and activations by liveness.
+    What runs within loops and branches is not counted.
+    """
+    model = onnx.load(path)
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made = [name for node in graph.node for name in node.output if name]
+    known = {value.name for value in graph.output}
+    graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in known)
+    session = open_session(model.SerializeToString())
+    entry = session.get_inputs()[0]
+    image = np.zeros(entry.shape, np.uint8)
+    values = [output.name for output in session.get_outputs()]
+    shapes = {name: np.shape(a) for name, a in zip(values, session.run(None, {entry.name: image}), strict=True)}
+    shapes[entry.name] = image.shape
+    nodes = [node for node in graph.node if node.op_type != "Constant"]
+    inner = constants | {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    shape_of = {**{name: weights[name].shape for name in weights}, **shapes}
+    params = sum(weights[name].size for name in constants if weights[name].dtype.kind == "f")
+    return Cost(
+        params=params,
+        macs=sum(_node_macs(node, shape_of) for node in nodes),
+        weight_bytes=sum(weights[name].nbytes for name in constants if weights[name].dtype.kind == "f"),
+        peak_activation_bytes=4 * _peak_of_nodes(nodes, shapes, inner, entry.name),
+    )
+
+
+def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    if node.op_type == "Conv":
+        return math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
+    if node.op_type in ("MatMul", "Gemm"):
+        turned = any(a.name == "transA" and a.i for a in node.attribute)
+        return math.prod(shapes[node.output[0]]) * shapes[node.input[0]][0 if turned else -1]
+    return 0
+
+
+def _peak_of_nodes(
+    nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]], constants: set[str], entry: str
+) -> int:
+    """Largest number of activation values alive at once, nodes in the order of the graph."""
+    owner, born, last = {entry: entry}, {entry: 0}, {entry: 0}
+    for step, node in enumerate(nodes):
+        read = [name for name in node.input if name in owner]
+        for name in read:
+            last[owner[name]] = step
+        for output in node.output:
+            if node.op_type in FUSED and read:
+                owner[output] = owner[read[0]]
+            elif output and output not in constants:
+                owner[output] = output
+                born[output] = last[output] = step
+    # What is read by nobody is the answer, and stays to the end.
+    answers = {owner[name] for name in owner} - {owner[n] for node in nodes for n in node.input if n in owner}
+    last |= dict.fromkeys(answers, len(nodes))
+    changes = [0] * (len(nodes) + 2)
+    for name, start in born.items():
+        size = math.prod(shapes.get(name, ()))
+        changes[start] += size
+        changes[last[name] + 1] -= size
+    return max(accumulate(changes))

@@ -1,0 +1,247 @@
+"""Foreign networks, each as a module that gives the feature vectors that its classifier sees, and the logits.
+
+The interface of all bodies: a module of ``n_features`` and ``n_outputs`` that takes preprocessed images (B, C, H, W),
+float32, and returns features (B, n_features) and logits (B, n_outputs); ``classify`` gives the logits of features; and
+``tensors`` are what is stored of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from nonn.core.errors import UserError
+from nonn.core.schema import did_you_mean
+from nonn.teachers.checkpoints import other_classes
+
+
+class Body(Protocol):
+    """What a foreign network is turned into: see the module."""
+
+    n_features: int
+    n_outputs: int
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def classify(self, features: Tensor) -> Tensor: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+class ModuleBody(nn.Module):
+    """A module of the user's or of a library, whose classifier is listened to."""
+
+    def __init__(self, network: nn.Module, classifier: str):
+        super().__init__()
+        self.network, self.classifier = network, classifier
+        self.n_features, self.n_outputs = self.head.in_features, self.head.out_features
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.network.get_submodule(self.classifier)  # type: ignore[return-value]
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.network(pixels)
+        finally:
+            hook.remove()
+        return seen[-1], logits
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+    def tensors(self) -> dict[str, Tensor]:
+        # Cloned: tied weights share memory, which safetensors refuses.
+        return {f"network.{name}": tensor.clone() for name, tensor in self.network.state_dict().items()}
+
+
+@torch.no_grad()
+def find_classifier(network: nn.Module, pixels: Tensor, name: str | None, n_outputs: int, source: str) -> str:
+    """Name of the last linear layer of `n_outputs` outputs that the network runs, or of the one that `name` says.
+
+    Raises
+    ------
+    UserError
+        There is none, or the network does not answer images with logits.
+    """
+    linear = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    if name is not None and name not in linear:
+        known = ", ".join(list(linear)[-3:]) or "none"
+        raise UserError(
+            f"params.yaml: teacher.classifier: {source} has no linear layer {name!r}{did_you_mean(name, linear)}; the "
+            f"last are: {known}."
+        )
+    order: list[str] = []
+    hooks = [m.register_forward_hook(lambda *_, n=n: order.append(n)) for n, m in linear.items()]
+    try:
+        logits = run_network(network, pixels, source)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    check_logits(logits, len(pixels), n_outputs, source)
+    if name is not None:
+        candidates = [name] if name in order else []
+    else:
+        candidates = [n for n in order if linear[n].out_features == n_outputs]
+    if not candidates:
+        ran = ", ".join(f"{n} ({linear[n].out_features})" for n in order[-3:]) or "none"
+        raise UserError(
+            f"params.yaml: teacher.source: {source} runs no linear layer {name or f'of {n_outputs} outputs'}; those "
+            f"that it runs last, with their outputs: {ran}. Its last layer has to be an nn.Linear; name it in "
+            "teacher.classifier."
+        )
+    return candidates[-1]
+
+
+def run_network(network: Any, pixels: Tensor, source: str) -> Any:
+    """The network's answer, or in one line why it has none."""
+    try:
+        return network(pixels)
+    except Exception as error:  # a foreign network may raise anything
+        _, channels, height, width = pixels.shape
+        raise UserError(
+            f"params.yaml: teacher.source: {source} fails on images of {channels} channels and {height} x {width} "
+            f"pixels ({type(error).__name__}: {first_line(error)}). Set dataset.size to what it was trained with."
+        ) from None
+
+
+def check_logits(logits: Any, n_images: int, n_outputs: int, source: str) -> None:
+    """Refuse what is not the logits (n_images, n_outputs) of a batch."""
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers with a {type(logits).__name__}, not with the logits (B, C) "
+            "as one tensor. Wrap it in a module whose forward returns them."
+        )
+    if logits.dim() != 2 or len(logits) != n_images:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers {n_images} images with shape {tuple(logits.shape)}, not "
+            f"with logits ({n_images}, {n_outputs}). Name a classifier of images."
+        )
+    if logits.shape[1] != n_outputs:
+        raise other_classes(f"params.yaml: teacher.source: {source}", logits.shape[1], n_outputs)
+
+
+class GraphBody(nn.Module):
+    """A program of torch.export whose last linear layer's input is made an output."""
+
+    def __init__(self, content: bytes, n_outputs: int | None, source: str):
+        super().__init__()
+        try:
+            program = torch.export.load(BytesIO(content))
+            module: Any = program.module()
+        except Exception as error:
+            raise UserError(
+                f"params.yaml: teacher.source: {source} is not a program that torch.export wrote "
+                f"({first_line(error)}). Write it with `torch.export.save`."
+            ) from None
+        self.content = content
+        self.pixels = _placeholder(module.graph, source)
+        self.graph_module, self.weight_name, self.bias_name = _cut_open(module, n_outputs, source)
+        self.n_outputs, self.n_features = map(int, self._parameter(self.weight_name).shape)  # type: ignore[union-attr]
+
+    def _parameter(self, name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        owner, _, last = name.rpartition(".")
+        return getattr(self.graph_module.get_submodule(owner), last)
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.pixels[0] != 1:
+            return self.graph_module(pixels)
+        pairs = [self.graph_module(image[None]) for image in pixels]  # exported for one image at a time
+        features, logits = zip(*pairs, strict=True)
+        return torch.cat(features), torch.cat(logits)
+
+    def classify(self, features: Tensor) -> Tensor:
+        weight, bias = self._parameter(self.weight_name), self._parameter(self.bias_name)
+        return F.linear(features, weight, bias)  # type: ignore[arg-type]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.graph_module.state_dict()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"file": torch.frombuffer(bytearray(self.content), dtype=torch.uint8)}
+
+    def train(self, mode: bool = True) -> GraphBody:  # noqa: ARG002
+        """Exported programs are as they were exported, and refuse to be switched."""
+        return self
+
+
+def _placeholder(graph: fx.Graph, source: str) -> list[Any]:
+    """Shape of the only input: whole numbers, and None where any number will do."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    shape = inputs[0].meta["val"].shape if inputs and "val" in inputs[0].meta else ()
+    if len(inputs) != 1 or len(shape) != 4:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} takes {len(inputs)} inputs, the first with {len(shape)} "
+            "dimensions; expected is one, of images (B, C, H, W)."
+        )
+    sizes = [size if isinstance(size, int) else None for size in shape]
+    if sizes[0] not in (None, 1):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} takes batches of {sizes[0]} images alone. Export it for one image, "
+            "or with a dynamic batch."
+        )
+    return sizes
+
+
+def _cut_open(module: Any, n_outputs: int | None, source: str) -> tuple[fx.GraphModule, str, str | None]:
+    """The same graph with the input of its last linear layer as first output, and names of weight and bias."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result: Any = None
+    classifier = None
+    for node in module.graph.nodes:
+        if node.op == "output":
+            result = node.args[0]
+        elif node.target != "_guards_fn":
+            copied[node] = graph.node_copy(node, copied.__getitem__)
+            if node.target is torch.ops.aten.linear.default and (
+                n_outputs is None or node.meta["val"].shape[-1] == n_outputs
+            ):
+                classifier = node
+    if classifier is None:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} has no linear layer of {n_outputs} outputs. Its last layer has to "
+            "be an nn.Linear with an output for each class."
+        )
+    outputs = _flat(result)
+    if len(outputs) != 1:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} has {len(outputs)} outputs, not the logits alone. Export a module "
+            "whose forward returns them."
+        )
+    features, weight, *bias = classifier.args
+    graph.output((copied[features], copied[outputs[0]]))
+    names = [str(node.target) for node in (weight, *bias) if isinstance(node, fx.Node)]
+    return fx.GraphModule(module, graph), names[0], names[1] if len(names) > 1 else None
+
+
+def _flat(value: Any) -> list[fx.Node]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [node for item in value for node in _flat(item)] if isinstance(value, list | tuple) else [value]
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """float32 within a context of mixed precision: foreign networks may not be made for less."""
+    if torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield

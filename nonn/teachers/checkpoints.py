@@ -1,0 +1,216 @@
+"""State dicts as people have them: what file it is, where in it the weights are, and what their names begin with.
+
+No pickled code is ever run: files are read with ``weights_only``, and what that refuses is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError, printable
+from nonn.core.files import sha256_of
+from nonn.core.params import Teacher
+from nonn.core.progress import log
+from nonn.data.tensors import read_tensors
+
+#: Where checkpoints hold averaged weights, and where those of the last step.
+AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
+PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "shadow_params")
+#: What wrappers put before each name: DataParallel, torch.compile, AveragedModel, Lightning and their like.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+#: Of averaged models, a number and no weight.
+COUNTERS = ("n_averaged", "module.n_averaged")
+
+#: What else a checkpoint holds: the options of a training, and numbers of numpy.
+_SCALAR = np.float64(0).__reduce__()[0]
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    _SCALAR,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")),
+]
+
+REMEDY = "Save `model.state_dict()` and name that file in teacher.weights."
+
+
+def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights by name from the file `teacher.weights`, and the options of the training where the file holds them.
+
+    Raises
+    ------
+    UserError
+        There is no such file, it is another one than ``weights_sha256`` says, or it holds no state dict.
+    """
+    path = Path(str(params.weights))
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
+    if params.weights_sha256 not in (None, found := sha256_of(path)):
+        raise UserError(
+            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
+            "Fetch the right file, or correct the key."
+        )
+    if path.suffix == ".safetensors":
+        try:
+            content: Any = read_tensors(path)
+        except UserError:
+            raise UserError(f"params.yaml: teacher.weights: {path} is damaged. Fetch or save it again.") from None
+    else:
+        content = _load(path)
+    weights = select_weights(content, path, params.ema)
+    check_finite(weights, path)
+    options = content.get("args") if isinstance(content, dict) else None
+    return weights, dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
+
+
+def _load(path: Path) -> Any:
+    if reason := foreign_format(path):
+        raise UserError(f"{path}: {reason}; not a readable state dict for teacher.weights.")
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # on damaged data, torch raises almost anything
+        text = str(error)
+        if "Unsupported global: GLOBAL " in text:
+            name = text.partition("Unsupported global: GLOBAL ")[2].split()[0]
+            reason = f"a pickle that needs code ({printable(name)}), which could be any, not a readable state dict"
+            raise UserError(f"{path}: {reason}. {REMEDY}") from None
+        raise UserError(f"{path}: not a readable state dict. {REMEDY}") from error
+
+
+def foreign_format(path: Path) -> str | None:
+    """What a file is that is surely no state dict, with what to do; None if it may be one."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, the file itself is missing; run `git lfs pull`"
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "is a web page, as a failed download leaves it; fetch the file again"
+    if start.startswith(b"\x89HDF"):
+        return "is an HDF5 file, as Keras writes it; export the model to ONNX and set teacher.source to onnx:FILE"
+    if path.suffix == ".onnx":
+        return f"is an ONNX file; set teacher.source to onnx:{path} and teacher.weights to null"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("models/model.json") for name in names):
+            return f"is an exported program; set teacher.source to export:{path} and teacher.weights to null"
+        if any("/code/" in name for name in names):
+            return "is a TorchScript archive; save the state dict of the model that was scripted"
+    return None
+
+
+def select_weights(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
+    """The state dict within what a file holds; of averaged weights and those of the last step, those that `ema` says.
+
+    Raises
+    ------
+    UserError
+        There is none, or several under names that do not tell which.
+    """
+    found = dict(_state_dicts(content, ""))
+    if not found:
+        raise UserError(f"{path}: holds no state dict. {REMEDY}")
+    averaged = [name for name in found if any(part in AVERAGED for part in name.split("."))]
+    plain = [name for name in found if name not in averaged]
+    known = [name for name in plain if name == "" or name.split(".")[-1] in PLAIN]
+    preferred = (averaged or known or plain) if ema else (known or plain or averaged)
+    if len(preferred) > 1 and preferred is plain:
+        raise UserError(
+            f"{path}: holds several state dicts ({', '.join(map(repr, plain[:4]))}). Save the teacher's alone: "
+            "`torch.save(checkpoint[NAME], FILE)`, and name that file in teacher.weights."
+        )
+    chosen = min(preferred, key=lambda name: _rank(name))
+    if averaged and plain:
+        kind, other = ("averaged weights", "false") if chosen in averaged else ("weights of the last step", "true")
+        log(f"{path}: takes the {kind} ({chosen or 'top level'}); teacher.ema: {other} takes the others")
+    return {name: tensor for name, tensor in found[chosen].items() if name not in COUNTERS}
+
+
+def _rank(name: str) -> int:
+    last = name.split(".")[-1]
+    order = [*AVERAGED, *PLAIN]
+    return order.index(last) if last in order else -1
+
+
+def _state_dicts(content: Any, name: str, depth: int = 0) -> Iterable[tuple[str, dict[str, Tensor]]]:
+    """State dicts at any depth up to three, by their dotted names."""
+    if not isinstance(content, Mapping) or depth > 3:
+        return
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors and any(value.dim() for value in tensors.values()) and len(tensors) == len(content):
+        yield name, tensors
+        return
+    for key, value in content.items():
+        if isinstance(key, str) and "optimizer" not in key:
+            yield from _state_dicts(value, f"{name}.{key}".removeprefix("."), depth + 1)
+
+
+def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
+    """Refuse weights that are not numbers, as a training that diverged leaves them."""
+    broken = [name for name, t in weights.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    if broken:
+        raise UserError(
+            f"{path}: NaN or infinite values in {len(broken)} of {len(weights)} tensors, such as {broken[0]}: its "
+            "training has diverged, or the file is damaged. Take an earlier checkpoint."
+        )
+
+
+def strip_prefixes(weights: dict[str, Tensor], expected: Iterable[str], path: Path) -> dict[str, Tensor]:
+    """The weights under the names that a model expects, without what wrappers put before them.
+
+    Each prefix may come off several times; the names that fit the model best are taken. What lies beside the model in
+    its wrapper, such as the weights of a loss, is left out, and a line says so.
+    """
+    wanted, best = set(expected), weights
+    queue, seen = [weights], {frozenset(weights)}
+    while queue:
+        current = queue.pop()
+        if len(wanted & current.keys()) > len(wanted & best.keys()):
+            best = current
+        for prefix in PREFIXES:
+            inner = {n.removeprefix(prefix): t for n, t in current.items() if n.startswith(prefix)}
+            if inner and frozenset(inner) not in seen:
+                seen.add(frozenset(inner))
+                queue.append(inner)
+    left = len([name for name in weights if name not in COUNTERS]) - len(best)
+    if left > 0:
+        log(f"{path}: {left} tensors outside the model are left out")
+    return best
+
+
+def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, head: str | None, n_classes: int) -> None:
+    """Load weights into a model, or say in one line what does not fit.
+
+    `what` is what the model is called in ``params.yaml``; `head` the name of its last layer with `n_classes` outputs.
+    """
+    expected = model.state_dict()
+    weights = strip_prefixes(weights, expected, path)
+    given = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
+    weights = {**given, **weights}
+    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    misfits = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
+    if not missing and not surplus and misfits and {n.rpartition(".")[0] for n in misfits} == {head}:
+        raise other_classes(path, len(weights[misfits[0]]), n_classes)
+    if missing or surplus or misfits:
+        example = (missing + surplus + misfits)[0]
+        raise UserError(
+            f"{path}: does not fit {what} ({len(missing)} tensors missing, {len(surplus)} unknown, {len(misfits)} of "
+            f"another shape, such as {printable(example)}). Name the model that these weights were trained with."
+        )
+    model.load_state_dict(weights)
+
+
+def other_classes(where: Path | str, found: int, n_classes: int) -> UserError:
+    """The teacher tells other classes than the data set has."""
+    return UserError(
+        f"{where}: the teacher has {found} outputs, and {n_classes} classes are expected. Fine-tune its last layer on "
+        "the classes of the data set, or list the names of all its outputs, in order, in teacher.classes."
+    )

@@ -1,0 +1,203 @@
+"""Teachers that are not of our own families: whatever gives features and logits.
+
+The pipeline needs of a teacher what its last linear layer, the *classifier*, is given for each image, and what comes
+out of it. `ForeignTeacher` is that, whether the network is one of torchvision or timm, of the user's own code, an ONNX
+file or an exported program; `nonn.training.networks.ConvNet` is called in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular, sha256_of
+from nonn.core.params import Teacher
+from nonn.core.progress import log
+from nonn.core.schema import did_you_mean
+from nonn.data.dataset import Dataset
+from nonn.teachers.bodies import Body, GraphBody, ModuleBody, check_logits, find_classifier, full_precision, run_network
+from nonn.teachers.checkpoints import check_finite, fill, read_weights
+from nonn.teachers.libraries import Built, build_network, digest_code, input_channels
+from nonn.teachers.onnx_body import OnnxBody, read_onnx
+from nonn.teachers.preprocessing import Preprocess, Preprocessing
+
+#: Largest difference of the logits from those of the features through the classifier, relative to the largest.
+TOLERANCE = 1e-4
+#: Images on which a teacher is examined.
+PROBES = 16
+
+
+class ForeignTeacher(nn.Module):
+    """A foreign network, called as our own are.
+
+    It takes uint8 images (B, channels, H, W) of the data set and returns feature vectors (B, `n_features`), of any
+    sign, and logits (B, C), float32, in the order of the data set's classes. `outputs` are the positions of these
+    classes among the network's outputs; None for as they are.
+    """
+
+    mirrors = False
+
+    def __init__(self, body: Body, preprocessing: Preprocessing, outputs: Sequence[int] | None):
+        super().__init__()
+        self.body, self.preprocess = body, Preprocess(preprocessing)
+        self.outputs = list(outputs) if outputs is not None else None
+        self.n_features = body.n_features
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with full_precision(images.device):
+            features, logits = self.body(self.preprocess(images))
+        return features, logits if self.outputs is None else logits[:, self.outputs]
+
+
+def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict[str, Any]]:
+    """Build a foreign teacher, examine it on images, and return it with what `load_foreign` needs besides its tensors.
+
+    A UserError says why it cannot be a teacher.
+    """
+    images = data.split("validation")[0][:PROBES]
+    wanted = len(params.classes) if params.classes else data.n_classes
+    record: dict[str, Any] = {"source": params.source, "classifier": params.classifier}
+    classes = tuple(params.classes) if params.classes else None
+    if params.kind in ("onnx", "export"):
+        body, settings = _read_file(params, data, wanted)
+    else:
+        built, settings = _build(params, data, wanted)
+        classes = classes or built.classes
+        wanted = len(classes) if classes else wanted
+        network = built.network.eval()
+        check_finite(network.state_dict(), params.weights or params.source)
+        pixels = Preprocess(settings)(images)
+        record["classifier"] = find_classifier(network, pixels, params.classifier, wanted, params.source)
+        body = ModuleBody(network, record["classifier"])
+        if params.kind == "module":
+            record["code_sha256"] = digest_code(params.source)
+    outputs = order_of(classes, data.classes, params) if classes else None
+    examine(body, Preprocess(settings)(images), wanted, params.source)
+    record |= {"preprocessing": asdict(settings), "n_outputs": wanted, "outputs": outputs}
+    means = ", ".join(f"{value:.4g}" for value in settings.mean)
+    deviations = ", ".join(f"{value:.4g}" for value in settings.std)
+    log(
+        f"{params.source}: sees {'BGR' if settings.bgr else 'RGB' if settings.channels == 3 else 'grey'} images less "
+        f"{means}, divided by {deviations}, of grey levels from 0 to 255"
+    )
+    return ForeignTeacher(body, settings, outputs).eval(), record
+
+
+def load_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], data: Dataset) -> ForeignTeacher:
+    """The teacher again from what `import_foreign` returned, and the tensors of its body."""
+    source, kind = record["source"], record["source"].partition(":")[0]
+    settings, n_outputs = Preprocessing(**record["preprocessing"]), record["n_outputs"]
+    body: Any
+    if kind == "onnx":
+        body = OnnxBody(tensors["file"].numpy().tobytes(), n_outputs, record["classifier"], source)
+    elif kind == "export":
+        body = GraphBody(tensors["file"].numpy().tobytes(), n_outputs, source)
+    else:
+        if kind == "module" and digest_code(source) != record["code_sha256"]:
+            raise UserError(
+                f"params.yaml: teacher.source: the code of {source} has changed since the stage teacher. Run the "
+                "pipeline again."
+            )
+        weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
+        params = Teacher(source=source, threads=1)
+        network = build_network(params, settings.channels, data.size, n_outputs, weights, download=False).network
+        network.load_state_dict(weights)
+        body = ModuleBody(network, record["classifier"])
+    return ForeignTeacher(body, settings, record["outputs"]).eval()
+
+
+def _build(params: Teacher, data: Dataset, wanted: int) -> tuple[Built, Preprocessing]:
+    """A network with its weights, and how it sees images."""
+    weights, options = read_weights(params) if params.weights else (None, {})
+    download = weights is None and params.kind != "module"
+    built = build_network(params, data.channels, data.size, wanted, weights, download)
+    if weights is not None:
+        linear = [n for n, m in built.network.named_modules() if isinstance(m, nn.Linear) and m.out_features == wanted]
+        head = params.classifier or (linear[-1] if linear else None)
+        fill(built.network, weights, Path(str(params.weights)), f"teacher.source {params.source}", head, wanted)
+    moments = built.moments
+    if options.get("mean") and options.get("std"):  # of timm's training script
+        moments = tuple(options["mean"]), tuple(options["std"])
+    channels = input_channels(built.network) or data.channels
+    return built, Preprocessing.of(params, channels, data.channels, moments)
+
+
+def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Preprocessing]:
+    path = Path(params.target)
+    try:
+        found = sha256_of(regular(path))
+    except FileNotFoundError:
+        raise UserError(f"params.yaml: teacher.source: {printable(path)} does not exist. Name a file.") from None
+    if params.weights_sha256 not in (None, found):
+        raise UserError(
+            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
+            "Fetch the right file, or correct the key."
+        )
+    body: Any
+    if params.kind == "onnx":
+        body = OnnxBody(read_onnx(path), wanted, params.classifier, params.source)
+    else:
+        body = GraphBody(path.read_bytes(), wanted, params.source)
+    _, channels, *sides = body.pixels
+    if any(side not in (None, data.size) for side in sides):
+        raise UserError(
+            f"params.yaml: teacher.source: {params.source} takes images of {sides[0]} x {sides[1]} pixels, and those "
+            f"of the data set have {data.size}. Set dataset.size to {sides[0]}, or export it for other sizes."
+        )
+    check_finite(body.weights(), path)
+    return body, Preprocessing.of(params, channels or data.channels, data.channels)
+
+
+def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> list[int] | None:
+    """Positions among the teacher's `classes` of those of the data set; None if they are the same in the same order."""
+    absent = [name for name in wanted if name not in classes]
+    if absent:
+        key = "teacher.classes" if params.classes else f"teacher.source: {params.source}"
+        raise UserError(
+            f"params.yaml: {key}: class {absent[0]!r} of the data set is not among the teacher's {len(classes)} "
+            f"classes{did_you_mean(absent[0], classes)}. List the names of all its outputs, in order, in "
+            "teacher.classes, with the names of the data set's folders."
+        )
+    order = [list(classes).index(name) for name in wanted]
+    return None if order == list(range(len(classes))) else order
+
+
+@torch.inference_mode()
+def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
+    """Check on preprocessed images (B, channels, H, W) that the features through the classifier give the logits.
+
+    Raises
+    ------
+    UserError
+        They do not, to `TOLERANCE`, or the network answers with something else than features and logits.
+    """
+    features, logits = run_network(body, pixels, source)
+    check_logits(logits, len(pixels), n_outputs, source)
+    if features.dim() != 2 or features.shape != (len(pixels), body.n_features):
+        raise UserError(
+            f"params.yaml: teacher.source: {source}: the classifier is given values of shape "
+            f"{tuple(features.shape)}, and one feature vector an image is expected, ({len(pixels)}, "
+            f"{body.n_features}). Name the last layer in teacher.classifier."
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers with NaN or infinite logits on images of the data set. "
+            "Look at its weights, and at teacher.pixels and teacher.normalization."
+        )
+    own = body.classify(features)
+    difference = float((own - logits).abs().max()) if own.shape == logits.shape else float("inf")
+    if not difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
+        sums = logits.sum(1)
+        softmax = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
+        reason = "a softmax follows it" if softmax else "something follows it, or it is not the last layer"
+        raise UserError(
+            f"params.yaml: teacher.source: {source}: the features through its last linear layer should give its "
+            f"logits to {TOLERANCE:g}, and differ by {difference:.2g}: {reason}. Let it return the logits "
+            "themselves, or name the last layer in teacher.classifier."
+        )

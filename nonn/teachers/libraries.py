@@ -1,0 +1,181 @@
+"""Networks of torchvision, of timm and of the user's own code, built by the name that ``teacher.source`` has."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError
+from nonn.core.params import Teacher
+from nonn.core.schema import did_you_mean
+from nonn.teachers.bodies import first_line
+from nonn.teachers.preprocessing import IMAGENET, Moments
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network, and what its library says of it."""
+
+    network: nn.Module
+    moments: Moments | None = None  # of the images that it was trained on, pixels from 0 to 1
+    classes: tuple[str, ...] | None = None  # of its outputs, where it comes with weights
+
+
+def build_network(
+    params: Teacher, channels: int, size: int, n_outputs: int, weights: Mapping[str, Tensor] | None, download: bool
+) -> Built:
+    """The network of a source, for so many outputs.
+
+    Networks for images of a fixed size are made for `size` pixels a side. timm's are made for as many channels as the
+    first layer of `weights` has, by default 3. With `download` the library's own weights come with it, and its own
+    number of outputs.
+    """
+    kind, name = params.kind, params.target
+    if kind == "module":
+        return Built(_call_factory(params.source))
+    build = {"torchvision": _build_torchvision, "timm": _build_timm}[kind]
+    try:
+        return build(name, channels, size, n_outputs, weights, download)
+    except (OSError, ConnectionError) as error:
+        raise UserError(
+            f"params.yaml: teacher.weights: null takes the weights that {kind} downloads for {name}, and the download "
+            f"failed ({first_line(error)}). Connect to the network, or name a file of weights."
+        ) from None
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"params.yaml: teacher.source: {params.source} cannot be built ({first_line(error)})."
+        ) from None
+
+
+def _build_torchvision(
+    name: str, _channels: int, size: int, n_outputs: int, _weights: Mapping[str, Tensor] | None, download: bool
+) -> Built:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise _unknown("torchvision", name, known)
+    published: Any = models.get_model_weights(name)
+    if download:
+        best = published.DEFAULT
+        preset = best.transforms()
+        moments = tuple(preset.mean), tuple(preset.std)
+        return Built(models.get_model(name, weights=best), moments, tuple(best.meta["categories"]))
+    options: dict[str, Any] = {"num_classes": n_outputs, "weights": None}
+    if name.startswith("vit_"):
+        options["image_size"] = size
+    if name in ("googlenet", "inception_v3"):
+        options |= {"init_weights": False, "aux_logits": True}
+    return Built(models.get_model(name, **options), IMAGENET)
+
+
+def _build_timm(
+    name: str, channels: int, size: int, n_outputs: int, weights: Mapping[str, Tensor] | None, download: bool
+) -> Built:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(
+            f"params.yaml: teacher.source: timm:{name} needs timm. Install it: `pip install 'nonn[teachers]'`."
+        ) from None
+    if not timm.is_model(name.partition(".")[0]):
+        raise _unknown("timm", name, timm.list_models())
+    options: dict[str, Any] = {} if download else {"num_classes": n_outputs}
+    config = timm.get_pretrained_cfg(name)
+    first = config.first_conv if config else None
+    if weights and isinstance(first, str) and f"{first}.weight" in weights:
+        options["in_chans"] = weights[f"{first}.weight"].shape[1]
+    elif not download and weights is None:
+        options["in_chans"] = channels
+    if config and config.fixed_input_size:
+        options["img_size"] = size
+    network = timm.create_model(name, pretrained=download, **options)
+    return Built(network, (tuple(config.mean), tuple(config.std)) if config else IMAGENET, _labels(config, download))
+
+
+def _labels(config: Any, download: bool) -> tuple[str, ...] | None:
+    return tuple(config.label_names) if download and config and config.label_names else None
+
+
+def _unknown(library: str, name: str, known: list[str]) -> UserError:
+    return UserError(
+        f"params.yaml: teacher.source: {library} has no classifier {name!r}{did_you_mean(name, known)}. Take one of "
+        f"`{library}`'s own names."
+    )
+
+
+def find_code(source: str) -> Path:
+    """File of the module of a source ``module:PACKAGE.FILE:FACTORY``, without running it where there is one."""
+    name = source.split(":")[1]
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # as it is with `python -m nonn`
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"params.yaml: teacher.source: {source}: {first_line(error)}. {_WHERE}") from None
+    except Exception as error:  # the user's package may raise anything
+        raise _failed(source, error) from None
+    if found is None or not found.origin:
+        raise UserError(f"params.yaml: teacher.source: {source}: there is no module {name}. {_WHERE}")
+    return Path(found.origin)
+
+
+_WHERE = "Put it below the working directory, or install it in this environment."
+
+
+def digest_code(source: str) -> str:
+    """SHA-256 of the code that a module's source names: of its file, and of a package all files of code."""
+    path, (package, *below) = find_code(source), source.split(":")[1].split(".")
+    files = [path]
+    if below or path.name == "__init__.py":
+        top = path.parents[len(below) - (path.name != "__init__.py")] if below else path.parent
+        files = sorted(top.rglob("*.py")) if top.name == package else files
+    digest = sha256()
+    for file in files:
+        digest.update(sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _call_factory(source: str) -> nn.Module:
+    name, factory = source.split(":")[1:]
+    find_code(source)
+    try:
+        make = getattr(importlib.import_module(name), factory, None)
+        network = make() if callable(make) else None
+    except Exception as error:  # the user's code may raise anything
+        raise _failed(source, error) from None
+    if make is None:
+        known = [n for n, v in vars(sys.modules[name]).items() if inspect.isroutine(v) or inspect.isclass(v)]
+        raise UserError(
+            f"params.yaml: teacher.source: {source}: module {name} has no {factory!r}{did_you_mean(factory, known)}. "
+            "Name a function there that returns the network."
+        )
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} returns a {type(network).__name__}, not an nn.Module. Name a "
+            "function that returns the network."
+        )
+    return network
+
+
+def _failed(source: str, error: Exception) -> UserError:
+    return UserError(
+        f"params.yaml: teacher.source: {source} fails ({type(error).__name__}: {first_line(error)}). Mend that code."
+    )
+
+
+def input_channels(network: nn.Module) -> int | None:
+    """Channels of the images that the first convolution takes; None if there is no convolution."""
+    first = next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
+    return first.in_channels if first else None

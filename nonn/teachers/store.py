@@ -1,0 +1,35 @@
+"""The teacher as later stages read it, whatever it is.
+
+The interface of a teacher: a module of ``n_features`` in evaluation mode that takes uint8 images (B, channels, H, W) of
+the data set and returns feature vectors (B, n_features) and logits (B, C), as `nonn.training.networks.predict` wants
+it; ``mirrors`` says whether it looks at the mirror image, too. Only teachers of our own families have attention maps.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from nonn.core.artifacts import TeacherInfo
+from nonn.core.files import intact, read_json
+from nonn.core.params import Architecture
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset
+from nonn.data.tensors import read_tensors
+from nonn.teachers.foreign import ForeignTeacher, load_foreign
+from nonn.training.networks import ConvNet
+
+
+def load_teacher(paths: Paths, data: Dataset) -> ConvNet | ForeignTeacher:
+    """The teacher of the experiment, ready to predict."""
+    info = read_json(paths.teacher_info, TeacherInfo)
+    with intact(paths.teacher):
+        if info["architecture"] is None:
+            return load_foreign(info, read_tensors(paths.teacher), data)
+        model = ConvNet(Architecture(**info["architecture"]), data.channels, data.n_classes)
+        model.load_state_dict(read_tensors(paths.teacher))
+    return model.eval()
+
+
+def tensors_of(model: ConvNet | ForeignTeacher) -> dict[str, Tensor]:
+    """What is stored of a teacher, by name."""
+    return model.body.tensors() if isinstance(model, ForeignTeacher) else model.state_dict()

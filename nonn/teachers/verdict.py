@@ -1,0 +1,147 @@
+"""Whether an imported teacher is one: its accuracy on validation images, and what an odd one is likely to mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError
+from nonn.core.params import Teacher
+from nonn.core.progress import log
+from nonn.data.dataset import Dataset
+from nonn.teachers.foreign import ForeignTeacher
+from nonn.teachers.preprocessing import IMAGENET, Preprocess, Preprocessing
+from nonn.training.networks import accuracy, predict
+
+#: How far below ``teacher.expected_accuracy`` a teacher may stay: its validation images need not be the published ones.
+MARGIN = 0.05
+#: Standard errors from which on a difference of accuracies is no chance.
+SURE = 3.0
+#: Images on which other readings of the images are tried, and by which training and validation are compared.
+TRIED = 300
+CAUSES = "normalization, pixels (unit or byte), colour_order, the order of classes, or a head of other classes"
+
+
+def judge(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> None:
+    """Refuse a teacher that is not better than chance, or far worse than expected; `logits` (M, C) are of validation.
+
+    A line warns where it has probably seen the validation images.
+
+    Raises
+    ------
+    UserError
+        With the likely causes, and those that a trial has confirmed.
+    """
+    labels = data.labels[data.validation]
+    if not bool(torch.isfinite(logits).all()):
+        raise UserError(
+            f"{_where(params)}: NaN or infinite logits on validation images. Look at its weights, and at "
+            "teacher.pixels and teacher.normalization."
+        )
+    score = accuracy(logits, labels)
+    chance = float(torch.bincount(labels, minlength=data.n_classes).max()) / len(labels)
+    limit = chance + SURE * _error(chance, len(labels))
+    if score <= min(limit, (1 + chance) / 2):
+        raise _refusal(
+            f"{score:.1%} of the validation images are right, about chance ({chance:.1%})", model, logits, data, params
+        )
+    if params.expected_accuracy and score < params.expected_accuracy - MARGIN:
+        reason = (
+            f"{score:.1%} of the validation images are right, and teacher.expected_accuracy is "
+            f"{params.expected_accuracy:.1%}"
+        )
+        raise _refusal(reason, model, logits, data, params)
+    if told := seen_before(model, score, data):
+        log(f"{_where(params)}: {told}")
+
+
+def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
+    """A line if the validation images were probably among those that the teacher was trained on; `score` is on them.
+
+    That shows where it is right on all of them, or as often as on training images and clearly more often than on test
+    images. Test images decide nothing here: they tell whether to believe the numbers.
+    """
+    scores = {}
+    for split in ("train", "test"):
+        indices = getattr(data, split)
+        if not len(indices):
+            return None
+        indices = indices[:: -(-len(indices) // TRIED)]
+        with torch.inference_mode():
+            scores[split] = accuracy(predict(model, data.images[indices])[1], data.labels[indices])
+    n = len(data.validation)
+    gap = score - scores["test"]
+    doubt = math.hypot(_error(score, n), _error(scores["test"], min(TRIED, len(data.test))))
+    like_training = score >= scores["train"] - 2 * _error(score, n)
+    if score < 1 and not (like_training and gap > SURE * doubt):
+        return None
+    return (
+        f"right on {score:.1%} of the validation images, {scores['train']:.1%} of training and {scores['test']:.1%} of "
+        "test images: it has probably been trained on the validation images, and choices made on them flatter. Give "
+        "the data set a folder val/ of images that it has not seen"
+    )
+
+
+def _where(params: Teacher) -> str:
+    return str(params.weights or params.source)
+
+
+def _error(share: float, n: int) -> float:
+    """Standard error of a share of n."""
+    return math.sqrt(share * (1 - share) / n)
+
+
+def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> UserError:
+    found = list(_remedies(model, logits, data))
+    likely = f"Likely cause: {found[0]}." if found else f"Likely causes: {CAUSES}; see these keys of teacher."
+    return UserError(f"{_where(params)}: {reason}. {likely}")
+
+
+def _remedies(model: nn.Module, logits: Tensor, data: Dataset) -> Iterator[str]:
+    """What a trial on validation images shows to make the teacher much better, with the accuracy it then has."""
+    images, labels = data.split("validation")
+    score = accuracy(logits, labels)
+    better = score + (1 - score) / 2  # half of the errors gone
+    seen = torch.zeros(data.n_classes, data.n_classes).index_put(
+        (labels, logits.argmax(1)), torch.tensor(1.0), accumulate=True
+    )
+    rows, columns = linear_sum_assignment(-seen.numpy())
+    assigned = float(seen[rows, columns].sum()) / len(labels)
+    # Some order fits chance, too: an error of the fit is allowed for, about the root of the images for each class.
+    if assigned - math.sqrt(data.n_classes / len(labels)) > better:
+        names = [data.classes[row] for row in sorted(rows, key=lambda row: columns[row])]
+        listed = ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:12])}, …"
+        yield f"the order of classes; with teacher.classes: [{listed}] it is right on {assigned:.1%}"
+    if not isinstance(model, ForeignTeacher):
+        return
+    few = slice(None, None, -(-len(labels) // TRIED))
+    own = model.preprocess
+    tried: dict[str, float] = {}
+    for name, settings in _readings(own.settings):
+        model.preprocess = Preprocess(settings)
+        with torch.inference_mode():
+            tried[name] = accuracy(predict(model, images[few])[1], labels[few])
+    model.preprocess = own
+    best = max(tried, key=lambda name: tried[name])
+    if tried[best] > better:
+        yield f"how it sees images; with teacher.{best} it is right on {tried[best]:.1%}"
+
+
+def _readings(settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
+    """Other ways to see images, by the keys of ``teacher`` that ask for them."""
+    base = {
+        "pixels: byte": ([0.0], [1.0]),
+        "pixels: unit": ([0.0], [255.0]),
+        "normalization: {mean: [0.5], std: [0.5]}": ([127.5], [127.5]),
+    }
+    if settings.channels == 3:
+        numbers = f"{{mean: {list(IMAGENET[0])}, std: {list(IMAGENET[1])}}}"
+        base[f"normalization: {numbers}"] = tuple([255 * v for v in values] for values in IMAGENET)  # type: ignore[assignment]
+        other = Preprocessing(3, settings.mean, settings.std, not settings.bgr)
+        yield f"colour_order: {'bgr' if other.bgr else 'rgb'}", other
+    for name, (mean, std) in base.items():
+        yield name, Preprocessing(settings.channels, mean, std, settings.bgr)
