@@ -22,12 +22,14 @@ def list_jobs(params: Params) -> dict[str, Any]:
     """Jobs by the list of ``dvc.yaml`` that they belong to; the key of a job is the path of what it writes.
 
     ``source`` and ``weights`` are the files or folders that `dataset.source` and `teacher.weights` name, so that
-    DVC watches their content; where nothing on this machine is named, the module that would read it.
+    DVC watches their content; where nothing on this machine is named, the module that would read it. ``sizes`` are
+    those of images, since DVC cannot watch keys that params.yaml leaves to their defaults.
     """
     return {
         "source": named_source(params) or "nonn/data/packaged.py",
         "weights": params.teacher.weights or "nonn/teachers/teacher.py",
         "pool": "-".join(params.pool or ()),
+        "sizes": "×".join(map(str, params.sizes.values())),
         "networks": {name: {} for name in params.networks},
         "exported": {name: {} for name in [*params.networks, SOLO]},
         "students": {
@@ -53,7 +55,7 @@ def check_named_files(params: Params) -> None:
     """Refuse pictures or weights that are not there, before anything runs."""
     source, weights = named_source(params), params.teacher.weights
     for key, name, remedy in (
-        ("dataset.source", source, "Name a folder or archive, mnist5k, or a torchvision:NAME."),
+        ("dataset.source", source, "Name a folder or archive, mnist5k, a torchvision:NAME or an hf:NAME."),
         ("teacher.weights", weights, "Name a file, or null to train."),
     ):
         try:
@@ -69,7 +71,17 @@ def check_named_files(params: Params) -> None:
 def named_source(params: Params) -> str | None:
     """Folder or archive that the pictures come from; None if a package brings or downloads them."""
     source = params.dataset.source
-    return None if source == "mnist5k" or source.startswith("torchvision:") else source
+    kind, _, name = source.partition(":")
+    if kind == "hf":
+        return str(path) if (path := hub_path(name)) else None
+    return None if source == "mnist5k" or kind == "torchvision" else source
+
+
+def hub_path(name: str) -> Path | None:
+    """The folder or file on this machine that the source ``hf:NAME`` means; None where it means one of the Hub."""
+    path = Path(name)
+    is_local = name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".parquet" or path.exists()
+    return path if is_local else None
 
 
 def write_jobs(params: Params) -> bool:

@@ -63,6 +63,8 @@ Depth = Annotated[int, Field(ge=1, le=1_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+#: Pixels a side of an image. Networks halve it three times, and a view is moved by up to 16 pixels.
+Size = Annotated[int, Field(ge=28, le=1024)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -87,7 +89,11 @@ class NetworkParams(Section):
 class DatasetParams(Section):
     source: str
     sha256: Sha256 | None = None
-    size: Annotated[int, Field(ge=28, le=512)]
+    size: Size
+    broken: Literal["refuse", "skip"] = "refuse"
+    white: Positive | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     validation: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(gt=0, lt=1)]
     seed: Seed
@@ -187,6 +193,7 @@ class Selection(Section):
 
 class Teacher(Schedule):
     architecture: Architecture
+    size: Size | None = None
     weights: str | None
     weights_sha256: Sha256 | None = None
     normalization: Normalization | None
@@ -222,6 +229,7 @@ class PartitionParams(Section):
 
 
 class Design(Section):
+    input: Size | None = None
     family: Literal["fast", "airbench", "wrn"]
     depths: Annotated[list[Depth], Field(min_length=1, max_length=16)]
     min_width: Width
@@ -337,6 +345,12 @@ class Params(Section):
 
     def devices_of(self, network: str) -> list[Device]:
         return [self.devices[name] for name in self.networks[network].devices]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Pixels a side of the images that ``students`` and ``teacher`` see."""
+        default = self.dataset.size
+        return {"students": self.design.input or default, "teacher": self.teacher.size or default}
 
     def baselines(self) -> Iterator[tuple[str, str, range]]:
         """Yield ``(network, method, seeds)`` of every baseline."""

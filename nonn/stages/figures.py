@@ -102,7 +102,8 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
     Of students that differ in their bridge alone, the one of the widest.
     """
     teacher = read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"]
-    listed = [("teacher", "", {"architecture": params.teacher.architecture.model_dump(), "cost": teacher})]
+    own = {"architecture": params.teacher.architecture.model_dump(), "cost": teacher, "size": params.sizes["teacher"]}
+    listed = [("teacher", "", own)]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
     listed += [(m, f" {n}", read_json(paths.design(n, m), Designs)[0]) for n, m in singles]
@@ -112,6 +113,7 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
         kind = method if method in ("teacher", "nonn", "total") else "kd"
         title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
         entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
+        entry |= {"size": design["size"]} if "size" in design else {}
         entry["architecture"] = Architecture(**design["architecture"])
         key = str((kind, where, entry["architecture"]))
         if key not in found or (entry["n_filters"] or 0) > (found[key]["n_filters"] or 0):

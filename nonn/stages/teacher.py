@@ -7,7 +7,7 @@ import torch
 from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import load_dataset
+from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import write_tensors
 from nonn.teachers.teacher import import_teacher, train_teacher
 from nonn.training.checkpoint import Checkpoint
@@ -16,10 +16,10 @@ from nonn.training.loop import write_log
 
 
 def run(params: Params, paths: Paths) -> None:
-    section, data = params.teacher, load_dataset(paths)
+    section, data = params.teacher, load_teacher_dataset(paths)
     torch.set_num_threads(section.threads)
     keep_freed_memory()
-    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset])
+    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset, paths.teacher_images])
     if section.weights:
         model, log = import_teacher(data, section)
     else:

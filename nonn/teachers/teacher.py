@@ -35,7 +35,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     torch.manual_seed(params.seed)
     device = pick_device()
     model = ConvNet(params.architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    images, labels = data.split("train")
+    images, labels = data.part("train")
     whiten(model, images)
     proxy = None
     if params.selection:
@@ -63,7 +63,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         len(images),
         params,
         seed=params.seed,
-        validation=data.split("validation"),
+        validation=data.part("validation"),
         checkpoint=checkpoint,
         device=device,
         label="teacher",
@@ -103,7 +103,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet, Log]:
             f"widths to those it was trained with, for {data.n_classes} classes and {data.channels} channels."
         )
     model.load_state_dict(weights)
-    images, labels = data.split("validation")
+    images, labels = data.part("validation")
     _, logits = predict(model, images)
     row = [0, float("nan"), F.cross_entropy(logits, labels).item(), accuracy(logits, labels)]
     return model, [dict(zip(LOG_COLUMNS, row, strict=True))]
