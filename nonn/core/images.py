@@ -63,7 +63,7 @@ def fit_image(image: Image.Image, size: int, white: float | None = None) -> np.n
 
 
 def upright(image: Image.Image, white: float | None = None) -> Image.Image:
-    """Turn an image as it was taken, in mode RGB, L, or F with grey levels from 0 to 255.
+    """Turn an image as it was taken, in place; return it in mode RGB, L, or F with grey levels from 0 to 255.
 
     Pixels of more than 8 bits are divided by `white`, the value that becomes grey level 255. None is what the file
     states: 2^b − 1 with its b bits a pixel, 65535 for whole numbers of no stated depth, and 1 for fractions. The range
@@ -75,7 +75,7 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     ValueError
         A pixel is negative, above `white` or no number; or the mode is none of a picture's.
     """
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in DEEP_MODES:
         return _scaled(image, white)
     if image.mode not in GREY_MODES | COLOUR_MODES:
