@@ -214,7 +214,7 @@ def test_columns_are_found_or_named(pyarrow, tmp_path):
     write_parquet(pyarrow, path, [3, 1, 3], place=[0, 1, 0])
     assert load_images(source).classes == ("0", "1", "2", "3")
     assert load_images(source, label_column="place").labels.tolist() == [0, 1, 0]
-    with pytest.raises(UserError, match=r"dataset\.label_column: .* has no column 'kind'; name one of label, place, image"):
+    with pytest.raises(UserError, match=r"label_column: .* has no column 'kind'; name one of label, place, image"):
         load_images(source, label_column="kind")
     write_parquet(pyarrow, path, [3, 1, 3], mask=[{"bytes": b"", "path": None}] * 3)
     with pytest.raises(UserError, match=r"several columns of images\. Set dataset\.image_column to one of mask, image"):
