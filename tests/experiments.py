@@ -66,4 +66,5 @@ def make_dataset(channels: int = 1, size: int = 28) -> Dataset:
 def write_dataset(data: Dataset, paths: Paths) -> None:
     names = ("images", "labels", "train", "validation", "test", "mean", "std")
     write_tensors(paths.dataset, {name: getattr(data, name) for name in names})
+    write_tensors(paths.teacher_images, {"images": data.images[:0]})
     write_json(paths.dataset_info, {"classes": data.classes, "channels": data.channels, "size": data.size})

@@ -114,3 +114,20 @@ def test_cutout_larger_than_the_image_hides_all_of_it():
     augment = Augment(pad=0, flip=False, cutout=64)
     view = draw_view(N_IMAGES, 0, augment, seed=0)
     assert (apply_view(random_images(), view, torch.arange(N_IMAGES), augment) == 128).all()
+
+
+@pytest.mark.parametrize("size", [36, 18])
+def test_a_view_of_larger_images_shows_the_same(size):
+    """Larger images are the small ones with each pixel repeated: away from the border, so is their view."""
+    images, augment = random_images(), Augment(pad=2, flip=True, cutout=4)
+    scale = size / 12
+    places = (torch.arange(size) / scale).long()
+    large = images[:, :, places][..., places]
+    view, index = draw_view(N_IMAGES, 0, augment, seed=3), torch.arange(0, N_IMAGES, 3)
+    small, seen = apply_view(images, view, index, augment), apply_view(large, view, index, augment, drawn_for=12)
+    assert seen.shape == (len(index), 3, size, size)
+    expected = small[:, :, places][..., places]
+    border = round(2 * scale)
+    same = (seen == expected)[..., border:-border, border:-border].float().mean()
+    # Half a pixel that was rounded shifts every second column of some images.
+    assert same == 1 if size == 36 else same > 0.6

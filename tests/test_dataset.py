@@ -4,8 +4,6 @@ import hashlib
 import io
 import os
 import socket
-import tarfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +11,20 @@ import pytest
 import torch
 import torchvision
 from experiments import REPOSITORY
+from pictures import SIZE, decode_images, load_images, make_params, noise, pack, write_folder
 from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.images import fit_image
-from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
+from nonn.data.archives import list_names, read_contents
 from nonn.data.dataset import load_dataset, measure_channels, split_dataset
-from nonn.data.folders import _contents, _names, read_layout
+from nonn.data.folders import read_layout
 from nonn.data.packaged import DOWNLOADS
-from nonn.data.raw import decode_images
-from nonn.data.sources import load_images
 from nonn.stages.dataset import run
 
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
-SIZE = 28
 PATHS = Paths("test")
 
 
@@ -43,48 +39,6 @@ def without_network(monkeypatch):
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", refuse)
-
-
-def make_params(source: str | Path, **changes) -> Params:
-    section = {
-        "source": str(source),
-        "sha256": None,
-        "size": SIZE,
-        "validation": 0.25,
-        "test": 0.25,
-        "seed": 0,
-    }
-    params = load_params(REPOSITORY / "params.yaml")
-    return params.model_copy(update={"dataset": params.dataset.model_copy(update=section | changes)})
-
-
-def noise(seed: int, shape: tuple[int, ...] = (SIZE, SIZE, 3)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_folder(root: Path, folders: list[str], count: int = 8, channels: int = 3) -> Path:
-    """Write `count` images of noise to each folder; the seed of each is its running number."""
-    shape = (SIZE, SIZE, 3) if channels == 3 else (SIZE, SIZE)
-    for i, folder in enumerate(folders):
-        (root / folder).mkdir(parents=True)
-        for j in range(count):
-            Image.fromarray(noise(i * count + j, shape)).save(root / folder / f"{j}.png")
-    return root
-
-
-def pack(folder: Path, archive: Path) -> Path:
-    """Pack a folder, files in an order that is not the alphabetical one."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    files.sort(key=lambda path: (path.name, str(path)), reverse=True)
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive, "w") as packed:
-            for path in files:
-                packed.write(path, path.relative_to(folder))
-    else:
-        with tarfile.open(archive, "w" if archive.suffix == ".tar" else "w:gz") as packed:
-            for path in files:
-                packed.add(path, f"./{path.relative_to(folder)}")
-    return archive
 
 
 SPLIT_FOLDERS = ["train/cat", "train/dog", "test/cat", "test/dog"]
@@ -208,7 +162,7 @@ def test_flipped_byte_in_a_zip_names_the_image(tmp_path):
     damaged = bytearray(archive.read_bytes())
     damaged[500] ^= 255  # in the first file
     archive.write_bytes(damaged)
-    with pytest.raises(UserError, match=r"a\.zip cannot be read .*dog/0\.png"):
+    with pytest.raises(UserError, match=r"a\.zip: dog/0\.png cannot be read \(Bad CRC-32"):
         load_images(str(archive), SIZE)
 
 
@@ -220,13 +174,6 @@ def test_damaged_image_is_named(tmp_path, keep, reason):
     for source in (folder, pack(folder, tmp_path / "a.tgz")):
         with pytest.raises(UserError, match=rf"dataset\.source: .*dog/1\.png cannot be read \(.*({reason})"):
             load_images(str(source), SIZE)
-
-
-def test_deep_pixels_are_refused(tmp_path):
-    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=1)
-    Image.fromarray(np.full((SIZE, SIZE), 60000, np.uint16)).save(folder / "cat/0.png")
-    with pytest.raises(UserError, match=r"cat/0\.png.*8 bits a channel"):
-        load_images(str(folder), SIZE)
 
 
 def test_unknown_sources(tmp_path):
@@ -416,7 +363,7 @@ def test_test_images_do_not_depend_on_the_validation_fraction():
 def test_class_too_small_to_split_is_named(count, own_test):
     labels = make_labels([20, count])
     is_test = np.zeros(len(labels), bool) if own_test else None
-    with pytest.raises(UserError, match=rf"class 'eel' has {count} images"):
+    with pytest.raises(UserError, match=rf"class 'eel' has {count} image.*needs {count + 1} at least"):
         split_dataset(labels, ("cat", "eel"), is_test, 0.2, 0.2, 0)
 
 
@@ -492,12 +439,12 @@ def test_mnist5k():
 
 @pytest.mark.skipif(not CIFAR10_ZIP.exists(), reason="needs ../shared/data/cifar10.zip")
 def test_cifar10_archive():
-    layout = read_layout(_names(CIFAR10_ZIP), CIFAR10_ZIP)
+    layout = read_layout(list_names(CIFAR10_ZIP), CIFAR10_ZIP)
     assert len(layout.names) == 60000
     assert layout.is_test.sum() == 10000
     assert layout.classes[:3] == ("airplane", "automobile", "bird")
     np.testing.assert_array_equal(np.bincount(layout.labels), [6000] * 10)
-    pictures = ((i, name, data) for i, (name, data) in enumerate(_contents(CIFAR10_ZIP, layout.names[::9999])))
+    pictures = ((i, name, data) for i, (name, data) in enumerate(read_contents(CIFAR10_ZIP, layout.names[::9999])))
     images = decode_images(pictures, 7, 32)
     assert images.shape == (7, 3, 32, 32)
     assert images.std() > 0
@@ -510,7 +457,7 @@ def test_cifar10_archive():
 def test_folders_of_validation_images_are_the_validation_split(names, tmp_path):
     folder = write_folder(tmp_path / "images", [f"{split}/{name}" for split in names for name in ("cat", "dog")])
     run(make_params(folder), PATHS)
-    data, layout = load_dataset(PATHS), read_layout(_names(folder), folder)
+    data, layout = load_dataset(PATHS), read_layout(list_names(folder), folder)
     of_split = {split: [i for i, name in enumerate(layout.names) if name.startswith(split)] for split in names}
     assert data.validation.tolist() == of_split[names[1]]
     if len(names) == 3:

@@ -85,7 +85,7 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvN
 def score(students: Sequence[ConvNet], paths: Paths) -> dict[str, Any]:
     """What the students cost, and how right their averaged logits are on the validation images, in float32."""
     data = load_dataset(paths)
-    images, labels = data.split("validation")
+    images, labels = data.part("validation")
     outputs = [predict(student, images) for student in students]
     logits = logits_of(averaged_layer([student.head for student in students]), [features for features, _ in outputs])
     costs = [measure_cost(student, data.channels, data.size) for student in students]

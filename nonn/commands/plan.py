@@ -118,8 +118,9 @@ def make_planner(options, params: Params | None) -> tuple[Planner, str]:
     filters, link, grid, source = FILTERS, LINK, Design.model_validate(STUDENTS | {"precision": PRECISION}), "defaults"
     if params:
         paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
-        images |= known_images(params, paths) or {"size": params.dataset.size}
-        filters = known_filters(params, paths) or params.teacher.architecture.n_features
+        images |= known_images(params, paths) or {"size": params.sizes["students"]}
+        own = FILTERS if params.teacher.is_foreign else params.teacher.own.n_features
+        filters = known_filters(params, paths) or own
     images |= {"size": options.size} if options.size else {}
     images |= {"channels": options.channels} if options.channels else {}
     images |= {"classes": [""] * options.classes} if options.classes else {}

@@ -22,6 +22,8 @@ class DatasetInfo(TypedDict):
     classes: Annotated[list[str], Field(min_length=2)]
     channels: Annotated[int, Field(ge=1, le=3)]
     size: Count
+    teacher_size: NotRequired[Count]
+    white: NotRequired[float | None]
 
 
 class TeacherInfo(TypedDict):

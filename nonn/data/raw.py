@@ -1,73 +1,159 @@
-"""What every source of images becomes: one array of square images, with labels and classes."""
+"""What every source of images becomes: square images on canvases, with labels and classes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from io import BytesIO
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from nonn.core.errors import UserError
-from nonn.core.images import fit_image
-from nonn.core.progress import track
+from nonn.core.errors import UserError, printable
+from nonn.core.images import open_image, squared, upright
+from nonn.core.progress import log, track
+from nonn.data.canvas import Canvas
 
 KEY = "params.yaml: dataset.source"
 
-#: Images that a thread decodes in one go (handing over small ones singly costs more than decoding
-#: them), and how many such batches are in memory at once.
-BATCH, BATCHES = 64, 16
+#: Images that a thread decodes in one go (handing over small ones singly costs more than decoding them), bytes of their
+#: files after which it has enough, and how many such batches wait at once.
+BATCH, BATCH_BYTES, BATCHES = 64, 1 << 23, 16
+#: Broken pictures that a message names at most.
+MANY = 20
+#: Largest grey level of a data set of deep pictures that is nearly black: theirs is a quarter of the range at most.
+NEARLY_BLACK = 64
 
-#: Index of an image in the result, its name for the reader, and the image or its file's bytes.
-Picture = tuple[int, str, Image.Image | bytes]
+#: Index of an image in the result, its name for the reader, and the image, its file's bytes, or what reads these.
+Picture = tuple[int, str, Image.Image | bytes | Callable[[], bytes]]
 
 
 @dataclass(frozen=True, eq=False)
 class RawImages:
-    """All images of a source, of C = 3 channels if any of them has colour, otherwise 1."""
+    """What is known of all images of a source; the images themselves are on the canvases."""
 
-    images: np.ndarray  # (N, C, size, size), uint8
     labels: np.ndarray  # (N,), int64
     classes: tuple[str, ...]
     is_test: np.ndarray | None  # (N,), bool: the source's own test split, None if it has none
     sha256: str
     is_validation: np.ndarray | None = None  # (N,), bool: its own validation split, None if it has none
 
+    def only(self, kept: np.ndarray) -> RawImages:
+        """Without the images that are not among the indices `kept`."""
+        is_test, is_validation = (m if m is None else m[kept] for m in (self.is_test, self.is_validation))
+        return replace(self, labels=self.labels[kept], is_test=is_test, is_validation=is_validation)
 
-def decode_images(pictures: Iterator[Picture], count: int, size: int) -> np.ndarray:
-    """Decode and resize images in parallel, to uint8 of shape (count, C, size, size); C is 3 if any has colour, else 1.
 
-    `pictures` has every index below `count` once, in any order. What is not an image, is damaged, or has more than 8
-    bits a channel is a UserError.
+@dataclass
+class Decoder:
+    """Decodes and resizes pictures in parallel, onto canvases of one size or more.
+
+    `channels` are 3 if any image has colour, else 1; `broken` has the reason for each picture that cannot be read, by
+    index and name; `white` is that of `nonn.core.images.upright`.
     """
-    images = np.empty((count, 3, size, size), np.uint8)
 
-    def decode(batch: list[Picture]) -> list[int]:
-        channels = []
+    canvases: Sequence[Canvas]
+    white: float | None = None
+    channels: int = 1
+    broken: dict[tuple[int, str], str] = field(default_factory=dict)
+    deepest: float = 0.0  # largest grey level of pictures of more than 8 bits
+    n_deep: int = 0
+
+    def decode(self, pictures: Iterable[Picture], count: int) -> None:
+        """Write `count` pictures to the canvases. `pictures` has every index below `count` once, in any order."""
+        for canvas in self.canvases:
+            canvas.begin(count)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            waiting: deque[Future[list]] = deque()
+
+            def done() -> Iterator[tuple]:
+                for batch in _batches(pictures):
+                    waiting.append(pool.submit(self._decode_batch, batch))
+                    if len(waiting) >= BATCHES:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+
+            try:
+                for _, outcome in zip(track(range(count), "images"), done(), strict=True):
+                    self._note(*outcome)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _decode_batch(self, batch: list[Picture]) -> list[tuple]:
+        """For each picture its index and name, its channels, its largest level if it is deep, and why it is broken."""
+        outcomes: list[tuple] = []
         for index, name, content in batch:
             try:
-                image = Image.open(BytesIO(content)) if isinstance(content, bytes) else content
-                pixels = fit_image(image, size)
+                with self._open(content) as image:
+                    image = upright(image, self.white)
+                    squares = [squared(image, canvas.size) for canvas in self.canvases]
             except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
-                reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-                raise UserError(f"{KEY}: {name} cannot be read ({reason}). Replace or remove it.") from error
-            images[index] = pixels  # greyscale broadcasts over the three channels
-            channels.append(len(pixels))
-        return channels
+                outcomes.append((index, name, 0, None, _reason(error)))
+                continue
+            for canvas, pixels in zip(self.canvases, squares, strict=True):
+                canvas.write(index, pixels)
+            levels = image.info["levels"] if image.mode == "F" else None
+            outcomes.append((index, name, len(squares[0]), levels, None))
+        return outcomes
 
-    def decoded() -> Iterator[int]:
-        batches = iter(lambda: list(islice(pictures, BATCH)), [])
-        while window := list(islice(batches, BATCHES)):
-            for channels in pool.map(decode, window):
-                yield from channels
+    def _open(self, content: Image.Image | bytes | Callable[[], bytes]) -> Image.Image:
+        if isinstance(content, Image.Image):
+            return content
+        return open_image(content() if callable(content) else content, max(canvas.size for canvas in self.canvases))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        channels = max(n for _, n in zip(track(range(count), "images"), decoded(), strict=True))
-    return images if channels == 3 else images[:, :1].copy()
+    def _note(self, index: int, name: str, channels: int, levels: float | None, reason: str | None) -> None:
+        self.channels = max(self.channels, channels)
+        if levels is not None:
+            self.deepest, self.n_deep = max(self.deepest, levels), self.n_deep + 1
+        if reason is not None:
+            self.broken[index, name] = reason
+
+    def check(self, skip: bool) -> None:
+        """Refuse broken pictures, all at once, unless they are to be skipped; and deep ones that are nearly black."""
+        if self.broken and not skip:
+            raise UserError(self._list_broken())
+        if self.broken:
+            log(f"note: {len(self.broken)} pictures cannot be read and are left out, as dataset.broken says")
+        if self.n_deep and self.deepest < NEARLY_BLACK and self.white is None:
+            share = self.deepest / 255
+            raise UserError(
+                f"{KEY}: the brightest pixel of the {self.n_deep} pictures of more than 8 bits is at {share:.1%} of "
+                "their range, so all of them would be nearly black. Set dataset.white to the value that is white, such "
+                "as 4095 for 12 bits; to 65535 if they are meant so."
+            )
+
+    def _list_broken(self) -> str:
+        remedy = "Replace or remove {}, or set dataset.broken to skip."
+        rows = [(printable(name), printable(reason)) for (_, name), reason in sorted(self.broken.items())]
+        if len(rows) == 1:
+            name, reason = rows[0]
+            return f"{KEY}: {name} cannot be read ({reason}). {remedy.format('it')}"
+        lines = [f"{KEY}: {len(rows)} pictures cannot be read. {remedy.format('them')}"]
+        lines += [f"  {name}: {reason}" for name, reason in rows[:MANY]]
+        return "\n".join([*lines, *([f"  and {len(rows) - MANY} more"] if len(rows) > MANY else [])])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    text = str(error.strerror).lower() if isinstance(error, OSError) and error.strerror else str(error)
+    return text or type(error).__name__
+
+
+def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
+    batch: list[Picture] = []
+    n_bytes = 0
+    for picture in pictures:
+        batch.append(picture)
+        n_bytes += len(picture[2]) if isinstance(picture[2], bytes) else 0
+        if len(batch) == BATCH or n_bytes >= BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
+        yield batch
 
 
 def check_sha256(source: str, found: str, expected: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading the images of a source: a package, a torchvision dataset, a folder or an archive.
+"""Reading the images of a source: a package, a torchvision dataset, the Hugging Face Hub, a folder or an archive.
 
 Every source ends as `nonn.data.raw.RawImages`. Which images serve for training and validation is decided in
 `nonn.data.dataset`.
@@ -8,34 +8,46 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
+from nonn.core.params import DatasetParams
 from nonn.data.folders import load_files
+from nonn.data.hub import load_hub
+from nonn.data.idx import find_idx, load_idx
 from nonn.data.packaged import load_mnist5k, load_torchvision
-from nonn.data.raw import RawImages, check_sha256
+from nonn.data.raw import Decoder, RawImages, check_sha256
 
 
-def load_images(source: str, size: int, sha256: str | None = None) -> RawImages:
-    """Read all images of a source, as squares of `size` pixels.
+def load_images(section: DatasetParams, decoder: Decoder) -> tuple[RawImages, np.ndarray]:
+    """Read all images of a source onto the decoder's canvases.
 
     An image of another shape is cropped to the square at its centre, then resized (bilinear,
     antialiased). Photographs are turned upright first, transparency is dropped. A source that is unknown, unreachable,
-    damaged or laid out otherwise is a UserError.
+    damaged or laid out otherwise is a UserError. Returns what is known of the images that can be read, and their
+    indices on the canvases, ascending: all of them, unless broken ones are skipped.
 
-    Parameters
-    ----------
-    source : str
-        ``mnist5k``; ``torchvision:NAME``; or the path of a folder, zip or tar that holds ``<class>/<image>``, or
-        ``train/<class>/<image>`` and ``test/<class>/<image>`` or ``val/<class>/<image>`` or both, at the top or inside
-        one further folder. Hidden files, ``__MACOSX`` and files outside the class folders are left out.
-    sha256 : str, optional
-        Pins the content. For an archive it is the sum of the file; for a folder that of the lines ``<sum>  <name>``
-        which ``sha256sum`` prints for its images, sorted by name; for the other sources that of labels and pixels.
+    ``section.source`` is ``mnist5k``; ``torchvision:NAME``; ``hf:NAME`` (see `nonn.data.hub`); a folder of idx files;
+    or the path of a folder, zip or tar that holds ``<class>/<image>``, or ``train/<class>/<image>`` and
+    ``test/<class>/<image>`` or ``val/<class>/<image>`` or both, at the top or inside one further folder, or one of the
+    layouts of `nonn.data.known`. Left out are hidden files, ``__MACOSX``, what is known to be no picture by its name,
+    and files outside the class folders.
+
+    ``section.sha256`` pins the content. For an archive it is the sum of the file; for a folder that of the lines
+    ``<sum>  <name>`` which ``sha256sum`` prints for its images, sorted by name; for the other sources that of labels
+    and pixels.
     """
-    kind, _, name = source.partition(":")
-    if source == "mnist5k":
-        raw = load_mnist5k(size)
+    kind, _, name = section.source.partition(":")
+    if section.source == "mnist5k":
+        raw = load_mnist5k(decoder)
     elif kind == "torchvision":
-        raw = load_torchvision(name, size)
+        raw = load_torchvision(name, decoder)
+    elif kind == "hf":
+        raw = load_hub(name, decoder, section.image_column, section.label_column)
+    elif find_idx(Path(section.source)):
+        raw = load_idx(Path(section.source), decoder)
     else:
-        return load_files(Path(source), size, sha256)
-    check_sha256(source, raw.sha256, sha256)
-    return raw
+        raw = load_files(Path(section.source), decoder, section.sha256)
+    check_sha256(section.source, raw.sha256, section.sha256)
+    decoder.check(skip=section.broken == "skip")
+    kept = np.setdiff1d(np.arange(len(raw.labels)), [index for index, _ in decoder.broken])
+    return raw.only(kept) if decoder.broken else raw, kept

@@ -78,7 +78,7 @@ def _folds_into(layers: list[nn.Module], norm: nn.BatchNorm2d) -> int | None:
 
 def calibration_images(data: Dataset) -> np.ndarray:
     """The training images to calibrate on, uint8 of shape (≤ `CALIBRATION_IMAGES`, channels, H, W)."""
-    images, _ = data.split("train")
+    images, _ = data.part("train")
     return images[:: -(-len(images) // CALIBRATION_IMAGES)].numpy()
 
 

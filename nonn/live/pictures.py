@@ -51,7 +51,7 @@ def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
             raise UserError(f"--images: {path}: no such file or folder.")
         for file in files:
             truth = file.parent.name if file.parent.name in manifest.classes else None
-            found.append(Picture(file.name, truth, partial(read_image, file, image.channels, image.size)))
+            found.append(Picture(file.name, truth, partial(read_image, file, image.channels, image.size, image.white)))
     if not found:
         raise UserError(f"--images: no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}.")
     return found
@@ -95,7 +95,7 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
         with Image.open(BytesIO(content)) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
-            pixels = fit_network(image, shape.channels, shape.size)
+            pixels = fit_network(image, shape.channels, shape.size, shape.white)
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: cannot be read ({reason}). Send a PNG, JPEG or the like.") from None

@@ -40,6 +40,8 @@ TOLERANCE = 1e-4
 #: students of mnist5k: test images reach 1.15, images of another kind (inverted, noise, stripes) 1.5, so
 #: that no honest node is refused; and no rogue has more than four times an honest node's range.
 FEATURE_MARGIN = 4.0
+#: The models that see images of the teacher's size.
+TEACHERS = ("teacher", "teacher_int8")
 
 
 def joined(blocks: Blocks) -> nn.Linear:
@@ -74,7 +76,7 @@ def check_outputs(path: Path, exported: np.ndarray, original: Tensor, precision:
 
 def feature_limit(student: ConvNet, data: Dataset) -> float:
     """Largest feature that is accepted of a student: `FEATURE_MARGIN` times the largest on validation images."""
-    images, _ = data.split("validation")
+    images, _ = data.part("validation")
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
@@ -94,12 +96,12 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     temperatures, the classes, the usual border of the training images, and the accuracy of the exported files on the
     test images.
     """
-    images, labels = data.split("test")
+    images, labels = data.part("test")
     students, features, expected = [], [], []
     for position, student in enumerate(track(model.students, "export")):
         path = folder / f"{position}.onnx"
         write_student(student, data, path, precision)
-        features.append(run_onnx(path, images.numpy()))
+        features.append(run_onnx(path, images.each()))
         original = predict(student, images)[0]
         check_outputs(path, features[-1], original, precision)
         # In float32 the last check is one of the whole network; the layer of int8 students is checked by itself.
@@ -114,26 +116,32 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     manifest = _manifest(data, students, logits, labels, precision)
-    manifest["image"]["border"] = usual_border(data.split("train")[0].numpy())
+    manifest["image"]["border"] = usual_border(data.part("train")[0].each())
     return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 
 def export_solo(
-    models: Mapping[str, ConvNet | ForeignTeacher], data: Dataset, folder: Path, precision: Precision
+    models: Mapping[str, ConvNet | ForeignTeacher],
+    students: Dataset,
+    folder: Path,
+    precision: Precision,
+    teacher: Dataset | None = None,
 ) -> dict:
     """Export models that run alone, named by the keys of `models`; return their manifests.
 
-    The model ``teacher`` is float32 whatever the students are.
+    `students` are the images as students see them, `teacher` as the teacher does, None for the same. The model
+    ``teacher`` is float32 whatever the students are.
     """
-    images, labels = data.split("test")
     manifests = {}
     for name, model in track(list(models.items()), "export"):
+        data = teacher if teacher and name in TEACHERS else students
+        images, labels = data.part("test")
         path, own = folder / f"{name}.onnx", "float32" if name == "teacher" else precision
         if isinstance(model, ForeignTeacher):
             write_teacher(model, data, path)
         else:
             write_classifier(model, data, path, own)
-        logits = run_onnx(path, images.numpy())
+        logits = run_onnx(path, images.each())
         check_outputs(path, logits, predict(model, images)[1], own)
         entry = _entry(path, model, data, own)
         if (
@@ -147,9 +155,11 @@ def export_solo(
 
 def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, precision: Precision) -> dict:
     form = {"quantisation": FORM} if precision == "int8" else {}
+    image = {"channels": data.channels, "size": data.size, "dtype": "uint8"}
+    image |= {} if data.white is None else {"white": data.white}
     return form | {
         "classes": list(data.classes),
-        "image": {"channels": data.channels, "size": data.size, "dtype": "uint8"},
+        "image": image,
         "students": students,
         "test_accuracy": float((logits.argmax(1) == labels.numpy()).mean()),
     }

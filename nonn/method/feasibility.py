@@ -41,22 +41,25 @@ def known_images(params: Params, paths: Paths) -> dict[str, Any] | None:
     if not paths.dataset_info.is_file():
         return None
     info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
-    is_stale = info["size"] != params.dataset.size or info.get("source", params.dataset.source) != params.dataset.source
-    return None if is_stale else info
+    source, size = params.dataset.source, params.sizes["students"]
+    return info if info["size"] == size and info.get("source", source) == source else None
 
 
 def known_filters(params: Params, paths: Paths) -> int | None:
     """How many live filters the graph has; None if there is none, or it is of another teacher."""
     if not (paths.graph_info.is_file() and paths.teacher_info.is_file()):
         return None
-    trained = Architecture.model_validate(read_json(paths.teacher_info, TeacherInfo)["architecture"])
-    is_stale = trained != params.teacher.architecture
-    return None if is_stale else read_json(paths.graph_info, GraphInfo)["n_live"]
+    info, teacher = read_json(paths.teacher_info, TeacherInfo), params.teacher
+    if teacher.is_foreign:
+        is_current = info.get("source") == teacher.source
+    else:
+        is_current = bool(info["architecture"]) and Architecture.model_validate(info["architecture"]) == teacher.own
+    return read_json(paths.graph_info, GraphInfo)["n_live"] if is_current else None
 
 
 def least_images(params: Params) -> dict[str, Any]:
     """Images that ask least of a student, as long as nothing but their size is known."""
-    return {"channels": 1, "size": params.dataset.size, "classes": ["", ""]}
+    return {"channels": 1, "size": params.sizes["students"], "classes": ["", ""]}
 
 
 def _refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
@@ -74,8 +77,9 @@ def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_
         sizes, _ = design_network(grid, budgets, info, n_live)
     else:
         info = info or least_images(params)
-        # Of all filters that a teacher has, some are never active: there may be fewer, not more.
-        most = max(params.teacher.architecture.n_features, len(budgets))
+        # Of all filters that a teacher has, some are never active: there may be fewer, not more. How many a foreign one
+        # has is known once it is loaded.
+        most = max(0 if params.teacher.is_foreign else params.teacher.own.n_features, len(budgets))
         sizes = apportion_filters(grid, budgets, info, most)
         design_student(grid, smallest_device(grid, budgets, info), info, None)
         for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):

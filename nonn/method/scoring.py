@@ -30,7 +30,7 @@ from nonn.core.artifacts import NetworkInfo
 from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES, Evaluate, Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset
+from nonn.data.dataset import Dataset, load_teacher_dataset
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
 from nonn.method.store import load_baseline, load_network
@@ -164,7 +164,7 @@ def _joined_scores(
     method: str, network: str, joined: Sequence[tuple[Sequence[ConvNet], FinalLayer]], features: FeatureCache
 ) -> Scores:
     """Scores of students joined by a final layer, given both of each seed."""
-    _, labels = features.data.split("test")
+    _, labels = features.data.part("test")
     answers = [partial(logits_of, layer, features(students, "test")[0]) for students, layer in joined]
     n = len(joined[0][0])
     correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
@@ -189,15 +189,17 @@ def _nonn_scores(
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
-    images, labels = data.split("test")
-    teacher = load_teacher(paths, data)
+    seen = load_teacher_dataset(paths)
+    images, labels = seen.part("test")
+    teacher = load_teacher(paths, seen)
     with torch.inference_mode():
         _, logits = predict(teacher, images)
     yield _scores("teacher", "", [logits[None]], labels)
     precision = params.design.precision
     features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
     if precision == "int8" and isinstance(teacher, ConvNet):
-        yield _joined_scores("teacher_int8", "", [([teacher], averaged_layer([teacher.head]))], features)
+        head = averaged_layer([teacher.head])
+        yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(seen, precision))
     for network in params.networks:
         files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
         chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
@@ -242,7 +244,7 @@ def _ensemble_scores(
     params: Params, network: str, groups: Sequence[Sequence[ConvNet]], features: FeatureCache
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
-    _, labels = features.data.split("test")
+    _, labels = features.data.part("test")
     if not groups:
         return
     with torch.inference_mode():

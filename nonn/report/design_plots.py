@@ -129,11 +129,11 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
     ----------
     networks : sequence of mapping
         ``title``, ``method``, ``architecture`` (a foreign teacher's is its source, text), ``n_filters`` (None without
-        a bridge) and ``cost``.
+        a bridge) and ``cost``; and ``size`` where it sees images of another one.
     channels, size : int
         Of an image, in pixels.
     """
-    chains = [list_blocks(n["architecture"], channels, size, n["n_filters"]) for n in networks]
+    chains = [list_blocks(n["architecture"], channels, n.get("size", size), n["n_filters"]) for n in networks]
     most = max(width for chain in chains for _, width, _, _ in chain)
     columns = list(dict.fromkeys(name for chain in chains for name, *_ in chain))
     columns.sort(key=["image", "stem", "stage 1", "stage 2", "stage 3", "bridge"].index)

@@ -53,6 +53,8 @@ class Image(Record):
     #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.core.images`);
     #: none in exports from before it was measured.
     border: tuple[GreyLevel, GreyLevel] | None = None
+    #: Value that is white in pictures of more than 8 bits (`nonn.core.images.upright`).
+    white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
 
 
 class StudentFile(Record):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from nonn.runtime.exported import Image
@@ -18,9 +20,9 @@ def border_brightness(images: np.ndarray) -> np.ndarray:
     return images[..., ~inner].mean((-1, -2))
 
 
-def usual_border(images: np.ndarray) -> tuple[float, float]:
-    """Grey levels between which the border lies in the share `USUAL` of images, uint8 (M, channels, size, size)."""
-    low, high = np.quantile(border_brightness(images), [(1 - USUAL) / 2, (1 + USUAL) / 2])
+def usual_border(images: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Grey levels between which the border lies in the share `USUAL` of images, uint8 (channels, size, size) each."""
+    low, high = np.quantile([border_brightness(image) for image in images], [(1 - USUAL) / 2, (1 + USUAL) / 2])
     return round(float(low), 2), round(float(high), 2)
 
 

@@ -47,7 +47,7 @@ def describe(prediction: Prediction, source: str, names: Sequence[str], absent: 
 
 def load_pixels(path: Path, image: Image, invert: bool = False) -> np.ndarray:
     """A picture file as the network takes it; a hint is printed if it looks inverted."""
-    pixels = read_image(path, image.channels, image.size)
+    pixels = read_image(path, image.channels, image.size, image.white)
     pixels = 255 - pixels if invert else pixels
     if looks_inverted(pixels, image):
         remedy = "Leave out --invert." if invert else "Try --invert."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
         raise UserError(f"{name}: not a model that ONNX Runtime runs ({reason}). Export it again.") from None
 
 
-def run_onnx(model: Path | bytes, inputs: np.ndarray) -> np.ndarray:
+def run_onnx(model: Path | bytes, inputs: Iterable[np.ndarray]) -> np.ndarray:
     """Outputs of an exported model for a batch of inputs, one at a time."""
     session = open_session(model)
     name = session.get_inputs()[0].name

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
+import numpy as np
 import torch
 
-from nonn.core.files import write_json
+from nonn.core.files import replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
+from nonn.data.canvas import Canvas
 from nonn.data.dataset import measure_channels, split_dataset
+from nonn.data.raw import MANY, Decoder, RawImages
 from nonn.data.sources import load_images
 from nonn.data.tensors import write_tensors
 
 
 def run(params: Params, paths: Paths) -> None:
     section = params.dataset
-    raw = load_images(section.source, section.size, section.sha256)
-    fractions = section.validation, section.test, section.seed
-    splits = split_dataset(raw.labels, raw.classes, raw.is_test, *fractions, raw.is_validation)
-    images, labels = torch.from_numpy(raw.images), torch.from_numpy(raw.labels)
-    indices = {name: torch.from_numpy(split) for name, split in splits.items()}
-    mean, std = measure_channels(images[indices["train"]])
-    write_tensors(paths.dataset, {"images": images, "labels": labels, **indices, "mean": mean, "std": std})
-    write_json(
-        paths.dataset_info,
-        {
-            "source": section.source,
-            "sha256": raw.sha256,
-            "classes": raw.classes,
-            "channels": images.shape[1],
-            "size": section.size,
-            "counts": {name: len(split) for name, split in splits.items()},
-            "class_counts": {
-                name: {c: int((raw.labels[split] == label).sum()) for label, c in enumerate(raw.classes)}
-                for name, split in splits.items()
-            },
+    sizes = {paths.dataset: params.sizes["students"], paths.teacher_images: params.sizes["teacher"]}
+    if len(set(sizes.values())) == 1:
+        del sizes[paths.teacher_images]
+    with contextlib.ExitStack() as stack:
+        canvases = [
+            stack.enter_context(contextlib.closing(Canvas(stack.enter_context(replacing(path)), size)))
+            for path, size in sizes.items()
+        ]
+        decoder = Decoder(canvases, section.white)
+        raw, kept = load_images(section, decoder)
+        fractions = section.validation, section.test, section.seed
+        splits = split_dataset(raw.labels, raw.classes, raw.is_test, *fractions, raw.is_validation)
+        small = {name: torch.from_numpy(split) for name, split in splits.items()}
+        small["labels"] = torch.from_numpy(raw.labels)
+        for canvas, others in zip(canvases, (small, {}), strict=False):
+            mean, std = measure_channels(canvas.batches(kept[splits["train"]], decoder.channels))
+            canvas.seal(kept, decoder.channels, others | {"mean": mean, "std": std})
+    if paths.teacher_images not in sizes:  # DVC expects the file
+        none = torch.empty((0, decoder.channels, canvases[0].size, canvases[0].size), dtype=torch.uint8)
+        write_tensors(paths.teacher_images, {"images": none})
+    write_json(paths.dataset_info, describe(params, raw, splits, decoder))
+
+
+def describe(params: Params, raw: RawImages, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:
+    """What ``dataset.json`` says; keys of what is rare are there only where it is so."""
+    info = {
+        "source": params.dataset.source,
+        "sha256": raw.sha256,
+        "classes": raw.classes,
+        "channels": decoder.channels,
+        "size": params.sizes["students"],
+        "counts": {name: len(split) for name, split in splits.items()},
+        "class_counts": {
+            name: {c: int((raw.labels[split] == label).sum()) for label, c in enumerate(raw.classes)}
+            for name, split in splits.items()
         },
-    )
+    }
+    if params.sizes["teacher"] != params.sizes["students"]:
+        info["teacher_size"] = params.sizes["teacher"]
+    if decoder.broken:
+        names = [name for _, name in sorted(decoder.broken)]
+        info["skipped"] = {"count": len(names), "first": names[:MANY]}
+    if decoder.n_deep and params.dataset.white:
+        info["white"] = params.dataset.white
+    return info

@@ -16,7 +16,7 @@ from nonn.method.scoring import missing_devices, missing_strategies, score_all, 
 def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
-    _, labels = data.split("test")
+    _, labels = data.part("test")
     int8 = params.design.precision == "int8"
     of_network = (4 if params.evaluate.final_layer == "fitted" else 2) + int8  # NoNN, and its ensembles
     n_models = 1 + int8 + of_network * len(params.networks) + len(list(params.baselines()))

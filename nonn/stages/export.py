@@ -7,7 +7,7 @@ import torch
 from nonn.core.files import replacing, write_json
 from nonn.core.params import PARTITION_METHODS, SOLO, Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset, load_dataset
+from nonn.data.dataset import Dataset, load_dataset, load_teacher_dataset
 from nonn.method.exporting import export_network, export_solo
 from nonn.method.store import load_baseline, load_network
 from nonn.teachers.foreign import ForeignTeacher
@@ -35,7 +35,8 @@ def run(params: Params, paths: Paths, name: str) -> None:
     with replacing(paths.export(name)) as folder:
         folder.mkdir(parents=True)
         if name == SOLO:
-            manifest = export_solo(solo_models(params, paths, data), data, folder, precision)
+            models, seen = solo_models(params, paths, data), load_teacher_dataset(paths)
+            manifest = export_solo(models, data, folder, precision, seen)
         else:
             manifest = export_network(load_network(paths.network(name, seed=0), data), data, folder, precision)
         write_json(folder / "manifest.json", manifest)

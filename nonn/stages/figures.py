@@ -102,11 +102,10 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
 
     Of students that differ in their bridge alone, the one of the widest.
     """
-    cost, info = (
-        read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"],
-        read_json(paths.teacher_info, TeacherInfo),
-    )
-    listed = [("teacher", "", {"architecture": info["architecture"] or info["source"], "cost": cost})]
+    cost = read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"]
+    info = read_json(paths.teacher_info, TeacherInfo)
+    own = {"architecture": info["architecture"] or info["source"], "cost": cost, "size": params.sizes["teacher"]}
+    listed = [("teacher", "", own)]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
     listed += [(m, f" {n}", read_json(paths.design(n, m), Designs)[0]) for n, m in singles]
@@ -116,6 +115,7 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
         kind = method if method in ("teacher", "nonn", "total") else "kd"
         title = {"nonn": "NoNN student", "kd": "single student"}.get(kind, plots.METHODS[kind].label) + where
         entry = {"title": title, "method": kind, "n_filters": design.get("n_filters"), "cost": design["cost"]}
+        entry |= {"size": design["size"]} if "size" in design else {}
         architecture = design["architecture"]
         entry["architecture"] = architecture if isinstance(architecture, str) else Architecture(**architecture)
         key = str((kind, where, entry["architecture"]))

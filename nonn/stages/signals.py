@@ -6,7 +6,7 @@ import torch
 
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import load_dataset
+from nonn.data.dataset import load_dataset, load_teacher_dataset
 from nonn.data.tensors import write_tensors
 from nonn.teachers.signals import compute_signals
 from nonn.teachers.store import load_teacher
@@ -14,5 +14,6 @@ from nonn.teachers.store import load_teacher
 
 def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.signals.threads)
-    data = load_dataset(paths)
-    write_tensors(paths.signals, compute_signals(load_teacher(paths, data), data, params.signals))
+    data, students = load_teacher_dataset(paths), load_dataset(paths)
+    signals = compute_signals(load_teacher(paths, data), data, params.signals, students.size)
+    write_tensors(paths.signals, signals)

@@ -9,7 +9,7 @@ import torch
 from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import load_dataset
+from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import write_tensors
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.store import tensors_of
@@ -21,10 +21,10 @@ from nonn.training.networks import ConvNet
 
 
 def run(params: Params, paths: Paths) -> None:
-    section, data = params.teacher, load_dataset(paths)
+    section, data = params.teacher, load_teacher_dataset(paths)
     torch.set_num_threads(section.threads)
     keep_freed_memory()
-    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset])
+    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset, paths.teacher_images])
     record: dict[str, Any] = {}
     model: ConvNet | ForeignTeacher
     if section.is_trained:

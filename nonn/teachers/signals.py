@@ -17,7 +17,7 @@ from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device
 from nonn.training.losses import attention_map
-from nonn.training.networks import ConvNet
+from nonn.training.networks import ConvNet, batch_of
 
 BATCH_SIZE = 500
 
@@ -30,25 +30,30 @@ def as_activity(features: Tensor) -> Tensor:
     return features.clamp(min=0)
 
 
-def compute_signals(teacher: ConvNet | ForeignTeacher, data: Dataset, params: Signals) -> dict[str, Tensor]:
+def compute_signals(
+    teacher: ConvNet | ForeignTeacher, data: Dataset, params: Signals, student_size: int | None = None
+) -> dict[str, Tensor]:
     """Run the teacher over the K views of the N training images and over the M validation images as they are.
 
-    Returns ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>`` (K, N, H·W) of the views;
-    ``validation_logits`` (M, C) and ``validation_pooled`` (M, F); all float16. The pooled activation of a filter is the
-    spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
+    `data` are the images as the teacher sees them, `student_size` is the side of those that students see, whose views
+    these are; None for the same. Returns ``logits`` (K, N, C), ``pooled`` (K, N, F) and ``attention.<stage>``
+    (K, N, H·W) of the views; ``validation_logits`` (M, C) and ``validation_pooled`` (M, F); all float16. The pooled
+    activation of a filter is the spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
     """
-    images, _ = data.split("train")
+    images, _ = data.part("train")
+    batch_size = batch_of(BATCH_SIZE, data.size)
     views = [draw_view(len(images), view, params.augment, params.seed) for view in range(params.views)]
-    jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(BATCH_SIZE)]
+    jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(batch_size)]
     batches = []
     for view, index in track(jobs, "signals"):
-        batches.append(signals_of(teacher, apply_view(images, view, index, params.augment), params.attention))
+        seen = apply_view(images, view, index, params.augment, student_size)
+        batches.append(signals_of(teacher, seen, params.attention))
     signals = {
         name: torch.cat([batch[name] for batch in batches]).unflatten(0, (params.views, len(images)))
         for name in batches[0]
     }
-    validation, _ = data.split("validation")
-    batches = [signals_of(teacher, batch, attention=False) for batch in validation.split(BATCH_SIZE)]
+    validation, _ = data.part("validation")
+    batches = [signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size)]
     for name in ("logits", "pooled"):
         signals[f"validation_{name}"] = torch.cat([batch[name] for batch in batches])
     return signals

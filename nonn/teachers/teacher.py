@@ -39,7 +39,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     torch.manual_seed(params.seed)
     device = pick_device()
     model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    images, labels = data.split("train")
+    images, labels = data.part("train")
     whiten(model, images)
     proxy = None
     if params.selection:
@@ -67,7 +67,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         len(images),
         params,
         seed=params.seed,
-        validation=data.split("validation"),
+        validation=data.part("validation"),
         checkpoint=checkpoint,
         device=device,
         label="teacher",
@@ -139,7 +139,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
     """A log of one row for an imported teacher; a UserError if it is too bad to be one, see `nonn.teachers.verdict`."""
-    images, labels = data.split("validation")
+    images, labels = data.part("validation")
     with torch.inference_mode():
         _, logits = predict(model, images)
     judge(model, logits, data, params)

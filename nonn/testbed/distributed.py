@@ -36,6 +36,7 @@ from nonn.core.params import Distributed
 from nonn.core.progress import log, track
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
+from nonn.runtime.exported import read_manifest
 from nonn.testbed.composed import compose, payload_bytes
 from nonn.testbed.deployments import Deployment
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
@@ -86,10 +87,20 @@ class TrialBed:
     """Where trials take place: certificates, images (channels, size, size), and hosts on one link after another."""
 
     def __init__(self, scratch: Path, params: Distributed, image_shape: tuple[int, ...]):
-        self.certificates, self.sensor, self.params = scratch / "certificates", scratch / "images.npy", params
+        self.scratch, self.certificates, self.params = scratch, scratch / "certificates", params
+        self.image_shape = image_shape
         self.named: set[str] = set()
-        pixels = np.random.default_rng(0).integers(0, 256, (N_IMAGES, *image_shape), dtype=np.uint8)
-        np.save(self.sensor, pixels)
+
+    def sensor(self, deployment: Deployment) -> Path:
+        """File of random images for the devices of a deployment; a teacher may take larger ones than students."""
+        shape = self.image_shape
+        if not deployment.is_split:
+            image = read_manifest(deployment.folder).image
+            shape = (image.channels, image.size, image.size)
+        path = self.scratch / f"images-{shape[-1]}.npy"
+        if not path.exists():
+            np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, *shape), dtype=np.uint8))
+        return path
 
     def measure(self, deployment: Deployment, network: EmulatedNetwork, broadcast: bool, **echo: int) -> Measured:
         """Time a deployment's images on the hosts of a network, or plain echoes of so many bytes."""
@@ -108,7 +119,7 @@ class TrialBed:
             addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
             prefixes=[[*network.prefix(host), *on_one_core(i)] for i, host in enumerate(hosts)],
             certificates=self.certificates.resolve(),
-            sensor=self.sensor.resolve(),
+            sensor=self.sensor(deployment).resolve(),
             broadcast=broadcast,
             runs=self.params.images,
             seconds=self.params.seconds,

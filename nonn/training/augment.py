@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.params import Augment
+from nonn.data.canvas import Images
 
 #: What cutout paints.
 MID_GREY = 128
@@ -47,27 +48,40 @@ def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
     return View(top, left, flip, hole)
 
 
-def apply_view(images: Tensor, view: View, index: Tensor, augment: Augment) -> Tensor:
+def apply_view(
+    images: Tensor | Images, view: View, index: Tensor, augment: Augment, drawn_for: int | None = None
+) -> Tensor:
     """Crop and mirror the images `index` (B,), and hide a square of each; uint8 of shape (B, channels, H, W).
 
     `images` are uint8 of shape (N, channels, H, W). `augment` is the one that the view was drawn with: ``pad`` pixels
     of reflected border, within which the crop moves, and ``cutout``, the side in pixels of a square that is painted
-    mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it).
+    mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it). Pixels are those of
+    images of `drawn_for` pixels a side, None for these ones: in larger images of the same pictures everything moves
+    by as many pixels more, to the nearest one.
     """
-    (height, width), pad = images.shape[2:], augment.pad
+    height, width = images.shape[2:]
+    scale = width / (drawn_for or width)
+    pad = round(augment.pad * scale)
+    top, left = (pad + _scaled(start[index] - augment.pad, scale) for start in (view.top, view.left))
     padded = F.pad(images[index], (pad, pad, pad, pad), mode="reflect") if pad else images[index]
     # Every possible crop as a strided window of the padded image: nothing is copied until one is picked.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    cropped = windows[torch.arange(len(index)), :, view.top[index], view.left[index]]
+    cropped = windows[torch.arange(len(index)), :, top, left]
     mirrored = torch.where(view.flip[index].reshape(-1, 1, 1, 1), cropped.flip(-1), cropped)
-    return mirrored if view.hole is None else _cut_out(mirrored, view.hole[index], augment.cutout)
+    return mirrored if view.hole is None else _cut_out(mirrored, view.hole[index], augment.cutout, scale)
 
 
-def _cut_out(images: Tensor, places: Tensor, side: int) -> Tensor:
+def _scaled(pixels: Tensor, scale: float) -> Tensor:
+    """Whole numbers of pixels in an image that is `scale` times as large."""
+    return pixels if scale == 1 else (pixels * scale).round().long()
+
+
+def _cut_out(images: Tensor, places: Tensor, side: int, scale: float) -> Tensor:
     inside = []
     for length, place in zip(images.shape[2:], places.T, strict=True):
-        start = (place * (max(length - side, 0) + 1)).long()[:, None]
+        start = (place * (max(round(length / scale) - side, 0) + 1)).long()[:, None]
+        begin, end = _scaled(start, scale), _scaled(start + side, scale)
         pixels = torch.arange(length)
-        inside.append((pixels >= start) & (pixels < start + side))
+        inside.append((pixels >= begin) & (pixels < end))
     rows, columns = inside
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], MID_GREY)

@@ -41,7 +41,7 @@ class Classroom:
 
     def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals):
         self.data, self.params = data, params
-        self.images, self.labels = data.split("train")
+        self.images, self.labels = data.part("train")
         self.signals = signals
         self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
         self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
@@ -116,7 +116,7 @@ def distill_student(
         len(classroom.images),
         schedule,
         seed=seed,
-        validation=data.split("validation"),
+        validation=data.part("validation"),
         checkpoint=checkpoint,
         device=device,
         label=label,

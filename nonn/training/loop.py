@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nonn.core.files import write_text
 from nonn.core.params import Schedule
 from nonn.core.progress import track
+from nonn.data.canvas import Images
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.networks import ConvNet, accuracy, predict
 from nonn.training.optim import learning_rate, make_optimizers
@@ -37,7 +38,7 @@ def train(
     schedule: Schedule,
     *,
     seed: int,
-    validation: tuple[Tensor, Tensor],
+    validation: tuple[Tensor | Images, Tensor],
     checkpoint: Checkpoint,
     device: torch.device,
     label: str,

@@ -37,9 +37,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonn.core.params import Architecture
+from nonn.data.canvas import Images
 
 #: Side of the patches that the first layer of family airbench whitens, in pixels.
 WHITENED = 2
+#: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
+BATCHED = 32
 
 
 class Normalize(nn.Module):
@@ -236,7 +239,7 @@ class ConvNet(nn.Module):
 
 
 @torch.no_grad()
-def whiten(model: ConvNet, images: Tensor, n_images: int = 5000, eps: float = 5e-4) -> None:
+def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000, eps: float = 5e-4) -> None:
     """Set the first layer of family airbench in place; a network of another family stays as it is.
 
     Its filters are the eigenvectors of the covariance of patches of at most `n_images` training images, uint8 of shape
@@ -273,16 +276,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def batch_of(batch_size: int, size: int) -> int:
+    """How many images of `size` pixels a side have as many pixels as `batch_size` of `BATCHED`; no more than that."""
+    return max(1, min(batch_size, batch_size * BATCHED**2 // size**2))
+
+
 @torch.no_grad()
 def predict(
-    model: nn.Module, images: Tensor, device: torch.device | str = "cpu", batch_size: int = 500
+    model: nn.Module, images: Tensor | Images, device: torch.device | str = "cpu", batch_size: int = 500
 ) -> tuple[Tensor, Tensor]:
     """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32.
 
     Of a `ConvNet`, or of a teacher that is called as one.
     """
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in images.split(batch_size)]
+    batches = images.split(batch_of(batch_size, images.shape[-1]))
+    outputs: Sequence[tuple[Tensor, Tensor]] = [model(batch.to(device)) for batch in batches]
     features, logits = zip(*outputs, strict=True)
     return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu()
 

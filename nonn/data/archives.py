@@ -1,0 +1,91 @@
+"""Files of a folder or an archive: their names, and their content in whatever order they are stored."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from nonn.core.files import regular
+
+ZIP = (".zip",)
+TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ZSTANDARD = (".tar.zst", ".tzst")  # Python reads it from 3.14 on
+ARCHIVES = (*ZIP, *TAR, *(ZSTANDARD if "zst" in tarfile.TarFile.OPEN_METH else ()))
+
+#: What a file holds, or what reads it: a thread that decodes reads beside others.
+Content = bytes | Callable[[], bytes]
+
+
+def is_archive(path: Path) -> bool:
+    return path.name.lower().endswith(ARCHIVES)
+
+
+def list_names(path: Path) -> Iterator[str]:
+    """Yield the names of all files and, with a slash at the end, folders."""
+    if path.is_dir():
+        for folder, subfolders, files in os.walk(path, followlinks=True):
+            relative = Path(folder).relative_to(path)
+            yield from ((relative / name).as_posix() + "/" for name in subfolders)
+            yield from ((relative / name).as_posix() for name in files)
+    elif _is_zip(path):
+        with zipfile.ZipFile(path) as archive:
+            yield from map(_with_slashes, archive.namelist())
+    else:
+        with tarfile.open(path) as archive:
+            yield from (member.name + "/" * member.isdir() for member in archive)
+
+
+def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Content]]:
+    """Yield name and content of the wanted files, in stored order: a compressed tar has no other."""
+    if path.is_dir():
+        yield from ((name, _reader(path / name)) for name in wanted)
+    elif _is_zip(path):
+        with zipfile.ZipFile(path) as archive:
+            stored = {_with_slashes(name): name for name in archive.namelist()}
+            yield from ((name, _member(archive, stored[name])) for name in wanted)
+    else:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                if member.name in wanted:
+                    if (file := archive.extractfile(member)) is None:
+                        raise tarfile.ReadError(f"{member.name} is not a file")
+                    yield member.name, file.read()
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """One file of a folder or archive."""
+    _, content = next(read_contents(path, [name]))
+    return content() if callable(content) else content
+
+
+def _is_zip(path: Path) -> bool:
+    return path.name.lower().endswith(ZIP)
+
+
+def _with_slashes(name: str) -> str:
+    """A name as the format has it: some programs on Windows write backslashes."""
+    return name if "/" in name else name.replace("\\", "/")
+
+
+def _reader(path: Path) -> Callable[[], bytes]:
+    return lambda: regular(path).read_bytes()
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> Content:
+    """A file of a zip; if it is damaged, whoever decodes it is told, and the others are read all the same."""
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        return _failing(error)
+
+
+def _failing(error: Exception) -> Callable[[], bytes]:
+    def fail() -> bytes:
+        raise error
+
+    return fail

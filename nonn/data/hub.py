@@ -1,0 +1,140 @@
+"""Images that the package ``datasets`` provides: of the Hugging Face Hub, or of Parquet files on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonn.core.errors import UserError, printable
+from nonn.core.jobs import hub_path
+from nonn.core.progress import log
+from nonn.data.folders import SPLIT_NAMES
+from nonn.data.packaged import DOWNLOADS
+from nonn.data.raw import KEY, Decoder, Picture, RawImages
+
+#: Columns of labels, the most likely first, where none is of the type ClassLabel.
+LABELS = ("label", "labels", "fine_label", "class", "class_label", "target", "category")
+
+
+def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column: str | None) -> RawImages:
+    """Load a dataset of the Hub, ``NAME`` or ``NAME:CONFIG``, or a folder or file of Parquet or of images.
+
+    The splits train, validation and test are used as such; others are left out.
+    """
+    parts = _load_splits(name)
+    features = next(iter(parts.values())).features
+    image_column = image_column or _find_image_column(name, features)
+    label_column = label_column or _find_label_column(name, features)
+    for key, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in features:
+            raise UserError(
+                f"params.yaml: dataset.{key}: hf:{name} has no column {column!r}; name one of {', '.join(features)}"
+            )
+    given = [np.array(part.with_format(None)[label_column][:]) for part in parts.values()]
+    labels, classes = _encode(name, np.concatenate(given), getattr(features[label_column], "names", None))
+    digest = hashlib.sha256()
+    decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
+    split = np.repeat(list(parts), [len(part) for part in parts.values()])
+    is_test = split == "test" if "test" in parts else None
+    return RawImages(
+        labels, classes, is_test, digest.hexdigest(), split == "validation" if "validation" in parts else None
+    )
+
+
+def _load_splits(name: str) -> dict[str, Any]:
+    """The datasets of the splits, by our names of them."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{KEY}: hf:{name} needs the package datasets. Run `pip install datasets`, or name a folder or archive."
+        ) from None
+    datasets.disable_progress_bars()
+    cache = str(DOWNLOADS / "huggingface")
+    path = hub_path(name)
+    try:
+        if path is None:
+            dataset, _, config = name.partition(":")
+            found = datasets.load_dataset(dataset, config or None, cache_dir=cache)
+        elif path.is_file():
+            found = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache)
+        else:
+            found = datasets.load_dataset(str(path), cache_dir=cache)
+    except Exception as error:  # of the network, the Hub, and readers of many formats
+        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        raise UserError(
+            f"{KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images by "
+            "other means and name their folder or archive."
+        ) from None
+    parts = {SPLIT_NAMES[split.lower()]: part for split, part in found.items() if split.lower() in SPLIT_NAMES}
+    if "train" not in parts:
+        raise UserError(f"{KEY}: hf:{name} has no split train, but {', '.join(found)}. Name another dataset.")
+    if others := [split for split in found if split.lower() not in SPLIT_NAMES]:
+        log(f"note: hf:{name}: left out {', '.join(others)}, which is neither train, validation nor test")
+    return {split: parts[split] for split in ("train", "validation", "test") if split in parts}
+
+
+def _find_image_column(name: str, features: Mapping[str, Any]) -> str:
+    import datasets
+
+    kinds = {c: isinstance(f, datasets.Image) for c, f in features.items()}
+    if not any(kinds.values()):
+        # What other programs write: bytes of files, alone or beside their path.
+        kinds = {column: _holds_bytes(feature) for column, feature in features.items()}
+    return _only(name, "image_column", [column for column, is_image in kinds.items() if is_image], features)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    is_binary = getattr(feature, "dtype", None) in ("binary", "large_binary")
+    return is_binary or (isinstance(feature, dict) and "bytes" in feature)
+
+
+def _find_label_column(name: str, features: Mapping[str, Any]) -> str:
+    import datasets
+
+    kinds = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    return _only(name, "label_column", kinds or [column for column in LABELS if column in features][:1], features)
+
+
+def _only(name: str, key: str, columns: list[str], features: Mapping[str, Any]) -> str:
+    if len(columns) == 1:
+        return columns[0]
+    kind = key.partition("_")[0]
+    problem = f"has several columns of {kind}s" if columns else f"has no column known to hold {kind}s"
+    raise UserError(f"{KEY}: hf:{name} {problem}. Set dataset.{key} to one of {', '.join(columns or features)}.")
+
+
+def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels (N,) int64 and classes, from numbers or names of classes."""
+    if names is None and given.dtype.kind in "iub":
+        names, labels = list(map(str, range(int(given.max()) + 1))), given.astype(np.int64)
+    elif names is None:
+        found, labels = np.unique(given.astype(str), return_inverse=True)
+        names = found.tolist()
+    else:
+        labels = given.astype(np.int64)
+    if len(names) < 2 or (labels < 0).any():
+        problem = "images without a label, of number −1" if len(names) > 1 else f"{len(names)} class"
+        raise UserError(f"{KEY}: hf:{name} has {problem}. Name another dataset or dataset.label_column.")
+    return labels, tuple(names)
+
+
+def _pictures(name: str, parts: Mapping[str, Any], column: str, labels: np.ndarray, digest: Any) -> Iterator[Picture]:
+    import datasets
+
+    index = 0
+    for split, part in parts.items():
+        part = part.select_columns([column])
+        if isinstance(part.features[column], datasets.Image):
+            part = part.cast_column(column, datasets.Image(decode=False))  # threads decode
+        for number, row in enumerate(part):
+            value = row[column]
+            content = value if isinstance(value, bytes) else value["bytes"] or Path(value["path"]).read_bytes()
+            digest.update(f"{labels[index]} {len(content)} ".encode())
+            digest.update(content)
+            yield index, f"hf:{name}: image {number} of {split}", content
+            index += 1

@@ -1,0 +1,68 @@
+"""Images of a folder of idx files, the format of MNIST (http://yann.lecun.com/exdb/mnist/), packed by gzip or not."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nonn.core.errors import UserError
+from nonn.data.packaged import decode_pairs
+from nonn.data.raw import KEY, Decoder, RawImages
+
+#: SHA-256 of the training labels of Fashion-MNIST: the files say no class names.
+FASHION = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
+SPLITS = {"train": "train", "test": "t10k"}
+
+
+def find_idx(folder: Path) -> dict[str, Path]:
+    """The four files of a folder, by ``train-images``, ``train-labels``, ``test-images`` and ``test-labels``."""
+    found = {}
+    for split, name in SPLITS.items():
+        for kind, dimensions in (("images", 3), ("labels", 1)):
+            pattern = f"*{name}-{kind}[-.]idx{dimensions}-ubyte*"
+            files = sorted(f for f in folder.glob(pattern) if f.name.endswith(("ubyte", "ubyte.gz")))
+            if split == "test" and not files:
+                files = sorted(folder.glob(pattern.replace(name, "test")))
+            if files:  # packed and unpacked, they are the same
+                found[f"{split}-{kind}"] = files[0]
+    return found
+
+
+def load_idx(folder: Path, decoder: Decoder) -> RawImages:
+    """Load the training and test images of a folder that has idx files."""
+    files = find_idx(folder)
+    if absent := sorted({f"{split}-{kind}" for split in SPLITS for kind in ("images", "labels")} - set(files)):
+        raise UserError(f"{KEY}: {folder}: has idx files, but none of {', '.join(absent)}. Fetch all four.")
+    arrays = {name: read_idx(path, 3 if name.endswith("images") else 1) for name, path in files.items()}
+    for split in SPLITS:
+        if (n := len(arrays[f"{split}-images"])) != (m := len(arrays[f"{split}-labels"])):
+            raise UserError(f"{KEY}: {folder}: has {n} {split} images and {m} labels. Fetch its files again.")
+    labels = np.concatenate([arrays["train-labels"], arrays["test-labels"]])
+    images = (image for split in SPLITS for image in arrays[f"{split}-images"])
+    pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)
+    found, sha256 = decode_pairs(pairs, len(labels), decoder)
+    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    if hashlib.sha256(arrays["train-labels"].tobytes()).hexdigest() == FASHION:
+        from torchvision.datasets import FashionMNIST
+
+        classes = tuple(FashionMNIST.classes)
+    return RawImages(found, classes, np.arange(len(labels)) >= len(arrays["train-labels"]), sha256)
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The bytes of an idx file, uint8."""
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        kind, n_dimensions = content[2], content[3]
+        shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+        if content[:2] != b"\0\0" or kind != 8 or n_dimensions != dimensions:
+            raise ValueError(f"it does not begin as a file of bytes in {dimensions} dimensions does")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
+        raise UserError(f"{KEY}: {path} cannot be read ({error}). Fetch it again.") from None

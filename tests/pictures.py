@@ -1,0 +1,82 @@
+"""Folders and archives of pictures, and what the stage `dataset` reads of them."""
+
+import contextlib
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from experiments import REPOSITORY
+from PIL import Image
+
+from nonn.core.params import Params, load_params
+from nonn.data import sources
+from nonn.data.canvas import Canvas
+from nonn.data.raw import Decoder, Picture
+
+SIZE = 28
+
+
+def make_params(source: str | Path, **changes) -> Params:
+    section = {
+        "source": str(source),
+        "sha256": None,
+        "size": SIZE,
+        "validation": 0.25,
+        "test": 0.25,
+        "seed": 0,
+    }
+    params = load_params(REPOSITORY / "params.yaml")
+    return params.model_copy(update={"dataset": params.dataset.model_copy(update=section | changes)})
+
+
+def noise(seed: int, shape: tuple[int, ...] = (SIZE, SIZE, 3)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_folder(root: Path, folders: list[str], count: int = 8, channels: int = 3) -> Path:
+    """Write `count` images of noise to each folder; the seed of each is its running number."""
+    shape = (SIZE, SIZE, 3) if channels == 3 else (SIZE, SIZE)
+    for i, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for j in range(count):
+            Image.fromarray(noise(i * count + j, shape)).save(root / folder / f"{j}.png")
+    return root
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Pack a folder, files in an order that is not the alphabetical one."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: (path.name, str(path)), reverse=True)
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as packed:
+            for path in files:
+                packed.write(path, path.relative_to(folder))
+    else:
+        with tarfile.open(archive, "w" if archive.suffix == ".tar" else "w:gz") as packed:
+            for path in files:
+                packed.add(path, f"./{path.relative_to(folder)}")
+    return archive
+
+
+def load_images(source: str | Path, size: int = SIZE, **changes) -> SimpleNamespace:
+    """What is known of the images of a source, with the ``images`` themselves, uint8 of shape (N, C, size, size)."""
+    section = make_params(source, size=size, **changes).dataset
+    with contextlib.closing(Canvas(Path("canvas"), size)) as canvas:
+        decoder = Decoder([canvas], section.white)
+        raw, kept = sources.load_images(section, decoder)
+        return SimpleNamespace(**vars(raw), images=_read(canvas, kept, decoder.channels), decoder=decoder)
+
+
+def decode_images(pictures: Iterator[Picture], count: int, size: int = SIZE) -> np.ndarray:
+    with contextlib.closing(Canvas(Path("canvas"), size)) as canvas:
+        decoder = Decoder([canvas])
+        decoder.decode(pictures, count)
+        return _read(canvas, np.arange(count), decoder.channels)
+
+
+def _read(canvas: Canvas, indices: np.ndarray, channels: int) -> np.ndarray:
+    return torch.cat(list(canvas.batches(indices, channels))).numpy()

@@ -1,0 +1,334 @@
+"""Sources beside plain folders: well-known data sets as they are downloaded, idx files, and the Hugging Face Hub."""
+
+import gzip
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from experiments import REPOSITORY
+from pictures import SIZE, load_images, make_params, noise, write_folder
+from PIL import Image
+from ruamel.yaml import YAML
+
+from nonn.core.errors import UserError
+from nonn.core.jobs import named_source
+from nonn.core.paths import Paths
+from nonn.data import hub
+from nonn.stages.dataset import run
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+
+def save(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(seed)).save(path, "PNG")  # so that pixels stay as they are, whatever the suffix
+
+
+def seeds_of(loaded) -> list[int]:
+    """Which pictures these are, by the seeds of their pixels."""
+    known = {noise(seed).transpose(2, 0, 1).tobytes(): seed for seed in range(100)}
+    return [known[image.tobytes()] for image in loaded.images]
+
+
+# MIT indoor scenes, CUB-200-2011
+
+
+def write_scenes(root: Path) -> Path:
+    for i, name in enumerate(["pub/a.jpg", "pub/b c.jpg", "pub/c.jpg", "attic/a.jpg", "attic/b.jpg"]):
+        save(root / "Images" / name, i)
+    (root / "TrainImages.txt").write_text("pub/a.jpg\nattic/b.jpg\n")
+    (root / "TestImages.txt").write_text("attic/a.jpg\r\npub/b c.jpg\r\n")
+    return root
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scenes_are_split_by_their_lists(packed, tmp_path):
+    root = write_scenes(tmp_path / "indoorCVPR_09")
+    if packed:
+        with tarfile.open("indoor.tar", "w") as archive:
+            archive.add(root, "indoorCVPR_09")
+        root = Path("indoor.tar")
+    loaded = load_images(root)
+    assert loaded.classes == ("attic", "pub")
+    assert seeds_of(loaded) == [4, 0, 3, 1], "that of pub/c.jpg is on no list"
+    assert loaded.labels.tolist() == [0, 1, 0, 1]
+    assert loaded.is_test.tolist() == [False, False, True, True]
+
+
+def write_birds(root: Path) -> Path:
+    names = ["002.Auk/b.jpg", "001.Wren/a.jpg", "002.Auk/c.jpg", "001.Wren/d.jpg"]
+    for i, name in enumerate(names):
+        save(root / "images" / name, i)
+    (root / "images.txt").write_text("".join(f"{i + 1} {name}\n" for i, name in enumerate(names)))
+    (root / "classes.txt").write_text("1 001.Wren\n2 002.Auk\n")
+    (root / "image_class_labels.txt").write_text("1 2\n2 1\n3 2\n4 1\n")
+    (root / "train_test_split.txt").write_text("1 1\n2 0\n3 0\n4 1\n")
+    (root.parent / "attributes.txt").write_text("1 has_bill_shape::curved\n")
+    return root.parent
+
+
+def test_birds_are_split_by_their_lists(tmp_path):
+    loaded = load_images(write_birds(tmp_path / "birds/CUB_200_2011"))
+    assert loaded.classes == ("001.Wren", "002.Auk")
+    assert seeds_of(loaded) == [3, 0, 1, 2]
+    assert loaded.labels.tolist() == [0, 1, 0, 1]
+    assert loaded.is_test.tolist() == [False, False, True, True]
+
+
+def test_lists_that_do_not_fit_the_pictures_are_refused(tmp_path):
+    scenes = write_scenes(tmp_path / "scenes")
+    (scenes / "Images/pub/a.jpg").unlink()
+    with pytest.raises(UserError, match=r"its lists name Images/pub/a\.jpg, which is not there\. Unpack"):
+        load_images(scenes)
+    birds = write_birds(tmp_path / "birds/CUB_200_2011")
+    (tmp_path / "birds/CUB_200_2011/image_class_labels.txt").write_text("1 2\n2 1\n3 7\n4 1\n")
+    with pytest.raises(UserError, match="its lists do not agree on image 3"):
+        load_images(birds)
+    (tmp_path / "birds/CUB_200_2011/image_class_labels.txt").write_text("1\n")
+    with pytest.raises(UserError, match=r"image_class_labels\.txt: line 1 has not two columns"):
+        load_images(birds)
+
+
+# ImageNet
+
+WNIDS = ("n01440764", "n02123045")
+
+
+def write_imagenet(root: Path, flat: bool) -> Path:
+    top = root / "ILSVRC/Data/CLS-LOC"
+    for i, wnid in enumerate(WNIDS):
+        for j in range(2):
+            save(top / f"train/{wnid}/{wnid}_{j}.JPEG", 2 * i + j)
+    for i, wnid in enumerate([WNIDS[1], WNIDS[0]]):
+        save(top / "val" / ("" if flat else wnid) / f"ILSVRC2012_val_0000000{i + 1}.JPEG", 10 + i)
+    save(top / "test/ILSVRC2012_test_00000001.JPEG", 20)
+    (root / "ILSVRC/ImageSets").mkdir()
+    (root / "ILSVRC/ImageSets/train_cls.txt").write_text("a 1\n")
+    (root / "ILSVRC/Annotations/CLS-LOC/val").mkdir(parents=True)
+    return root
+
+
+def describe_by_kaggle(root: Path) -> None:
+    rows = [f"ILSVRC2012_val_0000000{i + 1},{WNIDS[1 - i]} 1 2 3 4 {WNIDS[1 - i]} 5 6 7 8 " for i in range(2)]
+    (root / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+
+
+def describe_by_devkit(root: Path) -> None:
+    folder = root / "ILSVRC2012_devkit_t12/data"
+    folder.mkdir(parents=True)
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_text("7\n3\n")
+    synsets = np.array([(3, WNIDS[0]), (7, WNIDS[1])], [("ILSVRC2012_ID", "O"), ("WNID", "O")])
+    scipy.io.savemat(folder / "meta.mat", {"synsets": synsets})
+
+
+@pytest.mark.parametrize("describe", [None, describe_by_kaggle, describe_by_devkit])
+def test_validation_pictures_of_imagenet_are_the_test_split(describe, tmp_path):
+    root = write_imagenet(tmp_path / "imagenet", flat=describe is not None)
+    if describe:
+        describe(root)
+    loaded = load_images(root)
+    assert loaded.classes == WNIDS
+    assert seeds_of(loaded) == [0, 1, 2, 3, 11, 10]
+    assert loaded.labels.tolist() == [0, 0, 1, 1, 0, 1]
+    assert loaded.is_test.tolist() == [False] * 4 + [True] * 2
+    assert loaded.is_validation is None
+
+
+def test_flat_validation_pictures_without_classes_say_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match=r"of which class the pictures of val are\. Put LOC_val_solution\.csv there"):
+        load_images(write_imagenet(tmp_path / "imagenet", flat=True))
+
+
+# Files of MNIST's format
+
+
+def write_idx(folder: Path, packed: bool = True, train: int = 12, test: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    folder.mkdir()
+    images, labels = noise(0, (train + test, 28, 28)), (np.arange(train + test) % 3).astype(np.uint8)
+    for name, part in (("train", slice(train)), ("t10k", slice(train, None))):
+        for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            content, suffix = header + array.tobytes(), ".gz" if packed else ""
+            (folder / f"{name}-{kind}-ubyte{suffix}").write_bytes(gzip.compress(content) if packed else content)
+    return images, labels
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_of_idx_files_is_read(packed, tmp_path):
+    images, labels = write_idx(tmp_path / "digits", packed)
+    loaded = load_images(tmp_path / "digits")
+    np.testing.assert_array_equal(loaded.images[:, 0], images)
+    np.testing.assert_array_equal(loaded.labels, labels)
+    assert loaded.is_test.tolist() == [False] * 12 + [True] * 6
+    assert loaded.classes == ("0", "1", "2")
+
+
+def test_idx_files_that_are_cut_off_or_missing_are_named(tmp_path):
+    write_idx(tmp_path / "digits", packed=False)
+    path = tmp_path / "digits/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte cannot be read .*Fetch it again"):
+        load_images(tmp_path / "digits")
+    path.unlink()
+    with pytest.raises(UserError, match=r"has idx files, but none of train-images\. Fetch all four"):
+        load_images(tmp_path / "digits")
+
+
+# Hugging Face
+
+
+@pytest.fixture
+def pyarrow():
+    pytest.importorskip("datasets")
+    return pytest.importorskip("pyarrow")
+
+
+def write_parquet(pyarrow, path: Path, labels: list, first: int = 0, **columns) -> None:
+    import pyarrow.parquet
+
+    for i in range(len(labels)):
+        save(Path("scratch.png"), first + i)
+        columns.setdefault("image", []).append({"bytes": Path("scratch.png").read_bytes(), "path": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"label": labels} | columns), path)
+
+
+def test_parquet_files_of_splits_are_read(pyarrow, tmp_path):
+    write_parquet(pyarrow, tmp_path / "pets/data/train-00000-of-00001.parquet", ["cat", "dog", "cat"])
+    write_parquet(pyarrow, tmp_path / "pets/data/test-00000-of-00001.parquet", ["dog", "cat"], first=3)
+    source = f"hf:{tmp_path / 'pets'}"
+    loaded = load_images(source)
+    assert seeds_of(loaded) == [0, 1, 2, 3, 4]
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.labels.tolist() == [0, 1, 0, 1, 0]
+    assert loaded.is_test.tolist() == [False] * 3 + [True] * 2
+    assert loaded.is_validation is None
+    assert load_images(source, sha256=loaded.sha256).sha256 == loaded.sha256
+    assert named_source(make_params(source)) == str(tmp_path / "pets"), "DVC watches it"
+
+
+def test_columns_are_found_or_named(pyarrow, tmp_path):
+    path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
+    write_parquet(pyarrow, path, [3, 1, 3], place=[0, 1, 0])
+    assert load_images(source).classes == ("0", "1", "2", "3")
+    assert load_images(source, label_column="place").labels.tolist() == [0, 1, 0]
+    with pytest.raises(UserError, match=r"label_column: .* has no column 'kind'; name one of label, place, image"):
+        load_images(source, label_column="kind")
+    write_parquet(pyarrow, path, [3, 1, 3], mask=[{"bytes": b"", "path": None}] * 3)
+    with pytest.raises(UserError, match=r"several columns of images\. Set dataset\.image_column to one of mask, image"):
+        load_images(source)
+    assert load_images(source, image_column="image").labels.tolist() == [3, 1, 3]
+
+
+def test_a_broken_picture_of_a_parquet_file_is_named(pyarrow, tmp_path):
+    images = [{"bytes": b"no picture", "path": None}]
+    write_parquet(pyarrow, tmp_path / "pets.parquet", [0, 1], image=images, label=[0, 1, 1])
+    with pytest.raises(UserError, match=r"pets\.parquet: image 0 of train cannot be read \(not an image\)"):
+        load_images(f"hf:{tmp_path / 'pets.parquet'}")
+
+
+@pytest.mark.usefixtures("pyarrow")
+def test_folders_of_images_are_read_through_datasets_too(tmp_path):
+    write_folder(tmp_path / "pets", ["train/cat", "train/dog", "validation/cat", "validation/dog"], count=2)
+    loaded = load_images(f"hf:{tmp_path / 'pets'}")
+    assert sorted(seeds_of(loaded)) == list(range(8))
+    assert loaded.is_validation.sum() == 4
+    assert loaded.classes == ("cat", "dog")
+
+
+@pytest.mark.usefixtures("pyarrow")
+def test_what_the_hub_lacks_is_one_line(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise ConnectionError("Couldn't reach 'nobody/pets' on the Hub\nsecond line")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: hf:nobody/pets cannot be loaded \(.*Hub\)"):
+        load_images("hf:nobody/pets")
+    assert named_source(make_params("hf:nobody/pets")) is None
+
+
+def test_a_missing_package_is_one_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match=r"needs the package datasets\. Run `pip install datasets`"):
+        hub.load_hub("nobody/pets", None, None, None)
+
+
+# Wrong data sets, each with its answer in docs/data-and-teacher.md
+
+
+def wrong(root: Path, kind: str) -> str:
+    """Write a wrong data set and return the source that names it."""
+    if kind in ("flat", "one class", "nested"):
+        places = {"flat": ["a.png", "b.png"], "one class": ["cat/a.png"], "nested": ["cat/a.png", "dog/big/a.png"]}
+        for place in places[kind]:
+            save(root / place, 0)
+    elif kind == "no train":
+        write_folder(root, ["test/cat", "test/dog", "val/cat", "val/dog"], count=1)
+    elif kind == "unknown class":
+        write_folder(root, ["train/cat", "train/dog", "test/cat", "test/eel"], count=1)
+    elif kind == "other folder":
+        write_folder(root, ["train/cat", "train/dog", "test/cat", "masks/cat"], count=1)
+    elif kind == "empty class":
+        (write_folder(root, ["cat", "dog"], count=1) / "eel").mkdir()
+    elif kind == "one picture":
+        (write_folder(root, ["cat", "dog"]) / "eel").mkdir()
+        save(root / "eel/a.png", 0)
+    elif kind == "broken":
+        write_folder(root, ["cat", "dog"])
+        for name in ("cat/1.png", "dog/2.png"):
+            (root / name).write_bytes(b"")
+    elif kind == "12 bits":
+        write_folder(root, ["cat", "dog"], count=1)
+        for name in ("cat", "dog"):
+            Image.fromarray(np.full((SIZE, SIZE), 4095, np.uint16)).save(root / name / "0.png")
+    elif kind == "cut archive":
+        write_folder(root, ["cat", "dog"], count=1)
+        with tarfile.open(root.with_suffix(".tgz"), "w:gz") as archive:
+            archive.add(root, "pets")
+        content = root.with_suffix(".tgz").read_bytes()
+        root.with_suffix(".tgz").write_bytes(content[: len(content) // 2])
+        return str(root.with_suffix(".tgz"))
+    elif kind == "other archive":
+        root.with_suffix(".rar").touch()
+        return str(root.with_suffix(".rar"))
+    return str(root)
+
+
+def documented_answers() -> dict[str, str]:
+    """The table of wrong data sets in the documentation: answer by kind."""
+    lines = (REPOSITORY / "docs/data-and-teacher.md").read_text().splitlines()
+    start = lines.index("| Data set | Answer |") + 2
+    rows = []
+    while lines[start].startswith("|"):
+        rows.append([cell.strip() for cell in lines[start].strip("|").split("|")])
+        start += 1
+    return {what.partition(":")[0]: answer.strip("`") for what, answer in rows}
+
+
+ANSWERS = documented_answers()
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_wrong_data_set_gets_the_documented_answer(kind, tmp_path):
+    source = wrong(tmp_path / "pets", kind)
+    with pytest.raises(UserError) as refusal:
+        run(make_params(source), Paths("test"))
+    said = str(refusal.value).replace(f"{tmp_path}/", "").splitlines()
+    answer = said[0].removeprefix("params.yaml: dataset.source: ")
+    known, cut, _ = ANSWERS[kind].partition("…")
+    assert answer.startswith(known)
+    assert cut or answer == known
+
+
+def test_a_dozen_wrong_data_sets_are_documented():
+    assert len(ANSWERS) >= 12
+
+
+# Experiments on the paper's data sets
+
+
+def test_experiments_name_sources_that_are_known():
+    for name in ("cifar100", "fashion_mnist", "scenes", "birds", "imagenet"):
+        assert YAML(typ="safe").load(REPOSITORY / f"workflow/experiments/{name}.yaml")["experiment"] == name
