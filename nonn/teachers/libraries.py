@@ -85,7 +85,7 @@ def _build_timm(
         import timm
     except ImportError:
         raise UserError(
-            f"params.yaml: teacher.source: timm:{name} needs timm. Install it: `pip install 'nonn[teachers]'`."
+            f"params.yaml: teacher.source: timm:{name} needs timm. Install it: `pip install timm`."
         ) from None
     if not timm.is_model(name.partition(".")[0]):
         raise _unknown("timm", name, timm.list_models())
