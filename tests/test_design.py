@@ -166,7 +166,7 @@ def test_a_target_limits_a_student_by_the_speed_of_its_device():
 def test_devices_that_differ_get_filters_in_proportion_to_what_they_can_hold():
     devices = [Budget(memory_kib=40, mmacs=20), Budget(memory_kib=120, mmacs=20)]
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
-    capacities = [find_student(FAST, device, 1)[1].params ** 0.5 for device in devices]
+    capacities = [find_student(FAST, device, 1)[0].n_features for device in devices]
     assert sizes == apportion(40, capacities)
     assert sizes[0] < sizes[1]
     for position, (device, n_filters) in enumerate(zip(devices, sizes, strict=True)):

@@ -4,9 +4,9 @@ Sizes come first: a device gets filters in proportion to the capacity of the lar
 bridge of its student is known before the stage `partition` decides which filters these are. The sizes are written apart
 from the architectures, so a budget that changes an architecture but no size leaves the partition alone.
 
-Capacity is the square root of the parameters, counted with a bridge to one filter: as filters do, it grows with the
-width of a network, where parameters grow with its square. Memory itself would not do. A device has more of it than any
-student of the grid can use, or too little compute to use it.
+Capacity is the number of features before the bridge, of a student with a bridge to one filter. The bridge mixes these
+features, so they are as many filters as it can imitate independently of each other. Memory itself would not do: a
+device may have more of it than any student of the grid can use, or too little compute to use it.
 
 *Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
 budget would rerun the partition, on which all students depend, though it rarely changes.
@@ -14,7 +14,6 @@ budget would rerun the partition, on which all students depend, though it rarely
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cache
@@ -171,7 +170,7 @@ def apportion_filters(grid: Design, budgets: Sequence[Budget], info: dict, n_liv
     """
     if len(budgets) > n_live:
         raise UserError(f"{len(budgets)} devices share {n_live} live filters; take fewer devices or a wider teacher.")
-    capacities = [math.sqrt(_largest(grid, budget, info).params) for budget in budgets]
+    capacities = [_largest(grid, budget, info)[0].n_features for budget in budgets]
     return apportion(n_live, capacities, least=2 if n_live >= 2 * len(budgets) else 1)
 
 
@@ -179,14 +178,14 @@ def smallest_device(grid: Design, budgets: Sequence[Budget], info: dict) -> Budg
     """The device that holds the smallest student, the first of equals."""
 
     def capacity(budget: Budget) -> tuple[int, int]:
-        cost = _largest(grid, budget, info)
+        _, cost = _largest(grid, budget, info)
         return cost.params, cost.macs
 
     return min(budgets, key=capacity)
 
 
-def _largest(grid: Design, budget: Budget, info: dict) -> Cost:
-    return design_student(grid, budget, info, 1)[1]
+def _largest(grid: Design, budget: Budget, info: dict) -> tuple[Architecture, Cost]:
+    return design_student(grid, budget, info, 1)
 
 
 def say_if_lopsided(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | None:
