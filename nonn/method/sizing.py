@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Device
 from nonn.deploy.cost import Cost, measure_cost
@@ -23,6 +24,12 @@ from nonn.training.networks import ConvNet
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
 N_SHOWN, SHOWN_UP_TO = 14, 4.0
+#: Widths of the stages of family mobilenet, the last ones where it has fewer; those of the paper for 224 pixels.
+MOBILENET_WIDTHS = (16, 16, 24, 32, 64, 160)
+#: To whose multiples they are rounded, as in the authors' code.
+MOBILENET_STEP = 8
+#: The last map of family mobilenet has at most so many pixels a side, as far as it has stages enough.
+MOBILENET_LAST_SIDE = 8
 
 
 def apportion(total: int, shares: list[float]) -> list[int]:
@@ -42,13 +49,27 @@ def apportion(total: int, shares: list[float]) -> list[int]:
     return sizes
 
 
-def family(grid: Design, depth: int) -> list[Architecture]:
-    """The students of one depth, from narrow to wide, the widths of their stages in a fixed proportion."""
+def proportions(grid: Design, size: int) -> list[float]:
+    """Widths of the stages in units of the first one's, of students for images of `size` pixels a side."""
+    if grid.widths:
+        return grid.widths
+    if grid.family != "mobilenet":
+        return [1, 2, 4]
+    halvings = (size - 1).bit_length() - (MOBILENET_LAST_SIDE - 1).bit_length()
+    widths = MOBILENET_WIDTHS[-min(max(halvings, FEWEST_STAGES), MOST_STAGES) :]
+    return [width / widths[0] for width in widths]
+
+
+def family(grid: Design, depth: int, size: int) -> list[Architecture]:
+    """The students of one depth for images of `size` pixels, from narrow to wide, the widths of their stages in a fixed
+    proportion, and no two the same."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
     common: dict[str, Any] = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
-    if grid.family in ("fast", "airbench"):
-        return [Architecture(widths=[round(w * factor) for factor in grid.widths], **common) for w in widths]
-    return [Architecture(width=width, **common) for width in widths]
+    if grid.family == "wrn":
+        return [Architecture(width=width, **common) for width in widths]
+    step = MOBILENET_STEP if grid.family == "mobilenet" else 1
+    rows = [tuple(max(step, step * round(w * factor / step)) for factor in proportions(grid, size)) for w in widths]
+    return [Architecture(widths=list(row), **common) for row in dict.fromkeys(rows)]
 
 
 def design_student(
@@ -59,7 +80,7 @@ def design_student(
     `size` is in pixels; `n_filters` are the outputs of the bridge, None for a student without one (a baseline). If not
     even the smallest candidate fits, a UserError tells what it needs.
     """
-    families = [family(grid, depth) for depth in grid.depths]
+    families = [family(grid, depth, size) for depth in grid.depths]
 
     def cost_of(architecture: Architecture) -> Cost:
         model = ConvNet(architecture, channels, n_classes, n_filters)
@@ -95,7 +116,7 @@ def sample_candidates(grid: Design, devices: list[Device], info: dict, n_filters
     largest = SHOWN_UP_TO * max(device.memory_kib for device in devices) * 1024
     shown = []
     for depth in grid.depths:
-        students = family(grid, depth)
+        students = family(grid, depth, info["size"])
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
             model = ConvNet(students[i], info["channels"], len(info["classes"]), n_filters)
             cost = measure_cost(model, info["channels"], info["size"], grid.precision)
