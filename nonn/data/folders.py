@@ -49,6 +49,14 @@ def load_files(path: Path, size: int, expected: str | None) -> RawImages:
     return RawImages(images, layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
+def find_images(path: Path) -> FolderLayout:
+    """What a folder or an archive holds, by the names of its files alone: no image is opened."""
+    if not path.exists():
+        raise UserError(f"{KEY}: {path} does not exist. Name a folder or archive, mnist5k, or a torchvision:NAME.")
+    with _damage_explained(path):
+        return read_layout(_names(path), path)
+
+
 @dataclass(frozen=True, eq=False)
 class FolderLayout:
     """Names of the images of a folder or archive, ordered by split, class and name; what each is."""
