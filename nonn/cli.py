@@ -35,6 +35,7 @@ MEASURE, DEVELOP = "measure", "develop"
 #: Name of each command: its group, its module, and what it does.
 COMMANDS = {
     "use": (BEGIN, "commands.use", "Write params.yaml for one of the experiments, and so make it the active one."),
+    "new": (BEGIN, "commands.new", "Write an experiment for your own images, teacher and devices, and check it."),
     "check": (BEGIN, "commands.check", "Check params.yaml for mistakes, without running anything."),
     "devices": (BEGIN, "commands.devices", "List the boards of the catalogue: memory, speed, power and sources."),
     "plan": (BEGIN, "commands.plan", "Say what a set of devices would run and how fast, before anything is trained."),
@@ -76,6 +77,7 @@ COMMANDS = {
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
+    "partitions": (DEVELOP, "commands.partitions", "Compare ways to link and to divide the teacher's filters."),
     "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
     "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache are what their names say."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),

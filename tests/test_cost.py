@@ -87,6 +87,25 @@ def test_a_shortcut_convolution_counts():
     )
 
 
+def test_inverted_residuals_by_hand():
+    """A mobilenet on 1×32×32: a filter of a depthwise convolution reads one channel, and the widened maps count."""
+    cost = measure_cost(ConvNet(Architecture(family="mobilenet", widths=[2, 3, 4], depth=2), 1, 3), channels=1, size=32)
+    stem = (4 * 16 * 16) * 9
+    first = (4 * 16 * 16) * 9 + (2 * 16 * 16) * 4
+    second = (12 * 16 * 16) * 2 + (12 * 8 * 8) * 9 + (3 * 8 * 8) * 12
+    second += (18 * 8 * 8) * 3 + (18 * 8 * 8) * 9 + (3 * 8 * 8) * 18
+    third = (18 * 8 * 8) * 3 + (18 * 4 * 4) * 9 + (4 * 4 * 4) * 18
+    third += (24 * 4 * 4) * 4 + (24 * 4 * 4) * 9 + (4 * 4 * 4) * 24
+    last = (16 * 4 * 4) * 4
+    assert cost.macs == stem + first + second + third + last + 16 * 3
+    convolutions = 4 * 9 + (4 * 9 + 4 * 2) + (2 * 12 + 12 * 9 + 12 * 3) + (3 * 18 + 18 * 9 + 18 * 3)
+    convolutions += (3 * 18 + 18 * 9 + 18 * 4) + (4 * 24 + 24 * 9 + 24 * 4) + 4 * 16
+    norms = 2 * (4 + 4 + 2 + 12 + 12 + 3 + 18 + 18 + 3 + 18 + 18 + 4 + 24 + 24 + 4 + 16)
+    assert cost.params == convolutions + norms + (16 * 3 + 3)
+    # The widened map of the second stage at 16×16, and what it is filtered to at 8×8.
+    assert cost.peak_activation_bytes == 4 * (12 * 16 * 16 + 12 * 8 * 8)
+
+
 @pytest.mark.parametrize("n_filters", [None, 5])
 def test_measuring_leaves_the_model_alone(n_filters):
     model = ConvNet(Architecture(family="fast", widths=[4, 8, 12], depth=1), 1, 3, n_filters).train()
@@ -99,7 +118,12 @@ def test_measuring_leaves_the_model_alone(n_filters):
 
 
 @pytest.mark.parametrize(
-    "family", [{"family": "fast", "widths": [4, 8, 12], "depth": 2}, {"family": "wrn", "depth": 10}]
+    "family",
+    [
+        {"family": "fast", "widths": [4, 8, 12], "depth": 2},
+        {"family": "wrn", "depth": 10},
+        {"family": "mobilenet", "widths": [8, 16, 32], "depth": 2},
+    ],
 )
 def test_bytes_follow_the_precision_and_nothing_else_does(family):
     model = ConvNet(Architecture(**family), 3, 10, n_filters=7)
@@ -134,6 +158,9 @@ DRAWN = [
     {"family": "airbench", "widths": [8, 9, 10], "depth": 1},
     {"family": "wrn", "depth": 10, "width": 1, "mirror": True},
     {"family": "wrn", "depth": 16, "width": 2},
+    {"family": "fast", "widths": [4, 6, 8, 9], "depth": 2},
+    {"family": "mobilenet", "widths": [8, 8, 16], "depth": 1, "mirror": True},
+    {"family": "mobilenet", "widths": [8, 16, 24, 24], "depth": 3},
 ]
 
 

@@ -19,6 +19,7 @@ from nonn.stages import STAGES
 CARRIERS = {
     f"nonn.core.{name}"
     for name in (
+        "architecture",
         "artifacts",
         "devices",
         "errors",

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from experiments import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from nonn.training.networks import ConvNet
 from nonn.training.store import load_design
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
+MOBILENET = Design(family="mobilenet", depths=[1, 2], min_width=4, max_width=20, step=1, precision="int8")
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, precision="float32")
 INFO = {"channels": 1, "size": 28, "classes": ["a", "b", "c"]}
 AMPLE = Budget(memory_kib=10_000, mmacs=1000)
@@ -30,7 +32,7 @@ AMPLE = Budget(memory_kib=10_000, mmacs=1000)
 
 def all_students(grid: Design, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
-    architectures = [architecture for depth in grid.depths for architecture in family(grid, depth)]
+    architectures = [architecture for depth in grid.depths for architecture in family(grid, depth, INFO["size"])]
     return [
         (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.precision))
         for a in architectures
@@ -75,7 +77,7 @@ def test_apportion_shares_out_everything(shares, surplus):
 # Architectures
 
 
-@pytest.mark.parametrize("grid", [FAST, WRN], ids=["fast", "wrn"])
+@pytest.mark.parametrize("grid", [FAST, WRN, MOBILENET], ids=["fast", "wrn", "mobilenet"])
 def test_the_largest_that_fits_is_found(grid):
     candidates = all_students(grid, n_filters=5)
     assert len({cost.params for _, cost in candidates}) == len(candidates)
@@ -108,6 +110,54 @@ def test_with_ample_budget_the_grid_s_largest_is_taken():
 def test_the_widths_of_the_stages_follow_their_proportion():
     balanced = FAST.model_copy(update={"widths": [1, 2, 2.25]})
     assert find_student(balanced, AMPLE, 5)[0] == Architecture(family="fast", widths=[12, 24, 27], depth=2)
+
+
+def test_a_network_of_more_stages_has_as_many_widths():
+    longer = FAST.model_copy(update={"widths": [1, 1.5, 2, 2.5]})
+    assert find_student(longer, AMPLE, 5)[0] == Architecture(family="fast", widths=[12, 18, 24, 30], depth=2)
+
+
+@pytest.mark.parametrize(
+    ("size", "widths"),
+    [
+        (28, [16, 32, 80]),
+        (96, [16, 24, 40, 104]),  # in proportion to 24, 32, 64 and 160
+        (128, [16, 24, 40, 104]),
+        (160, [16, 24, 32, 64, 160]),  # those of the paper
+        (224, [16, 24, 32, 64, 160]),
+        (512, [16, 16, 24, 32, 64, 160]),
+    ],
+)
+def test_students_of_larger_images_have_more_stages(size, widths):
+    grid = MOBILENET.model_copy(update={"min_width": 16})
+    assert family(grid, 2, size)[0].widths == widths
+    model = ConvNet(family(grid, 1, size)[0], 1, 3).eval()
+    last = model.stage_maps(torch.zeros(1, 1, size, size, dtype=torch.uint8))[-1]
+    assert 4 <= last.shape[-1] <= 8
+
+
+@pytest.mark.parametrize("size", [28, 96, 224])
+def test_a_wider_mobilenet_costs_more(size):
+    """What the search by bisection relies on; the largest map may stay as it is, since widths are multiples of 8."""
+    for depth in (1, 3):
+        students = family(MOBILENET.model_copy(update={"max_width": 28}), depth, size)
+        assert len({tuple(student.widths) for student in students}) == len(students) > 8
+        costs = [measure_cost(ConvNet(a, 3, 10, 64), 3, size, "int8") for a in students[:6]]
+        for narrow, wide in itertools.pairwise(costs):
+            assert wide.params > narrow.params
+            assert wide.macs > narrow.macs
+            assert wide.memory_bytes > narrow.memory_bytes
+            assert wide.weight_bytes > narrow.weight_bytes
+            assert wide.peak_activation_bytes >= narrow.peak_activation_bytes
+
+
+def test_a_microcontroller_holds_a_mobilenet_for_96_pixels():
+    device = Budget(memory_kib=320, mmacs=20)
+    grid = MOBILENET.model_copy(update={"max_width": 64})
+    architecture, cost = design_student(grid, device, {"channels": 3, "size": 96, "classes": [""] * 10}, 48)
+    assert len(architecture.widths) == 4
+    assert device.fits(cost)
+    assert cost.macs > 5e6, "not the smallest"
 
 
 def test_lower_precision_leaves_room_for_a_larger_student():
@@ -234,7 +284,7 @@ def test_every_baseline_has_its_budget():
 
 
 def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
-    smallest = ConvNet(family(FAST, 1)[0], INFO["channels"], len(INFO["classes"]), 5)
+    smallest = ConvNet(family(FAST, 1, INFO["size"])[0], INFO["channels"], len(INFO["classes"]), 5)
     needed = measure_cost(smallest, INFO["channels"], INFO["size"])
     devices = [Budget(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
@@ -324,7 +374,7 @@ def test_the_shipped_grid_is_monotone(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     grid = Params.model_validate(merge_experiment(name)).design.model_copy(update={"max_width": 20})
     for depth in grid.depths:
-        costs = [measure_cost(ConvNet(a, 1, 10, 64), 1, 28) for a in family(grid, depth)]
+        costs = [measure_cost(ConvNet(a, 1, 10, 64), 1, 28) for a in family(grid, depth, 28)]
         for narrow, wide in itertools.pairwise(costs):
             assert wide.params > narrow.params
             assert wide.macs > narrow.macs

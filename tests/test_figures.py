@@ -695,6 +695,8 @@ def test_every_colour_stands_out_from_white():
         {"family": "airbench", "widths": [6, 8, 10], "depth": 3, "strided": True},
         {"family": "wrn", "depth": 10, "width": 1},
         {"family": "resnet", "depth": 8, "width": 1},
+        {"family": "fast", "widths": [6, 7, 8, 10], "depth": 1},
+        {"family": "mobilenet", "widths": [4, 6, 8, 10], "depth": 2},
     ],
     ids=lambda architecture: architecture["family"],
 )

@@ -2,23 +2,28 @@
 
 import pytest
 import torch
+import torchvision
 
 from nonn.core.params import Architecture
 from nonn.training.networks import ConvNet, accuracy, count_parameters, deployed, predict, single_pass, whiten
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)
+DEEP_FAST = Architecture(family="fast", widths=[4, 6, 8, 12], depth=1)
 WRN = Architecture(family="wrn", depth=10, width=1)
+MOBILENET = Architecture(family="mobilenet", widths=[4, 6, 8], depth=2)
 RESNET = Architecture(family="resnet", depth=8)
 AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2)
 DEEP_AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=3)
 STRIDED_AIRBENCH = Architecture(family="airbench", widths=[4, 8, 12], depth=2, strided=True)
 FAMILIES = {
     "fast": FAST,
+    "fast of four stages": DEEP_FAST,
     "airbench": AIRBENCH,
     "airbench of depth 3": DEEP_AIRBENCH,
     "airbench strided": STRIDED_AIRBENCH,
     "wrn": WRN,
     "resnet": RESNET,
+    "mobilenet": MOBILENET,
 }
 
 
@@ -56,6 +61,20 @@ def test_wrn_40_4_and_resnet_20_have_the_published_sizes():
     assert count_parameters(ConvNet(Architecture(family="wrn", depth=40, width=4), 3, 10)) == 8_955_050
     # 0.27 million in the paper; 269,722 without parameters in the shortcuts.
     assert count_parameters(ConvNet(Architecture(family="resnet", depth=20), 3, 10)) == 269_722
+
+
+def test_a_mobilenet_is_built_of_the_blocks_of_the_paper():
+    """MobileNetV2 of torchvision, https://arxiv.org/abs/1801.04381, in the blocks that both have."""
+    reference = torchvision.models.mobilenet_v2().features
+    model = ConvNet(Architecture(family="mobilenet", widths=[16, 24, 32, 64, 320], depth=2), 3, 10)
+    pairs = {0: model.stem, 1: model.stages[0][0].layers, 18: model.stages[-1][-3:]}
+    pairs |= {2: model.stages[1][0].layers, 3: model.stages[1][1].layers, 7: model.stages[3][0].layers}
+    for number, ours in pairs.items():
+        shapes = [[tuple(p.shape) for p in part.parameters()] for part in (reference[number], ours)]
+        assert shapes[0] == shapes[1], number
+    assert [block.adds for block in model.stages[1]] == [reference[n].use_res_connect for n in (2, 3)]
+    images = random_images(1, 3, 224)
+    assert [m.shape[-1] for m in model.stage_maps(images)] == [112, 56, 28, 14, 7]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,7 +123,9 @@ def test_features_are_the_spatial_mean_of_a_rectified_map(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stage_maps_halve_from_stage_to_stage(family):
     sizes = [m.shape[-1] for m in make_network(FAMILIES[family]).stage_maps(random_images(2, 1, 32))]
-    assert sizes == ([32, 16, 8] if family in ("wrn", "resnet") else [16, 8, 4])
+    first = 32 if family in ("wrn", "resnet") else 16
+    assert sizes == [first >> stage for stage in range(len(sizes))]
+    assert len(sizes) == (4 if family == "fast of four stages" else 3)
 
 
 def test_raw_pixels_are_normalised_inside():

@@ -106,22 +106,38 @@ WRONG = [
     ),
     (
         {"teacher.architecture": {"family": "fast", "depth": 2}},
-        "teacher.architecture: family fast needs `widths`, three numbers, such as [64, 256, 256]",
+        "teacher.architecture: family fast needs `widths`, 3 to 6 numbers, such as [64, 256, 256]",
+    ),
+    (
+        {"teacher.architecture": {"family": "airbench", "widths": [1, 2, 3, 4], "depth": 2}},
+        "teacher.architecture: family airbench needs `widths`, three numbers, such as [64, 256, 256]",
+    ),
+    (
+        {"teacher.architecture": {"family": "fast", "widths": [8] * 5, "depth": 2}},
+        "teacher.architecture: 5 stages halve an image of 28 pixels to nothing; give at most 4 widths",
     ),
     (
         {"teacher.architecture": {"family": "wrn", "depth": 16, "widths": [1, 2, 3]}},
-        "teacher.architecture: `widths` belongs to families fast and airbench; family wrn takes `depth` and `width`",
+        "teacher.architecture: `widths` belongs to families fast, airbench and mobilenet; family wrn takes",
     ),
     (
         {"teacher.architecture": {"family": "wrn", "depth": 16, "strided": True}},
         "teacher.architecture: `strided` belongs to family airbench, not to wrn; remove it",
     ),
     ({"design.strided": True}, "design: `strided` belongs to family airbench, not to fast; remove it"),
+    (
+        {"design.widths": [1] * 5},
+        "design.widths: 5 stages halve an image of 28 pixels to nothing; give at most 4 widths",
+    ),
+    (
+        {"design.widths": [1] * 4, "design.family": "airbench"},
+        "design: family airbench has three stages; give three `widths`, or take family fast or mobilenet",
+    ),
     ({"design.widths": [1, 2]}, "design.widths: list should have at least 3 items"),
     ({"design.widths": [2, 4, 8]}, "design: widths are in units of the first, so it is 1, not 2"),
     (
         {"design.family": "wrn", "design.widths": [1, 2, 4], "design.depths": [10]},
-        "design: `widths` belongs to families fast and airbench; remove it",
+        "design: `widths` belongs to families fast, airbench and mobilenet; remove it",
     ),
     ({"design.family": "wrn"}, "design: family wrn needs depths of the form 6n + 4 (10, 16, 22, …), not 2"),
     ({"design.min_width": 200}, "design: min_width is above max_width"),

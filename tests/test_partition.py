@@ -18,6 +18,7 @@ from nonn.method.partitioning import (
     fill_sets,
     modularity_matrix,
     partition_filters,
+    random_starts,
     search_communities,
 )
 from nonn.stages import partition as partition_stage
@@ -109,6 +110,23 @@ def test_no_swap_of_two_filters_raises_the_modularity():
                     swapped = [list(filters) for filters in sets]
                     swapped[s][first.index(i)], swapped[t][sets[t].index(j)] = j, i
                     assert modularity(weights, swapped) <= best + 1e-9
+
+
+def test_random_starts_find_what_one_start_misses():
+    """Noise has many partitions that no swap improves; which of them one search ends in is chance."""
+    generator = np.random.default_rng(2)
+    noise = np.triu(generator.random((40, 40)) ** 4, 1)
+    weights, sizes = noise + noise.T, [10] * 4
+    affinity = modularity_matrix(weights)
+    found = divide(weights, sizes)
+    starts = [modularity(weights, sets) for sets in random_starts(np.arange(40), sizes, affinity, seed=0)]
+    communities, _ = search_communities(weights, 4, seed=0)
+    alone = modularity(weights, fill_sets(communities, sizes, affinity))
+    assert len(set(starts)) > 1
+    assert found.modularity == pytest.approx(max([alone, *starts]))
+    assert found.modularity > alone + 0.005
+    assert found != divide(weights, sizes, seed=1), "the seed decides"
+    assert found == divide(weights, sizes)
 
 
 def test_modularity_matrix_counts_modularity():

@@ -20,6 +20,8 @@ PIPELINE = (
     *("dvc", "jinja2", "matplotlib", "mlxtend", "networkx", "onnx", "onnxscript", "pandas", "scipy"),
     *("torch", "torchvision"),
 )
+#: What only ``nonn partitions`` needs, for the comparison.
+PARTITIONS = ("igraph", "sklearn")
 
 
 def require_64_bit(largest: int = sys.maxsize, machine: str | None = None) -> None:
@@ -34,6 +36,10 @@ def require_64_bit(largest: int = sys.maxsize, machine: str | None = None) -> No
 def how_to_install(module: str | None) -> str | None:
     """One line on how to install a module that is missing; None if it belongs to no dependency of nonn."""
     package = str(module).partition(".")[0]
+    if package in PARTITIONS:
+        return (
+            f"{package} is not installed: this command compares with its methods. {_command('[pipeline,partitions]')}"
+        )
     if package not in BASE + PIPELINE:
         return None
     extra, whose = ("[pipeline]", "the pipeline") if package in PIPELINE else ("", "nonn")

@@ -7,12 +7,13 @@ is refused with the key and the remedy before a stage runs.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
 from nonn.core.boards import all_boards, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.devices import Device, Limit, Positive, check_board
@@ -60,8 +61,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterVa
 Fraction = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-Width = Annotated[int, Field(ge=1, le=16_384)]  # channels of a layer
-Depth = Annotated[int, Field(ge=1, le=1_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -105,53 +104,6 @@ class Augment(Section):
     pad: Annotated[int, Field(ge=0, le=16)]
     flip: bool
     cutout: Annotated[int, Field(ge=0, le=64)] = 0
-
-
-#: Left out of files where it is false, its value before there was such a key.
-Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
-
-
-class Architecture(Section):
-    """A convolutional network of one family: see `nonn.training.networks`."""
-
-    family: Literal["fast", "airbench", "wrn", "resnet"]
-    widths: Annotated[list[Width], Field(max_length=3)] = Field(default=[])
-    depth: Depth
-    width: Annotated[int, Field(ge=1, le=256)] = 1
-    mirror: Flag = False
-    strided: Flag = False
-
-    @property
-    def name(self) -> str:
-        """As the literature writes it, such as WRN-16-2."""
-        if self.widths:
-            return f"{self.family} {'-'.join(map(str, self.widths))}"
-        if self.family == "wrn":
-            return f"WRN-{self.depth}-{self.width}"
-        return f"ResNet-{self.depth}" if self.width == 1 else f"ResNet-{self.depth} (width ×{self.width})"
-
-    @property
-    def n_features(self) -> int:
-        """Length of the feature vector, without a bridge."""
-        return self.widths[-1] if self.widths else 64 * self.width
-
-    @model_validator(mode="after")
-    def _is_complete(self) -> Architecture:
-        has_widths = self.family in ("fast", "airbench")
-        if has_widths and len(self.widths) != 3:
-            raise ValueError(f"family {self.family} needs `widths`, three numbers, such as [64, 256, 256]")
-        if not has_widths and self.widths:
-            raise ValueError(
-                f"`widths` belongs to families fast and airbench; family {self.family} takes `depth` and `width`"
-            )
-        if has_widths and self.width != 1:
-            raise ValueError(f"`width` belongs to families wrn and resnet; family {self.family} takes `widths`")
-        if self.strided and self.family != "airbench":
-            raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
-        step = {"wrn": (6, 4), "resnet": (6, 2)}.get(self.family)
-        if step and (self.depth < sum(step) or self.depth % step[0] != step[1]):
-            raise ValueError(f"family {self.family} needs depth = {step[0]}n + {step[1]}, not {self.depth}")
-        return self
 
 
 class MuonParams(Section):
@@ -229,16 +181,20 @@ class PartitionParams(Section):
     seed: Seed
 
 
+#: Widths of stages in units of the first one's.
+Proportions = Annotated[
+    list[Annotated[float, Field(ge=1, le=64)]], Field(min_length=FEWEST_STAGES, max_length=MOST_STAGES)
+]
+
+
 class Design(Section):
     input: Size | None = None
-    family: Literal["fast", "airbench", "wrn"]
+    family: Literal["fast", "airbench", "wrn", "mobilenet"]
     depths: Annotated[list[Depth], Field(min_length=1, max_length=16)]
     min_width: Width
     max_width: Width
     step: Width
-    widths: Annotated[list[Annotated[float, Field(ge=1, le=64)]], Field(min_length=3, max_length=3)] = Field(
-        default=[1, 2, 4]
-    )
+    widths: Proportions | None = None
     mirror: Flag = False
     strided: Flag = False
     precision: Precision
@@ -249,9 +205,11 @@ class Design(Section):
             raise ValueError("min_width is above max_width")
         if self.strided and self.family != "airbench":
             raise ValueError(f"`strided` belongs to family airbench, not to {self.family}; remove it")
-        if self.family == "wrn" and "widths" in self.model_fields_set:
-            raise ValueError("`widths` belongs to families fast and airbench; remove it")
-        if self.widths[0] != 1:
+        if self.family == "wrn" and self.widths:
+            raise ValueError("`widths` belongs to families fast, airbench and mobilenet; remove it")
+        if self.family == "airbench" and len(self.widths or ()) > FEWEST_STAGES:
+            raise ValueError("family airbench has three stages; give three `widths`, or take family fast or mobilenet")
+        if self.widths and self.widths[0] != 1:
             raise ValueError(f"widths are in units of the first, so it is 1, not {self.widths[0]:g}")
         for depth in self.depths:
             if self.family == "wrn" and (depth < 10 or depth % 6 != 4):
@@ -377,6 +335,14 @@ class Params(Section):
         return self
 
     def _disagreements(self) -> Iterator[str]:
+        own = self.teacher.architecture
+        stages: list[tuple[str, str, Sequence[float] | None, int]]
+        stages = [("design.widths", self.design.family, self.design.widths, self.sizes["students"])]
+        if own and not self.teacher.is_foreign:
+            stages.append(("teacher.architecture", own.family, own.widths, self.sizes["teacher"]))
+        for key, family, widths, size in stages:
+            if line := say_if_too_deep(family, len(widths or ()), size):
+                yield f"{key}: {line}"
         if SOLO in self.networks:
             yield f"networks.{SOLO}: this is what models that run alone are called; choose another name"
         for name, network in self.networks.items():

@@ -61,6 +61,14 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> RawImages:
     return RawImages(layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
+def find_images(path: Path) -> FolderLayout:
+    """What a folder or an archive holds, by the names of its files alone: no image is opened."""
+    _check_kind(path)
+    with _damage_explained(path):
+        names = list(list_names(path))
+        return read_known_layout(names, path) or read_layout(names, path)
+
+
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise UserError(

@@ -15,7 +15,7 @@ from nonn.deploy.int8 import weight_bytes
 from nonn.training.networks import ConvNet, count_parameters, deployed
 
 #: Modules and functions that a deployed runtime fuses into the operation before, or that only rename.
-IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Identity)
+IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.GELU, nn.Identity)
 IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 
 

@@ -15,8 +15,9 @@ from nonn.core.params import Architecture, Precision
 
 #: Bytes of an activation.
 BYTES = {"float32": 4, "int8": 1}
-#: Side of the patches that the first layer of family airbench whitens: see `nonn.training.networks`.
-WHITENED = 2
+#: Side of the patches that the first layer of family airbench whitens, and channels inside a block of family mobilenet
+#: in units of those that enter it: see `nonn.training.networks`.
+WHITENED, EXPANSION = 2, 6
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,18 @@ class Sketch:
         return x._replace(step=self.add(0, x.step, shares=x.step))
 
     def convolve(
-        self, x: Map, outputs: int, kernel: int = 3, stride: int = 1, bias: bool = False, padding: int | None = None
+        self,
+        x: Map,
+        outputs: int,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = False,
+        padding: int | None = None,
+        groups: int = 1,
     ) -> Map:
         margin = kernel // 2 if padding is None else padding
         side = (x.side + 2 * margin - kernel) // stride + 1
-        weights = x.channels * kernel * kernel * outputs
+        weights = x.channels // groups * kernel * kernel * outputs
         self.macs += weights * side * side
         if self.counts_weights:
             self.weights += weights
@@ -131,8 +139,10 @@ class Sketch:
     def pool(self, x: Map) -> Map:
         return self.new(x.channels, x.side // 2, x.step)
 
-    def rectified(self, x: Map, outputs: int, kernel: int = 3, pool: bool = False) -> Map:
-        x = self.convolve(x, outputs, kernel)
+    def rectified(
+        self, x: Map, outputs: int, kernel: int = 3, pool: bool = False, stride: int = 1, groups: int = 1
+    ) -> Map:
+        x = self.convolve(x, outputs, kernel, stride, groups=groups)
         return self.in_place(self.normalise(self.pool(x) if pool else x))
 
 
@@ -181,8 +191,25 @@ def _wrn(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
     return sketch.in_place(sketch.normalise(x, is_folded=False))
 
 
+def _mobilenet(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
+    x = sketch.rectified(x, 2 * architecture.widths[0], stride=2)
+    for stage, outputs in enumerate(architecture.widths):
+        for block in range(architecture.depth if stage else 1):
+            inside, stride = x.channels * (EXPANSION if stage else 1), 2 if stage and block == 0 else 1
+            y = sketch.rectified(x, inside, kernel=1) if stage else x
+            y = sketch.rectified(y, inside, stride=stride, groups=inside)
+            y = sketch.normalise(sketch.convolve(y, outputs, kernel=1))
+            x = sketch.new(outputs, y.side, x.step, y.step) if stride == 1 and x.channels == outputs else y
+    return sketch.rectified(x, architecture.n_features, kernel=1)
+
+
 #: The families of students that are drawn here.
-BODIES: dict[str, Callable[[Sketch, Map, Architecture], Map]] = {"fast": _fast, "airbench": _airbench, "wrn": _wrn}
+BODIES: dict[str, Callable[[Sketch, Map, Architecture], Map]] = {
+    "fast": _fast,
+    "airbench": _airbench,
+    "wrn": _wrn,
+    "mobilenet": _mobilenet,
+}
 
 
 def count_cost(

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES
 from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Precision
@@ -30,6 +31,12 @@ from nonn.deploy.counting import BODIES, Cost, count_cost
 N_SHOWN, SHOWN_UP_TO = 14, 4.0
 #: From how many times the filters of the smallest student on those of the largest are called lopsided.
 LOPSIDED = 4
+#: Widths of the stages of family mobilenet, the last ones where it has fewer; those of the paper for 224 pixels.
+MOBILENET_WIDTHS = (16, 16, 24, 32, 64, 160)
+#: To whose multiples they are rounded, as in the authors' code.
+MOBILENET_STEP = 8
+#: The last map of family mobilenet has at most so many pixels a side, as far as it has stages enough.
+MOBILENET_LAST_SIDE = 8
 
 
 def apportion(total: int, shares: Sequence[float], least: int = 1) -> list[int]:
@@ -49,13 +56,27 @@ def apportion(total: int, shares: Sequence[float], least: int = 1) -> list[int]:
     return sizes
 
 
-def family(grid: Design, depth: int) -> list[Architecture]:
-    """The students of one depth, from narrow to wide, the widths of their stages in a fixed proportion."""
+def proportions(grid: Design, size: int) -> list[float]:
+    """Widths of the stages in units of the first one's, of students for images of `size` pixels a side."""
+    if grid.widths:
+        return grid.widths
+    if grid.family != "mobilenet":
+        return [1, 2, 4]
+    halvings = (size - 1).bit_length() - (MOBILENET_LAST_SIDE - 1).bit_length()
+    widths = MOBILENET_WIDTHS[-min(max(halvings, FEWEST_STAGES), MOST_STAGES) :]
+    return [width / widths[0] for width in widths]
+
+
+def family(grid: Design, depth: int, size: int) -> list[Architecture]:
+    """The students of one depth for images of `size` pixels, from narrow to wide, the widths of their stages in a fixed
+    proportion, and no two the same."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
     common: dict[str, Any] = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
-    if grid.family in ("fast", "airbench"):
-        return [Architecture(widths=[round(w * factor) for factor in grid.widths], **common) for w in widths]
-    return [Architecture(width=width, **common) for width in widths]
+    if grid.family == "wrn":
+        return [Architecture(width=width, **common) for width in widths]
+    step = MOBILENET_STEP if grid.family == "mobilenet" else 1
+    rows = [tuple(max(step, step * round(w * factor / step)) for factor in proportions(grid, size)) for w in widths]
+    return [Architecture(widths=list(row), **common) for row in dict.fromkeys(rows)]
 
 
 class Shape(NamedTuple):
@@ -73,13 +94,13 @@ def _key(grid: Design) -> str:
 
 
 @cache
-def _candidates(grid: str, depth: int) -> list[Architecture]:
-    return family(Design.model_validate_json(grid), depth)
+def _candidates(grid: str, depth: int, size: int) -> list[Architecture]:
+    return family(Design.model_validate_json(grid), depth, size)
 
 
 @cache
 def _cost(grid: str, depth: int, position: int, shape: Shape, precision: Precision) -> Cost:
-    architecture = _candidates(grid, depth)[position]
+    architecture = _candidates(grid, depth, shape.size)[position]
     if architecture.family in BODIES:
         return count_cost(architecture, *shape, precision)
     from nonn.deploy.cost import measure_cost  # of PyTorch, which takes seconds to import
@@ -112,7 +133,7 @@ def _design(
 ) -> tuple[Architecture, Cost] | None:
     best = None
     for depth in depths:
-        students = _candidates(grid, depth)
+        students = _candidates(grid, depth, shape.size)
 
         def cost_of(position: int, depth: int = depth) -> Cost:
             return _cost(grid, depth, position, shape, precision)
@@ -141,7 +162,7 @@ def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> 
     works = ", ".join(f"{limit.key}: {limit.enough:g}" for limit in broken(depth))
     return (
         f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
-        f"{family(grid, depth)[0].name}, needs {works}; give as much, or lower design.min_width."
+        f"{family(grid, depth, info['size'])[0].name}, needs {works}; give as much, or lower design.min_width."
     )
 
 
@@ -154,7 +175,7 @@ def sample_candidates(grid: Design, budgets: Sequence[Budget], info: dict, n_fil
     largest = SHOWN_UP_TO * max(budget.total_kib for budget in budgets) * 1024
     shown = []
     for depth in grid.depths:
-        students = family(grid, depth)
+        students = family(grid, depth, info["size"])
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
             cost = _cost(_key(grid), depth, int(i), _shape(info, n_filters), grid.precision)
             shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})

@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from nonn.core.architecture import MOST_STAGES
 from nonn.core.budgets import Budget
 from nonn.core.params import Architecture
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
@@ -98,15 +99,20 @@ def list_blocks(
 ) -> list[tuple[str, int, int, int]]:
     """Blocks of a network from its input to its features: name, channels, side of its map in pixels, and layers.
 
-    A layer is a convolution, in the residual families a block of two. As `nonn.training.networks` builds them. Of a
-    network that is known by its name alone, only the image is.
+    A layer is a convolution, in the residual families a block. As `nonn.training.networks` builds them. Of a network
+    that is known by its name alone, only the image is.
     """
     if isinstance(architecture, str):
         return [("image", channels, size, 0)]
-    if architecture.family in ("fast", "airbench"):
+    layers: list[int] | int
+    if architecture.family == "mobilenet":
+        stem, widths = 2 * architecture.widths[0], [*architecture.widths[:-1], architecture.n_features]
+        layers = [1, *[architecture.depth] * (len(widths) - 2), architecture.depth + 1]
+        sides = [math.ceil(size / 2**halvings) for halvings in range(1, len(widths) + 1)]
+    elif architecture.family in ("fast", "airbench"):
         stem = max(4, architecture.widths[0] // 2) if architecture.family == "fast" else 8 * channels
         widths, layers = architecture.widths, architecture.depth
-        sides = [size // 2, size // 4, size // 8]
+        sides = [size // 2**halvings for halvings in range(1, len(widths) + 1)]
         if architecture.strided:  # a stride rounds up where pooling rounds down
             half = math.ceil(size / 2)
             sides = [half, half // 2, half // 4]
@@ -116,9 +122,10 @@ def list_blocks(
         widths = [16 * factor * architecture.width for factor in (1, 2, 4)]
         layers = (architecture.depth - (4 if wide else 2)) // 6
         sides = [size, math.ceil(size / 2), math.ceil(size / 4)]
-    blocks = [("image", channels, size, 0), ("stem", stem, size, 1)]
-    stages = zip(widths, sides, strict=True)
-    blocks += [(f"stage {i}", width, side, layers) for i, (width, side) in enumerate(stages, start=1)]
+    first = sides[0] if architecture.family == "mobilenet" else size
+    blocks = [("image", channels, size, 0), ("stem", stem, first, 1)]
+    stages = zip(widths, sides, layers if isinstance(layers, list) else [layers] * len(widths), strict=True)
+    blocks += [(f"stage {i}", width, side, n) for i, (width, side, n) in enumerate(stages, start=1)]
     return blocks + ([("bridge", n_filters, sides[-1], 1)] if n_filters else [])
 
 
@@ -136,7 +143,7 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
     chains = [list_blocks(n["architecture"], channels, n.get("size", size), n["n_filters"]) for n in networks]
     most = max(width for chain in chains for _, width, _, _ in chain)
     columns = list(dict.fromkeys(name for chain in chains for name, *_ in chain))
-    columns.sort(key=["image", "stem", "stage 1", "stage 2", "stage 3", "bridge"].index)
+    columns.sort(key=["image", "stem", *(f"stage {i}" for i in range(1, MOST_STAGES + 1)), "bridge"].index)
     figure = Figure(figsize=(10.4, 1.0 + 0.85 * len(chains)), layout="constrained")
     axis = figure.subplots()
     deepest = max(layers for chain in chains for *_, layers in chain)

@@ -18,6 +18,10 @@ POINTWISE = {"Add", "BatchNormalization", "Cast", "Div", "Erf", "Mul", "Relu", "
 WINDOWED = {"Conv", "MaxPool"}
 
 
+class UnsplittableError(UserError):
+    """A sound ONNX file of a network that is not of a kind that can be split here."""
+
+
 @dataclass(frozen=True)
 class OnnxGraph:
     """An exported classifier, taken apart."""
@@ -51,9 +55,9 @@ def read_network(path: Path) -> OnnxGraph:
     except (DecodeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         raise UserError(f"{path}: not a sound ONNX file ({str(error).splitlines()[0][:200]}).") from None
 
-    def refuse(why: str) -> UserError:
+    def refuse(why: str) -> UnsplittableError:
         remedy = "Give a classifier of family fast, airbench or wrn from `nonn export`."
-        return UserError(f"{path}: cannot be split: {why}. {remedy}")
+        return UnsplittableError(f"{path}: cannot be split: {why}. {remedy}")
 
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}

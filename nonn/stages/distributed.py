@@ -12,6 +12,7 @@ from nonn.core.params import SOLO, Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.system import describe_system
+from nonn.split.graph import UnsplittableError, read_network
 from nonn.testbed.composed import load_of_network
 from nonn.testbed.deployments import SPLITS, Deployment, as_network, split_deployment, time_final
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
@@ -33,6 +34,11 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     student = total["students"][0]
     # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
     model = solo / student.get("single_pass", student["file"])
+    try:
+        read_network(model)
+    except UnsplittableError as error:
+        log(f"note: {error}")
+        return
     for method in SPLITS:
         yield split_deployment(method, model, n_devices, scratch / method, core)
 

@@ -1,4 +1,4 @@
-"""The convolutional networks: one class for teachers and students, four families of them.
+"""The convolutional networks: one class for teachers and students, five families of them.
 
 A network takes raw ``uint8`` images and normalises them itself, so that no device, stage or exported file can normalise
 them differently. It returns its *feature vector* (the spatial mean of its last rectified convolution) and its logits:
@@ -14,7 +14,7 @@ and answers with the mean: more accurate, at twice the operations and no further
 Families
 --------
 fast
-    Three stages of 3×3 convolutions, each pooled right after its first convolution, in the manner
+    Three to six stages of 3×3 convolutions, each pooled right after its first convolution, in the manner
     of https://github.com/KellerJordan/cifar10-airbench.
 airbench
     The same with what makes a short training go far: a first layer that whitens, filters that begin
@@ -25,6 +25,12 @@ wrn
     Wide ResNets WRN-d-k (https://arxiv.org/abs/1605.07146), the paper's teachers and students.
 resnet
     The CIFAR ResNets (https://arxiv.org/abs/1512.03385, section 4.2), for importing teachers.
+mobilenet
+    MobileNetV2 (https://arxiv.org/abs/1801.04381) for photographs and small devices, whose compilers know all of its
+    operations: inverted residuals with ReLU6, then a 1×1 convolution to four times the last stage's width. Every
+    stage halves the maps, so three to six of them suit images of 28 to 512 pixels. The first one is a single block
+    without expansion, whose stride stands in the stem, and the paper's network for 224 pixels has the widths 16, 24,
+    32, 64 to 96, and 160 to 320.
 """
 
 from __future__ import annotations
@@ -43,6 +49,8 @@ from nonn.data.canvas import Images
 WHITENED = 2
 #: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
 BATCHED = 32
+#: Channels inside an inverted residual, in units of those that enter it.
+EXPANSION = 6
 
 
 class Normalize(nn.Module):
@@ -185,7 +193,51 @@ def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, l
     return stem, stages, width
 
 
-BODIES = {"fast": fast_body, "airbench": airbench_body, "wrn": wrn_body, "resnet": resnet_body}
+def relu6_convolution(
+    inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, ...]:
+    layer = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return layer, nn.BatchNorm2d(outputs), nn.ReLU6(inplace=True)
+
+
+class InvertedResidual(nn.Module):
+    """Block of a MobileNetV2: widen by a 1×1 convolution, filter each channel by itself, narrow without rectifying."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
+        super().__init__()
+        inside = inputs * expansion
+        wider = relu6_convolution(inputs, inside) if expansion > 1 else ()
+        filtered = relu6_convolution(inside, inside, kernel=3, stride=stride, groups=inside)
+        self.layers = nn.Sequential(*wider, *filtered, convolution(inside, outputs, kernel=1), nn.BatchNorm2d(outputs))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.adds else self.layers(x)
+
+
+def mobilenet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
+    width = 2 * architecture.widths[0]
+    stem = nn.Sequential(*relu6_convolution(channels, width, kernel=3, stride=2))
+    stages: list[nn.Sequential] = []
+    for outputs in architecture.widths:
+        if stages:
+            blocks = [InvertedResidual(width, outputs, 2, EXPANSION)]
+            blocks += [InvertedResidual(outputs, outputs, 1, EXPANSION) for _ in range(architecture.depth - 1)]
+        else:
+            blocks = [InvertedResidual(width, outputs, 1, expansion=1)]
+        stages.append(nn.Sequential(*blocks))
+        width = outputs
+    stages[-1].extend(relu6_convolution(width, architecture.n_features))  # the features are rectified
+    return stem, stages, architecture.n_features
+
+
+BODIES = {
+    "fast": fast_body,
+    "airbench": airbench_body,
+    "wrn": wrn_body,
+    "resnet": resnet_body,
+    "mobilenet": mobilenet_body,
+}
 
 
 class ConvNet(nn.Module):

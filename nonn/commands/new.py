@@ -1,0 +1,259 @@
+"""The command ``nonn new``: an experiment for somebody's own images, teacher and devices, filled in and checked.
+
+It is a file of ``workflow/experiments/`` like the shipped ones, and becomes the active experiment. A folder elsewhere
+would not do: ``dvc.yaml`` and the Snakefile name the code, on whose content both front ends decide what has to run, by
+its path in the clone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, write_params
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.jobs import check_named_files, write_jobs
+from nonn.core.options import add_settings
+from nonn.core.params import PARAMS_FILE, Design, Params, load_params
+from nonn.core.schema import parse_changes
+
+#: Pixels a side of what students see, where a library's teacher sees `TEACHER_SIZE`.
+SIZE, TEACHER_SIZE = 96, 224
+#: From which size on students are of family mobilenet: smaller images leave its strides too little.
+MOBILENET_FROM = 64
+#: Of a teacher that is trained: how many times as wide as the narrowest student.
+TEACHER_WIDTH = 32
+
+TEMPLATE = """\
+# Written by `nonn new`. What is not here is as in mnist5k.yaml, and stands in params.yaml with its comments.
+experiment: {name}
+numerics: fast                # all that this machine offers; portable: the same bytes on other processors too
+
+# The budget of each kind of device. `nonn check` says what is wrong with one.
+devices: {devices}
+
+networks:
+  {network}:
+    devices: {members}
+    seeds: 1                  # trainings; 3 or more show the spread
+    baselines: {{kd: 1}}        # what to compare with: see docs/parameters.md
+
+dataset:
+  source: {source}
+  size: {size}{size_comment}
+  validation: 0.1             # of the training images, on which every choice is made
+  test: 0.2                   # where the source has no test images of its own
+{teacher}
+signals:
+  views: 4                    # augmented views of each image; more cost time and disk, and help small data sets
+  augment: {augment}
+  threads: {threads}
+
+graph:
+  top_k: 25                   # filters of each image that take part in the graph
+
+design:
+  family: {family}
+  depths: {depths}
+  min_width: {min_width}
+  max_width: {max_width}
+  precision: {precision}
+{design}
+distill:
+  epochs: 20
+  batch_size: 64
+  lr: 0.1
+"""
+TRAINED = """
+# No teacher was given, so one is trained: see docs/data-and-teacher.md for a teacher of your own.
+teacher:
+  architecture: {{family: {family}, widths: {widths}, depth: 2}}
+  epochs: 30
+  batch_size: 64
+  lr: 0.1
+  augment: {augment}
+  threads: {threads}
+"""
+IMPORTED = """
+teacher:
+  source: {source}
+  weights: {weights}
+  threads: {threads}{size}
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks for."""
+
+    name: str
+    images: str
+    devices: list[str]  # one for each student
+    teacher: str | None
+    weights: str | None
+    size: int
+    precision: str
+
+
+def parse_devices(text: str) -> list[str]:
+    """Names of devices, one for each student, from ``4×pi_zero2w`` or ``2xrp2350,2xpi_zero2w``."""
+    found: list[str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(?:(\d{1,3})\s*[x×*]\s*)?([A-Za-z0-9_-]+)\s*", part)
+        if not match:
+            raise UserError(f"--devices: {part.strip()!r} is not of the form 4×NAME; write for example 4×stm32f7")
+        found += [match[2]] * int(match[1] or 1)
+    if not 2 <= len(found) <= 16:
+        raise UserError(f"--devices: {len(found)} devices; a network has 2 to 16")
+    return found
+
+
+def known_devices() -> dict[str, dict[str, Any]]:
+    """Budgets of the devices that experiments name."""
+    return {name: budget for of in experiments() for name, budget in merge_experiment(of)["devices"].items()}
+
+
+def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Budget of each kind of device: that of another experiment, else the board of this name in the catalogue."""
+    known = known_devices()
+    return {name: dict(known[name]) if name in known else {"board": name} for name in dict.fromkeys(devices)}
+
+
+def count_classes(source: str) -> tuple[int, int] | None:
+    """Images and classes of a folder or archive, by their names; None where a package holds or downloads them."""
+    if source == "mnist5k" or source.startswith("torchvision:"):
+        return None
+    from nonn.data.folders import find_images
+
+    layout = find_images(Path(source))
+    return len(layout.names), len(layout.classes)
+
+
+def render(request: Request) -> str:
+    """The experiment's file."""
+    from nonn.method.sizing import proportions
+
+    family = "mobilenet" if request.size >= MOBILENET_FROM else "fast"
+    grids: dict[str, dict[str, Any]] = {
+        "mobilenet": {"depths": [1, 2, 3], "min_width": 8, "max_width": 64},
+        "fast": {"depths": [1, 2], "min_width": 4, "max_width": 128},
+    }
+    grid = grids[family]
+    shipped = Design.model_validate({**merge_experiment(DEFAULT)["design"], "family": family})
+    widths = [round(TEACHER_WIDTH * factor) for factor in proportions(shipped, request.size)]
+    budgets = budgets_of(request.devices)
+    common = {"augment": "{pad: 4, flip: true}", "threads": max(1, os.cpu_count() or 1), "family": family}
+    is_library = request.teacher not in (None, "train")
+    if is_library:
+        size = f"\n  size: {TEACHER_SIZE}                   # pixels a side of what the teacher sees"
+        source = {"source": _quoted(request.teacher), "weights": _quoted(request.weights)}
+        teacher = IMPORTED.format(**common, **source, size=size)
+    else:
+        teacher = TRAINED.format(**common, widths=widths)
+    largest = max(TEACHER_SIZE, request.size) if is_library else request.size
+    return TEMPLATE.format(
+        **common,
+        **grid,
+        name=request.name,
+        devices=json.dumps(budgets),
+        network=f"{len(request.devices)}s",
+        members=json.dumps(request.devices),
+        source=_quoted(request.images),
+        size=largest,
+        size_comment="                    # images are resized to this many pixels a side",
+        teacher=teacher,
+        precision=request.precision,
+        design=f"  input: {request.size}                   # what students see\n" if is_library else "",
+    )
+
+
+def check_files(params: Params) -> Iterator[str]:
+    """What keeps the images and the teacher from being read, a line each."""
+    try:
+        check_named_files(params)
+    except UserError as error:
+        yield str(error)
+
+
+def check_budgets(params: Params, n_classes: int) -> Iterator[str]:
+    """Devices that hold no student, a line each; images are taken as of three channels, a bridge as of one filter."""
+    from nonn.method.sizing import design_student
+
+    info = {"channels": 3, "size": params.sizes["students"], "classes": [""] * n_classes}
+    for budget in dict.fromkeys(budget for network in params.networks for budget in params.budgets_of(network)):
+        try:
+            design_student(params.design, budget, info, 1)
+        except UserError as error:
+            yield f"params.yaml: {error}"
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the experiment: letters, digits, - and _")
+    parser.add_argument("--images", required=True, metavar="PATH", help="folder or archive of <class>/<image>")
+    parser.add_argument("--devices", required=True, metavar="N×NAME", help="of the students, such as 4×stm32f7")
+    parser.add_argument("--teacher", metavar="SOURCE", help="as teacher.source (default: one is trained)")
+    parser.add_argument("--weights", metavar="FILE", help="of the teacher")
+    parser.add_argument("--size", type=int, default=SIZE, help="pixels a side that students see (default: %(default)s)")
+    parser.add_argument("--precision", choices=("float32", "int8"), default="int8", help="(default: %(default)s)")
+    add_settings(parser, "write another value than the one filled in; repeatable")
+    parser.epilog = "example: nonn new flowers --images photos/ --devices 4×stm32f7"
+
+
+def run(options) -> None:
+    if not EXPERIMENTS.is_dir() or not Path("dvc.yaml").is_file():
+        raise UserError(f"{EXPERIMENTS}: is not there. Run nonn from the top folder of a clone of the repository.")
+    path = EXPERIMENTS / f"{options.name}.yaml"
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", options.name):
+        raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
+    if path.exists():
+        raise UserError(f"{path}: is there already. Choose another name, or remove it.")
+    if options.weights and not options.teacher:
+        raise UserError("--weights: belongs to a --teacher; give one, such as timm:resnet18")
+    request = Request(
+        options.name,
+        options.images,
+        parse_devices(options.devices),
+        options.teacher,
+        options.weights,
+        options.size,
+        options.precision,
+    )
+    counted, problems = None, []
+    try:
+        counted = count_classes(request.images)
+    except UserError as error:
+        problems.append(str(error))
+    problems += write_checked(request, path, parse_changes(options.set), counted[1] if counted else 2, bool(problems))
+    if problems:
+        raise UserError("\n".join(problems))
+    if counted:
+        print(f"{request.images}: {counted[0]:,} images of {counted[1]} classes")
+    print(f"{path}: written and active; `snakemake --cores all` or `dvc repro` runs it")
+
+
+def write_checked(request: Request, path: Path, changes: dict[str, Any], n_classes: int, is_refused: bool) -> list[str]:
+    """Write the experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
+    before = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
+    write_text(path, render(request))
+    try:
+        write_params(request.name, changes)
+        params = load_params()
+        problems = [*check_files(params), *check_budgets(params, n_classes)]
+    except UserError as error:
+        problems = [str(error)]
+    if problems or is_refused:
+        path.unlink()
+        if before is not None:
+            write_text(PARAMS_FILE, before)
+            write_jobs(load_params())
+    return problems
+
+
+def _quoted(text: str | None) -> str:
+    return json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,118 @@
+"""The command ``nonn partitions``: compare ways to link and to divide the teacher's filters, without any training."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nonn.core.artifacts import Sizes
+from nonn.core.errors import UserError
+from nonn.core.files import damaged, read_json, write_text
+from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.params import Params, load_params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+from nonn.core.system import describe_system
+
+#: Seeds without a number of the user's own.
+N_SEEDS = 5
+PACKAGES = ("igraph", "networkx", "numpy", "scikit-learn")
+HEADER = "| Graph | Partitioner | Sets | Filters | Modularity | Balance | Agreement | Time (ms) |"
+ALIGNMENT = "| :-- | :-- | --: | --: | --: | --: | --: | --: |"
+EXPLANATION = """\
+*Sets* is how many there are, *Filters* how many filters they hold. *Modularity* is that of the sets on the graph of
+the row, as mean ± standard deviation over seeds. *Balance* is the size of the smallest set in parts of the largest.
+*Agreement* is the adjusted Rand index of the sets of two seeds, the mean over all pairs: 1 for equal sets, 0 for
+chance. *Time* is the median of processor time.
+"""
+
+
+def measure(params: Params, paths: Paths, network: str, n_seeds: int) -> list[dict[str, Any]]:
+    """Rows of the table: each rule with each partitioner, for the sizes of a network."""
+    from nonn.data.tensors import read_tensors
+    from nonn.method.comparison import PARTITIONERS, Problem, compare, graphs
+    from nonn.method.filter_graph import load_graph, normalise_activity
+
+    graph, sizes = load_graph(paths), read_json(paths.sizes(network), Sizes)["sizes"]
+    pooled = read_tensors(paths.signals).get("validation_pooled")
+    if pooled is None or pooled.dim() != 2 or pooled.shape[1] != len(graph.live):
+        raise damaged(paths.signals, "validation_pooled is not of the filters of the graph")
+    activity, rows = normalise_activity(pooled).numpy(), []
+    jobs = [
+        (rule, weights, name) for rule, weights in graphs(pooled, params.graph.top_k).items() for name in PARTITIONERS
+    ]
+    for rule, weights, name in track(jobs, "partitions"):
+        problem = Problem(weights, graph.live, activity, graph.class_activity, sizes)
+        rows.append({"graph": rule, "partitioner": name} | compare(problem, PARTITIONERS[name], n_seeds))
+    return rows
+
+
+def render(rows: Sequence[Mapping[str, Any]], conditions: str) -> str:
+    """The table in Markdown, with what it was measured on."""
+    lines = [HEADER, ALIGNMENT]
+    for row in rows:
+        spread = f" ± {row['modularity_sd']:.3f}" if round(row["modularity_sd"], 3) else ""
+        cells = (
+            row["graph"].replace("_", " "),
+            row["partitioner"],
+            f"{row['sets']:g}",
+            f"{row['used']:g}",
+            f"{row['modularity']:.3f}{spread}",
+            f"{row['balance']:.2f}",
+            f"{row['agreement']:.2f}",
+            f"{row['seconds'] * 1e3:,.0f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"{conditions}\n\n{EXPLANATION}\n{table}\n"
+
+
+def conditions_of(params: Params, network: str, n_seeds: int) -> str:
+    system = describe_system()
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    devices = len(params.networks[network].devices)
+    top_k = "all filters" if params.graph.top_k is None else f"the {params.graph.top_k} strongest filters"
+    text = (
+        f"Measured by `nonn partitions {network}` on the teacher of `{params.experiment}`, for {devices} students, "
+        f"with the seeds 0 to {n_seeds - 1}. The first two graphs look at {top_k} of each validation image, "
+        f"correlation at all. One process on {system['cpu']}, {system['cores']} cores; {versions}."
+    )
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def at_least_two(text: str) -> int:
+    if (number := int(text)) < 2:
+        raise argparse.ArgumentTypeError(f"{number} is below 2; seeds are compared in pairs")
+    return number
+
+
+def add_arguments(parser) -> None:
+    network = parser.add_argument("network", metavar="NETWORK", help="whose sizes the sets are to have, such as 4s")
+    completed(network, lambda: load_params().networks)
+    parser.add_argument("--seeds", type=at_least_two, default=N_SEEDS, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
+    add_settings(parser)
+    parser.epilog = "example: nonn partitions 4s --seeds 10 --output partitions.md"
+
+
+def run(options) -> None:
+    import igraph  # noqa: F401  # before anything is measured: not every installation has them
+    import sklearn  # noqa: F401
+
+    params = load_settings(options)
+    paths = Paths(params.experiment)
+    if options.network not in params.networks:
+        known = ", ".join(params.networks)
+        raise UserError(f"{options.network}: params.yaml has no network of this name; choose of {known}")
+    for path in (paths.signals, paths.graph, paths.sizes(options.network)):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there. Run `dvc repro design@{options.network}` first.")
+    rows = measure(params, paths, options.network, options.seeds)
+    text = render(rows, conditions_of(params, options.network, options.seeds))
+    print(text)
+    if options.output:
+        write_text(options.output, text)

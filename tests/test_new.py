@@ -1,0 +1,138 @@
+"""`nonn new`: an experiment for one's own images, teacher and devices that is sound, or one line for each mistake."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiments import REPOSITORY
+from PIL import Image
+
+from nonn.cli import main
+from nonn.commands.new import parse_devices
+from nonn.core.errors import UserError
+from nonn.core.jobs import check_jobs
+from nonn.core.params import Design, Device, Teacher, load_params
+
+
+@pytest.fixture
+def clone(folder):
+    """What `nonn new` needs of a clone, and photographs of two classes."""
+    shutil.copytree(REPOSITORY / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("report", "envs"))
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(REPOSITORY / name, folder)
+    generator = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        for number in range(6):
+            path = folder / f"photos/{kind}/{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    return folder
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["new", "pets", "--images", "photos/", *arguments])
+    return str(stopped.value.code)
+
+
+@pytest.mark.usefixtures("clone")
+def test_the_experiment_is_sound_and_active(capsys):
+    main(["new", "pets", "--images", "photos/", "--devices", "4×stm32f7", "--set", "distill.epochs=3"])
+    shown = capsys.readouterr().out
+    assert "photos/: 12 images of 2 classes" in shown
+    assert "workflow/experiments/pets.yaml: written and active" in shown
+    params = load_params()
+    check_jobs(params)
+    assert (params.experiment, params.dataset.source, params.dataset.size) == ("pets", "photos/", 96)
+    assert params.networks["4s"].devices == ["stm32f7"] * 4
+    assert (params.design.family, params.design.precision, params.distill.epochs) == ("mobilenet", "int8", 3)
+    assert len(params.teacher.architecture.widths) == 4
+    text = Path("workflow/experiments/pets.yaml").read_text()
+    assert all(line.startswith(("#", " ")) or ":" in line or not line for line in text.splitlines())
+    main(["use", "mnist5k"])
+    main(["use", "pets"])
+    assert load_params().experiment == "pets"
+    assert refusal("--devices", "4×stm32f7").startswith("nonn new: workflow/experiments/pets.yaml: is there already")
+
+
+@pytest.mark.usefixtures("clone")
+def test_small_images_get_students_of_three_stages():
+    main(["new", "pets", "--images", "photos/", "--devices", "2xstm32f4", "--size", "32", "--precision", "float32"])
+    assert load_params().design.family == "fast"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--devices", "4×stm32f7", "--images", "nowhere"), "dataset.source: nowhere does not exist"),
+        (("--devices", "4×stm32f7", "--images", "photos/cats"), "has 0 class folders, needs two at least"),
+        (("--devices", "4 of those"), "--devices: '4 of those' is not of the form 4×NAME"),
+        (("--devices", "1×stm32f7"), "--devices: 1 devices; a network has 2 to 16"),
+        (("--devices", "2×nosuchboard"), "devices.nosuchboard"),
+        (("--devices", "2×stm32f7", "--size", "512"), "devices.stm32f7: no student of `design` fits"),
+        (("--devices", "2×stm32f7", "--size", "5"), "dataset.size: input should be greater than or equal to 28"),
+        (("--devices", "2×stm32f7", "--weights", "best.pth"), "--weights: belongs to a --teacher"),
+        (("--devices", "2×stm32f7", "--set", "distill.lrs=1"), "distill.lrs: unknown key"),
+    ],
+)
+def test_each_mistake_is_one_line_and_changes_nothing(arguments, expected, clone):
+    before = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
+    said = refusal(*arguments)
+    assert expected in said
+    assert all(len(line) < 400 for line in said.splitlines())
+    after = {path: path.read_bytes() for path in clone.rglob("*") if path.is_file()}
+    assert {path: content for path, content in after.items() if path.name != "jobs.yaml"} == {
+        path: content for path, content in before.items() if path.name != "jobs.yaml"
+    }
+
+
+@pytest.mark.usefixtures("clone")
+def test_two_mistakes_are_two_lines():
+    said = refusal("--images", "nowhere", "--devices", "2×stm32f7", "--set", "distill.lrs=1").splitlines()
+    assert len(said) == 2
+    assert not Path("workflow/experiments/pets.yaml").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_outside_of_a_clone_it_says_where_to_go():
+    assert "Run nonn from the top folder of a clone" in refusal("--devices", "2×stm32f7")
+
+
+def test_devices_are_counted():
+    assert parse_devices("2×a, b,1xc") == ["a", "a", "b", "c"]
+    with pytest.raises(UserError, match="17 devices"):
+        parse_devices("17*a")
+
+
+@pytest.mark.skipif(
+    not {"source"} <= set(Teacher.model_fields) or "input" not in Design.model_fields,
+    reason="teachers are our own here",
+)
+@pytest.mark.usefixtures("clone")
+def test_a_library_s_teacher_sees_larger_images_than_the_students():
+    Path("best.pth").write_bytes(b"no weights")
+    main(
+        [
+            "new",
+            "pets",
+            "--images",
+            "photos/",
+            "--devices",
+            "2×stm32f7",
+            "--teacher",
+            "timm:resnet18",
+            "--weights",
+            "best.pth",
+        ]
+    )
+    params = load_params()
+    assert params.teacher.source == "timm:resnet18"
+    assert (params.design.input, params.teacher.size) == (96, 224)
+
+
+@pytest.mark.skipif("board" not in Device.model_fields, reason="no catalogue of boards here")
+@pytest.mark.usefixtures("clone")
+def test_boards_of_the_catalogue_are_devices():
+    main(["new", "pets", "--images", "photos/", "--devices", "4×pi_zero2w"])
+    assert load_params().devices["pi_zero2w"].board == "pi_zero2w"
