@@ -27,7 +27,7 @@ def as_activity(features: Tensor) -> Tensor:
 
     Features after ReLU stay as they are. Those of any sign (GELU, SiLU, layer norm) have to be made activity, since the
     graph takes nothing below 0 and students' features are rectified, so that they cannot follow what is. Of three rules
-    this one makes the most modular graph, keeps what a linear probe reads, and teaches no worse: see
+    this one makes the most modular graph, keeps what a linear probe reads, and teaches best: see
     ``docs/what-was-tried.md``, *Features of any sign*.
     """
     return features.clamp(min=0)
