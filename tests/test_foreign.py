@@ -27,13 +27,15 @@ from nonn.method.exporting import export_solo
 from nonn.method.filter_graph import activation_hub_graph, live_filters, normalise_activity
 from nonn.report.design_plots import draw_architectures
 from nonn.runtime.session import run_onnx
+from nonn.stages import assemble, baseline, design, distill, evaluate, export, partition
 from nonn.stages import graph as graph_stage
 from nonn.stages import signals as signals_stage
 from nonn.stages import teacher as teacher_stage
 from nonn.teachers.foreign import import_foreign, load_foreign
-from nonn.teachers.signals import compute_signals
+from nonn.teachers.signals import as_activity, compute_signals
 from nonn.teachers.store import load_teacher, tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher
+from nonn.testbed.deployments import as_network
 from nonn.training.networks import ConvNet, accuracy, predict
 
 #: A network as a user writes it: SiLU features, which are of any sign, and ``fc`` as its classifier.
@@ -193,6 +195,34 @@ def test_the_stages_run_with_a_foreign_teacher(kind, colour, model):
     assert info["n_filters"] == graph["n_filters"] == 16
     assert graph["n_live"] > 1
     assert load_teacher(paths, colour).n_features == 16
+
+
+@pytest.mark.slow
+def test_a_foreign_teacher_teaches_a_network(colour, model):
+    """From the teacher to the scores and the exported files: students learn, and the teacher is among the rows."""
+    raw = tiny_params({"signals": {"attention": False}, "distill": {"epochs": 30, "lr": 0.1}})
+    raw["networks"]["2s"]["baselines"] = {"kd": 2}
+    raw["teacher"] = write_source("onnx", model).model_dump(exclude_unset=True)
+    params = Params.model_validate(raw)
+    paths = Paths(params.experiment)
+    write_dataset(colour, paths)
+    for stage in (teacher_stage, signals_stage, graph_stage):
+        stage.run(params, paths)
+    design.run(params, paths, "2s")
+    partition.run(params, paths, "2s")
+    for student in range(2):
+        distill.run(params, paths, "2s", student, seed=0)
+    assemble.run(params, paths, "2s", seed=0)
+    for seed in range(2):
+        baseline.run(params, paths, "2s", "kd", seed)
+    evaluate.run(params, paths)
+    scores = {row["method"]: row for row in read_json(paths.evaluation)["rows"]}
+    assert scores["teacher"]["accuracy_mean"] > 0.9
+    assert scores["nonn"]["accuracy_mean"] > 0.6  # of three classes
+    export.run(params, paths, "solo")
+    assert read_json(paths.export("solo") / "manifest.json")["teacher"]["students"][0]["cost"]["macs"] > 0
+    as_network(paths.export("solo"), "teacher", Path("split"))  # as the test bed runs it on a device
+    assert run_onnx(Path("split/0.onnx"), colour.images[:2].numpy()).shape == (2, 3)
 
 
 def test_a_foreign_onnx_file_is_exported_with_its_cost(folder, colour, model):
@@ -616,6 +646,13 @@ def test_code_that_has_changed_since_the_import_is_refused(colour, model):
     Path("nets/other.py").write_text("# may be imported by the network's code\n")
     with pytest.raises(UserError, match=r"the code of module:nets\.small:make has changed since the stage teacher"):
         load_foreign(record, tensors_of(teacher), colour)
+
+
+def test_activity_is_what_is_positive_of_a_feature():
+    """Rectified features stay as they are, to the bit."""
+    features = Tensor([[0.0, 2.5, -0.1]])
+    assert as_activity(features).tolist() == [[0.0, 2.5, 0.0]]
+    assert torch.equal(as_activity(features.relu()), features.relu())
 
 
 def test_live_filters_are_those_that_are_not_constant():

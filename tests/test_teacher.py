@@ -28,6 +28,7 @@ from nonn.training.networks import ConvNet, predict, whiten
 RESNET_20 = Architecture(family="resnet", depth=20)
 PRETRAINED = REPOSITORY.parent / "shared/data/pretrained/resnet20-cifar10.pt"
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
+SLOW = pytest.mark.slow
 IMAGENET = Normalization(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
@@ -274,10 +275,13 @@ def test_normalisation_must_have_a_number_a_channel(params, colour, tmp_path):
 
 
 @pytest.mark.skipif(not PRETRAINED.exists() or not CIFAR10_ZIP.exists(), reason="needs CIFAR-10 and a public ResNet-20")
-def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params):
-    """It was published with 91.8 % of the 10,000 test images; every twentieth of them is shown to it."""
+@pytest.mark.parametrize(("step", "least", "most"), [(20, 0.88, 1), pytest.param(1, 0.9168, 0.9178, marks=SLOW)])
+def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params, step, least, most):
+    """It is right on 91.73 % of the 10,000 test images; by default every twentieth of them is shown to it."""
     with zipfile.ZipFile(CIFAR10_ZIP) as archive:
-        names = sorted(name for name in archive.namelist() if name.startswith("test/") and name.endswith(".png"))[::20]
+        names = sorted(name for name in archive.namelist() if name.startswith("test/") and name.endswith(".png"))[
+            ::step
+        ]
         images = [np.asarray(Image.open(BytesIO(archive.read(name)))).transpose(2, 0, 1) for name in names]
     classes = sorted({name.split("/")[1] for name in names})
     labels = torch.tensor([classes.index(name.split("/")[1]) for name in names])
@@ -294,4 +298,4 @@ def test_a_public_resnet_20_reaches_its_accuracy_on_cifar10(params):
     )
     section = importing(params, PRETRAINED, normalization=IMAGENET)
     log = score_teacher(import_teacher(data, section)[0], data, section)
-    assert log[-1]["validation_accuracy"] > 0.88
+    assert least < log[-1]["validation_accuracy"] <= most

@@ -103,11 +103,10 @@ def _fields_at(location: list[str], schema: type[Section]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part)
         annotation = field.annotation if field else None
-        kinds = get_args(annotation) or (annotation,)  # of an optional section, the section
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
+        kinds = (annotation, *get_args(annotation))  # a section, or one that may be null
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
             return []
-        model = inner[0]
     return list(model.model_fields)
 
 

@@ -23,9 +23,12 @@ BATCH_SIZE = 500
 
 
 def as_activity(features: Tensor) -> Tensor:
-    """How active each filter is, at least 0: what the graph and the students' rectified features can follow.
+    """How active each filter is, at least 0: its feature where that is positive, otherwise 0.
 
-    RULE
+    Features after ReLU stay as they are. Those of any sign (GELU, SiLU, layer norm) have to be made activity, since the
+    graph takes nothing below 0 and students' features are rectified, so that they cannot follow what is. Of three rules
+    this one makes the most modular graph, keeps what a linear probe reads, and teaches best: see
+    ``docs/what-was-tried.md``, *Features of any sign*.
     """
     return features.clamp(min=0)
 
