@@ -278,10 +278,12 @@ def test_photographs_are_turned_upright(tmp_path, channels):
     assert pixels[:, 16:].max() < 50
 
 
-def test_deep_pixels_are_refused_as_in_a_dataset(tmp_path):
-    Image.fromarray(np.full((28, 28), 30_000, np.uint16)).save(tmp_path / "image.png")
-    with pytest.raises(UserError, match=r"image\.png: not a readable image \(pixels of mode I;16; save it with 8 bits"):
-        read_image(tmp_path / "image.png", 1, 28)
+def test_deep_pixels_are_scaled_as_in_a_dataset(tmp_path):
+    Image.fromarray(np.full((28, 28), 2_000, np.uint16)).save(tmp_path / "image.png")
+    assert (read_image(tmp_path / "image.png", 1, 28) == round(2_000 / 257)).all()
+    assert (read_image(tmp_path / "image.png", 1, 28, white=4_000) == 128).all()
+    with pytest.raises(UserError, match=r"image\.png: not a readable image \(a pixel of 2000, above the white of 1000"):
+        read_image(tmp_path / "image.png", 1, 28, white=1_000)
 
 
 def test_pixels_that_fit_are_not_touched(data, tmp_path):
