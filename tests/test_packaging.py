@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 
 from nonn.cli import COMMANDS, main
 from nonn.core.errors import UserError
-from nonn.core.install import BASE, PIPELINE, how_to_install, require_64_bit
+from nonn.core.install import BASE, PARTITIONS, PIPELINE, how_to_install, require_64_bit
 from nonn.runtime.cluster import write_cluster
 
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -95,6 +95,11 @@ def test_the_command_knows_what_only_the_pipeline_imports():
 
 def test_the_command_knows_what_every_installation_imports():
     assert providers(BASE) == names(PROJECT["dependencies"])
+
+
+def test_the_command_knows_what_a_comparison_of_partitions_imports():
+    imported = {"sklearn": "scikit-learn"}
+    assert {imported.get(module, module) for module in PARTITIONS} == names(EXTRAS["partitions"])
 
 
 def providers(modules: tuple[str, ...]) -> set[str]:

@@ -6,21 +6,26 @@ import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nonn.core.artifacts import Sizes
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, read_json, write_text
+from nonn.core.install import how_to_install
 from nonn.core.options import add_settings, completed, load_settings
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
-from nonn.core.progress import track
+from nonn.core.progress import log, track
 from nonn.core.system import describe_system
 
 #: Seeds without a number of the user's own.
 N_SEEDS = 5
-PACKAGES = ("igraph", "networkx", "numpy", "scikit-learn")
+#: Packages whose versions are stated, and what they are imported as.
+PACKAGES = {"igraph": "igraph", "networkx": "networkx", "numpy": "numpy", "scikit-learn": "sklearn"}
+#: What is left out where its package is not installed.
+LEIDEN = "Leiden"
 HEADER = "| Graph | Partitioner | Sets | Filters | Modularity | Balance | Agreement | Time (ms) |"
 ALIGNMENT = "| :-- | :-- | --: | --: | --: | --: | --: | --: |"
 EXPLANATION = """\
@@ -42,9 +47,10 @@ def measure(params: Params, paths: Paths, network: str, n_seeds: int) -> list[di
     if pooled is None or pooled.dim() != 2 or pooled.shape[1] != len(graph.live):
         raise damaged(paths.signals, "validation_pooled is not of the filters of the graph")
     activity, rows = normalise_activity(pooled).numpy(), []
-    jobs = [
-        (rule, weights, name) for rule, weights in graphs(pooled, params.graph.top_k).items() for name in PARTITIONERS
-    ]
+    names = [name for name in PARTITIONERS if name != LEIDEN or find_spec("igraph")]
+    if LEIDEN not in names:
+        log(f"note: {LEIDEN} is left out; {how_to_install('igraph')}")
+    jobs = [(rule, weights, name) for rule, weights in graphs(pooled, params.graph.top_k).items() for name in names]
     for rule, weights, name in track(jobs, "partitions"):
         problem = Problem(weights, graph.live, activity, graph.class_activity, sizes)
         rows.append({"graph": rule, "partitioner": name} | compare(problem, PARTITIONERS[name], n_seeds))
@@ -73,7 +79,7 @@ def render(rows: Sequence[Mapping[str, Any]], conditions: str) -> str:
 
 def conditions_of(params: Params, network: str, n_seeds: int) -> str:
     system = describe_system()
-    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
+    versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES if find_spec(PACKAGES[package]))
     devices = len(params.networks[network].devices)
     top_k = "all filters" if params.graph.top_k is None else f"the {params.graph.top_k} strongest filters"
     text = (
@@ -100,8 +106,7 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    import igraph  # noqa: F401  # before anything is measured: not every installation has them
-    import sklearn  # noqa: F401
+    import sklearn  # noqa: F401  # before anything is measured: not every installation has it
 
     params = load_settings(options)
     paths = Paths(params.experiment)

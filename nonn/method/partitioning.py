@@ -32,8 +32,8 @@ RESOLUTION_STEP = 1.1
 MAX_RESOLUTION = 100.0
 #: Random partitions of the same sizes whose mean modularity is the yardstick.
 N_RANDOM = 20
-#: Random starts of the search for sets, besides the start from communities. One takes a hundredth of the time of
-#: Louvain's method, and the best of all has up to 8 % more modularity: see docs/partitions.md.
+#: Random starts of the search for sets, besides the start from communities. All together take about as long as
+#: Louvain's method, and the best has up to 3 % more modularity: see docs/partitions.md.
 N_STARTS = 20
 #: Sweeps of improving swaps; a sweep without a swap ends the search long before.
 MAX_SWEEPS = 200
