@@ -5,14 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from experiments import REPOSITORY
 from PIL import Image
 
 from nonn.cli import main
-from nonn.commands.new import parse_devices
-from nonn.core.errors import UserError
 from nonn.core.jobs import check_jobs
-from nonn.core.params import Design, Device, Teacher, load_params
+from nonn.core.params import load_params
 
 
 @pytest.fixture
@@ -67,10 +67,10 @@ def test_small_images_get_students_of_three_stages():
     [
         (("--devices", "4×stm32f7", "--images", "nowhere"), "dataset.source: nowhere does not exist"),
         (("--devices", "4×stm32f7", "--images", "photos/cats"), "has 0 class folders, needs two at least"),
-        (("--devices", "4 of those"), "--devices: '4 of those' is not of the form 4×NAME"),
-        (("--devices", "1×stm32f7"), "--devices: 1 devices; a network has 2 to 16"),
-        (("--devices", "2×nosuchboard"), "devices.nosuchboard"),
-        (("--devices", "2×stm32f7", "--size", "512"), "devices.stm32f7: no student of `design` fits"),
+        (("--devices", "4 of those"), "--devices: '4 of those' is not NUMBER×NAME"),
+        (("--devices", "1×stm32f7"), "--devices: a network has 2 to 16 devices"),
+        (("--devices", "2×nosuchboard"), "--devices: no device 'nosuchboard'"),
+        (("--devices", "2×stm32f7", "--size", "512"), "no student of `design` fits device 'stm32f7'"),
         (("--devices", "2×stm32f7", "--size", "5"), "dataset.size: input should be greater than or equal to 28"),
         (("--devices", "2×stm32f7", "--weights", "best.pth"), "--weights: belongs to a --teacher"),
         (("--devices", "2×stm32f7", "--set", "distill.lrs=1"), "distill.lrs: unknown key"),
@@ -99,40 +99,31 @@ def test_outside_of_a_clone_it_says_where_to_go():
     assert "Run nonn from the top folder of a clone" in refusal("--devices", "2×stm32f7")
 
 
-def test_devices_are_counted():
-    assert parse_devices("2×a, b,1xc") == ["a", "a", "b", "c"]
-    with pytest.raises(UserError, match="17 devices"):
-        parse_devices("17*a")
+@pytest.fixture
+def small_teacher(clone, monkeypatch):
+    """Weights of a small network of torchvision for two classes, and images at which it is quick."""
+    monkeypatch.setattr("nonn.commands.new.TEACHER_SIZE", 64)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=2).state_dict(), clone / "best.pth")
+    return "--devices", "2×stm32f7", "--size", "64", "--teacher", "torchvision:resnet18", "--weights", "best.pth"
 
 
-@pytest.mark.skipif(
-    not {"source"} <= set(Teacher.model_fields) or "input" not in Design.model_fields,
-    reason="teachers are our own here",
-)
-@pytest.mark.usefixtures("clone")
-def test_a_library_s_teacher_sees_larger_images_than_the_students():
-    Path("best.pth").write_bytes(b"no weights")
-    main(
-        [
-            "new",
-            "pets",
-            "--images",
-            "photos/",
-            "--devices",
-            "2×stm32f7",
-            "--teacher",
-            "timm:resnet18",
-            "--weights",
-            "best.pth",
-        ]
-    )
+def test_a_library_s_teacher_sees_larger_images_than_the_students(small_teacher):
+    main(["new", "pets", "--images", "photos/", *small_teacher])
     params = load_params()
-    assert params.teacher.source == "timm:resnet18"
-    assert (params.design.input, params.teacher.size) == (96, 224)
+    assert params.teacher.source == "torchvision:resnet18"
+    assert (params.design.input, params.teacher.size) == (64, 64)
 
 
-@pytest.mark.skipif("board" not in Device.model_fields, reason="no catalogue of boards here")
+def test_a_teacher_of_other_classes_is_refused(small_teacher, clone):
+    shutil.copytree(clone / "photos/cats", clone / "photos/eels")
+    assert "3 classes" in refusal(*small_teacher)
+    assert not Path("workflow/experiments/pets.yaml").exists()
+
+
 @pytest.mark.usefixtures("clone")
 def test_boards_of_the_catalogue_are_devices():
-    main(["new", "pets", "--images", "photos/", "--devices", "4×pi_zero2w"])
-    assert load_params().devices["pi_zero2w"].board == "pi_zero2w"
+    main(["new", "pets", "--images", "photos/", "--devices", "2×rp2350 + 2×pi_zero2w"])
+    params = load_params()
+    assert params.devices["pi_zero2w"].board == "pi_zero2w"
+    assert params.networks["4s"].devices == ["rp2350", "rp2350", "pi_zero2w", "pi_zero2w"]

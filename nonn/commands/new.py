@@ -13,15 +13,19 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, write_params
+from nonn.core.boards import all_boards
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.options import add_settings
 from nonn.core.params import PARAMS_FILE, Design, Params, load_params
 from nonn.core.schema import parse_changes
+
+if TYPE_CHECKING:
+    from nonn.data.folders import FolderLayout
 
 #: Pixels a side of what students see, where a library's teacher sees `TEACHER_SIZE`.
 SIZE, TEACHER_SIZE = 96, 224
@@ -101,19 +105,6 @@ class Request:
     precision: str
 
 
-def parse_devices(text: str) -> list[str]:
-    """Names of devices, one for each student, from ``4×pi_zero2w`` or ``2xrp2350,2xpi_zero2w``."""
-    found: list[str] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(?:(\d{1,3})\s*[x×*]\s*)?([A-Za-z0-9_-]+)\s*", part)
-        if not match:
-            raise UserError(f"--devices: {part.strip()!r} is not of the form 4×NAME; write for example 4×stm32f7")
-        found += [match[2]] * int(match[1] or 1)
-    if not 2 <= len(found) <= 16:
-        raise UserError(f"--devices: {len(found)} devices; a network has 2 to 16")
-    return found
-
-
 def known_devices() -> dict[str, dict[str, Any]]:
     """Budgets of the devices that experiments name."""
     return {name: budget for of in experiments() for name, budget in merge_experiment(of)["devices"].items()}
@@ -122,17 +113,16 @@ def known_devices() -> dict[str, dict[str, Any]]:
 def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Budget of each kind of device: that of another experiment, else the board of this name in the catalogue."""
     known = known_devices()
-    return {name: dict(known[name]) if name in known else {"board": name} for name in dict.fromkeys(devices)}
+    return {name: dict(known.get(name, {"board": name})) for name in dict.fromkeys(devices)}
 
 
-def count_classes(source: str) -> tuple[int, int] | None:
-    """Images and classes of a folder or archive, by their names; None where a package holds or downloads them."""
-    if source == "mnist5k" or source.startswith("torchvision:"):
+def list_images(source: str) -> FolderLayout | None:
+    """What a folder or archive holds, by the names of its files; None where a package holds or downloads the images."""
+    if source == "mnist5k" or source.startswith(("torchvision:", "hf:")):
         return None
     from nonn.data.folders import find_images
 
-    layout = find_images(Path(source))
-    return len(layout.names), len(layout.classes)
+    return find_images(Path(source))
 
 
 def render(request: Request) -> str:
@@ -173,12 +163,30 @@ def render(request: Request) -> str:
     )
 
 
-def check_files(params: Params) -> Iterator[str]:
-    """What keeps the images and the teacher from being read, a line each."""
+def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
+    """What keeps the experiment from working, a line each. `classes` are those of the images, None if unknown."""
     try:
         check_named_files(params)
+        if params.teacher.is_foreign and classes:
+            check_teacher(params, classes)
     except UserError as error:
         yield str(error)
+    yield from check_budgets(params, len(classes) if classes else 2)
+
+
+def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
+    """Load a foreign teacher and examine it on noise: a UserError says why it cannot be one."""
+    import torch
+
+    from nonn.data.dataset import Dataset
+    from nonn.teachers.foreign import PROBES, import_foreign
+
+    size = params.sizes["teacher"]
+    noise = torch.randint(
+        0, 256, (PROBES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    index, middle = torch.arange(PROBES), torch.full((3,), 128.0)
+    import_foreign(Dataset(noise, index % len(classes), index, index, index, middle, middle, classes), params.teacher)
 
 
 def check_budgets(params: Params, n_classes: int) -> Iterator[str]:
@@ -196,13 +204,15 @@ def check_budgets(params: Params, n_classes: int) -> Iterator[str]:
 def add_arguments(parser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the experiment: letters, digits, - and _")
     parser.add_argument("--images", required=True, metavar="PATH", help="folder or archive of <class>/<image>")
-    parser.add_argument("--devices", required=True, metavar="N×NAME", help="of the students, such as 4×stm32f7")
+    parser.add_argument(
+        "--devices", required=True, metavar="N×NAME", help="of the students, such as 2×rp2350 + 1×pi_zero2w"
+    )
     parser.add_argument("--teacher", metavar="SOURCE", help="as teacher.source (default: one is trained)")
     parser.add_argument("--weights", metavar="FILE", help="of the teacher")
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side that students see (default: %(default)s)")
     parser.add_argument("--precision", choices=("float32", "int8"), default="int8", help="(default: %(default)s)")
     add_settings(parser, "write another value than the one filled in; repeatable")
-    parser.epilog = "example: nonn new flowers --images photos/ --devices 4×stm32f7"
+    parser.epilog = "example: nonn new flowers --images photos/ --teacher timm:resnet18 --devices 4×pi_zero2w"
 
 
 def run(options) -> None:
@@ -213,38 +223,42 @@ def run(options) -> None:
         raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
     if path.exists():
         raise UserError(f"{path}: is there already. Choose another name, or remove it.")
+    from nonn.method.planning import parse_devices
+
     if options.weights and not options.teacher:
         raise UserError("--weights: belongs to a --teacher; give one, such as timm:resnet18")
     request = Request(
         options.name,
         options.images,
-        parse_devices(options.devices),
+        parse_devices(options.devices, [*known_devices(), *all_boards()]),
         options.teacher,
         options.weights,
         options.size,
         options.precision,
     )
-    counted, problems = None, []
+    layout, problems = None, []
     try:
-        counted = count_classes(request.images)
+        layout = list_images(request.images)
     except UserError as error:
         problems.append(str(error))
-    problems += write_checked(request, path, parse_changes(options.set), counted[1] if counted else 2, bool(problems))
+    classes = layout.classes if layout else None
+    problems += write_checked(request, path, parse_changes(options.set), classes, bool(problems))
     if problems:
         raise UserError("\n".join(problems))
-    if counted:
-        print(f"{request.images}: {counted[0]:,} images of {counted[1]} classes")
+    if layout:
+        print(f"{request.images}: {len(layout.names):,} images of {len(layout.classes)} classes")
     print(f"{path}: written and active; `snakemake --cores all` or `dvc repro` runs it")
 
 
-def write_checked(request: Request, path: Path, changes: dict[str, Any], n_classes: int, is_refused: bool) -> list[str]:
+def write_checked(
+    request: Request, path: Path, changes: dict[str, Any], classes: tuple[str, ...] | None, is_refused: bool
+) -> list[str]:
     """Write the experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
     before = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
     write_text(path, render(request))
     try:
         write_params(request.name, changes)
-        params = load_params()
-        problems = [*check_files(params), *check_budgets(params, n_classes)]
+        problems = list(check_all(load_params(), classes))
     except UserError as error:
         problems = [str(error)]
     if problems or is_refused:
