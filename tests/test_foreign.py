@@ -36,7 +36,7 @@ from nonn.teachers.signals import as_activity, compute_signals
 from nonn.teachers.store import load_teacher, tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher
 from nonn.testbed.deployments import as_network
-from nonn.training.networks import ConvNet, accuracy, predict
+from nonn.training.networks import ConvNet, predict
 
 #: A network as a user writes it: SiLU features, which are of any sign, and ``fc`` as its classifier.
 CODE = """
@@ -435,12 +435,11 @@ def test_an_untrained_teacher_is_refused(colour):
 
 
 def test_a_teacher_that_has_seen_the_validation_images_is_told_from_one_that_has_not(colour, model, capsys):
-    """Right on all validation images, or on validation as good as training and much better than test."""
+    """On validation as good as on training, and much better than on test."""
     params = section(weights=save(model.state_dict()))
     teacher, _ = import_teacher(colour, params)
     score_teacher(teacher, colour, params)
-    seen = accuracy(predict(teacher, colour.split("validation")[0])[1], colour.split("validation")[1]) == 1
-    assert ("has probably been trained on the validation images" in capsys.readouterr().err) == seen
+    assert "has probably been trained on the validation images" not in capsys.readouterr().err
     from nonn.teachers.verdict import seen_before
 
     labels = colour.labels.clone()

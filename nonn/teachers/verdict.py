@@ -62,8 +62,8 @@ def judge(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> N
 def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
     """A line if the validation images were probably among those that the teacher was trained on; `score` is on them.
 
-    That shows where it is right on all of them, or as often as on training images and clearly more often than on test
-    images. Test images decide nothing here: they tell whether to believe the numbers.
+    That shows where it is right as often as on training images, and clearly more often than on test images. Test images
+    decide nothing here: they tell whether to believe the numbers.
     """
     scores = {}
     for split in ("train", "test"):
@@ -77,7 +77,7 @@ def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
     gap = score - scores["test"]
     doubt = math.hypot(_error(score, n), _error(scores["test"], min(TRIED, len(data.test))))
     like_training = score >= scores["train"] - 2 * _error(score, n)
-    if score < 1 and not (like_training and gap > SURE * doubt):
+    if not (like_training and gap > SURE * doubt):
         return None
     return (
         f"right on {score:.1%} of the validation images, {scores['train']:.1%} of training and {scores['test']:.1%} of "
