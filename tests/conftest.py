@@ -10,15 +10,17 @@ from clusters import CLASSES, PLENTY_MS, free_ports, make_image, write_export
 from experiments import make_dataset, tiny_params, write_dataset
 from hypothesis import settings
 from PIL import Image
+from reports import DESIGNS, LATENCIES, PARAMS, ROWS, with_figures, write_experiment
 from ruamel.yaml import YAML
 from splits import write_solo
 
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
+from nonn.report import method_table
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
-from nonn.stages import assemble, baseline, design, distill, export, graph, partition, signals, teacher
+from nonn.stages import assemble, baseline, design, distill, export, figures, graph, partition, signals, teacher
 from nonn.testbed.emulation import missing_privileges
 from nonn.training.checkpoint import Checkpoint
 
@@ -157,3 +159,29 @@ def pictures_folder(cluster, tmp_path) -> str:
         (tmp_path / "pictures" / CLASSES[seed]).mkdir(parents=True)
         Image.fromarray(make_image(seed)[0]).save(tmp_path / "pictures" / CLASSES[seed] / f"{seed}.png")
     return str(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory):
+    """Folder of a made-up experiment whose stage `figures` has run, and its parameters; do not change it."""
+    folder = tmp_path_factory.mktemp("reported")
+    params = with_figures(PARAMS, dpi=50)
+    params = params.model_copy(update={"design": params.design.model_copy(update={"step": 16})})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        figures.run(params, write_experiment(params, n_filters=40, n_test=400))
+    return folder, params
+
+
+@pytest.fixture
+def inside(reported, monkeypatch):
+    """Parameters and paths of that experiment, in the working directory."""
+    folder, params = reported
+    monkeypatch.chdir(folder)
+    return params, Paths(params.experiment)
+
+
+@pytest.fixture
+def methods():
+    """Rows of the summary, of the numbers in `reports`."""
+    return method_table.summarise_methods(ROWS, DESIGNS, LATENCIES, n_classes=10)
