@@ -73,16 +73,22 @@ FROM_TEACHER = {"teacher", "signals", "graph", "partition low", "partition high"
 class Clone:
     """A scratch clone of the repository with the tiny experiment."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, is_copy: bool = False):
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(folder)}
+        if is_copy:
+            return
         copy_repository(folder, REPOSITORY)
         write_images(folder / "images.zip", per_class=40)
         self.edit(lambda params: params.update(tiny_params(PIPELINE)))
         self.call([BIN / "nonn", "jobs"])
         self.git("add", "--all")
         self.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "tiny")
+
+    def copied(self, folder: Path) -> Clone:
+        shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
+        return Clone(folder, is_copy=True)
 
     def git(self, *arguments: str) -> None:
         subprocess.run(["git", *arguments], cwd=self.folder, check=True)
@@ -195,15 +201,23 @@ LONG = ("KD weight", "teacher epochs")
 SHORT = {name: edit for name, edit in EDITS.items() if name not in LONG}
 
 
-@pytest.mark.parametrize("edits", [SHORT, pytest.param(EDITS, marks=pytest.mark.slow)], ids=["short", "all"])
-@pytest.mark.parametrize("front_end", FRONT_ENDS)
-def test_edits_run_exactly_the_stages_they_affect(front_end, edits, tmp_path):
-    """Each edit undoes the one before: what ran for that one comes back from the cache and is not in the set."""
-    clone, run = Clone(tmp_path), FRONT_ENDS[front_end]
-    assert set(clone.stages_of(run)) == {"dataset", *FROM_TEACHER}
-    assert "up to date" in clone.call([BIN / "dvc", "status"])
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Clone:
+    """A clone in which Snakemake has run everything; to be copied."""
+    clone = Clone(tmp_path_factory.mktemp("finished"))
+    assert set(clone.stages_of(FRONT_ENDS["snakemake"])) == {"dataset", *FROM_TEACHER}
     assert "Nothing to be done" in clone.call([BIN / "snakemake", "--dry-run", "--cores", "2"])
     assert "Report created" in clone.call([BIN / "snakemake", "--report", "report.html"])
+    return clone
+
+
+@pytest.mark.xdist_group("edits")
+@pytest.mark.parametrize("edits", [SHORT, pytest.param(EDITS, marks=pytest.mark.slow)], ids=["short", "all"])
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_edits_run_exactly_the_stages_they_affect(front_end, edits, finished, tmp_path):
+    """Each edit undoes the one before: what ran for that one comes back from the cache and is not in the set."""
+    clone, run = finished.copied(tmp_path), FRONT_ENDS[front_end]
+    assert "up to date" in clone.call([BIN / "dvc", "status"])
     untouched, original = (tmp_path / "params.yaml").read_bytes(), clone.results()
     for name, (change, expected) in edits.items():
         (tmp_path / "params.yaml").write_bytes(untouched)

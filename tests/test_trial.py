@@ -79,7 +79,7 @@ def test_a_network_on_loopback_is_timed_and_not_counted(trial):
     assert measured.latencies_ms.shape == (3,)
     assert (measured.latencies_ms > 0).all()
     assert (measured.absent, measured.traffic, measured.wire_bytes()) == (0, {}, None)
-    assert children() == before
+    assert children() <= before
     assert nobody_listens(trial.addresses)
 
 
@@ -130,7 +130,7 @@ def test_a_network_that_is_not_there_is_an_error(trial, tmp_path, capfd):
     before = children()
     with pytest.raises(UserError, match="measuring nonn on 3 devices failed; its messages stand above"):
         measure(changed(trial, folder=tmp_path / "nowhere"), LOOPBACK)
-    assert children() == before
+    assert children() <= before
     said = capfd.readouterr().err
     assert "nowhere/manifest.json: no such file" in said
     assert "Traceback" not in said
@@ -147,7 +147,7 @@ def test_a_device_that_cannot_start_stops_the_others(trial, tmp_path, capfd, met
         with pytest.raises(UserError, match=f"measuring {method} on 3 devices failed"):
             measure(changed(trial, method=method, folder=marked, addresses=addresses, **sizes), LOOPBACK)
     assert blocked in capfd.readouterr().err
-    assert children() == before
+    assert children() <= before
     assert not mentions(str(marked))
     assert nobody_listens(trial.addresses[:2])
 
@@ -158,7 +158,7 @@ def test_a_process_that_ends_at_once_is_an_error(trial, monkeypatch, length):
     before, threads = children(), threading.enumerate()
     with pytest.raises(UserError, match="measuring nonn on 1 devices failed"):
         measure(changed(trial, names=["x" * length]), LOOPBACK)
-    assert children() == before
+    assert children() <= before
     watchdogs = [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t not in threads]
     assert all(watchdog.finished.is_set() for watchdog in watchdogs)  # or they would keep this process for minutes
 
@@ -191,7 +191,7 @@ def test_every_request_is_answered_with_as_many_bytes_as_agreed():
 
     before = children()
     asyncio.run(scenario())
-    assert children() == before
+    assert children() <= before
     assert nobody_listens(addresses)
 
 

@@ -75,10 +75,11 @@ def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
 
 
 def _board_facts(params: Params) -> dict[str, Any]:
+    """Numbers of few digits: DVC does not read back all others as it wrote them."""
     board = find_board(params.distributed.board)
-    power = board.active_w
+    power, seconds = board.active_w, board.seconds_per_mac
     facts = {"idle_w": board.idle_w, "active_w": [power.low, power.high] if power else None}
-    return facts | {"seconds_per_mac": board.seconds_per_mac}
+    return facts | {"mmacs_per_s": round(1e-6 / seconds, 3) if seconds else None}
 
 
 def check_named_files(params: Params) -> None:
