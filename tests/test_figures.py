@@ -112,6 +112,14 @@ def test_a_legend_is_no_wider_than_its_figure():
     assert figure.bbox.x0 <= legend.get_window_extent().x0 < legend.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_a_figure_is_as_wide_as_its_legend():
+    figure, _ = plots.panels(1, 1.0, 1.0)
+    plots.legend_below(figure, [plots.legend_handle(plots.Look("a name that is wider than an inch", "0", "o"))])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().x1 - legend.get_window_extent().x0 <= figure.bbox.width
+
+
 def assert_in_view(axis, lines):
     left, right = axis.get_xlim()
     bottom, top = axis.get_ylim()

@@ -126,7 +126,8 @@ def legend_handle(look: Look, **style: Any) -> Line2D:
 def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 5) -> None:
     """Put a legend below the panels, in at most so many columns.
 
-    In a figure too narrow for them it has fewer, and the figure grows by the rows that come with that.
+    In a figure too narrow for them it has fewer, and the figure grows by the rows that come with that. One that is too
+    narrow for a single column is made as wide.
     """
     heights = []
     for n_columns in range(min(len(handles), columns), 0, -1):
@@ -137,7 +138,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], columns: int = 5) -> No
             break
         legend.remove()
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + (heights[-1] - heights[0]) / figure.dpi)
+    figure.set_size_inches(max(width, box.width / figure.dpi), height + (heights[-1] - heights[0]) / figure.dpi)
 
 
 def plural(count: int, noun: str) -> str:
