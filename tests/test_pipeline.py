@@ -196,8 +196,8 @@ EDITS = {
 ANNOUNCED = ("nothing", "memory, same architecture", "memory, another architecture")
 
 
-#: Edits after which nearly everything runs again: minutes each, so they are for `pytest -m slow`.
-LONG = ("KD weight", "teacher epochs")
+#: Edits after which much runs again: minutes each, so they are for `pytest -m slow`.
+LONG = ("memory, another architecture", "KD weight", "teacher epochs")
 SHORT = {name: edit for name, edit in EDITS.items() if name not in LONG}
 
 
