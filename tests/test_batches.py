@@ -26,6 +26,13 @@ class Recorder:
         return images.reshape(len(images), -1).mean(axis=1, keepdims=True)
 
 
+def quick_batches(node):
+    """Batches that know the node to be quick, so that images which wait share a message."""
+    batches = Batches(node.send, largest=8)
+    batches._seconds = 1e-3
+    return batches
+
+
 def picture(value):
     return np.full((CHANNELS, SIZE, SIZE), value, np.uint8)
 
@@ -40,8 +47,7 @@ async def asked(batches, values, seconds=10.0):
 def test_the_first_are_sent_at_once_and_the_rest_together():
     async def scenario():
         node = Recorder()
-        batches = Batches(node.send, largest=8)
-        batches._seconds = 1e-3
+        batches = quick_batches(node)
         tasks = await asked(batches, range(PIPELINED + 5))
         assert node.sizes == [1] * PIPELINED
         node.may_answer.set()
@@ -73,8 +79,7 @@ def test_a_slow_node_gets_as_many_as_it_can_answer_in_time(seconds_an_image, siz
 def test_an_error_is_that_of_all_in_the_message_and_nobody_else():
     async def scenario():
         node = Recorder()
-        batches = Batches(node.send, largest=8)
-        batches._seconds = 1e-3
+        batches = quick_batches(node)
         tasks = await asked(batches, range(PIPELINED + 3))
         node.error = ValueError("broken")
         node.may_answer.set()
@@ -96,8 +101,7 @@ def test_a_server_that_takes_only_one_image_gets_one():
 
     async def scenario():
         node = Single()
-        batches = Batches(node.send, largest=8)
-        batches._seconds = 1e-3
+        batches = quick_batches(node)
         tasks = await asked(batches, range(PIPELINED + 3))
         node.may_answer.set()
         answers = await asyncio.gather(*tasks)
@@ -110,8 +114,7 @@ def test_a_server_that_takes_only_one_image_gets_one():
 def test_who_has_given_up_is_not_sent():
     async def scenario():
         node = Recorder()
-        batches = Batches(node.send, largest=8)
-        batches._seconds = 1e-3
+        batches = quick_batches(node)
         tasks = await asked(batches, range(PIPELINED + 3))
         tasks[-1].cancel()
         await asyncio.sleep(0.01)
