@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from clusters import CLASSES, PLENTY_MS, free_ports, make_image, write_export
-from experiments import make_dataset, tiny_params, write_dataset
+from experiments import make_dataset, tiny_params, train_network, write_dataset
 from hypothesis import settings
 from PIL import Image
 from reports import DESIGNS, LATENCIES, PARAMS, ROWS, with_figures, write_experiment
@@ -20,7 +20,7 @@ from nonn.data.dataset import Dataset
 from nonn.report import method_table
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster, write_cluster
-from nonn.stages import assemble, baseline, design, distill, export, figures, graph, partition, signals, teacher
+from nonn.stages import baseline, export, figures, graph, signals, teacher
 from nonn.testbed.emulation import missing_privileges
 from nonn.training.checkpoint import Checkpoint
 
@@ -67,11 +67,7 @@ def built(tmp_path_factory, params, data) -> Path:
         write_dataset(data, paths)
         for stage in (teacher, signals, graph):
             stage.run(params, paths)
-        design.run(params, paths, "2s")
-        partition.run(params, paths, "2s")
-        for student in range(2):
-            distill.run(params, paths, "2s", student, seed=0)
-        assemble.run(params, paths, "2s", seed=0)
+        train_network(params, paths)
         for network, method, seeds in params.baselines():
             for seed in seeds:
                 baseline.run(params, paths, network, method, seed)

@@ -8,9 +8,11 @@ from ruamel.yaml import YAML
 
 from nonn.commands.use import merge
 from nonn.core.files import write_json
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, measure_channels
 from nonn.data.tensors import write_tensors
+from nonn.stages import assemble, design, distill, partition
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHIPPED = YAML(typ="safe").load(REPOSITORY / "params.yaml")
@@ -68,3 +70,12 @@ def write_dataset(data: Dataset, paths: Paths) -> None:
     write_tensors(paths.dataset, {name: getattr(data, name) for name in names})
     write_tensors(paths.teacher_images, {"images": data.images[:0]})
     write_json(paths.dataset_info, {"classes": data.classes, "channels": data.channels, "size": data.size})
+
+
+def train_network(params: Params, paths: Paths) -> None:
+    """Run all stages from `design` to `assemble` of the network 2s."""
+    design.run(params, paths, "2s")
+    partition.run(params, paths, "2s")
+    for student in range(2):
+        distill.run(params, paths, "2s", student, seed=0)
+    assemble.run(params, paths, "2s", seed=0)

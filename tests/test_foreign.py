@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from experiments import make_dataset, tiny_params, write_dataset
+from experiments import make_dataset, tiny_params, train_network, write_dataset
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from nonn.method.exporting import export_solo
 from nonn.method.filter_graph import activation_hub_graph, live_filters, normalise_activity
 from nonn.report.design_plots import draw_architectures
 from nonn.runtime.session import run_onnx
-from nonn.stages import assemble, baseline, design, distill, evaluate, export, partition
+from nonn.stages import baseline, evaluate, export
 from nonn.stages import graph as graph_stage
 from nonn.stages import signals as signals_stage
 from nonn.stages import teacher as teacher_stage
@@ -208,11 +208,7 @@ def test_a_foreign_teacher_teaches_a_network(colour, model):
     write_dataset(colour, paths)
     for stage in (teacher_stage, signals_stage, graph_stage):
         stage.run(params, paths)
-    design.run(params, paths, "2s")
-    partition.run(params, paths, "2s")
-    for student in range(2):
-        distill.run(params, paths, "2s", student, seed=0)
-    assemble.run(params, paths, "2s", seed=0)
+    train_network(params, paths)
     for seed in range(2):
         baseline.run(params, paths, "2s", "kd", seed)
     evaluate.run(params, paths)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments import tiny_params
+from experiments import tiny_params, train_network
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -16,7 +16,7 @@ from nonn.core.images import fit_image
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.runtime.predict import classify
-from nonn.stages import assemble, dataset, design, distill, export, graph, partition, signals, teacher
+from nonn.stages import dataset, export, graph, signals, teacher
 
 N_CLASSES, PER_CLASS = 10, 20
 CODE = '''
@@ -83,11 +83,7 @@ def test_photographs_through_the_whole_pipeline(params):
     for stage in (dataset, teacher, signals, graph):
         stage.run(params, paths)
     assert read_json(paths.teacher_info)["validation_accuracy"] > 0.95
-    design.run(params, paths, "2s")
-    partition.run(params, paths, "2s")
-    for student in range(2):
-        distill.run(params, paths, "2s", student, seed=0)
-    assemble.run(params, paths, "2s", seed=0)
+    train_network(params, paths)
     export.run(params, paths, "2s")
     manifest = read_json(paths.export("2s") / "manifest.json")
     assert manifest["image"]["size"] == 96
