@@ -28,7 +28,7 @@ from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
 from nonn.testbed.composed import Load, compose, load_of_network, load_of_split, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
-from nonn.testbed.distributed import LOOPBACK, compose_all, framing_of, measure_live
+from nonn.testbed.distributed import LOOPBACK, compose_all, echo_sizes, framing_of, measure_live, overhead
 from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges
 from nonn.testbed.trial import Measured
 
@@ -222,15 +222,14 @@ def counted(latencies_ms: list[float], absent: int, scale: int = 1) -> Measured:
 class PaperBed:
     """A test bed on which nothing runs."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, params):
+        self.params, self.asked = params, []
 
-    def measure(self, deployment, _, broadcast):
-        self.asked.append((deployment.method, broadcast))
-        return counted([3.0, 5.0], absent=1, scale=2000 if deployment.is_split else 1)
-
-    def overhead(self, *_):
-        return {"overhead_ms": 0.5, "ideal_ms": 3.5, "ideal_over_total": 0.875}
+    def measure(self, deployment, _, exchanges, is_echo=False):
+        self.asked.append((deployment.method, list(exchanges)))
+        if is_echo:
+            return [Measured(np.array([1.0, 2.0]), 0, {}) for _ in exchanges]
+        return [counted([3.0, 5.0], absent=1, scale=2000 if deployment.is_split else 1) for _ in exchanges]
 
 
 def deployment(method: str, load: Load) -> Deployment:
@@ -246,7 +245,7 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
         distributed, "emulated_network", lambda hosts, link: nullcontext(EmulatedNetwork(tuple(hosts), link))
     )
     links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
-    bed = PaperBed()
+    bed = PaperBed(links)
     live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], bed, links)
     where = [(row["link"], row["method"], row["scenario"], row["images"]) for row in live]
     assert where == [  # no link and then the fastest first
@@ -259,8 +258,9 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
         ("ieee802154", "nonn", "broadcast", 2),
         ("ieee802154", "rows", "sensor", 0),
     ]
-    both = [("nonn", False), ("nonn", True)]
-    assert bed.asked == [*both, *both, ("rows", False), *both]
+    # Echoes are as large as what the first device gets and sends.
+    both = [("nonn", ["sensor", "broadcast"]), ("nonn", [(240, 144), (240, 144)])]
+    assert bed.asked == [*both, *both, ("rows", ["sensor"]), *both]
     first, third, last = live[2], live[4], live[-1]
     assert (first["p50_ms"], first["p95_ms"], first["absent"]) == (4.0, pytest.approx(4.9), 1)
     assert (first["wire_bytes"], first["wire_packets"], first["device_bytes"]) == (1800, 18, 1000)
@@ -275,29 +275,26 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
 
 def test_without_emulation_everything_runs_on_loopback(section, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "missing_privileges", lambda: "no namespaces here")
-    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], PaperBed(), section)
+    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], PaperBed(section), section)
     assert [(row["link"], row["method"]) for row in live] == [(LOOPBACK, m) for m in ("nonn", "nonn", "rows")]
     assert "no namespaces here" in capsys.readouterr().err
 
 
-def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected(section, tmp_path, monkeypatch):
-    bed = distributed.TrialBed(tmp_path, section, (1, 4, 4))
-    sizes = []
+def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected():
+    nonn, uncounted = deployment("nonn", LOAD), Measured(np.array([50.0, 70.0]), 0, {})
+    # Of an image, host-0 got 5 packets in 500 bytes and sent 3 in 300, with headers of 52 bytes each.
+    assert echo_sizes(nonn, "broadcast", counted([50.0, 70.0], absent=0), "host-0") == (240, 144)
+    assert [echo_sizes(nonn, scenario, uncounted, "host-0") for scenario in ("sensor", "broadcast")] == [
+        (208, 700),
+        (2200, 700),
+    ]
 
-    def echo(*_, request_bytes, response_bytes):
-        sizes.append((request_bytes, response_bytes))
-        return Measured(np.array([1.0, 2.0]), 0, {})
 
-    monkeypatch.setattr(bed, "measure", echo)
-    network, nonn = EmulatedNetwork((COORDINATOR, "host-0", "host-1")), deployment("nonn", LOAD)
-    row = bed.overhead(nonn, network, counted([50.0, 70.0], absent=0), broadcast=True)
+def test_overhead_is_what_neither_the_slowest_device_nor_the_link_takes():
+    echo = Measured(np.array([1.0, 2.0]), 0, {})
+    row = overhead(deployment("nonn", LOAD), Measured(np.array([50.0, 70.0]), 0, {}), echo)
     # The slowest device's 40 ms of computing, and an echo of 1.5 ms.
     assert row == {"ideal_ms": 41.5, "overhead_ms": 18.5, "ideal_over_total": pytest.approx(41.5 / 60)}
-    uncounted = Measured(np.array([50.0, 70.0]), 0, {})
-    for broadcast in (False, True):
-        bed.overhead(nonn, network, uncounted, broadcast)
-    # Of an image, host-0 got 5 packets in 500 bytes and sent 3 in 300, with headers of 52 bytes each.
-    assert sizes == [(240, 144), (208, 700), (2200, 700)]
 
 
 def test_framing_is_that_of_the_deployment_in_the_scenario_or_the_nearest_to_it():

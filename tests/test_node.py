@@ -36,11 +36,12 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.runtime import node
+from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
 from nonn.runtime.serving import serve, serving
 from nonn.runtime.session import run_onnx
-from nonn.runtime.tls import Identity, is_loopback, split_address
+from nonn.runtime.tls import Identity
 
 CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
 

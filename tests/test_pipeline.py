@@ -27,6 +27,7 @@ from PIL import Image
 from ruamel.yaml import YAML
 
 from nonn.commands.torture import copy_repository, is_timed
+from nonn.core.files import TEMPORARY
 
 BIN = Path(sys.executable).parent
 FRONT_ENDS = {
@@ -240,13 +241,13 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     student = tmp_path / "results/tiny/students/seed0/low/0.safetensors"
     checkpoints = tmp_path / ".nonn" / "checkpoints"
     process = clone.start(stage)
-    while not list(checkpoints.glob("*.safetensors")):
+    while all(path.name.startswith(TEMPORARY) for path in checkpoints.glob("*.safetensors")):  # or none at all
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)  # DVC and the stage alike, as when the power fails
     process.wait()
     assert not student.exists()
-    assert not list((tmp_path / "results").rglob("*-*.safetensors")), "something half-written beside the outputs"
+    assert not list((tmp_path / "results").rglob(f"{TEMPORARY}*")), "something half-written beside the outputs"
     assert "resumed at" in clone.call(stage)
     resumed = student.read_bytes(), student.with_suffix(".csv").read_bytes()
     assert not list(checkpoints.iterdir()), "the checkpoint of a finished training is left behind"

@@ -14,6 +14,7 @@ from nonn.core.errors import UserError
 from nonn.core.links import Link
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import COORDINATOR
+from nonn.testbed import echo_server
 from nonn.testbed.deployments import as_network
 from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network
@@ -41,6 +42,7 @@ def trial(network_folder, certificates, sensor) -> Trial:
         prefixes=[[], [], []],
         certificates=certificates,
         sensor=sensor,
+        exchanges=["sensor"],
         runs=3,
         seconds=PATIENCE,
     )
@@ -75,7 +77,8 @@ def mentions(text: str) -> set[str]:
 
 def test_a_network_on_loopback_is_timed_and_not_counted(trial):
     before = children()
-    measured = measure(trial, LOOPBACK)
+    measured, again = measure(changed(trial, exchanges=["sensor", "broadcast"]), LOOPBACK)
+    assert (len(again.latencies_ms), again.absent) == (3, 0)
     assert measured.latencies_ms.shape == (3,)
     assert (measured.latencies_ms > 0).all()
     assert (measured.absent, measured.traffic, measured.wire_bytes()) == (0, {}, None)
@@ -84,10 +87,10 @@ def test_a_network_on_loopback_is_timed_and_not_counted(trial):
 
 
 def test_echoes_end_in_time_but_not_before_two(trial):
-    sizes = {"request_bytes": 3000, "response_bytes": 70}
-    measured = measure(changed(trial, method="echo", runs=10**6, seconds=1e-9, **sizes), LOOPBACK)
-    assert measured.latencies_ms.shape == (2,)
-    assert (measured.latencies_ms > 0).all()
+    sizes = [(3000, 70), (8, 100_000)]
+    for measured in measure(changed(trial, method="echo", exchanges=sizes, runs=10**6, seconds=1e-9), LOOPBACK):
+        assert measured.latencies_ms.shape == (2,)
+        assert (measured.latencies_ms > 0).all()
     assert nobody_listens(trial.addresses)
 
 
@@ -108,11 +111,11 @@ def test_over_a_link_bytes_are_plausible(solo_folder, tmp_path):
             prefixes=[network.prefix("host-0")],
             certificates=tmp_path / "certs",
             sensor=tmp_path / "images.npy",
-            broadcast=True,
+            exchanges=["broadcast"],
             runs=5,
             seconds=PATIENCE,
         )
-        measured = measure(trial, network)
+        (measured,) = measure(trial, network)
     assert (len(measured.latencies_ms), measured.absent) == (5, 0)
     asked, answered = images[0].size, 4 * 10
     assert asked + answered < measured.wire_bytes() < 1.6 * (asked + answered) + 2048
@@ -143,9 +146,9 @@ def test_a_device_that_cannot_start_stops_the_others(trial, tmp_path, capfd, met
     with socket.create_server(("127.0.0.1", 0)) as taken:
         blocked = f"127.0.0.1:{taken.getsockname()[1]}"
         addresses = [*trial.addresses[:2], blocked]
-        sizes = {"request_bytes": 10, "response_bytes": 10}
+        exchanges = ["sensor"] if method == "nonn" else [(10, 10)]
         with pytest.raises(UserError, match=f"measuring {method} on 3 devices failed"):
-            measure(changed(trial, method=method, folder=marked, addresses=addresses, **sizes), LOOPBACK)
+            measure(changed(trial, method=method, folder=marked, addresses=addresses, exchanges=exchanges), LOOPBACK)
     assert blocked in capfd.readouterr().err
     assert children() <= before
     assert not mentions(str(marked))
@@ -178,16 +181,17 @@ async def exchange(address: str, request: bytes, n_bytes: int) -> bytes:
     return answer + rest
 
 
-def test_every_request_is_answered_with_as_many_bytes_as_agreed():
+def test_every_request_is_answered_with_as_many_bytes_as_it_says():
     addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
 
     async def scenario():
-        async with asyncio.timeout(PATIENCE), tcp_echoes(addresses, [[], ["env", "PLACE=1"]], 100, 300) as ask_all:
+        async with asyncio.timeout(PATIENCE), tcp_echoes(addresses, [[], ["env", "PLACE=1"]]) as ask_all:
             for _ in range(3):
-                await ask_all()
+                assert await ask_all((100, 300)) == 2
             for address in addresses:
                 # Two requests and a half.
-                assert await exchange(address, bytes(250), 600) == bytes(600)
+                request = echo_server.SIZES.pack(100, 300).ljust(100, b"x")
+                assert await exchange(address, (3 * request)[:250], 600) == bytes(600)
 
     before = children()
     asyncio.run(scenario())
@@ -201,7 +205,7 @@ def test_an_echo_that_cannot_listen_is_an_error():
     async def scenario(blocked):
         async with asyncio.timeout(PATIENCE):
             with pytest.raises(UserError, match=f"echo-1 did not start: {blocked}: cannot listen there"):
-                async with tcp_echoes([first, blocked], [[], []], 1, 1):
+                async with tcp_echoes([first, blocked], [[], []]):
                     pass
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -214,7 +218,7 @@ def test_an_echo_does_not_outlive_its_standard_input():
 
     async def scenario():
         port = free_ports(1)[0]
-        command = [sys.executable, "-m", "nonn.testbed.echo", f"127.0.0.1:{port}", "1", "1"]
+        command = [sys.executable, "-m", "nonn.testbed.echo_server", f"127.0.0.1:{port}"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stderr=pipe)
         async with asyncio.timeout(PATIENCE):

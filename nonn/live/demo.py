@@ -14,11 +14,11 @@ from nonn.core.progress import log
 from nonn.live.pictures import find_pictures
 from nonn.live.up import attend
 from nonn.live.web import PORT, serve_page
+from nonn.runtime.attached import told_to_stop
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import classify_once
 from nonn.runtime.predict import describe
 from nonn.runtime.processes import node_commands, running
-from nonn.runtime.serving import told_to_stop
 
 #: Milliseconds within which nodes answer also where many processes share few cores.
 DEADLINE_MS = 500.0

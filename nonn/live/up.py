@@ -17,11 +17,11 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
+from nonn.runtime.attached import told_to_stop
 from nonn.runtime.channel import open_channel
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
 from nonn.runtime.protocol import Contract
-from nonn.runtime.serving import told_to_stop
 
 #: Seconds between two looks at a node, and what an answer may take.
 INTERVAL, PATIENCE = 1.0, 0.5

@@ -17,9 +17,10 @@ from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.schema import Section, load_yaml
+from nonn.runtime.addresses import canonical_address, is_loopback, split_address
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract, student_contract
-from nonn.runtime.tls import Identity, canonical_address, is_loopback, split_address
+from nonn.runtime.tls import Identity
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"

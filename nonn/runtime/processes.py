@@ -24,7 +24,7 @@ from nonn.runtime.tls import Identity
 #: Seconds that children have until all say where they listen, on a busy machine, and that one has to stop
 #: before it is killed.
 START, GRACE = 60.0, 3.0
-#: What a child says when it is ready; see `nonn.runtime.serving.announce`.
+#: What a child says when it is ready; see `nonn.runtime.attached.announce`.
 ANNOUNCEMENT = re.compile(r".* at (\S+:\d+), (mutual TLS|plain text)")
 
 COLUMNS = "{:<14} {:<8} {:<22} {:<16} {:>10} {:>10} {:>9}"

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
 import resource
-import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Collection
 from typing import Protocol
 
@@ -26,12 +23,13 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 import nonn
 from nonn.core.errors import UserError
-from nonn.core.progress import log
+from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.admission import Admission
+from nonn.runtime.attached import announce, told_to_stop
 from nonn.runtime.guard import Guard
 from nonn.runtime.metrics import Meters, serving_metrics
 from nonn.runtime.protocol import INPUT, ImageContract, ProtocolError, check_model, read_request
-from nonn.runtime.tls import Identity, is_loopback, split_address
+from nonn.runtime.tls import Identity
 
 #: Calls of one connection at once; beyond it gRPC keeps them back at the caller's, or resets them without a word.
 CONCURRENT_STREAMS = 256
@@ -46,8 +44,6 @@ OTHER_FILES = 64
 DAY = 24 * 3600.0
 #: Seconds that calls under way have left when the server is told to stop.
 GRACE = 1.0
-#: Of Linux's prctl(2).
-PR_SET_PDEATHSIG = 1
 
 
 class Model(Protocol):
@@ -260,28 +256,6 @@ async def serving(
         yield port, service.meters
 
 
-def continue_after_parent() -> None:
-    """Have the kernel wake this process when its parent dies, should it be stopped then (SIGSTOP); Linux only."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
-
-
-def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
-    """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes."""
-    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, *more):
-        loop.add_signal_handler(number, stopped.set)
-    if attached:
-        loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
-        continue_after_parent()
-    return stopped
-
-
-def announce(what: str, address: str, port: int, identity: Identity | None = None) -> None:
-    """Say what listens and where: for `nonn.runtime.processes`, too, which waits for this line."""
-    log(f"{what} at {address.rpartition(':')[0]}:{port}, {'mutual TLS' if identity else 'plain text'}")
-
-
 async def serve(
     model: Model,
     address: str,
@@ -302,5 +276,5 @@ async def serve(
             meters.registry.register(counter)
         if metrics_port is not None:
             await stack.enter_async_context(serving_metrics(meters.registry, metrics_port))
-        announce(f"model {model.contract.model}", address, port, identity)
+        announce(f"model {model.contract.model}", address, port, identity is not None)
         await stopped.wait()

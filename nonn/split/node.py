@@ -21,14 +21,16 @@ from tritonclient.grpc import service_pb2 as oip
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
+from nonn.runtime.addresses import is_loopback
+from nonn.runtime.attached import announce, told_to_stop
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, add_serving, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
-from nonn.runtime.serving import Service, announce, listening, told_to_stop
-from nonn.runtime.tls import Identity, callers_of, is_loopback
+from nonn.runtime.serving import Service, listening
+from nonn.runtime.tls import Identity, callers_of
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 
@@ -286,7 +288,7 @@ async def serve(
 
         def say_so(task: asyncio.Task) -> None:
             if not task.cancelled():
-                announce(what, address, port, identity)
+                announce(what, address, port, identity is not None)
 
         connected.add_done_callback(say_so)
         await stopped.wait()

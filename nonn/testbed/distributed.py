@@ -40,7 +40,7 @@ from nonn.runtime.exported import read_manifest
 from nonn.testbed.composed import compose, payload_bytes
 from nonn.testbed.deployments import Deployment
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
-from nonn.testbed.trial import PORT, Measured, Trial, measure
+from nonn.testbed.trial import PORT, Exchange, Measured, Scenario, Trial, measure
 
 #: Name of the link that is none: all devices on this machine, nothing delayed.
 LOOPBACK = "loopback"
@@ -49,6 +49,7 @@ LOOPBACK = "loopback"
 HEADERS, ENVELOPE = 52, 200
 #: Images that a device of a test bed holds, and the coordinator has.
 N_IMAGES = 16
+SCENARIOS: tuple[Scenario, ...] = ("sensor", "broadcast")
 
 
 def describe_traffic(measured: Measured) -> dict[str, Any]:
@@ -102,8 +103,10 @@ class TrialBed:
             np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, *shape), dtype=np.uint8))
         return path
 
-    def measure(self, deployment: Deployment, network: EmulatedNetwork, broadcast: bool, **echo: int) -> Measured:
-        """Time a deployment's images on the hosts of a network, or plain echoes of so many bytes."""
+    def measure(
+        self, deployment: Deployment, network: EmulatedNetwork, exchanges: Sequence[Exchange], is_echo: bool = False
+    ) -> list[Measured]:
+        """Time a deployment's images on the hosts of a network in each exchange, or plain echoes."""
         hosts = network.hosts[1 : 1 + deployment.load.n_devices]
         prefix = "device" if deployment.is_split else "node"
         names = [f"{prefix}-{position}" for position in range(len(hosts))]
@@ -113,37 +116,39 @@ class TrialBed:
         # On loopback all hosts have one address, and share it with whatever else runs on this machine.
         ports = [PORT] * len(hosts) if network.is_emulated else free_ports(len(hosts))
         trial = Trial(
-            method="echo" if echo else "split" if deployment.is_split else "nonn",
+            method="echo" if is_echo else "split" if deployment.is_split else "nonn",
+            exchanges=list(exchanges),
             folder=deployment.folder.resolve(),
             names=names,
             addresses=[f"{network.address(host)}:{port}" for host, port in zip(hosts, ports, strict=True)],
             prefixes=[[*network.prefix(host), *on_one_core(i)] for i, host in enumerate(hosts)],
             certificates=self.certificates.resolve(),
             sensor=self.sensor(deployment).resolve(),
-            broadcast=broadcast,
             runs=self.params.images,
             seconds=self.params.seconds,
-            **echo,
         )
         return measure(trial, network)
 
-    def overhead(
-        self, deployment: Deployment, network: EmulatedNetwork, measured: Measured, broadcast: bool
-    ) -> dict[str, float]:
-        """What coordinator and nodes add to the slowest node's inference and the link's round trip.
 
-        The round trip is that of plain TCP messages of the same sizes, of all devices at once.
-        """
-        asked = deployment.load.request_bytes("broadcast" if broadcast else "sensor") + ENVELOPE
-        answered = deployment.load.answer_bytes + ENVELOPE
-        if measured.traffic:  # what the messages really took, without the headers of TCP and IP
-            images, node = len(measured.latencies_ms), measured.traffic[network.hosts[1]]
-            asked = (node.received_bytes - HEADERS * node.received_packets) / images
-            answered = (node.sent_bytes - HEADERS * node.sent_packets) / images
-        echo = self.measure(deployment, network, broadcast, request_bytes=round(asked), response_bytes=round(answered))
-        ideal = 1e3 * deployment.load.seconds.max() + float(np.median(echo.latencies_ms))
-        total = float(np.median(measured.latencies_ms))
-        return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
+def echo_sizes(deployment: Deployment, scenario: Scenario, measured: Measured, node: str) -> tuple[int, int]:
+    """Bytes of a request to the host `node` and its answer, without headers of TCP and IP: as counted, or expected."""
+    if not measured.traffic:
+        asked = deployment.load.request_bytes(scenario) + ENVELOPE
+        return round(asked), round(deployment.load.answer_bytes + ENVELOPE)
+    images, counters = len(measured.latencies_ms), measured.traffic[node]
+    asked = (counters.received_bytes - HEADERS * counters.received_packets) / images
+    answered = (counters.sent_bytes - HEADERS * counters.sent_packets) / images
+    return round(asked), round(answered)
+
+
+def overhead(deployment: Deployment, measured: Measured, echo: Measured) -> dict[str, float]:
+    """What coordinator and nodes add to the slowest node's inference and the link's round trip.
+
+    The round trip is that of plain TCP messages of the same sizes, of all devices at once.
+    """
+    ideal = 1e3 * deployment.load.seconds.max() + float(np.median(echo.latencies_ms))
+    total = float(np.median(measured.latencies_ms))
+    return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
 
 
 def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distributed) -> list[dict]:
@@ -156,50 +161,73 @@ def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distr
     """
     n_devices = max(deployment.load.n_devices for deployment in deployments)
     hosts = (COORDINATOR, *(f"host-{position}" for position in range(n_devices)))
-    cases = [(deployment, scenario) for deployment in deployments for scenario in scenarios(deployment)]
     if reason := missing_privileges():
         log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
-        cases_on = {LOOPBACK: cases}
+        deployments_on = {LOOPBACK: deployments}
     else:
-        cases_on = {LOOPBACK: [case for case in cases if case[0].method == "nonn"]}
-        cases_on |= dict.fromkeys(sorted(params.links, key=lambda name: -PRESETS[name].rate_bps), cases)
+        deployments_on = {LOOPBACK: [deployment for deployment in deployments if deployment.method == "nonn"]}
+        deployments_on |= dict.fromkeys(sorted(params.links, key=lambda name: -PRESETS[name].rate_bps), deployments)
     rows: list[dict] = []
-    progress = iter(track(range(sum(map(len, cases_on.values()))), "distributed"))
-    for name, own in cases_on.items():
+    progress = iter(track(range(sum(map(len, deployments_on.values()))), "distributed"))
+    for name, own in deployments_on.items():
         link = PRESETS.get(name)
         with emulated_network(hosts, link) if link else contextlib.nullcontext(EmulatedNetwork(hosts)) as network:
-            for deployment, scenario in own:
+            for deployment in own:
                 next(progress)
-                framing = framing_of(deployment, scenario, rows)
-                expected = compose(deployment.load, link, scenario, framing, 0.0, params)["link_ms"] if link else 0.0
-                if expected <= 1e3 * params.longest:
-                    row = measure_case(deployment, scenario, bed, network)
-                else:
-                    row = {"method": deployment.method, "scenario": scenario, "images": 0, "expected_ms": expected}
-                rows.append(row | {"link": name})
+                rows += [row | {"link": name} for row in measure_deployment(deployment, bed, network, rows)]
     next(progress, None)
     return rows
 
 
-def measure_case(deployment: Deployment, scenario: str, bed: TrialBed, network: EmulatedNetwork) -> dict[str, Any]:
-    """Latencies, absences and traffic of one deployment on one link, and of a network of networks its overhead."""
-    broadcast = scenario == "broadcast"
-    measured = bed.measure(deployment, network, broadcast)
-    row: dict[str, Any] = {"method": deployment.method, "scenario": scenario}
-    row |= {"emulated": network.is_emulated, "absent": measured.absent}
+def measure_deployment(
+    deployment: Deployment, bed: TrialBed, network: EmulatedNetwork, live: Sequence[Mapping]
+) -> list[dict[str, Any]]:
+    """A row for each scenario of one deployment on one link; `live` are the rows so far.
+
+    With latencies, absences and traffic, and of a network of networks its overhead. Where an image would take too long,
+    with what it is expected to take.
+    """
+    expected = {scenario: expected_ms(deployment, scenario, network, live, bed.params) for scenario in SCENARIOS}
+    if deployment.is_split:
+        del expected["broadcast"]  # the same after one more round, which `compose` adds
+    timed = [scenario for scenario, ms in expected.items() if ms <= 1e3 * bed.params.longest]
+    found = dict(zip(timed, bed.measure(deployment, network, timed), strict=True)) if timed else {}
+    echoes = {}
+    if deployment.method == "nonn" and timed:
+        sizes = [echo_sizes(deployment, scenario, found[scenario], network.hosts[1]) for scenario in timed]
+        echoes = dict(zip(timed, bed.measure(deployment, network, sizes, is_echo=True), strict=True))
+    rows = []
+    for scenario, ms in expected.items():
+        row: dict[str, Any] = {"method": deployment.method, "scenario": scenario}
+        if scenario in found:
+            row |= describe(deployment, scenario, found[scenario], network.is_emulated)
+        else:
+            row |= {"images": 0, "expected_ms": ms}
+        if scenario in echoes:
+            row |= overhead(deployment, found[scenario], echoes[scenario])
+        rows.append(row)
+    return rows
+
+
+def expected_ms(
+    deployment: Deployment, scenario: Scenario, network: EmulatedNetwork, live: Sequence[Mapping], params: Distributed
+) -> float:
+    """What an image takes on the link, by the bytes that were counted so far; 0 on loopback."""
+    if not network.link:
+        return 0.0
+    framing = framing_of(deployment, scenario, live)
+    return compose(deployment.load, network.link, scenario, framing, 0.0, params)["link_ms"]
+
+
+def describe(deployment: Deployment, scenario: Scenario, measured: Measured, is_emulated: bool) -> dict[str, Any]:
+    """Latencies, absences and traffic."""
     p50, p95, p99 = np.percentile(measured.latencies_ms, [50, 95, 99])
+    row: dict[str, Any] = {"emulated": is_emulated, "absent": measured.absent}
     row |= {"images": len(measured.latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
     row |= describe_traffic(measured)
     if measured.traffic:
         row["framing"] = row["wire_bytes"] / payload_bytes(deployment.load.transfers(scenario))
-    if deployment.method == "nonn":
-        row |= bed.overhead(deployment, network, measured, broadcast)
     return row
-
-
-def scenarios(deployment: Deployment) -> tuple[str, ...]:
-    """What is measured live; a split network in broadcast is the same after one more round, which `compose` adds."""
-    return ("sensor",) if deployment.is_split else ("sensor", "broadcast")
 
 
 def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -> float:
@@ -221,7 +249,7 @@ def compose_all(deployments: Sequence[Deployment], live: Sequence[Mapping], para
         about = {"method": deployment.method, "n_devices": load.n_devices, "rounds": len(load.payload)}
         about |= {"memory_bytes": load.memory_bytes, "macs": int(load.macs.sum(axis=0).max())}
         for link in params.links:
-            for scenario in ("sensor", "broadcast"):
+            for scenario in SCENARIOS:
                 framing = framing_of(deployment, scenario, live)
                 composed = compose(load, PRESETS[link], scenario, framing, deployment.final_s, params)
                 yield about | {"link": link, "scenario": scenario, "framing": framing} | composed

@@ -1,7 +1,4 @@
-"""Echoes over real sockets: what links take, by UDP messages and a TCP stream, and what one image's messages take.
-
-Run as a module it is the TCP echo of one host: ``python -m nonn.testbed.echo HOST:PORT REQUEST_BYTES RESPONSE_BYTES``.
-"""
+"""Echoes over real sockets: what links take, by UDP messages and a TCP stream, and what one image's messages take."""
 
 from __future__ import annotations
 
@@ -16,13 +13,12 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
-from nonn.core.errors import UserError
 from nonn.core.links import MTU, round_trip, tcp_goodput
 from nonn.core.progress import track
+from nonn.runtime.addresses import split_address
 from nonn.runtime.cluster import Node
 from nonn.runtime.processes import running
-from nonn.runtime.serving import announce, told_to_stop
-from nonn.runtime.tls import split_address
+from nonn.testbed import echo_server
 from nonn.testbed.emulation import EmulatedNetwork
 
 PAYLOADS = (64, 256, 1024, 4096, 12288)  # bytes
@@ -179,45 +175,22 @@ def format_measurement(measured: dict) -> str:
     return "\n".join(lines)
 
 
-async def serve(address: str, request_bytes: int, response_bytes: int) -> None:
-    """Answer every `request_bytes` with `response_bytes`, until standard input closes; a `UserError` if it cannot."""
-    answer = bytes(response_bytes)
-
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                await reader.readexactly(request_bytes)
-                writer.write(answer)
-
-    stopped, (host, port) = told_to_stop(attached=True), split_address(address)
-    try:
-        server = await asyncio.start_server(echo, host, port)
-    except OSError as error:
-        raise UserError(f"{address}: cannot listen there ({error.strerror}). Is the port free?") from None
-    async with server:
-        announce("echo", address, port)
-        await stopped.wait()
-
-
 @contextlib.asynccontextmanager
 async def tcp_echoes(
-    addresses: Sequence[str], prefixes: Sequence[Sequence[str]], request_bytes: int, response_bytes: int
-) -> AsyncIterator[Callable[..., Awaitable[int]]]:
+    addresses: Sequence[str], prefixes: Sequence[Sequence[str]]
+) -> AsyncIterator[Callable[[tuple[int, int]], Awaitable[int]]]:
     """Run an echo process at each address, each behind a prefix; yield what asks all at once, and says how many.
 
-    Bytes are those of the messages, without headers of TCP and IP. One that cannot listen there is a `UserError`.
+    What is asked has a size in bytes, and an answer's, without headers of TCP and IP. A process that cannot listen at
+    its address is a `UserError`.
     """
-    sizes, commands = (str(request_bytes), str(response_bytes)), {}
+    commands = {}
     for position, (address, prefix) in enumerate(zip(addresses, prefixes, strict=True)):
         node = Node(name=f"echo-{position}", address=address, model="echo")
-        commands[node] = [*prefix, sys.executable, "-m", "nonn.testbed.echo", address, *sizes]
+        commands[node] = [*prefix, sys.executable, "-m", echo_server.__name__, address]
 
-    async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(bytes(request_bytes))
-        await reader.readexactly(response_bytes)
-
-    async def ask_all(*_: object) -> int:
-        return len(await asyncio.gather(*(ask(*stream) for stream in streams)))
+    async def ask_all(sizes: tuple[int, int]) -> int:
+        return len(await asyncio.gather(*(echo_server.ask(*stream, *sizes) for stream in streams)))
 
     async with running(commands), contextlib.AsyncExitStack() as stack:
         streams = []
@@ -225,10 +198,3 @@ async def tcp_echoes(
             streams.append(await asyncio.open_connection(*split_address(address)))
             stack.callback(streams[-1][1].close)
         yield ask_all
-
-
-if __name__ == "__main__":
-    try:
-        asyncio.run(serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
-    except UserError as error:
-        sys.exit(str(error))

@@ -25,6 +25,7 @@ from tritonclient.grpc.service_pb2 import InferParameter, ModelInferRequest, Mod
 from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import log, track
+from nonn.runtime.addresses import split_address
 from nonn.runtime.channel import MODEL_INFER, open_channel
 from nonn.runtime.cluster import COORDINATOR, Cluster, Node, local_cluster
 from nonn.runtime.coordinator import Coordinator
@@ -32,7 +33,7 @@ from nonn.runtime.final import read_out
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, make_response, read_request, read_response
 from nonn.runtime.serving import serving
-from nonn.runtime.tls import CA, Identity, split_address
+from nonn.runtime.tls import CA, Identity
 from nonn.testbed.bed import OTHER, STRANGER, running_bed
 
 #: One message in so many is sent by a stranger: each of those takes a connection of its own.

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -45,24 +45,26 @@ FEWEST = 2
 #: Seconds for starting the devices, warming up and finishing the last image.
 SLACK = 240.0
 
-Ask = Callable[[np.ndarray], Awaitable[int]]  # of one image; gives the number of devices that took part
+#: What is said for one image: to each device the number of an image that it holds (sensor) or the image itself
+#: (broadcast), or an echo of so many bytes there and back.
+Scenario = Literal["sensor", "broadcast"]
+Exchange = Scenario | tuple[int, int]
+Ask = Callable[[Any], Awaitable[int]]  # of one input of an exchange; gives the number of devices that took part
 
 
 class Trial(Record):
     """What to measure, where; travels to the process as JSON."""
 
     method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
+    exchanges: list[Exchange]  # timed one after the other, with the same running devices
     folder: Path  # the exported network, or the plan of the split
     names: list[str]  # of each device
     addresses: list[str]  # ``host:port``
     prefixes: list[list[str]]  # command that runs each device's process on its host
     certificates: Path  # folder with those of the devices and of the coordinator
     sensor: Path  # a ``.npy`` file of images (n, channels, size, size), uint8, that each device holds
-    broadcast: bool = False  # send these images to the devices, instead of their numbers
     runs: int  # images to time
     seconds: float  # after which no further one is begun
-    request_bytes: int = 0  # of an echo
-    response_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,10 @@ async def running_network(trial: Trial) -> AsyncIterator[Ask]:
     """A network of networks: its nodes on their hosts, asked by a coordinator on this one."""
     devices = zip(trial.names, trial.addresses, read_manifest(trial.folder).students, strict=True)
     nodes = [Node(name=name, address=address, model=student.model) for name, address, student in devices]
-    tls, sensor = Tls(folder=trial.certificates), None if trial.broadcast else trial.sensor
-    cluster = Cluster(export=trial.folder, deadline_ms=DEADLINE_MS, tls=tls, sensor=sensor, nodes=nodes)
+    tls = Tls(folder=trial.certificates)
+    cluster = Cluster(export=trial.folder, deadline_ms=DEADLINE_MS, tls=tls, sensor=trial.sensor, nodes=nodes)
 
-    async def ask(image: np.ndarray) -> int:
+    async def ask(image: np.ndarray | np.integer) -> int:
         return len((await coordinator.classify(image)).present)
 
     async with running(node_commands(cluster, trial.prefixes)), Coordinator(cluster) as coordinator:
@@ -99,25 +101,31 @@ async def running_network(trial: Trial) -> AsyncIterator[Ask]:
 async def running_split(trial: Trial) -> AsyncIterator[Ask]:
     """One network split over its devices, asked by its coordinator on this host."""
     plan, identity = SplitPlan.load(trial.folder), Identity.of(COORDINATOR, trial.certificates)
-    sensor = None if trial.broadcast else trial.sensor
 
-    async def ask(image: np.ndarray) -> int:
+    async def ask(image: np.ndarray | np.integer) -> int:
         await coordinator.classify(image)
         return plan.n_devices
 
-    commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, sensor)
+    commands = device_commands(trial.folder, trial.addresses, trial.certificates, trial.prefixes, trial.sensor)
     async with running(commands), SplitCoordinator(plan, trial.addresses, DEADLINE_MS, identity) as coordinator:
         yield ask
 
 
 def running_echo(trial: Trial) -> AbstractAsyncContextManager[Ask]:
-    return tcp_echoes(trial.addresses, trial.prefixes, trial.request_bytes, trial.response_bytes)
+    return tcp_echoes(trial.addresses, trial.prefixes)
 
 
 OPENERS = {"nonn": running_network, "split": running_split, "echo": running_echo}
 
 
-async def warm_up(ask: Ask, inputs: np.ndarray, n_devices: int) -> None:
+def inputs_of(exchange: Exchange, images: np.ndarray) -> Sequence | np.ndarray:
+    """What is asked in turns."""
+    if exchange == "sensor":
+        return np.arange(len(images))
+    return images if exchange == "broadcast" else [exchange]
+
+
+async def warm_up(ask: Ask, inputs: Sequence | np.ndarray, n_devices: int) -> None:
     """Ask until all devices take part, since handshakes take seconds on a slow link, and a few times more."""
     while True:
         with contextlib.suppress(NobodyAnsweredError):
@@ -132,26 +140,31 @@ async def warm_up(ask: Ask, inputs: np.ndarray, n_devices: int) -> None:
 
 
 async def carry_out(trial: Trial) -> None:
-    """Measure, in step with the process that counts: ready - go - result - enough."""
+    """Measure each exchange, in step with the process that counts: ready - go - result - enough."""
     images = np.load(trial.sensor)
-    inputs = images if trial.broadcast else np.arange(len(images))
     async with OPENERS[trial.method](trial) as ask:
-        await warm_up(ask, inputs, len(trial.addresses))
-        print("ready", flush=True)
-        sys.stdin.readline()
-        latencies: list[float] = []
-        absent, end = 0, time.monotonic() + trial.seconds
-        while len(latencies) < trial.runs and (len(latencies) < FEWEST or time.monotonic() < end):
-            start = time.perf_counter()
-            present = await ask(inputs[len(latencies) % len(inputs)])
-            latencies.append(1e3 * (time.perf_counter() - start))
-            absent += len(trial.addresses) - present
-        print(json.dumps({"latencies_ms": latencies, "absent": absent}), flush=True)
-        sys.stdin.readline()
+        for exchange in trial.exchanges:
+            inputs = inputs_of(exchange, images)
+            await warm_up(ask, inputs, len(trial.addresses))
+            print("ready", flush=True)
+            sys.stdin.readline()
+            print(json.dumps(await time_images(ask, inputs, trial)), flush=True)
+            sys.stdin.readline()
 
 
-def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
-    """Carry out a trial from the coordinator's host of a network, and count what it sends.
+async def time_images(ask: Ask, inputs: Sequence | np.ndarray, trial: Trial) -> dict[str, Any]:
+    latencies: list[float] = []
+    absent, end = 0, time.monotonic() + trial.seconds
+    while len(latencies) < trial.runs and (len(latencies) < FEWEST or time.monotonic() < end):
+        start = time.perf_counter()
+        present = await ask(inputs[len(latencies) % len(inputs)])
+        latencies.append(1e3 * (time.perf_counter() - start))
+        absent += len(trial.addresses) - present
+    return {"latencies_ms": latencies, "absent": absent}
+
+
+def measure(trial: Trial, network: EmulatedNetwork) -> list[Measured]:
+    """Carry out a trial from the coordinator's host of a network, and count what each exchange sends.
 
     Raises
     ------
@@ -159,21 +172,25 @@ def measure(trial: Trial, network: EmulatedNetwork) -> Measured:
         It failed, or took far longer than it was given.
     """
     command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
-    watchdog = threading.Timer(trial.seconds + SLACK, lambda: process.kill())
+    watchdog = threading.Timer(len(trial.exchanges) * trial.seconds + SLACK, lambda: process.kill())
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             watchdog.start()
             _say(process, trial.model_dump_json())
-            _hear(process, trial)
-            before = network.counters()
-            _say(process, "go")
-            result = json.loads(_hear(process, trial))
-            after = network.counters()
-            _say(process, "enough")
+            return [_count(process, trial, network) for _ in trial.exchanges]
     except BrokenPipeError:
         raise _failure(trial) from None
     finally:
         watchdog.cancel()
+
+
+def _count(process: subprocess.Popen, trial: Trial, network: EmulatedNetwork) -> Measured:
+    _hear(process, trial)
+    before = network.counters()
+    _say(process, "go")
+    result = json.loads(_hear(process, trial))
+    after = network.counters()
+    _say(process, "enough")
     traffic = {host: after[host] - before[host] for host in after}
     return Measured(np.array(result["latencies_ms"]), result["absent"], traffic)
 

@@ -1,0 +1,40 @@
+"""Addresses of nodes and coordinators: ``host:port``, or ``[host]:port`` for IPv6."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``, or of ``[host]:port`` for IPv6; a `ValueError` for anything else."""
+    host, _, port = address.rpartition(":")
+    bare = host.removeprefix("[").removesuffix("]")
+    if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port; write for example 127.0.0.1:7100")
+    return bare, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether nothing that is sent to ``host:port`` leaves this machine."""
+    host, _ = split_address(address)
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix(".") in ("localhost", "ip6-localhost")
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def canonical_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` in one form, so that equal places compare as equal.
+
+    All names and addresses of this machine's loopback are one. Other names are not looked up: what a name server says
+    differs from day to day.
+    """
+    host, port = split_address(address)
+    if is_loopback(address):
+        return "localhost", port
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower().removesuffix("."), port
+    return str(getattr(ip, "ipv4_mapped", None) or ip), port

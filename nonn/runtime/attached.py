@@ -1,0 +1,39 @@
+"""The life of a process that serves something: it says when it listens, and ends with whoever started it.
+
+The counterpart is `nonn.runtime.processes`. Nothing large is imported, since a child that only echoes starts at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import signal
+import sys
+
+from nonn.core.progress import log
+
+#: Of Linux's prctl(2).
+PR_SET_PDEATHSIG = 1
+
+
+def continue_after_parent() -> None:
+    """Have the kernel wake this process when its parent dies, should it be stopped then (SIGSTOP); Linux only."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
+    """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes."""
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM, *more):
+        loop.add_signal_handler(number, stopped.set)
+    if attached:
+        loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+        continue_after_parent()
+    return stopped
+
+
+def announce(what: str, address: str, port: int, is_encrypted: bool = False) -> None:
+    """Say what listens and where: for `nonn.runtime.processes`, too, which waits for this line."""
+    log(f"{what} at {address.rpartition(':')[0]}:{port}, {'mutual TLS' if is_encrypted else 'plain text'}")
