@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 from clusters import (
@@ -24,8 +25,9 @@ from grpc import StatusCode, aio
 
 from nonn.runtime import guard, node
 from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
-from nonn.runtime.channel import MODEL_INFER, busy_seconds
+from nonn.runtime.channel import GIVEN, MODEL_INFER, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, AllBusyError, Coordinator
+from nonn.runtime.guard import seconds_given
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import Contract, make_request
 from nonn.runtime.serving import serving
@@ -103,6 +105,33 @@ def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
         with pytest.raises(OverloadedError):
             admission.check(0.02, "a")  # most of it is over
         admission.check(0.02, "b")  # somebody in a hurry
+
+
+def test_what_a_call_says_that_it_was_given_counts_more_than_what_is_usual(clock):
+    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    with admission.admitted(0.1, "a"):
+        admission.check(0.02, "a", given=0.02)  # in a hurry, though others on its connection are not
+        admission.check(0.02, "a", given=0.01)  # impossible, and no reason to be kind or strict
+        with pytest.raises(OverloadedError):
+            admission.check(0.1, "a", given=0.3)
+
+
+def test_a_wait_that_is_claimed_while_nobody_waits_is_no_measurement(clock):
+    admission = Admission(0.01, patience=10.0, share=0.5, clock=clock)
+    for _ in range(3):
+        clock.now += 5.0
+        with admission.admitted(0.1, given=60.0):
+            clock.now += 0.01
+    assert admission.service_seconds == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("250.5", 0.2505), ("0", 0.0), ("1e9", 60.0), ("inf", 60.0), ("-1", None), ("nan", None), ("x", None)],
+)
+def test_what_a_call_says_that_it_was_given_is_a_number_or_ignored(value, seconds):
+    context = SimpleNamespace(invocation_metadata=lambda: (("user-agent", "any"), (GIVEN, value)))
+    assert seconds_given(context) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_moments_of_return_are_spaced(clock):

@@ -85,18 +85,24 @@ class Admission:
         head = max(self.clock() - self._served_since, self.service_seconds)
         return self.waiting * self.service_seconds + head
 
-    def check(self, seconds: float | None, peer: str = "") -> float:
+    def check(self, seconds: float | None, peer: str = "", given: float | None = None) -> float:
         """Refuse a call with so much time left, as an `OverloadedError`, unless it will be answered in time.
 
         Calls that have waited long before this process looked at them, in buffers of the system or of gRPC, are told
-        by how much less time they have left than is usual on their connection; so callers with unlike deadlines should
-        not share one. To answer the oldest first would be to answer all of them late. Where nobody waits and nobody
-        was answered just now every call is tried: or one slow answer would shut the door for ever. Gives the seconds
-        that the call has probably waited.
+        by how much less time they have left than they say that they were given. Where they do not say, it is by how
+        much less than is usual on their connection; so such callers should not share one if their deadlines are unlike.
+        To answer the oldest first would be to answer all of them late. Where nobody waits and nobody was answered just
+        now every call is tried: or one slow answer would shut the door for ever. Gives the seconds that the call has
+        probably waited.
         """
-        age = 0.0 if seconds is None else self._age(seconds, peer)
+        if seconds is None:
+            age = 0.0
+        elif given is None:
+            age = self._age(seconds, peer)
+        else:
+            age = max(given - seconds, 0.0)
         if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
-            return age
+            return 0.0
         left = self.patience if seconds is None else min(seconds, self.patience)
         if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > self.stale * (left + age):
             self.refused += 1
@@ -121,9 +127,9 @@ class Admission:
         return self._appointment - now
 
     @contextlib.contextmanager
-    def admitted(self, seconds: float | None, peer: str = "") -> Iterator[Place]:
+    def admitted(self, seconds: float | None, peer: str = "", given: float | None = None) -> Iterator[Place]:
         """Let a call wait while the block runs; see `check`."""
-        arrived = self.clock() - self.check(seconds, peer)
+        arrived = self.clock() - self.check(seconds, peer, given)
         place = Place(self, seconds)
         try:
             yield place

@@ -18,6 +18,9 @@ READY = ChannelConnectivity.READY
 CONNECT_TIMEOUT = 1.0
 
 LATE = "no answer by the deadline"
+#: Metadata of a coordinator's call: milliseconds that it was given when it was sent. gRPC's own time-out counts from
+#: the moment at which the receiver's buffers were read.
+GIVEN = "nonn-given-ms"
 CHANNEL_OPTIONS = {
     "grpc.enable_http_proxy": 0,
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all

@@ -23,7 +23,7 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.batches import Batches
-from nonn.runtime.channel import LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
+from nonn.runtime.channel import GIVEN, LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
@@ -93,7 +93,8 @@ class NodeConnection:
         """Features (F_i,) of an image, or (k, F_i) of k; without them an `aio.AioRpcError` or a `ProtocolError`."""
         start, request = time.perf_counter(), make_request(self.contract, image)
         request.id = image_id
-        content = await self._call(request, timeout=max(seconds, 0))
+        seconds = max(seconds, 0)
+        content = await self._call(request, timeout=seconds, metadata=((GIVEN, f"{1000 * seconds:.3f}"),))
         try:
             response = ModelInferResponse.FromString(content)
         except DecodeError:

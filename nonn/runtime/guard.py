@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
@@ -11,12 +12,24 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
 from nonn.runtime.admission import RETRY_AFTER, Admission, OverloadedError, Place
-from nonn.runtime.channel import MODEL_INFER
+from nonn.runtime.channel import GIVEN, MODEL_INFER
 from nonn.runtime.tls import callers_of
 
 #: Seconds within which a call must send its message; and after which it is no longer counted among those that wait
 #: for an answer.
 MESSAGE_TIMEOUT, PROMPT = 5.0, 0.05
+#: Seconds beyond which it makes no difference what a call says that it was given.
+LONGEST = 60.0
+
+
+def seconds_given(context: aio.ServicerContext) -> float | None:
+    """What a call was given when it was sent, up to `LONGEST`; None if it does not say so in a number."""
+    for name, value in context.invocation_metadata() or ():
+        if name == GIVEN:
+            with contextlib.suppress(ValueError):
+                seconds = float(value) / 1000
+                return min(seconds, LONGEST) if seconds >= 0 else None
+    return None
 
 
 class Guard(aio.ServerInterceptor):
@@ -50,7 +63,7 @@ class Guard(aio.ServerInterceptor):
             try:
                 if admission is None:
                     return await self._answer(handler, context)
-                with admission.admitted(context.time_remaining(), context.peer()) as place:
+                with admission.admitted(context.time_remaining(), context.peer(), seconds_given(context)) as place:
                     return await self._answer(handler, context, place)
             except OverloadedError as overloaded:
                 when = ((RETRY_AFTER, str(overloaded.retry_after_ms)),)

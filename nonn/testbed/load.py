@@ -44,6 +44,8 @@ CALLERS_PER_CONNECTION = 100
 WARM_UP = 5.0
 #: Seconds that a caller waits on average who got no answer and was not told when to return; doubled each time.
 PAUSE = 0.1
+#: Seconds after which the stranger replaces an idle call that was ended.
+REPOSE = 1.0
 #: Seconds that a caller waits in any case after a refusal with ``--impatient``: none can be quicker than the network.
 HASTE = 0.001
 COLUMNS = "{:<12} {:>8} {:>11} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>10}"
@@ -148,19 +150,14 @@ async def call_repeatedly(
 async def idle_calls(target: Target, stranger: Identity, count: int) -> AsyncIterator[None]:
     """So many calls of headers alone at a time while the block runs; each that is ended is made again."""
 
-    async def nothing() -> AsyncIterator[bytes]:
-        await asyncio.Event().wait()
-        yield b""
-
-    async def keep_calling(call: aio.StreamUnaryMultiCallable) -> None:
+    async def keep_calling(begin: aio.StreamUnaryMultiCallable) -> None:
         while True:
-            with contextlib.suppress(aio.AioRpcError):
-                await call(nothing())
-            await asyncio.sleep(PAUSE)
+            await begin().code()  # ended by whoever is called, since nothing is ever written
+            await asyncio.sleep(REPOSE)
 
     async with open_channel(target.node, target.contract.message_limit, stranger, own=True) as channel:
-        call = channel.stream_unary(MODEL_INFER)
-        callers = [asyncio.create_task(keep_calling(call)) for _ in range(count)]
+        begin = channel.stream_unary(MODEL_INFER)
+        callers = [asyncio.create_task(keep_calling(begin)) for _ in range(count)]
         try:
             yield
         finally:

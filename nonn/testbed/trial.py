@@ -39,7 +39,7 @@ DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
 WARMUP = 20
 #: Seconds after which no further one is sent, and between attempts to reach all devices.
-LONGEST_WARMUP, PAUSE = 5.0, 0.2
+LONGEST_WARMUP, PAUSE = 2.0, 0.2
 #: Images to time at least, however long they take.
 FEWEST = 2
 #: Seconds for starting the devices, warming up and finishing the last image.
