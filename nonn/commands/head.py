@@ -8,7 +8,7 @@ teacher and takes a GPU; this takes one pass over the images.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
@@ -51,10 +51,10 @@ def run(options) -> None:
     start = {"weights": str(options.start) if options.start else None, "weights_sha256": None}
     model = load_pretrained(data, params.teacher.model_copy(update=start))
     layer, score = fit_head(model, data)
-    network, name = model.body.network, model.body.classifier
-    network.set_submodule(name, layer)
+    body: Any = model.body
+    body.network.set_submodule(body.classifier, layer)
     with replacing(target) as temporary:
-        torch.save(network.state_dict(), temporary)
+        torch.save(body.network.state_dict(), temporary)
     log(
         f"{target}: {params.teacher.source} for {data.n_classes} classes, right on {score:.1%} of the validation images"
     )
