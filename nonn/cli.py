@@ -80,6 +80,7 @@ COMMANDS = {
     "partitions": (DEVELOP, "commands.partitions", "Compare ways to link and to divide the teacher's filters."),
     "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
     "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache are what their names say."),
+    "head": (DEVELOP, "commands.head", "Fit a last layer for your classes to a network of torchvision or timm."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }

@@ -18,6 +18,7 @@ from nonn.data.canvas import Canvas
 from nonn.data.raw import Decoder, Picture
 
 SIZE = 28
+SPLIT_FOLDERS = ["train/cat", "train/dog", "test/cat", "test/dog"]
 
 
 def make_params(source: str | Path, **changes) -> Params:

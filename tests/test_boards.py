@@ -191,4 +191,4 @@ def test_one_board_is_shown_with_its_sources(name, capsys):
 
 
 def test_the_catalogue_comes_with_the_package():
-    assert '"nonn.core" = ["boards.yaml"]' in Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    assert '"nonn.core" = ["boards.yaml",' in Path(__file__).parents[1].joinpath("pyproject.toml").read_text()

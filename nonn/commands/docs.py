@@ -151,6 +151,8 @@ def _kind(node: dict[str, Any], own: dict[str, str]) -> str:
         return f"[{own.get(name, name)}](#{own.get(name, name).lower()})"
     if words := node.get("enum"):
         return "one of " + ", ".join(f"`{word}`" for word in words)
+    if "const" in node:
+        return f"`{node['const']}`"
     kind = node["type"]
     if kind == "null":
         return "`null`"

@@ -12,7 +12,7 @@ what its radio spends on the bytes it sends and receives. Where a constant is on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -183,6 +183,20 @@ def find_board(name: str) -> Board:
         hint = did_you_mean(name, boards)
         raise UserError(f"no board {name!r}{hint}; choose one of {', '.join(boards)}, or add it to {OWN_FILE}")
     return boards[name]
+
+
+def in_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:
+    """A board as a device of ``params.yaml`` has it, which computes at `mmacs_per_s` in the precision of the students.
+
+    What is not known of it, that speed or its power, is taken from `reference`.
+    """
+    power = board if board.active_w else reference
+    return replace(
+        board,
+        idle_w=power.idle_w,
+        active_w=power.active_w,
+        seconds_per_mac=1e-6 / mmacs_per_s if mmacs_per_s else reference.seconds_per_mac,
+    )
 
 
 def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: float) -> float:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nonn.core.boards import find_board
+from nonn.core.boards import Board, find_board
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
 from nonn.core.params import SOLO, Params
@@ -29,8 +29,8 @@ def list_jobs(params: Params) -> dict[str, Any]:
     `teacher.weights` and `teacher.source` name, the last with what lies beside an ONNX file, so that DVC watches their
     content; where nothing on this machine is named, the module that would read it. ``sizes`` are those of images, since
     DVC cannot watch keys that params.yaml leaves to their defaults. ``budgets`` and ``board`` are what the catalogue of
-    boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the board of
-    the stage `distributed`.
+    boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the boards
+    of the stage `distributed`.
     """
     reader = "nonn/teachers/teacher.py"
     teacher = [str(path) for path in params.teacher.files]
@@ -75,8 +75,14 @@ def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
 
 
 def _board_facts(params: Params) -> dict[str, Any]:
+    """Of `distributed.board`, and of the boards of the devices where they state some."""
+    own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
+    devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
+    return _facts_of(find_board(params.distributed.board)) | ({"devices": devices} if devices else {})
+
+
+def _facts_of(board: Board) -> dict[str, Any]:
     """Numbers of few digits: DVC does not read back all others as it wrote them."""
-    board = find_board(params.distributed.board)
     power, seconds = board.active_w, board.seconds_per_mac
     facts = {"idle_w": board.idle_w, "active_w": [power.low, power.high] if power else None}
     return facts | {"mmacs_per_s": round(1e-6 / seconds, 3) if seconds else None}

@@ -6,6 +6,7 @@ is refused with the key and the remedy before a stage runs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
-from nonn.core.boards import all_boards, shipped_boards
+from nonn.core.boards import Board, all_boards, find_board, in_device, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.devices import Device, Limit, Positive, check_board
 from nonn.core.links import PRESETS
@@ -304,6 +305,21 @@ class Params(Section):
         """What each device of a network offers its student."""
         target, precision = self.networks[network].latency_ms, self.design.precision
         return [self.devices[name].budget(name, precision, target) for name in self.networks[network].devices]
+
+    def boards_of(self, name: str) -> list[Board] | None:
+        """Boards for which the stage `distributed` composes what the devices of a network take, in their order.
+
+        A device that states neither a board nor a speed counts as ``distributed.board``; None if all do. For `SOLO` it
+        is one board, the quickest of all networks, in favour of what NoNN is compared with.
+        """
+        if name == SOLO:
+            stated = [board for network in self.networks for board in self.boards_of(network) or ()]
+            return [min(stated, key=lambda board: board.seconds_per_mac or math.inf)] if stated else None
+        budgets, reference = self.budgets_of(name), find_board(self.distributed.board)
+        if not any(budget.board or budget.mmacs_per_s for budget in budgets):
+            return None
+        boards = [find_board(budget.board) if budget.board else reference for budget in budgets]
+        return [in_device(board, budget.mmacs_per_s, reference) for board, budget in zip(boards, budgets, strict=True)]
 
     @property
     def sizes(self) -> dict[str, int]:

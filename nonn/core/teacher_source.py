@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from nonn.core.schema import Section, did_you_mean
 
@@ -21,6 +21,25 @@ FORMS = {
 }
 #: Kinds whose weights are in the file that they name.
 WHOLE_FILES = ("onnx", "export")
+
+
+#: The 1,000 classes of ImageNet (ILSVRC 2012) by their WordNet numbers, in the order of the outputs of torchvision's
+#: and timm's networks, which is the alphabetical one: https://image-net.org/challenges/LSVRC/2012/browse-synsets.php
+IMAGENET_CLASSES = Path(__file__).with_name("imagenet.txt")
+
+
+def _spelled_out(classes: Any) -> Any:
+    """The names behind the word ``imagenet``; lists stay as they are."""
+    return IMAGENET_CLASSES.read_text(encoding="ascii").split() if classes == "imagenet" else classes
+
+
+#: Names of classes, one an output.
+Classes = Annotated[
+    Annotated[list[str], Field(min_length=2)],
+    BeforeValidator(
+        _spelled_out, json_schema_input_type=Annotated[list[str], Field(min_length=2)] | Literal["imagenet"]
+    ),
+]
 
 
 class Normalization(Section):
@@ -40,7 +59,7 @@ class TeacherSource(Section):
     weights: str | None = None
     ema: bool = True
     classifier: Annotated[str, Field(min_length=1)] | None = None
-    classes: Annotated[list[str], Field(min_length=2)] | None = None
+    classes: Classes | None = None
     normalization: Normalization | None = None
     colour_order: Literal["rgb", "bgr"] = "rgb"
     pixels: Literal["unit", "byte"] = "unit"

@@ -14,7 +14,7 @@ from nonn.core.progress import log
 from nonn.core.system import describe_system
 from nonn.split.graph import UnsplittableError, read_network
 from nonn.testbed.composed import load_of_network
-from nonn.testbed.deployments import SPLITS, Deployment, as_network, split_deployment, time_final
+from nonn.testbed.deployments import SPLITS, Deployment, as_network, on_boards, split_deployment, time_final
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 
 
@@ -85,5 +85,6 @@ def run(params: Params, paths: Paths, name: str) -> None:
             reference = list(reference_deployments(params, paths, name, scratch))
         bed = TrialBed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
         live = measure_live(deployments, bed, params.distributed)
-    composed = list(compose_all([*deployments, *reference], live, params.distributed))
+    everything = on_boards([*deployments, *reference], params, name)
+    composed = list(compose_all(everything, live, params.distributed))
     write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})

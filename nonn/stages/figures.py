@@ -210,6 +210,7 @@ def run(params: Params, paths: Paths) -> None:
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
     budgets = {name: sorted({b.total_kib for b in params.budgets_of(name)}) for name in params.networks}
+    board = "the boards of the devices" if params.boards_of(SOLO) else params.distributed.board
     with plots.drawing_style():
         figures = {
             "filter_graph": graph_plots.draw_filter_graph(graph.weights, partitions),
@@ -227,8 +228,8 @@ def run(params: Params, paths: Paths) -> None:
             "accuracy_memory": accuracy_plots.draw_accuracy_memory(methods, budgets, n_test),
             "missing_devices": accuracy_plots.draw_missing_devices(missing, chosen, n_seeds, n_test),
             "communication": deployment_plots.draw_communication(deployed, params.distributed.reference),
-            "latency": deployment_plots.draw_latency(deployed, params.distributed.board),
-            "scaling": deployment_plots.draw_scaling(deployed, comparisons, params.distributed.board),
+            "latency": deployment_plots.draw_latency(deployed, board),
+            "scaling": deployment_plots.draw_scaling(deployed, comparisons, board),
             "ratios": deployment_plots.draw_ratios(ratios, deployment_table.list_ratios(deployed, comparisons)),
         }
         for name, figure in figures.items():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
-from nonn.core.boards import compute_seconds, find_board, inference_energy
+from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
 from nonn.core.params import Distributed
 from nonn.core.system import pinned_to
@@ -38,6 +38,7 @@ class Load:
     payload: Sequence[Transfers]  # what devices send each other after each round but the last
     image_bytes: float  # what one device gets in broadcast
     answer_bytes: float  # what it sends the coordinator
+    boards: Sequence[Board] | None = None  # of the devices; None: all are `distributed.board`
 
     @property
     def n_devices(self) -> int:
@@ -77,11 +78,15 @@ def compose(
         Milliseconds, bytes and millijoules: ``compute_ms`` (of the slowest device, round by round),
         ``link_ms``, ``final_ms``, ``total_ms``; ``wire_bytes``; for the device that needs most, and for
         all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``, and the same with
-        what the devices draw anyway, ``…_with_idle_mj``.
+        what the devices draw anyway, ``…_with_idle_mj``. Where devices state their boards, ``boards`` names them.
     """
-    board = find_board(params.board)
-    compute = np.vectorize(lambda macs, s: compute_seconds(board, macs, s, params.slowdown), otypes=[float])(
-        load.macs, load.seconds
+    boards = load.boards or [find_board(params.board)] * load.n_devices
+    compute = np.array(
+        [
+            [compute_seconds(*device, params.slowdown) for device in zip(boards, macs, seconds, strict=True)]
+            for macs, seconds in zip(load.macs, load.seconds, strict=True)
+        ],
+        float,
     )
     transfers = load.transfers(scenario)
     on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transfers)
@@ -96,10 +101,12 @@ def compose(
         "total_ms": 1e3 * total,
         "wire_bytes": framing * payload_bytes(transfers),
     }
+    if load.boards:
+        row["boards"] = [board.title for board in load.boards]
     for suffix, idle in (("", False), ("_with_idle", True)):
         energies = [
             inference_energy(board, spent, total, bytes_moved, idle)
-            for spent, bytes_moved in zip(compute.sum(axis=0), moved, strict=True)
+            for board, spent, bytes_moved in zip(boards, compute.sum(axis=0), moved, strict=True)
         ]
         worst = max(energies, key=lambda energy: energy.high)
         row[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]

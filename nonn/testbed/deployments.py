@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import timeit
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import onnx
 from safetensors.numpy import save_file
 
 from nonn.core.artifacts import SoloManifest
+from nonn.core.boards import find_board
 from nonn.core.files import read_json, sha256_of, write_json
+from nonn.core.params import SOLO, Params
+from nonn.core.progress import log
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer
 from nonn.split.planner import plan_split
@@ -61,6 +65,22 @@ class Deployment:
     is_split: bool
     load: Load
     final_s: float  # seconds of the final layer
+
+
+def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> list[Deployment]:
+    """Deployments of a network, or of `SOLO`, on the boards that the devices state, see `Params.boards_of`.
+
+    A line says of which of these boards a figure is not known.
+    """
+    boards = params.boards_of(name)
+    if boards is None:
+        return list(deployments)
+    named = {} if name == SOLO else {budget.board: budget for budget in params.budgets_of(name) if budget.board}
+    unknown = [f"{params.design.precision} speed of {board}" for board, own in named.items() if not own.mmacs_per_s]
+    unknown += [f"power of {board}" for board in named if find_board(board).active_w is None]
+    if unknown:
+        log(f"note: {name}: {', '.join(unknown)}: not known, counted as that of {params.distributed.board}")
+    return [replace(each, load=replace(each.load, boards=boards)) for each in deployments]
 
 
 def time_final(folder: Path) -> float:

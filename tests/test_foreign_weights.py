@@ -1,0 +1,169 @@
+"""Foreign teachers: checkpoints as people have them, and how a teacher sees images and names classes."""
+
+import argparse
+
+import numpy as np
+import pytest
+import torch
+from experiments import make_dataset
+from foreign import code_package, save, section, taught, write_onnx
+from torch import nn
+
+from nonn.core.errors import UserError
+from nonn.core.params import Normalization
+from nonn.data.dataset import Dataset
+from nonn.deploy.teacher_files import write_teacher
+from nonn.runtime.session import run_onnx
+from nonn.teachers.teacher import import_teacher, score_teacher
+from nonn.training.networks import predict
+
+
+@pytest.fixture(scope="module")
+def colour() -> Dataset:
+    return make_dataset(channels=3, size=32)
+
+
+@pytest.fixture(scope="module")
+def model(colour) -> nn.Module:
+    return taught(colour)
+
+
+@pytest.fixture(autouse=True)
+def code(folder):
+    with code_package(folder):
+        yield folder
+
+
+# Checkpoints as people have them
+
+
+def wrapped(prefix: str, weights: dict) -> dict:
+    return {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+CHECKPOINTS = {
+    "plain": lambda w: w,
+    "state_dict": lambda w: {"state_dict": wrapped("model.", w), "epoch": 3},
+    "lightning": lambda w: {"state_dict": wrapped("net.", w) | {"loss.weight": torch.ones(3)}},
+    "model": lambda w: {"model": wrapped("module.", w), "optimizer": {"state": {0: {"step": torch.zeros(())}}}},
+    "compiled": lambda w: {"model_state_dict": wrapped("_orig_mod.", w)},
+    "compiled on several GPUs": lambda w: {"net": wrapped("module._orig_mod.", w)},
+    "twice wrapped": lambda w: wrapped("module.module.", w),
+    "averaged model": lambda w: {"n_averaged": torch.tensor(4)} | wrapped("module.", w),
+    "timm": lambda w: {"state_dict": w, "args": argparse.Namespace(model="x", lr=0.1), "metric": np.float64(0.9)},
+    "averaged alone": lambda w: {"ema": {"module": w}},
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_checkpoints_are_read_as_people_have_them(name, colour, model):
+    path = save(CHECKPOINTS[name](dict(model.state_dict())))
+    teacher, _ = import_teacher(colour, section(weights=path))
+    for key, tensor in teacher.body.network.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("averaged", ["model_ema", "ema", "state_dict_ema"])
+def test_averaged_weights_are_chosen_on_purpose(averaged, colour, model, capsys):
+    own = dict(model.state_dict())
+    last = {name: tensor * 0 for name, tensor in own.items()}
+    path = save({"model": wrapped("module.", last), averaged: own})
+    teacher, _ = import_teacher(colour, section(weights=path))
+    assert torch.equal(teacher.body.network.fc.weight, own["fc.weight"])
+    assert f"takes the averaged weights ({averaged}); teacher.ema: false takes the others" in capsys.readouterr().err
+    teacher, _ = import_teacher(colour, section(weights=path, ema=False))
+    assert not teacher.body.network.fc.weight.any()
+
+
+# Preprocessing and classes
+
+
+def test_preprocessing_travels_with_the_teacher(folder, colour):
+    """A grey picture three times, BGR, bytes and normalisation, in torch as in the ONNX file that devices would run."""
+    grey = make_dataset(channels=1, size=32)
+    write_onnx(folder / "small.onnx", taught(colour))
+    normal = Normalization(mean=[103.0, 116.0, 123.0], std=[50.0, 60.0, 70.0])
+    params = section("onnx:small.onnx", normalization=normal, pixels="byte", colour_order="bgr")
+    for data in (grey, colour):
+        teacher, _ = import_teacher(data, params)
+        images = data.images[:5]
+        bgr = images.expand(-1, 3, -1, -1).flip(1).float()
+        mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (normal.mean, normal.std))
+        torch.testing.assert_close(teacher.preprocess(images), (bgr - mean) / std)
+        write_teacher(teacher, data, folder / "teacher.onnx")
+        exported = run_onnx(folder / "teacher.onnx", images.numpy())
+        np.testing.assert_allclose(exported, predict(teacher, images)[1], rtol=1e-4, atol=1e-3)
+
+
+def test_outputs_are_mapped_to_the_classes_of_the_data_set(folder, colour, model):
+    """In another order, and with a class more than the data set has."""
+    order = ["chequered", "dots", "across", "down"]
+    wide = taught(colour)
+    wide.fc = nn.Linear(16, 4)
+    with torch.no_grad():
+        for name, row in (("across", 0), ("down", 1), ("chequered", 2)):
+            wide.fc.weight[order.index(name)] = model.fc.weight[row]
+            wide.fc.bias[order.index(name)] = model.fc.bias[row]
+    write_onnx(folder / "wide.onnx", wide)
+    teacher, record = import_teacher(colour, section("onnx:wide.onnx", classes=order))
+    assert record["outputs"] == [2, 3, 0]
+    with torch.no_grad():
+        logits = model(colour.images[:9].float() / 255)
+    torch.testing.assert_close(predict(teacher, colour.images[:9])[1], logits, rtol=1e-4, atol=1e-4)
+    write_teacher(teacher, colour, folder / "teacher.onnx")
+    found = run_onnx(folder / "teacher.onnx", colour.images[:9].numpy())
+    np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
+
+
+# What decides about a teacher
+
+
+def test_a_teacher_in_another_order_is_refused_with_the_order(colour):
+    """Near chance: the order that a trial finds is named, and with it the teacher is taken."""
+    turned = taught(colour)
+    with torch.no_grad():
+        turned.fc.weight.copy_(turned.fc.weight[[1, 2, 0]])
+        turned.fc.bias.copy_(turned.fc.bias[[1, 2, 0]])
+    params = section(weights=save(turned.state_dict()))
+    teacher, _ = import_teacher(colour, params)
+    with pytest.raises(
+        UserError, match=r"0\.0% .* about chance.*teacher\.classes: \[down, chequered, across\]"
+    ) as told:
+        score_teacher(teacher, colour, params)
+    assert len(str(told.value).splitlines()) == 1
+    params = section(weights="w.pt", classes=["down", "chequered", "across"])
+    teacher, _ = import_teacher(colour, params)
+    assert score_teacher(teacher, colour, params)[0]["validation_accuracy"] > 0.9
+
+
+def test_pixels_of_another_range_are_refused_with_the_right_one(colour, model):
+    """Trained on 0 to 1, given 0 to 255."""
+    params = section(weights=save(model.state_dict()), pixels="byte", expected_accuracy=0.99)
+    teacher, _ = import_teacher(colour, params)
+    with pytest.raises(UserError, match=r"Likely cause: how it sees images; with teacher\.pixels: unit it is right on"):
+        score_teacher(teacher, colour, params)
+
+
+def test_an_untrained_teacher_is_refused(colour):
+    """No other reading of the images helps, so all likely causes are listed."""
+    params = section()
+    teacher, _ = import_teacher(colour, params)
+    with pytest.raises(UserError, match=r"about chance.*Likely causes: normalization, pixels"):
+        score_teacher(teacher, colour, params)
+
+
+def test_a_teacher_that_has_seen_the_validation_images_is_told_from_one_that_has_not(colour, model, capsys):
+    """On validation as good as on training, and much better than on test."""
+    params = section(weights=save(model.state_dict()))
+    teacher, _ = import_teacher(colour, params)
+    score_teacher(teacher, colour, params)
+    assert "has probably been trained on the validation images" not in capsys.readouterr().err
+    from nonn.teachers.verdict import seen_before
+
+    labels = colour.labels.clone()
+    labels[colour.test] = (labels[colour.test] + 1) % 3  # test images that it has not learned
+    other = Dataset(**{**vars(colour), "labels": labels})
+    told = seen_before(teacher, 0.95, other)
+    assert told
+    assert "Give the data set a folder val/" in told
+    assert seen_before(teacher, 0.6, colour) is None

@@ -1,0 +1,118 @@
+"""Composed latency and energy of devices that are different boards."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiments import tiny_params
+
+from nonn.core.boards import Board, Range, find_board, in_device
+from nonn.core.jobs import list_jobs
+from nonn.core.links import Link
+from nonn.core.params import SOLO, Params
+from nonn.testbed.composed import Load, compose
+from nonn.testbed.deployments import Deployment, on_boards
+
+#: Two devices, two rounds, and a link that takes no time.
+LOAD = Load(
+    seconds=np.array([[0.010, 0.020], [0.040, 0.035]]),
+    macs=np.array([[10e6, 30e6], [50e6, 20e6]]),
+    memory_bytes=1000,
+    payload=[{("0", "1"): 1000, ("1", "0"): 1000}],
+    image_bytes=2000,
+    answer_bytes=500,
+)
+INSTANT = Link(1e15)
+UNLIKE = {"a": {"board": "esp32s3", "ram_kib": 400}, "b": {"board": "rp2350"}, "c": {"memory_kib": 60, "mmacs": 5}}
+
+
+def make_params(*devices: str, precision: str = "int8", board: str = "cortex_m7") -> Params:
+    changes = {"networks": {"2s": {"devices": list(devices), "seeds": 1, "baselines": {}}}, "devices": UNLIKE}
+    return Params.model_validate(
+        tiny_params(changes | {"design": {"precision": precision}, "distributed": {"board": board}})
+    )
+
+
+def deployment(name: str = "nonn") -> Deployment:
+    return Deployment(name, Path(), False, LOAD, 0.001)
+
+
+def test_each_device_computes_and_draws_as_its_own_board(params):
+    slow = Board(idle_w=0.1, active_w=Range(0.2, 0.3), seconds_per_mac=1e-8, title="slow")
+    quick = Board(idle_w=1.0, active_w=Range(3.0, 5.0), seconds_per_mac=1e-9, title="quick")
+    row = compose(replace(LOAD, boards=[slow, quick]), INSTANT, "sensor", 1.0, 0.0, params.distributed)
+    # Of each round the slower device: 100 against 30 ms, then 500 against 20 ms.
+    assert row["compute_ms"] == pytest.approx(600)
+    bits = 8 * (8 + 1000 + 1000 + 500)
+    low = [0.1 * 0.6 + bits * 10e-9, 2.0 * 0.05 + bits * 10e-9]
+    high = [0.2 * 0.6 + bits * 50e-9, 4.0 * 0.05 + bits * 50e-9]
+    assert row["energy_node_mj"] == pytest.approx([1e3 * low[1], 1e3 * high[1]])
+    assert row["energy_total_mj"] == pytest.approx([1e3 * sum(low), 1e3 * sum(high)])
+    idle = 1e3 * 0.6 * (0.1 + 1.0)
+    assert row["energy_total_with_idle_mj"] == pytest.approx([1e3 * sum(low) + idle, 1e3 * sum(high) + idle])
+    assert row["boards"] == ["slow", "quick"]
+
+
+def test_boards_that_are_all_the_one_of_the_section_change_nothing(params):
+    section = params.distributed.model_copy(update={"board": "pi3b", "slowdown": 3.0})
+    plain = compose(LOAD, INSTANT, "broadcast", 2.0, 0.005, section)
+    stated = compose(replace(LOAD, boards=[find_board("pi3b")] * 2), INSTANT, "broadcast", 2.0, 0.005, section)
+    assert {key: value for key, value in stated.items() if key != "boards"} == plain
+
+
+def test_devices_without_boards_are_all_that_of_the_section(params):
+    assert params.boards_of("2s") is None
+    assert params.boards_of(SOLO) is None
+    (same,) = on_boards([deployment()], params, "2s")
+    assert same.load is LOAD
+    assert "devices" not in list_jobs(params)["board"]
+
+
+def test_what_is_not_known_of_a_board_is_that_of_the_section():
+    params = make_params("a", "b", "c")
+    esp32s3, rp2350, plain = params.boards_of("2s")
+    assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("esp32s3").mmacs["int8"])
+    assert esp32s3.active_w == find_board("esp32s3").active_w
+    assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["int8"])
+    reference = find_board("cortex_m7")
+    assert (rp2350.idle_w, rp2350.active_w) == (reference.idle_w, reference.active_w)
+    assert plain == reference
+    assert in_device(find_board("pi3b"), None, reference).seconds_per_mac == reference.seconds_per_mac
+
+
+def test_a_speed_of_ones_own_counts_without_a_board(params):
+    small = params.devices["small"].model_copy(update={"mmacs_per_s": 20.0})
+    stated = params.model_copy(update={"devices": params.devices | {"small": small}})
+    reference = find_board(params.distributed.board)
+    assert stated.boards_of("2s") == [replace(reference, seconds_per_mac=1e-6 / 20), reference]
+
+
+def test_the_precision_of_students_decides_the_speed():
+    boards = {
+        precision: make_params("a", "b", precision=precision).boards_of("2s") for precision in ("float32", "int8")
+    }
+    assert find_board("esp32s3").mmacs["int8"] != find_board("esp32s3").mmacs["float32"]
+    assert boards["int8"][0].seconds_per_mac != boards["float32"][0].seconds_per_mac
+
+
+def test_what_runs_alone_is_on_the_quickest_board(capsys):
+    params = make_params("a", "b")
+    (placed,) = on_boards([deployment("teacher")], params, SOLO)
+    (quickest,) = placed.load.boards
+    assert quickest.seconds_per_mac == min(board.seconds_per_mac for board in params.boards_of("2s"))
+    assert not capsys.readouterr().err
+
+
+def test_figures_that_are_not_known_are_named(capsys):
+    (placed,) = on_boards([deployment()], make_params("a", "b"), "2s")
+    assert [board.title for board in placed.load.boards] == [find_board(n).title for n in ("esp32s3", "rp2350")]
+    assert "note: 2s: power of rp2350: not known, counted as that of cortex_m7" in capsys.readouterr().err
+    on_boards([deployment()], make_params("a", "c", precision="float32"), "2s")
+    assert "note: 2s: float32 speed of esp32s3: not known" in capsys.readouterr().err
+
+
+def test_dvc_sees_the_boards_of_devices():
+    facts = list_jobs(make_params("a", "c"))["board"]["devices"]["2s"]
+    assert [round(fact["mmacs_per_s"], 1) for fact in facts] == [find_board("esp32s3").mmacs["int8"], 227.5]
+    assert facts[0]["active_w"] == [0.235, 0.235]

@@ -1,0 +1,222 @@
+"""Foreign teachers that cannot be one, and keys of `teacher` that do not go together."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from experiments import make_dataset, tiny_params
+from foreign import CODE, code_package, save, section, taught, write_onnx, write_program
+from onnx import helper
+from torch import nn
+
+from nonn.core.errors import UserError
+from nonn.core.jobs import check_named_files, list_jobs
+from nonn.core.params import Params, Teacher
+from nonn.data.dataset import Dataset
+from nonn.teachers.teacher import import_teacher
+
+
+@pytest.fixture(scope="module")
+def colour() -> Dataset:
+    return make_dataset(channels=3, size=32)
+
+
+@pytest.fixture(scope="module")
+def model(colour) -> nn.Module:
+    return taught(colour)
+
+
+@pytest.fixture(autouse=True)
+def code(folder):
+    with code_package(folder):
+        yield folder
+
+
+# Wrong teachers
+
+
+def bad(name: str, model: nn.Module) -> Teacher:
+    """Write one wrong teacher into the working directory; return the section that names it."""
+    weights, module = dict(model.state_dict()), section
+    nan = weights | {"conv.weight": weights["conv.weight"].clone().fill_(float("nan"))}
+    inf = weights | {"fc.bias": weights["fc.bias"] / 0}
+    if name.startswith("code "):
+        body = {
+            "fails": "def make():\n    return 1 / 0",
+            "does not parse": "def make(:",
+            "no module": "def make():\n    return [1, 2]",
+            "softmax": f"{CODE}\n\ndef make():\n    return nn.Sequential(Small(), nn.Softmax(1))",
+            "tuple": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n        return super().forward(x), x\n",
+            "no linear layer": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 3, 3), "
+            "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
+            "maps": "from torch import nn\ndef make():\n    return nn.Conv2d(3, 3, 3)",
+            "fixed size": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))",
+        }[name.removeprefix("code ")]
+        Path("nets/wrong.py").write_text(body)
+        return section("module:nets.wrong:make")
+    if name == "ONNX with softmax":
+        write_onnx(Path("a.onnx"), model, tail=[helper.make_node("Softmax", ["y"], ["z"])])
+        return section("onnx:a.onnx")
+    if name in ("ONNX cut off", "ONNX with its weights elsewhere"):
+        write_onnx(Path("a.onnx"), model)
+        if name == "ONNX cut off":
+            Path("a.onnx").write_bytes(Path("a.onnx").read_bytes()[:500])
+        else:
+            onnx.save(onnx.load("a.onnx"), "b.onnx", save_as_external_data=True, location="b.data", size_threshold=0)
+            Path("b.data").unlink()
+        return section("onnx:a.onnx" if name == "ONNX cut off" else "onnx:b.onnx")
+    if name == "batches of 8":
+        write_onnx(Path("a.onnx"), model, batch=8)
+        return section("onnx:a.onnx")
+    if name == "no program":
+        Path("a.pt2").write_bytes(b"no program")
+        return section("export:a.pt2")
+    if name == "a folder":
+        Path("folder.onnx").mkdir()
+        return section("onnx:folder.onnx")
+    if name == "Keras":
+        Path("w.pt").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    if name == "Git LFS":
+        Path("w.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    if name == "web page":
+        Path("w.pt").write_text("<!DOCTYPE html><html>Not found</html>")
+    if name == "ONNX as weights":
+        write_onnx(Path("w.onnx"), model)
+        return section(weights="w.onnx")
+    if name == "program as weights":
+        write_program(Path("w.pt"), model)
+    contents = {
+        "NaN": nan,
+        "infinity": inf,
+        "a pickled model": nn.Linear(2, 2),
+        "two networks": {"generator": weights, "critic": weights},
+        "optimizer alone": {"optimizer": {"state": {}}, "epoch": 3},
+        "another model": {"a.weight": torch.zeros(2, 2)},
+        "other classes": weights | {"fc.weight": torch.zeros(10, 16), "fc.bias": torch.zeros(10)},
+    }
+    if name in contents:
+        save(contents[name])
+    keys = {
+        "no such library model": {"source": "torchvision:resnet19"},
+        "no such module": {"source": "module:nets.missing:make"},
+        "no such factory": {"source": "module:nets.small:build"},
+        "no such layer": {"classifier": "fcc"},
+        "unknown classes": {"classes": ["across", "dwon", "chequered"]},
+    }
+    if name in keys:
+        return section(**keys[name])
+    return module(weights="w.pt")
+
+
+BAD = {
+    "NaN": r"w\.pt: NaN or infinite values in 1 of \d+ tensors, such as conv\.weight",
+    "infinity": r"NaN or infinite values in 1 of \d+ tensors, such as fc\.bias",
+    "a pickled model": r"w\.pt: a pickle that needs code \(torch\.nn\.modules\.linear\.Linear\)",
+    "two networks": r"holds several state dicts \('generator', 'critic'\)",
+    "optimizer alone": r"holds no state dict",
+    "another model": r"does not fit teacher\.source module:nets\.small:make \(\d+ tensors missing, 1 unknown",
+    "other classes": r"the teacher has 10 outputs, and 3 classes are expected",
+    "Keras": r"is an HDF5 file, as Keras writes it; export the model to ONNX",
+    "Git LFS": r"is a pointer of Git LFS",
+    "web page": r"is a web page, as a failed download leaves it",
+    "ONNX as weights": r"is an ONNX file; set teacher\.source to onnx:w\.onnx",
+    "program as weights": r"is an exported program; set teacher\.source to export:w\.pt",
+    "ONNX with softmax": r"differ by [\d.]+: a softmax follows it",
+    "ONNX cut off": r"a\.onnx is not an ONNX file",
+    "ONNX with its weights elsewhere": r"b\.onnx has its weights in a file that is not there or damaged",
+    "batches of 8": r"takes batches of 8 images alone",
+    "no program": r"is not a program that torch\.export wrote",
+    "a folder": r"is a folder\. Name a regular file",
+    "no such library model": r"torchvision has no classifier 'resnet19' \(did you mean 'resnet1?\d'\?\)",
+    "no such module": r"there is no module nets\.missing",
+    "no such factory": r"module nets\.small has no 'build'",
+    "no such layer": r"has no linear layer 'fcc' \(did you mean 'fc'\?\)",
+    "unknown classes": r"class 'down' of the data set is not among .* \(did you mean 'dwon'\?\)",
+    "code fails": r"fails \(ZeroDivisionError: division by zero\)",
+    "code does not parse": r"fails \(SyntaxError",
+    "code no module": r"returns a list, not an nn\.Module",
+    "code softmax": r"a softmax follows it",
+    "code tuple": r"answers with a tuple, not with the logits",
+    "code no linear layer": r"runs no linear layer of 3 outputs",
+    "code maps": r"answers 16 images with shape \(16, 3, 30, 30\)",
+    "code fixed size": r"fails on images of 3 channels and 32 x 32 pixels",
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_wrong_teachers_are_refused_in_one_line(name, colour, model):
+    params = bad(name, model)
+    with pytest.raises(UserError, match=BAD[name]) as told:
+        import_teacher(colour, params)
+    assert len(str(told.value).splitlines()) == 1, told.value
+    assert str(told.value).endswith((".", "`")), told.value
+
+
+def test_weights_of_torchvision_in_our_families_are_told_apart(colour):
+    """A state dict of torchvision's ResNet-18 given to a CIFAR ResNet: the remedy is another source."""
+    weights = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
+    params = Teacher.model_validate(
+        {"architecture": {"family": "resnet", "depth": 20}, "weights": save(weights), "threads": 1}
+    )
+    with pytest.raises(UserError, match=r"set teacher\.source to torchvision:NAME or timm:NAME"):
+        import_teacher(colour, params)
+
+
+def test_downloads_that_fail_are_one_line(folder, colour, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(folder))
+    with pytest.raises(UserError, match=r"null takes the weights that torchvision downloads for resnet18, and the dow"):
+        import_teacher(colour, section("torchvision:resnet18"))
+
+
+# Parameters
+
+
+@pytest.mark.parametrize(
+    ("keys", "complaint"),
+    [
+        ({"source": "tv:resnet18"}, r"no source 'tv:resnet18'; write one of train, torchvision:NAME"),
+        ({"source": "torchvison:resnet18"}, r"did you mean 'torchvision'\?"),
+        ({"source": "module:nets"}, r"is not of the form module:PACKAGE\.FILE:FACTORY"),
+        ({"source": "onnx:"}, r"is not of the form onnx:FILE\.onnx"),
+        ({"source": "onnx:a.onnx", "weights": "a.pt"}, r"holds its weights itself"),
+        ({"source": "torchvision:resnet18", "weights": "https://host/w.pt"}, r"is an address; download it"),
+        ({"source": "torchvision:resnet18", "classes": ["a", "b", "a"]}, r"'a' is listed twice"),
+        ({}, r"architecture: source train needs one"),
+        ({"architecture": {"family": "wrn", "depth": 10}, "expected_accuracy": 0.9}, r"belongs to an imported teacher"),
+    ],
+)
+def test_keys_that_do_not_suit_the_source_are_refused(keys, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Teacher.model_validate({"threads": 1, **keys})
+
+
+def test_few_lines_are_enough_for_a_foreign_teacher():
+    raw = tiny_params({"signals": {"attention": False}})
+    raw["networks"]["2s"]["baselines"] = {}
+    raw["teacher"] = {"source": "torchvision:resnet18", "threads": 2}
+    assert Params.model_validate(raw).teacher.is_foreign
+    raw["signals"]["attention"] = True
+    with pytest.raises(ValueError, match=r"signals\.attention: only teachers of source train have attention maps"):
+        Params.model_validate(raw)
+
+
+def test_dvc_watches_the_files_of_a_source():
+    raw = tiny_params({"signals": {"attention": False}})
+    raw["networks"]["2s"]["baselines"] = {}
+
+    def jobs(**keys) -> dict:
+        return list_jobs(Params.model_validate(raw | {"teacher": {"threads": 1, **keys}}))
+
+    assert jobs(source="onnx:a.onnx")["teacher"] == "a.onnx"
+    Path("a.onnx.data").touch()
+    assert jobs(source="onnx:a.onnx")["teacher_data"] == "a.onnx.data"
+    assert jobs(source="module:nets.small:make")["teacher"] == "nets"
+    assert jobs(source="module:nets.small:make", weights="w.pt")["weights"] == "w.pt"
+    params = Params.model_validate(raw | {"teacher": {"threads": 1, "source": "onnx:missing.onnx"}})
+    with pytest.raises(UserError, match=r"teacher\.source: missing\.onnx does not exist\. Name a file"):
+        check_named_files(params)
