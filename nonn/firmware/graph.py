@@ -26,6 +26,8 @@ from nonn.runtime.session import REFUSALS
 #: Operations that work value by value, constants broadcast.
 POINTWISE = {"Add", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "Div", "Erf", "FusedGelu", "Gelu"}
 POINTWISE |= {"HardSigmoid", "HardSwish", "Mul", "QuickGelu", "QuantizeLinear", "Relu", "Sub"}
+#: Sums times their scale stay below it, so that rounding and adding the zero point cannot overflow 32 bits.
+LARGEST = 2**30
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
 
 
@@ -64,11 +66,11 @@ class _Reader:
         self.producer = {name: node for node in model.graph.node for name in node.output}
         self.shapes: dict[str, Shape] = {}
         self.vectors: dict[str, int] = {}
-        self.mirrored: set[str] = set()
+        self.planes: dict[str, bool] = {}  # the image, and whether its left and right are swapped
 
     def refuse(self, why: str) -> UserError:
-        remedy = "A firmware takes students of design.precision int8 without residual connections: families fast and"
-        return UserError(f"{self.path}: {why}. {remedy} airbench.")
+        remedy = "Give students of design.precision int8 and family fast, or airbench of depth 2 or less."
+        return UserError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
 
     def read(self) -> Student:
         graph = self.model.graph
@@ -80,6 +82,7 @@ class _Reader:
         if not any(node.op_type == "QLinearConv" for node in graph.node):
             raise self.refuse("it has no convolution of 8-bit integers")
         self.shapes[image.name] = Shape(sides[2], sides[3], sides[1])
+        self.planes[image.name] = False
         steps = [step for node in graph.node for step in self.step(node, image.name)]
         features = graph.output[0].name
         if len(graph.output) != 1 or features not in self.vectors:
@@ -113,12 +116,14 @@ class _Reader:
         start, end, axes, step = (self.constants[value].tolist() for value in node.input[1:5])
         if start != [-1] or end[0] > -(2**31) or axes not in ([-1], [3]) or step != [-1]:
             raise self.refuse(f"there is no kernel for Slice {node.output[0]}")
-        self.mirrored.add(node.output[0])
+        self.planes[node.output[0]] = True
         self.shapes[node.output[0]] = self.shapes[node.input[0]]
 
     def convolution(self, node: NodeProto, settings: dict) -> Conv:
         source, in_scale, in_zero, weights, scales, zeros, out_scale, out_zero = node.input[:8]
-        constants = {name: self.constants[name] for name in node.input[1:]}
+        if source in self.planes:
+            raise self.refuse(f"QLinearConv {node.output[0]} reads the image as it is")
+        constants = {name: self.constants[name] for name in node.input[1:] if name}
         kernel, shape = constants[weights], self.shapes[source]
         plain = {"group": 1, "auto_pad": b"NOTSET", "dilations": [1, 1]}
         odd = [key for key, value in plain.items() if settings.get(key, value) != value]
@@ -140,6 +145,8 @@ class _Reader:
         bias = self.constants[node.input[8]] if len(node.input) > 8 else np.zeros(len(kernel), np.int32)
         scale = np.float32(constants[in_scale]) * np.broadcast_to(constants[scales], len(kernel))
         scale = (scale / np.float32(constants[out_scale])).astype(np.float32)
+        if (np.abs(kernel.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(bias)).max() * scale.max() > LARGEST:
+            raise self.refuse(f"QLinearConv {node.output[0]} has scales far from those of its maps")
         self.shapes[node.output[0]] = out
         return Conv(
             reads=(source,),
@@ -170,8 +177,8 @@ class _Reader:
         shape = self.shapes[source]
         values = self.evaluate(source, nodes, name, shape.channels)
         self.shapes[name] = shape
-        if source == image or source in self.mirrored:
-            return Prepare((image,), name, shape, values, source in self.mirrored)
+        if source in self.planes:
+            return Prepare((image,), name, shape, values, self.planes[source])
         return _Table((source,), name, values[:1] if (values == values[0]).all() else values)
 
     def mean(self, node: NodeProto, settings: dict) -> Mean:
@@ -179,6 +186,8 @@ class _Reader:
         if sorted(axis % 4 for axis in axes) != [2, 3] or settings.get("keepdims", 1):
             raise self.refuse(f"ReduceMean {node.output[0]} is no mean over all pixels")
         source, nodes = self.chain(node.input[0])
+        if source in self.planes:
+            raise self.refuse(f"ReduceMean {node.output[0]} reads the image as it is")
         values = self.evaluate(source, nodes, node.input[0], self.shapes[source].channels)
         if not (values == values[0]).all():
             raise self.refuse(f"what ReduceMean {node.output[0]} reads differs between channels")

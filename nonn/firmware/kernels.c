@@ -165,30 +165,34 @@ void nonn_prepare(const uint8_t *image, uint8_t *out, const uint8_t *tables, int
   }
 }
 
-/* Eigen's sum of a vector, which ONNX Runtime calls: two vectors of 4 lanes in turn, added, then lanes 0 and 2, 1 and
- * 3, then both, then what remains one by one. */
-static float sum_as_eigen(const uint8_t *in, const float *table, int pixels, int step) {
-  const int packed = pixels & ~3, paired = pixels & ~7;
-  float lanes[8] = {0}, sum = 0;
-  if (packed == 0) {
-    sum = table[in[0]];
+/* Eigen's sum of a vector, which ONNX Runtime calls: from the first aligned value on, two vectors of 4 lanes in turn, added
+ * up, then lanes 0 and 2, 1 and 3, then both, then the values before and after one by one. `offset` counts the values
+ * in front of the first one, which lie in one block of memory that is aligned. */
+static float sum_as_eigen(const uint8_t *in, const float *table, int pixels, int step, int offset) {
+  const int start = -offset & 3;
+  const int left = pixels > start ? pixels - start : 0;
+  const int end = start + (left & ~3), end_of_pairs = start + (left & ~7);
+  float lanes[8];
+  if (left < 4) {
+    float sum = table[in[0]];
     for (int i = 1; i < pixels; i++) sum += table[in[i * step]];
     return sum;
   }
-  for (int i = 0; i < 4; i++) lanes[i] = table[in[i * step]];
-  if (packed > 4) {
-    for (int i = 4; i < 8; i++) lanes[i] = table[in[i * step]];
-    for (int i = 8; i < paired; i++) lanes[i % 8] += table[in[i * step]];
+  for (int i = 0; i < 4; i++) lanes[i] = table[in[(start + i) * step]];
+  if (left >= 8) {
+    for (int i = 4; i < 8; i++) lanes[i] = table[in[(start + i) * step]];
+    for (int i = 8; i < end_of_pairs - start; i++) lanes[i % 8] += table[in[(start + i) * step]];
     for (int i = 0; i < 4; i++) lanes[i] += lanes[i + 4];
-    if (packed > paired) {
-      for (int i = 0; i < 4; i++) lanes[i] += table[in[(paired + i) * step]];
-    }
+    for (int i = end_of_pairs; i < end; i++) lanes[i - end_of_pairs] += table[in[i * step]];
   }
-  sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
-  for (int i = packed; i < pixels; i++) sum += table[in[i * step]];
+  float sum = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  for (int i = 0; i < start; i++) sum += table[in[i * step]];
+  for (int i = end; i < pixels; i++) sum += table[in[i * step]];
   return sum;
 }
 
 void nonn_mean(const uint8_t *in, float *out, const float *table, int pixels, int channels) {
-  for (int c = 0; c < channels; c++) out[c] = sum_as_eigen(in + c, table, pixels, channels) / (float)pixels;
+  for (int c = 0; c < channels; c++) {
+    out[c] = sum_as_eigen(in + c, table, pixels, channels, c * pixels) / (float)pixels;
+  }
 }
