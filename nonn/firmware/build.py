@@ -18,8 +18,10 @@ COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
 INSTALL = "On Debian or Ubuntu run: make system-deps"
 #: No two operations on float32 may become one, which rounds differently from ONNX Runtime.
-FLAGS = ("-mthumb", "-mfloat-abi=hard", "-std=c11", "-O2", "-ffp-contract=off", "-ffunction-sections")
-FLAGS += ("-fdata-sections", "-Wall", "-Wextra", "-Werror")
+FLAGS = (
+    *("-mthumb", "-mfloat-abi=hard", "-std=c11", "-O2", "-ffp-contract=off", "-ffunction-sections"),
+    *("-fdata-sections", "-Wall", "-Wextra", "-Werror"),
+)
 #: What comes with the package, beside the student's own ``student.c``.
 OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
 #: Bytes of RAM for the stack; students need less than a quarter of it, as `stack_used_bytes` says.

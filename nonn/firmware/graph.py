@@ -163,8 +163,8 @@ class _Reader:
 
     def pooling(self, node: NodeProto, settings: dict) -> _Pool:
         side = settings["kernel_shape"][0]
-        plain = {"kernel_shape": [side, side], "strides": [side, side], "pads": [0, 0, 0, 0], "dilations": [1, 1]}
-        plain |= {"ceil_mode": 0, "auto_pad": b"NOTSET"}
+        plain: dict[str, object] = {"ceil_mode": 0, "auto_pad": b"NOTSET", "pads": [0, 0, 0, 0], "dilations": [1, 1]}
+        plain |= {"kernel_shape": [side, side], "strides": [side, side]}
         if odd := [key for key, value in plain.items() if settings.get(key, value) != value]:
             raise self.refuse(f"there is no kernel for the {odd[0]} of MaxPool {node.output[0]}")
         shape = self.shapes[node.input[0]]
