@@ -10,6 +10,7 @@ import subprocess
 import numpy as np
 import onnx
 import pytest
+from experiments import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -270,6 +271,21 @@ def test_what_has_no_kernels_is_refused(tmp_path):
     onnx.save(spread, path)
     with pytest.raises(UserError, match="no kernel for the dilations of QLinearConv sums"):
         read_student(path)
+
+
+def test_documented_figures_are_those_of_the_results():
+    entries = json.loads((REPOSITORY / "results/cifar10_int8/firmware.json").read_text())
+    text = (REPOSITORY / "docs/firmware.md").read_text()
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["images_identical"] == entry["images_checked"] == 100
+        for key in ("flash_bytes", "ram_bytes", "arena_bytes", "instructions", "macs"):
+            assert f"{entry[key]:,}" in text
+        ratios = [layer["instructions_per_mac"] for layer in entry["layers"] if layer["macs"]]
+        rows = [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| conv")]
+        assert [float(row) for row in rows] * 2 == [
+            round(ratio, len(row) - 2) for ratio, row in zip(ratios, rows * 2, strict=True)
+        ]
 
 
 def test_devices_without_firmware_are_refused():
