@@ -271,6 +271,11 @@ def test_what_has_no_kernels_is_refused(tmp_path):
     onnx.save(spread, path)
     with pytest.raises(UserError, match="no kernel for the dilations of QLinearConv sums"):
         read_student(path)
+    (mean,) = (node for node in model.graph.node if node.op_type == "ReduceMean")
+    del mean.input[1]
+    onnx.save(model, path)
+    with pytest.raises(UserError, match="ReduceMean features is no mean over all pixels"):
+        read_student(path)
 
 
 def test_documented_figures_are_those_of_the_results():

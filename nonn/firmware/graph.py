@@ -39,7 +39,10 @@ def read_student(path: Path) -> Student:
     UserError
         There is no such file, or it has an operation that no kernel is there for.
     """
-    return _Reader(path, _optimised(path)).read()
+    try:
+        return _Reader(path, _optimised(path)).read()
+    except (IndexError, KeyError) as error:  # of a graph that `nonn export` would not have written
+        raise UserError(f"{path}: not a student that `nonn export` wrote ({error}). Export it again.") from None
 
 
 def _optimised(path: Path) -> onnx.ModelProto:

@@ -165,8 +165,8 @@ void nonn_prepare(const uint8_t *image, uint8_t *out, const uint8_t *tables, int
   }
 }
 
-/* Eigen's sum of a vector, which ONNX Runtime calls: from the first aligned value on, two vectors of 4 lanes in turn, added
- * up, then lanes 0 and 2, 1 and 3, then both, then the values before and after one by one. `offset` counts the values
+/* Eigen's sum of a vector, which ONNX Runtime calls: from the first aligned value on, two vectors of 4 lanes in turn,
+ * added up, then lanes 0 and 2, 1 and 3, then both, then the values before and after one by one. `offset` counts the values
  * in front of the first one, which lie in one block of memory that is aligned. */
 static float sum_as_eigen(const uint8_t *in, const float *table, int pixels, int step, int offset) {
   const int start = -offset & 3;
