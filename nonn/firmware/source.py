@@ -121,10 +121,12 @@ class Constants:
         if key not in self.names:
             name = self.names[key] = f"constants_{len(self.names)}"
             kind = TYPES[values.dtype.name]
-            numbers = ", ".join(f"{v.hex()}f" if kind == "float" else str(v) for v in values.ravel().tolist())
-            text = textwrap.fill(numbers, 118, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            numbers = [f"{v.hex()}f" if kind == "float" else str(v) for v in values.ravel().tolist()]
+            width = 116 // (max(map(len, numbers)) + 2)  # textwrap takes seconds for a student's weights
+            rows = [", ".join(numbers[start : start + width]) for start in range(0, len(numbers), width)]
+            text = ",\n  ".join(rows)
             self.lines.append(f"\nstatic const {kind} {name}[{values.size}] __attribute__((aligned(4))) = {{\n")
-            self.lines.append(f"{text}\n}};\n")
+            self.lines.append(f"  {text}\n}};\n")
         return self.names[key]
 
 
