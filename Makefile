@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CORES ?= all
 
-.PHONY: reproduce report test lint environment lock sbom
+.PHONY: reproduce report test lint environment lock sbom system-deps
 reproduce: environment
 	$(VENV)/bin/snakemake --cores $(CORES)
 	test ! -e .nonn/journal.jsonl || $(VENV)/bin/nonn timeline  # none where all came from DVC's cache
@@ -50,3 +50,9 @@ lock: environment
 sbom: environment
 	$(VENV)/bin/cyclonedx-py requirements requirements-device.lock --pyproject pyproject.toml --output-reproducible \
 		--output-format JSON --output-file sbom.cdx.json
+
+# What builds and runs firmware (`nonn firmware`), on Debian or Ubuntu. All else works without.
+SUDO ?= $(shell test "$$(id -u)" = 0 || echo sudo)
+system-deps:
+	$(SUDO) apt-get update
+	$(SUDO) apt-get install --yes --no-install-recommends gcc-arm-none-eabi libnewlib-arm-none-eabi qemu-system-arm

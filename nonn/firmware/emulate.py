@@ -1,0 +1,57 @@
+"""Run a firmware on an emulated Cortex-M, and count its instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nonn.core.errors import UserError
+from nonn.firmware.build import EMULATOR, require
+from nonn.firmware.targets import CORES
+
+#: Instructions of the loop by which ``main.c`` finds out how many a tick of SysTick stands for.
+CALIBRATION = 2_000_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """`features` float32 (N, F); instructions are those of the first image, of each step and in all."""
+
+    features: np.ndarray
+    instructions: int
+    step_instructions: list[int]
+    stack_used_bytes: int
+
+
+def run_firmware(elf: Path, core: str, images: np.ndarray, n_features: int) -> Run:
+    """Features of images, uint8 (N, channels, H, W), as the firmware computes them.
+
+    QEMU advances its clock by 1 ns for each instruction (``-icount shift=0``), so a timer counts instructions, exactly
+    but for the length of a tick, 40 instructions. These are no cycles: QEMU knows no pipelines, caches or waits.
+
+    Raises
+    ------
+    UserError
+        The emulator is missing, or the firmware stopped.
+    """
+    emulator = require(EMULATOR, "running a firmware")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "images.bin").write_bytes(np.ascontiguousarray(images, np.uint8).tobytes())
+        command = [emulator, "-M", CORES[core].machine, "-cpu", core, "-nographic", "-monitor", "none"]
+        command += ["-serial", "none", "-semihosting-config", "enable=on,target=native", "-icount", "shift=0"]
+        command += ["-kernel", str(elf.resolve())]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        report = re.findall(r"^(\w+) (\d+)$", done.stdout + done.stderr, re.MULTILINE)
+        values = {name: int(value) for name, value in report}
+        if done.returncode or values.get("images") != len(images):
+            last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no message"]
+            raise UserError(f"{elf}: the firmware stopped in the emulator ({last[0]}). Build it again.")
+        features = np.fromfile(Path(folder, "features.bin"), np.float32).reshape(len(images), n_features)
+    steps = [round(int(value) * CALIBRATION / values["calibration"]) for name, value in report if name == "step"]
+    total = round(values["ticks"] * CALIBRATION / values["calibration"])
+    return Run(features, total, steps, values["stack"])

@@ -1,0 +1,157 @@
+"""A student's firmware from its ONNX file to its figures: built, run, and compared with ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonn.core.errors import UserError
+from nonn.core.progress import track
+from nonn.firmware.build import STACK_BYTES, Image, compile_sources, copy_sources, link
+from nonn.firmware.emulate import Run, run_firmware
+from nonn.firmware.graph import read_student
+from nonn.firmware.source import write_source
+from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
+from nonn.firmware.targets import Target
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.session import run_onnx
+
+#: Images of one call of the emulator: after each, progress is shown.
+BATCH = 25
+#: Seed of the images that are run where none are given.
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Firmware:
+    """What was built of one student: `image` for the device, `emulated` the same for QEMU's memory map."""
+
+    path: Path
+    student: Student
+    target: Target
+    arena_bytes: int
+    image: Image
+    emulated: Image
+
+
+def students_of(paths: list[Path]) -> list[Path]:
+    """ONNX files, those of a whole network for the folder of its export."""
+    found: list[Path] = []
+    for path in paths:
+        found += [path / entry.file for entry in read_manifest(path).students] if path.is_dir() else [path]
+    return found
+
+
+def build(path: Path, target: Target, folder: Path) -> Firmware:
+    """Write, compile and link the firmware of a student in a folder of its own.
+
+    Raises
+    ------
+    UserError
+        The student has no kernels, the toolchain is missing, or the firmware does not fit the device.
+    """
+    student = read_student(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    arena = write_source(student, folder)
+    copy_sources(folder)
+    objects = compile_sources(folder, target)
+    image = link(objects, target, folder / f"{path.stem}.elf")
+    return Firmware(path, student, target, arena, image, link(objects, target.emulated, folder / "emulated.elf"))
+
+
+def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
+    """The first images of a NumPy file, uint8 (N, channels, H, W); grey noise of a fixed seed without one.
+
+    Raises
+    ------
+    UserError
+        It is no such file, or its images are not the student's.
+    """
+    shape = student.image_shape
+    planes = (shape.channels, shape.rows, shape.columns)
+    if path is None:
+        return np.random.default_rng(SEED).integers(0, 256, (count, *planes), dtype=np.uint8)
+    try:
+        images = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError):
+        raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.") from None
+    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < count:
+        wanted = f"uint8 ({count} or more, {', '.join(map(str, planes))})"
+        raise UserError(f"{path}: has {images.dtype} {images.shape}, not {wanted}. Give images of that form.")
+    return np.ascontiguousarray(images[:count])
+
+
+def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None, int]:
+    """The run of the first image, None without any, and how many have the features of ONNX Runtime bit for bit."""
+    first, identical = None, 0
+    student, core = firmware.student, firmware.target.core
+    starts = range(0, len(images), BATCH)
+    for start in track(starts, firmware.path.name) if len(starts) > 1 else starts:
+        batch = images[start : start + BATCH]
+        run = run_firmware(firmware.emulated.elf, core, batch, student.n_features)
+        expected = run_onnx(firmware.path, batch)
+        identical += sum(a.tobytes() == b.tobytes() for a, b in zip(run.features, expected, strict=True))
+        first = first or run
+    return first, identical
+
+
+def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -> dict[str, Any]:
+    """The entry of a student in ``firmware.json``; what only a run can tell is null without one."""
+    student = firmware.student
+    counts: list[int] | list[None] = run.step_instructions if run else [None] * len(student.steps)
+    layers = [_layer(step, count) for step, count in zip(student.steps, counts, strict=True)]
+    return {
+        "network": firmware.path.resolve().parent.name,
+        "student": firmware.path.stem,
+        "device": firmware.target.name,
+        "core": firmware.target.core,
+        "flash_bytes": firmware.image.flash_bytes,
+        "ram_bytes": firmware.image.ram_bytes,
+        "flash_limit_bytes": firmware.target.flash_bytes,
+        "ram_limit_bytes": firmware.target.ram_bytes,
+        "arena_bytes": firmware.arena_bytes,
+        "stack_bytes": STACK_BYTES,
+        "stack_used_bytes": run.stack_used_bytes if run else None,
+        "macs": student.macs,
+        "instructions": run.instructions if run else None,
+        "instructions_per_mac": _ratio(run.instructions if run else None, student.macs),
+        "images_checked": checked,
+        "images_identical": identical,
+        "layers": layers,
+    }
+
+
+def _layer(step: Step, instructions: int | None) -> dict[str, Any]:
+    macs = step.macs if isinstance(step, Conv) else 0
+    weights = step.weights.size if isinstance(step, Conv) else 0
+    return {
+        "layer": describe(step),
+        "weight_bytes": weights,
+        "macs": macs,
+        "instructions": instructions,
+        "instructions_per_mac": _ratio(instructions, macs),
+    }
+
+
+def _ratio(instructions: int | None, macs: int) -> float | None:
+    return round(instructions / macs, 3) if instructions and macs else None
+
+
+def describe(step: Step) -> str:
+    """A step in a few words, such as ``conv 3×3 64→128 16×16 pool 2``: kernel, channels, pixels of its output."""
+    match step:
+        case Conv(weights=weights, out=out):
+            kernel = f"{weights.shape[1]}×{weights.shape[2]} {weights.shape[3]}→{len(weights)}"
+            stride = f" stride {step.stride}" if step.stride > 1 else ""
+            pool = f" pool {step.pool}" if step.pool > 1 else ""
+            return f"conv {kernel} {out.rows}×{out.columns}{stride}{pool}"
+        case Prepare(mirror=mirror):
+            return "image, mirrored" if mirror else "image"
+        case Mean():
+            return "mean"
+        case Combine(operation=operation):
+            return f"features {operation}"
+    raise TypeError(type(step).__name__)
