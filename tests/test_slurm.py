@@ -28,7 +28,7 @@ HERE += [
     "mem_mb=900",
 ]
 HERE += ["--set-resources", "benchmark:mem_mb=900"]  # instead of all that the profile sets: this node is small
-TRAINED = "results/tiny/networks/seed0/low.safetensors"
+TRAINED = [f"results/tiny/students/seed0/low/{student}.safetensors" for student in range(2)]
 
 
 def read_profile(name: str) -> dict:
@@ -85,12 +85,12 @@ def queue() -> dict[str, tuple[str, str]]:
 @pytest.mark.slurm
 @pytest.mark.usefixtures("node")
 def test_slurm_gives_the_bytes_of_a_local_run_also_of_a_job_that_was_cancelled(tmp_path):
-    here, there = Clone(tmp_path / "here"), Clone(tmp_path / "there")
-    shutil.copy(here.folder / "images.zip", there.folder)  # archives know when they were written
-    for clone in (here, there):
-        clone.edit(set_to("distill", "epochs", value=150))
-    here.call([BIN / "snakemake", "--cores", "2", TRAINED])
-    process = there.start([*SLURM, *HERE, TRAINED])
+    here = Clone(tmp_path / "here")
+    here.edit(set_to("distill", "epochs", value=150))
+    here.call([BIN / "snakemake", "--cores", "2", "results/tiny/partition/low"])
+    there = here.copied(tmp_path / "there")
+    here.call([BIN / "snakemake", "--cores", "2", *TRAINED])
+    process = there.start([*SLURM, *HERE, "--", *TRAINED])
     checkpoints = there.folder / ".nonn/checkpoints"
     cancelled = None
     while process.poll() is None and cancelled is None:
@@ -106,4 +106,4 @@ def test_slurm_gives_the_bytes_of_a_local_run_also_of_a_job_that_was_cancelled(t
     logs = "".join(path.read_text() for path in there.folder.glob("logs/distill/**/*.log"))
     assert "resumed at" in logs
     assert there.results() == here.results()
-    assert there.stages_of([BIN / "snakemake", "--cores", "2", TRAINED]) == [], "the local run finds something to do"
+    assert there.stages_of([BIN / "snakemake", "--cores", "2", *TRAINED]) == [], "the local run finds something to do"

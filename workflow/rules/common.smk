@@ -224,12 +224,6 @@ def expected_seconds(params, plan):
     return {name: means.get(name.partition("@")[0], 0) + 4 for name in plan.names if name in plan.changed}
 
 
-def end():
-    """Once a run, and not once a job where each has a Snakemake of its own: ``dvc.lock`` is read and written whole."""
-    if workflow.is_main_process:
-        merge_entries(PLAN.names)
-
-
 # Not known where nothing is run, by --report, or where jobs go to other machines.
 ALL_CORES = workflow.resource_settings.cores or 1
 
@@ -245,8 +239,8 @@ onstart:
 
 
 onsuccess:
-    end()
+    merge_entries(PLAN.names)
 
 
 onerror:
-    end()
+    merge_entries(PLAN.names)
