@@ -94,11 +94,6 @@ def test_two_mistakes_are_two_lines():
     assert not Path("workflow/experiments/pets.yaml").exists()
 
 
-@pytest.mark.usefixtures("folder")
-def test_outside_of_a_clone_it_says_where_to_go():
-    assert "Run nonn from the top folder of a clone" in refusal("--devices", "2×stm32f7")
-
-
 @pytest.fixture
 def small_teacher(clone, monkeypatch):
     """Weights of a small network of torchvision for two classes, and images at which it is quick."""

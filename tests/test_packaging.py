@@ -134,6 +134,15 @@ def test_what_to_install_works_from_where_the_user_stands(monkeypatch):
     assert how_to_install("nonsense") is how_to_install(None) is None
 
 
+def test_what_came_from_a_wheel_is_completed_from_the_wheel(monkeypatch):
+    monkeypatch.setattr("sys.prefix", "/home/pi/.venv")
+    monkeypatch.setattr("nonn.core.install.__file__", "/home/pi/.venv/lib/site-packages/nonn/core/install.py")
+    noted = '{"url": "file:///home/pi/my%20files/nonn-0.1.0-py3-none-any.whl", "archive_info": {}}'
+    monkeypatch.setattr("importlib.metadata.PathDistribution.read_text", lambda *_: noted)
+    wheel = "'/home/pi/my files/nonn-0.1.0-py3-none-any.whl[pipeline]'"
+    assert how_to_install("torch").endswith(f" Run: {sys.executable} -m pip install {wheel}")
+
+
 @pytest.mark.parametrize("path", ["README.md", "docs", "nonn", "workflow"])
 def test_nothing_advises_a_name_on_the_registry_that_is_not_ours(path):
     place = REPOSITORY / path

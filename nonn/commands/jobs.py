@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nonn.commands import project
 from nonn.commands.verify import cache_folder, distrust
 from nonn.core.jobs import FACTS, JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
@@ -23,6 +24,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     refuse_settings(options, "the list of jobs has to be that of params.yaml")
+    project.refresh()
     params = load_params()
     remove_leftovers(params, Paths(params.experiment))
     if Path(".dvc").is_dir():

@@ -1,12 +1,13 @@
 """The command ``nonn new``: an experiment for somebody's own images, teacher and devices, filled in and checked.
 
-It is a file of ``workflow/experiments/`` like the shipped ones, and becomes the active experiment. A folder elsewhere
-would not do: ``dvc.yaml`` and the Snakefile name the code, on whose content both front ends decide what has to run, by
-its path in the clone.
+It is a file of ``workflow/experiments/`` like the shipped ones, and becomes the active experiment. Outside of a clone,
+where there is no such folder, it gets a project of its own: see `nonn.commands.project`.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nonn.commands import project
 from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, write_params
 from nonn.core.boards import all_boards
 from nonn.core.errors import UserError
-from nonn.core.files import write_text
+from nonn.core.files import remove, write_text
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.options import add_settings
 from nonn.core.params import PARAMS_FILE, Design, Params, load_params
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 SIZE, TEACHER_SIZE = 96, 224
 #: From which size on students are of family mobilenet: smaller images leave its strides too little.
 MOBILENET_FROM = 64
+#: What is not a path, though something of that name may lie here.
+ELSEWHERE = ("mnist5k", "torchvision:", "timm:", "module:")
 #: Of a teacher that is trained: how many times as wide as the narrowest student.
 TEACHER_WIDTH = 32
 
@@ -73,6 +77,11 @@ distill:
   epochs: 20
   batch_size: 64
   lr: 0.1
+"""
+#: Without images and devices: the default experiment, to be edited.
+PLAIN = """\
+# Written by `nonn new`. What is not here is as in mnist5k.yaml, and stands in params.yaml with its comments.
+experiment: {name}
 """
 TRAINED = """
 # No teacher was given, so one is trained: see docs/data-and-teacher.md for a teacher of your own.
@@ -203,10 +212,8 @@ def check_budgets(params: Params, n_classes: int) -> Iterator[str]:
 
 def add_arguments(parser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the experiment: letters, digits, - and _")
-    parser.add_argument("--images", required=True, metavar="PATH", help="folder or archive of <class>/<image>")
-    parser.add_argument(
-        "--devices", required=True, metavar="N×NAME", help="of the students, such as 2×rp2350 + 1×pi_zero2w"
-    )
+    parser.add_argument("--images", metavar="PATH", help="folder or archive of <class>/<image> (default: mnist5k)")
+    parser.add_argument("--devices", metavar="N×NAME", help="of the students, such as 2×rp2350 + 1×pi_zero2w")
     parser.add_argument("--teacher", metavar="SOURCE", help="as teacher.source (default: one is trained)")
     parser.add_argument("--weights", metavar="FILE", help="of the teacher")
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side that students see (default: %(default)s)")
@@ -216,48 +223,81 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    if not EXPERIMENTS.is_dir() or not Path("dvc.yaml").is_file():
-        raise UserError(f"{EXPERIMENTS}: is not there. Run nonn from the top folder of a clone of the repository.")
-    path = EXPERIMENTS / f"{options.name}.yaml"
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", options.name):
         raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
+    if EXPERIMENTS.is_dir() and Path("dvc.yaml").is_file():
+        write_experiment(options)
+        return
+    folder = Path(options.name)
+    for key in ("images", "teacher", "weights"):
+        setattr(options, key, anchored(getattr(options, key)))
+    project.create(folder)
+    try:
+        with contextlib.chdir(folder):
+            write_experiment(options)
+    except BaseException:
+        remove(folder)
+        raise
+    print(f"{folder}: a project of its own. Run there what you would run in a clone: cd {folder}")
+
+
+def anchored(source: str | None) -> str | None:
+    """A source with its path made absolute, so that it means the same from another folder."""
+    if source is None or source.startswith(ELSEWHERE):
+        return source
+    kind, colon, name = source.rpartition(":")
+    return f"{kind}{colon}{Path(name).resolve()}" if Path(name).exists() else source
+
+
+def write_experiment(options: argparse.Namespace) -> None:
+    """Write the experiment that is asked for, check it and make it the active one."""
+    path = EXPERIMENTS / f"{options.name}.yaml"
     if path.exists():
         raise UserError(f"{path}: is there already. Choose another name, or remove it.")
-    from nonn.method.planning import parse_devices
-
     if options.weights and not options.teacher:
         raise UserError("--weights: belongs to a --teacher; give one, such as timm:resnet18")
-    request = Request(
-        options.name,
-        options.images,
-        parse_devices(options.devices, [*known_devices(), *all_boards()]),
-        options.teacher,
-        options.weights,
-        options.size,
-        options.precision,
-    )
-    layout, problems = None, []
-    try:
-        layout = list_images(request.images)
-    except UserError as error:
-        problems.append(str(error))
+    changes, layout, problems = parse_changes(options.set), None, []
+    if not options.images and not options.devices:
+        if options.teacher:
+            raise UserError("--teacher: belongs to --images and --devices; give both")
+        text = PLAIN.format(name=options.name)
+    elif not options.images or not options.devices:
+        given, missing = ("--images", "--devices") if options.images else ("--devices", "--images")
+        raise UserError(f"{given}: belongs to {missing}; give both, or none for the default experiment")
+    else:
+        request = make_request(options)
+        try:
+            layout = list_images(request.images)
+        except UserError as error:
+            problems.append(str(error))
+        text = render(request)
     classes = layout.classes if layout else None
-    problems += write_checked(request, path, parse_changes(options.set), classes, bool(problems))
+    problems += write_checked(options.name, text, changes, classes, bool(problems))
     if problems:
         raise UserError("\n".join(problems))
     if layout:
-        print(f"{request.images}: {len(layout.names):,} images of {len(layout.classes)} classes")
+        print(f"{options.images}: {len(layout.names):,} images of {len(layout.classes)} classes")
     print(f"{path}: written and active; `snakemake --cores all` or `dvc repro` runs it")
 
 
+def make_request(options: argparse.Namespace) -> Request:
+    from nonn.method.planning import parse_devices
+
+    devices = parse_devices(options.devices, [*known_devices(), *all_boards()])
+    return Request(
+        options.name, options.images, devices, options.teacher, options.weights, options.size, options.precision
+    )
+
+
 def write_checked(
-    request: Request, path: Path, changes: dict[str, Any], classes: tuple[str, ...] | None, is_refused: bool
+    name: str, text: str, changes: dict[str, Any], classes: tuple[str, ...] | None, is_refused: bool
 ) -> list[str]:
-    """Write the experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
+    """Write an experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
+    path = EXPERIMENTS / f"{name}.yaml"
     before = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
-    write_text(path, render(request))
+    write_text(path, text)
     try:
-        write_params(request.name, changes)
+        write_params(name, changes)
         problems = list(check_all(load_params(), classes))
     except UserError as error:
         problems = [str(error)]

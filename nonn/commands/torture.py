@@ -193,9 +193,10 @@ def copy_repository(folder: Path, source: Path = Path()) -> None:
     if done.returncode:
         raise UserError("git ls-files: failed. Run nonn torture from the top folder of a clone.")
     for name in filter(None, done.stdout.split("\0")):
-        if (source / name).is_file() and not name.startswith(("results/", "dvc.lock")):
+        is_there = (source / name).is_file() or (source / name).is_symlink()
+        if is_there and not name.startswith(("results/", "dvc.lock")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, folder / name)
+            shutil.copy(source / name, folder / name, follow_symlinks=False)
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
 
 

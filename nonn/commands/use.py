@@ -20,26 +20,35 @@ from nonn.core.jobs import write_jobs
 from nonn.core.options import add_settings, completed
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.schema import change, did_you_mean, parse_changes
+from nonn.project import WORKFLOW
 
 #: By this line editors find the schema that `nonn docs` writes, complete keys and mark mistakes.
 SCHEMA_LINE = "# yaml-language-server: $schema=workflow/params.schema.json"
 EXPERIMENTS, DEFAULT = Path("workflow/experiments"), "mnist5k"
+WHERE = "Run nonn from the top folder of a clone, or of a project that `nonn new` has made."
 #: Mappings that an experiment replaces as a whole: their keys are the user's own names, or belong together.
 WHOLE = ("networks", "devices", "architecture")
 
 
+def experiment_files() -> dict[str, Path]:
+    """Experiments by name: those that come with the package, and those of the working directory, which win."""
+    folders = (WORKFLOW / EXPERIMENTS.name, EXPERIMENTS) if EXPERIMENTS.is_dir() else ()
+    return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+
+
 def experiments() -> list[str]:
-    return sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))
+    return sorted(experiment_files())
 
 
 def merge_experiment(name: str) -> Any:
     """Parameters of an experiment, complete, as ruamel's mapping that keeps comments."""
-    path = EXPERIMENTS / f"{name}.yaml"
-    if not path.is_file():
-        known = experiments()
-        if not known:
-            raise UserError(f"{EXPERIMENTS}: no such folder. Run nonn from the repository's top folder.")
-        raise UserError(f"{path}: no such file. Choose one of {', '.join(known)}{did_you_mean(name, known)}.")
+    files = experiment_files()
+    if not files:
+        raise UserError(f"{EXPERIMENTS}: no such folder. {WHERE}")
+    if name not in files:
+        known = f"{', '.join(sorted(files))}{did_you_mean(name, files)}"
+        raise UserError(f"{EXPERIMENTS}/{name}.yaml: no such file. Choose one of {known}.")
+    path = files[name]
     try:
         own = _yaml().load(path.read_text(encoding="utf-8"))
     except YAMLError as error:
@@ -70,7 +79,8 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     text = StringIO()
     _yaml().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
-    source = f"{EXPERIMENTS}/{name}.yaml"
+    path = EXPERIMENTS / f"{name}.yaml"
+    source = path if path.is_file() else f"the package's {path.name}"
     header = f"{SCHEMA_LINE}\n# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
     old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
     write_text(PARAMS_FILE, header + body)

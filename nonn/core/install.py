@@ -5,9 +5,13 @@ Nothing here is imported from elsewhere than the standard library: it speaks whe
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from nonn.core.errors import UserError
 
@@ -52,5 +56,18 @@ def _command(extra: str) -> str:
     is_clone, has_environment = (clone / "pyproject.toml").is_file(), sys.prefix != sys.base_prefix
     if is_clone and has_environment:
         return f"Run: {sys.executable} -m pip install -e '{clone}{extra}'"
+    if not is_clone and has_environment and (wheel := installed_wheel()):
+        return f"Run: {sys.executable} -m pip install '{wheel}{extra}'"
     folder = clone if is_clone else "a clone of the repository"
     return f"In {folder}, run: python3 -m venv .venv && .venv/bin/pip install -e '.{extra}'. Then call .venv/bin/nonn."
+
+
+def installed_wheel() -> str | None:
+    """The file that this package was installed from, by what pip has noted of it (PEP 610)."""
+    try:
+        noted = distribution("nonn").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    address = urlsplit(json.loads(noted)["url"] if noted else "")
+    is_wheel = address.scheme == "file" and address.path.endswith(".whl")
+    return url2pathname(address.path) if is_wheel else None

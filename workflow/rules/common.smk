@@ -28,8 +28,12 @@ shell.prefix(
     + """:"$PATH" ;; esac; """
 )
 
-# Touched, because DVC brings unchanged outputs back with their old times.
-JOB = "(python -m nonn job {params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
+# Captions of what the report shows, beside the rules wherever these are.
+CAPTIONS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "report"
+
+# Touched, because DVC brings unchanged outputs back with their old times. With `--config pull=1` each job looks into DVC's
+# remote before it runs.
+JOB = f"(python -m nonn job {'--pull ' * bool(config.get('pull'))}" "{params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
 
 # Newer than all outputs: an input of each job that has to run, and of no other.
 CHANGED = STATE / "changed"
@@ -40,7 +44,8 @@ class Plan:
     """Which jobs of ``dvc.yaml`` have to run: those that DVC finds changed, and what reads their outputs.
 
     Where it is known beforehand that an output will be written with the bytes that it has, its readers stay as they
-    are: `design` is calculated here, since an edit of a budget seldom changes every student.
+    are: `design` is calculated here, since an edit of a budget seldom changes every student. A process that Snakemake
+    has started for one job, as clusters do, does not ask: that the job has to run is why it is there.
     """
 
     def __init__(self, params, jobs):
@@ -49,7 +54,7 @@ class Plan:
         self.writer = {path(out): job.addressing for job in jobs for out in job.outs}
         self.changed, self.new_designs = set(), {}
         self.hashes, self.parameters = {}, {}
-        for job in self.in_order():
+        for job in self.in_order() if workflow.is_main_process else ():
             if self.is_changed(job) or any(self.is_news(dependency) for dependency in files(job)):
                 self.changed.add(job.addressing)
                 stage, _, network = job.addressing.partition("@")
@@ -162,7 +167,7 @@ class Stage:
         flags = [] if out.use_cache else [update]
         if path(out).suffix == "":
             flags.append(directory)
-        caption = Path(workflow.basedir, "report", f"{path(out).stem}.rst")
+        caption = CAPTIONS / f"{path(out).stem}.rst"
         if caption.is_file():
             category = "Figures" if path(out).parent.name == "figures" else "Tables"
             if path(out).suffix in (".png", ".md"):
@@ -182,6 +187,18 @@ class Stage:
 def read_stages():
     """Rules, the plan, and what the target `all` wants."""
     params = load_params()
+    jobs = begin(params) if workflow.is_main_process else Repo(".").index.stages
+    plan, by_name = Plan(params, jobs), defaultdict(list)
+    for job in jobs:
+        by_name[job.addressing.partition("@")[0]].append(job)
+    read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
+    # What has to run, runs, even if nothing that follows has to.
+    final = [str(out) for out, writer in plan.writer.items() if out not in read or writer in plan.changed]
+    return params, plan, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+
+
+def begin(params):
+    """Refuse what cannot work, bring DVC's files up to date, and list all jobs."""
     check_named_files(params)
     check_budgets(params, Paths(params.experiment))
     if write_jobs(params):
@@ -191,15 +208,9 @@ def read_stages():
     jobs = repo.index.stages
     if merge_entries([job.name for job in jobs]):
         jobs = Repo(".").index.stages
-    plan, by_name = Plan(params, jobs), defaultdict(list)
-    for job in jobs:
-        by_name[job.addressing.partition("@")[0]].append(job)
     CHANGED.parent.mkdir(exist_ok=True)
     CHANGED.write_text(str(time.time_ns()))  # a file of the same content would not count as newer
-    read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
-    # What has to run, runs, even if nothing that follows has to.
-    final = [str(out) for out, writer in plan.writer.items() if out not in read or writer in plan.changed]
-    return params, plan, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+    return jobs
 
 
 def expected_seconds(params, plan):

@@ -1,0 +1,101 @@
+"""A project: a folder outside of any clone with the parameters and results of somebody's own.
+
+All else is the installed package's. ``dvc.yaml`` is a copy of the clone's, and the link ``nonn`` leads to the code that
+it lists: so DVC compares the same paths and contents as in a clone, an update of the package runs those stages again
+whose code has changed, and trainings travel between clones and projects.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nonn
+from nonn import project
+from nonn.core.errors import UserError
+from nonn.core.files import remove, write_text
+
+#: Beside the profiles, which are the user's to edit.
+SNAKEFILE = Path("workflow/Snakefile")
+INCLUDE = """\
+from nonn.commands.project import prepare
+
+
+# The workflow of the installed package nonn. Rules of your own may follow.
+include: prepare()
+
+
+rule project:
+    default_target: True
+    input:
+        rules.all.input,
+"""
+#: To the package's folder; not for git, since it differs from machine to machine.
+LINK = Path("nonn")
+#: Copies of what is the package's, written anew when the package has changed.
+COPIES = {
+    Path("dvc.yaml"): project.STAGES,
+    Path("workflow/params.schema.json"): project.WORKFLOW / "params.schema.json",
+}
+
+
+def create(folder: Path) -> None:
+    """Make the folder of a project; it has no parameters yet.
+
+    Raises
+    ------
+    UserError
+        Something is there already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
+    for name, source in project.SETTINGS.items():
+        write_text(folder / name, source.read_text(encoding="utf-8"))
+    write_text(folder / ".dvc/.gitignore", "/config.local\n/tmp\n/cache\n")  # as `dvc init` does
+    with (folder / ".gitignore").open("a", encoding="utf-8") as ignored:
+        ignored.write(f"/{LINK}\n")
+    shutil.copytree(project.WORKFLOW / "profiles", folder / SNAKEFILE.parent / "profiles")
+    (folder / SNAKEFILE.parent / "experiments").mkdir()
+    write_text(folder / SNAKEFILE, INCLUDE)
+    refresh(folder)
+    keep_versions(folder)
+
+
+def keep_versions(folder: Path) -> None:
+    """Make a repository of git, unless the folder lies in one; DVC has to be told where there is no git."""
+    if shutil.which("git") is None:
+        write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")
+    elif subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True, check=False).returncode:
+        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+
+
+def is_project(folder: Path = Path()) -> bool:
+    """Whether a folder is a project, which a clone is not: its code is its own."""
+    snakefile = folder / SNAKEFILE
+    return snakefile.is_file() and prepare.__module__ in snakefile.read_text(encoding="utf-8")
+
+
+def refresh(folder: Path = Path()) -> None:
+    """Lead the link of a project to the package that runs, and renew its copies; nothing happens in a clone."""
+    if not is_project(folder):
+        return
+    link, package = folder / LINK, Path(nonn.__file__).resolve().parent
+    if link.exists() and not link.is_symlink():
+        raise UserError(f"{link}: has to be a link to the package. Move what is there away.")
+    if link.resolve() != package:
+        remove(link)
+        link.symlink_to(package)
+    for copy, source in COPIES.items():
+        content, file = source.read_text(encoding="utf-8"), folder / copy
+        if not file.is_file() or file.read_text(encoding="utf-8") != content:
+            if file.exists():
+                print(f"{copy}: written anew, as of nonn {nonn.__version__}", file=sys.stderr)
+            write_text(file, content)
+
+
+def prepare() -> str:
+    """Refresh the project in the working directory, for its Snakefile; return the path of the package's."""
+    refresh()
+    return str(project.WORKFLOW / "Snakefile")
