@@ -6,7 +6,7 @@ Needs the extra `s3` and the package `moto[s3,server]`, which is too large to be
 import shutil
 
 import pytest
-from test_pipeline import BIN, Clone, set_to
+from test_pipeline import BIN, Clone
 
 pytest.importorskip("dvc_s3")
 moto = pytest.importorskip("moto.server")
@@ -32,7 +32,7 @@ def server(monkeypatch):
 
 
 def test_trainings_travel_through_s3(server, tmp_path):
-    clones = {name: Clone(tmp_path / name) for name in ("here", "by dvc", "by snakemake")}
+    clones = {name: Clone(tmp_path / name) for name in ("here", "there")}
     here = clones["here"]
     for clone in clones.values():
         if clone is not here:
@@ -44,12 +44,7 @@ def test_trainings_travel_through_s3(server, tmp_path):
     snakemake = [BIN / "snakemake", "--cores", "2", TRAINED]
     assert "teacher" in here.stages_of(snakemake)
     here.call([BIN / "dvc", "push", "--run-cache"])
-    command = [BIN / "dvc", "repro", "--pull", "teacher"]
-    assert clones["by dvc"].stages_of(command) == []
-    assert clones["by snakemake"].stages_of([*snakemake, "--config", "pull=1"]) == []
-    assert {(clone.folder / TRAINED).read_bytes() for clone in clones.values()} == {
-        (here.folder / TRAINED).read_bytes()
-    }
-    clones["by snakemake"].edit(set_to("teacher", "lr", value=0.04))
-    ran = clones["by snakemake"].stages_of([*snakemake, "--config", "pull=1"])
-    assert ran == ["teacher"], "other parameters, another training"
+    there = clones["there"]
+    assert there.stages_of([BIN / "dvc", "repro", "--pull", "teacher"]) == []
+    assert there.stages_of(snakemake) == []
+    assert (there.folder / TRAINED).read_bytes() == (here.folder / TRAINED).read_bytes()

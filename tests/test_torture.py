@@ -9,7 +9,7 @@ from experiments import REPOSITORY
 
 from nonn.commands import torture
 from nonn.commands.torture import Ground, Outcome
-from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache
+from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache, mend_state
 from nonn.core.files import STATE, sweep
 
 DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
@@ -83,3 +83,24 @@ def test_objects_are_not_trusted_for_being_read_only(tmp_path):
     path.chmod(0o444)
     distrust(tmp_path)
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("name", [".dvc/tmp/rwlock", "dvc.lock"])
+@pytest.mark.parametrize("kept", [0.0, 0.6])
+def test_what_dvc_has_half_written_is_deleted_and_what_is_whole_stays(tmp_path, capsys, name, kept):
+    whole = {
+        ".dvc/tmp/rwlock": '{"read": {}, "write": {"/a": {"pid": 1, "cmd": "dvc repro"}}}',
+        "dvc.lock": "schema: '2.0'\nstages:\n  dataset:\n    cmd: python -m nonn dataset\n",
+    }
+    for file, text in whole.items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+    mend_state(tmp_path)
+    assert {file: (tmp_path / file).read_text() for file in whole} == whole
+    assert capsys.readouterr().err == ""
+    content = whole[name]
+    (tmp_path / name).write_text(content[: int(kept * len(content))] + "{" * bool(kept))
+    mend_state(tmp_path)
+    assert not (tmp_path / name).exists()
+    assert f"{name}: DVC was killed while it wrote this" in capsys.readouterr().err
+    mend_state(tmp_path)

@@ -51,12 +51,12 @@ def entry_of(name: str) -> Path:
     return ENTRIES / f"{quote(name, safe='')}.json"
 
 
-def run_job(address: str, is_pulled: bool = False) -> None:
-    """Bring the outputs of one stage up to date: from the cache, if wanted from DVC's remote, or by running it."""
+def run_job(address: str) -> None:
+    """Bring the outputs of one stage up to date, from the cache or by running it."""
     dvcfile.Lockfile = EntryFile
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
-        Repo(".", _wait_for_lock=True).reproduce(address, single_item=True, pull=is_pulled)
+        Repo(".", _wait_for_lock=True).reproduce(address, single_item=True)
     except DvcException as error:
         cause = error.__cause__ or error
         if isinstance(cause, StageCmdFailedError):
@@ -106,14 +106,11 @@ def say_what_is_left() -> None:
 
 def add_arguments(parser) -> None:
     parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
-    parser.add_argument(
-        "--pull", action="store_true", help="take outputs from DVC's remote, if some run left them there"
-    )
     parser.epilog = "example: nonn job distill@seed0/2s/0"
 
 
 def run(options) -> None:
     start = time.time()
-    run_job(options.address, options.pull)
+    run_job(options.address)
     note({"job": options.address, "start": start, "end": time.time()})
     say_what_is_left()

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from nonn.commands import project
-from nonn.commands.verify import cache_folder, distrust
+from nonn.commands.verify import cache_folder, distrust, mend_state
 from nonn.core.jobs import FACTS, JOBS_FILE, list_jobs, write_jobs
 from nonn.core.options import add_settings, refuse_settings
 from nonn.core.params import load_params
@@ -28,6 +28,7 @@ def run(options) -> None:
     params = load_params()
     remove_leftovers(params, Paths(params.experiment))
     if Path(".dvc").is_dir():
+        mend_state()
         distrust(cache_folder())
     news = "written" if write_jobs(params) else "as it was"
     jobs = {name: len(jobs) for name, jobs in list_jobs(params).items() if isinstance(jobs, dict)}

@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -147,14 +148,13 @@ def damage_artifact(ground: Ground, undisturbed: Sequence[str]) -> Outcome:
     return Outcome("damaged artifact", str(path.relative_to(root)), True, ground.again(undisturbed))
 
 
-def damage_cache(ground: Ground, undisturbed: Sequence[str], jobs: Sequence[str]) -> Outcome:
-    """Damage an object of DVC's cache and delete the results; `jobs` is what every run begins with."""
+def damage_cache(ground: Ground, undisturbed: Sequence[str]) -> Outcome:
+    """Damage an object of DVC's cache and delete the results."""
     objects = sorted(p for p in (ground.folder / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.stat().st_size)
     path = ground.generator.choice(objects)
     flip(ground, path)
     for root in (ground.folder / "results").iterdir():
         remove(root)
-    ground.call(jobs)
     return Outcome("damaged cache", path.name[:8], True, ground.again(undisturbed))
 
 
@@ -217,7 +217,8 @@ def run(options) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
         ground = Ground(folder, environment, generator=random.Random(options.seed))
-        repro, jobs = ["dvc", "repro", "-q"], [sys.executable, "-m", "nonn", "jobs"]
+        jobs, repro = [sys.executable, "-m", "nonn", "jobs"], ["dvc", "repro", "-q"]
+        usual_way = ["sh", "-c", f"{shlex.join(jobs)} && {shlex.join(repro)}"]
         for command in (jobs, repro):
             code, output = ground.call(command)
             if code:
@@ -241,13 +242,13 @@ def run(options) -> None:
                     yield Outcome("run again", address, False, problem)
                 usual = time.monotonic() - start
                 for _ in range(options.tries):
-                    yield kill(ground, address, forced, repro, usual)
-                yield fill(ground, address, forced, repro, largest)
+                    yield kill(ground, address, forced, usual_way, usual)
+                yield fill(ground, address, forced, usual_way, largest)
                 if address.startswith(("teacher", "distill", "baseline")):
-                    yield damage_checkpoint(ground, address, forced, repro)
+                    yield damage_checkpoint(ground, address, forced, usual_way)
             for _ in range(options.tries):
-                yield damage_artifact(ground, repro)
-                yield damage_cache(ground, repro, jobs)
+                yield damage_artifact(ground, usual_way)
+                yield damage_cache(ground, usual_way)
 
         for outcome in trials():
             outcomes.append(outcome)

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from ruamel.yaml import YAML, YAMLError
+from voluptuous import Invalid
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, remove
+from nonn.core.progress import log
 
 _OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
@@ -59,6 +64,38 @@ def distrust(cache: Path) -> None:
         if not path.stat().st_mode & 0o200:
             with contextlib.suppress(OSError):  # somebody else's, in a cache that is shared
                 path.chmod(0o644)
+
+
+def mend_state(folder: Path = Path()) -> None:
+    """Delete what DVC writes piecemeal and cannot read any more, since it was killed meanwhile.
+
+    That is the list of who reads and writes what, which is empty when nobody does, and ``dvc.lock``: what had run is
+    found again in DVC's cache.
+    """
+    from dvc.lock import make_lock
+    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
+
+    temporary = folder / ".dvc/tmp"
+    users, stages = temporary / RWLOCK_FILE, folder / "dvc.lock"
+    if users.is_file():
+        with make_lock(str(temporary / RWLOCK_LOCK), tmp_dir=str(temporary)):
+            _remove_unreadable(users, json.loads)
+    if stages.is_file():
+        _remove_unreadable(stages, _check_lock_file)
+
+
+def _check_lock_file(text: str) -> None:
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+
+    COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
+
+
+def _remove_unreadable(path: Path, read: Callable[[str], object]) -> None:
+    try:
+        read(path.read_text(encoding="utf-8"))
+    except (ValueError, YAMLError, Invalid):
+        log(f"{path}: DVC was killed while it wrote this; deleted. What had run is found in DVC's cache.")
+        remove(path)
 
 
 def add_arguments(parser) -> None:

@@ -12,7 +12,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from nonn.commands.job import begin_run, merge_entries
-from nonn.commands.verify import distrust
+from nonn.commands.verify import distrust, mend_state
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
 from nonn.core.jobs import check_named_files, write_jobs
@@ -31,9 +31,8 @@ shell.prefix(
 # Captions of what the report shows, beside the rules wherever these are.
 CAPTIONS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "report"
 
-# Touched, because DVC brings unchanged outputs back with their old times. With `--config pull=1` each job looks into DVC's
-# remote before it runs.
-JOB = f"(python -m nonn job {'--pull ' * bool(config.get('pull'))}" "{params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
+# Touched, because DVC brings unchanged outputs back with their old times.
+JOB = "(python -m nonn job {params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
 
 # Newer than all outputs: an input of each job that has to run, and of no other.
 CHANGED = STATE / "changed"
@@ -203,6 +202,7 @@ def begin(params):
     check_budgets(params, Paths(params.experiment))
     if write_jobs(params):
         print("workflow/jobs.yaml: written for the networks of params.yaml", file=sys.stderr)
+    mend_state()
     repo = Repo(".")
     distrust(Path(repo.cache.local.path))
     jobs = repo.index.stages
