@@ -81,3 +81,13 @@ def decode_images(pictures: Iterator[Picture], count: int, size: int = SIZE) -> 
 
 def _read(canvas: Canvas, indices: np.ndarray, channels: int) -> np.ndarray:
     return torch.cat(list(canvas.batches(indices, channels))).numpy()
+
+
+def write_photos(folder: Path) -> None:
+    """Six photographs of noise for each of two classes, wider than high."""
+    generator = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for number in range(6):
+            picture = Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8))
+            picture.save(folder / kind / f"{number}.png")

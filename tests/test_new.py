@@ -3,12 +3,11 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from experiments import REPOSITORY
-from PIL import Image
+from pictures import write_photos
 
 from nonn.cli import main
 from nonn.core.jobs import check_jobs
@@ -21,12 +20,7 @@ def clone(folder):
     shutil.copytree(REPOSITORY / "workflow", folder / "workflow", ignore=shutil.ignore_patterns("report", "envs"))
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(REPOSITORY / name, folder)
-    generator = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        for number in range(6):
-            path = folder / f"photos/{kind}/{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    write_photos(folder / "photos")
     return folder
 
 

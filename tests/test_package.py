@@ -7,10 +7,9 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from experiments import REPOSITORY, tiny_params
-from PIL import Image
+from pictures import write_photos
 from ruamel.yaml import YAML
 from test_pipeline import BIN, PIPELINE, Clone
 
@@ -41,12 +40,7 @@ def site(tmp_path_factory) -> Path:
 @pytest.fixture
 def photos(folder) -> Path:
     """A folder that is no clone, with photographs of two classes in it."""
-    generator = np.random.default_rng(0)
-    for kind in ("cats", "dogs"):
-        for number in range(6):
-            path = folder / f"photos/{kind}/{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(generator.integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    write_photos(folder / "photos")
     return folder
 
 
