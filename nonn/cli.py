@@ -78,6 +78,7 @@ COMMANDS = {
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
+    "map": (DEVELOP, "commands.map", "Train around an experiment, and say when NoNN is ahead of an ensemble."),
     "partitions": (DEVELOP, "commands.partitions", "Compare ways to link and to divide the teacher's filters."),
     "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
     "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache are what their names say."),

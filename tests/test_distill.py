@@ -149,9 +149,14 @@ class TaughtLive(Classroom):
         super().__init__(classroom.data, {}, classroom.params)
         self.teacher = teacher
 
-    def batch(self, index, epoch):
-        images, _ = super().batch(index, epoch)
-        return images, signals_of(self.teacher, images, attention=False).__getitem__
+    def signals_for(self, lesson):
+        self.filters = lesson.filters
+        return dict.fromkeys(("logits", "pooled"))
+
+    def batch(self, index, epoch, _):
+        images, labels = super().batch(index, epoch, [])
+        said = signals_of(self.teacher, images, attention=False)
+        return images, labels, said["logits"], said["pooled"][:, self.filters]
 
 
 def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, classroom, experiment):

@@ -35,16 +35,20 @@ def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
     model = make_network(data)
     images, labels = data.split("train")
 
-    def batch_loss(index, epoch):
+    def batch_of(index, epoch):
         if epoch == kill_at:
             raise KilledError
         if seen is not None:
             seen.append((epoch, index))
-        return F.cross_entropy(model(images[index])[1], labels[index])
+        return images[index], labels[index]
+
+    def loss_of(batch, targets):
+        return F.cross_entropy(model(batch)[1], targets)
 
     log = train(
         model,
-        batch_loss,
+        batch_of,
+        loss_of,
         len(images),
         schedule,
         seed=seed,

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, remove
+from nonn.core.files import STATE, read_json, remove
 from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, natural
 from nonn.core.params import BASELINE_METHODS, Params, load_params
@@ -25,15 +26,23 @@ from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
-from nonn.method.final_layer import averaged_layer, logits_of
+from nonn.method.final_layer import averaged_layer, fit, logits_of
+from nonn.method.joining import BATCH_SIZE
 from nonn.method.store import load_baseline, load_students
+from nonn.runtime.final import FinalLayer
 from nonn.stages import baseline, design, distill, graph, partition
+from nonn.teachers.store import load_teacher
+from nonn.training.hardware import pick_device
+from nonn.training.loop import epoch_order
 from nonn.training.networks import ConvNet, accuracy, predict
 
-#: Of the table of attempts. `validation_loss` is the cross-entropy of the averaged logits.
+#: Of the table of attempts. `validation_accuracy` and `validation_loss` are those of the averaged logits. Accuracies
+#: `fitted` and `classifier` are of other final layers: one fitted to the training images, after its last epoch, so that
+#: nothing is chosen, and the teacher's own classifier, of a network alone.
 COLUMNS = (
     *("item", "changes", "epochs", "seed", "students", "params_per_student", "mmacs_per_student"),
-    *("validation_images", "validation_accuracy", "validation_loss", "student_accuracy", "cpu_minutes"),
+    *("validation_images", "validation_accuracy", "validation_loss", "student_accuracy"),
+    *("fitted_accuracy", "classifier_accuracy", "cpu_minutes"),
 )
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
 OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
@@ -63,8 +72,11 @@ class AttemptPaths(Paths):
         return Paths(self.experiment).signals
 
 
-def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvNet]:
-    """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``."""
+def train_item(params: Params, paths: Paths, item: str, seed: int) -> tuple[list[ConvNet], list[list[int]]]:
+    """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``.
+
+    Returns the students, and the filters of each; the latter of a network alone.
+    """
     network, _, method = item.partition("/")
     if network not in params.networks:
         raise UserError(f"{item}: params.yaml has no network {network!r}; choose of {', '.join(params.networks)}")
@@ -76,18 +88,32 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> list[ConvN
     data = load_dataset(paths)
     if method:
         baseline.run(params, paths, network, method, seed)
-        return load_baseline(paths.baseline(network, method, seed), data)
-    for student in range(len(params.networks[network].devices)):
+        return load_baseline(paths.baseline(network, method, seed), data), []
+    students = range(len(params.networks[network].devices))
+    for student in students:
         distill.run(params, paths, network, student, seed)
-    return load_students(params, paths, data, network, seed)[0]
+    sets = [read_json(paths.partition(network, student), Filters)["filters"] for student in students]
+    return load_students(params, paths, data, network, seed)[0], sets
 
 
-def score(students: Sequence[ConvNet], paths: Paths) -> dict[str, Any]:
-    """What the students cost, and how right their averaged logits are on the validation images, in float32."""
+def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Sequence[list[int]], seed: int) -> dict:
+    """What the students cost, and how right they are together on the validation images, in float32.
+
+    `sets` are the filters of each student of a network; empty for a baseline, of which the teacher's classifier cannot
+    be asked.
+    """
     data = load_dataset(paths)
     images, labels = data.part("validation")
-    outputs = [predict(student, images) for student in students]
-    logits = logits_of(averaged_layer([student.head for student in students]), [features for features, _ in outputs])
+    device = pick_device()
+    outputs = [predict(student, images, device) for student in students]
+    features = [f for f, _ in outputs]
+    averaged = averaged_layer([student.head.cpu() for student in students])
+    logits = logits_of(averaged, features)
+    seen, taught = data.part("train")
+    train = [predict(student, seen, device)[0] for student in students]
+    epochs = (epoch_order(len(taught), epoch, seed).split(BATCH_SIZE) for epoch in range(params.assemble.epochs))
+    *_, fitted = (averaged, *fit(averaged, train, taught, epochs, params.assemble.lr))
+    classifier = _classifier(load_teacher(Paths(params.experiment), data), sets)
     costs = [measure_cost(student, data.channels, data.size) for student in students]
     own = [accuracy(own_logits, labels) for _, own_logits in outputs]
     return {
@@ -98,7 +124,17 @@ def score(students: Sequence[ConvNet], paths: Paths) -> dict[str, Any]:
         "validation_accuracy": round(accuracy(logits, labels), 4),
         "validation_loss": round(F.cross_entropy(logits, labels).item(), 4),
         "student_accuracy": round(sum(own) / len(own), 4),
+        "fitted_accuracy": round(accuracy(logits_of(fitted, features), labels), 4),
+        "classifier_accuracy": classifier and round(accuracy(logits_of(classifier, features), labels), 4),
     }
+
+
+def _classifier(teacher: Any, sets: Sequence[list[int]]) -> FinalLayer | None:
+    """The columns of the teacher's classifier that read the students' filters; None where there are none to read."""
+    if not sets or not isinstance(teacher, ConvNet):
+        return None
+    weight, bias = teacher.head.weight.detach().numpy(), teacher.head.bias.detach().numpy()
+    return FinalLayer({i: (weight[:, filters], bias / len(sets)) for i, filters in enumerate(sets)})
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -144,12 +180,13 @@ def run(options) -> None:
             raise UserError(f"{path}: is not there; attempts begin with the signals. Run `dvc repro signals` first.")
     start = time.process_time()
     try:
-        students = train_item(params, paths, item, seed)
+        students, sets = train_item(params, paths, item, seed)
+        scores = score(students, params, paths, sets, seed)
     finally:
         remove(paths.root)  # an interrupted training goes on from its checkpoint, which is elsewhere
     minutes = (time.process_time() - start) / 60
     row = {"item": item, "changes": " ".join(settings), "epochs": params.distill.epochs, "seed": seed}
-    row |= score(students, paths) | {"cpu_minutes": round(minutes, 1)}
+    row |= scores | {"cpu_minutes": round(minutes, 1)}
     print("\n".join(f"{name:<20} {row[name]}" for name in COLUMNS))
     if table:
         append_row(table, row)

@@ -8,8 +8,11 @@ more validation images. What it says when students are missing is chosen here to
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -116,7 +119,10 @@ class FeatureCache:
             return features_of([student], images)[0]
         if student not in self._files:
             self._files[student] = student_content(student, self.data, self.precision)
-        return torch.from_numpy(run_onnx(self._files[student], images.each()))
+        file = self._files[student]
+        parts = [images[part].numpy() for part in torch.arange(len(images)).tensor_split(torch.get_num_threads())]
+        with ThreadPoolExecutor(len(parts)) as pool:  # ONNX Runtime lets other threads run meanwhile
+            return torch.from_numpy(np.concatenate(list(pool.map(partial(run_onnx, file), parts))))
 
 
 def join_students(

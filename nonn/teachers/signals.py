@@ -15,7 +15,7 @@ from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
-from nonn.training.hardware import mixed_precision, pick_device
+from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.losses import attention_map
 from nonn.training.networks import ConvNet, batch_of
 
@@ -43,10 +43,11 @@ def compute_signals(
     (K, N, H·W) of the views; ``validation_logits`` (M, C) and ``validation_pooled`` (M, F); all float16. The pooled
     activation of a filter is the spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
     """
-    images, _ = data.part("train")
+    images, place = resident(data.part("train")[0], pick_device())
     batch_size = batch_of(BATCH_SIZE, data.size)
-    views = [draw_view(len(images), view, params.augment, params.seed) for view in range(params.views)]
-    jobs = [(view, index) for view in views for index in torch.arange(len(images)).split(batch_size)]
+    views = [draw_view(len(images), view, params.augment, params.seed).to(place) for view in range(params.views)]
+    indices = torch.arange(len(images), device=place)
+    jobs = [(view, index) for view in views for index in indices.split(batch_size)]
     batches = []
     for view, index in track(jobs, "signals"):
         seen = apply_view(images, view, index, params.augment, student_size)

@@ -23,7 +23,7 @@ from nonn.teachers.selection import Proxy
 from nonn.teachers.verdict import judge
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.hardware import mixed_precision, pick_device
+from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.loop import LOG_COLUMNS, Log, train
 from nonn.training.networks import ConvNet, accuracy, predict, whiten
 
@@ -39,31 +39,39 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     torch.manual_seed(params.seed)
     device = pick_device()
     model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    images, labels = data.part("train")
-    whiten(model, images)
+    stored, labels = data.part("train")
+    whiten(model, stored)
     proxy = None
     if params.selection:
         small = ConvNet(params.selection.proxy, data.channels, data.n_classes, mean=data.mean, std=data.std)
-        whiten(small, images)
+        whiten(small, stored)
         proxy = Proxy(small, params, params.selection.keep, params.label_smoothing)
+
+    images, place = resident(stored, device)
+    labels = labels.to(place)
 
     @lru_cache(maxsize=1)  # an epoch sees one view
     def view_of(epoch: int) -> View:
-        return draw_view(len(images), epoch, params.augment, params.seed)
+        return draw_view(len(images), epoch, params.augment, params.seed).to(place)
 
-    def batch_loss(index: Tensor, epoch: int) -> Tensor:
+    def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        index = index.to(place)
         batch = apply_view(images, view_of(epoch), index, params.augment).to(device)
         targets = labels[index].to(device)
         if proxy:
             hardest = proxy.hardest(batch, targets)
             batch, targets = batch[hardest], targets[hardest]
+        return batch, targets
+
+    def loss_of(batch: Tensor, targets: Tensor) -> Tensor:
         with mixed_precision(device):
             _, logits = model(batch)
         return F.cross_entropy(logits.float(), targets, label_smoothing=params.label_smoothing)
 
     log = train(
         model,
-        batch_loss,
+        batch_of,
+        loss_of,
         len(images),
         params,
         seed=params.seed,

@@ -32,6 +32,10 @@ class View:
     flip: Tensor
     hole: Tensor | None = None
 
+    def to(self, device: torch.device) -> View:
+        parts = (self.top, self.left, self.flip, self.hole)
+        return View(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+
 
 def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
     """Draw view number `view` of `n_images` images.
@@ -57,16 +61,18 @@ def apply_view(
     of reflected border, within which the crop moves, and ``cutout``, the side in pixels of a square that is painted
     mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it). Pixels are those of
     images of `drawn_for` pixels a side, None for these ones: in larger images of the same pictures everything moves
-    by as many pixels more, to the nearest one.
+    by as many pixels more, to the nearest one. Images on a GPU, where the view and the index have to be too, become
+    float16, which holds the same values: PyTorch pads no bytes there.
     """
     height, width = images.shape[2:]
     scale = width / (drawn_for or width)
     pad = round(augment.pad * scale)
     top, left = (pad + _scaled(start[index] - augment.pad, scale) for start in (view.top, view.left))
-    padded = F.pad(images[index], (pad, pad, pad, pad), mode="reflect") if pad else images[index]
+    chosen = images[index].half() if index.is_cuda else images[index]
+    padded = F.pad(chosen, (pad, pad, pad, pad), mode="reflect") if pad else chosen
     # Every possible crop as a strided window of the padded image: nothing is copied until one is picked.
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    cropped = windows[torch.arange(len(index)), :, top, left]
+    cropped = windows[torch.arange(len(index), device=index.device), :, top, left]
     mirrored = torch.where(view.flip[index].reshape(-1, 1, 1, 1), cropped.flip(-1), cropped)
     return mirrored if view.hole is None else _cut_out(mirrored, view.hole[index], augment.cutout, scale)
 
@@ -81,7 +87,7 @@ def _cut_out(images: Tensor, places: Tensor, side: int, scale: float) -> Tensor:
     for length, place in zip(images.shape[2:], places.T, strict=True):
         start = (place * (max(round(length / scale) - side, 0) + 1)).long()[:, None]
         begin, end = _scaled(start, scale), _scaled(start + side, scale)
-        pixels = torch.arange(length)
+        pixels = torch.arange(length, device=images.device)
         inside.append((pixels >= begin) & (pixels < end))
     rows, columns = inside
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], MID_GREY)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 
 import torch
+from torch import Tensor
 
 from nonn.core.numerics import is_portable
+from nonn.data.canvas import Images
 
 #: Options of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -16,6 +19,16 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 def pick_device() -> torch.device:
     """The GPU, where there is one and the same bytes are not asked for everywhere; otherwise the processor."""
     return torch.device("cuda" if torch.cuda.is_available() and not is_portable() else "cpu")
+
+
+def resident(images: Images, device: torch.device) -> tuple[Tensor | Images, torch.device]:
+    """Images where a training on `device` reads them, and where that is: a GPU of which they take a quarter at most.
+
+    Indices into them have to be there too.
+    """
+    if device.type != "cuda" or math.prod(images.shape) > torch.cuda.mem_get_info(device)[0] / 4:
+        return images, torch.device("cpu")
+    return images[:].to(device), device
 
 
 def keep_freed_memory() -> None:

@@ -6,7 +6,7 @@ in training and as the start of the final layer; only the feature vector leaves 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,14 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Distill, Signals
+from nonn.core.params import Architecture, Distill, Signals, Transfer
 from nonn.data.dataset import Dataset
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.hardware import mixed_precision, pick_device
+from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.loop import Log, train
-from nonn.training.losses import attention_loss, kd_loss, transfer_loss
+from nonn.training.losses import attention_loss, kd_loss, raw_transfer_loss, transfer_loss
 from nonn.training.networks import ConvNet, whiten
+
+TRANSFERS = {"direction": transfer_loss, "raw": raw_transfer_loss}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Lesson:
     filters: list[int] | None  # the teacher's P_i to imitate through a bridge; None for no bridge
     kd_weight: float  # w: share of the KD term; cross-entropy with the labels has the rest
     transfer_weight: float = 0.0  # β: of the activation transfer
+    transfer: Transfer = "direction"
     attention_weight: float = 0.0  # of attention transfer (a baseline)
 
 
@@ -40,8 +43,10 @@ class Classroom:
     """Training images and the teacher's signals, view by view, shared by the students of a job."""
 
     def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals):
-        self.data, self.params = data, params
-        self.images, self.labels = data.part("train")
+        self.data, self.params, self.device = data, params, pick_device()
+        stored, labels = data.part("train")
+        self.images, self.place = resident(stored, self.device)
+        self.labels = labels.to(self.place)
         self.signals = signals
         self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
         self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
@@ -49,16 +54,27 @@ class Classroom:
     def view(self, epoch: int) -> tuple[int, View]:
         """Number and crops of the view an epoch sees: the K views in turn."""
         number = epoch % self.params.views
-        return number, draw_view(len(self.images), number, self.params.augment, self.params.seed)
+        view = draw_view(len(self.images), number, self.params.augment, self.params.seed)
+        return number, view.to(self.place)
 
-    def batch(self, index: Tensor, epoch: int) -> tuple[Tensor, Callable[[str], Tensor]]:
-        """The images `index`, uint8 of shape (B, channels, H, W), as an epoch sees them, and the teacher's say.
+    def signals_for(self, lesson: Lesson) -> dict[str, Tensor]:
+        """The signals that a lesson's loss is made of, by name; of the pooled activations its own filters."""
+        wanted = {}
+        if lesson.kd_weight:
+            wanted["logits"] = self.signals["logits"]
+        if lesson.transfer_weight:
+            wanted["pooled"] = self.signals["pooled"][..., lesson.filters]
+        if lesson.attention_weight:
+            wanted |= {name: self.signals[name] for name in self.stages}
+        return {name: signal.to(self.place) for name, signal in wanted.items()}
 
-        The latter gives a signal of these images, of shape (B, …), by its name.
-        """
+    def batch(self, index: Tensor, epoch: int, signals: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Images (B, channels, H, W) as an epoch sees them, labels (B,), and those of `signals` (K, N, …)."""
         number, view = self._view(epoch)
+        index = index.to(self.place)
         images = apply_view(self.images, view, index, self.params.augment)
-        return images, lambda name: self.signals[name][number][index]
+        parts = (images, self.labels[index], *(signal[number][index] for signal in signals))
+        return tuple(part.to(self.device) for part in parts)
 
 
 def distill_student(
@@ -77,30 +93,30 @@ def distill_student(
     images.
     """
     torch.manual_seed(seed)
-    device = pick_device()
-    data = classroom.data
+    data, device = classroom.data, classroom.device
     n_filters = len(lesson.filters) if lesson.filters else None
     student = ConvNet(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
-    whiten(student, classroom.images)
+    whiten(student, data.part("train")[0])
+    wanted = classroom.signals_for(lesson)
 
-    def batch_loss(index: Tensor, epoch: int) -> Tensor:
-        batch, signal = classroom.batch(index, epoch)
+    def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        return classroom.batch(index, epoch, list(wanted.values()))
 
-        def taught(name: str, columns: list[int] | None = None) -> Tensor:
-            return signal(name)[:, slice(None) if columns is None else columns].to(device).float()
-
+    def loss_of(images: Tensor, labels: Tensor, *signals: Tensor) -> Tensor:
+        taught = dict(zip(wanted, (signal.float() for signal in signals), strict=True))
         with mixed_precision(device):
-            maps = student.stage_maps(batch.to(device))
+            maps = student.stage_maps(images)
             features, logits = student.read_out(maps[-1])
         logits = logits.float()
-        loss = (1 - lesson.kd_weight) * F.cross_entropy(logits, classroom.labels[index].to(device))
+        loss = (1 - lesson.kd_weight) * F.cross_entropy(logits, labels)
         if lesson.kd_weight:
-            loss = loss + lesson.kd_weight * kd_loss(logits, taught("logits"), schedule.temperature)
+            loss = loss + lesson.kd_weight * kd_loss(logits, taught["logits"], schedule.temperature)
         if lesson.transfer_weight:
-            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught("pooled", lesson.filters))
+            transfer = TRANSFERS[lesson.transfer]
+            loss = loss + lesson.transfer_weight * transfer(features.float(), taught["pooled"])
         if lesson.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
-            attention = {t.shape[1]: t for t in map(taught, classroom.stages)}
+            attention = {taught[name].shape[1]: taught[name] for name in classroom.stages}
             shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
             if not shared:
                 raise UserError(
@@ -112,7 +128,8 @@ def distill_student(
 
     log = train(
         student,
-        batch_loss,
+        batch_of,
+        loss_of,
         len(classroom.images),
         schedule,
         seed=seed,

@@ -17,9 +17,13 @@ from nonn.data.canvas import Images
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.networks import ConvNet, accuracy, predict
 from nonn.training.optim import learning_rate, make_optimizers
+from nonn.training.step import make_step, set_rate
 
 #: Columns of a training log.
 LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
+
+#: Epochs from one checkpoint to the next on a GPU, where an epoch takes no longer than a checkpoint.
+EVERY_ON_GPU = 10
 
 #: A training log: one row an epoch, by column.
 Log = list[dict[str, float]]
@@ -33,7 +37,8 @@ def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
 
 def train(
     model: ConvNet,
-    batch_loss: Callable[[Tensor, int], Tensor],
+    batch_of: Callable[[Tensor, int], tuple[Tensor, ...]],
+    loss_of: Callable[..., Tensor],
     n_images: int,
     schedule: Schedule,
     *,
@@ -47,11 +52,12 @@ def train(
 ) -> Log:
     """Train `model` in place, resuming from `checkpoint` if it exists; return a log with one row an epoch.
 
-    ``batch_loss(index, epoch)`` is the loss of the training images `index`, int64 of shape (B,). `seed` decides their
-    order; a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored
-    after each epoch, for the log only: nothing is selected. The checkpoint is written after each epoch, and the caller
-    discards it once the outputs are in place. A `proxy` that `batch_loss` selects images with is on the same schedule
-    and in the same checkpoint.
+    ``loss_of(*batch_of(index, epoch))`` is the loss of the training images `index`, int64 of shape (B,) on `device`;
+    ``batch_of`` makes tensors of one shape, ``loss_of`` alone reaches the model's parameters. `seed` decides the order;
+    a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored after each
+    epoch, for the log only: nothing is selected. The checkpoint is written after each epoch, on a GPU after every
+    `EVERY_ON_GPU`, and the caller discards it once the outputs are in place. A `proxy` that `batch_of` selects images
+    with is on the same schedule and in the same checkpoint.
     """
     trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, schedule)
@@ -61,22 +67,21 @@ def train(
     peaks = [group["lr"] for group in groups]
     batch_size = min(schedule.batch_size, n_images)
     steps = n_images // batch_size
+    every = EVERY_ON_GPU if device.type == "cuda" else 1
+    step = make_step(model, loss_of, optimizers, device)
     for epoch in track(range(len(rows), schedule.epochs), label, done=len(rows)):
         model.train()
         losses = []
-        for batch, index in enumerate(epoch_order(n_images, epoch, seed).split(batch_size)[:steps]):
+        order = epoch_order(n_images, epoch, seed).to(device)
+        for batch, index in enumerate(order.split(batch_size)[:steps]):
             for group, peak in zip(groups, peaks, strict=True):
-                group["lr"] = learning_rate(epoch * steps + batch, schedule.epochs * steps, peak, schedule.warmup)
-            loss = batch_loss(index, epoch)
-            model.zero_grad()
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-            losses.append(loss.detach())
+                set_rate(group, learning_rate(epoch * steps + batch, schedule.epochs * steps, peak, schedule.warmup))
+            losses.append(step(*batch_of(index, epoch)))
         _, logits = predict(model, validation[0], device)
         scores = F.cross_entropy(logits, validation[1]).item(), accuracy(logits, validation[1])
         rows.append([epoch + 1, torch.stack(losses).mean().item(), *scores])
-        checkpoint.save(trained, every_optimizer, rows)
+        if len(rows) % every == 0 or len(rows) == schedule.epochs:
+            checkpoint.save(trained, every_optimizer, rows)
     model.cpu()
     return [dict(zip(LOG_COLUMNS, row, strict=True)) for row in rows]
 

@@ -88,4 +88,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
                 direction = gradient.add(momentum, alpha=group["momentum"]).flatten(1)
                 weight.mul_(len(weight) ** 0.5 / weight.norm())
-                weight.add_(orthogonalize(direction).view_as(weight), alpha=-group["lr"])
+                turned, rate = orthogonalize(direction).view_as(weight), group["lr"]
+                if isinstance(rate, Tensor):  # of a recorded step
+                    weight.sub_(turned * rate)
+                else:
+                    weight.add_(turned, alpha=-rate)

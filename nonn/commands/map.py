@@ -1,0 +1,102 @@
+"""The command ``nonn map``: train around the active experiment, and say when NoNN is ahead of an ensemble.
+
+What is varied stands in ``workflow/map.yaml``. Trainings are kept under ``.nonn/map``: an interrupted map goes on where
+it was, and a further value of a factor trains what is new.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from nonn.core.errors import UserError
+from nonn.core.files import replacing
+from nonn.core.numerics import choose
+from nonn.core.options import natural
+from nonn.core.params import Params, load_params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+from nonn.core.yaml_text import read_yaml
+
+PLAN = Path("workflow/map.yaml")
+COLUMNS = (
+    *("experiment", "factor", "value", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd"),
+    *("difference_vs_fitted_ensemble", "ci_low", "ci_high", "p"),
+)
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for row in rows:
+            table.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--jobs", type=natural, default=1, help="trainings at a time (default: %(default)s)")
+    parser.add_argument("--factors", metavar="NAME,…", help="these alone beside the centre (default: all of the plan)")
+    parser.epilog = "example: nonn use cifar10_paper && dvc repro partition && nonn map --jobs 4"
+
+
+def run(options) -> None:
+    params = load_params()
+    choose(params.numerics)
+    plan = read_yaml(PLAN, "restore it from the repository")
+    chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])
+    if unknown := [name for name in chosen if name and name not in plan["factors"]]:
+        raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")
+    plan["factors"] = {name: values for name, values in plan["factors"].items() if name in chosen}
+    paths = Paths(params.experiment)
+    for path in (paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there; the map begins with it. Run `dvc repro partition` first.")
+    rows = list(make_map(params, plan, max(1, options.jobs)))
+    write_table(paths / "map.csv", rows)
+    print(f"{paths / 'map.csv'}: {len(rows)} rows")
+
+
+def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dict]:
+    """The rows of the table, point by point as in the plan."""
+    from nonn.method import regimes
+
+    points, networks, seeds = regimes.points_of(plan, params), plan["networks"], range(plan["seeds"])
+    wanted: dict[Any, None] = {}
+    for point in points:
+        for seed in seeds:
+            sizes = {name: len(params.networks[name].devices) for name in networks}
+            for name, n in sizes.items():
+                by_chance = (False, True) if point.factor == "centre" else (False,)
+                for random in by_chance:
+                    wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
+            wanted |= {training.same: None for training in regimes.pool_of(params, point, seed)}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        trainings: list[Future] = [pool.submit(_train, params, training) for training in wanted]
+        for done in track(as_completed(trainings), "map", total=len(trainings)):
+            done.result()
+        scored = {
+            (point, name): [
+                pool.submit(regimes.score, params, point, name, seed, point.factor == "centre") for seed in seeds
+            ]
+            for point in points
+            for name in networks
+        }
+        for (point, name), futures in scored.items():
+            for row in regimes.rows_of(params, point, name, [future.result() for future in futures]):
+                yield {"experiment": params.experiment, **row}
+
+
+def _train(params: Params, training: Any) -> None:
+    """In a process of its own: one thread, as the pipeline's trainings have."""
+    import torch
+
+    from nonn.method import regimes
+    from nonn.training.hardware import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    regimes.train(params, training)

@@ -1,0 +1,294 @@
+"""Where NoNN wins: trainings around one recipe, one factor changed at a time, and how far each leads an ensemble.
+
+A *point* is a value of one factor: the length of the training, the budget of a device, the share of the training
+images. At each point the students of a NoNN and as many KD students are trained on the same teacher's signals, with the
+same schedule, for the same devices, and joined by a final layer in the same way. All are scored in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nonn.core.artifacts import DatasetInfo
+from nonn.core.budgets import Budget
+from nonn.core.files import STATE, read_json
+from nonn.core.params import Params, Signals
+from nonn.core.paths import Paths
+from nonn.data.dataset import Dataset, load_dataset
+from nonn.data.tensors import read_tensors, write_tensors
+from nonn.method.final_layer import averaged_layer, logits_of
+from nonn.method.joining import fit_layer
+from nonn.method.scoring import permutation_test
+from nonn.method.sizing import design_student
+from nonn.method.store import load_baseline, load_students
+from nonn.runtime.final import FinalLayer
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.networks import ConvNet, predict
+from nonn.training.store import cut, load_filters, load_signals
+
+#: Normal quantile of a two-sided 95 % interval.
+Z95 = 1.959964
+#: Seeds of images and partitions that are drawn here.
+DRAW = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one factor; `epochs` of training, `budget` and `images` as parts of the experiment's."""
+
+    factor: str
+    value: float
+    epochs: int
+    budget: float = 1.0
+    images: float = 1.0
+
+
+def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
+    """All points of a plan (``workflow/map.yaml``), the centre first, which stands for its value of every factor."""
+    epochs = plan["centre"].get("distill.epochs", params.distill.epochs)
+    points = [Point("centre", 1.0, epochs)]
+    for value in plan["factors"].get("epochs", []):
+        points.append(Point("epochs", value, value))
+    for value in plan["factors"].get("budget", []):
+        points.append(Point("budget", value, epochs, budget=value))
+    for value in plan["factors"].get("images", []):
+        repeats = min(1 / value, plan["most_repeats"])
+        points.append(Point("images", value, round(epochs * repeats), images=value))
+    return points
+
+
+@dataclass(frozen=True)
+class Training:
+    """One student at a point: number `student` of `network` or, where that is None, of the pool of KD students.
+
+    Students of the pool count on over the seeds. With ``random`` the network's filters are shared out by chance.
+    """
+
+    point: Point
+    network: str | None
+    student: int
+    seed: int
+    random: bool = False
+
+    @property
+    def same(self) -> Training:
+        """The training whatever the point is called: points that agree in all else share it."""
+        return replace(self, point=replace(self.point, factor="", value=0.0))
+
+
+def classroom_of(params: Params, share: float) -> Classroom:
+    """The experiment's images and signals, or a share of its training images, of each class alike."""
+    return _classroom(params.experiment, params.signals.model_dump_json(), share)
+
+
+@lru_cache(maxsize=2)
+def _classroom(experiment: str, section: str, share: float) -> Classroom:
+    paths = Paths(experiment)
+    data = load_dataset(paths)
+    signals = load_signals(paths, data)
+    if share < 1:
+        kept = _draw_images(data.labels[data.train], share)
+        data = replace(data, train=data.train[kept])
+        names = ("logits", "pooled")
+        signals = {name: signals[name][:, kept] for name in names}
+    return Classroom(data, signals, Signals.model_validate_json(section))
+
+
+def _draw_images(labels: Tensor, share: float) -> Tensor:
+    """Sorted positions of the chosen training images, at least one of each class."""
+    generator = np.random.default_rng(DRAW)
+    chosen = []
+    for label in labels.unique():
+        members = np.flatnonzero((labels == label).numpy())
+        chosen.append(generator.permutation(members)[: max(1, round(share * len(members)))])
+    return torch.from_numpy(np.sort(np.concatenate(chosen)))
+
+
+def lesson_of(params: Params, training: Training) -> Lesson:
+    """What the student is to learn; its architecture is the largest for the point's budget."""
+    paths, section = Paths(params.experiment), params.distill
+    info = read_json(paths.dataset_info, DatasetInfo)
+    network = training.network or next(iter(params.networks))
+    filters = None
+    if training.network:
+        filters = _filters(params, training)
+    budget = _scaled(params.budgets_of(network)[training.student if training.network else 0], training.point.budget)
+    architecture, _ = design_student(params.design, budget, info, len(filters) if filters else None)
+    return Lesson(
+        architecture=architecture,
+        filters=filters,
+        kd_weight=section.kd_weight,
+        transfer_weight=section.transfer_weight if filters else 0.0,
+        transfer=section.transfer,
+    )
+
+
+def _scaled(budget: Budget, factor: float) -> Budget:
+    sizes = {name: getattr(budget, name) for name in ("memory_kib", "flash_kib", "ram_kib", "mmacs")}
+    return replace(budget, **{name: size * factor for name, size in sizes.items() if size is not None})
+
+
+def _filters(params: Params, training: Training) -> list[int]:
+    paths, signals = Paths(params.experiment), classroom_of(params, 1.0).signals
+    n = len(params.networks[str(training.network)].devices)
+    sets = [load_filters(paths.partition(str(training.network), i), signals) for i in range(n)]
+    if training.random:
+        live = np.sort(np.concatenate(sets))
+        sets = cut(np.random.default_rng(training.seed).permutation(live), [len(s) for s in sets])
+    return sets[training.student]
+
+
+def train(params: Params, training: Training) -> Path:
+    """Train a student unless that was done before; its file holds its head, and its features of all images, float16.
+
+    Features of the training images as they are, of validation and of test, are (M, F) each.
+    """
+    training = training.same
+    paths, point = Paths(params.experiment), training.point
+    lesson = lesson_of(params, training)
+    schedule = params.distill.model_copy(update={"epochs": point.epochs})
+    own_seed = training.seed * 1000 + training.student  # as in the pipeline
+    settings = [repr(lesson), schedule.model_dump(), params.signals.model_dump(), own_seed, point.images]
+    checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals])
+    target = STATE / "map" / checkpoint.path.name
+    if target.is_file():
+        return target
+    classroom = classroom_of(params, point.images)
+    name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
+    if (student := _pipeline_s(params, training, classroom.data)) is None:
+        student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
+    tensors = {"weight": student.head.weight, "bias": student.head.bias}
+    for part in ("train", "validation", "test"):
+        tensors[part] = predict(student, classroom.data.part(part)[0], classroom.device)[0].half()
+    write_tensors(target, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
+    checkpoint.discard()
+    return target
+
+
+def _pipeline_s(params: Params, training: Training, data: Dataset) -> ConvNet | None:
+    """The same student, where the experiment itself has trained it."""
+    paths, point = Paths(params.experiment), training.point
+    if training.random or point != Point("", 0.0, params.distill.epochs):
+        return None
+    if training.network is None:
+        if params.pool is None or not (file := paths.baseline(*params.pool, training.seed)).is_file():
+            return None
+        return load_baseline(file, data)[0]
+    if not paths.student(training.network, training.student, training.seed).is_file():
+        return None
+    return load_students(params, paths, data, training.network, training.seed)[0][training.student]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Trained students side by side: their heads, and their features of each part of the data set."""
+
+    heads: Sequence[nn.Linear]
+    features: Mapping[str, Sequence[Tensor]]
+
+    @classmethod
+    def of(cls, files: Sequence[Path]) -> Joined:
+        stored = [read_tensors(file) for file in files]
+        heads = []
+        for tensors in stored:
+            head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+            head.load_state_dict({"weight": tensors["weight"], "bias": tensors["bias"]})
+            heads.append(head)
+        parts = ("train", "validation", "test")
+        return cls(heads, {part: [tensors[part].float() for tensors in stored] for part in parts})
+
+    def averaged(self) -> FinalLayer:
+        return averaged_layer(self.heads)
+
+    def fitted(self, params: Params, data: Dataset, seed: int) -> FinalLayer:
+        """The final layer as the stage `assemble` fits it."""
+        labels = {part: data.labels[getattr(data, part)] for part in ("train", "validation")}
+        validation = self.features["validation"], labels["validation"]
+        return fit_layer(self.averaged(), self.features["train"], labels["train"], validation, params.assemble, seed)[0]
+
+    @torch.no_grad()
+    def probabilities(self) -> Tensor:
+        """Mean of the students' own probabilities for the test images, (n_test, C)."""
+        terms = [head(f).softmax(1) for head, f in zip(self.heads, self.features["test"], strict=True)]
+        return torch.stack(terms).mean(0)
+
+
+def pool_of(params: Params, point: Point, seed: int) -> list[Training]:
+    """The KD students of a seed, as many as the largest network has devices; smaller ones take the first of them."""
+    n = max(len(network.devices) for network in params.networks.values())
+    return [Training(point, None, 0, seed * n + i) for i in range(n)]
+
+
+def score(params: Params, point: Point, network: str, seed: int, random: bool) -> dict[str, np.ndarray]:
+    """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet."""
+    torch.set_num_threads(1)
+    n = len(params.networks[network].devices)
+    data = classroom_of(params, point.images).data
+    labels = data.labels[data.test]
+
+    def right(logits: Tensor) -> np.ndarray:
+        return (logits.argmax(1) == labels).numpy()
+
+    def students(name: str, by_chance: bool = False) -> Joined:
+        return Joined.of([train(params, Training(point, name, i, seed, by_chance)) for i in range(n)])
+
+    nonn = students(network)
+    pool = Joined.of([train(params, kd) for kd in pool_of(params, point, seed)[:n]])
+    found = {
+        "nonn": right(logits_of(nonn.fitted(params, data, seed), nonn.features["test"])),
+        "nonn_averaged": right(logits_of(nonn.averaged(), nonn.features["test"])),
+        "ensemble": right(pool.probabilities()),
+        "ensemble_fitted": right(logits_of(pool.fitted(params, data, seed), pool.features["test"])),
+    }
+    if random:
+        by_chance = students(network, by_chance=True)
+        found["random"] = right(logits_of(by_chance.fitted(params, data, seed), by_chance.features["test"]))
+    for i in range(n):
+        found[f"kd.{i}"] = right(pool.heads[i](pool.features["test"][i]).detach())
+    return found
+
+
+def rows_of(params: Params, point: Point, network: str, by_seed: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict]:
+    """The rows of a table for one point and network: each method against the fitted ensemble.
+
+    Differences are paired by test image, right answers averaged over the seeds first; the interval is 1.96 standard
+    errors of their mean over the test images, and so says nothing of other seeds or teachers.
+    """
+    names = [name for name in by_seed[0] if "." not in name]
+    correct = {name: np.stack([found[name] for found in by_seed]) for name in names}
+    correct["kd"] = np.stack([found[name] for found in by_seed for name in found if name.startswith("kd.")])
+    reference = correct["ensemble_fitted"]
+    for name, right in correct.items():
+        means = right.mean(1)
+        difference = right.mean(0) - reference.mean(0)
+        error = Z95 * difference.std(ddof=1) / np.sqrt(len(difference))
+        is_reference = name == "ensemble_fitted"
+        compared: dict[str, Any] = (
+            {}
+            if is_reference
+            else {
+                "difference_vs_fitted_ensemble": difference.mean(),
+                "ci_low": difference.mean() - error,
+                "ci_high": difference.mean() + error,
+                "p": permutation_test(right, reference, params.evaluate.resamples, params.evaluate.seed),
+            }
+        )
+        yield {
+            "factor": point.factor,
+            "value": point.value,
+            "network": network,
+            "method": name,
+            "n_seeds": len(right),
+            "accuracy_mean": means.mean(),
+            "accuracy_sd": means.std(ddof=1) if len(means) > 1 else None,
+            **compared,
+        }

@@ -1,0 +1,90 @@
+"""`nonn map`: which trainings a plan asks for, what it compares, and that nothing is trained twice."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nonn.commands.map import COLUMNS, make_map, write_table
+from nonn.core.files import STATE
+from nonn.method import regimes
+from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
+
+PLAN = {
+    "networks": ["2s"],
+    "seeds": 1,
+    "centre": {"distill.epochs": 1},
+    "factors": {"epochs": [1, 2], "images": [0.5]},
+    "most_repeats": 10,
+}
+
+
+def test_points_stand_around_the_centre(params):
+    plan = PLAN | {"factors": {"epochs": [1, 2], "budget": [0.5], "images": [0.05, 0.5, 1]}}
+    assert points_of(plan, params) == [
+        Point("centre", 1.0, 1),
+        Point("epochs", 1, 1),
+        Point("epochs", 2, 2),
+        Point("budget", 0.5, 1, budget=0.5),
+        Point("images", 0.05, 10, images=0.05),  # no more than `most_repeats` times the epochs
+        Point("images", 0.5, 2, images=0.5),
+        Point("images", 1, 1),
+    ]
+
+
+@pytest.mark.usefixtures("experiment")
+def test_a_share_of_the_images_has_every_class_and_its_own_signals(params):
+    whole, half = classroom_of(params, 1.0), classroom_of(params, 0.5)
+    assert len(half.labels) == len(whole.labels) // 2
+    assert sorted(set(half.labels.tolist())) == sorted(set(whole.labels.tolist()))
+    kept = np.flatnonzero(np.isin(whole.data.train, half.data.train))
+    assert (half.signals["logits"] == whole.signals["logits"][:, kept]).all()
+    assert (half.data.test == whole.data.test).all()
+
+
+@pytest.mark.usefixtures("experiment")
+def test_a_budget_decides_the_architecture_and_not_the_filters(params):
+    large = lesson_of(params, Training(Point("", 0, 1), "2s", 1, 0))
+    small = lesson_of(params, Training(Point("", 0, 1, budget=0.7), "2s", 1, 0))
+    assert small.filters == large.filters
+    assert small.architecture.widths < large.architecture.widths
+    by_chance = lesson_of(params, Training(Point("", 0, 1), "2s", 1, 0, random=True))
+    assert len(by_chance.filters) == len(large.filters)
+    assert by_chance.filters != large.filters
+
+
+@pytest.mark.usefixtures("experiment")
+def test_every_method_is_compared_with_the_fitted_ensemble(params, tmp_path):
+    rows = list(make_map(params, PLAN, 1))
+    methods = ["nonn", "nonn_averaged", "ensemble", "ensemble_fitted", "random", "kd"]
+    assert [row["method"] for row in rows if row["factor"] == "centre"] == methods
+    assert {row["factor"] for row in rows} == {"centre", "epochs", "images"}
+    for row in rows:
+        assert ("p" in row) == (row["method"] != "ensemble_fitted")
+        assert row["n_seeds"] == (2 if row["method"] == "kd" else 1)
+    # The centre and the first point of `epochs` are the same trainings.
+    found = {row["factor"]: row["accuracy_mean"] for row in reversed(rows) if row["method"] == "nonn"}
+    assert found["centre"] == found["epochs"]
+    write_table(tmp_path / "map.csv", rows)
+    assert (tmp_path / "map.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+@pytest.mark.usefixtures("experiment")
+def test_what_is_trained_is_not_trained_again(params, monkeypatch):
+    training = Training(Point("epochs", 1, 1), None, 0, 0)
+    file = regimes.train(params, training)
+    monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
+    assert regimes.train(params, Training(Point("centre", 1.0, 1), None, 0, 0)) == file
+    assert file.parent == STATE / "map"
+
+
+def test_differences_are_paired_by_image():
+    right = {"nonn": np.array([1, 1, 1, 0] * 50, bool), "ensemble_fitted": np.array([1, 0, 1, 0] * 50, bool)}
+    right["kd.0"] = right["ensemble_fitted"]
+
+    settings = SimpleNamespace(evaluate=SimpleNamespace(resamples=200, seed=0))
+    nonn, _, kd = rows_of(settings, Point("centre", 1.0, 1), "2s", [right])
+    assert nonn["difference_vs_fitted_ensemble"] == 0.25
+    assert nonn["ci_low"] == pytest.approx(0.25 - 1.96 * np.std([0, 1, 0, 0] * 50, ddof=1) / 200**0.5, abs=1e-4)
+    assert nonn["p"] < 0.01
+    assert (kd["difference_vs_fitted_ensemble"], kd["p"]) == (0, 1.0)
