@@ -111,6 +111,8 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
     logits = logits_of(averaged, features)
     seen, taught = data.part("train")
     train = [predict(student, seen, device)[0] for student in students]
+    for student in students:
+        student.cpu()
     epochs = (epoch_order(len(taught), epoch, seed).split(BATCH_SIZE) for epoch in range(params.assemble.epochs))
     *_, fitted = (averaged, *fit(averaged, train, taught, epochs, params.assemble.lr))
     classifier = _classifier(load_teacher(Paths(params.experiment), data), sets)
