@@ -218,15 +218,10 @@ class Design(Section):
         return self
 
 
-#: What students imitate of the teacher's activations: see `nonn.training.losses`.
-Transfer = Literal["direction", "raw"]
-
-
 class Distill(Schedule):
     kd_weight: Fraction
     temperature: Positive
     transfer_weight: NonNegative
-    transfer: Transfer = "direction"
 
 
 class Baseline(Section):

@@ -128,7 +128,6 @@ def lesson_of(params: Params, training: Training) -> Lesson:
         filters=filters,
         kd_weight=section.kd_weight,
         transfer_weight=section.transfer_weight if filters else 0.0,
-        transfer=section.transfer,
     )
 
 

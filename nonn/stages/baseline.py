@@ -49,7 +49,6 @@ def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: 
             filters=filters,
             kd_weight=0.0 if method == "labels" else section.kd_weight,
             transfer_weight=section.transfer_weight if filters else 0.0,
-            transfer=section.transfer,
             attention_weight=params.baseline.attention_weight if method == "at_kd" else 0.0,
         )
         for (architecture, _), filters in zip(designs, filter_sets, strict=True)

@@ -28,7 +28,6 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
         filters=load_filters(paths.partition(network, student), signals),
         kd_weight=section.kd_weight,
         transfer_weight=section.transfer_weight,
-        transfer=section.transfer,
     )
     name = f"{network}/{student} seed {seed}"
     settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump()]

@@ -15,16 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Distill, Signals, Transfer
+from nonn.core.params import Architecture, Distill, Signals
 from nonn.data.dataset import Dataset
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.loop import Log, train
-from nonn.training.losses import attention_loss, kd_loss, raw_transfer_loss, transfer_loss
+from nonn.training.losses import attention_loss, kd_loss, transfer_loss
 from nonn.training.networks import ConvNet, whiten
-
-TRANSFERS = {"direction": transfer_loss, "raw": raw_transfer_loss}
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,6 @@ class Lesson:
     filters: list[int] | None  # the teacher's P_i to imitate through a bridge; None for no bridge
     kd_weight: float  # w: share of the KD term; cross-entropy with the labels has the rest
     transfer_weight: float = 0.0  # β: of the activation transfer
-    transfer: Transfer = "direction"
     attention_weight: float = 0.0  # of attention transfer (a baseline)
 
 
@@ -112,8 +109,7 @@ def distill_student(
         if lesson.kd_weight:
             loss = loss + lesson.kd_weight * kd_loss(logits, taught["logits"], schedule.temperature)
         if lesson.transfer_weight:
-            transfer = TRANSFERS[lesson.transfer]
-            loss = loss + lesson.transfer_weight * transfer(features.float(), taught["pooled"])
+            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught["pooled"])
         if lesson.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
             attention = {taught[name].shape[1]: taught[name] for name in classroom.stages}

@@ -32,15 +32,6 @@ def transfer_loss(features: Tensor, activations: Tensor) -> Tensor:
     return difference.square().sum(1).mean()
 
 
-def raw_transfer_loss(features: Tensor, activations: Tensor) -> Tensor:
-    """‖f − t‖² of `transfer_loss`'s f and t as they are, mean over the batch, in units of the mean ‖t‖².
-
-    As SimKD has it (Chen et al., https://arxiv.org/abs/2203.14001), whose student is read by the teacher's own
-    classifier. The unit makes its size that of `transfer_loss`.
-    """
-    return (features - activations).square().sum(1).mean() / activations.square().sum(1).mean()
-
-
 def attention_map(stage_map: Tensor) -> Tensor:
     """Spatial attention (B, H·W) of a stage's output (B, channels, H, W): mean of the squares, scaled to unit length.
 
