@@ -9,21 +9,22 @@ from nonn.commands.map import COLUMNS, make_map, write_table
 from nonn.core.files import STATE
 from nonn.method import regimes
 from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
+from nonn.report.map_plots import draw_map
 
-PLAN = {
-    "networks": ["2s"],
-    "seeds": 1,
-    "centre": {"distill.epochs": 1},
-    "factors": {"epochs": [1, 2], "images": [0.5]},
-    "most_repeats": 10,
-}
+PLAN = {"networks": ["2s"], "seeds": 1, "factors": {"epochs": [1, 2], "images": [0.5]}, "most_repeats": 10}
 
 
-def test_points_stand_around_the_centre(params):
-    plan = PLAN | {"factors": {"epochs": [1, 2], "budget": [0.5], "images": [0.05, 0.5, 1]}}
-    assert points_of(plan, params) == [
+@pytest.fixture
+def short(params):
+    """The tiny experiment with one epoch."""
+    return params.model_copy(update={"distill": params.distill.model_copy(update={"epochs": 1})})
+
+
+def test_points_stand_around_the_centre(short):
+    plan = PLAN | {"factors": {"epochs": [0.25, 2], "budget": [0.5], "images": [0.05, 0.5, 1]}}
+    assert points_of(plan, short) == [
         Point("centre", 1.0, 1),
-        Point("epochs", 1, 1),
+        Point("epochs", 0.25, 1),
         Point("epochs", 2, 2),
         Point("budget", 0.5, 1, budget=0.5),
         Point("images", 0.05, 10, images=0.05),  # no more than `most_repeats` times the epochs
@@ -54,8 +55,8 @@ def test_a_budget_decides_the_architecture_and_not_the_filters(params):
 
 
 @pytest.mark.usefixtures("experiment")
-def test_every_method_is_compared_with_the_fitted_ensemble(params, tmp_path):
-    rows = list(make_map(params, PLAN, 1))
+def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
+    rows = list(make_map(short, PLAN, 1))
     methods = ["nonn", "nonn_averaged", "ensemble", "ensemble_fitted", "random", "kd"]
     assert [row["method"] for row in rows if row["factor"] == "centre"] == methods
     assert {row["factor"] for row in rows} == {"centre", "epochs", "images"}
@@ -65,6 +66,7 @@ def test_every_method_is_compared_with_the_fitted_ensemble(params, tmp_path):
     # The centre and the first point of `epochs` are the same trainings.
     found = {row["factor"]: row["accuracy_mean"] for row in reversed(rows) if row["method"] == "nonn"}
     assert found["centre"] == found["epochs"]
+    draw_map(rows)  # which raises where a row is not as it expects
     write_table(tmp_path / "map.csv", rows)
     assert (tmp_path / "map.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
 

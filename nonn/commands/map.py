@@ -21,6 +21,8 @@ from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.core.yaml_text import read_yaml
+from nonn.report.map_plots import draw_map
+from nonn.report.plots import drawing_style, save_figure
 
 PLAN = Path("workflow/map.yaml")
 COLUMNS = (
@@ -40,7 +42,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--jobs", type=natural, default=1, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--factors", metavar="NAME,…", help="these alone beside the centre (default: all of the plan)")
-    parser.epilog = "example: nonn use cifar10_paper && dvc repro partition && nonn map --jobs 4"
+    parser.epilog = "example: dvc repro partition@2s partition@4s && nonn map --jobs 2"
 
 
 def run(options) -> None:
@@ -51,12 +53,17 @@ def run(options) -> None:
     if unknown := [name for name in chosen if name and name not in plan["factors"]]:
         raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")
     plan["factors"] = {name: values for name, values in plan["factors"].items() if name in chosen}
+    if absent := [name for name in plan["networks"] if name not in params.networks]:
+        raise UserError(f"{PLAN}: networks: params.yaml has no network {absent[0]!r}; take it out, or add it there.")
     paths = Paths(params.experiment)
     for path in (paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])):
         if not path.is_file():
             raise UserError(f"{path}: is not there; the map begins with it. Run `dvc repro partition` first.")
     rows = list(make_map(params, plan, max(1, options.jobs)))
     write_table(paths / "map.csv", rows)
+    if plan["factors"]:
+        with drawing_style():
+            save_figure(draw_map(rows), paths / "figures/map", params.figures)
     print(f"{paths / 'map.csv'}: {len(rows)} rows")
 
 

@@ -43,7 +43,7 @@ DRAW = 0
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one factor; `epochs` of training, `budget` and `images` as parts of the experiment's."""
+    """One value of one factor, in parts of the experiment's; what it comes to is in `epochs`, `budget` and `images`."""
 
     factor: str
     value: float
@@ -53,14 +53,12 @@ class Point:
 
 
 def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
-    """All points of a plan (``workflow/map.yaml``), the centre first, which stands for its value of every factor."""
-    epochs = plan["centre"].get("distill.epochs", params.distill.epochs)
+    """All points of a plan (``workflow/map.yaml``), the centre first: the experiment as it is."""
+    epochs, factors = params.distill.epochs, plan["factors"]
     points = [Point("centre", 1.0, epochs)]
-    for value in plan["factors"].get("epochs", []):
-        points.append(Point("epochs", value, value))
-    for value in plan["factors"].get("budget", []):
-        points.append(Point("budget", value, epochs, budget=value))
-    for value in plan["factors"].get("images", []):
+    points += [Point("epochs", value, max(1, round(epochs * value))) for value in factors.get("epochs", [])]
+    points += [Point("budget", value, epochs, budget=value) for value in factors.get("budget", [])]
+    for value in factors.get("images", []):
         repeats = min(1 / value, plan["most_repeats"])
         points.append(Point("images", value, round(epochs * repeats), images=value))
     return points
