@@ -1,5 +1,6 @@
 """Artifacts: never half-written, the same bytes for the same content, and none left that nobody names."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +133,24 @@ def test_sweep_removes_what_killed_processes_left(monkeypatch):
         assert orphan.exists(), "another machine cannot know"
         sweep(Path("results"))
         assert temporaries() == [temporary], "this process is alive"
+
+
+def test_sweep_removes_what_a_dead_process_left_whose_parent_has_not_noticed():
+    child = subprocess.Popen([sys.executable, "-c", KILLED], env={"PYTHONPATH": str(REPOSITORY)})
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    assert temporaries()
+    sweep(Path("results"))
+    assert not temporaries()
+    child.wait()
+
+
+def test_sweep_is_not_fooled_by_another_process_of_that_number(monkeypatch):
+    with replacing(Path("results/a")) as temporary:
+        temporary.touch()
+        monkeypatch.setattr(files.time, "time", lambda: 1 + 1e9 + temporary.stat().st_ctime)  # long before it began
+        sweep(Path("results"))
+        assert not temporaries()
+        temporary.touch()
 
 
 def test_sweep_bears_that_there_is_nothing():

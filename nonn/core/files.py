@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,29 @@ def sweep(*roots: Path) -> None:
     for root in roots:
         for folder, folders, files in os.walk(root):
             for name in [*folders, *files]:
-                if name.startswith(prefix) and not _is_running(int(name[len(prefix) :].partition("-")[0])):
-                    remove(Path(folder, name))
+                path = Path(folder, name)
+                if name.startswith(prefix) and not _writes(int(name[len(prefix) :].partition("-")[0]), path):
+                    remove(path)
             folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
 
 
-def _is_running(pid: int) -> bool:
+def _writes(pid: int, temporary: Path) -> bool:
+    """Whether the process that a temporary is named by is still at it.
+
+    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now, which then
+    began after the temporary was last changed. Where there is no ``/proc``, every process of that number counts.
+    """
     try:
         os.kill(pid, 0)  # sends nothing, only asks
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = text.rpartition(")")[2].split()
+        running_s = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
+        age_s = running_s - int(fields[18]) / os.sysconf("SC_CLK_TCK")
+        return state not in "ZX" and time.time() - temporary.stat().st_ctime <= age_s + 1
     except ProcessLookupError:
         return False
-    except PermissionError:  # another user's
+    except (OSError, ValueError, IndexError):  # another user's, or no /proc
         return True
-    return True
 
 
 def regular(path: Path) -> Path:
