@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.firmware.targets import CORES, Target, linker_script
+from nonn.firmware.targets import CORES, STACK_BYTES, Target, linker_script
 
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
@@ -24,8 +24,6 @@ FLAGS = (
 )
 #: What comes with the package, beside the student's own ``student.c``.
 OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
-#: Bytes of RAM for the stack; students need less than a quarter of it, as `stack_used_bytes` says.
-STACK_BYTES = 2048
 
 
 @dataclass(frozen=True)

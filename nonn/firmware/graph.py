@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
-from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student
+from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student, in_pairs
 from nonn.runtime.session import REFUSALS
 
 #: Operations that work value by value, constants broadcast.
@@ -90,8 +90,9 @@ class _Reader:
         features = graph.output[0].name
         if len(graph.output) != 1 or features not in self.vectors:
             raise self.refuse("its output is not one vector of features")
-        shape = self.shapes[image.name]
-        return Student(image.name, shape, features, self.vectors[features], self.joined(steps))
+        shape, joined = self.shapes[image.name], self.joined(steps)
+        in_pairs(joined)
+        return Student(image.name, shape, features, self.vectors[features], joined)
 
     def step(self, node: NodeProto, image: str) -> list[Step]:
         """The steps of one node: none where it is part of a later one."""
@@ -135,8 +136,6 @@ class _Reader:
             odd.append("strides")
         if kernel.dtype != np.int8 or constants[zeros].any() or constants[in_zero].dtype != np.uint8:
             odd.append("type of integers")
-        if kernel.shape[0] % 2:
-            odd.append("odd number of filters")
         if odd:
             raise self.refuse(f"there is no kernel for the {odd[0]} of QLinearConv {node.output[0]}")
         top, left, bottom, right = settings.get("pads", [0, 0, 0, 0])

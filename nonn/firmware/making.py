@@ -10,12 +10,12 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.progress import track
-from nonn.firmware.build import STACK_BYTES, Image, compile_sources, copy_sources, link
+from nonn.firmware.build import Image, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
 from nonn.firmware.graph import read_student
 from nonn.firmware.source import write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
-from nonn.firmware.targets import Target
+from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.session import run_onnx
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from nonn.core.boards import find_board
 from nonn.core.errors import UserError
 
+#: Bytes of RAM for the stack; students need less than a quarter of it, as `stack_used_bytes` says.
+STACK_BYTES = 2048
+
 
 @dataclass(frozen=True)
 class Core:
@@ -38,14 +41,14 @@ class Chip:
 
 
 #: By the names of the catalogue. Addresses and blocks are those of the memory maps in the reference manuals of ST,
-#: RM0090 (stm32f4), RM0385 (stm32f746), RM0433 (stm32h743) and RM0455 (stm32h7a3), and in the product specification
-#: of the nRF52840.
+#: RM0090 (stm32f4), RM0385 (stm32f746), RM0433 (stm32h743) and RM0455 (cortex_m7, an STM32H7A3), and in the product
+#: specification of the nRF52840.
 CHIPS = {
+    "cortex_m7": Chip("cortex-m7", 0x08000000, 0x24000000, 1024),
     "nrf52840": Chip("cortex-m4", 0x00000000, 0x20000000),
     "stm32f4": Chip("cortex-m4", 0x08000000, 0x20000000, 128),
     "stm32f746": Chip("cortex-m7", 0x08000000, 0x20000000),
     "stm32h743": Chip("cortex-m7", 0x08000000, 0x24000000, 512),
-    "stm32h7a3": Chip("cortex-m7", 0x08000000, 0x24000000, 1024),
 }
 
 
