@@ -61,6 +61,7 @@ COMMANDS = {
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
     "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
     "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
+    "board": (DEPLOY, "firmware.board", "Serve one int8 student as firmware on an emulated microcontroller."),
     "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
@@ -86,7 +87,7 @@ COMMANDS = {
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }
 #: Commands that serve gRPC: they say whose handshake has failed; see `nonn.runtime.logs`.
-SERVERS = ("node", "coordinate", "split-node")
+SERVERS = ("node", "board", "coordinate", "split-node")
 #: Parameters that decide how much memory the stages take.
 GREEDY = "dataset.size, signals.views, teacher.architecture or batch_size"
 

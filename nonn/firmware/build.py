@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.firmware.targets import CORES, STACK_BYTES, Target, linker_script
+from nonn.firmware.targets import CORES, EMULATED_PORT, STACK_BYTES, Target, linker_script
 
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
@@ -95,6 +95,16 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> Image:
             "Choose a smaller student or a device with more memory (`nonn devices`)."
         ) from None
     return Image(elf, *_sizes(elf))
+
+
+def compile_for_port(folder: Path, target: Target) -> list[Path]:
+    """As `compile_sources`, for a firmware that takes images from the serial port of an emulated board."""
+    objects = compile_sources(folder, target)
+    compiler = require(COMPILER, "building a firmware")
+    command = [compiler, *CORES[target.core].flags, *FLAGS, "-c", "main.c", "-o", "main.o"]
+    command += [f"-DNONN_UART={EMULATED_PORT:#x}"]
+    _run(command, folder)
+    return objects
 
 
 def symbols(elf: Path) -> set[str]:

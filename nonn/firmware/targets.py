@@ -23,6 +23,8 @@ class Core:
     machine: str
 
 
+#: Where the first serial port of QEMU's boards lies, in both machines.
+EMULATED_PORT = 0x40004000
 #: Single precision is all that the kernels use, and what both have.
 CORES = {
     "cortex-m4": Core(("-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16"), "mps2-an386"),
