@@ -56,6 +56,11 @@ COMMANDS = {
     "benchmark": (RUN, "commands.stage", "Measure the latency and memory of exported models."),
     "distributed": (RUN, "commands.stage", "Run all devices at once over emulated links, and measure latency."),
     "figures": (RUN, "commands.stage", "Draw the figures and write the tables of the results."),
+    "emulate": (
+        RUN,
+        "commands.stage",
+        "Build students of microcontrollers as firmware, and run it on emulated ones.",
+    ),
     "job": (RUN, "commands.job", "Run one of these stages by its name in dvc.yaml, from the cache if possible."),
     "cluster": (DEPLOY, "runtime.cluster", "Write cluster.yaml, which says where each student runs."),
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),

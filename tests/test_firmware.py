@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from onnx import helper
 
 from nonn import cli
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.firmware.arena import ALIGNMENT, Buffer, plan_arena
 from nonn.firmware.build import COMPILER, EMULATOR, compile_sources, copy_sources, link, symbols
@@ -25,7 +26,7 @@ from nonn.firmware.graph import read_student
 from nonn.firmware.making import build, run_and_compare
 from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Conv
-from nonn.firmware.targets import CHIPS, find_target
+from nonn.firmware.targets import find_target
 from nonn.runtime.session import run_onnx
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")

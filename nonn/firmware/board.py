@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.options import completed
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
 from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
-from nonn.firmware.targets import CHIPS, CORES, Target, find_target
+from nonn.firmware.targets import CORES, Target, find_target
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, Student, add_serving, identity_from
 from nonn.runtime.serving import serve

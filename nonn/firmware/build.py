@@ -35,6 +35,14 @@ class Image:
     ram_bytes: int
 
 
+def missing_program() -> str | None:
+    """One line for what of the toolchain and the emulator is not installed; None where all is there."""
+    for program in (COMPILER, EMULATOR):
+        if shutil.which(program) is None:
+            return f"{program} is not installed. {INSTALL}"
+    return None
+
+
 def require(program: str, what_for: str) -> str:
     """The path of a program of the toolchain.
 

@@ -62,6 +62,10 @@ def _optimised(path: Path) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+class NoKernelError(UserError):
+    """A student has an operation that no kernel is there for."""
+
+
 class _Reader:
     def __init__(self, path: Path, model: onnx.ModelProto):
         self.path, self.model = path, model
@@ -71,9 +75,9 @@ class _Reader:
         self.vectors: dict[str, int] = {}
         self.planes: dict[str, bool] = {}  # the image, and whether its left and right are swapped
 
-    def refuse(self, why: str) -> UserError:
+    def refuse(self, why: str) -> NoKernelError:
         remedy = "Give students of design.precision int8 and family fast, or airbench of depth 2 or less."
-        return UserError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
+        return NoKernelError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
 
     def read(self) -> Student:
         graph = self.model.graph

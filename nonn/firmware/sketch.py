@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from nonn.core.architecture import Architecture
+from nonn.core.chips import FAMILIES
 from nonn.firmware.arena import plan_arena
 from nonn.firmware.source import buffers_of
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student
@@ -43,7 +44,7 @@ class Footprint:
 
 def has_kernels(architecture: Architecture) -> bool:
     """Whether firmware can be made of a student: no shortcuts, no convolutions of single channels."""
-    return architecture.family == "fast" or (architecture.family == "airbench" and architecture.depth < 3)
+    return architecture.family in FAMILIES and (architecture.family != "airbench" or architecture.depth < 3)
 
 
 @cache

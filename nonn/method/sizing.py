@@ -27,11 +27,11 @@ import numpy as np
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES
 from nonn.core.budgets import Allowance, Budget, combined_budget
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Precision
 from nonn.deploy.counting import BODIES, Cost, count_cost
 from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
-from nonn.firmware.targets import CHIPS
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
 N_SHOWN, SHOWN_UP_TO = 14, 4.0
