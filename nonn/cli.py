@@ -70,6 +70,7 @@ COMMANDS = {
     "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
+    "litert": (DEPLOY, "commands.litert", "Write int8 students as files of LiteRT, and run them in its interpreter."),
     "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
