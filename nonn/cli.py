@@ -56,14 +56,21 @@ COMMANDS = {
     "benchmark": (RUN, "commands.stage", "Measure the latency and memory of exported models."),
     "distributed": (RUN, "commands.stage", "Run all devices at once over emulated links, and measure latency."),
     "figures": (RUN, "commands.stage", "Draw the figures and write the tables of the results."),
+    "emulate": (
+        RUN,
+        "commands.stage",
+        "Build students of microcontrollers as firmware, and run it on emulated ones.",
+    ),
     "job": (RUN, "commands.job", "Run one of these stages by its name in dvc.yaml, from the cache if possible."),
     "cluster": (DEPLOY, "runtime.cluster", "Write cluster.yaml, which says where each student runs."),
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
     "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
     "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
+    "board": (DEPLOY, "firmware.board", "Serve one int8 student as firmware on an emulated microcontroller."),
     "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
+    "litert": (DEPLOY, "commands.litert", "Write int8 students as files of LiteRT, and run them in its interpreter."),
     "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
@@ -87,7 +94,7 @@ COMMANDS = {
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),
 }
 #: Commands that serve gRPC: they say whose handshake has failed; see `nonn.runtime.logs`.
-SERVERS = ("node", "coordinate", "split-node")
+SERVERS = ("node", "board", "coordinate", "split-node")
 #: Parameters that decide how much memory the stages take.
 GREEDY = "dataset.size, signals.views, teacher.architecture or batch_size"
 

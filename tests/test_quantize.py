@@ -19,13 +19,17 @@ from nonn.core.params import Architecture
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
 from nonn.deploy.onnx_files import write_classifier, write_student
+from nonn.firmware.graph import read_student
+from nonn.firmware.making import describe
+from nonn.firmware.sketch import has_kernels, sketch_student
+from nonn.firmware.source import buffers_of
 from nonn.runtime.session import open_session, run_onnx
 from nonn.training.networks import ConvNet, predict, whiten
 
 ARCHITECTURES = [
     Architecture(family="airbench", widths=[8, 12, 16], depth=2, mirror=True, strided=True),
     Architecture(family="airbench", widths=[8, 12, 16], depth=3),
-    Architecture(family="fast", widths=[8, 12, 16], depth=2),
+    Architecture(family="fast", widths=[9, 12, 15], depth=2),
     Architecture(family="wrn", depth=10),
     Architecture(family="resnet", depth=8),
     Architecture(family="fast", widths=[8, 8, 12, 16], depth=1),
@@ -73,11 +77,22 @@ def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path
     found = run_onnx(tmp_path / "int8.onnx", images.numpy())
     assert not np.array_equal(found, expected)
     check_close("int8.onnx", found, expected)
+    if has_kernels(architecture):
+        built = read_student(tmp_path / "int8.onnx")
+        check_foreseen(built, sketch_student(architecture, data.channels, data.size, 6))
     spec, whole = open_session(tmp_path / "int8.onnx"), open_session(tmp_path / "float32.onnx")
     for of in ("get_inputs", "get_outputs"):
         assert [(v.name, v.type, v.shape) for v in getattr(spec, of)()] == [
             (v.name, v.type, v.shape) for v in getattr(whole, of)()
         ]
+
+
+def check_foreseen(built, foreseen):
+    """Steps and buffers of a firmware are those by which `design` has judged it."""
+    names = [[describe(step).removesuffix(", mirrored") for step in student.steps] for student in (built, foreseen)]
+    assert names[0] == names[1]
+    sizes = [sorted(buffer.size for buffer in buffers_of(student).values()) for student in (built, foreseen)]
+    assert sizes[0] == sizes[1]
 
 
 @pytest.fixture

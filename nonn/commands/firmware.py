@@ -75,6 +75,6 @@ def describe(entry: dict[str, Any], layers: bool) -> list[str]:
 
 
 def _devices() -> list[str]:
-    from nonn.firmware.targets import CHIPS
+    from nonn.core.chips import CHIPS
 
     return list(CHIPS)

@@ -26,6 +26,8 @@ PIPELINE = (
 )
 #: What only ``nonn partitions`` needs, for the comparison.
 PARTITIONS = ("igraph", "sklearn")
+#: What only ``nonn litert`` needs, for files of LiteRT and their interpreters.
+LITERT = ("ai_edge_litert", "ai_edge_quantizer", "litert_torch", "tflite_micro")
 
 
 def require_64_bit(largest: int = sys.maxsize, machine: str | None = None) -> None:
@@ -43,6 +45,11 @@ def how_to_install(module: str | None) -> str | None:
     if package in PARTITIONS:
         return (
             f"{package} is not installed: this command compares with its methods. {_command('[pipeline,partitions]')}"
+        )
+    if package in LITERT:
+        return (
+            f"{package} is not installed: this command needs the extra litert, which takes a step more than others: "
+            "see docs/firmware.md."
         )
     if package not in BASE + PIPELINE:
         return None

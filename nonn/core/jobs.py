@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nonn.core.boards import Board, find_board
+from nonn.core.chips import CHIPS, FAMILIES
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
 from nonn.core.params import SOLO, Params
@@ -30,7 +31,7 @@ def list_jobs(params: Params) -> dict[str, Any]:
     content; where nothing on this machine is named, the module that would read it. ``sizes`` are those of images, since
     DVC cannot watch keys that params.yaml leaves to their defaults. ``budgets`` and ``board`` are what the catalogue of
     boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the boards
-    of the stage `distributed`.
+    of the stage `distributed`. ``emulated`` has one job where firmware can be made of some students.
     """
     reader = "nonn/teachers/teacher.py"
     teacher = [str(path) for path in params.teacher.files]
@@ -51,6 +52,7 @@ def list_jobs(params: Params) -> dict[str, Any]:
             for seed in range(network.seeds)
             for student in range(len(network.devices))
         },
+        "emulated": {"firmware": {}} if any(chips_of(params, name) for name in params.networks) else {},
         "assembled": {
             f"seed{seed}/{name}": {"network": name, "seed": seed}
             for name, network in params.networks.items()
@@ -62,6 +64,14 @@ def list_jobs(params: Params) -> dict[str, Any]:
             for seed in seeds
         },
     }
+
+
+def chips_of(params: Params, network: str) -> dict[int, str]:
+    """The microcontroller of each student of a network that can run as firmware, by the student's position."""
+    if params.design.precision != "int8" or params.design.family not in FAMILIES:
+        return {}
+    boards = [budget.board for budget in params.budgets_of(network)]
+    return {position: board for position, board in enumerate(boards) if board in CHIPS}
 
 
 def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:

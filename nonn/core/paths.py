@@ -103,6 +103,11 @@ class Paths:
     def distributed(self, name: str) -> Path:
         return self / f"distributed/{name}.json"
 
+    @property
+    def firmware(self) -> Path:
+        """Figures of the students of microcontrollers."""
+        return self / "firmware.json"
+
     def log(self, artifact: Path) -> Path:
         """Training log beside a weights file."""
         return artifact.with_suffix(".csv")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.firmware.targets import CORES, Target, linker_script
+from nonn.firmware.targets import CORES, EMULATED_PORT, STACK_BYTES, Target, linker_script
 
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
@@ -24,8 +24,6 @@ FLAGS = (
 )
 #: What comes with the package, beside the student's own ``student.c``.
 OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
-#: Bytes of RAM for the stack; students need less than a quarter of it, as `stack_used_bytes` says.
-STACK_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -35,6 +33,14 @@ class Image:
     elf: Path
     flash_bytes: int
     ram_bytes: int
+
+
+def missing_program() -> str | None:
+    """One line for what of the toolchain and the emulator is not installed; None where all is there."""
+    for program in (COMPILER, EMULATOR):
+        if shutil.which(program) is None:
+            return f"{program} is not installed. {INSTALL}"
+    return None
 
 
 def require(program: str, what_for: str) -> str:
@@ -97,6 +103,16 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> Image:
             "Choose a smaller student or a device with more memory (`nonn devices`)."
         ) from None
     return Image(elf, *_sizes(elf))
+
+
+def compile_for_port(folder: Path, target: Target) -> list[Path]:
+    """As `compile_sources`, for a firmware that takes images from the serial port of an emulated board."""
+    objects = compile_sources(folder, target)
+    compiler = require(COMPILER, "building a firmware")
+    command = [compiler, *CORES[target.core].flags, *FLAGS, "-c", "main.c", "-o", "main.o"]
+    command += [f"-DNONN_UART={EMULATED_PORT:#x}"]
+    _run(command, folder)
+    return objects
 
 
 def symbols(elf: Path) -> set[str]:

@@ -20,7 +20,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
-from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student
+from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student, in_pairs
 from nonn.runtime.session import REFUSALS
 
 #: Operations that work value by value, constants broadcast.
@@ -62,6 +62,10 @@ def _optimised(path: Path) -> onnx.ModelProto:
         return onnx.load(options.optimized_model_filepath)
 
 
+class NoKernelError(UserError):
+    """A student has an operation that no kernel is there for."""
+
+
 class _Reader:
     def __init__(self, path: Path, model: onnx.ModelProto):
         self.path, self.model = path, model
@@ -71,9 +75,9 @@ class _Reader:
         self.vectors: dict[str, int] = {}
         self.planes: dict[str, bool] = {}  # the image, and whether its left and right are swapped
 
-    def refuse(self, why: str) -> UserError:
+    def refuse(self, why: str) -> NoKernelError:
         remedy = "Give students of design.precision int8 and family fast, or airbench of depth 2 or less."
-        return UserError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
+        return NoKernelError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
 
     def read(self) -> Student:
         graph = self.model.graph
@@ -90,8 +94,9 @@ class _Reader:
         features = graph.output[0].name
         if len(graph.output) != 1 or features not in self.vectors:
             raise self.refuse("its output is not one vector of features")
-        shape = self.shapes[image.name]
-        return Student(image.name, shape, features, self.vectors[features], self.joined(steps))
+        shape, joined = self.shapes[image.name], self.joined(steps)
+        in_pairs(joined)
+        return Student(image.name, shape, features, self.vectors[features], joined)
 
     def step(self, node: NodeProto, image: str) -> list[Step]:
         """The steps of one node: none where it is part of a later one."""
@@ -135,8 +140,6 @@ class _Reader:
             odd.append("strides")
         if kernel.dtype != np.int8 or constants[zeros].any() or constants[in_zero].dtype != np.uint8:
             odd.append("type of integers")
-        if kernel.shape[0] % 2:
-            odd.append("odd number of filters")
         if odd:
             raise self.refuse(f"there is no kernel for the {odd[0]} of QLinearConv {node.output[0]}")
         top, left, bottom, right = settings.get("pads", [0, 0, 0, 0])

@@ -1,7 +1,9 @@
 /* A student by itself on a Cortex-M: images in, features out, by semihosting, which emulators and debuggers serve.
  *
  * Reads images from the file images.bin and writes features to features.bin, both without any header. Of the first
- * image it reports ticks of SysTick for each step, and at the end the bytes of stack that were used. */
+ * image it reports ticks of SysTick for each step, and at the end the bytes of stack that were used.
+ *
+ * With NONN_UART, the address of a serial port, images come and features go there, a byte a feature, without end. */
 #include <stdint.h>
 
 #include "student.h"
@@ -17,8 +19,6 @@ extern uint32_t stack_limit[], stack_top[], data_start[], data_end[], data_load[
 int main(void);
 
 static volatile uint32_t wraps;
-static uint64_t step_ticks[NONN_STEPS], last;
-static int is_timed;
 
 static int semihost(int operation, const void *argument) {
   register int r0 __asm__("r0") = operation;
@@ -26,6 +26,16 @@ static int semihost(int operation, const void *argument) {
   __asm__ volatile("bkpt 0xab" : "+r"(r0) : "r"(r1) : "memory");
   return r0;
 }
+
+static void stop(int reason) {
+  semihost(SYS_EXIT, (const void *)reason);
+  for (;;) {
+  }
+}
+
+#ifndef NONN_UART
+static uint64_t step_ticks[NONN_STEPS], last;
+static int is_timed;
 
 static int open_file(const char *name, int mode) {
   int length = 0;
@@ -49,12 +59,6 @@ static void report(const char *name, uint64_t value) {
   *--p = ' ';
   semihost(SYS_WRITE0, name);
   semihost(SYS_WRITE0, p);
-}
-
-static void stop(int reason) {
-  semihost(SYS_EXIT, (const void *)reason);
-  for (;;) {
-  }
 }
 
 static uint64_t ticks(void) {
@@ -104,6 +108,56 @@ int main(void) {
   report("images", count);
   stop(SUCCESS);
 }
+#else
+/* The CMSDK UART of Arm's MPS2 boards: data, state, control, interrupts, divider of the clock. A board of your own has
+ * another, and needs other versions of these three functions. */
+enum { DATA, STATE, CONTROL, INTERRUPTS, DIVIDER, IS_FULL = 1, HAS_BYTE = 2, TALK_AND_WAKE = 1 | 2 | 8 };
+#define UART ((volatile uint32_t *)NONN_UART)
+#define ENABLED (*(volatile uint32_t *)0xE000E100)
+#define PENDING (*(volatile uint32_t *)0xE000E280)
+#define READY 'R'
+
+/* Interrupts are masked: a pending one ends a wait, and calls nothing. */
+static void open_port(void) {
+  __asm__ volatile("cpsid i");
+  UART[DIVIDER] = 16;
+  UART[CONTROL] = TALK_AND_WAKE;
+  ENABLED = 1;
+}
+
+static uint8_t receive(void) {
+  while (!(UART[STATE] & HAS_BYTE)) {
+    __asm__ volatile("wfi");
+    UART[INTERRUPTS] = HAS_BYTE;
+    PENDING = 1;
+  }
+  return UART[DATA];
+}
+
+static void send(uint8_t byte) {
+  while (UART[STATE] & IS_FULL) {
+  }
+  UART[DATA] = byte;
+}
+
+void nonn_step_done(int step) { (void)step; }
+
+/* Adding 2^23 rounds what is not negative to an integer, half to even. */
+static uint8_t quantised(float feature) {
+  const float value = (feature - NONN_FEATURES_LOW) * NONN_FEATURES_PER_UNIT + 0x1p23f - 0x1p23f;
+  return value > 255 ? 255 : value > 0 ? (uint8_t)value : 0;
+}
+
+int main(void) {
+  open_port();
+  send(READY);
+  for (;;) {
+    for (int i = 0; i < NONN_IMAGE_BYTES; i++) NONN_IMAGE[i] = receive();
+    nonn_infer();
+    for (int i = 0; i < NONN_FEATURES_COUNT; i++) send(quantised(NONN_FEATURES[i]));
+  }
+}
+#endif
 
 void reset(void) {
   CPACR |= 0xF << 20; /* the floating-point unit on */

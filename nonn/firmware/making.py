@@ -10,12 +10,13 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.progress import track
-from nonn.firmware.build import STACK_BYTES, Image, compile_sources, copy_sources, link
+from nonn.firmware.build import Image, compile_for_port, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
 from nonn.firmware.graph import read_student
-from nonn.firmware.source import write_source
+from nonn.firmware.scale import scale_of
+from nonn.firmware.source import packed_weights, write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
-from nonn.firmware.targets import Target
+from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.session import run_onnx
 
@@ -62,6 +63,15 @@ def build(path: Path, target: Target, folder: Path) -> Firmware:
     return Firmware(path, student, target, arena, image, link(objects, target.emulated, folder / "emulated.elf"))
 
 
+def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, Image]:
+    """As `build`, of a firmware that an emulated board serves by its serial port."""
+    student = read_student(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_source(student, folder)
+    copy_sources(folder)
+    return student, link(compile_for_port(folder, target), target.emulated, folder / f"{path.stem}.elf")
+
+
 def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
     """The first images of a NumPy file, uint8 (N, channels, H, W); grey noise of a fixed seed without one.
 
@@ -100,7 +110,8 @@ def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None,
 
 def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -> dict[str, Any]:
     """The entry of a student in ``firmware.json``; what only a run can tell is null without one."""
-    student = firmware.student
+    student, scale = firmware.student, scale_of(firmware.student)
+    weights, tables = _constant_bytes(student)
     counts: list[int] | list[None] = run.step_instructions if run else [None] * len(student.steps)
     layers = [_layer(step, count) for step, count in zip(student.steps, counts, strict=True)]
     return {
@@ -112,9 +123,14 @@ def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -
         "ram_bytes": firmware.image.ram_bytes,
         "flash_limit_bytes": firmware.target.flash_bytes,
         "ram_limit_bytes": firmware.target.ram_bytes,
+        "weight_bytes": weights,
+        "table_bytes": tables,
         "arena_bytes": firmware.arena_bytes,
         "stack_bytes": STACK_BYTES,
         "stack_used_bytes": run.stack_used_bytes if run else None,
+        "feature_bytes": student.n_features,
+        "feature_low": float(scale.low),
+        "feature_step": float(scale.step),
         "macs": student.macs,
         "instructions": run.instructions if run else None,
         "instructions_per_mac": _ratio(run.instructions if run else None, student.macs),
@@ -122,6 +138,17 @@ def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -
         "images_identical": identical,
         "layers": layers,
     }
+
+
+def _constant_bytes(student: Student) -> tuple[int, int]:
+    """Bytes of flash for weights, and for scales, biases and tables; equal ones count once, as they are written."""
+    weights, tables = set(), set()
+    for step in student.steps:
+        if isinstance(step, Conv):
+            weights.add(packed_weights(step.weights).tobytes())
+        others = [getattr(step, name, None) for name in ("tables", "bias", "scale", "table")]
+        tables |= {array.tobytes() for array in others if array is not None}
+    return sum(map(len, weights)), sum(map(len, tables))
 
 
 def _layer(step: Step, instructions: int | None) -> dict[str, Any]:

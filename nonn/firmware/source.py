@@ -9,6 +9,7 @@ import numpy as np
 
 from nonn.core.files import write_text
 from nonn.firmware.arena import Buffer, plan_arena
+from nonn.firmware.scale import scale_of
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
 
 HEADER = """\
@@ -22,6 +23,9 @@ HEADER = """\
 #define NONN_IMAGE_BYTES {image_bytes} /* {channels} planes of {rows} by {columns} grey levels */
 #define NONN_FEATURES_COUNT {features}
 #define NONN_STEPS {steps}
+/* A feature travels as a byte: what it is above the lowest, times this. */
+#define NONN_FEATURES_LOW {low}f
+#define NONN_FEATURES_PER_UNIT {per_unit}f
 
 extern uint8_t nonn_arena[NONN_ARENA_BYTES];
 #define NONN_IMAGE (nonn_arena + {image_offset})
@@ -48,7 +52,7 @@ TYPES = {"int8": "int8_t", "uint8": "uint8_t", "int32": "int32_t", "float32": "f
 def write_source(student: Student, folder: Path) -> int:
     """Write ``student.c`` and ``student.h``; returns the bytes of the arena."""
     offsets, arena = plan_arena(buffers_of(student))
-    shape = student.image_shape
+    shape, scale = student.image_shape, scale_of(student)
     header = HEADER.format(
         arena=arena,
         image_bytes=shape.size,
@@ -57,6 +61,8 @@ def write_source(student: Student, folder: Path) -> int:
         columns=shape.columns,
         features=student.n_features,
         steps=len(student.steps),
+        low=float(scale.low).hex(),
+        per_unit=float(scale.per_unit).hex(),
         image_offset=offsets[student.image],
         features_offset=offsets[student.features],
     )

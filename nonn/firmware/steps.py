@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -108,3 +109,23 @@ class Student:
     @property
     def macs(self) -> int:
         return sum(step.macs for step in self.steps if isinstance(step, Conv))
+
+
+def in_pairs(steps: Iterable[Step]) -> None:
+    """Give each convolution an even number of filters, since ``nonn_conv`` takes two at once.
+
+    One without any weights joins an odd number, and the next convolution has weights of zero for it.
+    """
+    widened: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step, Conv | Mean) and step.reads[0] in widened:
+            step.shape = replace(step.shape, channels=widened[step.reads[0]])
+            if isinstance(step, Conv):
+                step.weights = np.pad(step.weights, ((0, 0), (0, 0), (0, 0), (0, 1)))
+        if isinstance(step, Conv) and len(step.weights) % 2:
+            step.out = replace(step.out, channels=len(step.weights) + 1)
+            step.weights = np.pad(step.weights, ((0, 1), (0, 0), (0, 0), (0, 0)))
+            step.bias, step.scale = np.pad(step.bias, (0, 1)), np.pad(step.scale, (0, 1))
+            if step.table is not None and len(step.table) > 1:
+                step.table = np.pad(step.table, ((0, 1), (0, 0)))
+            widened[step.writes] = step.out.channels

@@ -1,15 +1,15 @@
-"""The microcontrollers that firmware is linked for: processor, and where flash and RAM begin.
-
-How much of each there is stands in the catalogue of boards. RAM in blocks at separate addresses counts as far as the
-largest block goes, since the arena is one.
-"""
+"""What firmware is compiled and linked for: a microcontroller, or a part of its memory, and the emulated one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from nonn.core.boards import find_board
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
+
+#: Bytes of RAM for the stack; students need less than a quarter of it, as `stack_used_bytes` says.
+STACK_BYTES = 2048
 
 
 @dataclass(frozen=True)
@@ -20,32 +20,12 @@ class Core:
     machine: str
 
 
+#: Where the first serial port of QEMU's boards lies, in both machines.
+EMULATED_PORT = 0x40004000
 #: Single precision is all that the kernels use, and what both have.
 CORES = {
     "cortex-m4": Core(("-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16"), "mps2-an386"),
     "cortex-m7": Core(("-mcpu=cortex-m7", "-mfpu=fpv5-sp-d16"), "mps2-an500"),
-}
-
-
-@dataclass(frozen=True)
-class Chip:
-    """`block_kib`: the largest block of RAM; None where all RAM of the catalogue is one."""
-
-    core: str
-    flash: int
-    ram: int
-    block_kib: int | None = None
-
-
-#: By the names of the catalogue. Addresses and blocks are those of the memory maps in the reference manuals of ST,
-#: RM0090 (stm32f4), RM0385 (stm32f746), RM0433 (stm32h743) and RM0455 (stm32h7a3), and in the product specification
-#: of the nRF52840.
-CHIPS = {
-    "nrf52840": Chip("cortex-m4", 0x00000000, 0x20000000),
-    "stm32f4": Chip("cortex-m4", 0x08000000, 0x20000000, 128),
-    "stm32f746": Chip("cortex-m7", 0x08000000, 0x20000000),
-    "stm32h743": Chip("cortex-m7", 0x08000000, 0x24000000, 512),
-    "stm32h7a3": Chip("cortex-m7", 0x08000000, 0x24000000, 1024),
 }
 
 

@@ -19,8 +19,8 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.channel import open_channel
-from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
-from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, load_cluster
+from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_command, reasons, running
 from nonn.runtime.protocol import Contract
 
 #: Seconds between two looks at a node, and what an answer may take.
@@ -71,8 +71,26 @@ async def show(children: list[Child]) -> None:
         await asyncio.sleep(INTERVAL / 2)
 
 
-async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | None = None) -> None:
+def board_commands(cluster: Cluster, device: str) -> dict[Node, list[str]]:
+    """What serves each node of a cluster by the firmware of its student on an emulated microcontroller."""
+    caller = cluster.tls.coordinator if cluster.tls else ""
+    return {
+        node: nonn_command(
+            *("board", str(cluster.export / f"{node.model}.onnx"), "--device", device, "--address", node.address),
+            identity=cluster.identity(node.name),
+            caller=caller,
+            sensor=cluster.sensor,
+        )
+        for node in cluster.nodes
+    }
+
+
+async def run_cluster(
+    cluster: Cluster, *pages: Page, boards: str | None = None, stopped: asyncio.Event | None = None
+) -> None:
     """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set or by default a signal says so.
+
+    With `boards`, a microcontroller of the catalogue, each student is firmware on an emulated one.
 
     Raises
     ------
@@ -84,7 +102,8 @@ async def run_cluster(cluster: Cluster, *pages: Page, stopped: asyncio.Event | N
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
             identity.for_server()  # refuses what cannot be read before anything has started
-    async with running(node_commands(cluster), wait=False) as children:
+    commands = board_commands(cluster, boards) if boards else node_commands(cluster)
+    async with running(commands, wait=False) as children:
         table = asyncio.create_task(show(list(children.values())))
         try:
             await attend(cluster, children, pages, stopped)
@@ -150,6 +169,9 @@ def add_arguments(parser) -> None:
         metavar="PATH",
         help="files or folders of pictures for the page (default: test images)",
     )
+    parser.add_argument(
+        "--boards", metavar="NAME", help="run int8 students as firmware on emulated microcontrollers, such as stm32h743"
+    )
     parser.epilog = "example: nonn up --web"
 
 
@@ -159,5 +181,5 @@ def run(options) -> None:
     if options.images and options.web is None:
         raise UserError("--images: are shown on the page. Give --web, too.")
     pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
-    asyncio.run(run_cluster(cluster, *pages))
+    asyncio.run(run_cluster(cluster, *pages, boards=options.boards))
     log(f"{len(cluster.nodes)} nodes stopped")

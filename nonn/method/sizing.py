@@ -8,6 +8,9 @@ Capacity is the number of features before the bridge, of a student with a bridge
 features, so they are as many filters as it can imitate independently of each other. Memory itself would not do: a
 device may have more of it than any student of the grid can use, or too little compute to use it.
 
+On a microcontroller that firmware is made for, students of 8 bits are measured as firmware: flash with the code, RAM
+with the stack (`nonn.firmware.sketch`). Elsewhere weights and activations count by themselves.
+
 *Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
 budget would rerun the partition, on which all students depend, though it rarely changes.
 """
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,9 +27,11 @@ import numpy as np
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES
 from nonn.core.budgets import Allowance, Budget, combined_budget
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.params import Architecture, Design, Precision
 from nonn.deploy.counting import BODIES, Cost, count_cost
+from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
 N_SHOWN, SHOWN_UP_TO = 14, 4.0
@@ -110,6 +116,37 @@ def _cost(grid: str, depth: int, position: int, shape: Shape, precision: Precisi
     return measure_cost(ConvNet(architecture, channels, n_classes, n_filters), channels, size, precision)
 
 
+@cache
+def _footprint(grid: str, depth: int, position: int, shape: Shape) -> Footprint | None:
+    """Of a candidate as firmware; None where none can be made of it."""
+    architecture = _candidates(grid, depth, shape.size)[position]
+    if not has_kernels(architecture):
+        return None
+    found = predict_footprint(architecture.model_dump_json(), shape.channels, shape.size, shape.n_filters)
+    # Only a baseline has a head: firmware for it would hold that in float32.
+    head = 0 if shape.n_filters else 4 * (architecture.n_features + 1) * shape.n_classes
+    return replace(found, flash_bytes=found.flash_bytes + head)
+
+
+def _needs(grid: str, depth: int, position: int, shape: Shape, precision: Precision, is_firmware: bool) -> Cost:
+    """What a budget is compared with: `_cost`, with flash and RAM in place of weights and activations for firmware."""
+    cost = _cost(grid, depth, position, shape, precision)
+    if not is_firmware or (footprint := _footprint(grid, depth, position, shape)) is None:
+        return cost
+    return replace(cost, weight_bytes=footprint.flash_bytes, peak_activation_bytes=footprint.ram_bytes)
+
+
+def runs_firmware(grid: Design, budget: Budget) -> bool:
+    """Whether a device runs its student as firmware."""
+    return grid.precision == "int8" and budget.board in CHIPS
+
+
+def _usable(budget: Budget) -> Budget:
+    """A microcontroller as its firmware can use it: activations lie in one block of RAM."""
+    block = CHIPS[budget.board or ""].block_kib
+    return budget if block is None or budget.ram_kib is None else replace(budget, ram_kib=min(budget.ram_kib, block))
+
+
 def _shape(info: dict, n_filters: int | None) -> Shape:
     return Shape(info["channels"], info["size"], len(info["classes"]), n_filters)
 
@@ -120,8 +157,10 @@ def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | No
     `info` is that of the dataset; `n_filters` are the outputs of the bridge, None for a student without one (a
     baseline). If not even the smallest candidate fits, a UserError says which limit fails, by how much, and what works.
     """
-    shape = _shape(info, n_filters)
-    found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision)
+    shape, is_firmware = _shape(info, n_filters), runs_firmware(grid, budget)
+    if is_firmware:
+        budget = _usable(budget)
+    found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision, is_firmware)
     if found is None:
         raise UserError(refusal(grid, budget, info, n_filters))
     return found
@@ -129,19 +168,19 @@ def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | No
 
 @cache
 def _design(
-    grid: str, depths: tuple[int, ...], budget: Budget, shape: Shape, precision: Precision
+    grid: str, depths: tuple[int, ...], budget: Budget, shape: Shape, precision: Precision, is_firmware: bool
 ) -> tuple[Architecture, Cost] | None:
     best = None
     for depth in depths:
         students = _candidates(grid, depth, shape.size)
 
-        def cost_of(position: int, depth: int = depth) -> Cost:
-            return _cost(grid, depth, position, shape, precision)
+        def is_too_large(position: int, depth: int = depth) -> bool:
+            return not budget.fits(_needs(grid, depth, position, shape, precision, is_firmware))
 
         # A wider student costs more in every respect, so those that fit come first.
-        n_fit = bisect_left(range(len(students)), True, key=lambda position: not budget.fits(cost_of(position)))
+        n_fit = bisect_left(range(len(students)), True, key=is_too_large)
         if n_fit:
-            cost = cost_of(n_fit - 1)
+            cost = _cost(grid, depth, n_fit - 1, shape, precision)
             if best is None or (cost.params, cost.macs) > (best[1].params, best[1].macs):
                 best = (students[n_fit - 1], cost)
     return best
@@ -150,8 +189,10 @@ def _design(
 def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
+    is_firmware = runs_firmware(grid, budget)
+
     def broken(depth: int) -> list[Allowance]:
-        smallest = _cost(_key(grid), depth, 0, _shape(info, n_filters), grid.precision)
+        smallest = _needs(_key(grid), depth, 0, _shape(info, n_filters), grid.precision, is_firmware)
         return [limit for limit in budget.limits(smallest) if not limit.is_kept]
 
     def missing(depth: int) -> tuple[int, float]:
@@ -227,16 +268,20 @@ def design_network(
     """Design all students of a network, and those of every baseline within the same budgets.
 
     Returns how many of the teacher's `n_live` filters each student gets, and by name the students, each
-    ``{architecture, n_filters, cost}``: one for "0", "1", …; and for each method of `nonn.stages.baseline` those that
-    it trains. A bridge to all filters may not fit where one to a student's own does: then ``full`` has none. `info` is
-    that of the dataset.
+    ``{architecture, n_filters, cost}``, on a microcontroller also ``firmware``, its flash and RAM: one for "0", "1", …;
+    and for each method of `nonn.stages.baseline` those that it trains. A bridge to all filters may not fit where one to
+    a student's own does: then ``full`` has none. `info` is that of the dataset.
     """
     sizes = apportion_filters(grid, budgets, info, n_live)
 
     @cache
     def design(budget: Budget, n_filters: int | None) -> dict:
         architecture, cost = design_student(grid, budget, info, n_filters)
-        return {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
+        found = {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
+        if n_filters and runs_firmware(grid, budget) and has_kernels(architecture):
+            kind = architecture.model_dump_json()
+            found["firmware"] = vars(predict_footprint(kind, info["channels"], info["size"], n_filters))
+        return found
 
     students = [design(budget, n_filters) for budget, n_filters in zip(budgets, sizes, strict=True)]
     designs = {str(position): [student] for position, student in enumerate(students)}

@@ -3,5 +3,5 @@
 #: In the order in which they run.
 STAGES = (
     *("dataset", "teacher", "signals", "graph", "design", "partition", "distill", "assemble", "baseline"),
-    *("evaluate", "export", "benchmark", "distributed", "figures"),
+    *("evaluate", "export", "benchmark", "distributed", "figures", "emulate"),
 )

@@ -18,6 +18,7 @@ from nonn.core.files import STATE, read_json
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
+from nonn.firmware.build import missing_program
 from nonn.method.feasibility import check_budgets
 
 # Stages run in the environment of Snakemake, unless Snakemake has made one for them. Snakemake replaces what is in
@@ -192,8 +193,19 @@ def read_stages():
         by_name[job.addressing.partition("@")[0]].append(job)
     read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
     # What has to run, runs, even if nothing that follows has to.
-    final = [str(out) for out, writer in plan.writer.items() if out not in read or writer in plan.changed]
+    wanted = {out: writer for out, writer in plan.writer.items() if out not in read or writer in plan.changed}
+    final = [str(out) for out, writer in wanted.items() if not is_left_out(writer)]
     return params, plan, [Stage(name, jobs, plan) for name, jobs in by_name.items()], final
+
+
+@cache
+def is_left_out(address):
+    """Whether a job lacks programs that are no Python packages, and so waits for a run where these are installed."""
+    if not address.startswith("emulate@") or not (line := missing_program()):
+        return False
+    if workflow.is_main_process:
+        print(f"emulate: left out: {line}", file=sys.stderr)
+    return True
 
 
 def begin(params):

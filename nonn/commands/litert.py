@@ -1,0 +1,63 @@
+"""The command ``nonn litert``: a trained network's students as int8 files for TensorFlow Lite Micro."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nonn.core.errors import UserError
+from nonn.core.options import completed, natural
+from nonn.core.params import load_params
+from nonn.core.paths import Paths
+
+
+def add_arguments(parser) -> None:
+    network = parser.add_argument("network", metavar="NETWORK", help="an exported network of params.yaml, in int8")
+    completed(network, lambda: load_params().networks)
+    parser.add_argument("--out", type=Path, default=Path("litert"), metavar="FOLDER", help="(default: litert)")
+    parser.add_argument(
+        "--images",
+        type=natural,
+        default=1000,
+        metavar="N",
+        help="compare N test images with ONNX Runtime (default: 1000)",
+    )
+    parser.epilog = "example: nonn litert 4s"
+
+
+def run(options) -> None:
+    from nonn.core.files import write_json
+    from nonn.data.dataset import load_dataset
+    from nonn.method.litert import check_litert, write_litert
+    from nonn.method.store import load_network
+    from nonn.runtime.session import run_onnx
+
+    params = load_params()
+    if options.network not in params.networks:
+        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {', '.join(params.networks)}.")
+    if params.design.precision != "int8":
+        raise UserError("params.yaml: design.precision: is float32, and these files are int8. Set it to int8.")
+    if not options.images:
+        raise UserError("--images: a file has to be compared on one image at least; give 1 or more")
+    paths = Paths(params.experiment)
+    data = load_dataset(paths)
+    images = data.part("test")[0][: options.images].numpy()
+    folder, entries = options.out / options.network, []
+    folder.mkdir(parents=True, exist_ok=True)
+    for position, student in enumerate(load_network(paths.network(options.network, seed=0), data).students):
+        path = folder / f"{position}.tflite"
+        write_litert(student, data, path)
+        expected = run_onnx(paths.export(options.network) / f"{position}.onnx", images)
+        entries.append(check_litert(student, path, images, expected))
+        print("\n".join(describe(options.network, entries[-1])))
+        write_json(folder / "litert.json", entries)
+
+
+def describe(network: str, entry: dict) -> list[str]:
+    """The figures of one student in a few lines."""
+    lines = [f"{network}/{entry['file']}: {entry['file_bytes']:,} bytes, arena {entry['arena_bytes']:,} bytes"]
+    lines.append(f"  {', '.join(entry['operators'])}")
+    lines.append(
+        f"  {entry['within_one_step']:.2%} of the features of {entry['images_checked']} images are within one step of "
+        f"those of ONNX Runtime, the others within {entry['largest_steps']:g}"
+    )
+    return lines

@@ -1,0 +1,149 @@
+"""A microcontroller among the nodes: an emulated board computes a student, and a gateway answers for it.
+
+The gateway builds the student's firmware, starts it in QEMU, and speaks to it by the board's serial port: an image of
+8-bit pixels goes there, a byte a feature comes back. To the coordinator the gateway is a node like any other; it turns
+the bytes into float32 features by the student's scale (`nonn.firmware.scale`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import functools
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from nonn.core.chips import CHIPS
+from nonn.core.errors import UserError
+from nonn.core.options import completed
+from nonn.core.progress import log
+from nonn.firmware.build import EMULATOR, require
+from nonn.firmware.making import build_for_port
+from nonn.firmware.scale import scale_of
+from nonn.firmware.targets import CORES, Target, find_target
+from nonn.runtime.logs import relayed_stderr
+from nonn.runtime.node import DEFAULT_CALLERS, Student, add_serving, identity_from
+from nonn.runtime.serving import serve
+
+#: What the firmware says as soon as it listens.
+READY = b"R"
+#: Seconds in which it says so, and in which it has answered an image, on a busy machine.
+START, LONGEST = 30.0, 120.0
+#: Of prctl(2): the signal that a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
+
+
+class Emulator:
+    """QEMU with one firmware, behind a serial port."""
+
+    def __init__(self, elf: Path, core: str):
+        command = [require(EMULATOR, "an emulated board"), "-M", CORES[core].machine, "-cpu", core]
+        command += ["-display", "none", "-monitor", "none", "-serial", "stdio", "-kernel", str(elf.resolve())]
+        command += ["-semihosting-config", "enable=on,target=native"]  # by which a firmware stops that has failed
+        end_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            if self.read(len(READY), START) != READY:
+                raise UserError(f"{elf}: the firmware does not start in the emulator. Build it again.")
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, image: np.ndarray, n_features: int) -> np.ndarray:
+        """The bytes (n_features,) of an image, uint8 (channels, rows, columns)."""
+        assert self.process.stdin is not None  # a pipe
+        self.process.stdin.write(np.ascontiguousarray(image, np.uint8).tobytes())
+        return np.frombuffer(self.read(n_features, LONGEST), np.uint8)
+
+    def read(self, count: int, seconds: float) -> bytes:
+        """So many bytes from the port; a `RuntimeError` if they do not come."""
+        assert self.process.stdout is not None  # a pipe
+        end, found = time.monotonic() + seconds, b""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while len(found) < count:
+                if not selector.select(max(end - time.monotonic(), 0)):
+                    raise RuntimeError(f"the emulated board is silent for {seconds:g} s")
+                if not (part := os.read(self.process.stdout.fileno(), count - len(found))):
+                    raise RuntimeError("the emulated board has stopped")
+                found += part
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+
+
+class Board(Student):
+    """A student as its firmware computes it on an emulated board; what it serves is that of `Student`.
+
+    Raises
+    ------
+    UserError
+        As `Student`; the toolchain or the emulator is missing, or no firmware can be made of the student.
+    """
+
+    platform = "nonn_firmware"
+
+    def __init__(self, path: Path, target: Target, folder: Path, sensor: Path | None = None):
+        student, image = build_for_port(path, target, folder)
+        self.n_features, self.scale = student.n_features, scale_of(student)
+        self.start = functools.partial(Emulator, image.elf, target.core)
+        self.emulator = self.start()
+        try:
+            super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one
+        except BaseException:
+            self.emulator.close()
+            raise
+        del self.session  # it has shown that the file is what the manifest says
+        self.quick_batch = 0  # a board is waited for in a thread
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Features (k, F_i), float32, of images; a board that has stopped is started again for the next ones."""
+        try:
+            return np.stack([self.scale.decode(self.emulator.run(image, self.n_features)) for image in images])
+        except (OSError, RuntimeError):
+            self.emulator.close()
+            self.emulator = self.start()
+            raise
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json beside it"
+    )
+    device = parser.add_argument("--device", required=True, metavar="NAME", help="of `nonn devices`, such as stm32h743")
+    completed(device, lambda: list(CHIPS))
+    parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
+    add_serving(parser)
+    parser.epilog = "example: nonn board results/cifar10_int8/export/4s/0.onnx --device stm32h743 --insecure"
+
+
+def run(options) -> None:
+    """The command ``nonn board``."""
+    identity, allowed = identity_from(options), options.allow or DEFAULT_CALLERS
+    with tempfile.TemporaryDirectory() as folder:
+        board = Board(options.model, find_target(options.device), Path(folder), options.sensor)
+        try:
+            with relayed_stderr():
+                asyncio.run(serve(board, options.address, identity, allowed, None, options.attached))
+        finally:
+            board.emulator.close()
+    log(f"{options.device}: stopped")

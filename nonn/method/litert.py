@@ -1,0 +1,180 @@
+"""Students as int8 files of LiteRT, which TensorFlow Lite Micro runs; with the extra packages of docs/firmware.md.
+
+A file takes one normalised image, 8-bit integers of shape (1, rows, columns, channels), and gives the features of a
+single pass. Normalisation stays outside, where it is a table of 256 entries a channel: inside it would take operations
+of its own. A student that also looks at the mirrored image is run twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nonn.core.errors import UserError
+from nonn.core.files import sha256_of
+from nonn.data.dataset import Dataset
+from nonn.deploy.int8 import calibration_images, check_close, fold_norms
+from nonn.deploy.onnx_files import Features
+from nonn.training.networks import ConvNet, single_pass
+
+#: TensorFlow Lite Micro has no kernel for the GELU of the others.
+FAMILIES = ("fast",)
+#: Lines of its allocation recorder: all of the arena, and what is free again after an inference.
+ARENA, HEAD = (re.compile(rf"{name}.*?(\d+) bytes") for name in ("Arena allocation total", "Arena allocation head"))
+
+
+class Quantised(NamedTuple):
+    """How 8-bit integers stand for real numbers: ``(q - zero) * scale``."""
+
+    scale: float
+    zero: int
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        return np.clip(np.rint(values / self.scale) + self.zero, -128, 127).astype(np.int8)
+
+    def decode(self, values: np.ndarray) -> np.ndarray:
+        return ((values.astype(np.float32) - self.zero) * self.scale).astype(np.float32)
+
+
+def write_litert(student: ConvNet, data: Dataset, path: Path) -> None:
+    """Write an int8 file of a student, calibrated on training images.
+
+    Raises
+    ------
+    UserError
+        It is of a family that TensorFlow Lite Micro has no kernels for.
+    """
+    if student.family not in FAMILIES:
+        raise UserError(
+            f"{path.name}: TensorFlow Lite Micro has no kernels for family {student.family}. "
+            f"Give students of design.family {', '.join(FAMILIES)}, or use `nonn firmware`."
+        )
+    import litert_torch
+    from ai_edge_quantizer import calibrator, quantizer, recipe, recipe_manager
+    from ai_edge_quantizer.utils import qsv_utils
+
+    images = _passes(student, calibration_images(data))
+    model = fold_norms(single_pass(student))
+    model.normalize = nn.Identity()  # type: ignore[assignment]
+    nhwc = litert_torch.to_channel_last_io(Features(model), args=[0]).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        whole = Path(folder, "float32.tflite")
+        litert_torch.convert(nhwc, (torch.from_numpy(images[:1]),)).export(str(whole))
+        rules, manager = recipe.static_wi8_ai8(), recipe_manager.RecipeManager()
+        manager.load_quantization_recipe(rules)
+        # By default ranges are moving averages, which cut off the largest features.
+        calibrating = calibrator.Calibrator(whole.read_bytes(), qsv_update_func=qsv_utils.min_max_update)
+        name, inputs = _signature(whole)
+        calibrating.calibrate({name: [{inputs[0]: image[None]} for image in images]}, manager)
+        quantising = quantizer.Quantizer(str(whole), rules)
+        quantising.quantize(calibrating.get_model_qsvs()).export_model(str(path), overwrite=True)
+
+
+def normalised(student: ConvNet, images: np.ndarray) -> np.ndarray:
+    """What a file takes before it is quantised: uint8 (N, channels, H, W) as float32 (N, H, W, channels)."""
+    with torch.no_grad():
+        pixels: Tensor = student.normalize(torch.from_numpy(images))
+    return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
+
+
+def _passes(student: ConvNet, images: np.ndarray) -> np.ndarray:
+    """Normalised images, and after them the mirrored ones where the student sees these, too."""
+    seen = [images, images[..., ::-1]] if student.mirrors else [images]
+    return normalised(student, np.concatenate(seen))
+
+
+class MicroInterpreter:
+    """A file in the interpreter of TensorFlow Lite Micro."""
+
+    def __init__(self, path: Path):
+        from tflite_micro.python.tflite_micro import runtime
+
+        self.interpreter = runtime.Interpreter.from_bytes(path.read_bytes())
+        self.input, self.output = (
+            Quantised(float(details["quantization_parameters"]["scales"][0]), int(zero))
+            for details in (self.interpreter.get_input_details(0), self.interpreter.get_output_details(0))
+            for zero in details["quantization_parameters"]["zero_points"][:1]
+        )
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """Features float32 (N, F) of normalised images (N, H, W, channels)."""
+        features = []
+        for image in self.input.encode(images):
+            self.interpreter.set_input(image[None], 0)
+            self.interpreter.invoke()
+            features.append(self.output.decode(self.interpreter.get_output(0)[0]))
+        return np.stack(features)
+
+    def arena_bytes(self) -> int:
+        """Of RAM that the interpreter has allotted, by its own recorder."""
+        with _captured() as said:
+            self.interpreter.print_allocations()
+        if not (found := ARENA.search("".join(said))):
+            raise UserError("TensorFlow Lite Micro: its recorder says nothing of the arena. Install another version.")
+        return int(found[1])
+
+
+def check_litert(student: ConvNet, path: Path, images: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+    """Compare a file with the features (N, F) of the student's ONNX file for images, uint8 (N, channels, H, W).
+
+    Raises
+    ------
+    UserError
+        They have little to do with each other.
+    """
+    micro = MicroInterpreter(path)
+    found = micro.run(_passes(student, images)).reshape(-1, *expected.shape).mean(axis=0)
+    check_close(path.name, found, torch.from_numpy(expected))
+    steps = np.abs(found - expected) / micro.output.scale
+    return {
+        "file": path.name,
+        "sha256": sha256_of(path),
+        "file_bytes": path.stat().st_size,
+        "arena_bytes": micro.arena_bytes(),
+        "operators": operators(path),
+        "output_scale": micro.output.scale,
+        "images_checked": len(images),
+        "within_one_step": round(float((steps <= 1).mean()), 4),
+        "largest_steps": round(float(steps.max()), 2),
+    }
+
+
+def operators(path: Path) -> list[str]:
+    """Names of the operators that a firmware has to register, sorted."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    return sorted({details["op_name"] for details in Interpreter(str(path))._get_ops_details()} - {"DELEGATE"})
+
+
+def _signature(path: Path) -> tuple[str, Sequence[str]]:
+    from ai_edge_litert.interpreter import Interpreter
+
+    ((name, ends),) = Interpreter(str(path)).get_signature_list().items()
+    return name, ends["inputs"]
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[list[str]]:
+    """What is written to standard output and error meanwhile, past Python too; in the list after the block."""
+    said: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = [os.dup(number) for number in (1, 2)]
+        try:
+            for number in (1, 2):
+                os.dup2(file.fileno(), number)
+            yield said
+        finally:
+            for number, own in zip((1, 2), kept, strict=True):
+                os.dup2(own, number)
+                os.close(own)
+            file.seek(0)
+            said.append(file.read().decode(errors="replace"))

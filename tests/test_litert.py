@@ -1,0 +1,125 @@
+"""Files of LiteRT: they run in the interpreter of TensorFlow Lite Micro, and answer as ONNX Runtime does."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from experiments import make_dataset, tiny_params, write_dataset
+from safetensors.numpy import save_file
+
+from nonn import cli
+from nonn.core.errors import UserError
+from nonn.core.files import write_json
+from nonn.core.install import LITERT
+from nonn.core.params import Architecture
+from nonn.core.paths import Paths
+from nonn.deploy.onnx_files import write_student
+from nonn.method.litert import Quantised, check_litert, normalised, write_litert
+from nonn.runtime.session import run_onnx
+from nonn.training.networks import ConvNet
+
+is_missing = any(importlib.util.find_spec(name) is None for name in LITERT)
+needs_litert = pytest.mark.skipif(is_missing, reason="needs the extra litert (docs/firmware.md)")
+
+
+def make_student(data, family="fast", mirror=True) -> ConvNet:
+    torch.manual_seed(0)
+    architecture = Architecture(family=family, widths=[8, 12, 16], depth=1, mirror=mirror)
+    student = ConvNet(architecture, data.channels, data.n_classes, 6, mean=data.mean, std=data.std)
+    with torch.no_grad():
+        for _ in range(3):
+            student.train()(data.images)
+    return student.eval()
+
+
+@needs_litert
+def test_a_file_answers_as_onnx_runtime(tmp_path):
+    data = make_dataset(3, 28)
+    student = make_student(data)
+    write_student(student, data, tmp_path / "0.onnx", "int8")
+    write_litert(student, data, tmp_path / "0.tflite")
+    images = data.part("test")[0].numpy()
+    expected = run_onnx(tmp_path / "0.onnx", images)
+    entry = check_litert(student, tmp_path / "0.tflite", images, expected)
+    assert entry["images_checked"] == len(images)
+    assert entry["within_one_step"] > 0.99
+    assert entry["largest_steps"] < 2
+    assert {"CONV_2D", "MAX_POOL_2D", "MEAN"} <= set(entry["operators"])
+    assert not {"MUL", "SUB"} & set(entry["operators"])
+    assert 1000 < entry["arena_bytes"] < entry["file_bytes"] < 40_000
+    with pytest.raises(UserError, match=r"0\.tflite: in int8 its outputs differ by"):
+        check_litert(student, tmp_path / "0.tflite", images, expected + 2 * expected.max())
+
+
+@pytest.mark.parametrize("zero", [-128, 0, 7])
+def test_integers_stand_for_themselves(zero):
+    form, integers = Quantised(0.03, zero), np.arange(-128, 128, dtype=np.int8)
+    np.testing.assert_array_equal(form.encode(form.decode(integers)), integers)
+    assert form.encode(np.array([1e9, -1e9])).tolist() == [127, -128]
+
+
+def test_images_are_normalised_channel_by_channel():
+    data = make_dataset(3, 28)
+    images = data.images[:2].numpy()
+    expected = (images.transpose(0, 2, 3, 1) - data.mean.numpy()) / data.std.numpy()
+    np.testing.assert_allclose(normalised(make_student(data), images), expected, rtol=1e-5)
+
+
+def test_a_family_without_kernels_is_refused(tmp_path):
+    data = make_dataset(3, 28)
+    student = make_student(data, family="airbench")
+    with pytest.raises(UserError, match=r"0\.tflite: TensorFlow Lite Micro has no kernels for family airbench"):
+        write_litert(student, data, tmp_path / "0.tflite")
+
+
+def test_what_cannot_be_written_is_one_line(folder):
+    def stop(*arguments) -> str:
+        with pytest.raises(SystemExit) as error:
+            cli.main(["litert", *arguments])
+        return str(error.value)
+
+    write_json(folder / "params.yaml", tiny_params())
+    assert stop("5s") == "nonn litert: params.yaml: networks: no '5s'; choose one of 2s."
+    assert "design.precision: is float32, and these files are int8" in stop("2s")
+    write_json(folder / "params.yaml", tiny_params({"design": {"precision": "int8"}}))
+    assert "--images: a file has to be compared on one image at least" in stop("2s", "--images", "0")
+
+
+def write_network(folder, data, student, with_export=True) -> None:
+    """What `nonn litert` reads: a network of one student, its weights, its export and the images."""
+    paths = Paths("tiny")
+    paths.network("2s", 0).parent.mkdir(parents=True)
+    write_dataset(data, paths)
+    tensors = {f"students.0.{name}": tensor.numpy() for name, tensor in student.state_dict().items()}
+    layer = {"weights.0": np.zeros((3, 6)), "biases.0": np.zeros(3), "scales": np.ones(1), "fills": np.zeros((1, 3))}
+    tensors |= {f"final.{name}": value.astype(np.float32) for name, value in layer.items()}
+    save_file(tensors, paths.network("2s", 0))
+    architecture = {"family": "fast", "widths": [8, 12, 16], "depth": 1}
+    missing = {"chosen": "rescale", "not_chosen": []}
+    info = {"students": [{"architecture": architecture, "n_filters": 6}], "missing": missing, "temperatures": [1.0]}
+    write_json(paths.network("2s", 0).with_suffix(".json"), info)
+    paths.export("2s").mkdir(parents=True)
+    if with_export:
+        write_student(student, data, paths.export("2s") / "0.onnx", "int8")
+    write_json(folder / "params.yaml", tiny_params({"design": {"precision": "int8"}}))
+
+
+@needs_litert
+def test_the_command_writes_files_and_what_it_measured(folder, capsys):
+    data = make_dataset(1, 28)
+    write_network(folder, data, make_student(data, mirror=False))
+    cli.main(["litert", "2s", "--images", "10"])
+    (entry,) = json.loads((folder / "litert/2s/litert.json").read_text())
+    assert (folder / "litert/2s/0.tflite").stat().st_size == entry["file_bytes"]
+    assert entry["images_checked"] == 10
+    assert f"2s/0.tflite: {entry['file_bytes']:,} bytes" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not is_missing, reason="the extra litert is installed")
+def test_without_the_extra_one_line_says_where_it_is_described(folder):
+    data = make_dataset(1, 28)
+    write_network(folder, data, make_student(data, mirror=False), with_export=False)
+    with pytest.raises(SystemExit, match=r"nonn litert: litert_torch is not installed: .* see docs/firmware\.md"):
+        cli.main(["litert", "2s"])
