@@ -28,11 +28,10 @@ from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
 from nonn.method.scoring import permutation_test
 from nonn.method.sizing import design_student
-from nonn.method.store import load_baseline, load_students
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import ConvNet, predict
+from nonn.training.networks import predict
 from nonn.training.store import cut, load_filters, load_signals
 
 #: Normal quantile of a two-sided 95 % interval.
@@ -161,28 +160,13 @@ def train(params: Params, training: Training) -> Path:
         return target
     classroom = classroom_of(params, point.images)
     name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
-    if (student := _pipeline_s(params, training, classroom.data)) is None:
-        student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
+    student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
     for part in ("train", "validation", "test"):
         tensors[part] = predict(student, classroom.data.part(part)[0], classroom.device)[0].half()
     write_tensors(target, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     checkpoint.discard()
     return target
-
-
-def _pipeline_s(params: Params, training: Training, data: Dataset) -> ConvNet | None:
-    """The same student, where the experiment itself has trained it."""
-    paths, point = Paths(params.experiment), training.point
-    if training.random or point != Point("", 0.0, params.distill.epochs):
-        return None
-    if training.network is None:
-        if params.pool is None or not (file := paths.baseline(*params.pool, training.seed)).is_file():
-            return None
-        return load_baseline(file, data)[0]
-    if not paths.student(training.network, training.student, training.seed).is_file():
-        return None
-    return load_students(params, paths, data, training.network, training.seed)[0][training.student]
 
 
 @dataclass(frozen=True)
