@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from clusters import CLASSES, N_FEATURES
-from splits import COST, write_tiny
+from splits import COST, in_int8, write_tiny
 
 from nonn.core.files import read_json, write_json
 from nonn.core.links import PRESETS, Link, link_seconds
@@ -420,6 +420,40 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
     assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
     assert only.final_s > 0
     assert "note: there is no baseline 3s/total" in capsys.readouterr().err
+
+
+def test_int8_networks_are_split_as_they_are(stage, tmp_path):
+    """And charged as such, on a board that cannot be timed here."""
+    params, paths = stage
+    in_int8(paths.export("solo") / "3s-total.onnx")
+    changes = {"design": params.design.model_copy(update={"precision": "int8"})}
+    changes["distributed"] = params.distributed.model_copy(update={"board": "cortex_m7"})
+    params = params.model_copy(update=changes)
+    nonn, *splits = network_deployments(params, paths, "3s", tmp_path / "scratch")
+    assert [each.method for each in splits] == ["channels", "rows"]
+    assert {each.load.precision for each in (nonn, *splits)} == {"int8"}
+    by_channels = splits[0].load
+    # Each of 4 channels of 4×4 values goes to two other devices, a byte a value.
+    assert payload_bytes(by_channels.payload) == 2 * 4 * 16
+    row = next(compose_all(splits[:1], [], params.distributed))
+    assert (row["precision"], row["boards"]) == ("int8", ["cortex_m7"] * 3)
+    assert row["compute_ms"] == pytest.approx(1e3 * by_channels.macs.max(axis=1).sum() / 227.5e6)
+
+
+def test_the_reference_is_in_the_precision_of_the_students(stage, tmp_path):
+    params, paths = stage
+    write_json(paths.dataset_info, {"classes": CLASSES, "channels": 1, "size": 28})
+    reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
+    changes = {"design": params.design.model_copy(update={"precision": "int8"})}
+    changes["distributed"] = params.distributed.model_copy(update={"reference": reference})
+    (tmp_path / "scratch").mkdir()
+    found = list(
+        distributed_stage.reference_deployments(params.model_copy(update=changes), paths, "3s", tmp_path / "scratch")
+    )
+    assert [(each.method, each.load.precision) for each in found] == [
+        ("reference_channels", "int8"),
+        ("reference_rows", "int8"),
+    ]
 
 
 def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(stage, tmp_path):

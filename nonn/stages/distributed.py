@@ -25,9 +25,6 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
     load = load_of_network(folder, read_json(paths.benchmark(name), Benchmark)["models"], params.design.precision)
     yield Deployment("nonn", folder, False, load, time_final(folder))
-    if params.design.precision == "int8":
-        log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
-        return
     total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
@@ -64,17 +61,24 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     architecture = params.distributed.reference
     if architecture is None:
         return
+    import numpy as np
     import torch
 
+    from nonn.deploy.int8 import fold_norms, quantise
     from nonn.deploy.onnx_files import Logits, export_onnx
     from nonn.training.networks import ConvNet
 
-    info = read_json(paths.dataset_info, DatasetInfo)
+    info, is_int8 = read_json(paths.dataset_info, DatasetInfo), params.design.precision == "int8"
     torch.manual_seed(0)
-    model = Logits(ConvNet(architecture, info["channels"], len(info["classes"])))
-    example = torch.zeros(1, info["channels"], info["size"], info["size"], dtype=torch.uint8)
+    model, shape = (
+        ConvNet(architecture, info["channels"], len(info["classes"])),
+        (info["channels"], *2 * [info["size"]]),
+    )
     path = scratch / "reference.onnx"
-    export_onnx(model, example, path, "image", "logits")
+    example = torch.zeros(1, *shape, dtype=torch.uint8)
+    export_onnx(Logits(fold_norms(model) if is_int8 else model), example, path, "image", "logits")
+    if is_int8:  # as the students are, on images of no meaning
+        quantise(path, np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8))
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
         n_devices = len(params.networks[name].devices)

@@ -131,7 +131,7 @@ def load_of_network(export: Path, benchmark: Mapping, precision: Precision) -> L
 
 
 def load_of_split(plan: SplitPlan, core: int) -> Load:
-    """What one image costs the devices of a split network, in float32; each segment timed on one pinned core.
+    """What one image costs the devices of a split network; each segment timed on one pinned core.
 
     Activations are counted as the inputs and outputs of a device's largest segment: what lives in
     between is left out, in favour of the split.
@@ -146,14 +146,16 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
         payload[message.round][str(message.sender), str(message.receiver)] += message.n_bytes
 
     def activations(session: InferenceSession) -> int:
-        return sum(math.prod(value.shape) for value in [*session.get_inputs(), *session.get_outputs()])
+        values = [*session.get_inputs(), *session.get_outputs()]
+        return sum(math.prod(value.shape) * (1 if value.type == "tensor(uint8)" else 4) for value in values)
 
     largest = [max(activations(session) for session in own if session) for own in sessions]
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, largest, strict=True)),
+        memory_bytes=max(part.weight_bytes + n_bytes for part, n_bytes in zip(plan.parts, largest, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(part.n_features for part in plan.parts),
+        precision=plan.precision,
     )
