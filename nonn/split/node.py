@@ -70,7 +70,7 @@ class SplitDevice:
             known |= self.compute(index, known)
             for message in self.part.sent(index):
                 made = message.cut(known[message.source])
-                if (made.shape, made.dtype) != (message.shape, message.dtype):
+                if made.shape != message.shape or made.dtype != np.dtype(message.dtype):
                     raise ValueError(f"{message.name} is not of the shape {message.shape} and type {message.dtype}")
             known |= {m.name: np.zeros(m.shape, m.dtype) for m in self.part.received(index)}
         if self.features(known).shape != (1, self.contract.n_features):
