@@ -52,11 +52,13 @@ def composed(method: str, link: str, n_devices: int, total_ms: float, energy: fl
     return row
 
 
+#: The teacher on another board than the students.
+HOME = {"boards": ["pi3b"], "precision": "float32"}
 SOLO = {
     "live": [live("teacher", FAST, 8.0), live("kd", FAST, 4.0)],
     "composed": [
-        composed("teacher", FAST, 1, 50.0, energy=12.0),
-        composed("teacher", SLOW, 1, 60.0, energy=14.0),
+        composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME,
+        composed("teacher", SLOW, 1, 60.0, energy=14.0) | HOME,
         composed("kd", FAST, 1, 9.0),
     ],
 }
@@ -233,10 +235,9 @@ def test_tables_for_readers_by_hand(rows):
 
 def test_energies_by_hand():
     """Teacher and students are charged alike, and no assumption is taken for another."""
-    home = {"boards": ["pi3b"]}
     teachers = [
-        composed("teacher", FAST, 1, 50.0, energy=12.0) | home | {"energy_node_mj": [2.0, 4.0]},
-        composed("teacher_int8", FAST, 1, 50.0, energy=9.0) | home,
+        composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME | {"energy_node_mj": [2.0, 4.0]},
+        composed("teacher_int8", FAST, 1, 50.0, energy=9.0) | {"boards": ["pi3b"]},
         composed("teacher_own_board", FAST, 1, 50.0, energy=60.0),
         composed("teacher_int8_own_board", FAST, 1, 50.0, energy=6.0),
     ]
@@ -256,6 +257,9 @@ def test_energies_by_hand():
     # Of the second the teacher takes 2 to 4 mJ above what its board draws anyway, and students 0.75 to 1.5.
     ends = [found["above_idle"][key] for key in ("ratio_low", "ratio_high")]
     assert ends == pytest.approx([2 / 1.5, 4 / 0.75], abs=1e-4)
+    # On one board both have the same end of its range, whatever that is.
+    for name in ("same_board", "int8_as_if", "as_if"):
+        assert found[name]["ratio_low"] == found[name]["ratio_high"] == found[name]["ratio"]
     assert (found["holds"]["teacher_board"], found["holds"]["boards"]) == ("pi3b", "cortex_m7")
     assert (found["same_board"]["teacher_board"], found["same_board"]["boards"]) == ("pi3b", "pi3b")
     # The first is the one that is claimed, though others are larger.
@@ -382,7 +386,9 @@ def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     ends = [tuple(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
     assert (5.0, 6.0) in ends
     (legend,) = figure.legends
-    assert "composed for another processor, Cortex-M7" in [text.get_text() for text in legend.get_texts()]
+    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3b" in [
+        text.get_text() for text in legend.get_texts()
+    ]
 
 
 @pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])

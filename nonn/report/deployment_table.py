@@ -182,7 +182,8 @@ def list_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> pd.DataFrame:
 def _compare_energies(rows: pd.DataFrame, teacher: str, nonn: str, column: str) -> pd.DataFrame:
     """Energy of a teacher over that of a network's neediest device, on every link: middles of their ranges.
 
-    With ``ratio_low`` and ``ratio_high``, where one has the lower bound of its range and the other the upper.
+    With ``ratio_low`` and ``ratio_high``, where one has the lower bound of its range and the other the upper; on the
+    same board both have the same, since the power of a board is not at both ends of its range.
     """
     modelled = rows.loc[rows["badge"] == "modelled"].drop(columns="images")
     own, other = modelled[modelled["method"] == nonn], modelled[modelled["method"] == teacher]
@@ -190,7 +191,10 @@ def _compare_energies(rows: pd.DataFrame, teacher: str, nonn: str, column: str) 
     low, high = (both[f"energy_{column}_mj_{end}"] for end in ("low", "high"))
     teacher_low, teacher_high = (both[f"energy_{column}_mj_{end}_teacher"] for end in ("low", "high"))
     ratios = {"ratio": (teacher_low + teacher_high) / (low + high)}
-    ratios |= {"ratio_low": teacher_low / high, "ratio_high": teacher_high / low}
+    ends = pd.DataFrame({"low": teacher_low / low, "high": teacher_high / high})
+    is_same = both["boards"] == both["boards_teacher"]
+    ratios["ratio_low"] = ends.min(axis=1).where(is_same, teacher_low / high)
+    ratios["ratio_high"] = ends.max(axis=1).where(is_same, teacher_high / low)
     return both.assign(**ratios).dropna(subset=["ratio"])
 
 
