@@ -313,8 +313,7 @@ class Params(Section):
         counts as ``distributed.board``; None if all do. For `SOLO` it is one board, the quickest of all networks, in
         favour of what NoNN is compared with.
         """
-        own = self.design.precision
-        precision = precision or own
+        precision = precision or self.design.precision
         if name == SOLO:
             stated = [board for network in self.networks for board in self.boards_of(network, precision) or ()]
             return [min(stated, key=lambda board: board.seconds_per_mac or math.inf)] if stated else None
@@ -322,10 +321,9 @@ class Params(Section):
         if not any(budget.board or budget.mmacs_per_s for budget in budgets):
             return None
         boards = [find_board(budget.board) if budget.board else reference for budget in budgets]
-        speeds = [
-            budget.mmacs_per_s if precision == own else board.mmacs[precision] if budget.board else None
-            for board, budget in zip(boards, budgets, strict=True)
-        ]
+        speeds = [budget.mmacs_per_s for budget in budgets]
+        if precision != self.design.precision:  # of which a device of its own speed says nothing
+            speeds = [board.mmacs[precision] for board in boards]
         return [in_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
 
     @property
@@ -368,10 +366,7 @@ class Params(Section):
                 yield f"{key}: {line}"
         board, precision = find_board(self.distributed.board), self.design.precision
         if not board.runs_onnx and not board.mmacs[precision]:
-            yield (
-                f"distributed.board: the speed of {self.distributed.board} in {precision} is not known; choose another "
-                f"board, add {precision}_mmacs to devices.yaml, or change design.precision"
-            )
+            yield f"distributed.board: the speed of {board.name} in {precision} is not known; choose another board"
         if SOLO in self.networks:
             yield f"networks.{SOLO}: this is what models that run alone are called; choose another name"
         for name, network in self.networks.items():
