@@ -181,8 +181,11 @@ def write_distributed(params, paths):
                 live.append(row(method, link, n, emulated=True, **times))
                 parts = {"compute_ms": ms, "link_ms": ms, "final_ms": 0.1, "total_ms": 2.1 * ms, "rounds": slower}
                 energies = {
-                    f"energy_{what}{idle}_mj": [ms, 2 * ms] for what in ("node", "total") for idle in ("", "_with_idle")
+                    f"energy_{what}{idle}_mj": [ms, 2 * ms]
+                    for what in ("node", "total")
+                    for idle in ("", "_computing", "_with_idle")
                 }
+                parts |= {"precision": params.design.precision, "boards": [params.distributed.board] * n}
                 composed.append(row(method, link, n, wire_bytes=100 * ms, memory_bytes=1000, **parts, **energies))
         write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})
 

@@ -9,9 +9,13 @@ from nonn.core.params import Architecture, Figures
 from nonn.report import deployment_plots
 from nonn.report.deployment_table import (
     COLUMNS,
+    ENERGIES,
     PAPER,
+    claim_ratios,
+    collect_energies,
     collect_ratios,
     compare_splits,
+    format_energies,
     format_latencies,
     format_ratios,
     join_rows,
@@ -40,16 +44,21 @@ def composed(method: str, link: str, n_devices: int, total_ms: float, energy: fl
     row = {"method": method, "scenario": "sensor", "link": link, "n_devices": n_devices, "rounds": 2, "macs": 1000}
     row |= {"memory_bytes": 5000, "framing": 2.0, "wire_bytes": 900.0 * n_devices}
     row |= {"compute_ms": 1.0, "link_ms": total_ms - 1.5, "final_ms": 0.5, "total_ms": total_ms}
-    for which in ("node", "total", "node_with_idle", "total_with_idle"):
+    row |= {"precision": "int8", "boards": ["cortex_m7"] * n_devices}
+    for which in ("node", "total"):
         row[f"energy_{which}_mj"] = [energy / 2, energy]
+        row[f"energy_{which}_computing_mj"] = [energy, 2 * energy]
+        row[f"energy_{which}_with_idle_mj"] = [2 * energy, 3 * energy]
     return row
 
 
+#: The teacher on another board than the students.
+HOME = {"boards": ["pi3b"], "precision": "float32"}
 SOLO = {
     "live": [live("teacher", FAST, 8.0), live("kd", FAST, 4.0)],
     "composed": [
-        composed("teacher", FAST, 1, 50.0, energy=12.0),
-        composed("teacher", SLOW, 1, 60.0, energy=14.0),
+        composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME,
+        composed("teacher", SLOW, 1, 60.0, energy=14.0) | HOME,
         composed("kd", FAST, 1, 9.0),
     ],
 }
@@ -112,7 +121,9 @@ def test_rows_are_joined_without_those_left_out(rows):
     assert cell(rows, "total_ms", badge="emulated", **where) == 5.0
     assert cell(rows, "total_ms", badge="modelled", **where) == 4.0
     assert cell(rows, "energy_node_mj_low", badge="modelled", **where) == 1.5
-    assert cell(rows, "energy_total_with_idle_mj_high", badge="modelled", **where) == 3.0
+    assert cell(rows, "energy_total_computing_mj_high", badge="modelled", **where) == 6.0
+    assert cell(rows, "energy_total_with_idle_mj_high", badge="modelled", **where) == 9.0
+    assert cell(rows, "boards", badge="modelled", **where) == "cortex_m7"
     assert math.isnan(cell(rows, "p99_ms", badge="modelled", **where))
     assert set(rows[rows["network"] == ""]["method"]) == {"teacher", "kd"}
     assert set(rows[rows["network"] == ""]["n_devices"]) == {1}
@@ -124,18 +135,18 @@ def test_on_loopback_the_badge_is_measured():
     assert rows["badge"].tolist() == ["measured"]
     assert rows["wire_bytes"].isna().all()
     line = write_csv(rows, COLUMNS).splitlines()[1]
-    assert line.startswith(f"2s,nonn,2,{FAST},sensor,measured,30,0,5.000,6.000,7.000,")
+    assert line.startswith(f"2s,nonn,2,{FAST},sensor,measured,,,30,0,5.000,6.000,7.000,")
 
 
 def test_csv_by_hand(rows):
     header, *lines = write_csv(rows, COLUMNS).splitlines()
     assert header == ",".join(COLUMNS)
     assert len(lines) == len(rows)
-    assert lines[0] == f",teacher,1,{FAST},sensor,emulated,30,0,8.000,9.000,10.000,,,,,1000,,,,,,,,,,,"
-    energies = "1.50000,3.00000," * 4
-    modelled = f"2s,nonn,2,{FAST},sensor,modelled,,,4.000,,,1.0000,2.500,0.5000,2,1800,5000,{energies},"
+    assert lines[0] == f",teacher,1,{FAST},sensor,emulated,,,30,0,8.000,9.000,10.000,,,,,1000,,,,,,,,,,,,,,,"
+    energies = "".join(2 * pair for pair in ("1.50000,3.00000,", "3.00000,6.00000,", "6.00000,9.00000,"))
+    modelled = f"2s,nonn,2,{FAST},sensor,modelled,int8,cortex_m7,,,4.000,,,1.0000,2.500,0.5000,2,1800,5000,{energies},"
     assert modelled in lines
-    assert f"2s,nonn,2,{FAST},sensor,emulated,20,0,5.000,6.000,7.000,,,,,1000,,,,,,,,,,1.250,0.750" in lines
+    assert f"2s,nonn,2,{FAST},sensor,emulated,,,20,0,5.000,6.000,7.000,,,,,1000,,,,,,,,,,,,,,1.250,0.750" in lines
 
 
 # Ratios
@@ -166,7 +177,9 @@ def test_the_papers_ratios_by_hand(rows):
     assert ratios["performance"] == nowhere | best | {"ratio": 4.0, "ratio_low": 3.5, "ratio_high": 4.5}
     # 14 / 1 on the slow link, beyond 12 / 1.5 on the fast one.
     best = {"baseline": "teacher", "network": "4s", "n": 4, "badge": "modelled", "link": SLOW}
-    assert ratios["energy_per_node"] == counted | best | {"ratio": 14.0, "scenario": "sensor", "images": None}
+    # Each known as a range whose upper end is twice the lower.
+    energy = {"ratio": 14.0, "ratio_low": 7.0, "ratio_high": 28.0}
+    assert ratios["energy_per_node"] == energy | best | {"scenario": "sensor", "images": None}
     # What was left out on the slow link does not count, however large its composed ratio.
     best = {"ratio": 12.0, "baseline": "split by channels", "network": "2s", "n": 2, "badge": "emulated"}
     assert ratios["total_latency"] == counted | best | {"link": FAST, "scenario": "sensor", "images": 20}
@@ -201,7 +214,7 @@ def test_tables_for_readers_by_hand(rows):
     assert ratios.to_numpy().tolist() == [
         ["Memory of a device", "30.0×", "4s", "–", "–", "modelled", "24×"],
         ["Time of a device", "4.0×, 3.5 to 4.5", "2s", "–", "–", "measured", "12×"],
-        ["Energy of a device", "14.0×", "4s", SLOW, "–", "modelled", "14×"],
+        ["Energy of a device", "14.0×, 7.0 to 28.0", "4s", SLOW, "–", "modelled", "14×"],
         ["Total latency, against a split by channels", "12.0×", "2s", FAST, "20", "emulated", "33×"],
         ["Total latency, against a split by rows", "4.0×", "2s", FAST, "20", "emulated", "–"],
     ]
@@ -215,6 +228,77 @@ def test_tables_for_readers_by_hand(rows):
         ["4s", FAST, "30", "6.0 (8.0)", "–", "–", "–", "3.0", "–", "–"],
         ["4s", SLOW, "–", "–", "–", "–", "–", "8.0", "–", "–"],
     ]
+
+
+# Energy by what is assumed, and claims
+
+
+def test_energies_by_hand():
+    """Teacher and students are charged alike, and no assumption is taken for another."""
+    teachers = [
+        composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME | {"energy_node_mj": [2.0, 4.0]},
+        composed("teacher_int8", FAST, 1, 50.0, energy=9.0) | {"boards": ["pi3b"]},
+        composed("teacher_own_board", FAST, 1, 50.0, energy=60.0),
+        composed("teacher_int8_own_board", FAST, 1, 50.0, energy=6.0),
+    ]
+    students = [
+        composed("nonn", FAST, 2, 4.0, energy=1.5),
+        composed("nonn_teacher_board", FAST, 2, 4.0, energy=4.0) | {"boards": ["pi3b", "pi3b"]},
+    ]
+    results = {"solo": {"live": [], "composed": teachers}, "2s": {"live": TWO["live"], "composed": students}}
+    rows = join_rows(results, {"2s": 2})
+    found = collect_energies(rows, "2s", FAST, "sensor")
+    assert list(found) == list(ENERGIES)
+    ratios = {name: entry["ratio"] for name, entry in found.items()}
+    assert ratios == {
+        **{"holds": 8.0, "above_idle": pytest.approx(6 / 2.25, abs=1e-4), "int8": 6.0},
+        **{"same_board": 3.0, "int8_as_if": 4.0, "as_if": 40.0},
+    }
+    # Of the second the teacher takes 2 to 4 mJ above what its board draws anyway, and students 0.75 to 1.5.
+    ends = [found["above_idle"][key] for key in ("ratio_low", "ratio_high")]
+    assert ends == pytest.approx([2 / 1.5, 4 / 0.75], abs=1e-4)
+    # On one board both have the same end of its range, whatever that is.
+    for name in ("same_board", "int8_as_if", "as_if"):
+        assert found[name]["ratio_low"] == found[name]["ratio_high"] == found[name]["ratio"]
+    assert (found["holds"]["teacher_board"], found["holds"]["boards"]) == ("pi3b", "cortex_m7")
+    assert (found["same_board"]["teacher_board"], found["same_board"]["boards"]) == ("pi3b", "pi3b")
+    # The first is the one that is claimed, though others are larger.
+    ratios = collect_ratios(rows, [COMPARISONS[0]])
+    assert ratios["energy_per_node"]["ratio"] == 8.0
+    assert ratios["energies"] == found
+    table = format_energies(ratios)
+    assert table["Assumed"].tolist() == [label for label, *_ in ENERGIES.values()]
+    assert table.iloc[0].tolist()[1:] == ["pi3b", "cortex_m7", "8.0×, 4.0 to 16.0"]
+    assert collect_energies(rows, "2s", SLOW, "sensor") == {}
+    assert format_energies({"energy_per_node": None}).empty
+
+
+def test_claims_of_one_network_by_hand(rows):
+    claims = claim_ratios(rows, "2s")
+    # The largest that was timed, by channels, and by rows on that link; energy there: 12 mJ over 3.
+    assert claims == {
+        **{"total_latency_ratio": 12.0, "total_latency_link": FAST, "total_latency_rows_ratio": 4.0},
+        **{"energy_ratio": 4.0, "energy_ratio_low": 2.0, "energy_ratio_high": 8.0},
+        "energy_ratios": {"holds": 4.0, "above_idle": 4.0},
+    }
+
+
+def test_what_was_not_split_or_composed_claims_nothing(rows):
+    claims = claim_ratios(rows, "4s")
+    assert claims["total_latency_ratio"] is claims["total_latency_link"] is claims["total_latency_rows_ratio"] is None
+    assert claims["energy_ratio"] == 8.0  # on the first link: 12 over 1.5
+    alone = claim_ratios(join_rows({"2s": TWO}, {"2s": 2}), "2s")  # no board holds the teacher
+    assert alone["energy_ratio"] is alone["energy_ratio_low"] is None
+    assert alone["energy_ratios"] == {}
+    assert alone["total_latency_ratio"] == 12.0
+
+
+def test_results_of_before_have_no_energy_to_compare():
+    """Those that another version of the stage wrote say nothing of what a board draws while it computes."""
+    rows = join("solo", "2s").drop(columns=[name for name in COLUMNS if "computing" in name])
+    rows = rows.reindex(columns=list(COLUMNS)).astype({name: float for name in COLUMNS if "computing" in name})
+    assert collect_ratios(rows, COMPARISONS[:1])["energy_per_node"] is None
+    assert claim_ratios(rows, "2s")["energy_ratio"] is None
 
 
 # Figures
@@ -302,4 +386,16 @@ def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     ends = [tuple(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
     assert (5.0, 6.0) in ends
     (legend,) = figure.legends
-    assert "composed for another processor, Cortex-M7" in [text.get_text() for text in legend.get_texts()]
+    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3b" in [
+        text.get_text() for text in legend.get_texts()
+    ]
+
+
+@pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])
+def test_a_teacher_on_another_board_is_labelled(board, named):
+    teacher = [row | {"boards": [board]} for row in SOLO["composed"] if row["method"] == "teacher"]
+    rows = join_rows({"solo": SOLO | {"composed": teacher}, "2s": TWO}, {"2s": 2})
+    with drawing_style():
+        (legend,) = deployment_plots.draw_scaling(rows, COMPARISONS[:1], "cortex_m7").legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert any(label.endswith("on Raspberry Pi 3b") for label in labels) is named

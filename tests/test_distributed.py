@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from clusters import CLASSES, N_FEATURES
-from splits import COST, write_tiny
+from splits import COST, in_int8, write_tiny
 
 from nonn.core.files import read_json, write_json
 from nonn.core.links import PRESETS, Link, link_seconds
@@ -113,6 +113,8 @@ def test_latency_and_energy_by_hand(section):
     idle = 1e3 * 1.4 * total
     assert row["energy_node_mj"] == pytest.approx([low[1], high[1]])
     assert row["energy_total_mj"] == pytest.approx([sum(low), sum(high)])
+    while_computing = 1e3 * 1.4 * spent[1]
+    assert row["energy_node_computing_mj"] == pytest.approx([low[1] + while_computing, high[1] + while_computing])
     assert row["energy_node_with_idle_mj"] == pytest.approx([low[1] + idle, high[1] + idle])
     assert row["energy_total_with_idle_mj"] == pytest.approx([sum(low) + 2 * idle, sum(high) + 2 * idle])
 
@@ -120,9 +122,15 @@ def test_latency_and_energy_by_hand(section):
 def test_on_a_microcontroller_the_work_counts_and_not_the_time_measured(section):
     board = section.model_copy(update={"board": "cortex_m7"})
     row = compose(LOAD, MEGABYTE, "sensor", 1.0, 0.0, board)
-    assert row["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / (18.2 * 12.5e6))
+    assert row["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / 46.7e6)
     slower = replace(LOAD, seconds=100 * LOAD.seconds)
     assert compose(slower, MEGABYTE, "sensor", 1.0, 0.0, board) == row
+    # The same work in int8 takes less time, and so less energy.
+    cheap = compose(replace(LOAD, precision="int8"), Link(1e15), "sensor", 1.0, 0.0, board)
+    assert cheap["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / (18.2 * 12.5e6))
+    bits = 8 * (8 + 1000 + 1000 + 500)
+    needs = 1e3 * (0.139 * 60e6 / 227.5e6 + bits * 50e-9)
+    assert cheap["energy_node_mj"][1] == cheap["energy_node_computing_mj"][1] == pytest.approx(needs)
 
 
 def test_framing_scales_bytes_and_what_they_take(section):
@@ -178,7 +186,8 @@ def student_row(position: int) -> dict:
 
 
 def test_the_load_of_a_network_is_that_of_its_benchmark(network_folder):
-    load = load_of_network(network_folder, {str(i): student_row(i) for i in range(3)})
+    load = load_of_network(network_folder, {str(i): student_row(i) for i in range(3)}, "int8")
+    assert load.precision == "int8"
     np.testing.assert_allclose(load.seconds, [[0.001, 0.002, 0.003]])
     np.testing.assert_array_equal(load.macs, [[100, 200, 300]])
     assert load.memory_bytes == 200 + 1000  # of 1000, 600 + 500, and 200 + 1000
@@ -357,9 +366,9 @@ def all_numbers(content) -> list[float]:
 LIVE = {"method", "scenario", "link", "emulated", "absent", "images", "p50_ms", "p95_ms", "p99_ms"}
 LIVE |= {"wire_bytes", "wire_packets", "device_bytes"}
 OVERHEAD = {"ideal_ms", "overhead_ms", "ideal_over_total"}
-ENERGIES = {f"energy_{which}{idle}_mj" for which in ("node", "total") for idle in ("", "_with_idle")}
+ENERGIES = {f"energy_{which}{idle}_mj" for which in ("node", "total") for idle in ("", "_computing", "_with_idle")}
 COMPOSED = {"method", "n_devices", "rounds", "memory_bytes", "macs", "link", "scenario", "framing", "wire_bytes"}
-COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms"} | ENERGIES
+COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms", "precision", "boards"} | ENERGIES
 
 
 def test_the_stage_writes_all_rows(stage, monkeypatch):
@@ -411,6 +420,40 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
     assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
     assert only.final_s > 0
     assert "note: there is no baseline 3s/total" in capsys.readouterr().err
+
+
+def test_int8_networks_are_split_as_they_are(stage, tmp_path):
+    """And charged as such, on a board that cannot be timed here."""
+    params, paths = stage
+    in_int8(paths.export("solo") / "3s-total.onnx")
+    changes = {"design": params.design.model_copy(update={"precision": "int8"})}
+    changes["distributed"] = params.distributed.model_copy(update={"board": "cortex_m7"})
+    params = params.model_copy(update=changes)
+    nonn, *splits = network_deployments(params, paths, "3s", tmp_path / "scratch")
+    assert [each.method for each in splits] == ["channels", "rows"]
+    assert {each.load.precision for each in (nonn, *splits)} == {"int8"}
+    by_channels = splits[0].load
+    # Each of 4 channels of 4×4 values goes to two other devices, a byte a value.
+    assert payload_bytes(by_channels.payload) == 2 * 4 * 16
+    row = next(compose_all(splits[:1], [], params.distributed))
+    assert (row["precision"], row["boards"]) == ("int8", ["cortex_m7"] * 3)
+    assert row["compute_ms"] == pytest.approx(1e3 * by_channels.macs.max(axis=1).sum() / 227.5e6)
+
+
+def test_the_reference_is_in_the_precision_of_the_students(stage, tmp_path):
+    params, paths = stage
+    write_json(paths.dataset_info, {"classes": CLASSES, "channels": 1, "size": 28})
+    reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
+    changes = {"design": params.design.model_copy(update={"precision": "int8"})}
+    changes["distributed"] = params.distributed.model_copy(update={"reference": reference})
+    (tmp_path / "scratch").mkdir()
+    found = list(
+        distributed_stage.reference_deployments(params.model_copy(update=changes), paths, "3s", tmp_path / "scratch")
+    )
+    assert [(each.method, each.load.precision) for each in found] == [
+        ("reference_channels", "int8"),
+        ("reference_rows", "int8"),
+    ]
 
 
 def test_a_network_that_also_sees_the_mirror_image_is_split_as_a_single_pass(stage, tmp_path):

@@ -32,6 +32,7 @@ from nonn.runtime.exported import read_manifest
 from nonn.runtime.inversion import border_brightness
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
+from nonn.split.graph import read_network
 from nonn.stages import assemble as assemble_stage
 from nonn.stages import export as export_stage
 from nonn.stages.export import solo_models
@@ -153,6 +154,20 @@ def test_a_model_that_sees_the_mirror_image_too_is_also_exported_as_a_single_pas
     images = data.split("test")[0][:5]
     once = run_onnx(tmp_path / manifest["students"][0]["single_pass"], images.numpy())
     np.testing.assert_allclose(once, predict(single_pass(model), images)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_in_int8_the_single_pass_is_int8_too_and_the_teacher_has_none(data, tmp_path):
+    torch.manual_seed(0)
+    architecture = Architecture(family="fast", widths=[4, 8, 8], depth=1, mirror=True)
+    model = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model.train()(data.images)  # statistics for the batch norms
+    manifest = export_solo({"teacher": model.eval(), "total": model}, data, tmp_path, precision="int8")
+    assert "single_pass" not in manifest["teacher"]["students"][0]
+    path = tmp_path / manifest["total"]["students"][0]["single_pass"]
+    assert read_network(path).precision == "int8"  # it can be split
+    images = data.split("test")[0][:5]
+    expected = predict(single_pass(model), images)[1].numpy()
+    assert np.abs(run_onnx(path, images.numpy()) - expected).max() < 0.25 * np.abs(expected).max()
 
 
 def test_solo_models_are_the_teacher_and_single_baselines(params, data, experiment):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from experiments import tiny_params
+from pydantic import ValidationError
 
 from nonn.core.boards import Board, Range, find_board, in_device
 from nonn.core.jobs import list_jobs
@@ -39,8 +40,8 @@ def deployment(name: str = "nonn") -> Deployment:
 
 
 def test_each_device_computes_and_draws_as_its_own_board(params):
-    slow = Board(idle_w=0.1, active_w=Range(0.2, 0.3), seconds_per_mac=1e-8, title="slow")
-    quick = Board(idle_w=1.0, active_w=Range(3.0, 5.0), seconds_per_mac=1e-9, title="quick")
+    slow = Board(idle_w=0.1, active_w=Range(0.2, 0.3), seconds_per_mac=1e-8, name="slow")
+    quick = Board(idle_w=1.0, active_w=Range(3.0, 5.0), seconds_per_mac=1e-9, name="quick")
     row = compose(replace(LOAD, boards=[slow, quick]), INSTANT, "sensor", 1.0, 0.0, params.distributed)
     # Of each round the slower device: 100 against 30 ms, then 500 against 20 ms.
     assert row["compute_ms"] == pytest.approx(600)
@@ -58,7 +59,8 @@ def test_boards_that_are_all_the_one_of_the_section_change_nothing(params):
     section = params.distributed.model_copy(update={"board": "pi3b", "slowdown": 3.0})
     plain = compose(LOAD, INSTANT, "broadcast", 2.0, 0.005, section)
     stated = compose(replace(LOAD, boards=[find_board("pi3b")] * 2), INSTANT, "broadcast", 2.0, 0.005, section)
-    assert {key: value for key, value in stated.items() if key != "boards"} == plain
+    assert stated == plain
+    assert plain["boards"] == ["pi3b", "pi3b"]
 
 
 def test_devices_without_boards_are_all_that_of_the_section(params):
@@ -75,7 +77,7 @@ def test_what_is_not_known_of_a_board_is_that_of_the_section():
     assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("esp32s3").mmacs["int8"])
     assert esp32s3.active_w == find_board("esp32s3").active_w
     assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["int8"])
-    reference = find_board("cortex_m7")
+    reference = find_board("cortex_m7").in_precision("int8")
     assert (rp2350.idle_w, rp2350.active_w) == (reference.idle_w, reference.active_w)
     assert plain == reference
     assert in_device(find_board("pi3b"), None, reference).seconds_per_mac == reference.seconds_per_mac
@@ -84,7 +86,7 @@ def test_what_is_not_known_of_a_board_is_that_of_the_section():
 def test_a_speed_of_ones_own_counts_without_a_board(params):
     small = params.devices["small"].model_copy(update={"mmacs_per_s": 20.0})
     stated = params.model_copy(update={"devices": params.devices | {"small": small}})
-    reference = find_board(params.distributed.board)
+    reference = find_board(params.distributed.board).in_precision(params.design.precision)
     assert stated.boards_of("2s") == [replace(reference, seconds_per_mac=1e-6 / 20), reference]
 
 
@@ -98,7 +100,8 @@ def test_the_precision_of_students_decides_the_speed():
 
 def test_what_runs_alone_is_on_the_quickest_board(capsys):
     params = make_params("a", "b")
-    (placed,) = on_boards([deployment("teacher")], params, SOLO)
+    kd = replace(deployment("kd"), load=replace(LOAD, precision="int8"))
+    (placed,) = on_boards([kd], params, SOLO)
     (quickest,) = placed.load.boards
     assert quickest.seconds_per_mac == min(board.seconds_per_mac for board in params.boards_of("2s"))
     assert not capsys.readouterr().err
@@ -112,7 +115,30 @@ def test_figures_that_are_not_known_are_named(capsys):
     assert "note: 2s: float32 speed of esp32s3: not known" in capsys.readouterr().err
 
 
+def test_what_calculates_in_another_precision_is_charged_in_that():
+    """Such as the float32 reference beside students in int8."""
+    params = make_params("a", "b")
+    (placed,) = on_boards([deployment("reference_rows")], params, "2s")
+    esp32s3, rp2350 = placed.load.boards
+    assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["float32"])
+    # Of the first no speed in float32 is known, so it is that of the section's board.
+    assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("cortex_m7").mmacs["float32"])
+
+
+def test_a_board_without_the_precision_of_the_students_is_refused():
+    with pytest.raises(
+        ValidationError, match=r"distributed\.board: the speed of esp32s3 in float32 is not known; choose"
+    ):
+        make_params("c", "c", precision="float32", board="esp32s3")
+    assert make_params("c", "c", precision="int8", board="esp32s3").distributed.board == "esp32s3"
+
+
 def test_dvc_sees_the_boards_of_devices():
     facts = list_jobs(make_params("a", "c"))["board"]["devices"]["2s"]
     assert [round(fact["mmacs_per_s"], 1) for fact in facts] == [find_board("esp32s3").mmacs["int8"], 227.5]
     assert facts[0]["active_w"] == [0.235, 0.235]
+    # And those that a teacher may be on, with all that decides which one it is.
+    known = list_jobs(make_params("c", "c"))["board"]["known"]
+    assert known["esp32s3"] == [512, 8192, None, 133, 0.0, 0.235, 0.235]
+    assert known["pi3b"] == [1048576, None, 3650, 2790, 1.4, 1.975, 3.7]
+    assert "pi5" not in known  # whose power nobody measured

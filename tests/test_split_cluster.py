@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clusters import PATIENCE, PLENTY_MS, free_ports, nobody_listens, refusal, until
 from grpc import StatusCode, aio
-from splits import Build, write_tiny
+from splits import Build, in_int8, write_tiny
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
@@ -25,6 +25,7 @@ from nonn.runtime.tls import Identity
 from nonn.split.coordinator import SplitCoordinator, SplitFailedError, device_commands
 from nonn.split.exchange import EXCHANGE, Exchange
 from nonn.split.node import SplitDevice, devices_at, serving
+from nonn.split.plan import run_in_process
 from nonn.split.planner import plan_split
 
 METHODS = ("channels", "rows")
@@ -110,6 +111,23 @@ def test_over_sockets_the_logits_are_those_of_the_whole(model, folder, certs, me
                     expected = run_onnx(model, image[None])[0]
                     np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
             assert not any(service.exchanges or service.running for service in services.values())
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_int8_network_answers_over_sockets_what_it_answers_in_one_process(model, folder, method):
+    path = folder / "int8.onnx"
+    path.write_bytes(model.read_bytes())
+    plan = plan_split(in_int8(path), 2, method)
+
+    async def scenario():
+        async with served(plan, folder) as (addresses, _), SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
+            for seed in range(2):
+                image = image_of(plan, seed)
+                logits = await coordinator.classify(image)
+                np.testing.assert_array_equal(logits, run_in_process(plan, image).logits)
+                np.testing.assert_allclose(logits, run_onnx(path, image[None])[0], rtol=1e-5, atol=1e-5)
 
     asyncio.run(scenario())
 

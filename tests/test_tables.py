@@ -54,6 +54,7 @@ def write_report(methods, comparison):
         params=PARAMS,
         comparisons=[comparison],
         ratios=pd.DataFrame({"NoNN": ["2.0×"]}),
+        energies=pd.DataFrame({"Assumed": ["that it fits"], "Ratio": ["3.0×"]}),
         latencies=pd.DataFrame({"Link": ["wifi20"]}),
         missing=missing_table.format_missing(STRATEGY_ROWS),
         n_test=500,
@@ -76,6 +77,7 @@ def test_summary_csv_by_hand(methods):
 def test_comparison_by_hand(methods):
     assert method_table.compare_network(methods, "2s") == {
         "network": "2s",
+        "n_seeds": 2,
         "accuracy": 0.96,
         "teacher_accuracy": 0.99,
         "accuracy_gap_points": 3.0,
@@ -226,7 +228,9 @@ def test_every_line_of_a_table_has_the_cells_of_its_heading(inside):
     params, paths = inside
     blocks = (paths / "summary.md").read_text().split("\n\n")
     tables = [block.splitlines() for block in blocks if block.startswith("|")]
-    assert len(tables) == 3 + len(params.networks), "methods, ratios, latencies, and devices missing from each network"
+    assert len(tables) == 4 + len(params.networks), (
+        "methods, ratios, energies, latencies, and devices missing from each"
+    )
     for heading, rule, *lines in tables:
         assert set(rule) == set("| :-")
         assert lines
@@ -256,6 +260,14 @@ def test_claims_and_metrics_agree_with_the_table(inside):
     assert claims["accuracy"] == max(table.loc[n, "nonn"]["accuracy_mean"] for n in params.networks)
     others = table.loc[network].drop("nonn")
     assert claims["best_baseline"] == others["accuracy_mean"].idxmax()
+    assert claims["n_seeds"] == table.loc[network, "nonn"]["n_seeds"]
+    # As `write_distributed` made them: a split by channels takes twice as long as NoNN, by rows three times, and each
+    # of n devices n times the energy of the teacher.
+    assert (claims["total_latency_ratio"], claims["total_latency_rows_ratio"]) == (2.0, 3.0)
+    assert claims["total_latency_link"] in params.distributed.links
+    n_devices = len(params.networks[network].devices)
+    assert claims["energy_ratio"] == claims["energy_ratios"]["holds"] == pytest.approx(1 / n_devices)
+    assert json.loads((paths / "ratios.json").read_text())["energy_per_node"]["ratio"] >= claims["energy_ratio"]
     for key in ("memory_ratio", "performance_ratio", "best_baseline"):
         assert metrics[f"{network}_{key}"] == claims[key]
     for network in params.networks:

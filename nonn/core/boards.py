@@ -3,10 +3,13 @@
 The figures stand in ``boards.yaml``, each with its source. A project adds or replaces some in a file of its own,
 `OWN_FILE`. Energy is modelled from these figures, not measured:
 
-    E = (P_active - P_idle) · t_compute + P_idle · t_window + bits · E_bit
+    E = (P_active - P_idle) · t_compute + P_idle · t_idle + bits · E_bit
 
-The first term is what computing adds, the second what the device draws anyway until the image is answered, the third
+The first term is what computing adds, the second what the device draws anyway for as long as that is counted, the third
 what its radio spends on the bytes it sends and receives. Where a constant is only known as a range, so is the energy.
+
+A multiply-accumulate has its price in each precision, the power of the board over its speed in that precision. Power is
+known of one precision at most, so a board is taken to draw the same in both.
 """
 
 from __future__ import annotations
@@ -93,14 +96,15 @@ class Board:
     """A kind of device.
 
     `idle_w` are watts with nothing to do, 0 where no source gives any, and then left out; `active_w` those with one
-    core computing, None where unknown. On a board of `seconds_per_mac` no latency can be measured here: there the stage
-    `distributed` multiplies it by the multiply-accumulates, and elsewhere takes the measured time, times a stated
-    slowdown. `mmacs` are millions of multiply-accumulates a second by precision, None where unknown.
+    core computing, None where unknown. `mmacs` are millions of multiply-accumulates a second by precision, None where
+    unknown. Which of them count, `in_precision` and `at_rate` say: with `seconds_per_mac` the stage `distributed`
+    multiplies it by the multiply-accumulates, without it takes the time measured here, times a stated slowdown.
     """
 
     idle_w: float
     active_w: Range | None
     seconds_per_mac: float | None = None
+    name: str = ""
     title: str = ""
     ram_kib: float = 0.0
     flash_kib: float | None = None  # None: weights live in RAM, too
@@ -112,7 +116,23 @@ class Board:
     @property
     def has_energy(self) -> bool:
         """Whether the stage `distributed` can say what an image takes there."""
-        return self.active_w is not None and (self.runs_onnx or self.seconds_per_mac is not None)
+        return self.active_w is not None and (self.runs_onnx or any(self.mmacs.values()))
+
+    def at_rate(self, precision: str) -> Board:
+        """The board as it computes in a precision, at the speed of the catalogue."""
+        speed = self.mmacs.get(precision)
+        return replace(self, seconds_per_mac=1e-6 / speed if speed else None)
+
+    def in_precision(self, precision: str) -> Board:
+        """The same, except where it runs the exported files, so that they can be timed here in its place."""
+        return self if self.runs_onnx else self.at_rate(precision)
+
+    def holds(self, weight_bytes: float, activation_bytes: float) -> bool:
+        """Whether a model fits: weights in flash and activations in RAM, or both in RAM where there is no flash."""
+        flash, ram = self.flash_kib, self.ram_kib
+        if flash is None:
+            return weight_bytes + activation_bytes <= 1024 * ram
+        return weight_bytes <= 1024 * flash and activation_bytes <= 1024 * ram
 
 
 @cache
@@ -165,7 +185,7 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
     return Board(
         idle_w=facts.idle_w or 0.0,
         active_w=Range(*facts.active_range) if facts.active_range else None,
-        seconds_per_mac=1 / (1e6 * facts.int8_mmacs) if facts.int8_mmacs and not facts.runs_onnx else None,
+        name=str(name),
         title=facts.title or str(name),
         ram_kib=facts.ram_kib,
         flash_kib=facts.flash_kib,
@@ -188,7 +208,7 @@ def find_board(name: str) -> Board:
 def in_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:
     """A board as a device of ``params.yaml`` has it, which computes at `mmacs_per_s` in the precision of the students.
 
-    What is not known of it, that speed or its power, is taken from `reference`.
+    What is not known of it, that speed or its power, is taken from `reference`, which computes in that precision, too.
     """
     power = board if board.active_w else reference
     return replace(
@@ -199,18 +219,29 @@ def in_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Boar
     )
 
 
+def most_frugal(weight_bytes: float, activation_bytes: float, precision: str) -> Board | None:
+    """Of the boards that hold a model, the one on which it takes least energy, at its speed in a precision.
+
+    By the upper bounds of its power, idle draw included. None where no board of known power and speed holds it.
+    """
+    boards = (board.at_rate(precision) for board in all_boards().values() if board.active_w)
+    found = [board for board in boards if board.seconds_per_mac and board.holds(weight_bytes, activation_bytes)]
+    return min(found, key=lambda board: board.active_w.high * board.seconds_per_mac) if found else None  # type: ignore[union-attr,operator]
+
+
 def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: float) -> float:
     """Seconds of computing on a board: from its multiply-accumulates, or the measured time times `slowdown`."""
     return macs * board.seconds_per_mac if board.seconds_per_mac else measured_s * slowdown
 
 
-def inference_energy(board: Board, compute_s: float, window_s: float, wire_bytes: float, idle: bool) -> Range:
+def inference_energy(board: Board, compute_s: float, idle_s: float, wire_bytes: float) -> Range:
     """Joules of one device for one image, on a board whose `active_w` is known.
 
-    It computes for `compute_s` of the `window_s` seconds from the start of the image to its answer, and sends and
-    receives `wire_bytes`. What it would draw anyway is counted if `idle`; without, only what the image adds.
+    It computes for `compute_s` seconds, and sends and receives `wire_bytes`. What it would draw anyway is counted for
+    `idle_s` seconds: 0 for what the image adds alone, `compute_s` for all that it draws while it computes, or the time
+    from the image to its answer.
     """
     assert board.active_w is not None, "energy asks for power"
-    base = board.idle_w * window_s if idle else 0.0
+    base = board.idle_w * idle_s
     bounds = zip((board.active_w.low, board.active_w.high), RADIO_J_PER_BIT, strict=True)
     return Range(*((watts - board.idle_w) * compute_s + base + 8 * wire_bytes * bit_j for watts, bit_j in bounds))

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nonn.core.boards import Board, find_board
+from nonn.core.boards import Board, all_boards, find_board
 from nonn.core.chips import CHIPS, FAMILIES
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
@@ -85,10 +85,19 @@ def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
 
 
 def _board_facts(params: Params) -> dict[str, Any]:
-    """Of `distributed.board`, and of the boards of the devices where they state some."""
+    """Of `distributed.board`, of the boards of the devices where they state some, and of those a teacher may be on."""
     own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
     devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
-    return _facts_of(find_board(params.distributed.board)) | ({"devices": devices} if devices else {})
+    facts = _facts_of(find_board(params.distributed.board).in_precision(params.design.precision))
+    known = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w}
+    return facts | {"known": known} | ({"devices": devices} if devices else {})
+
+
+def _offer_of(board: Board) -> list[float | None]:
+    """What decides where a model fits and what it takes there: memory, speed and power."""
+    assert board.active_w is not None
+    power = board.idle_w, board.active_w.low, board.active_w.high
+    return [board.ram_kib, board.flash_kib, board.mmacs["float32"], board.mmacs["int8"], *power]
 
 
 def _facts_of(board: Board) -> dict[str, Any]:

@@ -306,20 +306,25 @@ class Params(Section):
         target, precision = self.networks[network].latency_ms, self.design.precision
         return [self.devices[name].budget(name, precision, target) for name in self.networks[network].devices]
 
-    def boards_of(self, name: str) -> list[Board] | None:
+    def boards_of(self, name: str, precision: Precision | None = None) -> list[Board] | None:
         """Boards for which the stage `distributed` composes what the devices of a network take, in their order.
 
-        A device that states neither a board nor a speed counts as ``distributed.board``; None if all do. For `SOLO` it
-        is one board, the quickest of all networks, in favour of what NoNN is compared with.
+        They compute in `precision`, by default that of the students. A device that states neither a board nor a speed
+        counts as ``distributed.board``; None if all do. For `SOLO` it is one board, the quickest of all networks, in
+        favour of what NoNN is compared with.
         """
+        precision = precision or self.design.precision
         if name == SOLO:
-            stated = [board for network in self.networks for board in self.boards_of(network) or ()]
+            stated = [board for network in self.networks for board in self.boards_of(network, precision) or ()]
             return [min(stated, key=lambda board: board.seconds_per_mac or math.inf)] if stated else None
-        budgets, reference = self.budgets_of(name), find_board(self.distributed.board)
+        budgets, reference = self.budgets_of(name), find_board(self.distributed.board).in_precision(precision)
         if not any(budget.board or budget.mmacs_per_s for budget in budgets):
             return None
         boards = [find_board(budget.board) if budget.board else reference for budget in budgets]
-        return [in_device(board, budget.mmacs_per_s, reference) for board, budget in zip(boards, budgets, strict=True)]
+        speeds = [budget.mmacs_per_s for budget in budgets]
+        if precision != self.design.precision:  # of which a device of its own speed says nothing
+            speeds = [board.mmacs[precision] for board in boards]
+        return [in_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -359,6 +364,9 @@ class Params(Section):
         for key, family, widths, size in stages:
             if line := say_if_too_deep(family, len(widths or ()), size):
                 yield f"{key}: {line}"
+        board, precision = find_board(self.distributed.board), self.design.precision
+        if not board.runs_onnx and not board.mmacs[precision]:
+            yield f"distributed.board: the speed of {board.name} in {precision} is not known; choose another board"
         if SOLO in self.networks:
             yield f"networks.{SOLO}: this is what models that run alone are called; choose another name"
         for name, network in self.networks.items():

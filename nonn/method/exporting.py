@@ -144,11 +144,10 @@ def export_solo(
         logits = run_onnx(path, images.each())
         check_outputs(path, logits, predict(model, images)[1], own)
         entry = _entry(path, model, data, own)
-        if (
-            isinstance(model, ConvNet) and model.mirrors and precision == "float32"
-        ):  # `distributed` splits a network only as a single pass, in float32
+        if isinstance(model, ConvNet) and model.mirrors and (precision == "float32" or name not in TEACHERS):
+            # `distributed` splits a network only as a single pass.
             entry["single_pass"] = f"{name}-single.onnx"
-            write_classifier(single_pass(model), data, folder / entry["single_pass"], "float32")
+            write_classifier(single_pass(model), data, folder / entry["single_pass"], own)
         manifests[name] = _manifest(data, [entry], logits, labels, own)
     return manifests
 

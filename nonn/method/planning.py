@@ -109,9 +109,8 @@ class Planner:
         link_ms = self.link_ms(sizes)
         found = [design_student(self.grid, b, self.info, n) for b, n in zip(budgets, sizes, strict=True)]
         times = [budget.compute_ms(cost) for budget, (_, cost) in zip(budgets, found, strict=True)]
-        window = max(time or 0.0 for time in times) + link_ms
         devices = [
-            Planned(budget, architecture, n, cost, time, self._energy(budget, n, time, window))
+            Planned(budget, architecture, n, cost, time, self._energy(budget, n, time))
             for budget, n, (architecture, cost), time in zip(budgets, sizes, found, times, strict=True)
         ]
         return Plan(devices, sum(map(answer_bytes, sizes)), link_ms, target)
@@ -152,13 +151,13 @@ class Planner:
                 found.append(str(name))
         return found
 
-    def _energy(self, budget: Budget, n_filters: int, compute_ms: float | None, window_ms: float) -> Range | None:
+    def _energy(self, budget: Budget, n_filters: int, compute_ms: float | None) -> Range | None:
         """Millijoules that an image adds on one device."""
         board = self.boards.get(budget.board or "")
         if board is None or board.active_w is None or compute_ms is None:
             return None
         wire = datagram_bytes(REQUEST_BYTES) + answer_bytes(n_filters)
-        energy = inference_energy(board, compute_ms / 1e3, window_ms / 1e3, wire, idle=False)
+        energy = inference_energy(board, compute_ms / 1e3, 0.0, wire)
         return Range(1e3 * energy.low, 1e3 * energy.high)
 
 

@@ -125,7 +125,9 @@ def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
     axes[0].set_ylabel("from the image to its class")
     handles = [legend_handle(look) for look in layouts.values()]
     handles.append(legend_handle(Look("timed on this machine: median, bar to the 95th percentile", "0.4", "o")))
-    handles.append(legend_handle(Look(f"composed for another processor, {_board_name(board)}", "0.4", "o"), **HOLLOW))
+    elsewhere = f", teacher{other}" if (other := _teacher_elsewhere(rows, board)) else ""
+    composed = f"composed for another processor, {_board_name(board)}{elsewhere}"
+    handles.append(legend_handle(Look(composed, "0.4", "o"), **HOLLOW))
     legend_below(figure, handles, columns=4)
     return figure
 
@@ -134,7 +136,8 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     """Draw performance and energy against the number of devices; the paper's Fig. 7.
 
     Left, how many times sooner the slowest device has its features than the teacher its answer, on one
-    core of this machine. Right, the energy of one image on a board: of one device, and of all.
+    core of this machine. Right, the energy of one image on a board, all that it draws while it computes: of one device,
+    and of all. The teacher's is on the board that holds it.
     """
     rows = rows[(rows["scenario"] == "sensor") & (rows["badge"] == "modelled")]
     rows = rows[rows["link"] == rows["link"].iloc[0]].sort_values("n_devices")
@@ -153,7 +156,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         style = {"color": look.colour, "marker": look.marker, "linewidth": 1.2, "elinewidth": 1}
         lines = {"node": {"markersize": 11}} if method == "teacher" else {"node": {}, "total": HOLLOW}
         for key, more in lines.items():
-            low, high = line[f"energy_{key}_mj_low"], line[f"energy_{key}_mj_high"]
+            low, high = (line[f"energy_{key}_computing_mj_{end}"] for end in ("low", "high"))
             energy.errorbar(line["n_devices"], (low + high) / 2, yerr=(high - low) / 2, **style, **more)
     energy.set_yscale("log")
     _plain_decades(energy)
@@ -162,12 +165,22 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     _count_devices(energy, sorted({1, *counts}))
     few = min(counts) / 1.5, max(counts) * 1.5
     speed.set_xlim(*few)
-    handles = [legend_handle(look) for look in layouts.values()]
+    elsewhere = _teacher_elsewhere(rows, board)
+    handles = [
+        legend_handle(look._replace(label=look.label + elsewhere) if method == "teacher" else look)
+        for method, look in layouts.items()
+    ]
     handles.append(legend_handle(Look("of the neediest device", "0.4", "o")))
     handles.append(legend_handle(Look("of all devices", "0.4", "o"), **HOLLOW))
     handles.append(Line2D([], [], color="0.4", marker="|", linestyle="", markersize=12, label=BARS))
     legend_below(figure, handles, columns=3)
     return figure
+
+
+def _teacher_elsewhere(rows: pd.DataFrame, board: str) -> str:
+    """Where the teacher's composed rows are, if on another board than the students'."""
+    boards = rows.loc[(rows["method"] == "teacher") & (rows["badge"] == "modelled"), "boards"].dropna()
+    return f" on {_board_name(boards.iloc[0])}" if len(boards) and boards.iloc[0] not in ("", board) else ""
 
 
 def _draw_speed(axis: Axes, n_devices: int, comparison: Mapping) -> float:

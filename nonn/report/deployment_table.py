@@ -29,6 +29,8 @@ COLUMNS = {
     "link": "{}",
     "scenario": "{}",
     "badge": "{}",
+    "precision": "{}",
+    "boards": "{}",
     "images": "{:.0f}",
     "absent": "{:.0f}",
     "total_ms": "{:.3f}",
@@ -42,7 +44,7 @@ COLUMNS = {
     "memory_bytes": "{:.0f}",
     **{
         f"energy_{which}_mj_{end}": "{:.5f}"
-        for which in ("node", "total", "node_with_idle", "total_with_idle")
+        for which in (f"{who}{idle}" for idle in ("", "_computing", "_with_idle") for who in ("node", "total"))
         for end in ("low", "high")
     },
     "overhead_ms": "{:.3f}",
@@ -50,6 +52,21 @@ COLUMNS = {
 }
 #: What the paper's abstract claims, each "up to".
 PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_latency": 33.0}
+#: Ratios of energy: what is assumed, the methods that are compared, and the energies of one device that are. The first
+#: is the ratio that is claimed: see `collect_energies`.
+ENERGIES = {
+    "holds": ("teacher on the board that holds it", "teacher", "nonn", "node_computing"),
+    "above_idle": ("the same, without what a board draws anyway", "teacher", "nonn", "node"),
+    "int8": ("int8 teacher on the board that holds it", "teacher_int8", "nonn", "node_computing"),
+    "same_board": ("students, too, on the teacher's board", "teacher", "nonn_teacher_board", "node_computing"),
+    "int8_as_if": (
+        "int8 teacher on the students' board, as if it fitted",
+        "teacher_int8_own_board",
+        "nonn",
+        "node_computing",
+    ),
+    "as_if": ("teacher on the students' board, as if it fitted", "teacher_own_board", "nonn", "node_computing"),
+}
 #: What each ratio is against.
 BASELINES = {
     **dict.fromkeys(("memory", "performance", "energy_per_node"), "teacher"),
@@ -85,7 +102,8 @@ def join_rows(results: Mapping[str, Mapping], n_devices: Mapping[str, int]) -> p
         for row in result["composed"]:
             energies = [key for key in row if key.endswith("_mj")]
             bounds = {f"{key}_{end}": row[key][i] for key in energies for i, end in enumerate(("low", "high"))}
-            rows.append(about | row | bounds | {"badge": "modelled"})
+            boards = " + ".join(dict.fromkeys(row.get("boards", ())))
+            rows.append(about | row | bounds | {"badge": "modelled", "boards": boards})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -124,9 +142,9 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
         ``memory``, ``performance``, ``energy_per_node`` and ``total_latency``: each ``ratio`` with the ends
         ``ratio_low`` and ``ratio_high`` of its interval (None for all but performance), the ``baseline`` that it is
         against, ``link`` and ``scenario`` (None where none takes part), ``n`` devices, ``network``, ``images`` timed,
-        and ``badge``. Energy is that of the teacher on one device over that of NoNN's neediest device: upper bounds,
-        without idle draw. Total latency is against the split by channels; ``total_latency_rows`` is the same against
-        the split by rows, of the same network on the same link, and ``paper`` holds the paper's ratios.
+        and ``badge``. Energy is the first of `collect_energies`; ``energies`` holds those of the same network, link
+        and scenario by assumption. Total latency is against the split by channels; ``total_latency_rows`` is the same
+        against the split by rows, of the same network on the same link, and ``paper`` holds the paper's ratios.
     """
     candidates = list_ratios(rows, comparisons)
     ratios: dict[str, Any] = {}
@@ -136,6 +154,8 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
             same = ["network", "link", "scenario"]
             own = own[(own[same] == [chosen[key] for key in same]).all(axis=1)]
         ratios[name] = None if own.empty else _ratio(own.loc[own["ratio"].idxmax()], baseline)
+    if chosen := ratios["energy_per_node"]:
+        ratios["energies"] = collect_energies(rows, chosen["network"], chosen["link"], chosen["scenario"])
     return ratios | {"paper": {name: {"ratio": ratio, "badge": "cited"} for name, ratio in PAPER.items()}}
 
 
@@ -148,11 +168,7 @@ def list_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> pd.DataFrame:
         for name, badge in (("memory", "modelled"), ("performance", "measured"))
         for c in comparisons
     ]
-    energies = rows.loc[rows["badge"] == "modelled"].drop(columns="images")
-    teacher = energies[energies["method"] == "teacher"]
-    both = energies[energies["method"] == "nonn"].merge(teacher, on=["link", "scenario"], suffixes=("", "_teacher"))
-    both["ratio"] = both["energy_node_mj_high_teacher"] / both["energy_node_mj_high"]
-
+    both = _compare_energies(rows, *ENERGIES["holds"][1:])
     live = compare_splits(rows).query("badge != 'modelled'")
     claims = {"channels": "total_latency", "rows": "total_latency_rows"}
     live = live.assign(claim=live["method"].map(claims))
@@ -161,6 +177,72 @@ def list_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> pd.DataFrame:
     columns = ["claim", "network", "n_devices", "link", "scenario", "badge", "images", "ratio", "ratio_low"]
     table = pd.DataFrame(listed, columns=[*columns, "ratio_high"])
     return table.astype({"ratio": float, "ratio_low": float, "ratio_high": float})
+
+
+def _compare_energies(rows: pd.DataFrame, teacher: str, nonn: str, column: str) -> pd.DataFrame:
+    """Energy of a teacher over that of a network's neediest device, on every link: middles of their ranges.
+
+    With ``ratio_low`` and ``ratio_high``, where one has the lower bound of its range and the other the upper; on the
+    same board both have the same, since the power of a board is not at both ends of its range.
+    """
+    modelled = rows.loc[rows["badge"] == "modelled"].drop(columns="images")
+    own, other = modelled[modelled["method"] == nonn], modelled[modelled["method"] == teacher]
+    both = own.merge(other, on=["link", "scenario"], suffixes=("", "_teacher"))
+    low, high = (both[f"energy_{column}_mj_{end}"] for end in ("low", "high"))
+    teacher_low, teacher_high = (both[f"energy_{column}_mj_{end}_teacher"] for end in ("low", "high"))
+    ratios = {"ratio": (teacher_low + teacher_high) / (low + high)}
+    ends = pd.DataFrame({"low": teacher_low / low, "high": teacher_high / high})
+    is_same = both["boards"] == both["boards_teacher"]
+    ratios["ratio_low"] = ends.min(axis=1).where(is_same, teacher_low / high)
+    ratios["ratio_high"] = ends.max(axis=1).where(is_same, teacher_high / low)
+    return both.assign(**ratios).dropna(subset=["ratio"])
+
+
+def collect_energies(rows: pd.DataFrame, network: str, link: str, scenario: str) -> dict[str, dict[str, Any]]:
+    """How many times more energy the teacher takes than a network's neediest device, by what is assumed: `ENERGIES`.
+
+    Each has ``ratio``, ``ratio_low``, ``ratio_high``, ``teacher_board`` and ``boards`` of the students. All that a
+    board draws while it computes is counted, and the radio. `nonn.testbed.placing` says which boards these are. What
+    was not composed is left out.
+    """
+    found = {}
+    for name, (_, teacher, nonn, column) in ENERGIES.items():
+        both = _compare_energies(rows, teacher, nonn, column)
+        here = both[(both["network"] == network) & (both["link"] == link) & (both["scenario"] == scenario)]
+        for row in here.to_dict("records"):
+            ratios = {key: round(row[key], 4) for key in ("ratio", "ratio_low", "ratio_high")}
+            found[name] = ratios | {"teacher_board": row["boards_teacher"], "boards": row["boards"]}
+    return found
+
+
+def claim_ratios(rows: pd.DataFrame, network: str) -> dict[str, Any]:
+    """The ratios of one network that ``claims.json`` adds to those of `nonn.report.method_table.compare_network`.
+
+    Returns
+    -------
+    dict
+        ``total_latency_ratio``, against the split by channels, the largest over the links on which both were timed, and
+        ``total_latency_link``; ``total_latency_rows_ratio``, against the split by rows on that link; ``energy_ratio``,
+        the first of `collect_energies`, with the ends of its range, there or else on the first link, and
+        ``energy_ratios`` by what is assumed. None where there is none.
+    """
+    keys = ("total_latency_ratio", "total_latency_link", "total_latency_rows_ratio")
+    keys += ("energy_ratio", "energy_ratio_low", "energy_ratio_high")
+    claims: dict[str, Any] = dict.fromkeys(keys) | {"energy_ratios": {}}
+    own = rows[(rows["network"] == network) | (rows["network"] == "")]
+    timed = compare_splits(own).query("badge != 'modelled'")
+    link, scenario = own.loc[own["badge"] == "modelled", ["link", "scenario"]].iloc[0]
+    channels = timed[timed["method"] == "channels"]
+    if not channels.empty:
+        best = channels.loc[channels["ratio"].idxmax()]
+        link, scenario = best["link"], best["scenario"]
+        claims |= {"total_latency_ratio": round(best["ratio"], 4), "total_latency_link": link}
+        by_rows = timed[(timed["method"] == "rows") & (timed["link"] == link) & (timed["scenario"] == scenario)]
+        claims["total_latency_rows_ratio"] = None if by_rows.empty else round(by_rows["ratio"].iloc[0], 4)
+    energies = collect_energies(own, network, link, scenario)
+    if first := energies.get("holds"):
+        claims |= {f"energy_{key}": first[key] for key in ("ratio", "ratio_low", "ratio_high")}
+    return claims | {"energy_ratios": {name: entry["ratio"] for name, entry in energies.items()}}
 
 
 def _ratio(best: pd.Series, baseline: str) -> dict[str, Any]:
@@ -184,6 +266,20 @@ def format_ratios(ratios: Mapping[str, Any]) -> pd.DataFrame:
         if (entry := ratios[name])
     ]
     return pd.DataFrame(lines)
+
+
+def format_energies(ratios: Mapping[str, Any]) -> pd.DataFrame:
+    """The ratio of energy by what is assumed, for readers."""
+    lines = [
+        {
+            "Assumed": ENERGIES[name][0],
+            "Teacher on": entry["teacher_board"],
+            "Students on": entry["boards"],
+            "Ratio": format_interval(entry, "ratio"),
+        }
+        for name, entry in ratios.get("energies", {}).items()
+    ]
+    return pd.DataFrame(lines, columns=["Assumed", "Teacher on", "Students on", "Ratio"])
 
 
 def format_latencies(rows: pd.DataFrame) -> pd.DataFrame:

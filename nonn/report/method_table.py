@@ -96,11 +96,18 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         interval, None where there is none. The best baseline is the one of highest mean accuracy on this network,
         whatever it costs; None for all of its keys where there is no baseline. It counts as beaten where the network's
         mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
+
+        ``p_value`` is paired by test image, with seeds averaged: of each test image it takes the share of the network's
+        ``n_seeds`` trainings that classify it rightly, less that of the baseline's trainings, and permutes the signs of
+        these differences (see `nonn.method.scoring.permutation_test`). So n is the number of test images, not of seeds:
+        it says whether the difference would be found on other images with these trainings. Whether it would be found
+        with other trainings, ``p_value_vs_nonn_seeds`` of ``summary.csv`` says.
     """
     teacher, nonn = row_of(methods, "", "teacher"), row_of(methods, network, "nonn")
     accuracy = nonn["accuracy_mean"]
     comparison = {
         "network": network,
+        "n_seeds": int(nonn["n_seeds"]),
         "accuracy": round(accuracy, 6),
         "teacher_accuracy": round(teacher["accuracy_mean"], 6),
         "accuracy_gap_points": round(100 * (teacher["accuracy_mean"] - accuracy), 4),
@@ -133,7 +140,10 @@ def format_interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
-    """Say what the experiment shows, of its most accurate network; the first of equals."""
+    """Say what the experiment shows, of its most accurate network; the first of equals.
+
+    `nonn.report.deployment_table.claim_ratios` adds what its devices show.
+    """
     return max(comparisons, key=lambda comparison: comparison["accuracy"])
 
 

@@ -1,7 +1,7 @@
 """What the devices of a split network send each other, and how a device waits for it.
 
-A slice of an activation map travels as a request of the same protocol that images travel by: one
-fp32 tensor as raw bytes, under the image's id. It may arrive before the image itself does.
+A slice of an activation map travels as a request of the same protocol that images travel by: one tensor as raw bytes,
+of 4 bytes a value or, in an int8 network, of 1, under the image's id. It may arrive before the image itself does.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from nonn.runtime.protocol import ProtocolError, invalid, read_raw
-from nonn.split.plan import Message
+from nonn.split.plan import Dtype, Message
 
 #: The model that a slice is addressed to.
 EXCHANGE = "exchange"
 LONGEST_ID = 64
+#: Names of types in the protocol, and as they travel.
+WIRE: dict[Dtype, tuple[str, np.dtype]] = {"float32": ("FP32", np.dtype("<f4")), "uint8": ("UINT8", np.dtype("u1"))}
 
 
 def make_slice(message: Message, image_id: str, source: np.ndarray) -> bytes:
     """The request that carries a slice of the sender's map, ready to be sent to any number of receivers."""
-    tensor = ModelInferRequest.InferInputTensor(name=message.name, datatype="FP32", shape=message.shape)
-    raw = [message.cut(source).astype("<f4", copy=False).tobytes()]
+    datatype, dtype = WIRE[message.dtype]
+    tensor = ModelInferRequest.InferInputTensor(name=message.name, datatype=datatype, shape=message.shape)
+    raw = [message.cut(source).astype(dtype, copy=False).tobytes()]
     request = ModelInferRequest(model_name=EXCHANGE, id=image_id, inputs=[tensor], raw_input_contents=raw)
     return request.SerializeToString()
 
@@ -41,7 +44,7 @@ def find_message(expected: dict[str, Message], request: ModelInferRequest) -> Me
 
 
 def read_slice(message: Message, request: ModelInferRequest) -> np.ndarray:
-    """The slice of a request, float32, without a copy.
+    """The slice of a request, without a copy.
 
     Raises
     ------
@@ -51,9 +54,10 @@ def read_slice(message: Message, request: ModelInferRequest) -> np.ndarray:
     (tensor,) = request.inputs
     if request.parameters or tensor.parameters or request.outputs or tensor.HasField("contents"):
         raise invalid(f"{tensor.name}: expected its data as raw_input_contents and nothing else")
-    data = read_raw(tensor, request.raw_input_contents, "FP32", message.shape, itemsize=4)
-    values = np.frombuffer(data, "<f4").reshape(message.shape)
-    if not np.isfinite(values).all():
+    datatype, dtype = WIRE[message.dtype]
+    data = read_raw(tensor, request.raw_input_contents, datatype, message.shape, itemsize=dtype.itemsize)
+    values = np.frombuffer(data, dtype).reshape(message.shape)
+    if message.dtype == "float32" and not np.isfinite(values).all():
         raise invalid(f"{tensor.name}: values that are not finite")
     return values
 

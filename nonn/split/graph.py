@@ -1,4 +1,9 @@
-"""An exported classifier taken apart, for those who cut it up: nodes, shapes and constants of its ONNX file."""
+"""An exported classifier taken apart, for those who cut it up: nodes, shapes and constants of its ONNX file.
+
+In an int8 file each integer map and each weight goes through a ``DequantizeLinear`` of its own; ONNX Runtime fuses
+these with the operation between them into one on integers. They stay beside that operation wherever it is cut: those of
+weights are taken for parts of the constants, and those of maps belong to the operation that reads them.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,14 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
-from nonn.split.plan import IMAGE
+from nonn.split.plan import IMAGE, Dtype, Precision
 
 #: Operations that work value by value, constants broadcast; the batch norm of inference is one.
 POINTWISE = {"Add", "BatchNormalization", "Cast", "Div", "Erf", "Mul", "Relu", "Sub"}
 WINDOWED = {"Conv", "MaxPool"}
+QUANTISING = {"QuantizeLinear", "DequantizeLinear"}
+#: Types of maps, which travel as they are.
+DTYPES: dict[int, Dtype] = {TensorProto.UINT8: "uint8", TensorProto.FLOAT: "float32"}
 
 
 class UnsplittableError(UserError):
@@ -29,7 +37,9 @@ class OnnxGraph:
     nodes: list[NodeProto]  # from the image to the last map, in order
     last: str  # the last map, of which the features are the spatial means
     shapes: dict[str, tuple[int, ...]]  # of all maps, the image included: (1, channels, rows, columns)
+    dtypes: dict[str, Dtype]  # of all maps
     constants: dict[str, np.ndarray]
+    unpacked: dict[str, NodeProto]  # the nodes that make float32 constants of quantised ones, by their outputs
     weight: np.ndarray  # (C, F), of the last linear layer
     bias: np.ndarray  # (C,)
     opset: int
@@ -38,6 +48,14 @@ class OnnxGraph:
     def maps(self, node: NodeProto) -> list[str]:
         """The maps that a node reads; its other inputs are constants."""
         return [name for name in node.input if name in self.shapes]
+
+    @property
+    def precision(self) -> Precision:
+        return "int8" if self.unpacked else "float32"
+
+    def stored(self, name: str) -> np.ndarray:
+        """A constant as the file holds it, quantised or not."""
+        return self.constants[self.unpacked[name].input[0] if name in self.unpacked else name]
 
 
 def read_network(path: Path) -> OnnxGraph:
@@ -62,8 +80,15 @@ def read_network(path: Path) -> OnnxGraph:
     graph = model.graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     described = [*graph.input, *graph.value_info, *graph.output]
+    types = {v.name: v.type.tensor_type.elem_type for v in described}
+    unpacked = {
+        node.output[0]: node
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and set(node.input) <= set(constants)
+    }
     shapes = {v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim) for v in described}
     shapes = {name: shape for name, shape in shapes.items() if len(shape) == 4 and name not in constants}
+    shapes = {name: shape for name, shape in shapes.items() if name not in unpacked}
     inputs = [value for value in graph.input if value.name not in constants]
     if [value.name for value in inputs] != [IMAGE] or inputs[0].type.tensor_type.elem_type != TensorProto.UINT8:
         raise refuse("its input is not one image of uint8")
@@ -71,7 +96,7 @@ def read_network(path: Path) -> OnnxGraph:
         raise refuse("its input is not one square image")
     if [node.op_type for node in graph.node[-2:]] != ["ReduceMean", "Gemm"]:
         raise refuse("it does not end in a spatial mean and one linear layer")
-    *nodes, mean, linear = graph.node
+    *nodes, mean, linear = (node for node in graph.node if node.output[0] not in unpacked)
     settings = attributes_of(mean) | attributes_of(linear)
     spatial = sorted(axis % 4 for axis in constants.get(mean.input[1], np.array([])).tolist()) == [2, 3]
     plain = settings.get("transB") == 1 and settings.get("transA", 0) == 0
@@ -79,19 +104,28 @@ def read_network(path: Path) -> OnnxGraph:
     if not (spatial and plain and len(linear.input) == 3 and linear.input[0] == mean.output[0]):
         raise refuse("it does not end in a spatial mean and one linear layer")
     for node in nodes:
-        if why := _obstacle(node, shapes):
+        if why := _obstacle(node, shapes, types, constants):
             raise refuse(f"{node.op_type} {node.output[0]}: {why}")
     versions = {entry.domain: entry.version for entry in model.opset_import}
     weight, bias = (constants[name] for name in linear.input[1:])
-    return OnnxGraph(nodes, mean.input[0], shapes, constants, weight, bias, versions[""], model.ir_version)
+    dtypes = {name: DTYPES[types[name]] for name in shapes}
+    return OnnxGraph(
+        nodes, mean.input[0], shapes, dtypes, constants, unpacked, weight, bias, versions[""], model.ir_version
+    )
 
 
-def _obstacle(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> str | None:
+def _obstacle(
+    node: NodeProto, shapes: dict[str, tuple[int, ...]], types: dict[str, int], constants: dict[str, np.ndarray]
+) -> str | None:
     """Why a node cannot be split, if so."""
-    if node.op_type not in POINTWISE | WINDOWED:
+    if node.op_type not in POINTWISE | WINDOWED | QUANTISING:
         return "an unknown operation"
     if len(node.output) != 1 or node.output[0] not in shapes:
         return "not one map as its output"
+    if types[node.output[0]] not in DTYPES:
+        return f"a map of {helper.tensor_dtype_to_string(types[node.output[0]]).split('.')[-1].lower()}"
+    if node.op_type in QUANTISING and any(name not in constants or constants[name].ndim for name in node.input[1:]):
+        return "not one scale for the whole map"
     if node.op_type in WINDOWED:
         settings = attributes_of(node)
         plain = {"group": 1, "auto_pad": b"NOTSET", "ceil_mode": 0, "storage_order": 0, "dilations": [1, 1]}

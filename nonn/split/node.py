@@ -69,9 +69,10 @@ class SplitDevice:
         for index in range(len(self.sessions)):
             known |= self.compute(index, known)
             for message in self.part.sent(index):
-                if message.cut(known[message.source]).shape != message.shape:
-                    raise ValueError(f"{message.name} is not of the shape {message.shape}")
-            known |= {m.name: np.zeros(m.shape, np.float32) for m in self.part.received(index)}
+                made = message.cut(known[message.source])
+                if made.shape != message.shape or made.dtype != np.dtype(message.dtype):
+                    raise ValueError(f"{message.name} is not of the shape {message.shape} and type {message.dtype}")
+            known |= {m.name: np.zeros(m.shape, m.dtype) for m in self.part.received(index)}
         if self.features(known).shape != (1, self.contract.n_features):
             raise ValueError(f"its features are not {self.contract.n_features}")
 

@@ -28,6 +28,9 @@ from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract
 from nonn.runtime.session import open_session
 
 Method = Literal["channels", "rows"]
+Precision = Literal["float32", "int8"]
+#: Of activation maps: in an int8 network those that are exchanged hold unsigned 8-bit integers.
+Dtype = Literal["float32", "uint8"]
 #: What every device starts from, and what it answers.
 IMAGE, FEATURES = "image", "features"
 PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
@@ -39,7 +42,7 @@ Total = Annotated[int, Field(ge=0)]
 
 
 class Message(Record, extra="forbid"):
-    """A slice of an activation map that one device sends another, float32."""
+    """A slice of an activation map that one device sends another."""
 
     round: Position  # sent after the segment of this number, and there before the next
     sender: Position
@@ -48,11 +51,12 @@ class Message(Record, extra="forbid"):
     name: Name  # the receiver's for the slice
     rows: tuple[Position, Position] | None = None  # of the sender's map: first and one past the last; None: all of it
     shape: tuple[Literal[1], Count, Count, Count]  # (1, channels, rows, columns)
+    dtype: Dtype = "float32"
 
     @property
     def n_bytes(self) -> int:
         """Payload, without the framing."""
-        return 4 * math.prod(self.shape)
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape)
 
     def cut(self, source: np.ndarray) -> np.ndarray:
         """The slice of the sender's map: a view of it."""
@@ -65,6 +69,7 @@ class Segment(Record, extra="forbid"):
     inputs: list[Name]
     outputs: Annotated[list[Name], Field(min_length=1)]
     params: Total
+    weight_bytes: Total
     macs: Total
     sha256: Sha256
 
@@ -104,6 +109,10 @@ class Part(Record, extra="forbid"):
         return sum(segment.params for segment in self.segments if segment)
 
     @property
+    def weight_bytes(self) -> int:
+        return sum(segment.weight_bytes for segment in self.segments if segment)
+
+    @property
     def macs(self) -> int:
         return sum(segment.macs for segment in self.segments if segment)
 
@@ -124,6 +133,7 @@ class SplitPlan:
     weight: np.ndarray  # (C, F), float32, of the last linear layer, which the coordinator applies
     bias: np.ndarray  # (C,), float32
     scale: float  # what the devices' features, added up, are multiplied by before that
+    precision: Precision = "float32"  # that they calculate in
 
     @property
     def n_devices(self) -> int:
@@ -170,7 +180,13 @@ class SplitPlan:
                         (own / f"{index}.onnx").write_bytes(model)
             (scratch / FINAL).write_bytes(save({"weight": self.weight, "bias": self.bias}))
             parts = [sha256_of(scratch / str(part.position) / PART) for part in self.parts]
-            content = PlanFile(method=self.method, scale=self.scale, parts=parts, final=sha256_of(scratch / FINAL))
+            content = PlanFile(
+                method=self.method,
+                precision=self.precision,
+                scale=self.scale,
+                parts=parts,
+                final=sha256_of(scratch / FINAL),
+            )
             write_json(scratch / PLAN, content.model_dump())
 
     @classmethod
@@ -181,13 +197,15 @@ class SplitPlan:
             read_verified(folder / str(position) / PART, sha256)
         parts, models = zip(*(load_part(folder / str(position)) for position in range(len(content.parts))), strict=True)
         final = load(read_verified(folder / FINAL, content.final))
-        return cls(content.method, list(parts), list(models), final["weight"], final["bias"], content.scale)
+        layer = final["weight"], final["bias"]
+        return cls(content.method, list(parts), list(models), *layer, content.scale, content.precision)
 
 
 class PlanFile(Record, extra="forbid"):
     """All of ``plan.json``: SHA-256 of the devices' parts and of the last layer."""
 
     method: Method
+    precision: Precision
     scale: float
     parts: Annotated[list[Sha256], Field(min_length=1)]
     final: Sha256

@@ -14,6 +14,10 @@ last linear layer. Both are one algorithm along another axis of the maps: a map 
 operation reads is *cut*, each device owning an even share of it; backwards from the shares follows
 which interval of each map a device has to compute, and which parts of it others own.
 
+Of an int8 network integer maps are exchanged, and every device runs integer operations: each map that it computes is
+that of the unsplit network, bit for bit. What comes after the last integer map, the spatial mean and the last layer, is
+float32 there, too. Its sums are added up in another order, so logits agree up to the rounding of float32.
+
 References
 ----------
 .. [1] Mao et al., MoDNN: Local distributed mobile computing system for Deep Neural Network, DATE 2017.
@@ -38,69 +42,13 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.exported import Image
-from nonn.split.geometry import EMPTY, Interval, Window, common, hull, share
+from nonn.split.cuts import CHANNELS, ROWS, Cuts
+from nonn.split.geometry import EMPTY, Interval, Window, common
 from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
 from nonn.split.plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
 
-CHANNELS, ROWS = 1, 2
 AXES = {"channels": CHANNELS, "rows": ROWS}
 MOST_DEVICES = 16
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """Where a network is cut along one axis, the same for all devices."""
-
-    network: OnnxGraph
-    axis: int
-    n_devices: int
-    levels: dict[str, int]  # the segment that computes each map
-    exchanged: set[str]  # the maps of which devices send each other slices
-
-    @classmethod
-    def of(cls, network: OnnxGraph, axis: int, n_devices: int, recomputed: int) -> Cuts:
-        known = {IMAGE}  # what a device can make from the image, which is whole on every device
-        exchanged, levels, convolutions = set(), {IMAGE: 0}, 0
-        for node in network.nodes:
-            convolutions += node.op_type == "Conv"
-            if set(network.maps(node)) <= known and (node.op_type != "Conv" or convolutions <= recomputed):
-                known.add(node.output[0])
-            wide = node.op_type == "Conv" if axis == CHANNELS else node.op_type in WINDOWED and Window.of(node).overlaps
-            if wide and n_devices > 1:
-                exchanged |= set(network.maps(node)) - known
-        for node in network.nodes:
-            levels[node.output[0]] = max(levels[name] + (name in exchanged) for name in network.maps(node))
-        return cls(network, axis, n_devices, levels, exchanged)
-
-    def size(self, name: str) -> int:
-        return self.network.shapes[name][self.axis]
-
-    def share(self, name: str, position: int) -> Interval:
-        return share(self.size(name), position, self.n_devices)
-
-    def needed_by(self, node: NodeProto, name: str, outputs: Interval) -> Interval:
-        """The interval of a map that a node needs to compute an interval of its output."""
-        if outputs == EMPTY:
-            return EMPTY
-        if self.axis == CHANNELS:
-            return (0, self.size(name)) if node.op_type == "Conv" else outputs
-        return common(Window.of(node).inputs(outputs), (0, self.size(name))) if node.op_type in WINDOWED else outputs
-
-    def intervals(self, position: int) -> tuple[dict[str, Interval], dict[str, Interval]]:
-        """What a device computes of each map, and what it needs of it: they differ where maps are exchanged."""
-        needed = dict.fromkeys(self.levels, EMPTY)
-        needed[self.network.last] = self.share(self.network.last, position)
-        computed = {}
-        for node in reversed(self.network.nodes):
-            name = node.output[0]
-            computed[name] = self.share(name, position) if name in self.exchanged else needed[name]
-            for read in self.network.maps(node):
-                needed[read] = hull(needed[read], self.needed_by(node, read, computed[name]))
-        return computed, needed
-
-    def shape(self, name: str, interval: Interval) -> tuple[int, ...]:
-        whole = self.network.shapes[name]
-        return (*whole[: self.axis], interval[1] - interval[0], *whole[self.axis + 1 :])
 
 
 @dataclass
@@ -112,6 +60,7 @@ class Draft:
     inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of what it takes
     made: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and of what it makes
     params: int = 0
+    weight_bytes: int = 0
     macs: int = 0
 
     def constant(self, name: str, value: np.ndarray) -> str:
@@ -132,7 +81,8 @@ class Draft:
 
     def finish(self, outputs: list[str], network: OnnxGraph) -> tuple[Segment, bytes]:
         def describe(name: str, shape: tuple[int, ...]):
-            kind = TensorProto.UINT8 if name == IMAGE else TensorProto.FLOAT
+            dtype = network.dtypes.get(name.partition("@")[0], "float32")  # features have no type of their own
+            kind = TensorProto.UINT8 if dtype == "uint8" else TensorProto.FLOAT
             return helper.make_tensor_value_info(name, kind, shape)
 
         graph = helper.make_graph(
@@ -147,7 +97,14 @@ class Draft:
         onnx.checker.check_model(model)
         content = model.SerializeToString(deterministic=True)
         sha256 = hashlib.sha256(content).hexdigest()
-        segment = Segment(inputs=list(self.inputs), outputs=outputs, params=self.params, macs=self.macs, sha256=sha256)
+        segment = Segment(
+            inputs=list(self.inputs),
+            outputs=outputs,
+            params=self.params,
+            weight_bytes=self.weight_bytes,
+            macs=self.macs,
+            sha256=sha256,
+        )
         return segment, content
 
 
@@ -175,31 +132,47 @@ class Writer:
 
     def _write_node(self, node: NodeProto, draft: Draft) -> None:
         output, outputs = node.output[0], self.computed[node.output[0]]
-        constants = {
-            name: self._constant(node, name, outputs) for name in node.input if name not in self.network.shapes
-        }
-        if node.op_type in ("Conv", "BatchNormalization"):
-            # Of a batch norm, scale and bias are trained; mean and variance are not.
-            draft.params += sum(constants[name].size for name in node.input[1:3])
         names = []
         for name in node.input:
-            if name in constants:
-                # An exporter may give equal constants to different nodes, which need different slices of them.
-                names.append(draft.constant(f"{output}.{name}", constants[name]))
-            else:
+            if name in self.network.shapes:
                 names.append(self._take(draft, name, self.cuts.needed_by(node, name, outputs)))
+            else:
+                names.append(self._put(draft, node, name, outputs))
+        if node.op_type in ("Conv", "BatchNormalization"):
+            # Of a batch norm, scale and bias are trained; mean and variance are not.
+            stored = [self._constant(node, self.network.stored(name), outputs) for name in node.input[1:3]]
+            draft.params += sum(value.size for value in stored)
+            draft.weight_bytes += self._weight_bytes(node, stored)
         settings = attributes_of(node)
         if node.op_type in WINDOWED and self.cuts.axis == ROWS:
             settings["pads"] = self._pads(node, outputs)
         draft.add(node.op_type, names, output, **settings)
         draft.made[output] = self.cuts.shape(output, outputs)
         if node.op_type == "Conv":
-            draft.macs += math.prod(draft.made[output]) * constants[node.input[1]][0].size
+            draft.macs += math.prod(draft.made[output]) * self.network.stored(node.input[1])[0].size
 
-    def _constant(self, node: NodeProto, name: str, outputs: Interval) -> np.ndarray:
+    def _put(self, draft: Draft, node: NodeProto, name: str, outputs: Interval) -> str:
+        """Name of a constant in a segment, as far as it belongs to an interval of a node's output."""
+        # An exporter may give equal constants to different nodes, which need different slices of them.
+        own = f"{node.output[0]}.{name}"
+        if name not in self.network.unpacked:
+            return draft.constant(own, self._constant(node, self.network.constants[name], outputs))
+        maker = self.network.unpacked[name]
+        parts = [
+            draft.constant(f"{own}.{part}", self._constant(node, self.network.constants[part], outputs))
+            for part in maker.input
+        ]
+        return draft.add(maker.op_type, parts, own, **attributes_of(maker))
+
+    def _weight_bytes(self, node: NodeProto, stored: list[np.ndarray]) -> int:
+        """Bytes of trained constants; of quantised filters as `nonn.deploy.int8.weight_bytes` counts them."""
+        if node.input[1] in self.network.unpacked:
+            return stored[0].nbytes + 8 * len(stored[0])  # and for each a 32-bit bias and a 32-bit scale
+        return sum(value.nbytes for value in stored)
+
+    def _constant(self, node: NodeProto, value: np.ndarray, outputs: Interval) -> np.ndarray:
         """A constant as far as it belongs to an interval of the output: of channels, its slice."""
-        value = self.network.constants[name]
-        if self.cuts.axis == ROWS:
+        if self.cuts.axis == ROWS or not value.ndim:
             return value
         if node.op_type in ("Conv", "BatchNormalization"):
             return value[slice(*outputs)]
@@ -270,6 +243,7 @@ class Writer:
                     name=f"{name}@{owner}",
                     rows=None if (start, stop) == owned else rows,
                     shape=self.cuts.shape(name, (start, stop)),  # type: ignore[arg-type]  # of four dimensions
+                    dtype=self.network.dtypes[name],
                 )
 
     def finish(self, messages: list[Message]) -> tuple[Part, list[bytes | None]]:
@@ -320,13 +294,14 @@ def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) 
     parts, models = zip(*(writer.finish(messages) for writer in writers), strict=True)
     pixels = math.prod(network.shapes[network.last][2:])
     scale = 1.0 if method == "channels" else 1 / pixels
-    return SplitPlan(method, list(parts), list(models), network.weight, network.bias, scale)
+    layer = network.weight, network.bias
+    return SplitPlan(method, list(parts), list(models), *layer, scale, network.precision)
 
 
 def describe(plan: SplitPlan) -> str:
     """What each device holds, computes and sends for one image."""
     lines = [
-        f"split over {plan.n_devices} by {plan.method}; for one image rounds: {plan.rounds}, "
+        f"split over {plan.n_devices} by {plan.method} in {plan.precision}; for one image rounds: {plan.rounds}, "
         f"messages: {len(plan.messages)}, bytes between devices: {plan.payload_bytes():,}",
         "{:<10} {:>10} {:>12} {:>9} {:>12} {:>9}".format("device", "params", "MACs", "messages", "sent", "features"),
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nonn.core.artifacts import Benchmark, DatasetInfo, SoloManifest
 from nonn.core.files import read_json, write_json
-from nonn.core.params import SOLO, Params
+from nonn.core.params import SOLO, Params, Precision
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.system import describe_system
@@ -16,17 +16,15 @@ from nonn.split.graph import UnsplittableError, read_network
 from nonn.testbed.composed import load_of_network
 from nonn.testbed.deployments import SPLITS, Deployment, as_network, on_boards, split_deployment, time_final
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
+from nonn.testbed.placing import placed_teachers, with_the_teacher
 
 
 def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
-    load = load_of_network(folder, read_json(paths.benchmark(name), Benchmark)["models"])
+    load = load_of_network(folder, read_json(paths.benchmark(name), Benchmark)["models"], params.design.precision)
     yield Deployment("nonn", folder, False, load, time_final(folder))
-    if params.design.precision == "int8":
-        log("note: networks are split in float32 only; where devices run int8, there is none to compare with")
-        return
     total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
@@ -44,12 +42,18 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
 
 
 def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
-    """The teacher, and one KD student, each on a single device."""
-    benchmark = read_json(paths.benchmark(SOLO), Benchmark)["models"]
-    alone = {"teacher": "teacher"} | ({"kd": "-".join(params.pool)} if params.pool else {})
-    for method, name in alone.items():
+    """The teachers, and one KD student, each on a single device."""
+    benchmark, precision = read_json(paths.benchmark(SOLO), Benchmark)["models"], params.design.precision
+    alone: dict[str, tuple[str, Precision]] = {"teacher": ("teacher", "float32")}
+    if "teacher_int8" in benchmark:
+        alone["teacher_int8"] = "teacher_int8", "int8"
+    if params.pool:
+        alone["kd"] = "-".join(params.pool), precision
+    for method, (name, own) in alone.items():
         folder = as_network(paths.export(SOLO), name, scratch / method)
-        yield Deployment(method, folder, False, load_of_network(folder, {"0": benchmark[name]}), time_final(folder))
+        load = load_of_network(folder, {"0": benchmark[name]}, own)
+        like = "teacher" if method == "teacher_int8" else ""  # which sends the same, and is not run here
+        yield Deployment(method, folder, False, load, time_final(folder), like)
 
 
 def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:
@@ -57,21 +61,38 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     architecture = params.distributed.reference
     if architecture is None:
         return
+    import numpy as np
     import torch
 
+    from nonn.deploy.int8 import fold_norms, quantise
     from nonn.deploy.onnx_files import Logits, export_onnx
     from nonn.training.networks import ConvNet
 
-    info = read_json(paths.dataset_info, DatasetInfo)
+    info, is_int8 = read_json(paths.dataset_info, DatasetInfo), params.design.precision == "int8"
     torch.manual_seed(0)
-    model = Logits(ConvNet(architecture, info["channels"], len(info["classes"])))
-    example = torch.zeros(1, info["channels"], info["size"], info["size"], dtype=torch.uint8)
+    model, shape = (
+        ConvNet(architecture, info["channels"], len(info["classes"])),
+        (info["channels"], *2 * [info["size"]]),
+    )
     path = scratch / "reference.onnx"
-    export_onnx(model, example, path, "image", "logits")
+    example = torch.zeros(1, *shape, dtype=torch.uint8)
+    export_onnx(Logits(fold_norms(model) if is_int8 else model), example, path, "image", "logits")
+    if is_int8:  # as the students are, on images of no meaning
+        quantise(path, np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8))
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
         n_devices = len(params.networks[name].devices)
         yield split_deployment(folder.name, path, n_devices, folder, params.benchmark.core)
+
+
+def placed(deployments: list[Deployment], params: Params, paths: Paths, name: str) -> list[Deployment]:
+    """What is composed of the deployments of a network, or of `SOLO`: those themselves, and on which boards else."""
+    solo = paths.export(SOLO)
+    if name != SOLO:
+        return [*deployments, *with_the_teacher(deployments[0], params, solo)]
+    teachers = {each.method: each for each in deployments if each.method != "kd"}
+    rest = [each for each in deployments if each.method == "kd"]
+    return [*placed_teachers(teachers, params, solo), *rest]
 
 
 def run(params: Params, paths: Paths, name: str) -> None:
@@ -84,7 +105,7 @@ def run(params: Params, paths: Paths, name: str) -> None:
             deployments = list(network_deployments(params, paths, name, scratch))
             reference = list(reference_deployments(params, paths, name, scratch))
         bed = TrialBed(scratch, params.distributed, (info["channels"], info["size"], info["size"]))
-        live = measure_live(deployments, bed, params.distributed)
-    everything = on_boards([*deployments, *reference], params, name)
+        live = measure_live([each for each in deployments if each.method != "teacher_int8"], bed, params.distributed)
+    everything = on_boards([*placed(deployments, params, paths, name), *reference], params, name)
     composed = list(compose_all(everything, live, params.distributed))
     write_json(paths.distributed(name), {"system": describe_system(), "live": live, "composed": composed})

@@ -191,6 +191,7 @@ def run(params: Params, paths: Paths) -> None:
         params=params,
         comparisons=comparisons,
         ratios=deployment_table.format_ratios(ratios),
+        energies=deployment_table.format_energies(ratios),
         latencies=deployment_table.format_latencies(deployed),
         missing=missing_table.format_missing(strategies),
         n_test=n_test,
@@ -204,7 +205,8 @@ def run(params: Params, paths: Paths) -> None:
     write_json(paths / "ratios.json", ratios)
     metrics = method_table.collect_metrics(methods, comparisons) | calibration_metrics(evaluation)
     write_json(paths / "metrics.json", metrics)
-    write_json(paths / "claims.json", method_table.collect_claims(comparisons))
+    claims = method_table.collect_claims(comparisons)
+    write_json(paths / "claims.json", claims | deployment_table.claim_ratios(deployed, claims["network"]))
 
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]

@@ -18,7 +18,7 @@ from onnxruntime import InferenceSession
 
 from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
-from nonn.core.params import Distributed
+from nonn.core.params import Distributed, Precision
 from nonn.core.system import pinned_to
 from nonn.runtime.cluster import COORDINATOR
 from nonn.runtime.exported import read_manifest
@@ -38,6 +38,7 @@ class Load:
     payload: Sequence[Transfers]  # what devices send each other after each round but the last
     image_bytes: float  # what one device gets in broadcast
     answer_bytes: float  # what it sends the coordinator
+    precision: Precision = "float32"  # that it calculates in, and by which a board without a measurement is charged
     boards: Sequence[Board] | None = None  # of the devices; None: all are `distributed.board`
 
     @property
@@ -77,10 +78,11 @@ def compose(
     dict
         Milliseconds, bytes and millijoules: ``compute_ms`` (of the slowest device, round by round),
         ``link_ms``, ``final_ms``, ``total_ms``; ``wire_bytes``; for the device that needs most, and for
-        all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``, and the same with
-        what the devices draw anyway, ``…_with_idle_mj``. Where devices state their boards, ``boards`` names them.
+        all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``: what the image adds. The same
+        with what a device draws anyway while it computes, ``…_computing_mj``, or until the answer,
+        ``…_with_idle_mj``. ``boards`` names the devices' boards, and ``precision`` is the one that they calculate in.
     """
-    boards = load.boards or [find_board(params.board)] * load.n_devices
+    boards = load.boards or [find_board(params.board).in_precision(load.precision)] * load.n_devices
     compute = np.array(
         [
             [compute_seconds(*device, params.slowdown) for device in zip(boards, macs, seconds, strict=True)]
@@ -94,27 +96,25 @@ def compose(
     total = computing + on_link + final_s
     devices = [str(device) for device in range(load.n_devices)]
     moved = [framing * sum(n for sent in transfers for pair, n in sent.items() if device in pair) for device in devices]
-    row = {
+    row: dict[str, Any] = {
+        "precision": load.precision,
+        "boards": [board.name for board in boards],
         "compute_ms": 1e3 * computing,
         "link_ms": 1e3 * on_link,
         "final_ms": 1e3 * final_s,
         "total_ms": 1e3 * total,
         "wire_bytes": framing * payload_bytes(transfers),
     }
-    if load.boards:
-        row["boards"] = [board.title for board in load.boards]
-    for suffix, idle in (("", False), ("_with_idle", True)):
-        energies = [
-            inference_energy(board, spent, total, bytes_moved, idle)
-            for board, spent, bytes_moved in zip(boards, compute.sum(axis=0), moved, strict=True)
-        ]
+    spent = compute.sum(axis=0)
+    for suffix, idle in (("", 0 * spent), ("_computing", spent), ("_with_idle", total + 0 * spent)):
+        energies = [inference_energy(*device) for device in zip(boards, spent, idle, moved, strict=True)]
         worst = max(energies, key=lambda energy: energy.high)
         row[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]
         row[f"energy_total{suffix}_mj"] = [1e3 * sum(e.low for e in energies), 1e3 * sum(e.high for e in energies)]
     return row
 
 
-def load_of_network(export: Path, benchmark: Mapping) -> Load:
+def load_of_network(export: Path, benchmark: Mapping, precision: Precision) -> Load:
     """What one image costs the devices of an exported network, each as `nonn.testbed.latency` measured it alone."""
     manifest = read_manifest(export)
     students = [benchmark[student.model] for student in manifest.students]
@@ -126,11 +126,12 @@ def load_of_network(export: Path, benchmark: Mapping) -> Load:
         payload=[],
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(student.n_features for student in manifest.students),
+        precision=precision,
     )
 
 
 def load_of_split(plan: SplitPlan, core: int) -> Load:
-    """What one image costs the devices of a split network, in float32; each segment timed on one pinned core.
+    """What one image costs the devices of a split network; each segment timed on one pinned core.
 
     Activations are counted as the inputs and outputs of a device's largest segment: what lives in
     between is left out, in favour of the split.
@@ -145,14 +146,16 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
         payload[message.round][str(message.sender), str(message.receiver)] += message.n_bytes
 
     def activations(session: InferenceSession) -> int:
-        return sum(math.prod(value.shape) for value in [*session.get_inputs(), *session.get_outputs()])
+        values = [*session.get_inputs(), *session.get_outputs()]
+        return sum(math.prod(value.shape) * (1 if value.type == "tensor(uint8)" else 4) for value in values)
 
     largest = [max(activations(session) for session in own if session) for own in sessions]
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
-        memory_bytes=4 * max(part.params + values for part, values in zip(plan.parts, largest, strict=True)),
+        memory_bytes=max(part.weight_bytes + n_bytes for part, n_bytes in zip(plan.parts, largest, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
         answer_bytes=4 * max(part.n_features for part in plan.parts),
+        precision=plan.precision,
     )

@@ -65,12 +65,13 @@ class Deployment:
     is_split: bool
     load: Load
     final_s: float  # seconds of the final layer
+    like: str = ""  # the method whose messages it sends, where that goes by another name
 
 
 def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> list[Deployment]:
     """Deployments of a network, or of `SOLO`, on the boards that the devices state, see `Params.boards_of`.
 
-    A line says of which of these boards a figure is not known.
+    Those that have boards already keep them. A line says of which of these boards a figure is not known.
     """
     boards = params.boards_of(name)
     if boards is None:
@@ -80,7 +81,10 @@ def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> l
     unknown += [f"power of {board}" for board in named if find_board(board).active_w is None]
     if unknown:
         log(f"note: {name}: {', '.join(unknown)}: not known, counted as that of {params.distributed.board}")
-    return [replace(each, load=replace(each.load, boards=boards)) for each in deployments]
+    return [
+        replace(each, load=replace(each.load, boards=each.load.boards or params.boards_of(name, each.load.precision)))
+        for each in deployments
+    ]
 
 
 def time_final(folder: Path) -> float:

@@ -12,11 +12,11 @@ composed
     board that cannot be measured here), the time on the link from the bytes that were counted live:
     round by round, the slowest device's computing + the link, then the final layer. Energy follows.
 
-Methods: ``nonn``; ``channels`` and ``rows``, the student of the network's total budget split over the
-devices by output channels (an all-gather after each convolution) or by rows (halo exchange); ``teacher``
-and ``kd`` on a single device; ``reference_channels`` and ``reference_rows``, another network split in the
-same ways, composed only. Scenarios: every device has a ``sensor`` of its own, or the coordinator sends
-the image to each (``broadcast``).
+Methods: ``nonn``; ``channels`` and ``rows``, the student of the network's total budget split over the devices by output
+channels (an all-gather after each convolution) or by rows (halo exchange); ``teacher`` and ``kd`` on a single device;
+``reference_channels`` and ``reference_rows``, another network split in the same ways, composed only, as are the further
+boards of `nonn.testbed.placing`. Scenarios: every device has a ``sensor`` of its own, or the coordinator sends the
+image to each (``broadcast``).
 """
 
 from __future__ import annotations
@@ -233,10 +233,10 @@ def describe(deployment: Deployment, scenario: Scenario, measured: Measured, is_
 def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -> float:
     """Bytes on the wire for each byte of payload, counted on the fastest link.
 
-    Of the deployment itself if it ran in this scenario, else in another, else of the same kind of split;
-    1 if nothing was counted, which flatters whoever sends many small messages.
+    Of the deployment itself, or what it is like, if it ran in this scenario, else in another, else of the same kind of
+    split; 1 if nothing was counted, which flatters whoever sends many small messages.
     """
-    kind = deployment.method.removeprefix("reference_")
+    kind = deployment.like or deployment.method.removeprefix("reference_")
     rows = [row for row in live if row["method"] == kind and row.get("framing")]
     rows.sort(key=lambda row: row["scenario"] != scenario)  # stable: the fastest link stays first
     return rows[0]["framing"] if rows else 1.0
