@@ -61,7 +61,7 @@ COMMANDS = {
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
     "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
     "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
-    "coordinate": (DEPLOY, "runtime.coordinate", "Serve a whole network to applications."),
+    "coordinate": (DEPLOY, "live.following", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
     "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
@@ -69,6 +69,7 @@ COMMANDS = {
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
     "load": (MEASURE, "testbed.load", "Call a node and a coordinator from many callers at once, and count answers."),
     "soak": (MEASURE, "testbed.soak", "Classify many images while nodes are killed, and count the answers."),
+    "replace": (MEASURE, "testbed.replacement", "Replace all nodes under requests, one by one, and count those lost."),
     "fuzz": (MEASURE, "testbed.fuzz", "Send malformed messages to a node and a coordinator, and check the replies."),
     "torture": (
         MEASURE,
