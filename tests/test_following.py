@@ -227,6 +227,7 @@ def test_a_request_for_a_version_is_answered_by_the_current_export_alone(exports
     asyncio.run(scenario())
 
 
+@pytest.mark.slow
 def test_no_request_is_lost_while_nodes_are_replaced(exports, monkeypatch, capsys):
     monkeypatch.setattr(replacement, "PAUSE", 1.0)
     former, new = exports
@@ -261,3 +262,21 @@ def test_an_export_of_another_task_cannot_take_the_place(exports, tmp_path):
     with pytest.raises(SystemExit) as error:
         main(["replace", str(exports[0]), "--by", str(other)])
     assert "classes" in str(error.value)
+
+
+def test_health_says_which_nodes_serve_their_students(exports, tmp_path, capsys):
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            await asyncio.to_thread(main, ["health", "--cluster", str(bench.file)])
+            assert capsys.readouterr().out.count("serves ") == 3
+            await bench.serve(1, exports[1])
+            await bench.nodes.pop(2).aclose()
+            await asyncio.to_thread(main, ["health", "--cluster", str(bench.file), "--node", "node-0"])
+            with pytest.raises(SystemExit) as error:
+                await asyncio.to_thread(main, ["health", "--cluster", str(bench.file), "--wait", "0.3"])
+            assert "2 of 3 nodes" in str(error.value)
+            lines = capsys.readouterr().out.splitlines()
+            assert "serves no model '1' of version" in lines[2]
+            assert "unavailable" in lines[3]
+
+    asyncio.run(scenario())

@@ -25,6 +25,7 @@ from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import log
 from nonn.live.following import ATTENTION
+from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, settle
 from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
@@ -33,7 +34,7 @@ from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, read_out
 from nonn.runtime.node import Student
-from nonn.runtime.processes import node_commands, nonn_command, running, start, stop
+from nonn.runtime.processes import START, node_commands, nonn_command, running, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_bed
@@ -134,6 +135,7 @@ class Campaign:
         """Name the new export in the cluster file, then replace each node as soon as it is due."""
         cluster = self.bed.cluster.model_copy(update={"export": self.new})
         write_cluster(cluster_file, cluster)
+        contracts = {node.name: contract for node, _, contract in cluster.placed()[1]}
         for number, node in enumerate(cluster.nodes):
             while not due(number):
                 await asyncio.sleep(0.01)
@@ -141,7 +143,10 @@ class Campaign:
             await stop(self.bed.children[node.name])
             child = await start(node, node_commands(cluster)[node])
             self.bed.children[node.name] = child  # ended with the bed, whatever happens
-            await child.ready()
+            # Asked by the protocol, since the line by which a child says that it listens may get lost among gRPC's.
+            contract = contracts[node.name]
+            if problem := await wait_for(node, contract, cluster.own_identity, START, lambda c=child: c.has_exited):
+                raise UserError(f"{node.name} did not start: {child.said or problem}")
             await asyncio.sleep(PAUSE)
             self.seen.seconds[node.name] = time.monotonic() - begun
             log(f"{node.name}: replaced in {self.seen.seconds[node.name]:.1f} s, {self.seen.requests} requests so far")
