@@ -61,6 +61,7 @@ COMMANDS = {
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
     "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
     "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
+    "deploy": (DEPLOY, "live.rollout", "Serve a network on boards by SSH and Ansible, and go back if one fails."),
     "health": (DEPLOY, "live.health", "Ask the nodes of a cluster whether they serve their students."),
     "coordinate": (DEPLOY, "live.following", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
