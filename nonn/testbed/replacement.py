@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,9 @@ class Campaign:
             self.bed.children[node.name] = child  # ended with the bed, whatever happens
             # Asked by the protocol, since the line by which a child says that it listens may get lost among gRPC's.
             contract = contracts[node.name]
-            if problem := await wait_for(node, contract, cluster.own_identity, START, lambda c=child: c.has_exited):
+            if problem := await wait_for(
+                node, contract, cluster.own_identity, START, partial(getattr, child, "has_exited")
+            ):
                 raise UserError(f"{node.name} did not start: {child.said or problem}")
             await asyncio.sleep(PAUSE)
             self.seen.seconds[node.name] = time.monotonic() - begun
