@@ -9,7 +9,8 @@ before the trainings is run once and not counted. For each number of jobs:
   less the trainings themselves, by the number of jobs. Under Slurm, this has the waits of the queue;
 - ``lock_bytes``, size of ``dvc.lock`` in the end;
 - ``stage_1_s`` and ``stage_4_s``, seconds until DVC has found that a finished job has nothing to do, of one process
-  alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``.
+  alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``, which every job
+  has to do.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from nonn.core.files import write_text
 from nonn.core.progress import log
 
 NETWORK, EXPERIMENT = "many", "scaling"
+#: A stage that has run before the trainings.
+FINISHED = "graph"
 #: A tiny teacher, and students whose training takes about a second on one core.
 CHANGES: dict[str, Any] = {
     "experiment": EXPERIMENT,
@@ -110,7 +113,7 @@ def prepared(folder: Path) -> Ground:
 
 
 def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
-    """A row of the table; see `COLUMNS`. Of a dry one, only the dry run is done."""
+    """A row of the table; see `COLUMNS`. Of a dry one, no training is run."""
     files = ground.ask_for(n_jobs)
     words = [word.format(at_once) for word in ENGINES[engine]]
     command = ["snakemake", *words, *more, "--", *files]
@@ -119,14 +122,14 @@ def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequen
         "n_jobs": n_jobs,
         "dag_s": ground.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
     }
+    job = (sys.executable, "-m", "nonn", "job", FINISHED)
+    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
     if dry:
         return row
     row["wall_s"] = ground.call(*command)
     row["overhead_per_job_s"] = (at_once * row["wall_s"] - ground.trainings()) / n_jobs
     ground.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
     row["lock_bytes"] = (ground.folder / "dvc.lock").stat().st_size
-    job = (sys.executable, "-m", "nonn", "job", f"distill@seed0/{NETWORK}/0")
-    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
     return row
 
 
