@@ -1,1 +1,1 @@
-"""`nonn up`: all nodes of a cluster on this machine, and the page that shows them."""
+"""Clusters that run: all nodes on this machine and their page, rollouts to boards, a coordinator that follows them."""

@@ -1,0 +1,214 @@
+"""The command ``nonn scaling``: what a job costs apart from its training, and how that grows with their number.
+
+In scratch copies of the repository, with a network of very many seeds, whose trainings take about a second. What comes
+before the trainings is run once and not counted. For each number of jobs:
+
+- ``dag_s``, seconds of a dry run, which reads ``dvc.yaml``, looks at every file and builds the graph of jobs;
+- ``wall_s``, seconds until all trainings are done;
+- ``overhead_per_job_s``, what a job keeps a core busy or idle besides its training: places at once times ``wall_s``,
+  less the trainings themselves, by the number of jobs. Under Slurm, this has the waits of the queue;
+- ``lock_bytes``, size of ``dvc.lock`` in the end;
+- ``stage_1_s`` and ``stage_4_s``, seconds until DVC has found that a finished job has nothing to do, of one process
+  alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``, which every job
+  has to do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from nonn.commands.torture import copy_repository
+from nonn.commands.use import merge, merge_experiment
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.progress import log
+
+NETWORK, EXPERIMENT = "many", "scaling"
+#: A stage that has run before the trainings.
+FINISHED = "graph"
+#: A tiny teacher, and students whose training takes about a second on one core.
+CHANGES: dict[str, Any] = {
+    "experiment": EXPERIMENT,
+    "devices": {"small": {"memory_kib": 60, "mmacs": 5}},
+    "teacher": {"architecture": {"family": "fast", "widths": [8, 16, 32], "depth": 1}, "epochs": 1, "threads": 1},
+    "signals": {"views": 1, "threads": 1},
+    "graph": {"top_k": 8},
+    "design": {"depths": [1], "min_width": 4, "max_width": 16, "step": 2},
+    "distill": {"epochs": 1},
+}
+#: Of the figure.
+DPI = 150
+COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_bytes", "stage_1_s", "stage_4_s")
+#: How Snakemake is told to run jobs on an engine, so many at once.
+ENGINES = {
+    "local": ("--cores", "{}"),
+    "slurm": ("--workflow-profile", "workflow/profiles/slurm", "--jobs", "{}"),
+}
+
+
+class Ground:
+    """A scratch copy of the repository with a network of so many jobs."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def call(self, *command: str, at_once: int = 1) -> float:
+        """Seconds until a command, or several copies of it at once, have ended; a `UserError` if one fails."""
+        begun = time.monotonic()
+        silent: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes = [subprocess.Popen(command, cwd=self.folder, env=self.environment, **silent) for _ in range(at_once)]
+        outputs = [process.communicate()[0] for process in processes]
+        for process, output in zip(processes, outputs, strict=True):
+            if process.returncode:
+                raise UserError(f"{shlex.join(command[:8])}: failed: {output[-500:].strip()}")
+        return time.monotonic() - begun
+
+    def copied(self, folder: Path) -> Ground:
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Ground(folder)
+
+    def ask_for(self, n_jobs: int) -> list[str]:
+        """Write parameters with so many trainings; what these write."""
+        params = merge(merge_experiment("mnist5k"), CHANGES)
+        seeds = n_jobs // 2
+        params["networks"] = {NETWORK: {"devices": ["small", "small"], "seeds": seeds, "baselines": {}}}
+        with (self.folder / "params.yaml").open("w", encoding="utf-8") as file:
+            YAML().dump(params, file)
+        return [
+            f"results/{EXPERIMENT}/students/seed{seed}/{NETWORK}/{student}.safetensors"
+            for seed in range(seeds)
+            for student in range(2)
+        ]
+
+    def trainings(self) -> float:
+        """Seconds that all trainings of this copy took, by the journal."""
+        lines = (self.folder / ".nonn/journal.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+        return sum(entry["end"] - entry["start"] for entry in entries if entry.get("stage") == "distill")
+
+
+def prepared(folder: Path) -> Ground:
+    """A copy in which everything before the trainings is done."""
+    folder.mkdir()
+    copy_repository(folder)
+    ground = Ground(folder)
+    ground.ask_for(2)
+    ground.call("snakemake", "--cores", "all", f"results/{EXPERIMENT}/partition/{NETWORK}")
+    return ground
+
+
+def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
+    """A row of the table; see `COLUMNS`. Of a dry one, no training is run."""
+    files = ground.ask_for(n_jobs)
+    words = [word.format(at_once) for word in ENGINES[engine]]
+    command = ["snakemake", *words, *more, "--", *files]
+    row: dict[str, Any] = {
+        "engine": engine,
+        "n_jobs": n_jobs,
+        "dag_s": ground.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
+    }
+    job = (sys.executable, "-m", "nonn", "job", FINISHED)
+    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
+    if dry:
+        return row
+    row["wall_s"] = ground.call(*command)
+    row["overhead_per_job_s"] = (at_once * row["wall_s"] - ground.trainings()) / n_jobs
+    ground.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
+    row["lock_bytes"] = (ground.folder / "dvc.lock").stat().st_size
+    return row
+
+
+def written(row: dict[str, Any]) -> dict[str, str]:
+    """A row as it stands in the table: seconds to hundredths."""
+    return {
+        column: f"{value:.2f}" if isinstance(value := row.get(column, ""), float) else str(value) for column in COLUMNS
+    }
+
+
+def merged(path: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """Rows of a file with those of the same engine and number replaced, in order."""
+    known: dict[tuple[str, int], dict[str, str]] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8", newline="") as file:
+            known = {(row["engine"], int(row["n_jobs"])): row for row in csv.DictReader(file)}
+    known |= {(row["engine"], int(row["n_jobs"])): row for row in rows}
+    return [known[key] for key in sorted(known)]
+
+
+def numbers(text: str) -> list[int]:
+    """Even numbers from 2 on, with commas between them; none is allowed."""
+    found = [int(word) for word in text.split(",") if word]
+    if any(number < 2 or number % 2 for number in found):
+        raise ValueError
+    return found
+
+
+def draw(rows: Sequence[dict[str, str]]):
+    """Overhead of a job, seconds of a dry run, and bytes of ``dvc.lock``, by the number of jobs."""
+    from nonn.report.plots import STUDENT_COLOURS, panels
+
+    shown = {
+        "overhead_per_job_s": "overhead of a job (s)",
+        "dag_s": "dry run (s)",
+        "lock_bytes": "size of dvc.lock (bytes)",
+    }
+    figure, axes = panels(len(shown), 3.2, 2.8)
+    for axis, (column, label) in zip(axes, shown.items(), strict=True):
+        for engine, colour in zip(ENGINES, STUDENT_COLOURS, strict=False):
+            points = [(int(r["n_jobs"]), float(r[column])) for r in rows if r["engine"] == engine and r[column]]
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=engine)
+        axis.set(xlabel="jobs", ylabel=label, xscale="log", yscale="log")
+    axes[0].legend()
+    return figure
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--engine", choices=ENGINES, default="local", help="(default: %(default)s)")
+    parser.add_argument("--jobs", type=numbers, default="10,100", metavar="N,N", help="to run (default: %(default)s)")
+    parser.add_argument(
+        "--dry", type=numbers, default="1000", metavar="N,N", help="dry run alone (default: %(default)s)"
+    )
+    parser.add_argument("--at-once", type=int, default=2, metavar="N", help="jobs at once (default: %(default)s)")
+    parser.add_argument("--snakemake", default="", metavar="ARGS", help="for snakemake, such as '--slurm-no-account'")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/scaling_jobs.csv"), metavar="FILE", help="(default: %(default)s)"
+    )
+    parser.epilog = "example: nonn scaling --jobs 10,100 --dry 1000,10000"
+
+
+def run(options) -> None:
+    """The command ``nonn scaling``; each row is written as soon as it is measured."""
+    from nonn.core.params import Figures
+    from nonn.report.plots import drawing_style, save_figure
+
+    if options.at_once < 1:
+        raise UserError("--at-once: give at least 1")
+    with tempfile.TemporaryDirectory(prefix="nonn-scaling-") as name:
+        base = prepared(Path(name) / "base")
+        more = shlex.split(options.snakemake)
+        for n_jobs, dry in [*((n, False) for n in options.jobs), *((n, True) for n in options.dry)]:
+            ground = base.copied(Path(name) / f"{n_jobs}{'-dry' * dry}")
+            row = measure(ground, options.engine, n_jobs, options.at_once, more, dry)
+            rows = merged(options.output, [written(row)])
+            lines = [",".join(COLUMNS), *(",".join(row.get(column, "") for column in COLUMNS) for row in rows)]
+            write_text(options.output, "\n".join(lines) + "\n")
+            log(", ".join(f"{column} {value}" for column, value in written(row).items() if value))
+            shutil.rmtree(ground.folder)
+    with drawing_style():
+        save_figure(draw(rows), options.output.with_suffix(""), Figures(dpi=DPI))

@@ -1,0 +1,196 @@
+"""The command ``nonn sweep``: experiments with other values of some parameters, and what each network made of them.
+
+DVC queues and runs the experiments [1]_, each in a folder of its own, and takes from its cache what was trained with
+the same values before. Their tables are in git; this command reads them there, so that experiments which DVC ran by
+itself, or fetched by ``dvc exp pull``, are compared in the same way.
+
+References
+----------
+.. [1] https://dvc.org/doc/command-reference/exp/run
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from ruamel.yaml import YAML
+
+from nonn.commands.project import LINK, is_project
+from nonn.core.errors import UserError
+from nonn.core.files import write_text
+from nonn.core.params import PARAMS_FILE, load_params
+from nonn.core.paths import Paths
+from nonn.core.progress import log
+from nonn.report.plots import STUDENT_COLOURS, drawing_style, panels, save_figure
+
+#: What a network is judged by: column of the table, what it is, and whether more of it is better.
+CRITERIA = {
+    "accuracy": ("accuracy on the test images (%)", True),
+    "memory_kib": ("memory of one device (KiB)", False),
+    "latency_ms": ("latency of the slowest student (ms)", False),
+    "sent_bytes": ("bytes that one device sends", False),
+}
+#: Name of the results that are committed, beside those of DVC's experiments.
+HERE = "HEAD"
+#: Groups of parameters that change no network.
+OUTSIDE = ("figures", "experiment")
+
+
+def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in params.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def file_at(revision: str, path: Path | str) -> str | None:
+    """Content of a file in a revision of git; None if it is not there."""
+    done = subprocess.run(
+        ["git", "show", f"{revision}:./{Path(path).as_posix()}"], capture_output=True, text=True, check=False
+    )
+    return None if done.returncode else done.stdout
+
+
+def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
+    """Parameters of a revision by dotted key, and its networks with `CRITERIA` as columns; None without results."""
+    params = YAML(typ="safe").load(file_at(revision, PARAMS_FILE) or "{}")
+    folder = Path("results") / str(params.get("experiment"))
+    summary, distributed = (file_at(revision, folder / name) for name in ("summary.csv", "distributed.csv"))
+    if summary is None or distributed is None:
+        return flat(params), None
+    methods, runs = pd.read_csv(io.StringIO(summary)), pd.read_csv(io.StringIO(distributed))
+    methods, runs = methods[methods["method"] == "nonn"], runs[runs["method"] == "nonn"]
+    memory = runs.groupby("network")["memory_bytes"].max()
+    networks = pd.DataFrame(
+        {
+            "network": methods["network"],
+            "accuracy": methods["accuracy_mean"],
+            "memory_kib": methods["network"].map(memory) / 1024,
+            "latency_ms": methods["latency_p50_ms"],
+            "sent_bytes": methods["feature_bytes"],
+        }
+    )
+    return flat(params), networks
+
+
+def is_efficient(table: pd.DataFrame) -> pd.Series:
+    """Which rows no other row beats: as good in all `CRITERIA`, and better in one."""
+    values = table[list(CRITERIA)].to_numpy(float) * [1 if more else -1 for _, more in CRITERIA.values()]
+    beaten = [((values >= row).all(1) & (values > row).any(1)).any() for row in values]
+    return ~pd.Series(beaten, index=table.index, dtype=bool)
+
+
+def compare(revisions: Mapping[str, str]) -> pd.DataFrame:
+    """One row for each network of each experiment, by its name, with the parameters in which the experiments differ.
+
+    Raises
+    ------
+    UserError
+        None of them has results.
+    """
+    read = {name: read_networks(revision) for name, revision in revisions.items()}
+    for name in [name for name, (_, networks) in read.items() if networks is None]:
+        log(f"{name}: has no summary.csv and distributed.csv in git, and is left out")
+        del read[name]
+    if not read:
+        raise UserError("no experiment with results. Run some: nonn sweep devices.NAME.memory_kib=96,192")
+    values = {name: params for name, (params, _) in read.items()}
+    keys = {key: None for params in values.values() for key in params if not key.startswith(OUTSIDE)}
+    swept = [key for key in keys if len({repr(params.get(key)) for params in values.values()}) > 1]
+    rows = [
+        networks.assign(experiment=name, **{key: [values[name].get(key)] * len(networks) for key in swept})
+        for name, (_, networks) in read.items()
+        if networks is not None
+    ]
+    table = pd.concat(rows, ignore_index=True)
+    table = table[["experiment", *swept, "network", *CRITERIA]]
+    # The committed results may be those of an experiment of the sweep.
+    table = table.drop_duplicates([*swept, "network", *CRITERIA], ignore_index=True)
+    return table.assign(efficient=is_efficient(table))
+
+
+def experiments() -> dict[str, str]:
+    """Revision of each of DVC's experiments that began where git now is, and of that itself."""
+    try:
+        found = Repo(".").experiments.ls()
+    except DvcException as error:
+        raise UserError(f"DVC: {' '.join(str(error).split())}") from None
+    return {HERE: "HEAD"} | {name: revision for listed in found.values() for name, revision in sorted(listed)}
+
+
+def run_experiments(changes: Sequence[str], targets: Sequence[str]) -> None:
+    """Queue an experiment for each combination of values, ``key=value,value``, and run them one after another."""
+    carried = ["--copy-paths", str(LINK)] if is_project() else []  # which git ignores
+    settings = [word for change in changes for word in ("--set-param", change)]
+    for words in (["--queue", *settings, *carried, *targets], ["--run-all"]):
+        command = [sys.executable, "-m", "dvc", "exp", "run", *words]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError("dvc exp run: failed, for the reason above. `dvc queue status` lists what is left.")
+
+
+def draw(table: pd.DataFrame, networks: Sequence[str]) -> Figure:
+    """Accuracy against each other criterion; what no other beats in all of them together is filled."""
+    goal, *costs = CRITERIA
+    figure, axes = panels(len(costs), 3.4, 3.2, sharey=True)
+    for axis, cost in zip(axes, costs, strict=True):
+        for network, colour in zip(networks, STUDENT_COLOURS, strict=False):
+            points = table[table["network"] == network].sort_values(cost)
+            for efficient, group in points.groupby("efficient"):
+                face = colour if efficient else "none"
+                axis.scatter(group[cost], group[goal], 28, edgecolors=colour, facecolors=face, label=network)
+        axis.set_xlabel(CRITERIA[cost][0])
+    axes[0].set_ylabel(CRITERIA[goal][0])
+    axes[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    handles = [
+        axes[0].scatter([], [], 28, color=colour, label=network)
+        for network, colour in zip(networks, STUDENT_COLOURS, strict=False)
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, title="filled: no other is as good in all")
+    return figure
+
+
+def render(table: pd.DataFrame) -> str:
+    """The table as text, the efficient rows marked."""
+    shown = table.assign(
+        accuracy=table["accuracy"].map("{:.2%}".format),
+        memory_kib=table["memory_kib"].map("{:,.0f}".format),
+        latency_ms=table["latency_ms"].map("{:.3f}".format),
+        efficient=table["efficient"].map({True: "*", False: ""}),
+    )
+    return shown.to_string(index=False)
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE,VALUE", help="run an experiment for each combination (default: none)"
+    )
+    parser.add_argument(
+        "--target", action="append", default=[], metavar="STAGE", help="of DVC, repeatable (default: all)"
+    )
+    parser.epilog = "example: nonn sweep devices.stm32f4.memory_kib=96,128,192"
+
+
+def run(options) -> None:
+    """The command ``nonn sweep``."""
+    params = load_params()
+    if wrong := [change for change in options.changes if "=" not in change]:
+        raise UserError(f"{wrong[0]!r}: write KEY=VALUE,VALUE.")
+    if options.changes:
+        run_experiments(options.changes, options.target)
+    table, paths = compare(experiments()), Paths(params.experiment)
+    write_text(paths / "sweep.csv", table.to_csv(index=False, float_format="%.6g"))
+    with drawing_style():
+        save_figure(draw(table, sorted(set(table["network"]))), paths / "figures/sweep", params.figures)
+    print(render(table))
+    log(f"{paths / 'sweep.csv'} and {paths / 'figures/sweep.png'}: written")

@@ -1,0 +1,244 @@
+"""A coordinator that follows its cluster file: it goes over to another export while it answers, node by node.
+
+When the file names another export, or the export's folder holds another one, the coordinator knows two for a while. It
+asks the nodes as students of the one of which more are there, so that no answer mixes features of two exports. A node
+that still serves the other export refuses nothing: what it says bears the other version, and it counts as absent. Once
+all nodes serve the new export, the former one is forgotten. If the file is put back, the new one is.
+
+Nodes may be replaced in place, one after another, or started beside the former ones at other addresses, in which case
+no answer lacks a student.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from grpc import StatusCode
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
+
+from nonn.core.errors import UserError
+from nonn.core.progress import log
+from nonn.runtime import coordinate
+from nonn.runtime.cluster import Cluster, load_cluster
+from nonn.runtime.coordinate import ServedNetwork
+from nonn.runtime.coordinator import TOLERATED_FAILURES, Coordinator, NodeConnection
+from nonn.runtime.exported import Manifest
+from nonn.runtime.logs import relayed_stderr
+from nonn.runtime.protocol import ProtocolError
+from nonn.runtime.serving import serve
+from nonn.runtime.tls import Identity
+
+#: Seconds between two looks at the cluster file and at the nodes of a new export.
+ATTENTION = 0.5
+#: Why a node of a new export is left alone until it has answered a probe, and why one that has is left alone by the
+#: other export.
+NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
+
+
+class CurrentContract:
+    """The contract of whichever export is the current one, for a server that asks for it once."""
+
+    def __init__(self, followed: FollowedNetwork):
+        self._followed = followed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._followed.current.contract, name)
+
+
+class FollowedNetwork:
+    """The network of a cluster file, as a model that can be served; use it in ``async with``.
+
+    Its name is that of the export's folder when it began. Its version, and that of each answer, is the export's: see
+    `nonn.runtime.coordinate.network_version`. A request for a version is answered by the current export alone.
+    """
+
+    platform = "nonn"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._cluster = load_cluster(path)
+        self.current = ServedNetwork(Coordinator(self._cluster))
+        self.next: ServedNetwork | None = None
+        self.contract: Any = CurrentContract(self)
+        self.admission, self.absences = self.current.admission, self.current.absences
+        self._stamp: tuple = ()
+        self._said = ""
+        self._gone: set[str] = set()  # nodes that did not serve the current export when they were last looked at
+        self._following: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> FollowedNetwork:
+        await self.current.coordinator.__aenter__()
+        self._following = asyncio.create_task(self._follow())
+        return self
+
+    async def __aexit__(self, *reason: object) -> None:
+        if self._following:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+        for network in self._networks():
+            await network.coordinator.__aexit__(*reason)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any node is not left alone."""
+        return any(network.is_ready for network in self._networks())
+
+    def _networks(self) -> list[ServedNetwork]:
+        """Those that may answer: the one with the larger part of its nodes first, of equals the newer one."""
+        known = [self.next, self.current] if self.next else [self.current]
+        return sorted(known, key=share_present, reverse=True)
+
+    async def infer(self, request: ModelInferRequest, images: np.ndarray, seconds: float | None) -> ModelInferResponse:
+        """Answer by one of the exports, or by the other if no node serves the first; see `nonn.runtime.serving.Model`.
+
+        `seconds` are those that the caller has left.
+        """
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        networks = [self.current] if request.model_version else self._networks()
+        for network in networks[:-1]:
+            try:
+                return await network.infer(request, images, seconds)
+            except ProtocolError as error:
+                if error.code != StatusCode.UNAVAILABLE:
+                    raise
+        left = None if seconds is None else seconds - (loop.time() - start)
+        return await networks[-1].infer(request, images, left)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(ATTENTION)
+            if (stamp := self._look()) != self._stamp:
+                try:
+                    await self._read_again()
+                    self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too
+                except UserError as error:  # perhaps only some of the files have been written so far
+                    if str(error) != self._said:
+                        log(f"{error} The export from before stays in use.")
+                    self._said = str(error)
+            if self.next:
+                self._tell_apart(self.next)
+            if self.next and share_present(self.next) == 1:
+                former, self.current, self.next = self.current, self.next, None
+                log(f"{self.path}: all nodes serve version {self.current.contract.version}")
+                await leave(former)
+
+    def _tell_apart(self, new: ServedNetwork) -> None:
+        """Let no node count for both exports: it serves the one by which it has answered a probe last.
+
+        Without it, a node that was replaced while nobody asked would count for the former export until three requests
+        have failed there.
+        """
+        others = {connection.node.address: connection for connection in new.coordinator.connections}
+        gone = set()
+        for connection in self.current.coordinator.connections:
+            other = others.get(connection.node.address)
+            if other is None or other.contract.version == connection.contract.version:
+                continue
+            if connection.is_open:
+                gone.add(connection.name)
+            elif not other.is_open:
+                leave_alone(other if connection.name in self._gone else connection, ELSEWHERE)
+        self._gone = gone
+
+    def _look(self) -> tuple:
+        """Something else whenever the cluster file or the manifest of its export has changed."""
+        paths = (self.path, self._cluster.export / "manifest.json")
+        found: list[tuple[int, ...]] = []
+        for path in paths:
+            with contextlib.suppress(OSError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return (self._cluster.export, *found)
+
+    async def _read_again(self) -> None:
+        """Take over what the file says now.
+
+        Raises
+        ------
+        UserError
+            It or its export cannot be used, or the export is of other classes or images.
+        """
+        cluster = load_cluster(self.path)
+        network = ServedNetwork(Coordinator(cluster))
+        refuse_other_tasks(cluster, self.current.coordinator.manifest, network.coordinator.manifest)
+        network.contract = replace(network.contract, model=self.current.contract.model)
+        network.admission, network.absences = self.admission, self.absences
+        self._cluster, former = cluster, self.next
+        if same_service(network, self.current):
+            self.next = None
+        elif former is None or not same_service(network, former):
+            await network.coordinator.__aenter__()
+            for connection in network.coordinator.connections:  # each has to answer a probe first
+                leave_alone(connection, NOT_YET)
+            self.next = network
+            log(f"{self.path}: goes over to version {network.contract.version}, node by node")
+        if former and former is not self.next:
+            await leave(former)
+
+
+def leave_alone(connection: NodeConnection, reason: str) -> None:
+    """Ask a node for nothing until it has answered a probe."""
+    connection.failures = TOLERATED_FAILURES
+    connection.failed(reason)
+
+
+def share_present(network: ServedNetwork) -> float:
+    """The part of a network's nodes that are not left alone."""
+    connections = network.coordinator.connections
+    return sum(not connection.is_open for connection in connections) / len(connections)
+
+
+def same_service(one: ServedNetwork, other: ServedNetwork) -> bool:
+    """Whether two networks are the same export on the same nodes."""
+    versions = {network.contract.version for network in (one, other)}
+    return len(versions) == 1 and one.coordinator.cluster.nodes == other.coordinator.cluster.nodes
+
+
+def refuse_other_tasks(cluster: Cluster, current: Manifest, new: Manifest) -> None:
+    """A `UserError` if applications could not take the answers of a new export for those of the current one."""
+    images = [(manifest.image.channels, manifest.image.size) for manifest in (current, new)]
+    if current.classes != new.classes or images[0] != images[1]:
+        remedy = "Start another coordinator for it, at another address."
+        raise UserError(f"{cluster.export}: has other classes or images than the network that is served. {remedy}")
+
+
+async def leave(network: ServedNetwork) -> None:
+    """Close a network's connections once the calls that are under way have had their time."""
+    try:
+        await asyncio.sleep(network.coordinator.patience)
+    finally:
+        await network.coordinator.__aexit__(None, None, None)
+
+
+async def follow(path: Path, address: str, identity: Identity | None, allowed: Collection[str], **serving: Any) -> None:
+    """Serve the network of a cluster file that may change; `serving` is as of `nonn.runtime.serving.serve`."""
+    async with FollowedNetwork(path) as network:
+        await serve(network, address, identity, allowed, counters=[network.absences], **serving)
+
+
+def add_arguments(parser) -> None:
+    coordinate.add_arguments(parser)
+    parser.add_argument(
+        "--follow", action="store_true", help="go over to another export, node by node, when the cluster file names one"
+    )
+
+
+def run(options) -> None:
+    """The command ``nonn coordinate``."""
+    if not options.follow:
+        coordinate.run(options)
+        return
+    identity = None if options.insecure else load_cluster(options.cluster).own_identity
+    if options.allow and identity is None:
+        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
+    allowed = options.allow or coordinate.DEFAULT_CALLERS
+    settings = {"metrics_port": options.metrics_port, "attached": options.attached}
+    with relayed_stderr():
+        asyncio.run(follow(options.cluster, options.address, identity, allowed, **settings))

@@ -1,0 +1,282 @@
+"""A coordinator goes over to another export while it answers, and no request is lost."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clusters import CLASSES, cluster_of, free_ports, make_image, plain_node, sha256, until, write_export, write_student
+from grpc import StatusCode
+from tritonclient.utils import deserialize_bytes_tensor
+
+from nonn.cli import main
+from nonn.live import following
+from nonn.live.following import FollowedNetwork
+from nonn.runtime.cluster import write_cluster
+from nonn.runtime.coordinate import network_version
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.predict import classify
+from nonn.runtime.protocol import ProtocolError, make_request
+from nonn.testbed import replacement
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory) -> list[Path]:
+    """Two exports of one network: all students of the second have other weights."""
+    folder = tmp_path_factory.mktemp("exports")
+    former = write_export(folder / "former")
+    new = shutil.copytree(former, folder / "new")
+    manifest = json.loads((new / "manifest.json").read_text())
+    for student in manifest["students"]:
+        weight = np.random.default_rng(9).normal(size=(16, student["n_features"])).astype(np.float32) / 500
+        write_student(new / student["file"], weight)
+        student["sha256"] = sha256(new / student["file"])
+    (new / "manifest.json").write_text(json.dumps(manifest))
+    return [former, new]
+
+
+@pytest.fixture(autouse=True)
+def attentive(monkeypatch):
+    """Nobody sleeps for long."""
+    monkeypatch.setattr(following, "ATTENTION", 0.02)
+    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("nonn.runtime.coordinator.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr("nonn.runtime.cluster.LONGEST_DEADLINE_MS", 1e6)
+
+
+class Bench:
+    """Three nodes of this process that can be replaced, and the network of their cluster file."""
+
+    def __init__(self, folder: Path, export: Path, deadline_ms: float = 2000):
+        self.ports, self.nodes = free_ports(3), {}
+        self.file = folder / "cluster.yaml"
+        addresses = [f"127.0.0.1:{port}" for port in self.ports]
+        self.cluster = cluster_of(export, addresses, deadline_ms=deadline_ms)
+        write_cluster(self.file, self.cluster)
+
+    async def __aenter__(self):
+        for position in range(3):
+            await self.serve(position, self.cluster.export)
+        self.network = FollowedNetwork(self.file)
+        await self.network.__aenter__()
+        return self
+
+    async def __aexit__(self, *reason):
+        await self.network.__aexit__(*reason)
+        for node in self.nodes.values():
+            await node.aclose()
+
+    async def serve(self, position: int, export: Path) -> None:
+        """Let a node serve its student of an export, in place of the one that it serves."""
+        if before := self.nodes.pop(position, None):
+            await before.aclose()
+        self.nodes[position] = contextlib.AsyncExitStack()
+        await self.nodes[position].enter_async_context(plain_node(export, position, self.ports[position]))
+
+    def name(self, export: Path) -> None:
+        write_cluster(self.file, self.cluster.model_copy(update={"export": export}))
+
+    async def ask(self, version: str = "", seed: int = 0) -> tuple[str, int, np.ndarray]:
+        """Version, number of students and probabilities of an answer."""
+        request = make_request(self.network.current.coordinator.placed[0][2], make_image(seed))
+        request.model_version = version
+        answer = await self.network.infer(request, make_image(seed)[None], None)
+        raw = dict(zip([o.name for o in answer.outputs], answer.raw_output_contents, strict=True))
+        return (
+            answer.model_version,
+            len(deserialize_bytes_tensor(raw["present"])),
+            np.frombuffer(raw["probabilities"], "<f4"),
+        )
+
+
+def test_a_network_goes_over_to_another_export_node_by_node(exports, tmp_path):
+    former, new = exports
+    versions = [network_version(read_manifest(folder)) for folder in exports]
+
+    async def scenario():
+        async with Bench(tmp_path, former) as bench:
+            assert (await bench.ask())[:2] == (versions[0], 3)
+            bench.name(new)
+            await until(lambda: bench.network.next is not None)
+            name = bench.network.contract.model
+            seen = []
+
+            async def ask_on():
+                while True:
+                    version, present, probabilities = await bench.ask(seed=len(seen) % 3)
+                    seen.append((version, present))
+                    if present == 3:
+                        expected = classify(exports[versions.index(version)], make_image((len(seen) - 1) % 3))
+                        np.testing.assert_allclose(probabilities, expected.probabilities, rtol=1e-4)
+                    await asyncio.sleep(0)
+
+            asking = asyncio.create_task(ask_on())
+            for position in range(3):
+                await bench.serve(position, new)
+                connection = bench.network.next and bench.network.next.coordinator.connections[position]
+                await until(lambda connection=connection: connection is None or not connection.is_open)
+            await until(lambda: bench.network.next is None)
+            count = len(seen)
+            await until(lambda: len(seen) > count + 3 or asking.done())
+            asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asking  # raises what was wrong with a request
+            assert seen[-1] == (versions[1], 3)
+            assert {version for version, _ in seen} == set(versions)
+            assert bench.network.contract.model == name
+            assert bench.network.contract.version == versions[1]
+            for position in range(3):
+                await bench.serve(position, former)
+            with pytest.raises(ProtocolError) as error:
+                await bench.ask()
+            assert error.value.code == StatusCode.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
+def test_a_new_export_is_forgotten_when_the_file_is_put_back(exports, tmp_path):
+    former, new = exports
+
+    async def scenario():
+        async with Bench(tmp_path, former) as bench:
+            bench.name(new)
+            await until(lambda: bench.network.next is not None)
+            await bench.serve(0, new)
+            await until(lambda: not bench.network.next.coordinator.connections[0].is_open)
+            await bench.serve(0, former)
+            bench.name(former)
+            await until(lambda: bench.network.next is None)
+            await until(lambda: not bench.network.current.coordinator.connections[0].is_open)
+            assert (await bench.ask())[:2] == (network_version(read_manifest(former)), 3)
+
+    asyncio.run(scenario())
+
+
+def test_nodes_beside_the_former_ones_leave_no_answer_incomplete(exports, tmp_path):
+    former, new = exports
+
+    async def scenario():
+        async with Bench(tmp_path, former) as bench, contextlib.AsyncExitStack() as stack:
+            addresses = [(await stack.enter_async_context(plain_node(new, i)))[0] for i in range(2)]
+            (last,) = free_ports(1)
+            write_cluster(bench.file, cluster_of(new, [*addresses, f"127.0.0.1:{last}"], deadline_ms=2000))
+            await until(lambda: bench.network.next is not None)
+            await until(lambda: following.share_present(bench.network.next) > 0.5)
+            assert (await bench.ask())[:2] == (network_version(read_manifest(former)), 3)
+            await stack.enter_async_context(plain_node(new, 2, last))
+            await until(lambda: bench.network.next is None)
+            assert (await bench.ask())[:2] == (network_version(read_manifest(new)), 3)
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_follow_is_said_once_and_changes_nothing(exports, tmp_path, capfd):
+    other = shutil.copytree(exports[1], tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"classes": [*CLASSES[:-1], "emu"]}))
+
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            for export in (other, tmp_path / "nothing"):
+                bench.name(export)
+                said = "other classes" if export is other else "nothing"
+                await until(lambda said=said: said in bench.network._said)
+                await asyncio.sleep(0.1)
+                assert bench.network.next is None
+            bench.file.write_text("nodes: 3")
+            await until(lambda: "nodes" in bench.network._said)
+            assert (await bench.ask())[1] == 3
+
+    asyncio.run(scenario())
+    assert capfd.readouterr().err.count("other classes") == 1
+
+
+def test_a_node_that_was_put_back_counts_for_the_former_export_again(exports, tmp_path):
+    former, new = exports
+
+    async def scenario():
+        async with Bench(tmp_path, former) as bench:
+            bench.name(new)
+            await until(lambda: bench.network.next is not None)
+            current, coming = bench.network.current.coordinator, bench.network.next.coordinator
+            for export, here, there in ((new, coming, current), (former, current, coming)):
+                await bench.serve(0, export)
+                await until(lambda h=here, t=there: t.connections[0].is_open and not h.connections[0].is_open)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_for_a_version_is_answered_by_the_current_export_alone(exports, tmp_path):
+    former, new = exports
+
+    async def scenario():
+        async with Bench(tmp_path, former) as bench:
+            bench.name(new)
+            await until(lambda: bench.network.next is not None)
+            for position in range(2):
+                await bench.serve(position, new)
+            for share, network in ((1 / 3, bench.network.current), (2 / 3, bench.network.next)):
+                await until(lambda s=share, n=network: following.share_present(n) == s)
+            assert (await bench.ask())[:2] == (network_version(read_manifest(new)), 2)
+            version = network_version(read_manifest(former))
+            assert (await bench.ask(version))[:2] == (version, 1)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.slow
+def test_no_request_is_lost_while_nodes_are_replaced(exports, monkeypatch, capsys):
+    monkeypatch.setattr(replacement, "PAUSE", 1.0)
+    former, new = exports
+    main(["replace", str(former), "--by", str(new), "--requests", "40", "--deadline-ms", "2000"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("requests lost of ")
+    assert lines[-1].endswith(": 0")
+    assert lines[-2] == "answers of neither export: 0"
+    assert lines[-3].startswith("3 nodes replaced")
+    assert any("answered by 3 students of the new export" in line for line in lines)
+
+
+def test_an_answer_of_neither_export_is_found_out(exports):
+    images = np.stack([make_image(0), make_image(1)])
+    reference = replacement.Reference(exports[0], images)
+    np.testing.assert_allclose(
+        reference.probabilities(1, [0, 1, 2]), classify(exports[0], images[1]).probabilities, rtol=1e-6
+    )
+    lost = replacement.Replacement(("1", "2"), wrong=2)
+    lost.lost["UNAVAILABLE: no node answered"] += 3
+    assert lost.problems() == [
+        "3 requests were lost (UNAVAILABLE: no node answered)",
+        "2 answers were of neither export",
+        "not all nodes served the new export at the end",
+    ]
+
+
+def test_an_export_of_another_task_cannot_take_the_place(exports, tmp_path):
+    other = shutil.copytree(exports[1], tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"classes": [*CLASSES[:-1], "emu"]}))
+    with pytest.raises(SystemExit) as error:
+        main(["replace", str(exports[0]), "--by", str(other)])
+    assert "classes" in str(error.value)
+
+
+def test_health_says_which_nodes_serve_their_students(exports, tmp_path, capsys):
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            await asyncio.to_thread(main, ["health", "--cluster", str(bench.file)])
+            assert capsys.readouterr().out.count("serves ") == 3
+            await bench.serve(1, exports[1])
+            await bench.nodes.pop(2).aclose()
+            await asyncio.to_thread(main, ["health", "--cluster", str(bench.file), "--node", "node-0"])
+            with pytest.raises(SystemExit) as error:
+                await asyncio.to_thread(main, ["health", "--cluster", str(bench.file), "--wait", "0.3"])
+            assert "2 of 3 nodes" in str(error.value)
+            lines = capsys.readouterr().out.splitlines()
+            assert "serves no model '1' of version" in lines[2]
+            assert "unavailable" in lines[3]
+
+    asyncio.run(scenario())

@@ -1,0 +1,192 @@
+"""Networks travel to boards, one after another, and back again if one of them fails."""
+
+import getpass
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from experiments import REPOSITORY
+from ssh_server import ssh_server
+from test_following import exports  # noqa: F401  # a fixture
+
+from nonn.cli import main
+from nonn.core.errors import UserError
+from nonn.live import rollout
+from nonn.live.rollout import Board, Rollout, complete_certificates, kept_unless_done, placed_on
+from nonn.runtime.cluster import load_cluster
+
+BOARDS = ["pi@a", "b", "pi@c:2222"]
+
+
+def rollout_of(export: Path, certificates: Path, folder: str = "nonn") -> Rollout:
+    cluster = placed_on([Board.of(text) for text in BOARDS], export, certificates, 7100, 100.0)
+    return Rollout(export, cluster, folder, "nonn/.venv/bin/python", "now")
+
+
+@pytest.mark.parametrize(
+    ("text", "board"),
+    [
+        ("pi@host1", Board("pi", "host1", None)),
+        ("10.0.0.7:2222", Board(None, "10.0.0.7", 2222)),
+        ("pi@[fe80::1]:22", Board("pi", "[fe80::1]", 22)),
+    ],
+)
+def test_a_board_is_named_as_ssh_names_it(text, board):
+    assert Board.of(text) == board
+
+
+@pytest.mark.parametrize("text", ["", "a b", "-oProxyCommand=x@h;ls", "pi@", "host:port", "a'b"])
+def test_what_is_no_board_is_refused(text):
+    with pytest.raises(UserError, match="--to"):
+        Board.of(text)
+
+
+def test_each_board_gets_its_student_and_no_other_secret(network_folder, certificates):
+    todo = rollout_of(network_folder, certificates)
+    with tarfile.open(fileobj=io.BytesIO(todo.archive_of(todo.cluster.nodes[1]))) as archive:
+        modes = {entry.name: entry.mode for entry in archive}
+        assert "1.onnx" in modes
+        assert not {"0.onnx", "2.onnx", "ca.key", "coordinator.key"} & {*modes}
+        assert modes["node.key"] == 0o600
+        assert archive.extractfile("node.key").read() == (certificates / "node-1.key").read_bytes()
+        script = archive.extractfile("node.sh").read().decode()
+        assert 'exec "$HOME"/nonn/.venv/bin/python -m nonn node 1.onnx --address 0.0.0.0:7101' in script
+        assert "ExecStart=%h/nonn/node-1/current/node.sh" in archive.extractfile("node.service").read().decode()
+
+
+def test_the_unit_is_one_that_systemd_takes(network_folder, certificates, tmp_path):
+    if not shutil.which("systemd-analyze"):
+        pytest.skip("there is no systemd-analyze")
+    todo = rollout_of(network_folder, certificates, str(tmp_path))
+    with tarfile.open(fileobj=io.BytesIO(todo.archive_of(todo.cluster.nodes[0]))) as archive:
+        archive.extractall(tmp_path / "node-0/current", filter="data")
+    unit = shutil.copy(tmp_path / "node-0/current/node.service", tmp_path / "nonn-node-0.service")
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert "nonn-node-0" not in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_the_script_switches_to_a_release_and_back(tmp_path):
+    """With a shell in place of a node, where there is no systemd of this user."""
+    systemd = subprocess.run(["sh", "-c", "systemctl --user show-environment"], capture_output=True, check=False)
+    if not systemd.returncode:
+        pytest.skip("would start units of this user")
+    if not shutil.which("start-stop-daemon"):
+        pytest.skip("there is no start-stop-daemon")
+    node = tmp_path / "node-0"
+
+    def switch(*words: str) -> None:
+        subprocess.run(["sh", node / words[-1] / "switch.sh", *words], check=True)
+
+    def served() -> str:
+        return (node / "current").readlink().name
+
+    for release in ("one", "two", "three"):
+        (node / release).mkdir(parents=True)
+        shutil.copy(rollout.PARTS / "switch.sh", node / release)
+        (node / release / "node.sh").write_text("#!/bin/sh\nexec sleep 100\n")
+        (node / release / "node.sh").chmod(0o700)
+        switch(release)
+        assert served() == release
+    assert not (node / "one").exists()
+    switch("--back", "two")  # is not the one that is served
+    assert served() == "three"
+    switch("--back", "three")
+    assert served() == "two"
+    (node / "two/former").unlink()
+    pid = int((node / "pid").read_text())
+    assert Path(f"/proc/{pid}").exists()
+    switch("--back", "two")
+    assert not (node / "current").is_symlink()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_certificates_that_are_there_stay(network_folder, tmp_path):
+    todo = rollout_of(network_folder, tmp_path / "certs")
+    complete_certificates(todo.cluster)
+    before = (tmp_path / "certs/node-0.pem").read_bytes()
+    (tmp_path / "certs/node-1.pem").unlink()
+    complete_certificates(todo.cluster)
+    assert (tmp_path / "certs/node-0.pem").read_bytes() == before
+    assert (tmp_path / "certs/node-1.pem").exists()
+
+
+def test_a_cluster_file_is_put_back(tmp_path):
+    path = tmp_path / "cluster.yaml"
+
+    def fail() -> None:
+        with kept_unless_done(path):
+            path.write_text("new")
+            raise UserError
+
+    for before in (None, "former"):
+        if before:
+            path.write_text(before)
+        with pytest.raises(UserError):
+            fail()
+        assert (path.read_text() if path.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "a", "b"], "2 boards for the 3 students"),
+        (["--to", *BOARDS, "--port", "80"], "--port"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(network_folder, folder, words, said):
+    with pytest.raises(SystemExit) as error:
+        main(["deploy", str(network_folder), *words])
+    assert said in str(error.value)
+    assert not list(folder.iterdir())
+
+
+def test_without_ansible_it_says_what_to_install(network_folder, folder, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit) as error:
+        main(["deploy", str(network_folder), "--to", *BOARDS])
+    assert "ansible-core" in str(error.value)
+    assert not (folder / "cluster.yaml").exists()
+
+
+@pytest.mark.slow
+def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, folder, monkeypatch, capsys):  # noqa: F811
+    if not (Path(sys.executable).parent / "ansible-playbook").exists():
+        pytest.skip("the extra boards is not installed")
+    monkeypatch.setattr(rollout, "PAUSE", 0)
+    python = folder / "python"  # on boards, nonn is installed; here it is this copy
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} "$@"\n')
+    python.chmod(0o700)
+    former, new = exports
+
+    def health() -> str:
+        main(["health"])
+        return capsys.readouterr().out
+
+    with ssh_server(folder / "ssh") as port, socket.socket() as taken:
+        boards = [f"{getpass.getuser()}@127.0.0.1:{port}"] * 3
+        common = ["--to", *boards, "--folder", str(folder / "nonn"), "--python", str(python), "--deadline-ms", "5000"]
+        common += ["--ssh-args", f"-F {folder / 'ssh/client'}"]
+        first = 21000 + port % 1000 * 8
+        try:
+            for export in exports:
+                main(["deploy", str(export), *common, "--port", str(first)])
+                assert load_cluster().export.resolve() == export.resolve()
+                assert health().count("serves") == 3
+            taken.bind(("0.0.0.0", first + 6))
+            taken.listen()
+            with pytest.raises(SystemExit) as error:
+                main(["deploy", str(former), *common, "--port", str(first + 4), "--wait", "4"])
+            assert "All boards serve again what they served before" in str(error.value)
+            assert load_cluster().export.resolve() == new.resolve()
+            main(["health", "--wait", "30"])
+            assert [len(list((folder / f"nonn/node-{i}").glob("2*"))) for i in range(3)] == [2, 2, 2]
+        finally:
+            for pid in (folder / "nonn").glob("node-*/pid"):
+                subprocess.run(["start-stop-daemon", "--stop", "--oknodo", "--pidfile", pid], check=False)
