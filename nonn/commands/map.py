@@ -42,7 +42,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--jobs", type=natural, default=1, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--factors", metavar="NAME,…", help="these alone beside the centre (default: all of the plan)")
-    parser.epilog = "example: dvc repro partition@2s partition@4s && nonn map --jobs 2"
+    parser.epilog = "example: nonn map --jobs 2 --factors epochs,budget"
 
 
 def run(options) -> None:
