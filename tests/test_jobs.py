@@ -1,5 +1,7 @@
 """Lists of jobs, experiments that hold what differs, and what goes when parameters no longer name it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,14 @@ def test_baselines_go_when_none_is_named(params):
     write_all(params, paths)
     remove_leftovers(with_network(params, baselines={}), paths)
     assert not list((paths / "baselines").iterdir())
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_a_killed_stage_left_goes_though_it_does_not_run_again(params):
+    paths = Paths(params.experiment)
+    killed = "import os, sys; from nonn.core.files import replacing; from pathlib import Path\n"
+    killed += "with replacing(Path(sys.argv[1])) as temporary: temporary.mkdir(), os._exit(1)"
+    subprocess.run([sys.executable, "-c", killed, paths.export("2s")], check=False)
+    assert len(list((paths / "export").iterdir())) == 1
+    remove_leftovers(params, paths)
+    assert not list((paths / "export").iterdir())

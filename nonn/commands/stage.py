@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, sweep
+from nonn.core.files import STATE
 from nonn.core.jobs import check_jobs
 from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, refuse_settings
@@ -59,7 +59,6 @@ def run(options) -> None:
     paths = Paths(params.experiment)
     arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
     check_jobs(params)
-    sweep(paths.root, STATE / "checkpoints")
     remove_leftovers(params, paths)
     choose(params.numerics)
     if stage in BEFORE_DESIGN:

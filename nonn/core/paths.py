@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nonn.core.files import TEMPORARY, remove
+from nonn.core.files import STATE, TEMPORARY, remove, sweep
 from nonn.core.jobs import list_jobs
 from nonn.core.params import SOLO, Params
 
@@ -120,9 +120,12 @@ def _file_of(name: str | int) -> str:
 def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name, and list them.
 
+    So is what killed stages have left, which need not run again: DVC may bring their outputs back from its cache.
+
     DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all baselines, all
     networks) would take them for inputs.
     """
+    sweep(paths.root, STATE / "checkpoints")
     jobs = list_jobs(params)
     named = [*jobs["networks"], SOLO]
     kept = dict.fromkeys(("design", "partition", "export", "cluster", "benchmark", "distributed"), named)
