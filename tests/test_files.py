@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,13 @@ def test_sweep_bears_that_there_is_nothing():
 
 
 # Progress
+
+
+def test_a_line_is_written_with_its_end(monkeypatch):
+    written = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=written.append, flush=lambda: None))
+    progress.log("node at 127.0.0.1:1")
+    assert written == ["node at 127.0.0.1:1\n"]
 
 
 def test_without_a_terminal_a_few_lines_are_logged(capsys, monkeypatch):

@@ -41,5 +41,10 @@ def track(items: Iterable[Item], label: str, total: int | None = None, done: int
 
 
 def log(message: str) -> None:
-    """One line for the reader, on standard error."""
-    print(message, file=sys.stderr, flush=True)
+    """One line for the reader, on standard error.
+
+    Written at once with its end: where standard error is unbuffered, `print` writes the end apart, and a line of gRPC's
+    between the two would make them one, which `nonn.runtime.logs` may drop.
+    """
+    sys.stderr.write(f"{message}\n")
+    sys.stderr.flush()
