@@ -1,18 +1,18 @@
-"""Devices at once: what is composed by hand, loads against what they come from, and the stage on a tiny network."""
+"""Devices at once: live rows, composed ones, and the stage on a tiny network."""
 
 import asyncio
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from clusters import CLASSES, N_FEATURES
+from clusters import CLASSES
+from loads import CORE, LOAD, on_a_pi, student_row
 from splits import COST, in_int8, write_tiny
 
 from nonn.core.files import read_json, write_json
-from nonn.core.links import PRESETS, Link, link_seconds
+from nonn.core.links import PRESETS, Link
 from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
@@ -22,17 +22,15 @@ from nonn.runtime.exported import read_manifest
 from nonn.runtime.node import Student
 from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
-from nonn.split.planner import plan_split
 from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
-from nonn.testbed.composed import Load, compose, load_of_network, load_of_split, payload_bytes
+from nonn.testbed.composed import Load, compose, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
 from nonn.testbed.distributed import LOOPBACK, compose_all, echo_sizes, framing_of, measure_live, overhead
 from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges
 from nonn.testbed.trial import Measured
 
-CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 #: A byte takes a microsecond; and the same as one medium for all.
 MEGABYTE, SHARED = Link(8e6), Link(8e6, shared=True)
 DELAYED = Link(8e6, 0.001)
@@ -40,158 +38,7 @@ DELAYED = Link(8e6, 0.001)
 
 @pytest.fixture(scope="module")
 def section(params):
-    """The parameters of the stage: Raspberry Pi at a third of this machine's speed."""
-    changes = {"board": "pi3b", "slowdown": 3.0, "links": ["ethernet100"], "images": 2, "seconds": 0.001}
-    return params.distributed.model_copy(update=changes | {"reference": None})
-
-
-#: Two devices, two rounds.
-LOAD = Load(
-    seconds=np.array([[0.010, 0.020], [0.040, 0.035]]),
-    macs=np.array([[10e6, 30e6], [50e6, 20e6]]),
-    memory_bytes=1000,
-    payload=[{("0", "1"): 1000, ("1", "0"): 1000}],
-    image_bytes=2000,
-    answer_bytes=500,
-)
-
-
-# The link, by hand
-
-
-@pytest.mark.parametrize(
-    ("transfers", "full_duplex", "shared"),
-    [
-        ({}, 0, 0),
-        ({("a", "b"): 1000}, 1, 1),
-        # Both ways and other pairs at once.
-        ({("a", "b"): 1000, ("b", "a"): 700, ("c", "d"): 300}, 1, 2),
-        # One sends to all, all send to one.
-        ({("a", "b"): 1000, ("a", "c"): 500}, 1.5, 1.5),
-        ({("b", "a"): 1000, ("c", "a"): 1000, ("d", "a"): 1000}, 3, 3),
-        # Everybody sends everybody the same.
-        ({(a, b): 100 for a in "abcd" for b in "abcd" if a != b}, 0.3, 1.2),
-    ],
-    ids=["nothing", "one", "pairs", "broadcast", "incast", "all-gather"],
-)
-def test_milliseconds_on_the_link_by_hand(transfers, full_duplex, shared):
-    assert 1e3 * link_seconds(MEGABYTE, transfers) == pytest.approx(full_duplex)
-    assert 1e3 * link_seconds(SHARED, transfers) == pytest.approx(shared)
-    delay = 1 if transfers else 0  # once for all that is sent at once
-    assert 1e3 * link_seconds(DELAYED, transfers) == pytest.approx(full_duplex + delay)
-
-
-def test_an_image_is_asked_for_exchanged_and_answered():
-    request, exchange, answer = LOAD.transfers("broadcast")
-    assert request == {(COORDINATOR, "0"): 2000, (COORDINATOR, "1"): 2000}
-    assert exchange == LOAD.payload[0]
-    assert answer == {("0", COORDINATOR): 500, ("1", COORDINATOR): 500}
-    assert payload_bytes(LOAD.transfers("broadcast")) == 2 * (2000 + 1000 + 500)
-    assert LOAD.transfers("sensor")[0] == {(COORDINATOR, "0"): 8, (COORDINATOR, "1"): 8}
-    assert payload_bytes(LOAD.transfers("sensor")) == 2 * (8 + 1000 + 500)
-
-
-# Latency and energy, by hand
-
-
-def test_latency_and_energy_by_hand(section):
-    row = compose(LOAD, DELAYED, "sensor", framing=2.0, final_s=0.005, params=section)
-    compute = 3 * (0.020 + 0.040)
-    # 16, 1000 and 1000 bytes at each host that has most to do, twice because of the framing, and three delays.
-    link = 2 * (16 + 1000 + 1000) * 1e-6 + 0.003
-    total = compute + link + 0.005
-    assert row["compute_ms"] == pytest.approx(1e3 * compute)
-    assert row["link_ms"] == pytest.approx(1e3 * link)
-    assert row["final_ms"] == pytest.approx(5)
-    assert row["total_ms"] == pytest.approx(1e3 * total)
-    assert row["wire_bytes"] == 2 * 2 * (8 + 1000 + 500)
-    # Each device gets 8 bytes, sends 1000, gets 1000, and sends 500; twice because of the framing.
-    bits = 8 * 2 * (8 + 1000 + 1000 + 500)
-    spent = [3 * (0.010 + 0.040), 3 * (0.020 + 0.035)]
-    low = [1e3 * (0.575 * s + bits * 10e-9) for s in spent]
-    high = [1e3 * (2.3 * s + bits * 50e-9) for s in spent]
-    idle = 1e3 * 1.4 * total
-    assert row["energy_node_mj"] == pytest.approx([low[1], high[1]])
-    assert row["energy_total_mj"] == pytest.approx([sum(low), sum(high)])
-    while_computing = 1e3 * 1.4 * spent[1]
-    assert row["energy_node_computing_mj"] == pytest.approx([low[1] + while_computing, high[1] + while_computing])
-    assert row["energy_node_with_idle_mj"] == pytest.approx([low[1] + idle, high[1] + idle])
-    assert row["energy_total_with_idle_mj"] == pytest.approx([sum(low) + 2 * idle, sum(high) + 2 * idle])
-
-
-def test_on_a_microcontroller_the_work_counts_and_not_the_time_measured(section):
-    board = section.model_copy(update={"board": "cortex_m7"})
-    row = compose(LOAD, MEGABYTE, "sensor", 1.0, 0.0, board)
-    assert row["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / 46.7e6)
-    slower = replace(LOAD, seconds=100 * LOAD.seconds)
-    assert compose(slower, MEGABYTE, "sensor", 1.0, 0.0, board) == row
-    # The same work in int8 takes less time, and so less energy.
-    cheap = compose(replace(LOAD, precision="int8"), Link(1e15), "sensor", 1.0, 0.0, board)
-    assert cheap["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / (18.2 * 12.5e6))
-    bits = 8 * (8 + 1000 + 1000 + 500)
-    needs = 1e3 * (0.139 * 60e6 / 227.5e6 + bits * 50e-9)
-    assert cheap["energy_node_mj"][1] == cheap["energy_node_computing_mj"][1] == pytest.approx(needs)
-
-
-def test_framing_scales_bytes_and_what_they_take(section):
-    plain, framed = (compose(LOAD, SHARED, "broadcast", framing, 0.0, section) for framing in (1.0, 2.5))
-    assert framed["wire_bytes"] == 2.5 * plain["wire_bytes"] == 2.5 * 7000
-    assert framed["link_ms"] == pytest.approx(2.5 * plain["link_ms"]) == pytest.approx(2.5 * 7)
-    assert framed["compute_ms"] == plain["compute_ms"]
-
-
-@pytest.mark.parametrize("n_devices", [1, 2, 8])
-def test_equal_devices_in_parallel_take_the_time_of_one(section, n_devices):
-    load = Load(np.full((1, n_devices), 0.02), np.full((1, n_devices), 1e6), 1000, [], 2000, 500)
-    one = Load(np.full((1, 1), 0.02), np.full((1, 1), 1e6), 1000, [], 2000, 500)
-    row, alone = (compose(each, Link(1e15), "sensor", 1.0, 0.0, section) for each in (load, one))
-    assert row["total_ms"] == pytest.approx(alone["total_ms"]) == pytest.approx(60)
-    assert row["energy_node_mj"] == pytest.approx(alone["energy_node_mj"])
-    assert row["energy_total_mj"] == pytest.approx([n_devices * end for end in alone["energy_total_mj"]])
-    # Their answers come over one line, one after another.
-    assert compose(load, MEGABYTE, "sensor", 1.0, 0.0, section)["link_ms"] == pytest.approx(n_devices * 0.508)
-
-
-# Loads
-
-
-@pytest.mark.parametrize("n_devices", [1, 2, 3])
-@pytest.mark.parametrize("method", ["channels", "rows"])
-def test_the_load_of_a_split_is_that_of_its_plan(folder, monkeypatch, method, n_devices):
-    monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
-    write_tiny(folder / "model.onnx")
-    plan = plan_split(folder / "model.onnx", n_devices, method)
-    load = load_of_split(plan, CORE)
-    assert load.n_devices == n_devices
-    assert len(load.payload) == plan.rounds
-    assert payload_bytes(load.payload) == plan.payload_bytes()
-    for number, sent in enumerate(load.payload):
-        for (sender, receiver), n_bytes in sent.items():
-            pair = int(sender), int(receiver)
-            assert n_bytes == sum(
-                m.n_bytes for m in plan.messages if (m.round, m.sender, m.receiver) == (number, *pair)
-            )
-    assert load.macs.shape == load.seconds.shape == (plan.rounds + 1, n_devices)
-    assert load.macs.sum(axis=0).tolist() == [part.macs for part in plan.parts]
-    assert (load.seconds >= 0).all()
-    assert load.seconds.sum() > 0
-    assert load.memory_bytes > 4 * max(part.params for part in plan.parts)
-    assert load.image_bytes == 16
-    assert load.answer_bytes == 4 * max(part.n_features for part in plan.parts)
-
-
-def student_row(position: int) -> dict:
-    times = {"latency_p50_ms": 1.0 + position, "macs": 100 * (position + 1)}
-    return times | {"weight_bytes": 1000 - 400 * position, "peak_activation_bytes": 500 * position}
-
-
-def test_the_load_of_a_network_is_that_of_its_benchmark(network_folder):
-    load = load_of_network(network_folder, {str(i): student_row(i) for i in range(3)}, "int8")
-    assert load.precision == "int8"
-    np.testing.assert_allclose(load.seconds, [[0.001, 0.002, 0.003]])
-    np.testing.assert_array_equal(load.macs, [[100, 200, 300]])
-    assert load.memory_bytes == 200 + 1000  # of 1000, 600 + 500, and 200 + 1000
-    assert (load.payload, load.image_bytes, load.answer_bytes) == ([], 16, 4 * max(N_FEATURES))
+    return on_a_pi(params.distributed)
 
 
 # A model that runs alone, as a network

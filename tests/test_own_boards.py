@@ -3,27 +3,19 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from experiments import tiny_params
+from loads import LOAD
 from pydantic import ValidationError
 
 from nonn.core.boards import Board, Range, find_board, in_device
 from nonn.core.jobs import list_jobs
 from nonn.core.links import Link
 from nonn.core.params import SOLO, Params
-from nonn.testbed.composed import Load, compose
+from nonn.testbed.composed import compose
 from nonn.testbed.deployments import Deployment, on_boards
 
-#: Two devices, two rounds, and a link that takes no time.
-LOAD = Load(
-    seconds=np.array([[0.010, 0.020], [0.040, 0.035]]),
-    macs=np.array([[10e6, 30e6], [50e6, 20e6]]),
-    memory_bytes=1000,
-    payload=[{("0", "1"): 1000, ("1", "0"): 1000}],
-    image_bytes=2000,
-    answer_bytes=500,
-)
+#: A link that takes no time.
 INSTANT = Link(1e15)
 UNLIKE = {"a": {"board": "esp32s3", "ram_kib": 400}, "b": {"board": "rp2350"}, "c": {"memory_kib": 60, "mmacs": 5}}
 
