@@ -7,9 +7,11 @@ it was, and a further value of a factor trains what is new.
 from __future__ import annotations
 
 import csv
+import os
+import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
                 for random in by_chance:
                     wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
             wanted |= {training.same: None for training in regimes.pool_of(params, point, seed)}
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         trainings: list[Future] = [pool.submit(_train, params, training) for training in wanted]
         for done in track(as_completed(trainings), "map", total=len(trainings)):
             done.result()
@@ -95,6 +97,17 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
         for (point, name), futures in scored.items():
             for row in regimes.rows_of(params, point, name, [future.result() for future in futures]):
                 yield {"experiment": params.experiment, **row}
+
+
+def _end_with_parent() -> None:
+    """In a process of its own: a map that is killed leaves nobody behind who trains on."""
+
+    def wait() -> None:
+        if parent := parent_process():
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _train(params: Params, training: Any) -> None:
