@@ -83,6 +83,8 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
                 for random in by_chance:
                     wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
             wanted |= {training.same: None for training in regimes.pool_of(params, point, seed)}
+    for training in wanted:
+        regimes.lesson_of(params, training)  # what no device can hold is refused before anything is trained
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         trainings: list[Future] = [pool.submit(_train, params, training) for training in wanted]
         for done in track(as_completed(trainings), "map", total=len(trainings)):
