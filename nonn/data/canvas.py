@@ -131,6 +131,10 @@ class Images:
         """All images, in batches."""
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
+    def parts(self, count: int) -> list[Images]:
+        """The same images as so many runs of about equal length, none of them read yet."""
+        return [Images(self.source, indices, self.mapping) for indices in self.indices.tensor_split(count)]
+
     def each(self) -> Iterator[np.ndarray]:
         """All images, one by one, (channels, H, W)."""
         return (image for batch in self.split(100) for image in batch.numpy())

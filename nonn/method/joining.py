@@ -119,10 +119,10 @@ class FeatureCache:
             return features_of([student], images)[0]
         if student not in self._files:
             self._files[student] = student_content(student, self.data, self.precision)
-        file = self._files[student]
-        parts = [images[part].numpy() for part in torch.arange(len(images)).tensor_split(torch.get_num_threads())]
-        with ThreadPoolExecutor(len(parts)) as pool:  # ONNX Runtime lets other threads run meanwhile
-            return torch.from_numpy(np.concatenate(list(pool.map(partial(run_onnx, file), parts))))
+        n_parts = min(torch.get_num_threads(), len(images))
+        parts = (part.each() for part in images.parts(n_parts))
+        with ThreadPoolExecutor(n_parts) as pool:  # ONNX Runtime lets other threads run meanwhile
+            return torch.from_numpy(np.concatenate(list(pool.map(partial(run_onnx, self._files[student]), parts))))
 
 
 def join_students(

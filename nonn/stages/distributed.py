@@ -70,10 +70,8 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
 
     info, is_int8 = read_json(paths.dataset_info, DatasetInfo), params.design.precision == "int8"
     torch.manual_seed(0)
-    model, shape = (
-        ConvNet(architecture, info["channels"], len(info["classes"])),
-        (info["channels"], *2 * [info["size"]]),
-    )
+    model = ConvNet(architecture, info["channels"], len(info["classes"]))
+    shape = info["channels"], info["size"], info["size"]
     path = scratch / "reference.onnx"
     example = torch.zeros(1, *shape, dtype=torch.uint8)
     export_onnx(Logits(fold_norms(model) if is_int8 else model), example, path, "image", "logits")

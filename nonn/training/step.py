@@ -47,9 +47,9 @@ class RecordedStep(Step):
         self, model: nn.Module, loss_of: Callable[..., Tensor], optimizers: Sequence[torch.optim.Optimizer]
     ) -> None:
         super().__init__(model, loss_of, optimizers)
+        device = next(model.parameters()).device
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                device = next(iter(model.parameters())).device
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
                 if isinstance(optimizer, torch.optim.SGD):
                     group["fused"], group["foreach"] = True, False  # the only one that reads a rate on the GPU
