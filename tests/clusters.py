@@ -12,15 +12,17 @@ import onnx
 import pytest
 from grpc import StatusCode, aio
 from onnx import TensorProto, helper, numpy_helper
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.files import write_json
 from nonn.runtime.cluster import Cluster, Node, Tls
+from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
-from nonn.runtime.protocol import version_of
+from nonn.runtime.protocol import Contract, make_response, version_of
 from nonn.runtime.serving import serving
+from nonn.runtime.session import run_onnx
 
 CHANNELS, SIZE, N_FEATURES, CLASSES = 1, 4, (3, 5, 2), ["ant", "bee", "cat", "dog"]
 PIXELS = CHANNELS * SIZE * SIZE
@@ -213,3 +215,46 @@ def nobody_listens(addresses: Iterable[str]) -> bool:
             if probe.connect_ex(("127.0.0.1", int(address.split(":")[1]))) == 0:
                 return False
     return True
+
+
+@contextlib.asynccontextmanager
+async def two_and(export: Path, third: str, deadline_ms: float = PLENTY_MS):
+    """A coordinator of two sound nodes and one that the test provides."""
+    async with (
+        plain_node(export, 0) as (first, _),
+        plain_node(export, 1) as (second, _),
+        Coordinator(cluster_of(export, [first, second, third], deadline_ms=deadline_ms)) as coordinator,
+    ):
+        yield coordinator
+
+
+def expected_logits(export: Path, image: np.ndarray, present: list[int]) -> np.ndarray:
+    """N/|present| · Σ_present (W_i f_i + b_i), term by term."""
+    blocks = load_file(export / "final.safetensors")
+    logits = np.zeros(len(CLASSES))
+    for i in present:
+        (feature,) = run_onnx(export / f"{i}.onnx", image[None])
+        logits += blocks[f"weights.{i}"] @ feature + blocks[f"biases.{i}"]
+    return logits * len(N_FEATURES) / len(present)
+
+
+def assert_answer(answer, export: Path, image: np.ndarray, present: list[int]) -> None:
+    assert answer.present == [f"node-{i}" for i in present]
+    assert set(answer.absent) == {f"node-{i}" for i in range(len(N_FEATURES)) if i not in present}
+    logits = expected_logits(export, image, present)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    assert answer.prediction.label == CLASSES[logits.argmax()]
+    np.testing.assert_allclose(answer.prediction.probabilities, probabilities, rtol=1e-4)
+    assert len(answer.prediction.shares) == len(present)
+
+
+def with_features(values):
+    async def answer(*_):
+        contract = Contract("2", CHANNELS, SIZE, N_FEATURES[2], FEATURE_LIMIT, version=VERSIONS[2])
+        return make_response(contract, "", np.array([values], np.float32))
+
+    return answer
+
+
+async def fail(_, context):
+    await context.abort(StatusCode.INTERNAL, "ill")

@@ -115,3 +115,25 @@ def write_tiny(path: Path) -> None:
     build.add("Relu")
     build.convolve(6)
     build.write(path)
+
+
+def write_shortcut(path: Path) -> None:
+    """A classifier with a pool, a stride and a shortcut; 9 rows and odd widths."""
+    build = Build(channels=3, size=9)
+    build.convolve(5)
+    build.add("Relu")
+    before = build.map
+    build.convolve(7, stride=2)
+    build.normalize()
+    branch = build.add("Relu")
+    build.convolve(7, kernel=1, stride=2, read=before, inputs=5)
+    build.add("Add", branch)
+    build.convolve(6)
+    build.pool()
+    build.add("Relu")
+    build.write(path)
+
+
+def image_of(plan, seed: int = 0) -> np.ndarray:
+    shape = plan.parts[0].contract.image_shape[1:]
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -2,29 +2,26 @@
 
 import asyncio
 import contextlib
-import os
 import shutil
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from clusters import (
-    CHANNELS,
     CLASSES,
     FEATURE_LIMIT,
     N_FEATURES,
     PATIENCE,
-    PLENTY_MS,
-    SIZE,
-    VERSIONS,
+    assert_answer,
     cluster_of,
+    expected_logits,
     free_ports,
     hang,
     make_image,
     plain_node,
     rogue_node,
-    until,
+    two_and,
+    with_features,
 )
 from grpc import StatusCode, aio
 from PIL import Image
@@ -32,49 +29,16 @@ from safetensors.numpy import load_file
 
 from nonn.cli import main
 from nonn.core.errors import UserError
-from nonn.runtime import coordinator as coordination
 from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.node import Student
 from nonn.runtime.predict import classify
-from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_response
+from nonn.runtime.protocol import MESSAGE_LIMIT
 from nonn.runtime.serving import serving
-from nonn.runtime.session import run_onnx
 from nonn.runtime.tls import Identity
 
 #: Milliseconds that a test waits for in vain.
 FEW = 500.0
-
-
-@contextlib.asynccontextmanager
-async def two_and(export: Path, third: str, deadline_ms: float = PLENTY_MS):
-    """A coordinator of two sound nodes and one that the test provides."""
-    async with (
-        plain_node(export, 0) as (first, _),
-        plain_node(export, 1) as (second, _),
-        Coordinator(cluster_of(export, [first, second, third], deadline_ms=deadline_ms)) as coordinator,
-    ):
-        yield coordinator
-
-
-def expected_logits(export: Path, image: np.ndarray, present: list[int]) -> np.ndarray:
-    """N/|present| · Σ_present (W_i f_i + b_i), term by term."""
-    blocks = load_file(export / "final.safetensors")
-    logits = np.zeros(len(CLASSES))
-    for i in present:
-        (feature,) = run_onnx(export / f"{i}.onnx", image[None])
-        logits += blocks[f"weights.{i}"] @ feature + blocks[f"biases.{i}"]
-    return logits * len(N_FEATURES) / len(present)
-
-
-def assert_answer(answer, export: Path, image: np.ndarray, present: list[int]) -> None:
-    assert answer.present == [f"node-{i}" for i in present]
-    assert set(answer.absent) == {f"node-{i}" for i in range(len(N_FEATURES)) if i not in present}
-    logits = expected_logits(export, image, present)
-    probabilities = np.exp(logits) / np.exp(logits).sum()
-    assert answer.prediction.label == CLASSES[logits.argmax()]
-    np.testing.assert_allclose(answer.prediction.probabilities, probabilities, rtol=1e-4)
-    assert len(answer.prediction.shares) == len(present)
 
 
 # All present
@@ -120,10 +84,6 @@ def test_all_under_mutual_tls(network_folder, certificates):
 
 async def refuse(request, context):
     await context.abort(StatusCode.RESOURCE_EXHAUSTED, "busy")
-
-
-async def fail(request, context):
-    await context.abort(StatusCode.INTERNAL, "ill")
 
 
 def test_a_missing_node_is_done_without(network_folder, free_port):
@@ -182,14 +142,6 @@ def test_nobody_left(network_folder):
 
 
 # Rogue nodes
-
-
-def with_features(values):
-    async def answer(request, context):
-        contract = Contract("2", CHANNELS, SIZE, N_FEATURES[2], FEATURE_LIMIT, version=VERSIONS[2])
-        return make_response(contract, "", np.array([values], np.float32))
-
-    return answer
 
 
 def with_change(change):
@@ -277,115 +229,6 @@ def test_an_answer_that_is_no_message(network_folder):
             assert_answer(answer, network_folder, make_image(), [0, 1])
             assert answer.absent["node-2"] == "the answer is no message of the protocol"
         await server.stop(None)
-
-    asyncio.run(scenario())
-
-
-# Circuit breaker
-
-
-def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
-    monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
-    sound = with_features([1, 2])
-    behaviour = {"now": fail}
-
-    async def behave(request, context):
-        return await behaviour["now"](request, context)
-
-    async def scenario():
-        async with rogue_node(behave) as (third, rogue), two_and(network_folder, third) as coordinator:
-            connection = coordinator.connections[2]
-            for attempt in range(1, coordination.TOLERATED_FAILURES + 1):
-                await coordinator.classify(make_image())
-                assert connection.is_open == (attempt == coordination.TOLERATED_FAILURES)
-            asked = rogue.asked
-            answer = await coordinator.classify(make_image())
-            assert answer.absent["node-2"] == "left alone after 3 failures in a row (internal: ill)"
-            assert rogue.asked == asked
-            await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
-            assert connection.is_open
-            behaviour["now"] = sound
-            await until(lambda: not connection.is_open)
-            # On probation: one failure is enough to be left alone again.
-            behaviour["now"] = fail
-            await coordinator.classify(make_image())
-            assert connection.is_open
-            behaviour["now"] = sound
-            await until(lambda: not connection.is_open)
-            answer = await coordinator.classify(make_image())
-            assert answer.present == ["node-0", "node-1", "node-2"]
-            assert connection.failures == 0
-
-    asyncio.run(scenario())
-
-
-def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
-    async def scenario():
-        async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
-            for _ in range(coordination.TOLERATED_FAILURES):
-                await coordinator.classify(make_image())
-            assert coordinator.connections[2].is_open
-            coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
-            async with asyncio.timeout(PATIENCE):
-                answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
-            for seed, answer in enumerate(answers):
-                assert_answer(answer, network_folder, make_image(seed), [0, 1])
-                assert answer.absent["node-2"].endswith("(no answer by the deadline)")
-
-    asyncio.run(scenario())
-
-
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="TCP_USER_TIMEOUT is an option of Linux")
-def test_connections_that_nobody_acknowledges_are_given_up(network_folder):
-    def given_up_after(port: int) -> set[int]:
-        """TCP_USER_TIMEOUT in milliseconds of this process's connections to a port."""
-        found = set()
-        for descriptor in list(Path("/proc/self/fd").iterdir()):
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as copy:
-                if copy.family != socket.AF_UNIX and copy.getpeername()[1] == port:
-                    found.add(copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
-        return found
-
-    async def scenario():
-        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
-            await coordinator.classify(make_image())
-            assert given_up_after(int(third.rpartition(":")[2])) == {20_000}
-
-    asyncio.run(scenario())
-
-
-def test_when_all_are_left_alone_all_are_asked(network_folder):
-    async def scenario():
-        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
-            for connection in coordinator.connections:
-                connection.pause = 1000  # no probe during this test
-                for _ in range(coordination.TOLERATED_FAILURES):
-                    connection.failed("imagined")
-            assert all(connection.is_open for connection in coordinator.connections)
-            assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
-            assert not any(connection.is_open for connection in coordinator.connections)
-
-    asyncio.run(scenario())
-
-
-def test_a_node_that_restarts_rejoins(network_folder, free_port):
-    async def scenario():
-        third = f"127.0.0.1:{free_port}"
-        async with two_and(network_folder, third) as coordinator:
-            for _ in range(2):
-                await until_present(coordinator, [0, 1])
-                async with plain_node(network_folder, 2, free_port):
-                    await until_present(coordinator, [0, 1, 2])
-            await until_present(coordinator, [0, 1])
-
-    async def until_present(coordinator, present):
-        async with asyncio.timeout(PATIENCE):
-            while True:
-                answer = await coordinator.classify(make_image())
-                assert_answer(answer, network_folder, make_image(), [int(n[-1]) for n in answer.present])
-                if answer.present == [f"node-{i}" for i in present]:
-                    return
-                await asyncio.sleep(0.02)
 
     asyncio.run(scenario())
 

@@ -105,8 +105,7 @@ def rows() -> pd.DataFrame:
 
 
 def cell(rows: pd.DataFrame, column: str, **where):
-    (value,) = rows.loc[(rows[list(where)] == pd.Series(where)).all(axis=1), column]
-    return value
+    return rows.loc[(rows[list(where)] == pd.Series(where)).all(axis=1), column].item()
 
 
 # Rows
@@ -311,6 +310,10 @@ def draw_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architectur
     yield deployment_plots.draw_ratios(collect_ratios(rows, comparisons), list_ratios(rows, comparisons))
 
 
+def labels_of(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def save_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None, folder) -> list[bytes]:
     with drawing_style():
         for number, figure in enumerate(draw_all(rows, comparisons, reference)):
@@ -332,8 +335,7 @@ def test_figures_of_any_number_of_networks_are_the_same_bytes_again(networks, fo
     comparisons = [{"network": name, "memory_ratio": 9.0, "performance_ratio": 3.0} for name in networks]
     reference = REFERENCE if "2s" in networks else None
     before = save_all(rows, comparisons, reference, folder)
-    assert len(before) == 4
-    assert len(set(before)) == 4
+    assert len(before) == len(set(before)) == 4
     assert all(content.startswith(b"<?xml") for content in before)
     assert save_all(rows.copy(), comparisons, reference, folder) == before
 
@@ -386,9 +388,7 @@ def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     ends = [tuple(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
     assert (5.0, 6.0) in ends
     (legend,) = figure.legends
-    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3b" in [
-        text.get_text() for text in legend.get_texts()
-    ]
+    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3b" in labels_of(legend)
 
 
 @pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])
@@ -397,5 +397,4 @@ def test_a_teacher_on_another_board_is_labelled(board, named):
     rows = join_rows({"solo": SOLO | {"composed": teacher}, "2s": TWO}, {"2s": 2})
     with drawing_style():
         (legend,) = deployment_plots.draw_scaling(rows, COMPARISONS[:1], "cortex_m7").legends
-    labels = [text.get_text() for text in legend.get_texts()]
-    assert any(label.endswith("on Raspberry Pi 3b") for label in labels) is named
+    assert any(label.endswith("on Raspberry Pi 3b") for label in labels_of(legend)) is named

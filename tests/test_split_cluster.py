@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clusters import PATIENCE, PLENTY_MS, free_ports, nobody_listens, refusal, until
 from grpc import StatusCode, aio
-from splits import Build, in_int8, write_tiny
+from splits import image_of, in_int8, write_shortcut, write_tiny
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
@@ -35,21 +35,8 @@ FEW = 300
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A classifier with a pool, a stride and a shortcut; 9 rows and odd widths."""
-    build = Build(channels=3, size=9)
-    build.convolve(5)
-    build.add("Relu")
-    before = build.map
-    build.convolve(7, stride=2)
-    build.normalize()
-    branch = build.add("Relu")
-    build.convolve(7, kernel=1, stride=2, read=before, inputs=5)
-    build.add("Add", branch)
-    build.convolve(6)
-    build.pool()
-    build.add("Relu")
     path = tmp_path_factory.mktemp("model") / "model.onnx"
-    build.write(path)
+    write_shortcut(path)
     return path
 
 
@@ -69,11 +56,6 @@ def certs(tmp_path_factory):
 
 def free_addresses(count: int) -> list[str]:
     return [f"127.0.0.1:{port}" for port in free_ports(count)]
-
-
-def image_of(plan, seed: int = 0) -> np.ndarray:
-    shape = plan.parts[0].contract.image_shape[1:]
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 @contextlib.asynccontextmanager

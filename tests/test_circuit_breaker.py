@@ -1,0 +1,132 @@
+"""A node that fails is left alone for a while, probed, and taken back."""
+
+import asyncio
+import contextlib
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from clusters import (
+    PATIENCE,
+    assert_answer,
+    fail,
+    hang,
+    make_image,
+    plain_node,
+    rogue_node,
+    two_and,
+    until,
+    with_features,
+)
+
+from nonn.runtime import coordinator as coordination
+
+#: Milliseconds that a test waits for in vain.
+FEW = 500.0
+
+
+def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
+    monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
+    sound = with_features([1, 2])
+    behaviour = {"now": fail}
+
+    async def behave(request, context):
+        return await behaviour["now"](request, context)
+
+    async def scenario():
+        async with rogue_node(behave) as (third, rogue), two_and(network_folder, third) as coordinator:
+            connection = coordinator.connections[2]
+            for attempt in range(1, coordination.TOLERATED_FAILURES + 1):
+                await coordinator.classify(make_image())
+                assert connection.is_open == (attempt == coordination.TOLERATED_FAILURES)
+            asked = rogue.asked
+            answer = await coordinator.classify(make_image())
+            assert answer.absent["node-2"] == "left alone after 3 failures in a row (internal: ill)"
+            assert rogue.asked == asked
+            await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
+            assert connection.is_open
+            behaviour["now"] = sound
+            await until(lambda: not connection.is_open)
+            # On probation: one failure is enough to be left alone again.
+            behaviour["now"] = fail
+            await coordinator.classify(make_image())
+            assert connection.is_open
+            behaviour["now"] = sound
+            await until(lambda: not connection.is_open)
+            answer = await coordinator.classify(make_image())
+            assert answer.present == ["node-0", "node-1", "node-2"]
+            assert connection.failures == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
+    async def scenario():
+        async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
+            for _ in range(coordination.TOLERATED_FAILURES):
+                await coordinator.classify(make_image())
+            assert coordinator.connections[2].is_open
+            coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
+            async with asyncio.timeout(PATIENCE):
+                answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
+            for seed, answer in enumerate(answers):
+                assert_answer(answer, network_folder, make_image(seed), [0, 1])
+                assert answer.absent["node-2"].endswith("(no answer by the deadline)")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="TCP_USER_TIMEOUT is an option of Linux")
+def test_connections_that_nobody_acknowledges_are_given_up(network_folder):
+    def given_up_after(port: int) -> set[int]:
+        """TCP_USER_TIMEOUT in milliseconds of this process's connections to a port."""
+        found = set()
+        for descriptor in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(descriptor.name))) as copy:
+                if copy.family != socket.AF_UNIX and copy.getpeername()[1] == port:
+                    found.add(copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT))
+        return found
+
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            await coordinator.classify(make_image())
+            assert given_up_after(int(third.rpartition(":")[2])) == {20_000}
+
+    asyncio.run(scenario())
+
+
+def test_when_all_are_left_alone_all_are_asked(network_folder):
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            for connection in coordinator.connections:
+                connection.pause = 1000  # no probe during this test
+                for _ in range(coordination.TOLERATED_FAILURES):
+                    connection.failed("imagined")
+            assert all(connection.is_open for connection in coordinator.connections)
+            assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
+            assert not any(connection.is_open for connection in coordinator.connections)
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_restarts_rejoins(network_folder, free_port):
+    async def scenario():
+        third = f"127.0.0.1:{free_port}"
+        async with two_and(network_folder, third) as coordinator:
+            for _ in range(2):
+                await until_present(coordinator, [0, 1])
+                async with plain_node(network_folder, 2, free_port):
+                    await until_present(coordinator, [0, 1, 2])
+            await until_present(coordinator, [0, 1])
+
+    async def until_present(coordinator, present):
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                answer = await coordinator.classify(make_image())
+                assert_answer(answer, network_folder, make_image(), [int(n[-1]) for n in answer.present])
+                if answer.present == [f"node-{i}" for i in present]:
+                    return
+                await asyncio.sleep(0.02)
+
+    asyncio.run(scenario())
