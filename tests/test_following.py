@@ -69,6 +69,11 @@ class Bench:
         for node in self.nodes.values():
             await node.aclose()
 
+    async def begin(self, export: Path) -> None:
+        """Name another export, and wait until the network knows of it."""
+        self.name(export)
+        await until(lambda: self.network.next is not None)
+
     async def serve(self, position: int, export: Path) -> None:
         """Let a node serve its student of an export, in place of the one that it serves."""
         if before := self.nodes.pop(position, None):
@@ -99,8 +104,7 @@ def test_a_network_goes_over_to_another_export_node_by_node(exports, tmp_path):
     async def scenario():
         async with Bench(tmp_path, former) as bench:
             assert (await bench.ask())[:2] == (versions[0], 3)
-            bench.name(new)
-            await until(lambda: bench.network.next is not None)
+            await bench.begin(new)
             name = bench.network.contract.model
             seen = []
 
@@ -142,8 +146,7 @@ def test_a_new_export_is_forgotten_when_the_file_is_put_back(exports, tmp_path):
 
     async def scenario():
         async with Bench(tmp_path, former) as bench:
-            bench.name(new)
-            await until(lambda: bench.network.next is not None)
+            await bench.begin(new)
             await bench.serve(0, new)
             await until(lambda: not bench.network.next.coordinator.connections[0].is_open)
             await bench.serve(0, former)
@@ -199,8 +202,7 @@ def test_a_node_that_was_put_back_counts_for_the_former_export_again(exports, tm
 
     async def scenario():
         async with Bench(tmp_path, former) as bench:
-            bench.name(new)
-            await until(lambda: bench.network.next is not None)
+            await bench.begin(new)
             current, coming = bench.network.current.coordinator, bench.network.next.coordinator
             for export, here, there in ((new, coming, current), (former, current, coming)):
                 await bench.serve(0, export)
@@ -214,8 +216,7 @@ def test_a_request_for_a_version_is_answered_by_the_current_export_alone(exports
 
     async def scenario():
         async with Bench(tmp_path, former) as bench:
-            bench.name(new)
-            await until(lambda: bench.network.next is not None)
+            await bench.begin(new)
             for position in range(2):
                 await bench.serve(position, new)
             for share, network in ((1 / 3, bench.network.current), (2 / 3, bench.network.next)):
