@@ -85,9 +85,14 @@ def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
 
 
 def test_a_damaged_authority_is_refused(certificates, tmp_path):
-    (tmp_path / "ca.key").write_bytes((certificates / "ca.key").read_bytes())
+    key = tmp_path / "ca.key"
+    key.write_bytes((certificates / "ca.key").read_bytes())
     (tmp_path / "ca.pem").write_text("no certificate")
-    with pytest.raises(UserError, match="its authority cannot be read"):
+    key.chmod(0o644)
+    with pytest.raises(UserError, match=r"ca\.key: others may read this private key"):
+        write_certificates(tmp_path, ["node-0"])
+    key.chmod(0o600)
+    with pytest.raises(UserError, match=r"ca\.pem: is damaged\. Put a copy of it back"):
         write_certificates(tmp_path, ["node-0"])
     (tmp_path / "ca.pem").write_bytes((certificates / "node-0.pem").read_bytes())
     with pytest.raises(UserError, match="do not belong together"):

@@ -79,6 +79,10 @@ def test_files_that_are_not_there_are_refused(params, monkeypatch):
     dataset = params.dataset.model_copy(update={"source": "photos"})
     with pytest.raises(UserError, match=r"params\.yaml: dataset\.source: photos does not exist\. Name a folder"):
         check_named_files(params.model_copy(update={"dataset": dataset}))
+    for source in ("", ".", "/", ".."):
+        dataset = params.dataset.model_copy(update={"source": source})
+        with pytest.raises(UserError, match=r"dataset\.source: '[./]*' holds the whole project\. Put the"):
+            check_named_files(params.model_copy(update={"dataset": dataset}))
     teacher = params.teacher.model_copy(update={"weights": "results"})
     with pytest.raises(UserError, match=r"params\.yaml: teacher\.weights: results: is a folder\. Name a regular file"):
         check_named_files(params.model_copy(update={"teacher": teacher}))

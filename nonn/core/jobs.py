@@ -117,13 +117,21 @@ def check_named_files(params: Params) -> None:
         ("teacher.source", teacher.target if teacher.kind in WHOLE_FILES else None, "Name a file."),
     ):
         try:
-            if name and not (key == "dataset.source" and Path(name).is_dir()):
+            if key == "dataset.source" and name is not None and Path(name).is_dir():
+                _refuse_own_folder(name)
+            elif name:
                 regular(Path(name))
         except (OSError, ValueError) as error:
             reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
             raise UserError(f"params.yaml: {key}: {printable(name or '')} {reason}. {remedy}") from None
         except UserError as error:
             raise UserError(f"params.yaml: {key}: {error}") from None
+
+
+def _refuse_own_folder(name: str) -> None:
+    """Refuse pictures from the project's folder, or one around it: its results would be pictures, and all be hashed."""
+    if Path.cwd().is_relative_to(Path(name).resolve()):
+        raise UserError(f"{name!r} holds the whole project. Put the pictures into a folder of their own.")
 
 
 def named_source(params: Params) -> str | None:

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from nonn.core.errors import UserError
 from nonn.core.files import regular, replacing
 from nonn.core.progress import log
-from nonn.runtime.tls import CA, CERTIFICATE, KEY
+from nonn.runtime.tls import CA, CERTIFICATE, KEY, check_mode
 
 CA_KEY = "ca.key"
 RESERVED = ("ca", "localhost")
@@ -66,7 +66,8 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
     """
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name in RESERVED:
-            raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _ (not {RESERVED}).")
+            reserved = " or ".join(RESERVED)
+            raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _, but not {reserved}.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
     if len(there) == 1:
@@ -89,11 +90,16 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
 
 
 def _read_authority(folder: Path) -> Authority:
+    path = folder / CA_KEY
     try:
-        key = serialization.load_pem_private_key(regular(folder / CA_KEY).read_bytes(), password=None)
-        certificate = x509.load_pem_x509_certificate(regular(folder / CA).read_bytes())
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder}: its authority cannot be read ({error}). Use an empty folder.") from None
+        check_mode(path)
+        key = serialization.load_pem_private_key(regular(path).read_bytes(), password=None)
+        path = folder / CA
+        certificate = x509.load_pem_x509_certificate(regular(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Mend that, or use an empty folder.") from None
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: is damaged. Put a copy of it back, or use an empty folder.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise UserError(f"{folder}: {CA} and {CA_KEY} do not belong together. Use an empty folder.")
     return key, certificate

@@ -106,7 +106,7 @@ class Identity:
     def _checked(self) -> tuple[bytes, bytes, bytes]:
         """Contents of key, certificate and authority."""
         contents = _read_pem(self.key), _read_pem(self.certificate), _read_pem(self.ca)
-        _check_mode(self.key)
+        check_mode(self.key)
         own, authorities = _certificates(self.certificate)[:1], _certificates(self.ca)
         try:
             key = serialization.load_pem_private_key(contents[0], password=None)
@@ -135,15 +135,7 @@ class Identity:
         return f"To renew it, where the authority's key is: {words}"
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _check_mode(key: Path) -> None:
+def check_mode(key: Path) -> None:
     """Refuse a private key of this user that others may read, as ssh does."""
     status = key.stat()
     if os.name == "posix" and status.st_uid == os.getuid() and status.st_mode & 0o077:
@@ -151,6 +143,14 @@ def _check_mode(key: Path) -> None:
         raise UserError(
             f"{key}: others may read this private key (mode {mode:04o}). Run: chmod 600 {shlex.quote(str(key))}"
         )
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _certificates(path: Path) -> list[x509.Certificate]:
