@@ -46,9 +46,11 @@ def _count_devices(axis: Axes, counts: Sequence[int]) -> None:
     axis.set_xlabel("devices")
 
 
-def _count_decades(axis: Axes) -> None:
+def _count_decades(axis: Axes, few: float = 30) -> None:
+    """Marks at 1, 2 and 5 of each decade where the values differ by less than ``few`` times; else at each decade."""
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(base=10, numticks=12))
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < few * low else (1,), numticks=20))
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
@@ -89,10 +91,7 @@ def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Fi
 
 
 def _plain_decades(axis: Axes) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade, where there are few; else at each decade."""
-    low, high = axis.get_ylim()
-    axis.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high < 300 * low else (1,), numticks=20))
-    axis.yaxis.set_minor_formatter(NullFormatter())
+    _count_decades(axis, few=300)
     axis.yaxis.set_major_formatter("{x:,g}")
 
 
@@ -158,7 +157,6 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
         for key, more in lines.items():
             low, high = (line[f"energy_{key}_computing_mj_{end}"] for end in ("low", "high"))
             energy.errorbar(line["n_devices"], (low + high) / 2, yerr=(high - low) / 2, **style, **more)
-    energy.set_yscale("log")
     _plain_decades(energy)
     energy.set(ylabel="energy of one image (mJ)", title=f"energy on {_board_name(board)} (modelled)")
     _count_devices(speed, sorted(set(counts)))
