@@ -3,6 +3,7 @@
 import getpass
 import io
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from test_following import exports  # noqa: F401  # a fixture
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.live import rollout
-from nonn.live.rollout import Board, Rollout, complete_certificates, kept_unless_done, placed_on
+from nonn.live.rollout import Board, Rollout, complete_certificates, kept_unless_done, only_one, placed_on
 from nonn.runtime.cluster import load_cluster
 
 BOARDS = ["pi@a", "b", "pi@c:2222"]
@@ -155,6 +156,41 @@ def test_without_ansible_it_says_what_to_install(network_folder, folder, monkeyp
     assert not (folder / "cluster.yaml").exists()
 
 
+def test_only_one_rollout_at_a_time(network_folder, folder, monkeypatch):
+    Path("certs").mkdir()
+    monkeypatch.setattr(rollout, "play", lambda *_: pytest.fail("plays"))
+    with only_one(Path("certs")), pytest.raises(SystemExit) as error:
+        main(["deploy", str(network_folder), "--to", *BOARDS])
+    assert "certs: another rollout with these certificates is under way" in str(error.value)
+    assert not (folder / "cluster.yaml").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_rollout_that_is_told_to_stop_goes_back(network_folder, folder, monkeypatch, number):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    (folder / "cluster.yaml").write_text("former")
+    played = []
+
+    def play(name, inventory, *_):
+        played.append((name, inventory))
+        if name == "replace.yaml":
+            assert (folder / "cluster.yaml").read_text() != "former"
+            signal.raise_signal(number)
+        return True
+
+    monkeypatch.setattr(rollout, "play", play)
+    try:
+        with pytest.raises(SystemExit) as error:
+            main(["deploy", str(network_folder), "--to", *BOARDS])
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+    assert error.value.code == 130
+    assert [name for name, _ in played] == ["replace.yaml", "restore.yaml"]
+    assert (folder / "cluster.yaml").read_text() == "former"
+    assert not played[0][1].parent.exists(), "keys of boards are left behind"
+
+
 @pytest.mark.slow
 def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, folder, monkeypatch, capsys):  # noqa: F811
     if not (Path(sys.executable).parent / "ansible-playbook").exists():
@@ -183,7 +219,7 @@ def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, f
             taken.listen()
             with pytest.raises(SystemExit) as error:
                 main(["deploy", str(former), *common, "--port", str(first + 4), "--wait", "4"])
-            assert "All boards serve again what they served before" in str(error.value)
+            assert "All boards that can be reached serve again" in str(error.value)
             assert load_cluster().export.resolve() == new.resolve()
             main(["health", "--wait", "30"])
             assert [len(list((folder / f"nonn/node-{i}").glob("2*"))) for i in range(3)] == [2, 2, 2]
