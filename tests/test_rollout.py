@@ -71,6 +71,12 @@ def test_the_unit_is_one_that_systemd_takes(network_folder, certificates, tmp_pa
     assert "nonn-node-0" not in done.stderr, done.stderr
 
 
+def test_ansible_can_wait_so_long(network_folder, certificates, tmp_path):
+    boards = [Board.of(text) for text in BOARDS]
+    pause = rollout_of(network_folder, certificates).inventory(boards, tmp_path)["boards"]["vars"]["pause"]
+    assert isinstance(pause, int)  # wait_for takes no other
+
+
 @pytest.mark.slow
 def test_the_script_switches_to_a_release_and_back(tmp_path):
     """With a shell in place of a node, where there is no systemd of this user."""
@@ -192,10 +198,9 @@ def test_a_rollout_that_is_told_to_stop_goes_back(network_folder, folder, monkey
 
 
 @pytest.mark.slow
-def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, folder, monkeypatch, capsys):  # noqa: F811
+def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, folder, capsys):  # noqa: F811
     if not (Path(sys.executable).parent / "ansible-playbook").exists():
         pytest.skip("the extra boards is not installed")
-    monkeypatch.setattr(rollout, "PAUSE", 0)
     python = folder / "python"  # on boards, nonn is installed; here it is this copy
     python.write_text(f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} "$@"\n')
     python.chmod(0o700)

@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import fcntl
 import io
+import math
 import os
 import re
 import shlex
@@ -45,7 +46,7 @@ PARTS = Path(__file__).parent / "boards"
 FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
-WAIT, PAUSE = 60.0, LONGEST_PAUSE + ATTENTION
+WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + ATTENTION)  # Ansible waits whole seconds only
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.
 TARGET = re.compile(r"(?:([A-Za-z0-9_.-]+)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
 NODE_SCRIPT = """\
