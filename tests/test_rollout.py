@@ -227,7 +227,7 @@ def test_boards_serve_an_export_and_the_former_one_again_if_one_fails(exports, f
             assert "All boards that can be reached serve again" in str(error.value)
             assert load_cluster().export.resolve() == new.resolve()
             main(["health", "--wait", "30"])
-            assert [len(list((folder / f"nonn/node-{i}").glob("2*"))) for i in range(3)] == [2, 2, 2]
+            assert [len(list((folder / f"nonn/node-{i}").glob("2*"))) for i in range(3)] == [1, 1, 1]
         finally:
             for pid in (folder / "nonn").glob("node-*/pid"):
                 subprocess.run(["start-stop-daemon", "--stop", "--oknodo", "--pidfile", pid], check=False)
