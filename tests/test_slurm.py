@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ HERE += [
 ]
 HERE += ["--set-resources", "benchmark:mem_mb=900"]  # instead of all that the profile sets: this node is small
 TRAINED = [f"results/tiny/students/seed0/low/{student}.safetensors" for student in range(2)]
+NODE = f"nodename={socket.gethostname().split('.')[0]}"
 
 
 def read_profile(name: str) -> dict:
@@ -76,34 +78,87 @@ def node(tmp_path_factory):
             configuration.unlink()
 
 
-def queue() -> dict[str, tuple[str, str]]:
-    """State of each job, and the stage that it runs, by the number of the job."""
-    lines = subprocess.check_output(["squeue", "--noheader", "--states=all", "--format=%i|%T|%k"], text=True)
-    return {number: (state, comment) for number, state, comment in (line.split("|") for line in lines.splitlines())}
+class Training:
+    """The training of one student under Slurm, to which things happen; it may be submitted more than once."""
+
+    def __init__(self, clone: Clone, process: subprocess.Popen, student: int):
+        self.clone, self.process, self.student = clone, process, student
+        self.log = clone.folder / f"logs/distill/seed0/low/{student}.log"
+        self.harmed_at = 0.0
+
+    def submissions(self) -> dict[str, str]:
+        """State of each submission, by its number, in their order."""
+        lines = subprocess.check_output(["squeue", "--noheader", "--states=all", "--format=%i|%T|%k"], text=True)
+        ours = [line for line in lines.splitlines() if line.endswith(f"distill_wildcards_seed0_low_{self.student}")]
+        found = [line.split("|") for line in ours]
+        return {number: state for number, state, _ in sorted(found, key=lambda words: int(words[0]))}
+
+    def wait_until(self, is_so) -> None:
+        while not is_so():
+            assert self.process.poll() is None, self.process.communicate()[0][-4000:]
+            time.sleep(0.5)
+
+    def job(self, state: str) -> str:
+        """Number of the latest submission, once it is in a state."""
+        self.wait_until(lambda: [*self.submissions().values()][-1:] == [state])
+        return [*self.submissions()][-1]
+
+    def has_begun(self) -> bool:
+        """Whether it has a checkpoint or, later, has resumed from the one of the job before."""
+        if not self.log.is_file() or self.log.stat().st_mtime < self.harmed_at:
+            return False
+        return ("resumed at" if self.harmed_at else ", about") in self.log.read_text()
+
+    def running(self) -> str:
+        """Number of the job that trains, once it has begun."""
+        self.wait_until(self.has_begun)
+        number = self.job("RUNNING")
+        self.harmed_at = time.time()
+        return number
+
+    def stop(self) -> None:
+        """Let it take for ever, however fast this machine is."""
+        words = f"distill\0low/{self.student}\0".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if words in (folder / "cmdline").read_bytes() and (folder / "cwd").readlink() == self.clone.folder:
+                    os.kill(int(folder.name), signal.SIGSTOP)
+
+
+def control(*words: str) -> None:
+    subprocess.run(["scontrol", "update", *words], check=True)
 
 
 @pytest.mark.slurm
 @pytest.mark.usefixtures("node")
-def test_slurm_gives_the_bytes_of_a_local_run_also_of_a_job_that_was_cancelled(tmp_path):
+def test_a_training_survives_what_slurm_does_to_it_with_the_bytes_of_a_local_run(tmp_path):
     here = Clone(tmp_path / "here")
-    here.edit(set_to("distill", "epochs", value=150))
+    here.edit(set_to("distill", "epochs", value=100))
     here.call([BIN / "snakemake", "--cores", "2", "results/tiny/partition/low"])
     there = here.copied(tmp_path / "there")
     here.call([BIN / "snakemake", "--cores", "2", *TRAINED])
     process = there.start([*SLURM, *HERE, "--", *TRAINED])
-    checkpoints = there.folder / ".nonn/checkpoints"
-    cancelled = None
-    while process.poll() is None and cancelled is None:
-        time.sleep(0.5)
-        training = [number for number, (state, what) in queue().items() if state == "RUNNING" and "distill" in what]
-        if training and list(checkpoints.glob("*.safetensors")):
-            cancelled = training[0]
-            subprocess.run(["scancel", cancelled], check=True)
+    training = Training(there, process, 0)
+
+    first = training.running()
+    control(NODE, "state=drain", "reason=test")
+    subprocess.run(["scancel", first], check=True)
+    training.job("PENDING")  # submitted again; a drained node takes no new job
+    control(NODE, "state=resume")
+
+    second = training.running()
+    training.stop()
+    control(f"jobid={second}", "timelimit=1")
+    training.wait_until(lambda: training.submissions()[second] == "TIMEOUT")
+
+    third = training.running()
+    control(NODE, "state=down", "reason=test")
+    training.job("PENDING")  # by Slurm itself, which lets it wait for two minutes
+    control(NODE, "state=resume")
+    assert training.running() == third
+
     output, _ = process.communicate()
     assert process.returncode == 0, output[-4000:]
-    assert cancelled
-    assert queue()[cancelled][0] == "CANCELLED"
-    logs = "".join(path.read_text() for path in there.folder.glob("logs/distill/**/*.log"))
-    assert "resumed at" in logs
+    assert training.submissions() == {first: "CANCELLED", second: "TIMEOUT", third: "COMPLETED"}
     assert there.results() == here.results()
     assert there.stages_of([BIN / "snakemake", "--cores", "2", *TRAINED]) == [], "the local run finds something to do"

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,13 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
-from nonn.runtime import coordinate
-from nonn.runtime.cluster import Cluster, load_cluster
-from nonn.runtime.coordinate import ServedNetwork
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
+from nonn.runtime.coordinate import DEFAULT_CALLERS, ServedNetwork
 from nonn.runtime.coordinator import TOLERATED_FAILURES, Coordinator, NodeConnection
 from nonn.runtime.exported import Manifest
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.serving import serve
-from nonn.runtime.tls import Identity
 
 #: Seconds between two looks at the cluster file and at the nodes of a new export.
 ATTENTION = 0.5
@@ -73,7 +70,7 @@ class FollowedNetwork:
         self._following: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> FollowedNetwork:
-        await self.current.coordinator.__aenter__()
+        await self.current.__aenter__()
         self._following = asyncio.create_task(self._follow())
         return self
 
@@ -82,7 +79,7 @@ class FollowedNetwork:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
         for network in self._networks():
-            await network.coordinator.__aexit__(*reason)
+            await network.__aexit__(*reason)
 
     @property
     def is_ready(self) -> bool:
@@ -174,7 +171,7 @@ class FollowedNetwork:
         if same_service(network, self.current):
             self.next = None
         elif former is None or not same_service(network, former):
-            await network.coordinator.__aenter__()
+            await network.__aenter__()
             for connection in network.coordinator.connections:  # each has to answer a probe first
                 leave_alone(connection, NOT_YET)
             self.next = network
@@ -214,31 +211,43 @@ async def leave(network: ServedNetwork) -> None:
     try:
         await asyncio.sleep(network.coordinator.patience)
     finally:
-        await network.coordinator.__aexit__(None, None, None)
+        await network.__aexit__(None, None, None)
 
 
-async def follow(path: Path, address: str, identity: Identity | None, allowed: Collection[str], **serving: Any) -> None:
-    """Serve the network of a cluster file that may change; `serving` is as of `nonn.runtime.serving.serve`."""
-    async with FollowedNetwork(path) as network:
-        await serve(network, address, identity, allowed, counters=[network.absences], **serving)
+async def coordinate(path: Path, is_followed: bool, address: str, **how: Any) -> None:
+    """Serve the network of a cluster file, which may change if it is followed; see `nonn.runtime.serving.serve`."""
+    served = FollowedNetwork(path) if is_followed else ServedNetwork(Coordinator(load_cluster(path)))
+    async with served as network:
+        await serve(network, address, counters=[network.absences], **how)
 
 
 def add_arguments(parser) -> None:
-    coordinate.add_arguments(parser)
+    parser.add_argument(
+        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
+    )
+    parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        metavar="NAME",
+        help="common name of a caller that is answered; repeatable (default: application)",
+    )
+    parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
+    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
     parser.add_argument(
         "--follow", action="store_true", help="go over to another export, node by node, when the cluster file names one"
     )
+    parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
 
 
 def run(options) -> None:
     """The command ``nonn coordinate``."""
-    if not options.follow:
-        coordinate.run(options)
-        return
+    # To applications it shows the certificate that it shows to its nodes.
     identity = None if options.insecure else load_cluster(options.cluster).own_identity
     if options.allow and identity is None:
         raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
-    allowed = options.allow or coordinate.DEFAULT_CALLERS
-    settings = {"metrics_port": options.metrics_port, "attached": options.attached}
+    callers = {"identity": identity, "allowed": options.allow or DEFAULT_CALLERS}
+    others = {"metrics_port": options.metrics_port, "attached": options.attached}
     with relayed_stderr():
-        asyncio.run(follow(options.cluster, options.address, identity, allowed, **settings))
+        asyncio.run(coordinate(options.cluster, options.follow, options.address, **callers, **others))

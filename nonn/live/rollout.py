@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import io
+import math
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -43,7 +46,7 @@ PARTS = Path(__file__).parent / "boards"
 FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
-WAIT, PAUSE = 60.0, LONGEST_PAUSE + ATTENTION
+WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + ATTENTION)  # Ansible waits whole seconds only
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.
 TARGET = re.compile(r"(?:([A-Za-z0-9_.-]+)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
 NODE_SCRIPT = """\
@@ -161,7 +164,28 @@ def complete_certificates(cluster: Cluster) -> None:
         log(f"{cluster.tls.folder}: certificates for {', '.join(missing)}")
 
 
-def play(name: str, inventory: Path, settings: dict, ssh_arguments: str) -> bool:
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[int]:
+    """A lock on a folder; its file descriptor, for processes that have to hold it, too, should this one be killed.
+
+    Raises
+    ------
+    UserError
+        Somebody holds it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield lock
+    except BlockingIOError:
+        raise UserError(
+            f"{folder}: another rollout with these certificates is under way. Wait until it ends."
+        ) from None
+    finally:
+        os.close(lock)
+
+
+def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: int) -> bool:
     """Run one of the playbooks; whether all went well. Ansible says on standard error what it does."""
     beside = Path(sys.executable).parent / "ansible-playbook"
     program = str(beside) if beside.exists() else shutil.which("ansible-playbook")
@@ -173,7 +197,8 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str) -> bool
     quiet = {"ANSIBLE_NOCOWS": "1", "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "0", "ANSIBLE_LOCALHOST_WARNING": "0"}
     environment = {**quiet, "ANSIBLE_PIPELINING": "1", **os.environ}
     stderr = 2
-    return not subprocess.run([*command, PARTS / name], stdout=stderr, env=environment, check=False).returncode
+    command.append(str(PARTS / name))
+    return not subprocess.run(command, stdout=stderr, env=environment, check=False, pass_fds=[lock]).returncode
 
 
 @contextlib.contextmanager
@@ -197,21 +222,29 @@ def roll_out(rollout: Rollout, boards: Sequence[Board], cluster_file: Path, wait
     Raises
     ------
     UserError
-        A board cannot be reached, or its node does not answer as the new export.
+        A board cannot be reached, its node does not answer as the new export, or another rollout is under way.
     """
-    with tempfile.TemporaryDirectory(prefix="nonn-deploy-") as name, kept_unless_done(cluster_file):
+    assert rollout.cluster.tls, "a rollout has certificates"
+    with (
+        only_one(rollout.cluster.tls.folder) as lock,
+        tempfile.TemporaryDirectory(prefix="nonn-deploy-") as name,
+        kept_unless_done(cluster_file),
+    ):
         inventory = Path(name) / "inventory.json"
         write_json(inventory, rollout.inventory(boards, Path(name)))
         write_cluster(cluster_file, rollout.cluster)  # from here on, a coordinator that follows it knows both exports
+        settings = {"cluster": cluster_file.resolve(), "wait": wait}
         is_done = False
         try:
-            is_done = play("replace.yaml", inventory, {"cluster": cluster_file.resolve(), "wait": wait}, ssh_arguments)
+            is_done = play("replace.yaml", inventory, settings, ssh_arguments, lock)
         finally:
             if not is_done:
                 log("going back to what was served before")
-                is_restored = play("restore.yaml", inventory, {}, ssh_arguments)
+                is_restored = play("restore.yaml", inventory, {}, ssh_arguments, lock)
         if not is_done:
-            then = "All boards serve again what they served before." if is_restored else "Not all could be put back."
+            then = "All boards that can be reached serve again what they served before."
+            if not is_restored:
+                then = "Not all boards could be put back."
             raise UserError(f"{rollout.export}: not deployed, for the reason that Ansible gives above. {then}")
 
 
@@ -254,6 +287,8 @@ def run(options) -> None:
     boards, export = [Board.of(text) for text in options.to], export_of(options.export)
     cluster = placed_on(boards, export, options.certs, options.port, options.deadline_ms)
     complete_certificates(cluster)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as by Ctrl-C, boards go back to what they served
     release = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
     rollout = Rollout(export, cluster, options.folder.rstrip("/"), options.python, release)
     roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)

@@ -7,11 +7,8 @@ as usual, and with all missing it is UNAVAILABLE.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
-from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from grpc import StatusCode
@@ -19,15 +16,10 @@ from prometheus_client import Counter
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.utils import serialize_byte_tensor
 
-from nonn.core.errors import UserError
 from nonn.runtime.admission import Admission, OverloadedError
-from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.coordinator import AllBusyError, Answer, Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import Manifest
-from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.protocol import ENVELOPE, ImageContract, ProtocolError, version_of
-from nonn.runtime.serving import serve
-from nonn.runtime.tls import Identity
 
 #: Who may call a coordinator that is not told otherwise: the name in an application's certificate.
 DEFAULT_CALLERS = ("application",)
@@ -85,7 +77,13 @@ def _strings(words: list[str]) -> np.ndarray:
 
 
 class ServedNetwork:
-    """A network with a connected coordinator, as a model that can be served; see `nonn.runtime.serving.Model`."""
+    """A network as a model that can be served, while it is entered; see `nonn.runtime.serving.Model`.
+
+    Raises
+    ------
+    UserError
+        The coordinator's cluster does not fit its export.
+    """
 
     platform = "nonn"
 
@@ -98,6 +96,13 @@ class ServedNetwork:
         )
         self.admission = Admission(CALL_SECONDS, coordinator.patience, SHARE, STALE)
         self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
+
+    async def __aenter__(self) -> ServedNetwork:
+        await self.coordinator.__aenter__()
+        return self
+
+    async def __aexit__(self, *reason: object) -> None:
+        await self.coordinator.__aexit__(*reason)
 
     @property
     def is_ready(self) -> bool:
@@ -118,52 +123,3 @@ class ServedNetwork:
         if answer.busy:
             self.admission.slow_down()
         return make_answer(self.contract, request, answer)
-
-
-async def coordinate(
-    cluster: Cluster,
-    address: str,
-    identity: Identity | None,
-    allowed: Collection[str],
-    metrics_port: int | None,
-    attached: bool = False,
-) -> None:
-    """Serve the network of a cluster until SIGINT or SIGTERM, or, if `attached`, until standard input closes.
-
-    Raises
-    ------
-    UserError
-        The cluster does not fit its export, or for the reasons of `nonn.runtime.serving.listening`.
-    """
-    async with Coordinator(cluster) as coordinator:
-        network = ServedNetwork(coordinator)
-        await serve(network, address, identity, allowed, metrics_port, attached, counters=[network.absences])
-
-
-def add_arguments(parser) -> None:
-    parser.add_argument(
-        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
-    )
-    parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        metavar="NAME",
-        help="common name of a caller that is answered; repeatable (default: application)",
-    )
-    parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
-    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
-    parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
-
-
-def run(options) -> None:
-    """The command ``nonn coordinate``."""
-    cluster = load_cluster(options.cluster)
-    # To applications it shows the certificate that it shows to its nodes.
-    identity = None if options.insecure else cluster.own_identity
-    if options.allow and identity is None:
-        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
-    allowed = options.allow or DEFAULT_CALLERS
-    with relayed_stderr():
-        asyncio.run(coordinate(cluster, options.address, identity, allowed, options.metrics_port, options.attached))
