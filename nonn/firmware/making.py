@@ -73,25 +73,30 @@ def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, I
 
 
 def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
-    """The first images of a NumPy file, uint8 (N, channels, H, W); grey noise of a fixed seed without one.
-
-    Raises
-    ------
-    UserError
-        It is no such file, or its images are not the student's.
-    """
+    """The first images of a NumPy file, see `load_images`; grey noise of a fixed seed without one."""
     shape = student.image_shape
     planes = (shape.channels, shape.rows, shape.columns)
     if path is None:
         return np.random.default_rng(SEED).integers(0, 256, (count, *planes), dtype=np.uint8)
+    return np.ascontiguousarray(load_images(path, planes, count)[:count])
+
+
+def load_images(path: Path, planes: tuple[int, ...], least: int) -> np.ndarray:
+    """Images of a NumPy file, uint8 (N, channels, H, W), `planes` being the last three.
+
+    Raises
+    ------
+    UserError
+        It is no such file, it has fewer than `least`, or they are not of that form.
+    """
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.") from None
-    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < count:
-        wanted = f"uint8 ({count} or more, {', '.join(map(str, planes))})"
+    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < least:
+        wanted = f"uint8 ({least} or more, {', '.join(map(str, planes))})"
         raise UserError(f"{path}: has {images.dtype} {images.shape}, not {wanted}. Give images of that form.")
-    return np.ascontiguousarray(images[:count])
+    return images
 
 
 def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None, int]:
