@@ -47,9 +47,10 @@ def test_students_in_float32_are_quantised_and_have_the_bits_of_onnx_runtime(fol
     np.testing.assert_array_equal(classes(students, images), truth)
 
 
-def test_without_images_to_calibrate_on_one_line_says_what_to_do(folder):
+@pytest.mark.usefixtures("folder")
+def test_without_images_to_calibrate_on_one_line_says_what_to_do():
     with pytest.raises(
-        SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate` makes\. "
+        SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate` makes\."
     ):
         cli.main([*COMMAND, "--run", "0"])
 
