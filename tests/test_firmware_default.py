@@ -49,9 +49,7 @@ def test_students_in_float32_are_quantised_and_have_the_bits_of_onnx_runtime(fol
 
 @pytest.mark.usefixtures("folder")
 def test_without_images_to_calibrate_on_one_line_says_what_to_do():
-    with pytest.raises(
-        SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate` makes\."
-    ):
+    with pytest.raises(SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate`"):
         cli.main([*COMMAND, "--run", "0"])
 
 

@@ -10,11 +10,13 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.progress import track
+from nonn.firmware.arena import plan_arena
 from nonn.firmware.build import Image, compile_for_port, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
+from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.graph import read_student
 from nonn.firmware.scale import scale_of
-from nonn.firmware.source import packed_weights, write_source
+from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
 from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
@@ -141,8 +143,31 @@ def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -
         "instructions_per_mac": _ratio(run.instructions if run else None, student.macs),
         "images_checked": checked,
         "images_identical": identical,
+        **_energy(firmware),
         "layers": layers,
+        "buffers": _buffers(student),
     }
+
+
+def _energy(firmware: Firmware) -> dict[str, float | None]:
+    """Projected, see `nonn.firmware.energy`: no board was measured."""
+    price = nanojoules_per_mac(firmware.target.core)
+    return {
+        "projected_nj_per_mac": round(price, 3) if price else None,
+        "projected_mj": round(1e-6 * price * firmware.student.macs, 1) if price else None,
+    }
+
+
+def _buffers(student: Student) -> list[dict[str, Any]]:
+    """Where each buffer lies in the arena, and from which step to which, both included."""
+    buffers = buffers_of(student)
+    offsets, _ = plan_arena(buffers)
+    kinds = {step.writes: "map" if isinstance(step, Prepare | Conv) else "features" for step in student.steps}
+    kinds[student.image] = "image"
+    return [
+        {"kind": kinds.get(name, "scratch"), "bytes": b.size, "offset": offsets[name], "first": b.first, "last": b.last}
+        for name, b in buffers.items()
+    ]
 
 
 def _constant_bytes(student: Student) -> tuple[int, int]:
