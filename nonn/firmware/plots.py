@@ -1,4 +1,4 @@
-"""Figure of where the bytes of firmware go, in flash and in RAM, and of the energy of an image."""
+"""Figures of where the bytes of firmware go, of the energy of an image, and of what 8 bits cost in accuracy."""
 
 from __future__ import annotations
 
@@ -145,3 +145,26 @@ def _draw_arena(axis: Axes, entry: Mapping[str, Any]) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(f"arena over time, {entry['arena_bytes'] / KIB:,.1f} KiB")
     axis.grid(visible=False)
+
+
+def draw_accuracies(networks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the accuracy of each network in each form of its students, with its standard error.
+
+    Parameters
+    ----------
+    networks
+        Those of ``accuracy.json``, see `nonn.commands.litert`: name, number of images, and accuracies by form.
+    """
+    forms = list(networks[0]["accuracy"])
+    figure = Figure(figsize=(5, 0.9 + 0.3 * len(networks) * len(forms)), layout="constrained")
+    axis = figure.subplots()
+    rows = [(network, form) for network in networks for form in forms]
+    for position, (network, form) in enumerate(rows):
+        share = network["accuracy"][form]
+        error = (share * (1 - share) / network["images"]) ** 0.5
+        axis.errorbar(100 * share, position, xerr=100 * error, fmt="o", color=STUDENT_COLOURS[forms.index(form)])
+    axis.set_yticks(range(len(rows)), [f"{network['network']}, {form}" for network, form in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    counts = ", ".join(f"{n:,}" for n in sorted({network["images"] for network in networks}))
+    axis.set_xlabel(f"Accuracy on {counts} test images (%), ± standard error")
+    return figure

@@ -68,7 +68,7 @@ def write_litert(student: ConvNet, data: Dataset, path: Path) -> None:
     from ai_edge_quantizer.utils import qsv_utils
 
     images = _passes(student, calibration_images(data))
-    model = PlainFeatures(_without_gelu(fold_norms(single_pass(student)))).eval()
+    model = PlainFeatures(without_gelu(fold_norms(single_pass(student)))).eval()
     with tempfile.TemporaryDirectory() as folder:
         whole = Path(folder, "float32.tflite")
         litert_torch.convert(model, (torch.from_numpy(images[:1]),)).export(str(whole))
@@ -94,7 +94,7 @@ class PlainFeatures(nn.Module):
 
 
 @torch.no_grad()
-def _without_gelu(model: ConvNet) -> ConvNet:
+def without_gelu(model: ConvNet) -> ConvNet:
     """Put x · σ(x) in the place of GELU, for inputs that are 1.702 times as large, in place."""
     layers = [layer for part in (model.stem, *model.stages, model.bridge) for layer in _leaves(part)]
     for position, layer in enumerate(layers):
@@ -162,8 +162,12 @@ class MicroInterpreter:
         return int(found[1])
 
 
-def check_litert(student: ConvNet, path: Path, images: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
+def check_litert(
+    student: ConvNet, path: Path, images: np.ndarray, expected: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
     """Compare a file with the features (N, F) of the student's ONNX file for images, uint8 (N, channels, H, W).
+
+    Returns what was found, and the features (N, F) of the file.
 
     Raises
     ------
@@ -174,7 +178,7 @@ def check_litert(student: ConvNet, path: Path, images: np.ndarray, expected: np.
     found = micro.run(_passes(student, images)).reshape(-1, *expected.shape).mean(axis=0)
     check_close(path.name, found, torch.from_numpy(expected))
     steps = np.abs(found - expected) / micro.output.scale
-    return {
+    entry = {
         "file": path.name,
         "sha256": sha256_of(path),
         "file_bytes": path.stat().st_size,
@@ -185,6 +189,7 @@ def check_litert(student: ConvNet, path: Path, images: np.ndarray, expected: np.
         "within_one_step": round(float((steps <= 1).mean()), 4),
         "largest_steps": round(float(steps.max()), 2),
     }
+    return entry, found
 
 
 def operators(path: Path) -> list[str]:
