@@ -13,6 +13,7 @@ from nonn.core.files import write_json
 from nonn.core.jobs import chips_of, list_jobs
 from nonn.core.params import Params
 from nonn.core.paths import Paths
+from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.plots import draw_firmware
 from nonn.stages import emulate
 
@@ -81,16 +82,43 @@ def test_without_the_toolchain_one_line_says_so(exported, monkeypatch, tmp_path)
         emulate.run(make_params(), exported)
 
 
+LAYERS = [("image", 0), ("conv 3×3", 512), ("mean", 0), ("image", 0), ("conv 3×3", 512), ("mean", 0)]
+ENTRY = {
+    **{"network": "4s", "device": "stm32h743", "flash_bytes": 4096, "weight_bytes": 1024, "table_bytes": 1024},
+    **{"ram_bytes": 8192, "arena_bytes": 4096, "stack_bytes": 2048, "flash_limit_bytes": 10240},
+    **{"ram_limit_bytes": 20480, "projected_nj_per_mac": 0.5, "projected_mj": 12.5},
+    "layers": [{"layer": name, "weight_bytes": size} for name, size in LAYERS],
+    "buffers": [
+        {"kind": "image", "bytes": 2048, "offset": 0, "first": 0, "last": 3},
+        {"kind": "map", "bytes": 1024, "offset": 3072, "first": 1, "last": 2},
+    ],
+}
+
+
 def test_the_figure_shows_every_student_beside_its_limits():
-    entry = {
-        **{"network": "4s", "device": "stm32h743", "flash_bytes": 4096, "weight_bytes": 1024, "table_bytes": 1024},
-        **{"ram_bytes": 8192, "arena_bytes": 4096, "stack_bytes": 2048, "flash_limit_bytes": 10240},
-        "ram_limit_bytes": 20480,
-    }
-    figure = draw_firmware([entry | {"student": str(position)} for position in range(3)])
-    flash, ram = figure.axes
+    figure = draw_firmware([ENTRY | {"student": str(position)} for position in range(3)])
+    flash, ram, energy = figure.subfigs[0].axes
     assert [label.get_text() for label in flash.get_yticklabels()] == [f"4s/{i}, stm32h743" for i in range(3)]
     for axis, total in ((flash, 4.0), (ram, 8.0)):
         assert max(bar.get_x() + bar.get_width() for bar in axis.patches) == total
         assert len(axis.patches) == 9
         assert axis.get_xlim()[1] > 2 * total
+    assert [bar.get_width() for bar in energy.patches] == [12.5] * 3
+    assert "projected: 0.5 nJ a MAC" in energy.get_xlabel()
+
+
+def test_the_figure_shows_layers_and_arena_of_each_form_of_student():
+    other = ENTRY | {"student": "1", "arena_bytes": 8192, "projected_mj": None, "projected_nj_per_mac": None}
+    figure = draw_firmware([ENTRY | {"student": "0"}, ENTRY | {"student": "2"}, other])
+    assert len(figure.subfigs) == 3
+    layers, arena = figure.subfigs[1].axes
+    assert [bar.get_width() for bar in layers.patches] == [0.5], "weights of two passes lie in flash once"
+    assert [(*box.get_xy(), box.get_width(), box.get_height()) for box in arena.patches] == [(0, 0, 4, 2), (1, 3, 2, 1)]
+    assert [text.get_text() for text in figure.subfigs[0].axes[2].texts] == ["12.5", "12.5", "unknown"]
+
+
+def test_energy_is_that_of_the_measured_board_of_the_same_core(folder):
+    assert nanojoules_per_mac("cortex-m7") == pytest.approx(7615.35 / 12.5e3, rel=0.01)
+    assert nanojoules_per_mac("cortex-m4") == pytest.approx(1.385, rel=0.001)
+    (folder / "devices.yaml").write_text("boards: {cortex_m7: {active_w: null}}")
+    assert nanojoules_per_mac("cortex-m7") is None

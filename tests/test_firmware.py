@@ -183,6 +183,10 @@ def test_the_command_writes_what_it_measured(student, folder, capsys):
     assert entry["arena_bytes"] + entry["stack_bytes"] < entry["ram_bytes"] <= 65536
     assert entry["macs"] == sum(layer["macs"] for layer in entry["layers"])
     assert entry["instructions_per_mac"] == pytest.approx(entry["instructions"] / entry["macs"], abs=0.001)
+    assert entry["projected_mj"] == pytest.approx(1e-6 * entry["projected_nj_per_mac"] * entry["macs"], abs=0.05)
+    ends = [buffer["offset"] + buffer["bytes"] for buffer in entry["buffers"]]
+    assert max(ends) <= entry["arena_bytes"] < max(ends) + ALIGNMENT
+    assert [b["kind"] for b in entry["buffers"]].count("image") == 1
     assert (folder / "firmware/0/0.elf").is_file()
     assert f"{entry['instructions']:,} instructions" in capsys.readouterr().out
 

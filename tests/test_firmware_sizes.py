@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from experiments import REPOSITORY
 
+from nonn.commands.use import merge_experiment
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Design, Device
+from nonn.core.params import Architecture, Design, Device, Params
 from nonn.firmware.build import COMPILER, compile_sources, copy_sources, link
 from nonn.firmware.sketch import predict_footprint, sketch_student
 from nonn.firmware.source import write_source
@@ -24,6 +25,9 @@ STUDENTS = [
     ("stm32f4", Architecture(family="airbench", widths=[16, 32, 33], depth=1), 3, 28, 24),
     ("stm32h743", Architecture(family="airbench", widths=[24, 32, 48], depth=2, mirror=True, strided=True), 3, 32, 32),
 ]
+#: That of the experiment cifar10_512k, and its filters.
+LARGE = Architecture(family="airbench", widths=[64, 112, 104], depth=2, mirror=True, strided=True)
+LARGE_FILTERS = 96
 GRID = Design(family="airbench", depths=[1, 2], min_width=4, max_width=64, step=1, precision="int8", mirror=True)
 INFO = {"channels": 3, "size": 32, "classes": [""] * 10}
 
@@ -49,6 +53,33 @@ def test_what_is_foreseen_is_what_the_linker_says(device, architecture, channels
     image = linked(student, find_target(device), tmp_path)
     assert foreseen.ram_bytes == image.ram_bytes
     assert foreseen.flash_bytes == pytest.approx(image.flash_bytes, rel=0.02)
+
+
+@pytest.fixture
+def large_params(monkeypatch) -> Params:
+    monkeypatch.chdir(REPOSITORY)
+    return Params.model_validate(merge_experiment("cifar10_512k"))
+
+
+def test_four_microcontrollers_of_512_kib_hold_students_for_cifar10(large_params):
+    budgets = large_params.budgets_of("4s")
+    assert [budget.flash_kib + budget.ram_kib for budget in budgets] == [512] * 4
+    sizes, designs = design_network(large_params.design, budgets, INFO, n_live=4 * LARGE_FILTERS)
+    assert sizes == [LARGE_FILTERS] * 4
+    (found,) = designs["0"]
+    assert Architecture.model_validate(found["architecture"]) == LARGE
+    assert 0.97 * 464 * 1024 < found["firmware"]["flash_bytes"] <= 464 * 1024
+    assert 0.9 * 48 * 1024 < found["firmware"]["ram_bytes"] <= 48 * 1024
+
+
+@needs_compiler
+def test_the_linker_agrees_that_they_fit(large_params, tmp_path):
+    budget = large_params.budgets_of("4s")[0]
+    target = find_target(budget.board, int(budget.flash_kib), int(budget.ram_kib))
+    image = linked(sketch_student(LARGE, 3, 32, LARGE_FILTERS), target, tmp_path)
+    foreseen = predict_footprint(LARGE.model_dump_json(), 3, 32, LARGE_FILTERS)
+    assert image.ram_bytes == foreseen.ram_bytes
+    assert image.flash_bytes == pytest.approx(foreseen.flash_bytes, rel=0.001)
 
 
 def test_a_trained_student_takes_what_was_foreseen():

@@ -15,18 +15,20 @@ from nonn.core.files import write_json
 from nonn.core.install import LITERT
 from nonn.core.params import Architecture
 from nonn.core.paths import Paths
+from nonn.deploy.int8 import fold_norms
 from nonn.deploy.onnx_files import write_student
-from nonn.method.litert import Quantised, check_litert, normalised, write_litert
+from nonn.firmware.plots import draw_accuracies
+from nonn.method.litert import PlainFeatures, Quantised, check_litert, normalised, without_gelu, write_litert
 from nonn.runtime.session import run_onnx
-from nonn.training.networks import ConvNet
+from nonn.training.networks import ConvNet, single_pass
 
 is_missing = any(importlib.util.find_spec(name) is None for name in LITERT)
 needs_litert = pytest.mark.skipif(is_missing, reason="needs the extra litert (docs/firmware.md)")
 
 
-def make_student(data, family="fast", mirror=True) -> ConvNet:
+def make_student(data, family="fast", mirror=True, depth=1) -> ConvNet:
     torch.manual_seed(0)
-    architecture = Architecture(family=family, widths=[8, 12, 16], depth=1, mirror=mirror)
+    architecture = Architecture(family=family, widths=[8, 12, 16], depth=depth, mirror=mirror)
     student = ConvNet(architecture, data.channels, data.n_classes, 6, mean=data.mean, std=data.std)
     with torch.no_grad():
         for _ in range(3):
@@ -42,12 +44,12 @@ def test_a_file_answers_as_onnx_runtime(tmp_path):
     write_litert(student, data, tmp_path / "0.tflite")
     images = data.part("test")[0].numpy()
     expected = run_onnx(tmp_path / "0.onnx", images)
-    entry = check_litert(student, tmp_path / "0.tflite", images, expected)
+    entry, found = check_litert(student, tmp_path / "0.tflite", images, expected)
+    assert found.shape == expected.shape
     assert entry["images_checked"] == len(images)
     assert entry["within_one_step"] > 0.99
     assert entry["largest_steps"] < 2
-    assert {"CONV_2D", "MAX_POOL_2D", "MEAN"} <= set(entry["operators"])
-    assert not {"MUL", "SUB"} & set(entry["operators"])
+    assert entry["operators"] == ["CONV_2D", "MAX_POOL_2D", "MEAN"], "norms are folded, and nothing is transposed"
     assert 1000 < entry["arena_bytes"] < entry["file_bytes"] < 40_000
     with pytest.raises(UserError, match=r"0\.tflite: in int8 its outputs differ by"):
         check_litert(student, tmp_path / "0.tflite", images, expected + 2 * expected.max())
@@ -67,11 +69,43 @@ def test_images_are_normalised_channel_by_channel():
     np.testing.assert_allclose(normalised(make_student(data), images), expected, rtol=1e-5)
 
 
-def test_a_family_without_kernels_is_refused(tmp_path):
+@needs_litert
+def test_gelu_becomes_a_logistic_and_a_product(tmp_path):
     data = make_dataset(3, 28)
     student = make_student(data, family="airbench")
-    with pytest.raises(UserError, match=r"0\.tflite: TensorFlow Lite Micro has no kernels for family airbench"):
+    write_student(student, data, tmp_path / "0.onnx", "int8")
+    write_litert(student, data, tmp_path / "0.tflite")
+    images = data.part("test")[0].numpy()
+    entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
+    assert entry["operators"] == ["CONV_2D", "LOGISTIC", "MAX_POOL_2D", "MEAN", "MUL", "PAD"]
+
+
+def test_students_without_gelu_answer_nearly_the_same():
+    data = make_dataset(3, 28)
+    student = single_pass(make_student(data, family="airbench"))
+    images = data.part("test")[0].numpy()
+    with torch.no_grad():
+        found = PlainFeatures(without_gelu(fold_norms(student)))(torch.from_numpy(normalised(student, images)))
+        expected = student(torch.from_numpy(images))[0]
+    assert 0 < (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_students_with_shortcuts_are_refused(tmp_path):
+    data = make_dataset(3, 28)
+    student = make_student(data, family="airbench", depth=3)
+    with pytest.raises(UserError, match=r"0\.tflite: students with the shortcuts of family airbench cannot be written"):
         write_litert(student, data, tmp_path / "0.tflite")
+
+
+def test_the_figure_shows_each_form_with_its_error():
+    accuracies = {"float32": 0.95, "int8, ONNX Runtime": 0.94, "int8, LiteRT": 0.9}
+    figure = draw_accuracies([{"network": name, "images": 100, "accuracy": accuracies} for name in ("2s", "4s")])
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()][2:4] == ["2s, int8, LiteRT", "4s, float32"]
+    assert [container.lines[0].get_xdata()[0] for container in axis.containers] == pytest.approx([95, 94, 90] * 2)
+    (bar,) = axis.containers[2].lines[2]
+    (low, _), (high, _) = bar.get_segments()[0]
+    assert (high - low) / 2 == pytest.approx(100 * (0.9 * 0.1 / 100) ** 0.5)
 
 
 def test_what_cannot_be_written_is_one_line(folder):
@@ -114,6 +148,10 @@ def test_the_command_writes_files_and_what_it_measured(folder, capsys):
     (entry,) = json.loads((folder / "litert/2s/litert.json").read_text())
     assert (folder / "litert/2s/0.tflite").stat().st_size == entry["file_bytes"]
     assert entry["images_checked"] == 10
+    accuracies = json.loads((folder / "litert/2s/accuracy.json").read_text())
+    assert accuracies["images"] == 10
+    assert list(accuracies["accuracy"]) == ["float32", "int8, LiteRT", "int8, ONNX Runtime"]
+    assert (folder / "litert/2s/accuracy.svg").is_file()
     assert f"2s/0.tflite: {entry['file_bytes']:,} bytes" in capsys.readouterr().out
 
 

@@ -28,6 +28,12 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--images", type=Path, metavar="FILE.npy", help="uint8 (N, channels, H, W) for --run (default: noise)"
     )
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE.npy",
+        help="quantise float32 students first, on these training images, uint8 (N, channels, H, W)",
+    )
     parser.add_argument("--layers", action="store_true", help="show the instructions of each layer")
     parser.epilog = "example: nonn firmware results/cifar10_int8/shipped/4s --device stm32h743 --run 10"
 
@@ -43,7 +49,8 @@ def run(options) -> None:
         require(EMULATOR, "--run (0 for none)")
     entries = []
     for path in students_of(options.student):
-        firmware = build(path, target, options.out / path.stem)
+        student = in_int8(path, options.calibrate, options.out / "int8") if options.calibrate else path
+        firmware = build(student, target, options.out / path.stem)
         images = read_images(options.images, firmware.student, options.run)
         first, identical = run_and_compare(firmware, images)
         entries.append(figures(firmware, first, len(images), identical))
@@ -52,6 +59,17 @@ def run(options) -> None:
     if wrong := [entry for entry in entries if entry["images_identical"] < entry["images_checked"]]:
         names = ", ".join(f"{entry['network']}/{entry['student']}" for entry in wrong)
         raise UserError(f"{names}: features differ from those of ONNX Runtime; see {options.out / 'firmware.json'}")
+
+
+def in_int8(path: Path, images: Path, folder: Path) -> Path:
+    """A float32 student quantised on training images; in a folder of its network's name, by which figures call it."""
+    from nonn.deploy.calibrated import write_int8
+    from nonn.firmware.making import load_images
+
+    target = folder / path.resolve().parent.name / path.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_int8(path, lambda planes: load_images(images, planes, 1), target)
+    return target
 
 
 def describe(entry: dict[str, Any], layers: bool) -> list[str]:

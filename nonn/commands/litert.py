@@ -25,11 +25,18 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
+    import torch
+
     from nonn.core.files import write_json
     from nonn.data.dataset import load_dataset
+    from nonn.firmware.plots import draw_accuracies
+    from nonn.method.final_layer import logits_of
+    from nonn.method.joining import features_of
     from nonn.method.litert import check_litert, write_litert
     from nonn.method.store import load_network
+    from nonn.report.plots import drawing_style, save_figure
     from nonn.runtime.session import run_onnx
+    from nonn.training.networks import accuracy
 
     params = load_params()
     if options.network not in params.networks:
@@ -40,16 +47,33 @@ def run(options) -> None:
         raise UserError("--images: a file has to be compared on one image at least; give 1 or more")
     paths = Paths(params.experiment)
     data = load_dataset(paths)
-    images = data.part("test")[0][: options.images].numpy()
+    test, labels = data.part("test")
+    spaced = slice(None, None, -(-len(test) // options.images))  # a source may list its images class by class
+    images, labels = test[spaced].numpy(), labels[spaced]
+    network = load_network(paths.network(options.network, seed=0), data)
     folder, entries = options.out / options.network, []
     folder.mkdir(parents=True, exist_ok=True)
-    for position, student in enumerate(load_network(paths.network(options.network, seed=0), data).students):
+    in_onnx, in_litert = [], []
+    for position, student in enumerate(network.students):
         path = folder / f"{position}.tflite"
         write_litert(student, data, path)
-        expected = run_onnx(paths.export(options.network) / f"{position}.onnx", images)
-        entries.append(check_litert(student, path, images, expected))
-        print("\n".join(describe(options.network, entries[-1])))
+        in_onnx.append(run_onnx(paths.export(options.network) / f"{position}.onnx", images))
+        entry, found = check_litert(student, path, images, in_onnx[-1])
+        in_litert.append(found)
+        entries.append(entry)
+        print("\n".join(describe(options.network, entry)))
         write_json(folder / "litert.json", entries)
+    of_all = {
+        "float32": features_of(network.students, torch.from_numpy(images)),
+        "int8, ONNX Runtime": [torch.from_numpy(features) for features in in_onnx],
+        "int8, LiteRT": [torch.from_numpy(features) for features in in_litert],
+    }
+    scores = {form: round(accuracy(logits_of(network.final, features), labels), 4) for form, features in of_all.items()}
+    print(f"{options.network}, right of {len(labels)} images: " + "; ".join(f"{k} {v:.2%}" for k, v in scores.items()))
+    accuracies = {"network": options.network, "images": len(labels), "accuracy": scores}
+    write_json(folder / "accuracy.json", accuracies)
+    with drawing_style():
+        save_figure(draw_accuracies([accuracies]), folder / "accuracy", params.figures)
 
 
 def describe(network: str, entry: dict) -> list[str]:

@@ -87,7 +87,7 @@ class _Reader:
         if len(inputs) != 1 or image.type.tensor_type.elem_type != TensorProto.UINT8 or len(sides) != 4:
             raise self.refuse("its input is not one image of uint8")
         if not any(node.op_type == "QLinearConv" for node in graph.node):
-            raise self.refuse("it has no convolution of 8-bit integers")
+            raise self.refuse("it has no convolution of 8-bit integers, which `nonn firmware --calibrate` makes")
         self.shapes[image.name] = Shape(sides[2], sides[3], sides[1])
         self.planes[image.name] = False
         steps = [step for node in graph.node for step in self.step(node, image.name)]

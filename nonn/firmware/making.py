@@ -10,11 +10,13 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.progress import track
+from nonn.firmware.arena import plan_arena
 from nonn.firmware.build import Image, compile_for_port, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
+from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.graph import read_student
 from nonn.firmware.scale import scale_of
-from nonn.firmware.source import packed_weights, write_source
+from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
 from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
@@ -73,25 +75,30 @@ def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, I
 
 
 def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
-    """The first images of a NumPy file, uint8 (N, channels, H, W); grey noise of a fixed seed without one.
-
-    Raises
-    ------
-    UserError
-        It is no such file, or its images are not the student's.
-    """
+    """The first images of a NumPy file, see `load_images`; grey noise of a fixed seed without one."""
     shape = student.image_shape
     planes = (shape.channels, shape.rows, shape.columns)
     if path is None:
         return np.random.default_rng(SEED).integers(0, 256, (count, *planes), dtype=np.uint8)
+    return np.ascontiguousarray(load_images(path, planes, count)[:count])
+
+
+def load_images(path: Path, planes: tuple[int, ...], least: int) -> np.ndarray:
+    """Images of a NumPy file, uint8 (N, channels, H, W), `planes` being the last three.
+
+    Raises
+    ------
+    UserError
+        It is no such file, it has fewer than `least`, or they are not of that form.
+    """
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
         raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.") from None
-    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < count:
-        wanted = f"uint8 ({count} or more, {', '.join(map(str, planes))})"
+    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < least:
+        wanted = f"uint8 ({least} or more, {', '.join(map(str, planes))})"
         raise UserError(f"{path}: has {images.dtype} {images.shape}, not {wanted}. Give images of that form.")
-    return np.ascontiguousarray(images[:count])
+    return images
 
 
 def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None, int]:
@@ -136,8 +143,31 @@ def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -
         "instructions_per_mac": _ratio(run.instructions if run else None, student.macs),
         "images_checked": checked,
         "images_identical": identical,
+        **_energy(firmware),
         "layers": layers,
+        "buffers": _buffers(student),
     }
+
+
+def _energy(firmware: Firmware) -> dict[str, float | None]:
+    """Projected, see `nonn.firmware.energy`: no board was measured."""
+    price = nanojoules_per_mac(firmware.target.core)
+    return {
+        "projected_nj_per_mac": round(price, 3) if price else None,
+        "projected_mj": round(1e-6 * price * firmware.student.macs, 1) if price else None,
+    }
+
+
+def _buffers(student: Student) -> list[dict[str, Any]]:
+    """Where each buffer lies in the arena, and from which step to which, both included."""
+    buffers = buffers_of(student)
+    offsets, _ = plan_arena(buffers)
+    kinds = {step.writes: "map" if isinstance(step, Prepare | Conv) else "features" for step in student.steps}
+    kinds[student.image] = "image"
+    return [
+        {"kind": kinds.get(name, "scratch"), "bytes": b.size, "offset": offsets[name], "first": b.first, "last": b.last}
+        for name, b in buffers.items()
+    ]
 
 
 def _constant_bytes(student: Student) -> tuple[int, int]:

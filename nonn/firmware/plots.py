@@ -1,31 +1,50 @@
-"""Figure of where the bytes of firmware go, in flash and in RAM."""
+"""Figures of where the bytes of firmware go, of the energy of an image, and of what 8 bits cost in accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 
-from nonn.report.plots import STUDENT_COLOURS, legend_below
+from nonn.report.plots import STUDENT_COLOURS
 
 KIB = 1024
 LIMIT = "0.15"
+SOURCE = "¹ MLPerf Tiny v1.1: ResNet-8 in int8 on a NUCLEO of the same core. No board was measured with these students."
+ENERGY_COLOUR = "#6E7B8B"
+#: What lies in the arena, as ``firmware.json`` calls it.
+KINDS = dict(zip(("image", "map", "scratch", "features"), STUDENT_COLOURS[6:], strict=False))
 
 
 def draw_firmware(entries: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw a bar a student for flash and one for RAM, each beside the limit of its device.
+    """Draw flash, RAM and energy of each student; below, of each form of student, its layers and its arena.
 
     Parameters
     ----------
     entries
         Those of ``firmware.json``, see `nonn.firmware.making.figures`.
     """
-    figure = Figure(figsize=(9, 1.6 + 0.28 * len(entries)), layout="constrained")
-    flash, ram = figure.subplots(1, 2, sharey=True)
+    forms = _forms(entries)
+    heights = [1.4 + 0.28 * len(entries), *(1.2 + 0.16 * len(_layers(form)) for form in forms)]
+    figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
+    figure.supxlabel(SOURCE, x=0.01, ha="left", size=7)
+    whole, *rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    _draw_students(whole, entries)
+    for row, form in zip(rows, forms, strict=True):
+        layers, arena = row.subplots(1, 2, width_ratios=(2, 3))
+        _draw_layers(layers, form)
+        _draw_arena(arena, form)
+        _legend(row, [Patch(color=colour, label=kind) for kind, colour in KINDS.items()])
+    return figure
+
+
+def _draw_students(figure: SubFigure, entries: Sequence[Mapping[str, Any]]) -> None:
+    flash, ram, energy = figure.subplots(1, 3, sharey=True, width_ratios=(5, 5, 4))
     parts = {
         "weights": [entry["weight_bytes"] for entry in entries],
         "scales, biases and tables": [entry["table_bytes"] for entry in entries],
@@ -38,13 +57,17 @@ def draw_firmware(entries: Sequence[Mapping[str, Any]]) -> Figure:
         "variables": [entry["ram_bytes"] - entry["arena_bytes"] - entry["stack_bytes"] for entry in entries],
     }
     _draw(ram, "RAM (KiB)", memory, [entry["ram_limit_bytes"] for entry in entries], STUDENT_COLOURS[len(parts) :])
+    _draw_energy(energy, entries)
     names = [f"{entry['network']}/{entry['student']}, {entry['device']}" for entry in entries]
     flash.set_yticks(range(len(entries)), names)
     flash.invert_yaxis()
     colours = dict(zip([*parts, *memory], STUDENT_COLOURS, strict=False))
     handles: list[Any] = [Patch(color=colour, label=label) for label, colour in colours.items()]
-    legend_below(figure, [*handles, Line2D([], [], color=LIMIT, label="the device has")], columns=7)
-    return figure
+    _legend(figure, [*handles, Line2D([], [], color=LIMIT, label="the device has")])
+
+
+def _legend(part: SubFigure, handles: list[Any]) -> None:
+    part.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, columnspacing=1.2)
 
 
 def _draw(
@@ -57,6 +80,91 @@ def _draw(
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for position, (end, limit) in enumerate(zip(ends, limits, strict=True)):
         axis.vlines(limit / KIB, position - 0.4, position + 0.4, color=LIMIT)
-        axis.annotate(f"{end:,.1f}", (end, position), (3, 0), textcoords="offset points", va="center", size=7)
+        inside = end > 0.8 * max(limits) / KIB  # beside the bar there is no room
+        _annotate(axis, f"{end:,.1f}", end, position, inside)
     axis.set(xlabel=label, xlim=(0, 1.04 * max(limits) / KIB))
     axis.grid(axis="y", visible=False)
+
+
+def _draw_energy(axis: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
+    values = [entry["projected_mj"] or 0.0 for entry in entries]
+    axis.barh(range(len(entries)), values, height=0.6, color=ENERGY_COLOUR)
+    for position, (value, entry) in enumerate(zip(values, entries, strict=True)):
+        _annotate(axis, "unknown" if entry["projected_mj"] is None else f"{value:,.1f}", value, position, inside=False)
+    prices = sorted({entry["projected_nj_per_mac"] for entry in entries if entry["projected_nj_per_mac"]})
+    each = ", ".join(f"{price:g}" for price in prices)
+    axis.set(xlabel=f"Energy of an image (mJ),\nprojected: {each} nJ a MAC¹")
+    axis.set_xlim(0, 1.3 * max(max(values), 1e-9))
+    axis.grid(axis="y", visible=False)
+
+
+def _annotate(axis: Axes, text: str, end: float, position: int, inside: bool) -> None:
+    place: dict[str, Any] = {"xytext": (-3, 0), "ha": "right", "color": "white"} if inside else {"xytext": (3, 0)}
+    axis.annotate(text, (end, position), textcoords="offset points", va="center", size=7, **place)
+
+
+def _forms(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first student of each form: others of the same layers and the same arena have the same figures."""
+    found: dict[tuple, Mapping[str, Any]] = {}
+    for entry in entries:
+        found.setdefault((*(layer["layer"] for layer in entry["layers"]), entry["arena_bytes"]), entry)
+    return list(found.values())
+
+
+def _layers(entry: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Layers with weights, those of one pass where a student makes two with the same."""
+    layers = [(layer["layer"], layer["weight_bytes"]) for layer in entry["layers"] if layer["weight_bytes"]]
+    half = len(layers) // 2
+    return layers[:half] if half and layers[:half] == layers[half:] else layers
+
+
+def _draw_layers(axis: Axes, entry: Mapping[str, Any]) -> None:
+    names, sizes = zip(*_layers(entry), strict=True)
+    axis.barh(range(len(names)), [size / KIB for size in sizes], height=0.7, color=STUDENT_COLOURS[0])
+    for position, size in enumerate(sizes):
+        _annotate(axis, f"{size / KIB:,.1f}", size / KIB, position, inside=False)
+    axis.set_yticks(range(len(names)), names, size=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="Weights in flash (KiB)", xlim=(0, 1.2 * max(sizes) / KIB))
+    axis.set_title(f"{entry['network']}/{entry['student']}: weights by layer")
+    axis.grid(axis="y", visible=False)
+
+
+def _draw_arena(axis: Axes, entry: Mapping[str, Any]) -> None:
+    """Each buffer as a box: from step to step, and from byte to byte."""
+    last = len(entry["layers"])
+    for buffer in entry["buffers"]:
+        corner = (buffer["first"], buffer["offset"] / KIB)
+        width = min(buffer["last"] + 1, last) - buffer["first"]
+        box = Rectangle(corner, width, buffer["bytes"] / KIB, facecolor=KINDS[buffer["kind"]], edgecolor="white")
+        box.set_linewidth(0.5)
+        axis.add_patch(box)
+    axis.axhline(entry["arena_bytes"] / KIB, color=LIMIT, linewidth=1)
+    axis.set(xlabel="Step", ylabel="RAM (KiB)", xlim=(0, last))
+    axis.set_ylim(0, 1.08 * entry["arena_bytes"] / KIB)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_title(f"arena over time, {entry['arena_bytes'] / KIB:,.1f} KiB")
+    axis.grid(visible=False)
+
+
+def draw_accuracies(networks: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the accuracy of each network in each form of its students, with its standard error.
+
+    Parameters
+    ----------
+    networks
+        Those of ``accuracy.json``, see `nonn.commands.litert`: name, number of images, and accuracies by form.
+    """
+    forms = list(networks[0]["accuracy"])
+    figure = Figure(figsize=(5, 0.9 + 0.3 * len(networks) * len(forms)), layout="constrained")
+    axis = figure.subplots()
+    rows = [(network, form) for network in networks for form in forms]
+    for position, (network, form) in enumerate(rows):
+        share = network["accuracy"][form]
+        error = (share * (1 - share) / network["images"]) ** 0.5
+        axis.errorbar(100 * share, position, xerr=100 * error, fmt="o", color=STUDENT_COLOURS[forms.index(form)])
+    axis.set_yticks(range(len(rows)), [f"{network['network']}, {form}" for network, form in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    counts = ", ".join(f"{n:,}" for n in sorted({network["images"] for network in networks}))
+    axis.set_xlabel(f"Accuracy on {counts} test images (%), ± standard error")
+    return figure

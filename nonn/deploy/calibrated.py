@@ -1,0 +1,55 @@
+"""int8 from the ONNX file of a float32 student alone, for whoever has no training folder.
+
+The stage `export` quantises the trained student itself, see `nonn.deploy.int8`. Here batch norms are folded by ONNX
+Runtime, so those behind a pooling stay, and become tables in firmware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+
+from nonn.core.errors import UserError
+from nonn.deploy.int8 import CALIBRATION_IMAGES, check_close, quantise
+from nonn.runtime.session import open_session, run_onnx
+
+#: Images on which the features of both are compared.
+COMPARED = 32
+
+
+def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], target: Path) -> None:
+    """Write a float32 student in int8.
+
+    Parameters
+    ----------
+    load
+        Training images to calibrate on, uint8 (N, channels, H, W), for the last three of these; evenly spaced ones are
+        taken.
+
+    Raises
+    ------
+    UserError
+        It is in int8 already, or its features in int8 have little to do with those in float32.
+    """
+    session = open_session(source)
+    if any(node.op_type == "QuantizeLinear" for node in onnx.load(source).graph.node):
+        raise UserError(f"{source}: is in int8 already. Leave out --calibrate.")
+    images = load(tuple(session.get_inputs()[0].shape[1:]))
+    images = np.ascontiguousarray(images[:: -(-len(images) // CALIBRATION_IMAGES)])
+    _fold_norms(source, target)
+    quantise(target, images)
+    some = images[:COMPARED]
+    check_close(str(source), run_onnx(target, some), torch.from_numpy(run_onnx(source, some)))
+
+
+def _fold_norms(source: Path, target: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])

