@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
+from nonn.core.files import regular
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
 from nonn.teachers.checkpoints import PREFIXES, read_weights, strip_prefixes
@@ -142,7 +143,15 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
     A UserError says why it cannot be a teacher of this data set.
     """
-    return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
+    try:
+        if params.weights and Path(params.weights).exists():
+            regular(Path(params.weights))
+        return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
+    except RuntimeError as error:  # of PyTorch, for tensors of the right shape that it cannot copy: quantised ones
+        raise UserError(
+            f"{params.weights or params.source}: PyTorch cannot load it into the network "
+            f"({printable(str(error).rpartition('occurred : ')[2])}). Save its weights as float tensors."
+        ) from error
 
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
