@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.errors import UserError, printable
+from nonn.core.errors import UserError
 from nonn.core.files import regular
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
@@ -148,9 +149,10 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
             regular(Path(params.weights))
         return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
     except RuntimeError as error:  # of PyTorch, for tensors of the right shape that it cannot copy: quantised ones
+        reason = shorten(str(error).rpartition("occurred : ")[2].strip("(),.'"), 120, placeholder=" …")
         raise UserError(
-            f"{params.weights or params.source}: PyTorch cannot load it into the network "
-            f"({printable(str(error).rpartition('occurred : ')[2])}). Save its weights as float tensors."
+            f"{params.weights or params.source}: PyTorch cannot load it into the network ({reason}). Save its weights "
+            "as float tensors."
         ) from error
 
 
