@@ -125,7 +125,8 @@ def test_photographs_through_every_stage(params):
     assert "NoNN" in (paths / "summary.md").read_text()
 
 
-def test_the_documented_pictures_are_those_of_the_experiment(folder):
+@pytest.mark.usefixtures("folder")
+def test_the_documented_pictures_are_those_of_the_experiment():
     """The program of the documentation, for few pictures: as many kinds as the network it writes is fitted to."""
     text = (REPOSITORY / "docs/data-and-teacher.md").read_text()
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
