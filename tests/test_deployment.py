@@ -388,7 +388,12 @@ def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     ends = [tuple(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
     assert (5.0, 6.0) in ends
     (legend,) = figure.legends
-    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3b" in labels_of(legend)
+    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3B" in labels_of(legend)
+
+
+def test_boards_are_called_as_people_call_them():
+    names = [deployment_plots.board_name(board) for board in ("pi3b_plus", "pi5", "pi_zero2w", "cortex_m7", "pico")]
+    assert names == ["Raspberry Pi 3B+", "Raspberry Pi 5", "Raspberry Pi Zero 2 W", "Cortex-M7", "pico"]
 
 
 @pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])
@@ -397,4 +402,4 @@ def test_a_teacher_on_another_board_is_labelled(board, named):
     rows = join_rows({"solo": SOLO | {"composed": teacher}, "2s": TWO}, {"2s": 2})
     with drawing_style():
         (legend,) = deployment_plots.draw_scaling(rows, COMPARISONS[:1], "cortex_m7").legends
-    assert any(label.endswith("on Raspberry Pi 3b") for label in labels_of(legend)) is named
+    assert any(label.endswith("on Raspberry Pi 3B") for label in labels_of(legend)) is named

@@ -1,5 +1,6 @@
 """Figures from a small made-up experiment, and all outputs of the stage."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -154,6 +155,27 @@ def test_every_method_is_named_beside_its_point(methods):
     (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [0.1]}, 100).axes
     named = [text.get_text() for text in axis.texts if not text.get_text().startswith("budget")]
     assert sorted(named) == sorted(plots.METHODS[m].label for m in methods["method"])
+
+
+def test_names_of_budgets_that_are_close_stand_on_either_side(methods):
+    (axis,) = accuracy_plots.draw_accuracy_memory(methods, {"2s": [4616, 4096, 9000]}, 100).axes
+    names = [text for text in axis.texts if text.get_text().startswith("budget")]
+    sides = {text.get_text(): text.get_horizontalalignment() for text in names}
+    assert sides == {"budget 4,096 KiB": "right", "budget 4,616 KiB": "left", "budget 9,000 KiB": "left"}
+
+
+def test_numbers_at_the_axis_of_memory_do_not_touch(methods):
+    """Also where the teacher takes a thousand times the memory of the smallest."""
+    wide = methods.copy()
+    wide.loc[wide["method"] == "teacher", "memory_bytes_per_device"] *= 1000
+    figure = accuracy_plots.draw_accuracy_memory(wide, {"2s": [0.1]}, 100)
+    figure.draw_without_rendering()
+    (axis,) = figure.axes
+    low, high = axis.get_xlim()
+    shown = [label for label in axis.get_xticklabels() if low <= label.get_position()[0] <= high]
+    boxes = [label.get_window_extent() for label in shown]
+    assert len(boxes) > 2
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
 
 
 def test_every_method_is_drawn_at_its_memory_and_accuracy(methods):

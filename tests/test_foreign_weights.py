@@ -1,6 +1,7 @@
 """Foreign teachers: checkpoints as people have them, and how a teacher sees images and names classes."""
 
 import argparse
+import re
 
 import numpy as np
 import pytest
@@ -142,6 +143,33 @@ def test_pixels_of_another_range_are_refused_with_the_right_one(colour, model):
     teacher, _ = import_teacher(colour, params)
     with pytest.raises(UserError, match=r"Likely cause: how it sees images; with teacher\.pixels: unit it is right on"):
         score_teacher(teacher, colour, params)
+
+
+@pytest.mark.parametrize(
+    ("keys", "remedy"),
+    [
+        # Numbers of grey levels from 0 to 255, for a network that was trained on fractions.
+        ({"normalization": {"mean": [123.7], "std": [58.4]}}, {"normalization": {"mean": [0.0], "std": [1.0]}}),
+        # The same with pixels of that range: they are right together, and the network wants neither.
+        (
+            {"normalization": {"mean": [123.7], "std": [58.4]}, "pixels": "byte", "expected_accuracy": 0.99},
+            {"normalization": {"mean": [0.0], "std": [1.0]}, "pixels": "unit"},
+        ),
+        # Fractions where the range says grey levels.
+        ({"normalization": {"mean": [0.01], "std": [0.9]}, "pixels": "byte"}, {"pixels": "unit"}),
+    ],
+)
+def test_the_remedy_for_a_wrong_normalisation_works(keys, remedy, colour, model):
+    """As it is printed: with the keys that it names, the teacher is taken."""
+    save(model.state_dict())
+    params = section(weights="w.pt", **keys)
+    teacher, _ = import_teacher(colour, params)
+    written = " and ".join(f"teacher.{key}: {str(value).replace(chr(39), '')}" for key, value in remedy.items())
+    with pytest.raises(UserError, match=re.escape(f"how it sees images; with {written} it is right on")):
+        score_teacher(teacher, colour, params)
+    params = section(weights="w.pt", **keys | remedy)
+    teacher, _ = import_teacher(colour, params)
+    assert score_teacher(teacher, colour, params)[0]["validation_accuracy"] > 0.9
 
 
 def test_an_untrained_teacher_is_refused(colour):

@@ -1,13 +1,14 @@
 """Everything up to scores and exported files at the sizes of photographs: a teacher of one's own that sees 224 pixels a
 side, and students that see 96."""
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from experiments import tiny_params, train_network
+from experiments import REPOSITORY, tiny_params, train_network
 from PIL import Image
 from ruamel.yaml import YAML
 
@@ -16,7 +17,7 @@ from nonn.core.images import fit_image
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.runtime.predict import classify
-from nonn.stages import dataset, export, graph, signals, teacher
+from nonn.stages import baseline, benchmark, dataset, distributed, evaluate, export, figures, graph, signals, teacher
 
 N_CLASSES, PER_CLASS = 10, 20
 CODE = '''
@@ -78,10 +79,15 @@ def params(folder) -> Params:
     return Params.model_validate(raw)
 
 
-def test_photographs_through_the_whole_pipeline(params):
+def run_up_to_graph(params: Params) -> Paths:
     paths = Paths(params.experiment)
     for stage in (dataset, teacher, signals, graph):
         stage.run(params, paths)
+    return paths
+
+
+def test_photographs_become_a_network_on_devices(params):
+    paths = run_up_to_graph(params)
     assert read_json(paths.teacher_info)["validation_accuracy"] > 0.95
     train_network(params, paths)
     export.run(params, paths, "2s")
@@ -90,3 +96,44 @@ def test_photographs_through_the_whole_pipeline(params):
     assert sum(student["n_features"] for student in manifest["students"]) <= 32
     image = fit_image(Image.open("photos/class3/0.jpg"), 96)
     assert classify(paths.export("2s"), image).label in manifest["classes"]
+
+
+@pytest.mark.slow
+def test_photographs_through_every_stage(params):
+    """Teacher and students of different sizes are also scored, timed, run on emulated links and drawn."""
+    network = params.networks["2s"].model_copy(update={"baselines": {"labels": 1, "kd": 2, "random": 1}})
+    section = params.distributed.model_copy(update={"reference": None, "images": 4, "seconds": 0.5})
+    params = params.model_copy(update={"networks": {"2s": network}, "distributed": section})
+    paths = run_up_to_graph(params)
+    train_network(params, paths)
+    for name, method, seeds in params.baselines():
+        for seed in seeds:
+            baseline.run(params, paths, name, method, seed)
+    evaluate.run(params, paths)
+    for stage in (export, benchmark, distributed):
+        for name in ("2s", "solo"):
+            stage.run(params, paths, name)
+    figures.run(params, paths)
+    rows = {row["method"]: row for row in read_json(paths.evaluation)["rows"]}
+    assert rows["teacher"]["accuracy_mean"] > 0.95
+    solo = read_json(paths.export("solo") / "manifest.json")
+    assert [solo[name]["image"]["size"] for name in ("teacher", "2s-kd")] == [224, 96]
+    alone = read_json(paths.distributed("solo"))
+    assert {row["method"] for row in alone["live"]} == {"teacher", "kd"}
+    assert {row["absent"] for row in alone["live"]} == {0}
+    assert "module:mixtures:make" in (paths / "figures/architectures.svg").read_text()
+    assert "NoNN" in (paths / "summary.md").read_text()
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_documented_pictures_are_those_of_the_experiment():
+    """The program of the documentation, for few pictures: as many kinds as the network it writes is fitted to."""
+    text = (REPOSITORY / "docs/data-and-teacher.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert "range(40)" in program
+    exec(program.replace("range(40)", "range(1)"), {})
+    experiment = YAML(typ="safe").load(REPOSITORY / "workflow/experiments/patterns.yaml")
+    assert len(list(Path(experiment["dataset"]["source"]).glob("*/*.jpg"))) == 8
+    assert torch.load("random.pth", weights_only=True)["fc.weight"].shape == (1000, 512)
+    written = re.search(r"nonn head --start random.pth +# writes (\S+)", text)
+    assert written[1] == experiment["teacher"]["weights"]

@@ -109,7 +109,7 @@ def test_times_bytes_and_energy_by_hand(planner):
 
 
 def test_what_is_not_known_is_not_made_up(planner):
-    plan = planner.plan([board_budget("rp2040", "int8"), board_budget("cortex_m7", "int8")])
+    plan = planner.plan([board_budget("rp2040", "float32"), board_budget("cortex_m7", "float32")])
     assert plan.devices[0].compute_ms is plan.devices[0].energy_mj is plan.total_ms is plan.energy_mj is None
     assert plan.devices[1].compute_ms > 0
 
@@ -206,7 +206,10 @@ def refused(*arguments: str):
     ("arguments", "said"),
     [
         (["--devices", "2×rp2350", "--latency-ms", "20"], "20 ms is too short: the link takes "),
-        (["--devices", "2×rp2040", "--latency-ms", "20"], "--latency-ms: the speed of 'rp2040' in int8 is not known"),
+        (
+            ["--devices", "2×rp2040", "--latency-ms", "20", "--precision", "float32"],
+            "--latency-ms: the speed of 'rp2040' in float32 is not known",
+        ),
         (["--devices", "2×rp2350", "--link", "wifi"], "no link 'wifi'; choose one of"),
         (["--devices", "2×rp2350", "--channels", "2"], "--channels: images have 1 or 3, not 2"),
         (["--devices", "9×pi4b", "--filters", "8"], "9 devices share 8 live filters"),
@@ -232,13 +235,14 @@ def test_numbers_out_of_range_are_refused(arguments):
 
 @pytest.mark.usefixtures("folder")
 def test_the_catalogue_s_sets_are_shown(capsys):
-    main(["plan", "--target-latency", "100", "--catalogue", "--max-devices", "2", "--filters", "32"])
+    sets = ["--catalogue", "--max-devices", "2", "--filters", "32", "--precision", "float32"]
+    main(["plan", "--target-latency", "200", *sets])
     shown = capsys.readouterr().out
     _, labels, *rows = shown.split("\n\n")[1].splitlines()
     assert labels.split() == ["modelled"] * 3
     assert rows
-    assert all(float(re.split(r"\s{2,}", row)[2]) <= 100 for row in rows)
-    assert "Left out, for want of a speed in int8: rp2040." in shown
+    assert all(float(re.split(r"\s{2,}", row)[2]) <= 200 for row in rows)
+    assert "Left out, for want of a speed in float32: esp32s3, rp2040." in shown
 
 
 def test_a_board_of_the_project_is_planned(folder, capsys):

@@ -1,5 +1,6 @@
 """Foreign teachers that cannot be one, and keys of `teacher` that do not go together."""
 
+import warnings
 from pathlib import Path
 
 import onnx
@@ -75,6 +76,8 @@ def bad(name: str, model: nn.Module) -> Teacher:
     if name == "a folder":
         Path("folder.onnx").mkdir()
         return section("onnx:folder.onnx")
+    if name == "a folder as weights":
+        Path("w.pt").mkdir()
     if name == "Keras":
         Path("w.pt").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
     if name == "Git LFS":
@@ -93,6 +96,7 @@ def bad(name: str, model: nn.Module) -> Teacher:
         "two networks": {"generator": weights, "critic": weights},
         "optimizer alone": {"optimizer": {"state": {}}, "epoch": 3},
         "another model": {"a.weight": torch.zeros(2, 2)},
+        "quantised": weights | {"conv.weight": quantised(weights["conv.weight"])},
         "other classes": weights | {"fc.weight": torch.zeros(10, 16), "fc.bias": torch.zeros(10)},
     }
     if name in contents:
@@ -107,6 +111,12 @@ def bad(name: str, model: nn.Module) -> Teacher:
     if name in keys:
         return section(**keys[name])
     return module(weights="w.pt")
+
+
+def quantised(weights: torch.Tensor) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch is about to give them up, and files stay
+        return torch.quantize_per_tensor(weights, 0.1, 0, torch.qint8)
 
 
 BAD = {
@@ -128,6 +138,8 @@ BAD = {
     "batches of 8": r"takes batches of 8 images alone",
     "no program": r"is not a program that torch\.export wrote",
     "a folder": r"is a folder\. Name a regular file",
+    "a folder as weights": r"w\.pt: is a folder\. Name a regular file",
+    "quantised": r"w\.pt: PyTorch cannot load it .*Copying from quantized.*Save its weights as float tensors",
     "no such library model": r"torchvision has no classifier 'resnet19' \(did you mean 'resnet1?\d'\?\)",
     "no such module": r"there is no module nets\.missing",
     "no such factory": r"module nets\.small has no 'build'",
@@ -144,6 +156,7 @@ BAD = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("name", BAD)
 def test_wrong_teachers_are_refused_in_one_line(name, colour, model):
     params = bad(name, model)

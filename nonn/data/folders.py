@@ -92,6 +92,8 @@ CLUTTER_SUFFIXES = frozenset(
         *(".sha256", ".tsv", ".txt", ".url", ".xls", ".xlsx", ".xml", ".yaml", ".yml"),
     )
 )
+#: Folders that operating systems and network drives leave among pictures.
+CLUTTER_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"))
 CLUTTER_NAMES = frozenset(("desktop.ini", "license", "licence", "makefile", "readme", "thumbs.db"))
 
 
@@ -104,7 +106,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
     for name in names:
         path, is_folder = PurePosixPath(name), name.endswith("/")
         folder = path.parts if is_folder else path.parts[:-1]
-        if any(part.startswith(".") or part == "__MACOSX" for part in folder):
+        if any(part.startswith(".") or part.lower() in CLUTTER_FOLDERS for part in folder):
             continue
         is_clutter = path.suffix.lower() in CLUTTER_SUFFIXES or path.name.lower() in CLUTTER_NAMES
         if is_folder or not (is_clutter or path.name.startswith(".")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +15,11 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 
 from nonn.report.plots import METHODS, Look, label_rows, legend_below, legend_handle, panels, plural
+
+#: Decades of memory from the smallest method to the largest from which on only powers of ten are written at the axis.
+CROWDED = 2.5
+#: Budgets closer than this factor have their names on either side.
+NEAR = 1.3
 
 
 def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequence[pd.DataFrame]]]) -> Figure:
@@ -98,7 +104,7 @@ def draw_accuracy_memory(methods: pd.DataFrame, budgets: Mapping[str, Sequence[f
         axis.set_xscale("log")
         # Names stand left of the points: two fifths of the width are for them.
         axis.set_xlim(memory.min() / 10 ** (0.9 * decades - 0.2), memory.max() * 10 ** (0.2 * decades))
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < CROWDED else (1,)))
         axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter("{x:,g}")
         _mark_budgets(axis, budgets[network])
@@ -111,10 +117,12 @@ def draw_accuracy_memory(methods: pd.DataFrame, budgets: Mapping[str, Sequence[f
 
 
 def _mark_budgets(axis: Axes, budgets: Sequence[float]) -> None:
-    for budget in budgets:
+    ordered = sorted(budgets)
+    for budget, larger in zip(ordered, [*ordered[1:], math.inf], strict=True):
         axis.axvline(budget, color="0.45", linewidth=1, linestyle=(0, (1, 2)), zorder=1)
-        name = {"rotation": 90, "ha": "left", "va": "bottom", "size": 7, "color": "0.35"}
-        place = {"xycoords": ("data", "axes fraction"), "xytext": (2, 3), "textcoords": "offset points"}
+        side = -1 if larger < NEAR * budget else 1  # the name of the next one takes the room at the right
+        name = {"rotation": 90, "ha": "left" if side > 0 else "right", "va": "bottom", "size": 7, "color": "0.35"}
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (2 * side, 3), "textcoords": "offset points"}
         axis.annotate(f"budget {budget:,g} KiB", (budget, 0), **place, **name)
 
 

@@ -5,6 +5,7 @@ What is calculated (badge *modelled*) is hollow and dashed, what was timed (*mea
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -95,9 +96,12 @@ def _plain_decades(axis: Axes) -> None:
     axis.yaxis.set_major_formatter("{x:,g}")
 
 
-def _board_name(board: str) -> str:
-    name = board.replace("_", "-").replace("cortex-m", "Cortex-M")
-    return name.replace("pi", "Raspberry Pi ", 1).replace("-plus", "+")
+def board_name(board: str) -> str:
+    """As people call it: Cortex-M7, Raspberry Pi 3B+, Raspberry Pi Zero 2 W."""
+    if re.match(r"pi_?\w*\d", board):
+        words = re.sub(r"(?<=[a-z])(?=\d)|(?<=\d)(?=w)", " ", board.removeprefix("pi").strip("_"))
+        return f"Raspberry Pi {words.replace('_plus', '+').title()}"
+    return board.replace("_", "-").replace("cortex-m", "Cortex-M")
 
 
 def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
@@ -125,7 +129,7 @@ def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
     handles = [legend_handle(look) for look in layouts.values()]
     handles.append(legend_handle(Look("timed on this machine: median, bar to the 95th percentile", "0.4", "o")))
     elsewhere = f", teacher{other}" if (other := _teacher_elsewhere(rows, board)) else ""
-    composed = f"composed for another processor, {_board_name(board)}{elsewhere}"
+    composed = f"composed for another processor, {board_name(board)}{elsewhere}"
     handles.append(legend_handle(Look(composed, "0.4", "o"), **HOLLOW))
     legend_below(figure, handles, columns=4)
     return figure
@@ -158,7 +162,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
             low, high = (line[f"energy_{key}_computing_mj_{end}"] for end in ("low", "high"))
             energy.errorbar(line["n_devices"], (low + high) / 2, yerr=(high - low) / 2, **style, **more)
     _plain_decades(energy)
-    energy.set(ylabel="energy of one image (mJ)", title=f"energy on {_board_name(board)} (modelled)")
+    energy.set(ylabel="energy of one image (mJ)", title=f"energy on {board_name(board)} (modelled)")
     _count_devices(speed, sorted(set(counts)))
     _count_devices(energy, sorted({1, *counts}))
     few = min(counts) / 1.5, max(counts) * 1.5
@@ -178,7 +182,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
 def _teacher_elsewhere(rows: pd.DataFrame, board: str) -> str:
     """Where the teacher's composed rows are, if on another board than the students'."""
     boards = rows.loc[(rows["method"] == "teacher") & (rows["badge"] == "modelled"), "boards"].dropna()
-    return f" on {_board_name(boards.iloc[0])}" if len(boards) and boards.iloc[0] not in ("", board) else ""
+    return f" on {board_name(boards.iloc[0])}" if len(boards) and boards.iloc[0] not in ("", board) else ""
 
 
 def _draw_speed(axis: Axes, n_devices: int, comparison: Mapping) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
 from nonn.teachers.checkpoints import PREFIXES, read_weights, strip_prefixes
@@ -142,7 +144,16 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
     A UserError says why it cannot be a teacher of this data set.
     """
-    return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
+    try:
+        if params.weights and Path(params.weights).exists():
+            regular(Path(params.weights))
+        return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
+    except RuntimeError as error:  # of PyTorch, for tensors of the right shape that it cannot copy: quantised ones
+        reason = shorten(str(error).rpartition("occurred : ")[2].strip("(),.'"), 120, placeholder=" …")
+        raise UserError(
+            f"{params.weights or params.source}: PyTorch cannot load it into the network ({reason}). Save its weights "
+            "as float tensors."
+        ) from error
 
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:

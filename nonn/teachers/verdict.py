@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
-from nonn.core.params import Teacher
+from nonn.core.params import Normalization, Teacher
 from nonn.core.progress import log
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher
@@ -23,6 +25,7 @@ MARGIN = 0.05
 SURE = 3.0
 #: Images on which other readings of the images are tried, and by which training and validation are compared.
 TRIED = 300
+LIBRARIES = ("torchvision", "timm")
 CAUSES = "normalization, pixels (unit or byte), colour_order, the order of classes, or a head of other classes"
 
 
@@ -96,12 +99,12 @@ def _error(share: float, n: int) -> float:
 
 
 def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> UserError:
-    found = list(_remedies(model, logits, data))
+    found = list(_remedies(model, logits, data, params))
     likely = f"Likely cause: {found[0]}." if found else f"Likely causes: {CAUSES}; see these keys of teacher."
     return UserError(f"{_where(params)}: {reason}. {likely}")
 
 
-def _remedies(model: nn.Module, logits: Tensor, data: Dataset) -> Iterator[str]:
+def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> Iterator[str]:
     """What a trial on validation images shows to make the teacher much better, with the accuracy it then has."""
     images, labels = data.split("validation")
     score = accuracy(logits, labels)
@@ -121,7 +124,7 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset) -> Iterator[str]:
     few = slice(None, None, -(-len(labels) // TRIED))
     own = model.preprocess
     tried: dict[str, float] = {}
-    for name, settings in _readings(own.settings):
+    for name, settings in _readings(params, own.settings):
         model.preprocess = Preprocess(settings)
         with torch.inference_mode():
             tried[name] = accuracy(predict(model, images[few])[1], labels[few])
@@ -131,17 +134,28 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset) -> Iterator[str]:
         yield f"how it sees images; with teacher.{best} it is right on {tried[best]:.1%}"
 
 
-def _readings(settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
+def _readings(params: Teacher, settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
     """Other ways to see images, by the keys of ``teacher`` that ask for them."""
-    base = {
-        "pixels: byte": ([0.0], [1.0]),
-        "pixels: unit": ([0.0], [255.0]),
-        "normalization: {mean: [0.5], std: [0.5]}": ([127.5], [127.5]),
-    }
+    plain, half = Normalization(mean=[0.0], std=[1.0]), Normalization(mean=[0.5], std=[0.5])
+    changes: list[dict[str, Any]] = [{"pixels": "byte"}]
+    if params.normalization or params.kind not in LIBRARIES:  # else the library's own would come with the range
+        changes += [{"pixels": "unit"}]
+    changes += [{"normalization": known, "pixels": "unit"} for known in (plain, half)]
+    changes += [{"normalization": plain, "pixels": "byte"}]
     if settings.channels == 3:
-        numbers = f"{{mean: {list(IMAGENET[0])}, std: {list(IMAGENET[1])}}}"
-        base[f"normalization: {numbers}"] = tuple([255 * v for v in values] for values in IMAGENET)  # type: ignore[assignment]
-        other = Preprocessing(3, settings.mean, settings.std, not settings.bgr)
-        yield f"colour_order: {'bgr' if other.bgr else 'rgb'}", other
-    for name, (mean, std) in base.items():
-        yield name, Preprocessing(settings.channels, mean, std, settings.bgr)
+        imagenet = Normalization(mean=list(IMAGENET[0]), std=list(IMAGENET[1]))
+        changes += [{"normalization": imagenet, "pixels": "unit"}]
+        changes += [{"colour_order": "rgb" if settings.bgr else "bgr"}]
+    for change in changes:
+        new = {key: value for key, value in change.items() if value != getattr(params, key)}
+        told = " and teacher.".join(f"{key}: {_written(value)}" for key, value in new.items())
+        if list(new) == ["colour_order"]:
+            yield told, replace(settings, bgr=not settings.bgr)
+        elif new:
+            changed = params.model_copy(update=change)
+            yield told, Preprocessing.of(changed, settings.channels, settings.channels)
+
+
+def _written(value: Normalization | str) -> str:
+    """As one writes it in ``params.yaml``."""
+    return value if isinstance(value, str) else f"{{mean: {value.mean}, std: {value.std}}}"
