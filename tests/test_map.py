@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nonn.commands.map import COLUMNS, make_map, write_table
+from nonn.commands.map import COLUMNS, make_map
+from nonn.commands.tables import write_rows
 from nonn.core.files import STATE
 from nonn.method import regimes
 from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
@@ -67,7 +68,7 @@ def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
     found = {row["factor"]: row["accuracy_mean"] for row in reversed(rows) if row["method"] == "nonn"}
     assert found["centre"] == found["epochs"]
     draw_map(rows)  # which raises where a row is not as it expects
-    write_table(tmp_path / "map.csv", rows)
+    write_rows(tmp_path / "map.csv", COLUMNS, rows)
     assert (tmp_path / "map.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
 
 

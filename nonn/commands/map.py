@@ -6,7 +6,6 @@ it was, and a further value of a factor trains what is new.
 
 from __future__ import annotations
 
-import csv
 import os
 import threading
 from collections.abc import Iterable, Mapping
@@ -15,8 +14,8 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.files import replacing
 from nonn.core.numerics import choose
 from nonn.core.options import natural
 from nonn.core.params import Params, load_params
@@ -31,14 +30,6 @@ COLUMNS = (
     *("experiment", "factor", "value", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd"),
     *("difference_vs_fitted_ensemble", "ci_low", "ci_high", "p"),
 )
-
-
-def write_table(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        for row in rows:
-            table.writerow({name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()})
 
 
 def add_arguments(parser) -> None:
@@ -62,7 +53,7 @@ def run(options) -> None:
         if not path.is_file():
             raise UserError(f"{path}: is not there; the map begins with it. Run `dvc repro partition` first.")
     rows = list(make_map(params, plan, max(1, options.jobs)))
-    write_table(paths / "map.csv", rows)
+    write_rows(paths / "map.csv", COLUMNS, rows)
     if plan["factors"]:
         with drawing_style():
             save_figure(draw_map(rows), paths / "figures/map", params.figures)

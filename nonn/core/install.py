@@ -26,6 +26,8 @@ PIPELINE = (
 )
 #: What only ``nonn partitions`` needs, for the comparison.
 PARTITIONS = ("igraph", "sklearn")
+#: What only ``nonn rivals`` needs, to prune the teacher.
+RIVALS = ("torch_pruning",)
 #: What only ``nonn litert`` needs, for files of LiteRT and their interpreters.
 LITERT = ("ai_edge_litert", "ai_edge_quantizer", "litert_torch", "tflite_micro")
 
@@ -46,6 +48,8 @@ def how_to_install(module: str | None) -> str | None:
         return (
             f"{package} is not installed: this command compares with its methods. {_command('[pipeline,partitions]')}"
         )
+    if package in RIVALS:
+        return f"{package} is not installed: this command prunes with it. {_command('[pipeline,rivals]')}"
     if package in LITERT:
         return (
             f"{package} is not installed: this command needs the extra litert, which takes a step more than others: "

@@ -1,0 +1,128 @@
+"""The command ``nonn probe``: how much a set of the teacher's filters knows, by its size and how it was chosen."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nonn.commands.tables import write_rows
+from nonn.core.errors import UserError
+from nonn.core.options import add_settings, load_settings
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Into how many sets the filters are divided: from one student that has all of them to sets of a few.
+SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
+#: Training images that probes are fitted to, without a number of the user's own.
+N_IMAGES = 20_000
+#: Random partitions of each size.
+N_RANDOM = 3
+COLUMNS = (
+    *("experiment", "judged_on", "images", "training_images", "teacher", "sets", "filters", "method", "seeds"),
+    *("alone_mean", "alone_worst", "alone_vs_random", "alone_error", "alone_p"),
+    *("joined_mean", "joined_worst", "joined_vs_random", "joined_error", "joined_p"),
+)
+
+
+def positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is below 1; give 1 or more")
+    return number
+
+
+def whole_numbers(text: str) -> list[int]:
+    return [positive(part) for part in text.split(",")]
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument(
+        "--sets", type=whole_numbers, default=list(SETS), metavar="N,…", help="numbers of sets (default: 1 to 48)"
+    )
+    parser.add_argument(
+        "--images", type=positive, default=N_IMAGES, metavar="N", help="to fit to (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--on",
+        choices=("validation", "test"),
+        default="validation",
+        help="images that the probes are judged on; the teacher is run on those of test first (default: %(default)s)",
+    )
+    add_settings(parser)
+    parser.epilog = "example: nonn probe --sets 2,4,8,48"
+
+
+def run(options) -> None:
+    params = load_settings(options)
+    paths = Paths(params.experiment)
+    for path in (paths.dataset, paths.signals, paths.graph):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there; probes read it. Run `dvc repro graph` first.")
+    rows, figure = measure(params, paths, options.sets, options.images, options.on)
+    name = "probes" if options.on == "validation" else f"probes_{options.on}"
+    from nonn.report.plots import drawing_style, save_figure
+    from nonn.report.probe_plots import draw_probes
+
+    write_rows(paths / f"{name}.csv", COLUMNS, rows)
+    with drawing_style():
+        save_figure(draw_probes(rows, rows[0]["teacher"], figure), paths / f"figures/{name}", params.figures)
+    for row in rows:
+        print(
+            f"{row['sets']:>3} sets of {row['filters']:>5} filters, {row['method']:<12}"
+            f"alone {row['alone_mean']:.2%}, joined {row['joined_mean']:.2%}"
+        )
+    print(f"{paths / name}.csv: {len(rows)} rows; the teacher is right on {rows[0]['teacher']:.2%}")
+
+
+def measure(params: Params, paths: Paths, sets: list[int], n_images: int, on: str) -> tuple[list[dict], int]:
+    """Rows of the table, and the number of classes."""
+    import torch
+
+    from nonn.data.dataset import load_dataset
+    from nonn.method.filter_graph import load_graph
+    from nonn.method.probing import METHODS, probe_all, rows_of
+    from nonn.training.networks import accuracy
+    from nonn.training.store import load_signals
+
+    torch.set_num_threads(1)
+    data, graph = load_dataset(paths), load_graph(paths)
+    signals = load_signals(paths, data)
+    kept = torch.linspace(0, len(data.train) - 1, min(n_images, len(data.train))).long()
+    train = signals["pooled"][0, kept], data.labels[data.train[kept]]
+    judged, logits = _judged(paths, signals, on)
+    labels = data.labels[getattr(data, on)]
+    n_live = int(graph.live.sum())
+    possible = [n for n in dict.fromkeys(sets) if n <= n_live]
+    if not possible:
+        raise UserError(f"--sets {sets[0]}: the teacher has {n_live} live filters; give a number up to that")
+    jobs = [
+        (n, method, seed)
+        for n in possible
+        for method in METHODS[: 1 if n == 1 else None]
+        for seed in range(N_RANDOM if method == "random" and n > 1 else 1)
+    ]
+    found = dict(track(probe_all(graph, train, (judged, labels), jobs), "probes", total=len(jobs)))
+    shared = {"experiment": params.experiment, "judged_on": on, "images": len(labels), "training_images": len(kept)}
+    shared["teacher"] = accuracy(logits, labels)
+    return [shared | row for row in rows_of(found, n_live, params.evaluate)], data.n_classes
+
+
+def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, Tensor]:
+    """The teacher's pooled activations and logits of the images that are judged."""
+    if on == "validation":
+        return signals["validation_pooled"], signals["validation_logits"].float()
+    import torch
+
+    from nonn.data.dataset import load_teacher_dataset
+    from nonn.teachers.signals import BATCH_SIZE, signals_of
+    from nonn.teachers.store import load_teacher
+    from nonn.training.networks import batch_of
+
+    data = load_teacher_dataset(paths)
+    teacher, images = load_teacher(paths, data), data.part(on)[0]
+    batches = list(images.split(batch_of(BATCH_SIZE, data.size)))
+    outputs = [signals_of(teacher, batch, attention=False) for batch in track(batches, "teacher")]
+    return torch.cat([o["pooled"] for o in outputs]), torch.cat([o["logits"] for o in outputs]).float()

@@ -1,0 +1,143 @@
+"""The command ``nonn relabel``: new labels for a trained network, from few labelled images, by a new final layer alone.
+
+Students stay as they are. What they send is compared with what as many KD students send.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nonn.commands.probe import positive, whole_numbers
+from nonn.commands.tables import write_rows
+from nonn.core.errors import UserError
+from nonn.core.numerics import choose
+from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.params import Params, load_params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+from nonn.core.yaml_text import read_yaml
+
+PER_CLASS = (5, 10, 20, 50)
+N_DRAWS = 5
+N_TEST = 10_000
+COLUMNS = (
+    *("experiment", "network", "labelling", "images", "labels", "test_images", "method", "seeds", "values"),
+    *("bytes_sent", "per_class", "draws", "accuracy_mean", "accuracy_sd"),
+)
+LABELS = {
+    "nonn": "NoNN, features",
+    "ensemble": "KD students, features",
+    "ensemble_logits": "KD students, logits",
+    "kd": "one KD student, features",
+    "teacher": "teacher, features",
+}
+
+
+def add_arguments(parser) -> None:
+    network = parser.add_argument("network", metavar="NETWORK", help="a trained network, such as 4s")
+    completed(network, lambda: load_params().networks)
+    parser.add_argument("--labels", type=Path, metavar="FILE.yaml", help="new labels, each with a list of old classes")
+    parser.add_argument(
+        "--images", metavar="EXPERIMENT", help="label the images of its dataset (default: the own ones)"
+    )
+    parser.add_argument(
+        "--per-class", type=whole_numbers, default=list(PER_CLASS), metavar="N,…", help="(default: 5,10,20,50)"
+    )
+    parser.add_argument("--draws", type=positive, default=N_DRAWS, help="of the labelled images (default: %(default)s)")
+    parser.add_argument(
+        "--test", type=positive, default=N_TEST, metavar="N", help="test images at most (default: %(default)s)"
+    )
+    parser.add_argument("--teacher", action="store_true", help="also ask the teacher, which takes longest")
+    add_settings(parser)
+    parser.epilog = "example: nonn relabel 4s --labels workflow/labels/parity.yaml"
+
+
+def run(options) -> None:
+    params = load_settings(options)
+    choose(params.numerics)
+    if options.network not in params.networks:
+        known = ", ".join(params.networks)
+        raise UserError(f"{options.network}: params.yaml has no network of this name; choose of {known}")
+    if not options.labels and not options.images:
+        raise UserError("give --labels, for other labels of the same images, or --images, for other images, or both")
+    if least := [number for number in options.per_class if number < 2]:
+        raise UserError(f"--per-class {least[0]}: one image of a label leaves none to choose by; give 2 or more")
+    rows = measure(params, options)
+    target = Paths(params.experiment) / f"relabel_{rows[0]['labelling']}.csv"
+    write_rows(target, COLUMNS, rows)
+    print(render(rows))
+    print(f"{target}: {len(rows)} rows")
+
+
+def read_groups(path: Path | None) -> dict[str, Sequence[str]] | None:
+    if path is None:
+        return None
+    groups = read_yaml(path, "Give a file that maps each new label to a list of classes.")
+    if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):
+        raise UserError(f"{path}: has to map each new label to a list of classes, such as `even: [0, 2, 4, 6, 8]`.")
+    return {str(name): [str(member) for member in members] for name, members in groups.items()}
+
+
+def measure(params: Params, options: Any) -> list[dict]:
+    import torch
+
+    from nonn.data.dataset import load_dataset
+    from nonn.method.relabelling import draw, new_labels, score, what_is_sent
+    from nonn.teachers.store import load_teacher
+
+    torch.set_num_threads(1)
+    paths = Paths(params.experiment)
+    source = Paths(options.images or params.experiment)
+    for path in (paths.dataset, source.dataset):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there. Run the stage `dataset` of that experiment first.")
+    taught, shown = load_dataset(paths), load_dataset(source)
+    if (taught.channels, taught.size) != (shown.channels, shown.size):
+        raise UserError(
+            f"--images {options.images}: its images have {shown.channels} channels and {shown.size} pixels a side, the "
+            f"students' {taught.channels} and {taught.size}; set dataset.size and white alike in both"
+        )
+    try:
+        labelled, labels = new_labels(shown, read_groups(options.labels))
+    except UserError as error:
+        raise UserError(f"{options.labels}: {error}") from None
+    data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
+    teacher = load_teacher(paths, taught) if options.teacher else None
+    parts = [options.images, options.labels.stem if options.labels else None]
+    shared = {"experiment": params.experiment, "network": options.network}
+    shared |= {"labelling": "_".join(part for part in parts if part), "images": source.experiment}
+    shared |= {"labels": len(labels), "test_images": len(data.test)}
+    rows = []
+    for sent in track(
+        what_is_sent(params, paths, options.network, taught, data, teacher), "relabel", 4 + bool(teacher)
+    ):
+        for per_class in options.per_class:
+            found = score(sent, positions, per_class, data.labels[data.test])
+            by_draw = found.mean(0)
+            row = {"method": sent.method, "seeds": len(found), "values": sent.train[0].shape[1]}
+            row |= {"bytes_sent": sent.bytes_sent, "per_class": per_class, "draws": options.draws}
+            row["accuracy_mean"] = float(by_draw.mean())
+            row["accuracy_sd"] = float(by_draw.std(ddof=1)) if options.draws > 1 else None
+            rows.append(shared | row)
+    return rows
+
+
+def render(rows: Sequence[dict]) -> str:
+    """The table in Markdown: a row a method, a column a number of labelled images."""
+    counts = list(dict.fromkeys(row["per_class"] for row in rows))
+    lines = [
+        "| What a device sends | Bytes | " + " | ".join(f"{count} a label" for count in counts) + " |",
+        "| :-- | --: | " + " | ".join("--:" for _ in counts) + " |",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        found = [row for row in rows if row["method"] == method]
+        cells = [_cell(row) for row in found]
+        lines.append(f"| {LABELS[method]} | {found[0]['bytes_sent']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict) -> str:
+    spread = "" if row["accuracy_sd"] is None else f" ± {100 * row['accuracy_sd']:.1f}"
+    return f"{100 * row['accuracy_mean']:.1f}{spread} %"

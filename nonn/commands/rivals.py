@@ -1,0 +1,64 @@
+"""The command ``nonn rivals``: train SplitNet and the pruned teacher for a network's devices, and score them.
+
+Not among the baselines of `networks`: no stage has to run again for them. Trainings are kept under ``.nonn/rivals``.
+"""
+
+from __future__ import annotations
+
+from nonn.commands.probe import positive
+from nonn.commands.tables import write_rows
+from nonn.core.errors import UserError
+from nonn.core.numerics import choose
+from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.params import load_params
+from nonn.core.paths import Paths
+
+COLUMNS = (
+    *("experiment", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd", "p_vs_nonn", "one_missing"),
+    *("memory_kib", "params", "mmacs", "bytes_sent", "note"),
+)
+METHODS = ("splitnet", "pruned")
+
+
+def add_arguments(parser) -> None:
+    network = parser.add_argument(
+        "networks", metavar="NETWORK", nargs="*", help="whose devices they run on (default: all networks)"
+    )
+    completed(network, lambda: load_params().networks)
+    parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,…", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="(default: %(default)s)")
+    add_settings(parser)
+    parser.epilog = "example: nonn rivals 4s --methods splitnet --seeds 3"
+
+
+def run(options) -> None:
+    params = load_settings(options)
+    choose(params.numerics)
+    networks, methods = options.networks or list(params.networks), options.methods.split(",")
+    if unknown := [name for name in networks if name not in params.networks]:
+        known = ", ".join(params.networks)
+        raise UserError(f"{unknown[0]}: params.yaml has no network of this name; choose of {known}")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise UserError(f"--methods {unknown[0]}: no such rival; choose of {', '.join(METHODS)}")
+    if "pruned" in methods:
+        import torch_pruning  # noqa: F401  # before anything is trained: not every installation has it
+    paths = Paths(params.experiment)
+    for path in (paths.dataset, paths.signals, paths.teacher):
+        if not path.is_file():
+            raise UserError(f"{path}: is not there; rivals learn from it. Run `dvc repro signals` first.")
+    import torch
+
+    from nonn.method.rivals import rows_of
+    from nonn.training.hardware import keep_freed_memory
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    rows = []
+    for network in networks:
+        for row in rows_of(params, network, methods, options.seeds):
+            rows.append({"experiment": params.experiment, **row})
+            p = row.get("p_vs_nonn")
+            told = "" if p is None else f", p = {p:.3f} against NoNN"
+            print(f"{network} {row['method']:<9} {row['accuracy_mean']:.2%}{told}")
+    write_rows(paths / "rivals.csv", COLUMNS, rows)
+    print(f"{paths / 'rivals.csv'}: {len(rows)} rows")

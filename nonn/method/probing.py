@@ -1,0 +1,146 @@
+"""Linear probes of the teacher's features: what a perfect student of a set of filters could know, without any training.
+
+The activation transfer compares directions, so a student that imitates its filters perfectly has the teacher's features
+on them up to a length of its own: here, unit length. A linear classifier is fitted to each set of a partition alone,
+and one to all sets side by side, as the final layer of a NoNN is. All are fitted on training images and judged on
+others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nonn.core.params import Evaluate
+from nonn.method.filter_graph import FilterGraph
+from nonn.method.partitioning import partition_filters
+from nonn.method.regimes import Z95
+from nonn.method.scoring import permutation_test
+from nonn.method.sizing import apportion
+
+#: Ways to share out the filters, the one that the others are compared with first.
+METHODS = ("random", "communities", "classwise", "contiguous")
+#: Weight of ‖W‖² / 2 in the loss of a probe, of features of variance 1.
+WEIGHT_DECAY = 1e-4
+#: Of L-BFGS; more change no accuracy by a tenth of a point.
+ITERATIONS = 60
+HISTORY = 10
+
+
+class Probes(NamedTuple):
+    """Linear classifiers of S problems side by side."""
+
+    weight: Tensor  # (S, F, C)
+    bias: Tensor  # (S, 1, C)
+
+    def right(self, features: Tensor, labels: Tensor) -> np.ndarray:
+        """Which images each answers rightly, bool (S, N), of features (S, N, F) or (N, F)."""
+        return ((features @ self.weight + self.bias).argmax(-1) == labels).numpy()
+
+
+def fit_linear(features: Tensor, labels: Tensor, n_classes: int, weight_decay: float = WEIGHT_DECAY) -> Probes:
+    """The linear classifiers of least cross-entropy on features (S, N, F), each problem on its own, by L-BFGS.
+
+    `labels` are (N,) for all problems, or (S, N). Features are scaled to mean 0 and variance 1 inside; `weight_decay`
+    is that of the weights of scaled ones. A feature of one value gets no weight.
+    """
+    mean, std = features.mean(1, keepdim=True), features.std(1, keepdim=True, correction=0)
+    scale = torch.where(std > 0, std, 1.0).reciprocal()
+    scaled = (features - mean) * scale
+    n_sets, n_images, n_features = features.shape
+    labels = labels.expand(n_sets, n_images).flatten()
+    weight = torch.zeros(n_sets, n_features, n_classes, requires_grad=True)
+    bias = torch.zeros(n_sets, 1, n_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=ITERATIONS, history_size=HISTORY, line_search_fn="strong_wolfe"
+    )
+
+    def loss_of() -> Tensor:
+        optimizer.zero_grad()
+        logits = torch.baddbmm(bias, scaled, weight).flatten(0, 1)
+        loss = n_sets * F.cross_entropy(logits, labels) + weight_decay / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(loss_of)  # type: ignore[arg-type]  # it may return a tensor
+    with torch.no_grad():
+        weight = weight * scale.mT
+        return Probes(weight, bias - mean @ weight)
+
+
+def as_imitated(pooled: Tensor, sets: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Features (N, F_i) of perfect students: pooled activations (N, F) of each set of filters, of unit length."""
+    return [F.normalize(pooled[:, filters].float(), dim=1) for filters in sets]
+
+
+def probe_partition(
+    sets: Sequence[Sequence[int]], train: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor], n_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which images of `judged` the students of these sets answer rightly: alone, bool (n_sets, N), and joined, (N,).
+
+    Both data sets are pooled activations of all filters, and labels.
+    """
+    features, others = as_imitated(train[0], sets), as_imitated(judged[0], sets)
+    alone = fit_linear(_side_by_side(features), train[1], n_classes).right(_side_by_side(others), judged[1])
+    joined = fit_linear(torch.cat(features, 1)[None], train[1], n_classes).right(torch.cat(others, 1), judged[1])
+    return alone, joined[0]
+
+
+def _side_by_side(features: Sequence[Tensor]) -> Tensor:
+    """Features (N, F_i) of S students as one tensor (S, N, F), with zeros where a set has fewer filters."""
+    most = max(f.shape[1] for f in features)
+    return torch.stack([F.pad(f, (0, most - f.shape[1])) for f in features])
+
+
+def draw_partition(graph: FilterGraph, n_sets: int, method: str, seed: int) -> list[list[int]]:
+    """The live filters in so many sets, as alike in size as they can be."""
+    sizes = apportion(int(graph.live.sum()), [1.0] * n_sets)
+    return partition_filters(graph.weights, graph.live, sizes, method, seed, graph.class_activity).sets
+
+
+def probe_all(
+    graph: FilterGraph,
+    train: tuple[Tensor, Tensor],
+    judged: tuple[Tensor, Tensor],
+    jobs: Sequence[tuple[int, str, int]],
+) -> Iterator[tuple[tuple[int, str, int], tuple[np.ndarray, np.ndarray]]]:
+    """Each job, of a number of sets, a method and a seed, with what `probe_partition` finds."""
+    n_classes = len(graph.class_activity)
+    for job in jobs:
+        yield job, probe_partition(draw_partition(graph, *job), train, judged, n_classes)
+
+
+def rows_of(
+    found: Mapping[tuple[int, str, int], tuple[np.ndarray, np.ndarray]], n_live: int, params: Evaluate
+) -> Iterator[dict[str, Any]]:
+    """Rows of a table, one a number of sets and method: accuracies alone and joined, each against random sets.
+
+    Differences are paired by image, right answers averaged over sets and seeds first. The interval is 1.96 standard
+    errors over the images: it says nothing of other teachers.
+    """
+    for n_sets, method in dict.fromkeys((n, method) for n, method, _ in found):
+        own, reference = (
+            {name: _stacked(found, n_sets, which, number) for number, name in enumerate(("alone", "joined"))}
+            for which in (method, METHODS[0])
+        )
+        row: dict[str, Any] = {"sets": n_sets, "filters": round(n_live / n_sets, 1), "method": method}
+        row["seeds"] = len(own["joined"])
+        for name, answers in own.items():
+            accuracies = answers.mean(1)
+            row |= {f"{name}_mean": accuracies.mean(), f"{name}_worst": accuracies.min()}
+            if method != METHODS[0]:
+                difference = answers.mean(0) - reference[name].mean(0)
+                error = Z95 * difference.std(ddof=1) / np.sqrt(len(difference))
+                row |= {f"{name}_vs_random": difference.mean(), f"{name}_error": error}
+                row[f"{name}_p"] = permutation_test(answers, reference[name], params.resamples, params.seed)
+        yield row
+
+
+def _stacked(found: Mapping[tuple[int, str, int], Any], n_sets: int, method: str, number: int) -> np.ndarray:
+    """Right answers of all seeds of a method, alone (0) or joined (1), (answers, N)."""
+    return np.concatenate([np.atleast_2d(f[number]) for (n, m, _), f in found.items() if (n, m) == (n_sets, method)])

@@ -1,0 +1,193 @@
+"""Rivals of a NoNN on the same devices that are no students of its kind: SplitNet, and the pruned teacher.
+
+Both learn by distillation from the same signals, for as many epochs, with the same schedule as the students, and are
+scored in the precision of the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nonn.core.artifacts import DatasetInfo
+from nonn.core.errors import UserError
+from nonn.core.files import STATE, read_json
+from nonn.core.params import Architecture, Params
+from nonn.core.paths import Paths
+from nonn.data.tensors import read_tensors, write_tensors
+from nonn.deploy.cost import measure_cost
+from nonn.method.final_layer import logits_of
+from nonn.method.joining import FeatureCache
+from nonn.method.pruning import prune_to_budget
+from nonn.method.regimes import classroom_of
+from nonn.method.scoring import permutation_test
+from nonn.method.sizing import smallest_device
+from nonn.method.splitnet import build, join_logits, learn_groups
+from nonn.method.store import load_network
+from nonn.teachers.store import load_teacher
+from nonn.training.checkpoint import Checkpoint
+from nonn.training.hardware import mixed_precision
+from nonn.training.lessons import Classroom, Lesson
+from nonn.training.loop import train
+from nonn.training.losses import kd_loss
+from nonn.training.networks import ConvNet
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A trained rival: what each device runs, the classes that each answers for, and a line on how it came about."""
+
+    parts: Sequence[ConvNet]
+    groups: Sequence[Sequence[int]]
+    note: str
+
+
+def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
+    """Train a rival unless that was done before; what is kept of it lies under ``.nonn/rivals``."""
+    paths = Paths(params.experiment)
+    classroom = classroom_of(params, 1.0)
+    torch.manual_seed(seed)
+    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom, seed)
+    settings = [method, network, seed, str(model), rival.note]
+    settings += [params.distill.model_dump(), params.signals.model_dump()]
+    checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher])
+    target = STATE / "rivals" / checkpoint.path.name
+    if target.is_file():
+        model.load_state_dict(read_tensors(target))
+    else:
+        distil(model, params, classroom, seed, checkpoint, f"{network}/{method} seed {seed}")
+        write_tensors(target, model.state_dict())
+        checkpoint.discard()
+    for part in rival.parts:
+        part.eval()
+    return rival
+
+
+def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom, seed: int) -> tuple[nn.Module, Rival]:
+    data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
+    n = len(params.networks[network].devices)
+    if n > data.n_classes:
+        raise UserError(
+            f"networks.{network}: {n} devices cannot share {data.n_classes} classes; SplitNet needs one each"
+        )
+    labels = data.labels[data.train]
+    groups = learn_groups(classroom.signals["pooled"][0], labels, data.n_classes, n, seed)
+    model, parts = build(params, network, data, dict(info), groups)
+    named = " | ".join(" ".join(data.classes[class_] for class_ in group) for group in groups)
+    return model, Rival(parts, groups, named)
+
+
+def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom, _: int) -> tuple[nn.Module, Rival]:
+    data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
+    teacher = load_teacher(paths, data)
+    if not isinstance(teacher, ConvNet) or params.teacher.size not in (None, data.size):
+        raise UserError(
+            "the teacher is not of a family of this project, or sees images of another size; leave out pruned"
+        )
+    budget = smallest_device(params.design, params.budgets_of(network), dict(info))
+    model, share = prune_to_budget(teacher, budget, data, params.design.precision)
+    return model, Rival([model], [range(data.n_classes)], f"{share:.1%} of the filters of each layer taken out")
+
+
+def distil(
+    model: nn.Module, params: Params, classroom: Classroom, seed: int, checkpoint: Checkpoint, label: str
+) -> None:
+    """Train a network in place by the students' loss without transfer: cross-entropy, and KD from the signals."""
+    section = params.distill
+    lesson = Lesson(
+        Architecture(family="fast", widths=[1, 1, 1]), None, section.kd_weight
+    )  # of which the signals count
+    wanted = list(classroom.signals_for(lesson).values())
+
+    def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
+        return classroom.batch(index, epoch, wanted)
+
+    def loss_of(images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+        with mixed_precision(classroom.device):
+            _, logits = model(images)
+        logits = logits.float()
+        loss = (1 - section.kd_weight) * F.cross_entropy(logits, labels)
+        return loss + section.kd_weight * kd_loss(logits, taught.float(), section.temperature)
+
+    train(
+        model,  # type: ignore[arg-type]  # the loop asks for no more than a module has
+        batch_of,
+        loss_of,
+        len(classroom.images),
+        section,
+        seed=seed,
+        validation=classroom.data.part("validation"),
+        checkpoint=checkpoint,
+        device=classroom.device,
+        label=label,
+    )
+
+
+@torch.no_grad()
+def score(rival: Rival, features: FeatureCache) -> dict[str, Any]:
+    """Right answers on the test images, bool (N,), and the mean accuracy with one device missing, None for one."""
+    outputs, labels = features(rival.parts, "test")
+    terms = [part.head(f) for part, f in zip(rival.parts, outputs, strict=True)]
+    right = (join_logits(terms, rival.groups).argmax(1) == labels).numpy()
+    without = [
+        (join_logits(terms, rival.groups, missing).argmax(1) == labels).double().mean().item()
+        for missing in range(len(terms))
+    ]
+    return {"right": right, "one_missing": float(np.mean(without)) if len(terms) > 1 else None}
+
+
+def nonn_right(params: Params, paths: Paths, network: str, features: FeatureCache) -> np.ndarray | None:
+    """Right answers of the assembled NoNN, bool (n_seeds, N); None where the stage `assemble` has not run."""
+    files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
+    if not all(file.is_file() for file in files):
+        return None
+    found = []
+    for file in files:
+        model = load_network(file, features.data)
+        outputs, labels = features(list(model.students), "test")
+        found.append((logits_of(model.final, outputs).argmax(1) == labels).numpy())
+    return np.stack(found)
+
+
+def rows_of(params: Params, network: str, methods: Sequence[str], n_seeds: int) -> Iterator[Mapping[str, Any]]:
+    """Rows of a table: NoNN where there is one, and each rival, with a paired permutation test against NoNN."""
+    paths = Paths(params.experiment)
+    data = classroom_of(params, 1.0).data
+    features = FeatureCache(data, params.design.precision)
+    reference = nonn_right(params, paths, network, features)
+    if reference is not None:
+        yield {"network": network, "method": "nonn", **_accuracy(reference)}
+    for method in methods:
+        rivals = [train_rival(params, network, method, seed) for seed in range(n_seeds)]
+        scores = [score(rival, features) for rival in rivals]
+        right = np.stack([found["right"] for found in scores])
+        parts, groups = rivals[0].parts, rivals[0].groups
+        costs = [measure_cost(part, data.channels, data.size, params.design.precision) for part in parts]
+        missing = [found["one_missing"] for found in scores if found["one_missing"] is not None]
+        p = None
+        if reference is not None:
+            p = permutation_test(right, reference, params.evaluate.resamples, params.evaluate.seed)
+        yield {
+            "network": network,
+            "method": method,
+            **_accuracy(right),
+            "p_vs_nonn": p,
+            "one_missing": float(np.mean(missing)) if missing else None,
+            "memory_kib": max(cost.memory_bytes for cost in costs) / 1024,
+            "params": max(cost.params for cost in costs),
+            "mmacs": max(cost.macs for cost in costs) / 1e6,
+            "bytes_sent": 4 * max(map(len, groups)),
+            "note": rivals[0].note,
+        }
+
+
+def _accuracy(right: np.ndarray) -> dict[str, Any]:
+    means = right.mean(1)
+    spread = float(means.std(ddof=1)) if len(means) > 1 else None
+    return {"n_seeds": len(right), "accuracy_mean": float(means.mean()), "accuracy_sd": spread}

@@ -1,0 +1,94 @@
+"""New labels for trained students: which images get them, how the layer is fitted, and the command."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+
+from nonn.cli import main
+from nonn.commands.relabel import COLUMNS
+from nonn.core.errors import UserError
+from nonn.method.relabelling import draw, fit_few, new_labels
+
+GROUPS = {"stripes": ["across", "down"], "squares": ["chequered"]}
+
+
+def test_images_of_no_group_are_left_out(data):
+    labelled, names = new_labels(data, {"first": ["across"], "second": ["chequered"]})
+    assert names == ("first", "second")
+    assert set(labelled.labels[labelled.train].tolist()) == {0, 1}
+    assert len(labelled.train) == 40
+    assert (data.labels[labelled.test] != 1).all()
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": ["across"], "b": ["upwards"]}, "b: no class 'upwards'"),
+        ({"a": ["across"], "b": ["across"]}, "b: class 'across' is in two groups"),
+        ({"a": ["across", "down"]}, "one group leaves nothing"),
+    ],
+)
+def test_groups_that_say_nothing_are_refused(groups, message, data):
+    with pytest.raises(UserError, match=message):
+        new_labels(data, groups)
+
+
+def test_draws_are_of_each_class_and_fewer_are_the_first_of_more(data):
+    labelled, names = new_labels(data, GROUPS)
+    cut, positions = draw(labelled, len(names), 8, 3, 10)
+    assert positions.shape == (3, 2, 8)
+    assert len(cut.test) == 10
+    chosen = cut.train[positions]
+    for label in range(2):
+        assert (labelled.labels[chosen[:, label]] == label).all()
+    assert all(len(set(row.tolist())) == 8 for row in chosen.flatten(0, 1))
+    assert (chosen[0] != chosen[1]).any()
+    with pytest.raises(UserError, match="a label has 20 training images"):
+        draw(labelled, len(names), 30, 1, 10)
+
+
+def test_weight_decay_is_chosen_where_features_are_noise():
+    """Two informative features among many of noise: strong decay is better, and cross-validation finds that out."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat_interleave(12)
+    features = torch.randn(1, 24, 60, generator=generator)
+    features[..., :2] += 4 * (2 * labels[:, None] - 1)
+    fitted, best = fit_few(features, 2, 12)
+    test = torch.randn(400, 60, generator=generator)
+    answers = torch.arange(400) % 2
+    test[:, :2] += 4 * (2 * answers[:, None] - 1)
+    assert fitted[best[0]].right(test, answers).mean() > 0.95
+
+
+def test_the_command_compares_what_devices_send(experiment, folder_of_labels):
+    main(["relabel", "2s", "--labels", str(folder_of_labels), "--per-class", "2,6", "--draws", "2", "--teacher"])
+    with (experiment / "relabel_kinds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    methods = ["nonn", "ensemble", "ensemble_logits", "kd", "teacher"]
+    assert [row["method"] for row in rows] == [method for method in methods for _ in range(2)]
+    by_method = {row["method"]: row for row in rows}
+    assert int(by_method["nonn"]["values"]) == 32  # all filters of the teacher
+    assert (by_method["ensemble_logits"]["values"], by_method["ensemble_logits"]["bytes_sent"]) == ("6", "12")
+    assert float(by_method["teacher"]["accuracy_mean"]) > 0.8  # three easy classes
+
+
+@pytest.fixture
+def folder_of_labels(experiment) -> Path:
+    file = experiment.root.parent / "kinds.yaml"
+    file.write_text("stripes: [across, down]\nsquares: [chequered]\n")
+    return file
+
+
+def test_what_cannot_be_labelled_is_said(experiment, folder_of_labels):
+    with pytest.raises(SystemExit, match=r"2s|give --labels"):
+        main(["relabel", "2s"])
+    with pytest.raises(SystemExit, match=r"results/other/dataset\.safetensors: is not there"):
+        main(["relabel", "2s", "--images", "other"])
+    with pytest.raises(SystemExit, match=r"--per-class 1: one image of a label leaves none"):
+        main(["relabel", "2s", "--labels", str(folder_of_labels), "--per-class", "1"])
+    folder_of_labels.write_text("stripes: across\n")
+    with pytest.raises(SystemExit, match="has to map each new label to a list"):
+        main(["relabel", "2s", "--labels", str(folder_of_labels)])

@@ -1,0 +1,110 @@
+"""SplitNet and the pruned teacher: groups of classes, shared weights, budgets, and the command."""
+
+import csv
+
+import pytest
+import torch
+
+from nonn.cli import main
+from nonn.commands.rivals import COLUMNS
+from nonn.core.artifacts import DatasetInfo
+from nonn.core.budgets import Budget
+from nonn.core.errors import UserError
+from nonn.core.files import read_json
+from nonn.core.params import Architecture
+from nonn.deploy.cost import measure_cost
+from nonn.method import rivals
+from nonn.method.pruning import prune_to_budget
+from nonn.method.splitnet import build, join_logits, learn_groups
+from nonn.training.networks import ConvNet
+
+SHORT = ["--set", "distill.epochs=1"]
+
+
+def test_classes_that_need_the_same_filters_share_a_group():
+    """Of six classes, 0, 3, 4 are told apart by the first six filters and the others by the last six."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(600) % 6
+    pooled = torch.rand(600, 12, generator=generator)
+    codes = torch.randn(3, 6, generator=generator)
+    for number, (one, other) in enumerate(zip((0, 3, 4), (1, 2, 5), strict=True)):
+        pooled[labels == one, :6] += 3 * codes[number]
+        pooled[labels == other, 6:] += 3 * codes[number]
+    groups = learn_groups(pooled, labels, 6, 2, seed=0)
+    assert sorted(map(sorted, groups)) == [[0, 3, 4], [1, 2, 5]]
+
+
+def test_groups_are_of_about_one_size():
+    pooled = torch.rand(90, 8, generator=torch.Generator().manual_seed(0))
+    groups = learn_groups(pooled, torch.arange(90) % 5, 5, 3, seed=0)
+    assert sorted(map(len, groups)) == [1, 2, 2]
+    assert sorted(class_ for group in groups for class_ in group) == list(range(5))
+
+
+def test_devices_answer_as_the_network_that_was_trained(experiment, params, data):
+    info = read_json(experiment.dataset_info, DatasetInfo)
+    groups = [[2, 0], [1]]
+    model, parts = build(params, "2s", data, dict(info), groups)
+    images, labels = data.split("test")
+    model(images)[1].sum().backward()  # through the weights of all parts
+    assert parts[0].stem[0].weight is parts[1].stem[0].weight
+    assert parts[0].stages[1][0].weight is not parts[1].stages[1][0].weight
+    model.eval()
+    with torch.no_grad():
+        terms = [part.eval()(images)[1] for part in parts]
+        joined = join_logits(terms, groups)
+        assert torch.allclose(joined, model(images)[1], atol=1e-5)
+        without = join_logits(terms, groups, missing=1)
+    assert (without.argmax(1) != 1).all()
+    assert without[:, 1].isinf().all()
+    smallest = params.budgets_of("2s")[0]
+    assert all(smallest.fits(measure_cost(part, data.channels, data.size)) for part in parts)
+    assert len(labels) == len(joined)
+
+
+def test_the_pruned_teacher_fits_and_hardly_less_would_have_done(data):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    teacher = ConvNet(Architecture(family="airbench", widths=[16, 32, 40], depth=2), data.channels, 3)
+    with torch.no_grad():
+        for layer in teacher.stages[2]:  # half of the last filters are all but nothing
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.weight[::2] *= 1e-3
+    budget = Budget(memory_kib=60, mmacs=5, name="small")
+    model, share = prune_to_budget(teacher, budget, data, "float32")
+    cost = measure_cost(model, data.channels, data.size)
+    assert budget.fits(cost)
+    assert 0.3 < share < 0.8
+    assert cost.memory_bytes > 0.85 * 60 * 1024
+    assert model.n_features == model.head.in_features < 40
+    assert len(model.stem[1].weight) == len(teacher.stem[1].weight)  # the whitening is whole
+    kept = model.stages[2][0].weight.flatten(1).norm(dim=1)
+    assert kept[len(kept) // 2 :].min() > 0.1 or share < 0.5  # the strong filters are those that stay
+    assert model(data.images[:2])[1].shape == (2, 3)
+    with pytest.raises(UserError, match="not even a teacher with 1 of 16 filters"):
+        prune_to_budget(teacher, Budget(memory_kib=1, mmacs=5, name="small"), data, "float32")
+
+
+def test_the_command_scores_both_against_nonn(experiment, monkeypatch):
+    pytest.importorskip("torch_pruning")
+    main(["rivals", *SHORT])
+    with (experiment / "rivals.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == COLUMNS
+    assert [row["method"] for row in rows] == ["nonn", "splitnet", "pruned"]
+    for row in rows[1:]:
+        assert 0 < float(row["p_vs_nonn"]) <= 1
+        assert float(row["memory_kib"]) <= 40  # of the smaller device
+    assert rows[1]["bytes_sent"] == "8"  # two of three classes
+    assert float(rows[1]["one_missing"]) < 0.7
+    assert rows[2]["one_missing"] == ""
+    monkeypatch.setattr(rivals, "distil", lambda *_: pytest.fail("trained again"))
+    main(["rivals", *SHORT])
+
+
+@pytest.mark.usefixtures("experiment")
+def test_what_is_no_rival_is_refused():
+    with pytest.raises(SystemExit, match=r"--methods magic: no such rival; choose of splitnet, pruned"):
+        main(["rivals", "--methods", "magic"])
+    with pytest.raises(SystemExit, match=r"9s: params\.yaml has no network"):
+        main(["rivals", "9s"])
