@@ -25,7 +25,7 @@ HERE += [
     "--latency-wait",
     "5",
     "--default-resources",
-    "runtime=10",
+    "runtime=30",
     "mem_mb=900",
 ]
 HERE += ["--set-resources", "benchmark:mem_mb=900"]  # instead of all that the profile sets: this node is small
