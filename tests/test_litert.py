@@ -26,9 +26,9 @@ is_missing = any(importlib.util.find_spec(name) is None for name in LITERT)
 needs_litert = pytest.mark.skipif(is_missing, reason="needs the extra litert (docs/firmware.md)")
 
 
-def make_student(data, family="fast", mirror=True, depth=1) -> ConvNet:
+def make_student(data, family="fast", mirror=True, depth=1, widths=(8, 12, 16)) -> ConvNet:
     torch.manual_seed(0)
-    architecture = Architecture(family=family, widths=[8, 12, 16], depth=depth, mirror=mirror)
+    architecture = Architecture(family=family, widths=list(widths), depth=depth, mirror=mirror)
     student = ConvNet(architecture, data.channels, data.n_classes, 6, mean=data.mean, std=data.std)
     with torch.no_grad():
         for _ in range(3):
@@ -67,6 +67,19 @@ def test_images_are_normalised_channel_by_channel():
     images = data.images[:2].numpy()
     expected = (images.transpose(0, 2, 3, 1) - data.mean.numpy()) / data.std.numpy()
     np.testing.assert_allclose(normalised(make_student(data), images), expected, rtol=1e-5)
+
+
+@needs_litert
+def test_a_file_is_in_one_piece(tmp_path):
+    """From 256 KiB on the quantiser puts weights behind the tables, where TensorFlow Lite Micro finds none."""
+    data = make_dataset(3, 28)
+    student = make_student(data, mirror=False, widths=(48, 112, 256))
+    write_student(student, data, tmp_path / "0.onnx", "int8")
+    write_litert(student, data, tmp_path / "0.tflite")
+    assert (tmp_path / "0.tflite").stat().st_size > 256 * 1024
+    images = data.part("test")[0].numpy()[:3]
+    entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
+    assert entry["within_one_step"] > 0.9
 
 
 @needs_litert

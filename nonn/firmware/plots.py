@@ -33,7 +33,8 @@ def draw_firmware(entries: Sequence[Mapping[str, Any]]) -> Figure:
     heights = [1.4 + 0.28 * len(entries), *(1.2 + 0.16 * len(_layers(form)) for form in forms)]
     figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")
     figure.supxlabel(SOURCE, x=0.01, ha="left", size=7)
-    whole, *rows = figure.subfigures(len(heights), 1, height_ratios=heights)
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    whole, *rows = [figure.add_subfigure(grid[row]) for row in range(len(heights))]
     _draw_students(whole, entries)
     for row, form in zip(rows, forms, strict=True):
         layers, arena = row.subplots(1, 2, width_ratios=(2, 3))

@@ -80,6 +80,25 @@ def write_litert(student: ConvNet, data: Dataset, path: Path) -> None:
         calibrating.calibrate({name: [{inputs[0]: image[None]} for image in images]}, manager)
         quantising = quantizer.Quantizer(str(whole), rules)
         quantising.quantize(calibrating.get_model_qsvs()).export_model(str(path), overwrite=True)
+    path.write_bytes(_in_one_piece(path.read_bytes()))
+
+
+def _in_one_piece(content: bytes) -> bytes:
+    """The same file with all constants inside its tables.
+
+    The quantiser puts large ones behind them, where TensorFlow Lite Micro does not look: it takes zeros in their place.
+    """
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(content, 0)
+    for buffer in model.buffers:
+        if buffer.offset > 1:
+            buffer.data = np.frombuffer(content, np.uint8, buffer.size, buffer.offset)
+            buffer.offset = buffer.size = 0
+    builder = flatbuffers.Builder(len(content))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 class PlainFeatures(nn.Module):
