@@ -15,28 +15,25 @@ from nonn.core.params import Architecture
 from nonn.deploy.cost import measure_cost
 from nonn.method import rivals
 from nonn.method.pruning import prune_to_budget
-from nonn.method.splitnet import build, join_logits, learn_groups
+from nonn.method.splitnet import build, group_classes, join_logits
 from nonn.training.networks import ConvNet
 
 SHORT = ["--set", "distill.epochs=1"]
 
 
-def test_classes_that_need_the_same_filters_share_a_group():
-    """Of six classes, 0, 3, 4 are told apart by the first six filters and the others by the last six."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(600) % 6
-    pooled = torch.rand(600, 12, generator=generator)
-    codes = torch.randn(3, 6, generator=generator)
-    for number, (one, other) in enumerate(zip((0, 3, 4), (1, 2, 5), strict=True)):
-        pooled[labels == one, :6] += 3 * codes[number]
-        pooled[labels == other, 6:] += 3 * codes[number]
-    groups = learn_groups(pooled, labels, 6, 2, seed=0)
-    assert sorted(map(sorted, groups)) == [[0, 3, 4], [1, 2, 5]]
+def test_classes_that_activate_the_same_filters_share_a_group():
+    """Of six classes, 0, 3 and 4 activate the first filters and the others the last ones, each a few of its own too."""
+    labels = torch.arange(60) % 6
+    pooled = torch.rand(60, 12, generator=torch.Generator().manual_seed(0))
+    pooled[torch.isin(labels, torch.tensor([0, 3, 4])), :6] += 3
+    pooled[torch.isin(labels, torch.tensor([1, 2, 5])), 6:] += 3
+    pooled[torch.arange(60), labels] += 1
+    assert sorted(map(sorted, group_classes(pooled, labels, 6, 2))) == [[0, 3, 4], [1, 2, 5]]
 
 
 def test_groups_are_of_about_one_size():
     pooled = torch.rand(90, 8, generator=torch.Generator().manual_seed(0))
-    groups = learn_groups(pooled, torch.arange(90) % 5, 5, 3, seed=0)
+    groups = group_classes(pooled, torch.arange(90) % 5, 5, 3)
     assert sorted(map(len, groups)) == [1, 2, 2]
     assert sorted(class_ for group in groups for class_ in group) == list(range(5))
 

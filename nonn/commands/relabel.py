@@ -105,9 +105,8 @@ def measure(params: Params, options: Any) -> list[dict]:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
     teacher = load_teacher(paths, taught) if options.teacher else None
-    parts = [options.images, options.labels.stem if options.labels else None]
     shared = {"experiment": params.experiment, "network": options.network}
-    shared |= {"labelling": "_".join(part for part in parts if part), "images": source.experiment}
+    shared |= {"labelling": options.labels.stem if options.labels else options.images, "images": source.experiment}
     shared |= {"labels": len(labels), "test_images": len(data.test)}
     rows = []
     for sent in track(

@@ -1,9 +1,9 @@
 """Linear probes of the teacher's features: what a perfect student of a set of filters could know, without any training.
 
-The activation transfer compares directions, so a student that imitates its filters perfectly has the teacher's features
-on them up to a length of its own: here, unit length. A linear classifier is fitted to each set of a partition alone,
-and one to all sets side by side, as the final layer of a NoNN is. All are fitted on training images and judged on
-others.
+A linear classifier is fitted to the features of each set of a partition alone, and one to all sets side by side, as the
+final layer of a NoNN is. For the latter, each set is scaled to unit length, image by image: the activation transfer
+compares directions, so lengths are not handed over. Without that, all sets together would be all filters, whatever the
+partition. All are fitted on training images and judged on others.
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def fit_linear(features: Tensor, labels: Tensor, n_classes: int, weight_decay: f
         return Probes(weight, bias - mean @ weight)
 
 
-def as_imitated(pooled: Tensor, sets: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Features (N, F_i) of perfect students: pooled activations (N, F) of each set of filters, of unit length."""
-    return [F.normalize(pooled[:, filters].float(), dim=1) for filters in sets]
+def restricted(pooled: Tensor, sets: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Features (N, F_i) of each set of filters, of pooled activations (N, F)."""
+    return [pooled[:, filters].float() for filters in sets]
 
 
 def probe_partition(
@@ -85,10 +85,11 @@ def probe_partition(
 
     Both data sets are pooled activations of all filters, and labels.
     """
-    features, others = as_imitated(train[0], sets), as_imitated(judged[0], sets)
+    features, others = restricted(train[0], sets), restricted(judged[0], sets)
     alone = fit_linear(_side_by_side(features), train[1], n_classes).right(_side_by_side(others), judged[1])
-    joined = fit_linear(torch.cat(features, 1)[None], train[1], n_classes).right(torch.cat(others, 1), judged[1])
-    return alone, joined[0]
+    side_by_side = (torch.cat([F.normalize(part, dim=1) for part in parts], 1) for parts in (features, others))
+    seen, unseen = side_by_side
+    return alone, fit_linear(seen[None], train[1], n_classes).right(unseen, judged[1])[0]
 
 
 def _side_by_side(features: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
-from nonn.core.params import Architecture, Params
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.cost import measure_cost
@@ -28,12 +28,12 @@ from nonn.method.pruning import prune_to_budget
 from nonn.method.regimes import classroom_of
 from nonn.method.scoring import permutation_test
 from nonn.method.sizing import smallest_device
-from nonn.method.splitnet import build, join_logits, learn_groups
+from nonn.method.splitnet import build, group_classes, join_logits
 from nonn.method.store import load_network
 from nonn.teachers.store import load_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision
-from nonn.training.lessons import Classroom, Lesson
+from nonn.training.lessons import Classroom
 from nonn.training.loop import train
 from nonn.training.losses import kd_loss
 from nonn.training.networks import ConvNet
@@ -53,7 +53,7 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     paths = Paths(params.experiment)
     classroom = classroom_of(params, 1.0)
     torch.manual_seed(seed)
-    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom, seed)
+    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom)
     settings = [method, network, seed, str(model), rival.note]
     settings += [params.distill.model_dump(), params.signals.model_dump()]
     checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher])
@@ -69,7 +69,7 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     return rival
 
 
-def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom, seed: int) -> tuple[nn.Module, Rival]:
+def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom) -> tuple[nn.Module, Rival]:
     data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
     n = len(params.networks[network].devices)
     if n > data.n_classes:
@@ -77,13 +77,13 @@ def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom, 
             f"networks.{network}: {n} devices cannot share {data.n_classes} classes; SplitNet needs one each"
         )
     labels = data.labels[data.train]
-    groups = learn_groups(classroom.signals["pooled"][0], labels, data.n_classes, n, seed)
+    groups = group_classes(classroom.signals["pooled"][0], labels, data.n_classes, n)
     model, parts = build(params, network, data, dict(info), groups)
     named = " | ".join(" ".join(data.classes[class_] for class_ in group) for group in groups)
     return model, Rival(parts, groups, named)
 
 
-def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom, _: int) -> tuple[nn.Module, Rival]:
+def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom) -> tuple[nn.Module, Rival]:
     data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
     teacher = load_teacher(paths, data)
     if not isinstance(teacher, ConvNet) or params.teacher.size not in (None, data.size):
@@ -100,10 +100,7 @@ def distil(
 ) -> None:
     """Train a network in place by the students' loss without transfer: cross-entropy, and KD from the signals."""
     section = params.distill
-    lesson = Lesson(
-        Architecture(family="fast", widths=[1, 1, 1]), None, section.kd_weight
-    )  # of which the signals count
-    wanted = list(classroom.signals_for(lesson).values())
+    wanted = [classroom.signals["logits"].to(classroom.place)]
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
         return classroom.batch(index, epoch, wanted)

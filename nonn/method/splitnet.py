@@ -4,8 +4,9 @@ The classes are divided into as many groups as there are devices. All devices ha
 goes on with a branch of its own, which answers for the classes of its group alone. As no device waits for another, each
 runs the shared stages itself, and they count in its budget.
 
-*Deviations* from [1]_: the groups are learned on the teacher's features, not while the network trains, and made equal
-in size; the network starts at random, not as the split of a larger one, and learns by distillation as all others do.
+*Deviations* from [1]_: there, which classes and which weights share a group is learned while a larger network trains,
+which is split afterwards. Here, groups are of classes that are alike to the teacher and of equal size, and the network
+is trained from the start, by distillation as all others are.
 
 References
 ----------
@@ -19,64 +20,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
 from nonn.core.params import Params
 from nonn.data.dataset import Dataset
+from nonn.method.partitioning import fill_sets
 from nonn.method.sizing import apportion, design_student, smallest_device
 from nonn.training.networks import ConvNet, whiten
 
 #: Stages that all devices have in common, after the stem.
 N_SHARED = 1
-#: Of the search for groups: steps of Adam, its learning rate, the images it looks at, and the weight of each term of
-#: the regularisation, which are scaled to 1 for groups that share everything alike.
-STEPS, LR, N_IMAGES = 400, 0.02, 4000
-SPLIT, OVERLAP, BALANCE = 1.0, 1.0, 1.0
 
 
-def learn_groups(pooled: Tensor, labels: Tensor, n_classes: int, n_groups: int, seed: int) -> list[list[int]]:
-    """Divide the classes into groups of about one size that need the least of each other's filters.
+def group_classes(pooled: Tensor, labels: Tensor, n_classes: int, n_groups: int) -> list[list[int]]:
+    """Divide the classes into groups of about one size, each of classes that are alike to the teacher.
 
-    Of [1]_, section 3: a linear classifier W of the teacher's pooled activations (N, F) is fitted together with soft
-    assignments of filters (P) and classes (Q) to groups. Weights between a filter and a class of different groups cost
-    by a group lasso, assignments to several groups by their overlap, and groups of unequal size by their squares.
+    Alike are classes whose mean pooled activations, of images (N, F), correlate over the filters.
     """
-    kept = torch.linspace(0, len(pooled) - 1, min(N_IMAGES, len(pooled))).long()
-    features, labels = pooled[kept].float(), labels[kept]
-    features = (features - features.mean(0)) / features.std(0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    shapes = (features.shape[1], n_classes), (features.shape[1], n_groups), (n_classes, n_groups)
-    weight, of_filters, of_classes = (0.1 * torch.randn(shape, generator=generator) for shape in shapes)
-    optimizer = torch.optim.Adam([p.requires_grad_() for p in (weight, of_filters, of_classes)], lr=LR, fused=True)
-    for _ in range(STEPS):
-        p, q = of_filters.softmax(1), of_classes.softmax(1)
-        loss = F.cross_entropy(features @ weight, labels) + regularisation(weight, p, q)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    sizes = apportion(n_classes, [1.0] * n_groups)
-    slots = [group for group, size in enumerate(sizes) for _ in range(size)]
-    wanted = of_classes.detach().log_softmax(1)[:, slots]
-    classes, taken = linear_sum_assignment(wanted.numpy(), maximize=True)
-    groups: list[list[int]] = [[] for _ in sizes]
-    for class_, slot in zip(classes.tolist(), taken.tolist(), strict=True):
-        groups[slots[slot]].append(class_)
-    return groups
-
-
-def regularisation(weight: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """R_W, R_D and R_E of [1]_, weighted: of weights (F, C), and assignments of filters (F, G) and classes (C, G)."""
-    squares, n_groups = weight.square(), p.shape[1]
-    rows = ((1 - p) * (squares @ q.square() + 1e-12).sqrt()).sum() / (1 - 1 / n_groups)
-    columns = ((1 - q) * (squares.T @ p.square() + 1e-12).sqrt()).sum() / (1 - 1 / n_groups)
-    split = rows / (squares.sum(1) + 1e-12).sqrt().sum() + columns / (squares.sum(0) + 1e-12).sqrt().sum()
-    overlap = sum((1 - of.square().sum(1)).mean() / (1 - 1 / n_groups) for of in (p, q))
-    balance = sum(n_groups * of.mean(0).square().sum() for of in (p, q))
-    return (SPLIT * split + OVERLAP * overlap + BALANCE * balance) / 2
+    means = torch.stack([pooled[labels == class_].float().mean(0) for class_ in range(n_classes)])
+    alike = torch.corrcoef((means - means.mean(0)) / means.std(0).clamp(min=1e-6)).double().numpy()
+    np.fill_diagonal(alike, 0)
+    return fill_sets([[class_] for class_ in range(n_classes)], apportion(n_classes, [1.0] * n_groups), alike)
 
 
 class SplitNet(nn.Module):
@@ -93,7 +60,8 @@ class SplitNet(nn.Module):
         first = parts[0]
         for part in parts[1:]:
             part.normalize, part.stem = first.normalize, first.stem
-            part.stages[:n_shared] = first.stages[:n_shared]
+            for number in range(n_shared):
+                part.stages[number] = first.stages[number]
         self.mirrors, self.groups = first.mirrors, groups
         self.trunk = nn.Sequential(first.normalize, first.stem, *first.stages[:n_shared])
         self.branches = nn.ModuleList(nn.Sequential(*part.stages[n_shared:]) for part in parts)
