@@ -67,7 +67,7 @@ def fit_linear(features: Tensor, labels: Tensor, n_classes: int, weight_decay: f
         loss.backward()
         return loss
 
-    optimizer.step(loss_of)  # type: ignore[arg-type]  # it may return a tensor
+    optimizer.step(loss_of)
     with torch.no_grad():
         weight = weight * scale.mT
         return Probes(weight, bias - mean @ weight)

@@ -60,8 +60,8 @@ def new_labels(data: Dataset, groups: Mapping[str, Sequence[str]] | None) -> tup
     if len(groups) < 2:
         raise UserError("one group leaves nothing to tell apart; give two or more")
     labels = of[data.labels]
-    parts = {part: _where(getattr(data, part), labels) for part in ("train", "validation", "test")}
-    return replace(data, labels=labels, **parts), tuple(groups)
+    train, validation, test = (_where(indices, labels) for indices in (data.train, data.validation, data.test))
+    return replace(data, labels=labels, train=train, validation=validation, test=test), tuple(groups)
 
 
 def _where(indices: Tensor, labels: Tensor) -> Tensor:
