@@ -8,11 +8,13 @@ import pytest
 import torch
 from clusters import CLASSES, PLENTY_MS, free_ports, make_image, write_export
 from experiments import make_dataset, tiny_params, train_network, write_dataset
+from foreign import code_package, taught
 from hypothesis import settings
 from PIL import Image
 from reports import DESIGNS, LATENCIES, PARAMS, ROWS, with_figures, write_experiment
 from ruamel.yaml import YAML
 from splits import write_solo
+from torch import nn
 
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -50,6 +52,24 @@ def params() -> Params:
 @pytest.fixture(scope="session")
 def data() -> Dataset:
     return make_dataset()
+
+
+@pytest.fixture(scope="module")
+def colour() -> Dataset:
+    return make_dataset(channels=3, size=32)
+
+
+@pytest.fixture(scope="module")
+def model(colour) -> nn.Module:
+    """A network of the user's own that has learned the coloured images."""
+    return taught(colour)
+
+
+@pytest.fixture
+def code(folder):
+    """A working directory from which the user's own code can be imported."""
+    with code_package(folder):
+        yield folder
 
 
 @pytest.fixture

@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments import make_dataset, tiny_params, train_network, write_dataset
-from foreign import code_package, save, section, taught, write_onnx, write_source
+from experiments import tiny_params, train_network, write_dataset
+from foreign import save, section, taught, write_onnx, write_source
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Architecture, Params
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import write_classifier
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
@@ -32,22 +31,7 @@ from nonn.teachers.teacher import import_teacher, score_teacher
 from nonn.testbed.deployments import as_network
 from nonn.training.networks import ConvNet, predict
 
-
-@pytest.fixture(scope="module")
-def colour() -> Dataset:
-    return make_dataset(channels=3, size=32)
-
-
-@pytest.fixture(scope="module")
-def model(colour) -> nn.Module:
-    return taught(colour)
-
-
-@pytest.fixture(autouse=True)
-def code(folder):
-    with code_package(folder):
-        yield folder
-
+pytestmark = pytest.mark.usefixtures("code")
 
 # All kinds
 

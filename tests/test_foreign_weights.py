@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from experiments import make_dataset
-from foreign import code_package, save, section, taught, write_onnx
+from foreign import save, section, taught, write_onnx
 from torch import nn
 
 from nonn.core.errors import UserError
@@ -18,22 +18,7 @@ from nonn.runtime.session import run_onnx
 from nonn.teachers.teacher import import_teacher, score_teacher
 from nonn.training.networks import predict
 
-
-@pytest.fixture(scope="module")
-def colour() -> Dataset:
-    return make_dataset(channels=3, size=32)
-
-
-@pytest.fixture(scope="module")
-def model(colour) -> nn.Module:
-    return taught(colour)
-
-
-@pytest.fixture(autouse=True)
-def code(folder):
-    with code_package(folder):
-        yield folder
-
+pytestmark = pytest.mark.usefixtures("code")
 
 # Checkpoints as people have them
 

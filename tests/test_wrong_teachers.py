@@ -6,33 +6,17 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from experiments import make_dataset, tiny_params
-from foreign import CODE, code_package, save, section, taught, write_onnx, write_program
+from experiments import tiny_params
+from foreign import CODE, save, section, write_onnx, write_program
 from onnx import helper
 from torch import nn
 
 from nonn.core.errors import UserError
 from nonn.core.jobs import check_named_files, list_jobs
 from nonn.core.params import Params, Teacher
-from nonn.data.dataset import Dataset
 from nonn.teachers.teacher import import_teacher
 
-
-@pytest.fixture(scope="module")
-def colour() -> Dataset:
-    return make_dataset(channels=3, size=32)
-
-
-@pytest.fixture(scope="module")
-def model(colour) -> nn.Module:
-    return taught(colour)
-
-
-@pytest.fixture(autouse=True)
-def code(folder):
-    with code_package(folder):
-        yield folder
-
+pytestmark = pytest.mark.usefixtures("code")
 
 # Wrong teachers
 
