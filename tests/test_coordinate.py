@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,7 +171,7 @@ def test_under_mutual_tls_only_applications_may_call(network_folder, certificate
     folder = tmp_path / "certs"
     folder.mkdir()
     for name in ("ca.pem", "ca.key", "coordinator.pem", "coordinator.key"):
-        (folder / name).write_bytes((certificates / name).read_bytes())
+        shutil.copy(certificates / name, folder)
     write_certificates(folder, ["application"])
 
     def call(address: str) -> list[bytes]:
