@@ -391,11 +391,6 @@ def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3B" in labels_of(legend)
 
 
-def test_boards_are_called_as_people_call_them():
-    names = [deployment_plots.board_name(board) for board in ("pi3b_plus", "pi5", "pi_zero2w", "cortex_m7", "pico")]
-    assert names == ["Raspberry Pi 3B+", "Raspberry Pi 5", "Raspberry Pi Zero 2 W", "Cortex-M7", "pico"]
-
-
 @pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])
 def test_a_teacher_on_another_board_is_labelled(board, named):
     teacher = [row | {"boards": [board]} for row in SOLO["composed"] if row["method"] == "teacher"]

@@ -14,7 +14,7 @@ from reports import FIGURES, PARAMS, TABLES, make_log
 
 from nonn.core.files import read_json
 from nonn.core.params import Architecture
-from nonn.report import accuracy_plots, design_plots, graph_plots, plots
+from nonn.report import accuracy_plots, deployment_plots, design_plots, graph_plots, plots
 from nonn.stages import figures as figures_stage
 from nonn.training.networks import ConvNet
 
@@ -244,3 +244,8 @@ def test_chosen_students_stand_within_their_budgets(inside):
     assert (y <= devices[0].mmacs).all()
     (curve,) = [line for line in axis.lines if line.get_marker() == "."]
     assert len(curve.get_xdata()) == len(candidates) > 1
+
+
+def test_boards_are_called_as_people_call_them():
+    names = [deployment_plots.board_name(board) for board in ("pi3b_plus", "pi5", "pi_zero2w", "cortex_m7", "pico")]
+    assert names == ["Raspberry Pi 3B+", "Raspberry Pi 5", "Raspberry Pi Zero 2 W", "Cortex-M7", "pico"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
-from nonn.core.options import completed, natural
+from nonn.core.options import at_least, completed
 
 if TYPE_CHECKING:  # help is instant
     from nonn.core.boards import Range
@@ -28,18 +28,6 @@ def positive(text: str) -> float:
     """A number above 0, of milliseconds."""
     if not 0 < (number := float(text)) < 1e9:
         raise argparse.ArgumentTypeError(f"{text} is not above 0; give milliseconds, such as 100")
-    return number
-
-
-def at_least(least: int):
-    """A whole number from some number on."""
-
-    def number(text: str) -> int:
-        if (value := natural(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    number.__name__ = "whole number"
     return number
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.options import add_settings, load_settings
+from nonn.core.options import add_settings, at_least, load_settings, numbers
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
@@ -28,22 +27,12 @@ COLUMNS = (
 )
 
 
-def positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is below 1; give 1 or more")
-    return number
-
-
-def whole_numbers(text: str) -> list[int]:
-    return [positive(part) for part in text.split(",")]
-
-
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "--sets", type=whole_numbers, default=list(SETS), metavar="N,…", help="numbers of sets (default: 1 to 48)"
+        "--sets", type=numbers, default=list(SETS), metavar="N,…", help="numbers of sets (default: 1 to 48)"
     )
     parser.add_argument(
-        "--images", type=positive, default=N_IMAGES, metavar="N", help="to fit to (default: %(default)s)"
+        "--images", type=at_least(1), default=N_IMAGES, metavar="N", help="to fit to (default: %(default)s)"
     )
     parser.add_argument(
         "--on",

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nonn.commands.probe import positive, whole_numbers
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.options import add_settings, at_least, completed, load_settings, numbers
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
@@ -43,11 +42,11 @@ def add_arguments(parser) -> None:
         "--images", metavar="EXPERIMENT", help="label the images of its dataset (default: the own ones)"
     )
     parser.add_argument(
-        "--per-class", type=whole_numbers, default=list(PER_CLASS), metavar="N,…", help="(default: 5,10,20,50)"
+        "--per-class", type=numbers, default=list(PER_CLASS), metavar="N,…", help="(default: 5,10,20,50)"
     )
-    parser.add_argument("--draws", type=positive, default=N_DRAWS, help="of the labelled images (default: %(default)s)")
+    parser.add_argument("--draws", type=at_least(1), default=N_DRAWS, help="of labelled images (default: %(default)s)")
     parser.add_argument(
-        "--test", type=positive, default=N_TEST, metavar="N", help="test images at most (default: %(default)s)"
+        "--test", type=at_least(1), default=N_TEST, metavar="N", help="test images at most (default: %(default)s)"
     )
     parser.add_argument("--teacher", action="store_true", help="also ask the teacher, which takes longest")
     add_settings(parser)

@@ -5,11 +5,10 @@ Not among the baselines of `networks`: no stage has to run again for them. Train
 
 from __future__ import annotations
 
-from nonn.commands.probe import positive
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.options import add_settings, at_least, completed, load_settings
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
@@ -26,7 +25,7 @@ def add_arguments(parser) -> None:
     )
     completed(network, lambda: load_params().networks)
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,…", help="(default: %(default)s)")
-    parser.add_argument("--seeds", type=positive, default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)")
     add_settings(parser)
     parser.epilog = "example: nonn rivals 4s --methods splitnet --seeds 3"
 

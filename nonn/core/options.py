@@ -17,6 +17,26 @@ def natural(text: str) -> int:
     return number
 
 
+def at_least(least: int):
+    """A whole number from some number on."""
+
+    def number(text: str) -> int:
+        if (value := natural(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    number.__name__ = "whole number"
+    return number
+
+
+def numbers(text: str) -> list[int]:
+    """Whole numbers from 1 on, with commas between them."""
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 1:
+        raise ValueError
+    return found
+
+
 def add_settings(parser: argparse.ArgumentParser, help: str = "use another value than that of params.yaml; repeatable"):
     """Add ``--set``, for `load_settings` or, where params.yaml itself has to say it, for `refuse_settings`."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)

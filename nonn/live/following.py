@@ -247,7 +247,14 @@ def run(options) -> None:
     identity = None if options.insecure else load_cluster(options.cluster).own_identity
     if options.allow and identity is None:
         raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
-    callers = {"identity": identity, "allowed": options.allow or DEFAULT_CALLERS}
-    others = {"metrics_port": options.metrics_port, "attached": options.attached}
+    served = coordinate(
+        options.cluster,
+        options.follow,
+        options.address,
+        identity=identity,
+        allowed=options.allow or DEFAULT_CALLERS,
+        metrics_port=options.metrics_port,
+        attached=options.attached,
+    )
     with relayed_stderr():
-        asyncio.run(coordinate(options.cluster, options.follow, options.address, **callers, **others))
+        asyncio.run(served)

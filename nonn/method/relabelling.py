@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.joining import FeatureCache
-from nonn.method.probing import fit_linear
+from nonn.method.probing import Probes, fit_linear
 from nonn.method.store import load_baseline, load_students
 from nonn.training.networks import ConvNet, predict
 
@@ -128,7 +127,7 @@ def _joined(students: Sequence[ConvNet], features: FeatureCache, logits: bool = 
     return parts[0], parts[1]
 
 
-def fit_few(features: Tensor, n_classes: int, per_class: int) -> list[Any]:
+def fit_few(features: Tensor, n_classes: int, per_class: int) -> tuple[list[Probes], np.ndarray]:
     """Classifiers fitted to few images, (draws, C · per_class, F), class by class, of each weight decay, and the best.
 
     Returns the classifiers of each weight decay, then for each draw which of these to take: the one that is right on
@@ -144,7 +143,7 @@ def fit_few(features: Tensor, n_classes: int, per_class: int) -> list[Any]:
             probes = fit_linear(seen, labels[fold != held], n_classes, decay)
             scores[number] += probes.right(unseen, labels[fold == held]).sum(1)
     fitted = [fit_linear(features, labels, n_classes, decay) for decay in WEIGHT_DECAYS]
-    return [fitted, scores.argmax(0)]
+    return fitted, scores.argmax(0)
 
 
 def score(sent: Sent, positions: Tensor, per_class: int, labels: Tensor) -> np.ndarray:

@@ -23,7 +23,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.options import natural
+from nonn.core.options import natural, numbers
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
@@ -244,14 +244,6 @@ async def run_load(
                 summaries.append(load.summary())
                 print(row(summaries[-1]), flush=True)
     return summaries
-
-
-def numbers(text: str) -> list[int]:
-    """Whole numbers from 1 on, with commas between them."""
-    found = [int(word) for word in text.split(",")]
-    if min(found) < 1:
-        raise ValueError
-    return found
 
 
 def add_arguments(parser) -> None:
