@@ -9,6 +9,7 @@ import argparse
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError, printable
-from nonn.core.files import sha256_of
+from nonn.core.files import regular, sha256_of
 from nonn.core.params import Teacher
 from nonn.core.progress import log
 from nonn.data.tensors import read_tensors
@@ -50,8 +51,9 @@ def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
         There is no such file, it is another one than ``weights_sha256`` says, or it holds no state dict.
     """
     path = Path(str(params.weights))
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
+    regular(path)
     if params.weights_sha256 not in (None, found := sha256_of(path)):
         raise UserError(
             f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
@@ -205,7 +207,18 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
             f"{path}: does not fit {what} ({len(missing)} tensors missing, {len(surplus)} unknown, {len(misfits)} of "
             f"another shape, such as {printable(example)}). Name the model that these weights were trained with."
         )
-    model.load_state_dict(weights)
+    load_into(model, weights, path)
+
+
+def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path | str | None) -> None:
+    """Load weights of the right names and shapes; a UserError if PyTorch cannot copy them, as quantised ones."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = shorten(str(error).rpartition("occurred : ")[2].strip("(),.'"), 120, placeholder=" …")
+        raise UserError(
+            f"{path}: PyTorch cannot load it into the network ({reason}). Save its weights as float tensors."
+        ) from error
 
 
 def other_classes(where: Path | str, found: int, n_classes: int) -> UserError:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.files import regular
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
-from nonn.teachers.checkpoints import PREFIXES, read_weights, strip_prefixes
+from nonn.teachers.checkpoints import PREFIXES, load_into, read_weights, strip_prefixes
 from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
 from nonn.teachers.selection import Proxy
 from nonn.teachers.verdict import judge
@@ -120,7 +118,7 @@ def import_own(data: Dataset, params: Teacher) -> ConvNet:
             f"{params.weights}: does not fit teacher.architecture in params.yaml ({len(missing)} tensors missing, "
             f"{len(surplus)} unknown, {len(misfits)} of another shape, such as {example}). {remedy}"
         )
-    model.load_state_dict(weights)
+    load_into(model, weights, params.weights)
     return model
 
 
@@ -144,16 +142,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
     A UserError says why it cannot be a teacher of this data set.
     """
-    try:
-        if params.weights and Path(params.weights).exists():
-            regular(Path(params.weights))
-        return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
-    except RuntimeError as error:  # of PyTorch, for tensors of the right shape that it cannot copy: quantised ones
-        reason = shorten(str(error).rpartition("occurred : ")[2].strip("(),.'"), 120, placeholder=" …")
-        raise UserError(
-            f"{params.weights or params.source}: PyTorch cannot load it into the network ({reason}). Save its weights "
-            "as float tensors."
-        ) from error
+    return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
 
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
