@@ -8,9 +8,9 @@ before the trainings is run once and not counted. For each number of jobs:
 - ``overhead_per_job_s``, what a job keeps a core busy or idle besides its training: places at once times ``wall_s``,
   less the trainings themselves, by the number of jobs. Under Slurm, this has the waits of the queue;
 - ``lock_bytes``, size of ``dvc.lock`` in the end;
-- ``stage_1_s`` and ``stage_4_s``, seconds until DVC has found that a finished job has nothing to do, of one process
-  alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``, which every job
-  has to do.
+- ``stage_1_s`` and ``stage_4_s``, seconds until DVC has found that a finished training has nothing to do, of one
+  process alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``, which
+  every job has to do.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from nonn.core.files import write_text
 from nonn.core.progress import log
 
 NETWORK, EXPERIMENT = "many", "scaling"
-#: A stage that has run before the trainings.
-FINISHED = "graph"
+#: The training that is looked at once more.
+FIRST = f"distill@seed0/{NETWORK}/0"
 #: A tiny teacher, and students whose training takes about a second on one core.
 CHANGES: dict[str, Any] = {
     "experiment": EXPERIMENT,
@@ -52,11 +52,8 @@ CHANGES: dict[str, Any] = {
 #: Of the figure.
 DPI = 150
 COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_bytes", "stage_1_s", "stage_4_s")
-#: How Snakemake is told to run jobs on an engine, so many at once.
-ENGINES = {
-    "local": ("--cores", "{}"),
-    "slurm": ("--workflow-profile", "workflow/profiles/slurm", "--jobs", "{}"),
-}
+#: How Snakemake is told to run jobs on an engine, so many at once; a queue knows that by itself.
+ENGINES = {"local": ("--cores", "{}"), "slurm": ("--workflow-profile", "workflow/profiles/slurm")}
 
 
 class Ground:
@@ -113,7 +110,7 @@ def prepared(folder: Path) -> Ground:
 
 
 def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
-    """A row of the table; see `COLUMNS`. Of a dry one, no training is run."""
+    """A row of the table; see `COLUMNS`. Of a dry one, no training is run but the first, and that is not counted."""
     files = ground.ask_for(n_jobs)
     words = [word.format(at_once) for word in ENGINES[engine]]
     command = ["snakemake", *words, *more, "--", *files]
@@ -122,14 +119,15 @@ def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequen
         "n_jobs": n_jobs,
         "dag_s": ground.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
     }
-    job = (sys.executable, "-m", "nonn", "job", FINISHED)
-    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
+    job = (sys.executable, "-m", "nonn", "job", FIRST)
     if dry:
-        return row
-    row["wall_s"] = ground.call(*command)
-    row["overhead_per_job_s"] = (at_once * row["wall_s"] - ground.trainings()) / n_jobs
-    ground.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
-    row["lock_bytes"] = (ground.folder / "dvc.lock").stat().st_size
+        ground.call(*job)
+    else:
+        row["wall_s"] = ground.call(*command)
+        row["overhead_per_job_s"] = (at_once * row["wall_s"] - ground.trainings()) / n_jobs
+        ground.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
+        row["lock_bytes"] = (ground.folder / "dvc.lock").stat().st_size
+    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
     return row
 
 
@@ -159,21 +157,29 @@ def numbers(text: str) -> list[int]:
 
 
 def draw(rows: Sequence[dict[str, str]]):
-    """Overhead of a job, seconds of a dry run, and bytes of ``dvc.lock``, by the number of jobs."""
+    """Overhead of a job, seconds of a dry run, and kilobytes of ``dvc.lock``, by the number of jobs."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     from nonn.report.plots import STUDENT_COLOURS, panels
 
     shown = {
-        "overhead_per_job_s": "overhead of a job (s)",
-        "dag_s": "dry run (s)",
-        "lock_bytes": "size of dvc.lock (bytes)",
+        "overhead_per_job_s": ("overhead of a job (s)", 1),
+        "dag_s": ("dry run (s)", 1),
+        "lock_bytes": ("size of dvc.lock (KB)", 1000),
     }
     figure, axes = panels(len(shown), 3.2, 2.8)
-    for axis, (column, label) in zip(axes, shown.items(), strict=True):
+    for axis, (column, (label, unit)) in zip(axes, shown.items(), strict=True):
         for engine, colour in zip(ENGINES, STUDENT_COLOURS, strict=False):
-            points = [(int(r["n_jobs"]), float(r[column])) for r in rows if r["engine"] == engine and r[column]]
+            points = [(int(r["n_jobs"]), float(r[column]) / unit) for r in rows if r["engine"] == engine and r[column]]
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=colour, label=engine)
         axis.set(xlabel="jobs", ylabel=label, xscale="log", yscale="log")
+        axis.yaxis.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=StrMethodFormatter("{x:g}"),
+            minor_formatter=NullFormatter(),
+        )
+        axis.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"), minor_formatter=NullFormatter())
     axes[0].legend()
     return figure
 
@@ -184,7 +190,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--dry", type=numbers, default="1000", metavar="N,N", help="dry run alone (default: %(default)s)"
     )
-    parser.add_argument("--at-once", type=int, default=2, metavar="N", help="jobs at once (default: %(default)s)")
+    parser.add_argument(
+        "--at-once", type=int, default=2, metavar="N", help="jobs that run at once (default: %(default)s)"
+    )
     parser.add_argument("--snakemake", default="", metavar="ARGS", help="for snakemake, such as '--slurm-no-account'")
     parser.add_argument(
         "--output", type=Path, default=Path("results/scaling_jobs.csv"), metavar="FILE", help="(default: %(default)s)"

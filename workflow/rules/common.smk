@@ -52,6 +52,10 @@ class Plan:
         self.jobs = {job.addressing: job for job in jobs}
         self.names = [job.name for job in jobs]
         self.writer = {path(out): job.addressing for job in jobs for out in job.outs}
+        self.inside = defaultdict(list)  # what is written into a folder: a search for each would take a minute
+        for out, writer in self.writer.items():
+            for folder in out.parents:
+                self.inside[folder].append((out, writer))
         self.changed, self.new_designs = set(), {}
         self.hashes, self.parameters = {}, {}
         for job in self.in_order() if workflow.is_main_process else ():
@@ -84,7 +88,7 @@ class Plan:
             return [(dependency, writer)]
         if holder := next((out for out in dependency.parents if out in self.writer), None):
             return [(holder, self.writer[holder])]
-        return [(out, self.writer[out]) for out in self.writer if dependency in out.parents]
+        return self.inside.get(dependency, [])
 
     def is_news(self, dependency):
         """Whether a dependency may be written anew with other content."""
