@@ -233,6 +233,19 @@ def test_edits_run_exactly_the_stages_they_affect(front_end, edits, finished, tm
     assert clone.stages_of(other) == [], "the other front end finds something to do"
 
 
+@pytest.mark.xdist_group("edits")
+def test_a_process_for_one_job_reads_that_job_alone(finished, tmp_path):
+    """As clusters start it: what it does must not take longer the more jobs there are."""
+    clone = finished.copied(tmp_path)
+    before = clone.results()
+    shutil.rmtree(tmp_path / "results/tiny/design/high")
+    clone.edit(lambda params: params["networks"].pop("low"))  # whose jobs are listed still: not looked at
+    one = [BIN / "snakemake", "--cores", "1", "--mode", "remote", "--no-hooks", "--force"]
+    output = clone.call([*one, "--allowed-rules", "design", "--target-jobs", "design:job=high"])
+    assert "1 of 1 steps (100%) done" in output
+    assert clone.results() == before
+
+
 def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone = Clone(tmp_path)
     clone.edit(set_to("distill", "epochs", value=60))

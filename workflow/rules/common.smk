@@ -10,6 +10,7 @@ from pathlib import Path
 from dvc.dependency.param import ParamsDependency
 from dvc.repo import Repo
 from ruamel.yaml import YAML
+from snakemake.cli import get_argument_parser
 
 from nonn.commands.job import begin_run, merge_entries
 from nonn.commands.verify import distrust, mend_state
@@ -191,7 +192,7 @@ class Stage:
 def read_stages():
     """Rules, the plan, and what the target `all` wants."""
     params = load_params()
-    jobs = begin(params) if workflow.is_main_process else Repo(".").index.stages
+    jobs = begin(params) if workflow.is_main_process else own_jobs()
     plan, by_name = Plan(params, jobs), defaultdict(list)
     for job in jobs:
         by_name[job.addressing.partition("@")[0]].append(job)
@@ -227,6 +228,15 @@ def begin(params):
     CHANGED.parent.mkdir(exist_ok=True)
     CHANGED.write_text(str(time.time_ns()))  # a file of the same content would not count as newer
     return jobs
+
+
+def own_jobs():
+    """Jobs that this process was started for, by another one: reading all of them takes seconds where there are many."""
+    targets, repo = get_argument_parser().parse_known_args()[0].target_jobs, Repo(".")
+    if not targets:
+        return repo.index.stages
+    addresses = ["@".join((target.rulename, *target.wildcards_dict.values())) for target in targets]
+    return [job for address in addresses for job in repo.stage.collect(address)]
 
 
 def expected_seconds(params, plan):
