@@ -171,6 +171,7 @@ def test_lower_precision_leaves_room_for_a_larger_student():
     [
         (Budget(memory_kib=3, mmacs=20), r"memory_kib is 3 KiB, \d\d KiB less than the \d\d needed"),
         (Budget(memory_kib=320, mmacs=0.01), r"mmacs is 0\.01 million, 0\.\d+ million less than the 0\.\d+ needed"),
+        (Budget(memory_kib=320, mmacs=0.004), r"mmacs is 0\.004 million, 0\.\d+ million less than the 0\.\d+ needed"),
         (Budget(flash_kib=3, ram_kib=300), r"flash_kib is 3 KiB, \d+ KiB less"),
         (Budget(flash_kib=300, ram_kib=3), r"ram_kib is 3 KiB, \d+ KiB less"),
         (Budget(memory_kib=900, latency_ms=0.5, mmacs_per_s=10), r"latency_ms is 0\.5 ms, [\d.]+ ms less"),

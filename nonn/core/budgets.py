@@ -124,4 +124,7 @@ def combined_budget(budgets: Sequence[Budget]) -> Budget:
 
 
 def _shown(value: float) -> str:
-    return f"{value:,.2f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:,.0f}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    places = 2 if abs(value) >= 0.1 or not value else 1 - math.floor(math.log10(abs(value)))  # two digits of small ones
+    return f"{value:,.{places}f}".rstrip("0").rstrip(".")

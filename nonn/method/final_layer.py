@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonn.runtime.final import Blocks, FinalLayer
+from nonn.training.optim import Adam
 
 
 def averaged_layer(heads: Sequence[nn.Linear]) -> FinalLayer:
@@ -55,7 +56,7 @@ def fit(
     """
     weights, biases = as_tensors(start.blocks)
     # Fused, its square roots are exact; those of MKL differ by the maker of the processor.
-    optimizer = torch.optim.Adam([p.requires_grad_() for p in (*weights, *biases)], lr=lr, fused=True)
+    optimizer = Adam([p.requires_grad_() for p in (*weights, *biases)], lr=lr, fused=True)
     for steps in epochs:
         for index in steps:
             terms = [F.linear(f[index], w, b) for f, w, b in zip(features, weights, biases, strict=True)]

@@ -35,6 +35,7 @@ from nonn.method.final_layer import as_tensors, fit, logits_of
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import Subset, proper_subsets
 from nonn.training.loop import epoch_order
+from nonn.training.optim import Adam
 
 BATCH_SIZE = 500
 #: Steps of fitting, at most. The layers are near their best when they start; 600 steps are 6 epochs of
@@ -96,7 +97,7 @@ def fit_subset_layers(
     weights = (scales[:, None, None] * mask * blocks).requires_grad_()  # (S, C, F)
     before = (scales[:, None] * present) @ torch.stack(shares)
     biases = before.clone().requires_grad_()  # (S, C)
-    optimizer = torch.optim.Adam([weights, biases], lr=params.lr, fused=True)  # see `nonn.method.final_layer.fit`
+    optimizer = Adam([weights, biases], lr=params.lr, fused=True)  # see `nonn.method.final_layer.fit`
     for index in batches(len(labels), params.epochs, seed):
         logits = torch.addmm(biases.flatten(), joint[index], (weights * mask).flatten(0, 1).T)
         logits = logits.view(len(index), len(subsets), -1)

@@ -7,6 +7,7 @@ only, and does not hold the norm of the weights.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,26 @@ from torch import Tensor, nn
 
 from nonn.core.numerics import is_portable
 from nonn.core.params import Schedule
+
+
+class Plain(torch.optim.Optimizer):
+    """Optimizer without ``torch._dynamo``, whose import takes seconds: as long as a small training.
+
+    PyTorch's own import it to exclude themselves from compiled code, which nobody makes of them here.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+class SGD(Plain, torch.optim.SGD):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
+class Adam(Plain, torch.optim.Adam):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
 def learning_rate(step: int, n_steps: int, peak: float, warmup: float) -> float:
@@ -33,7 +54,7 @@ def make_optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Op
     by_muon = [p for p in trained if p.ndim == 4 and schedule.muon]
     decayed = [p for p in trained if p.ndim == 2 or (p.ndim == 4 and not schedule.muon)]
     plain = [p for p in trained if p.ndim <= 1]
-    sgd = torch.optim.SGD(
+    sgd = SGD(
         [{"params": decayed, "weight_decay": schedule.weight_decay}, {"params": plain, "weight_decay": 0.0}],
         lr=schedule.lr,
         momentum=schedule.momentum,
@@ -64,7 +85,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Plain):
     """Steps along the orthogonalized Nesterov momentum of each filter bank, whose norm is held.
 
     With W a bank of n filters (outputs, inputs, height, width) as a matrix of n rows, G its gradient, M the momentum,
