@@ -18,7 +18,8 @@ from nonn.core.paths import Paths
 from nonn.deploy.int8 import fold_norms
 from nonn.deploy.onnx_files import write_student
 from nonn.firmware.plots import draw_accuracies
-from nonn.method.litert import PlainFeatures, Quantised, check_litert, normalised, without_gelu, write_litert
+from nonn.method.litert import PlainFeatures, check_litert, normalised, without_gelu, write_litert
+from nonn.method.litert_integers import Quantised, convolutions_of
 from nonn.runtime.session import run_onnx
 from nonn.training.networks import ConvNet, single_pass
 
@@ -41,18 +42,47 @@ def test_a_file_answers_as_onnx_runtime(tmp_path):
     data = make_dataset(3, 28)
     student = make_student(data)
     write_student(student, data, tmp_path / "0.onnx", "int8")
-    write_litert(student, data, tmp_path / "0.tflite")
+    write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
     images = data.part("test")[0].numpy()
     expected = run_onnx(tmp_path / "0.onnx", images)
     entry, found = check_litert(student, tmp_path / "0.tflite", images, expected)
     assert found.shape == expected.shape
     assert entry["images_checked"] == len(images)
-    assert entry["within_one_step"] > 0.99
-    assert entry["largest_steps"] < 2
-    assert entry["operators"] == ["CONV_2D", "MAX_POOL_2D", "MEAN"], "norms are folded, and nothing is transposed"
+    assert entry["within_one_step"] == 1
+    assert entry["operators"] == ["CONV_2D", "MAX_POOL_2D", "MEAN", "RELU"], "norms are folded, nothing is transposed"
     assert 1000 < entry["arena_bytes"] < entry["file_bytes"] < 40_000
     with pytest.raises(UserError, match=r"0\.tflite: in int8 its outputs differ by"):
         check_litert(student, tmp_path / "0.tflite", images, expected + 2 * expected.max())
+
+
+@needs_litert
+def test_a_file_has_the_integers_of_the_onnx_file(tmp_path):
+    from ai_edge_litert import schema_py_generated as schema
+
+    data = make_dataset(3, 28)
+    student = make_student(data, mirror=False)
+    write_student(student, data, tmp_path / "0.onnx", "int8")
+    write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
+    model = schema.ModelT.InitFromPackedBuf((tmp_path / "0.tflite").read_bytes(), 0)
+    (graph,) = model.subgraphs
+    held = [model.buffers[tensor.buffer].data for tensor in graph.tensors]
+    held = [data.tobytes() for data in held if data is not None]
+    convolutions = convolutions_of(tmp_path / "0.onnx")
+    assert len(convolutions) == 5
+    for convolution in convolutions:
+        assert abs(convolution.weights).max() <= 64
+        assert np.ascontiguousarray(convolution.weights.transpose(0, 2, 3, 1)).tobytes() in held
+        assert convolution.bias.tobytes() in held
+    first = graph.tensors[graph.inputs[0]].quantization
+    assert (float(first.scale[0]), int(first.zeroPoint[0])) == pytest.approx(tuple(convolutions[0].input))
+
+
+@needs_litert
+def test_the_integers_of_another_student_are_refused(tmp_path):
+    data = make_dataset(3, 28)
+    write_student(make_student(data, widths=(8, 12, 24)), data, tmp_path / "0.onnx", "int8")
+    with pytest.raises(AssertionError, match="not of one student"):
+        write_litert(make_student(data), data, tmp_path / "0.tflite", tmp_path / "0.onnx")
 
 
 @pytest.mark.parametrize("zero", [-128, 0, 7])
@@ -75,7 +105,7 @@ def test_a_file_is_in_one_piece(tmp_path):
     data = make_dataset(3, 28)
     student = make_student(data, mirror=False, widths=(48, 112, 256))
     write_student(student, data, tmp_path / "0.onnx", "int8")
-    write_litert(student, data, tmp_path / "0.tflite")
+    write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
     assert (tmp_path / "0.tflite").stat().st_size > 256 * 1024
     images = data.part("test")[0].numpy()[:3]
     entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
@@ -87,10 +117,11 @@ def test_gelu_becomes_a_logistic_and_a_product(tmp_path):
     data = make_dataset(3, 28)
     student = make_student(data, family="airbench")
     write_student(student, data, tmp_path / "0.onnx", "int8")
-    write_litert(student, data, tmp_path / "0.tflite")
+    write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
     images = data.part("test")[0].numpy()
     entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
-    assert entry["operators"] == ["CONV_2D", "LOGISTIC", "MAX_POOL_2D", "MEAN", "MUL", "PAD"]
+    assert entry["operators"] == ["CONV_2D", "LOGISTIC", "MAX_POOL_2D", "MEAN", "MUL", "RELU"]
+    assert entry["within_one_step"] > 0.5, "those of the quantiser's own integers: 0.3"
 
 
 def test_students_without_gelu_answer_nearly_the_same():
@@ -107,7 +138,7 @@ def test_students_with_shortcuts_are_refused(tmp_path):
     data = make_dataset(3, 28)
     student = make_student(data, family="airbench", depth=3)
     with pytest.raises(UserError, match=r"0\.tflite: students with the shortcuts of family airbench cannot be written"):
-        write_litert(student, data, tmp_path / "0.tflite")
+        write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
 
 
 def test_the_figure_shows_each_form_with_its_error():

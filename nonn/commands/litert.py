@@ -56,8 +56,9 @@ def run(options) -> None:
     in_onnx, in_litert = [], []
     for position, student in enumerate(network.students):
         path = folder / f"{position}.tflite"
-        write_litert(student, data, path)
-        in_onnx.append(run_onnx(paths.export(options.network) / f"{position}.onnx", images))
+        exported = paths.export(options.network) / f"{position}.onnx"
+        write_litert(student, data, path, exported)
+        in_onnx.append(run_onnx(exported, images))
         entry, found = check_litert(student, path, images, in_onnx[-1])
         in_litert.append(found)
         entries.append(entry)

@@ -103,15 +103,14 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     """The teacher's pooled activations and logits of the images that are judged."""
     if on == "validation":
         return signals["validation_pooled"], signals["validation_logits"].float()
-    import torch
-
     from nonn.data.dataset import load_teacher_dataset
     from nonn.teachers.signals import BATCH_SIZE, signals_of
     from nonn.teachers.store import load_teacher
-    from nonn.training.networks import batch_of
+    from nonn.training.networks import batch_of, joined
 
     data = load_teacher_dataset(paths)
     teacher, images = load_teacher(paths, data), data.part(on)[0]
-    batches = list(images.split(batch_of(BATCH_SIZE, data.size)))
-    outputs = [signals_of(teacher, batch, attention=False) for batch in track(batches, "teacher")]
-    return torch.cat([o["pooled"] for o in outputs]), torch.cat([o["logits"] for o in outputs]).float()
+    size = batch_of(BATCH_SIZE, data.size)
+    batches = track(images.split(size), "teacher", total=-(-len(images) // size))
+    found = joined((signals_of(teacher, batch, attention=False) for batch in batches), len(images))
+    return found["pooled"], found["logits"].float()

@@ -17,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,31 +27,23 @@ from nonn.core.errors import UserError
 from nonn.core.files import sha256_of
 from nonn.data.dataset import Dataset
 from nonn.deploy.int8 import calibration_images, check_close, fold_norms
+from nonn.method.litert_integers import Quantised, convolutions_of, with_integers
 from nonn.training.networks import ConvNet, Shortcut, single_pass
 
 #: Of students that are a chain of layers, or whose shortcuts begin and end at rectified maps.
 FAMILIES = ("fast", "airbench", "mobilenet", "wrn")
+#: Of these, the ones that are a chain of convolutions, with ReLU or GELU.
+CHAINS = ("fast", "airbench")
 #: GELU(x) is about x · σ(1.702 x).
 GELU_SLOPE = 1.702
 #: Lines of its allocation recorder: all of the arena, and what is free again after an inference.
 ARENA, HEAD = (re.compile(rf"{name}.*?(\d+) bytes") for name in ("Arena allocation total", "Arena allocation head"))
 
 
-class Quantised(NamedTuple):
-    """How 8-bit integers stand for real numbers: ``(q - zero) * scale``."""
+def write_litert(student: ConvNet, data: Dataset, path: Path, exported: Path) -> None:
+    """Write an int8 file of a student.
 
-    scale: float
-    zero: int
-
-    def encode(self, values: np.ndarray) -> np.ndarray:
-        return np.clip(np.rint(values / self.scale) + self.zero, -128, 127).astype(np.int8)
-
-    def decode(self, values: np.ndarray) -> np.ndarray:
-        return ((values.astype(np.float32) - self.zero) * self.scale).astype(np.float32)
-
-
-def write_litert(student: ConvNet, data: Dataset, path: Path) -> None:
-    """Write an int8 file of a student, calibrated on training images.
+    One of `CHAINS` has the integers of its `exported` ONNX file; others are calibrated on training images.
 
     Raises
     ------
@@ -80,7 +72,10 @@ def write_litert(student: ConvNet, data: Dataset, path: Path) -> None:
         calibrating.calibrate({name: [{inputs[0]: image[None]} for image in images]}, manager)
         quantising = quantizer.Quantizer(str(whole), rules)
         quantising.quantize(calibrating.get_model_qsvs()).export_model(str(path), overwrite=True)
-    path.write_bytes(_in_one_piece(path.read_bytes()))
+    content = _in_one_piece(path.read_bytes())
+    if student.family in CHAINS:
+        content = with_integers(content, convolutions_of(exported), GELU_SLOPE)
+    path.write_bytes(content)
 
 
 def _in_one_piece(content: bytes) -> bytes:

@@ -17,7 +17,7 @@ from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.losses import attention_map
-from nonn.training.networks import ConvNet, batch_of
+from nonn.training.networks import ConvNet, batch_of, joined
 
 BATCH_SIZE = 500
 
@@ -48,19 +48,12 @@ def compute_signals(
     views = [draw_view(len(images), view, params.augment, params.seed).to(place) for view in range(params.views)]
     indices = torch.arange(len(images), device=place)
     jobs = [(view, index) for view in views for index in indices.split(batch_size)]
-    batches = []
-    for view, index in track(jobs, "signals"):
-        seen = apply_view(images, view, index, params.augment, student_size)
-        batches.append(signals_of(teacher, seen, params.attention))
-    signals = {
-        name: torch.cat([batch[name] for batch in batches]).unflatten(0, (params.views, len(images)))
-        for name in batches[0]
-    }
+    seen = (apply_view(images, view, index, params.augment, student_size) for view, index in track(jobs, "signals"))
+    signals = joined((signals_of(teacher, batch, params.attention) for batch in seen), params.views * len(images))
+    signals = {name: tensor.unflatten(0, (params.views, len(images))) for name, tensor in signals.items()}
     validation, _ = data.part("validation")
-    batches = [signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size)]
-    for name in ("logits", "pooled"):
-        signals[f"validation_{name}"] = torch.cat([batch[name] for batch in batches])
-    return signals
+    batches = (signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size))
+    return signals | {f"validation_{name}": tensor for name, tensor in joined(batches, len(validation)).items()}
 
 
 @torch.inference_mode()
