@@ -86,6 +86,14 @@ def test_measure_channels_by_hand():
     assert std.tolist() == [127.5, 1]  # a blank channel counts as one grey level
 
 
+@pytest.mark.parametrize("side", [1, 3, 4])  # levels are counted in pairs, and an odd number leaves one over
+def test_measure_channels_as_numpy_does(side):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, side, side), dtype=np.uint8)
+    mean, std = measure_channels(torch.from_numpy(pixels))
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, pixels.std((0, 2, 3)), rtol=1e-6)
+
+
 # The stage
 
 
