@@ -78,10 +78,13 @@ def test_a_file_has_the_integers_of_the_onnx_file(tmp_path):
 
 
 @needs_litert
-def test_the_integers_of_another_student_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("other", "reason"), [({"widths": (8, 12, 24)}, "weights of another shape"), ({"depth": 2}, "another number of")]
+)
+def test_the_integers_of_another_student_are_refused(other, reason, tmp_path):
     data = make_dataset(3, 28)
-    write_student(make_student(data, widths=(8, 12, 24)), data, tmp_path / "0.onnx", "int8")
-    with pytest.raises(AssertionError, match="not of one student"):
+    write_student(make_student(data, **other), data, tmp_path / "0.onnx", "int8")
+    with pytest.raises(UserError, match=rf"0\.onnx: is not of this student \({reason}.*Run the stage export again"):
         write_litert(make_student(data), data, tmp_path / "0.tflite", tmp_path / "0.onnx")
 
 

@@ -48,7 +48,7 @@ def write_litert(student: ConvNet, data: Dataset, path: Path, exported: Path) ->
     Raises
     ------
     UserError
-        It is of a family that cannot be written.
+        It is of a family that cannot be written, or its ONNX file is of another student.
     """
     if student.family not in FAMILIES or any(isinstance(module, Shortcut) for module in student.modules()):
         raise UserError(
@@ -74,7 +74,10 @@ def write_litert(student: ConvNet, data: Dataset, path: Path, exported: Path) ->
         quantising.quantize(calibrating.get_model_qsvs()).export_model(str(path), overwrite=True)
     content = _in_one_piece(path.read_bytes())
     if student.family in CHAINS:
-        content = with_integers(content, convolutions_of(exported), GELU_SLOPE)
+        try:
+            content = with_integers(content, convolutions_of(exported), GELU_SLOPE)
+        except ValueError as error:
+            raise UserError(f"{exported}: is not of this student ({error}). Run the stage export again.") from None
     path.write_bytes(content)
 
 

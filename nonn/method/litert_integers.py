@@ -67,9 +67,8 @@ def convolutions_of(path: Path) -> list[Convolution]:
         if node.op_type == "Conv" and node.input[1] not in found:  # both passes have the same weights
             source, weights = (restored[name] for name in node.input[:2])
             integers, scales = values[weights.input[0]], values[weights.input[1]]
-            bias = (
-                values[restored[node.input[2]].input[0]] if len(node.input) > 2 else np.zeros(len(integers), np.int32)
-            )
+            has_bias = len(node.input) > 2
+            bias = values[restored[node.input[2]].input[0]] if has_bias else np.zeros(len(integers), np.int32)
             found[node.input[1]] = Convolution(integers, scales, bias, form(source), form(quantised[node.output[0]]))
     return list(found.values())
 
@@ -79,6 +78,11 @@ def with_integers(content: bytes, convolutions: list[Convolution], slope: float)
 
     What a LOGISTIC and a MUL take is `slope` times as large as in the ONNX file. Features have the range of the last
     convolution's output, so that none is cut off.
+
+    Raises
+    ------
+    ValueError
+        The convolutions are those of another student.
     """
     import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
@@ -96,29 +100,28 @@ def with_integers(content: bytes, convolutions: list[Convolution], slope: float)
         tensor.quantization.min = tensor.quantization.max = None
 
     def set_constant(tensor: Any, integers: np.ndarray, scales: np.ndarray) -> None:
-        assert tensor.shape.tolist() == list(integers.shape), "the two files are not of one student"
+        if tensor.shape.tolist() != list(integers.shape):
+            raise ValueError("weights of another shape")
         model.buffers[tensor.buffer].data = np.frombuffer(integers.tobytes(), np.uint8)
         set_form(tensor, scales, np.zeros(len(scales)))
 
-    def is_convolution(operator: Any) -> bool:
-        return codes[operator.opcodeIndex] in (kinds.CONV_2D, kinds.DEPTHWISE_CONV_2D)
-
+    # Order of the axes of weights; a convolution is depthwise where its input has one channel.
+    axes = {kinds.CONV_2D: (0, 2, 3, 1), kinds.DEPTHWISE_CONV_2D: (1, 2, 3, 0)}
+    if sum(codes[operator.opcodeIndex] in axes for operator in graph.operators) != len(convolutions):
+        raise ValueError("another number of convolutions")
     left, operators = list(convolutions), []
     own, form, factor = left[0], left[0].input, 1.0  # what the current operator reads, and how much larger that is
     for position, operator in enumerate(graph.operators):
         kind, result = codes[operator.opcodeIndex], graph.tensors[operator.outputs[0]]
         operators.append(operator)
-        if is_convolution(operator):
+        if kind in axes:
             own = left.pop(0)
             behind = [codes[other.opcodeIndex] for other in graph.operators[position + 1 : position + 3]]
             grown = slope if kinds.LOGISTIC in behind else 1.0
             source, weights, bias = (graph.tensors[number] for number in operator.inputs)
             set_form(source, *own.input.times(factor))
             scales = own.scales * np.float32(grown / factor)
-            axes = (
-                (0, 2, 3, 1) if kind == kinds.CONV_2D else (1, 2, 3, 0)
-            )  # a depthwise one where the input has one channel
-            set_constant(weights, np.ascontiguousarray(own.weights.transpose(axes)), scales)
+            set_constant(weights, np.ascontiguousarray(own.weights.transpose(axes[kind])), scales)
             set_constant(bias, own.bias, scales * np.float32(own.input.scale * factor))
             form, factor = own.output.times(grown), grown
         elif kind == kinds.LOGISTIC:
@@ -140,7 +143,6 @@ def with_integers(content: bytes, convolutions: list[Convolution], slope: float)
             operators.append(rectifier)
             form = left[0].input if left else form
         set_form(result, *form)
-    assert not left, "the two files are not of one student"
     graph.operators = operators
     builder = flatbuffers.Builder(len(content))
     builder.Finish(model.Pack(builder), b"TFL3")
