@@ -110,7 +110,7 @@ def with_integers(content: bytes, convolutions: list[Convolution], slope: float)
     if sum(codes[operator.opcodeIndex] in axes for operator in graph.operators) != len(convolutions):
         raise ValueError("another number of convolutions")
     left, operators = list(convolutions), []
-    own, form, factor = left[0], left[0].input, 1.0  # what the current operator reads, and how much larger that is
+    form, factor = left[0].input, 1.0  # of what the current operator reads, and how much larger that is
     for position, operator in enumerate(graph.operators):
         kind, result = codes[operator.opcodeIndex], graph.tensors[operator.outputs[0]]
         operators.append(operator)

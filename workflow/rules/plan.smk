@@ -1,3 +1,5 @@
+# Which jobs have to run, of which rules: for Snakemake's first process, and one that a cluster starts for a group of
+# jobs. One for a single job does without: see `own_stage` in common.smk.
 import csv
 import time
 from collections import defaultdict
