@@ -55,6 +55,13 @@ def test_named_files_are_watched_and_what_stands_for_others_exists(params):
     assert (jobs["source"], jobs["weights"]) == ("photos/", "best.pth")
 
 
+def test_folders_of_baselines_are_read_where_there_are_any(params):
+    names = ("baselines_folder", "solo_folder")
+    jobs = list_jobs(with_network(params, baselines={"kd": 1}))
+    assert [jobs[name] for name in names] == ["results/tiny/baselines", "results/tiny/baselines/seed0"]
+    assert all((REPOSITORY / list_jobs(with_network(params, baselines={}))[name]).is_file() for name in names)
+
+
 @pytest.mark.usefixtures("folder")
 def test_what_is_written_reads_as_what_was_meant(params):
     named = with_network(params, baselines={}).model_copy(

@@ -189,6 +189,10 @@ EDITS = {
     "KD weight": (set_to("distill", "kd_weight", value=0.8), TRAINING | AFTER_TRAINING),
     "teacher epochs": (set_to("teacher", "epochs", value=2), FROM_TEACHER),
     "resolution of figures": (set_to("figures", "dpi", value=60), {"figures"}),
+    "no baseline": (
+        set_to("networks", "low", "baselines", value={}),
+        {"export solo", "benchmark solo", "distributed solo", *TABLES},
+    ),
     "all undone": (leave_alone, {"figures"}),
 }
 
@@ -244,6 +248,19 @@ def test_a_process_for_one_job_reads_that_job_alone(finished, tmp_path):
     output = clone.call([*one, "--allowed-rules", "design", "--target-jobs", "design:job=high"])
     assert "1 of 1 steps (100%) done" in output
     assert clone.results() == before
+
+
+@pytest.mark.xdist_group("edits")
+def test_a_job_that_fails_is_not_taken_for_done_where_older_outputs_lie(finished, tmp_path):
+    clone = finished.copied(tmp_path)
+    clone.edit(set_to("figures", "dpi", value=60))
+    with (tmp_path / "nonn/commands/job.py").open("a") as file:
+        file.write("\n\ndef run(options):\n    raise SystemExit(3)\n")
+    process = clone.start(FRONT_ENDS["snakemake"])
+    output, _ = process.communicate()
+    assert (tmp_path / "results/tiny/summary.md").is_file()
+    assert process.returncode != 0
+    assert "Error in rule figures" in output
 
 
 def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):

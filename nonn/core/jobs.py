@@ -32,8 +32,16 @@ def list_jobs(params: Params) -> dict[str, Any]:
     DVC cannot watch keys that params.yaml leaves to their defaults. ``budgets`` and ``board`` are what the catalogue of
     boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the boards
     of the stage `distributed`. ``emulated`` has one job where firmware can be made of some students.
+    ``baselines_folder`` and ``solo_folder`` hold all baselines and those of one device; where there are none, they are
+    the module that would train them, since DVC wants every dependency to be there.
     """
-    reader = "nonn/teachers/teacher.py"
+    reader, trainer = "nonn/teachers/teacher.py", "nonn/stages/baseline.py"
+    folder = f"results/{params.experiment}/baselines"
+    baselines = {
+        f"seed{seed}/{name}/{method}": {"network": name, "method": method, "seed": seed}
+        for name, method, seeds in params.baselines()
+        for seed in seeds
+    }
     teacher = [str(path) for path in params.teacher.files]
     return {
         "source": named_source(params) or "nonn/data/packaged.py",
@@ -58,11 +66,9 @@ def list_jobs(params: Params) -> dict[str, Any]:
             for name, network in params.networks.items()
             for seed in range(network.seeds)
         },
-        "baselines": {
-            f"seed{seed}/{name}/{method}": {"network": name, "method": method, "seed": seed}
-            for name, method, seeds in params.baselines()
-            for seed in seeds
-        },
+        "baselines_folder": folder if baselines else trainer,
+        "solo_folder": f"{folder}/seed0" if baselines else trainer,
+        "baselines": baselines,
     }
 
 

@@ -8,9 +8,10 @@ from snakemake.cli import get_argument_parser
 from nonn.core.files import STATE, read_json
 
 # Stages run in the environment of Snakemake, unless Snakemake has made one for them. Snakemake replaces what is in
-# braces here, and a path may hold some.
+# braces here, and a path may hold some. A prefix takes the place of Snakemake's own, by which a failure counts that is
+# not of the last command.
 shell.prefix(
-    """case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH="""
+    """set -euo pipefail; case "$(printenv CONDA_PREFIX)" in */.snakemake/conda/*) ;; *) export PATH="""
     + shlex.quote(str(Path(sys.executable).parent)).replace("{", "{{").replace("}", "}}")
     + """:"$PATH" ;; esac; """
 )
