@@ -60,6 +60,7 @@ STUDENTS_HIGH = {"distill high/0 0", "distill high/1 0"}
 BASELINES = {"baseline low/kd 0", "baseline low/kd 1", "baseline low/labels 0"}
 TRAINING = STUDENTS_HIGH | {"distill low/0 0", "distill low/1 0"} | BASELINES
 TABLES = {"evaluate", "figures"}
+DISTRIBUTED = {"distributed low", "distributed high"}  # they read all that is exported alone
 
 
 def after(network: str) -> set[str]:
@@ -191,7 +192,7 @@ EDITS = {
     "resolution of figures": (set_to("figures", "dpi", value=60), {"figures"}),
     "no baseline": (
         set_to("networks", "low", "baselines", value={}),
-        {"export solo", "benchmark solo", "distributed solo", *TABLES},
+        {f"{stage} solo" for stage in ("export", "benchmark", "distributed")} | {*DISTRIBUTED, *TABLES},
     ),
     "all undone": (leave_alone, {"figures"}),
 }
