@@ -6,12 +6,14 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from committed import summaries
 from experiments import REPOSITORY
 from ruamel.yaml import YAML
 
-from nonn.commands.docs import MEANINGS, SCHEMA, fill_tables, generated, read_tables, write_schema
+from nonn.commands.docs import MEANINGS, REFERENCE, RESULTS, SCHEMA, fill_tables, generated, read_tables, write_schema
 from nonn.commands.use import SCHEMA_LINE, merge_experiment
 from nonn.core.errors import UserError
+from nonn.core.files import write_text
 from nonn.core.params import Params
 
 
@@ -24,7 +26,12 @@ def meanings() -> dict:
     return YAML(typ="safe").load(MEANINGS)
 
 
+@pytest.mark.usefixtures("folder")
 def test_generated_files_are_up_to_date():
+    for path in (MEANINGS, SCHEMA, REFERENCE, RESULTS):
+        write_text(path, (REPOSITORY / path).read_text())
+    for experiment, text in summaries().items():
+        write_text(Path("results", experiment, "summary.md"), text)
     for path, content in generated().items():
         assert path.read_text() == content, f"{path}: run `nonn docs`"
 

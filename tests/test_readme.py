@@ -5,9 +5,10 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+from committed import summaries
 from experiments import REPOSITORY
 
-EXPERIMENTS = sorted(path.parent.name for path in REPOSITORY.glob("results/*/summary.md"))
+SUMMARIES = summaries()
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "config/README.md", "results/README.md")]
 PAGES += sorted(REPOSITORY.glob("docs/*.md"))
 
@@ -25,7 +26,7 @@ def rows(table: list[str]) -> list[dict[str, str]]:
 
 
 def summary(experiment: str) -> list[list[str]]:
-    return tables((REPOSITORY / "results" / experiment / "summary.md").read_text())
+    return tables(SUMMARIES[experiment])
 
 
 def sections(path: Path) -> dict[str, str]:
@@ -43,8 +44,8 @@ def anchors(path: Path) -> set[str]:
 def test_results_page_shows_the_tables_of_the_figures_stage():
     shown = {heading: tables(text) for heading, text in sections(REPOSITORY / "docs/results.md").items()}
     found = {heading: found for heading, found in shown.items() if found}
-    assert sorted(found) == EXPERIMENTS, "one section for each experiment, no table elsewhere"
-    for experiment in EXPERIMENTS:
+    assert sorted(found) == sorted(SUMMARIES), "one section for each experiment, no table elsewhere"
+    for experiment in SUMMARIES:
         assert sorted(found[experiment]) == sorted(summary(experiment)), experiment
 
 
