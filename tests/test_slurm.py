@@ -133,7 +133,7 @@ def control(*words: str) -> None:
 @pytest.mark.usefixtures("node")
 def test_a_training_survives_what_slurm_does_to_it_with_the_bytes_of_a_local_run(tmp_path):
     here = Clone(tmp_path / "here")
-    here.edit(set_to("distill", "epochs", value=100))
+    here.edit(set_to("distill", "epochs", value=400))
     here.call([BIN / "snakemake", "--cores", "2", "results/tiny/partition/low"])
     there = here.copied(tmp_path / "there")
     here.call([BIN / "snakemake", "--cores", "2", *TRAINED])
