@@ -5,7 +5,7 @@ from pathlib import Path
 
 from experiments import REPOSITORY
 
-RESULTS_PAGE = "docs/results.md"
+from nonn.commands.docs import RESULTS
 
 
 def git(*arguments: str) -> str:
@@ -15,7 +15,7 @@ def git(*arguments: str) -> str:
 
 def summaries() -> dict[str, str]:
     """``summary.md`` of each experiment in git: as committed, or as it lies there if the page of results is edited."""
-    is_edited = bool(git("status", "--porcelain", RESULTS_PAGE))
+    is_edited = bool(git("status", "--porcelain", str(RESULTS)))
     return {
         Path(name).parent.name: (REPOSITORY / name).read_text() if is_edited else git("show", f":{name}")
         for name in git("ls-files", "results/*/summary.md").split()
