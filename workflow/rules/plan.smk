@@ -17,6 +17,7 @@ from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
 from nonn.firmware.build import missing_program
+from nonn.method.durations import guess_seconds
 from nonn.method.feasibility import check_budgets
 
 # Newer than all outputs: an input of each job that has to run, and of no other.
@@ -206,14 +207,20 @@ def own_jobs():
 
 
 def expected_seconds(params, plan):
-    """Seconds that each job which has to run may take: of its stage on average, in the run that stands in results/."""
-    timeline, seconds = Paths(params.experiment) / "timeline.csv", defaultdict(list)
+    """Seconds that each job which has to run may take: of its stage on average in the run that stands in results/, or by
+    the work that can be counted."""
+    paths, seconds = Paths(params.experiment), defaultdict(list)
+    timeline = paths / "timeline.csv"
     if timeline.is_file():
         with timeline.open(newline="") as file:
             for row in csv.DictReader(file):
                 seconds[row["stage"]].append(float(row["end_s"]) - float(row["start_s"]))
     means = {stage: sum(values) / len(values) for stage, values in seconds.items()}
-    return {name: means.get(name.partition("@")[0], 0) + 4 for name in plan.names if name in plan.changed}
+    return {
+        name: means[stage] + 4 if (stage := name.partition("@")[0]) in means else guess_seconds(params, paths, name)
+        for name in plan.names
+        if name in plan.changed
+    }
 
 
 try:

@@ -1,0 +1,85 @@
+"""How long jobs may take that have never run, by the work that can be counted before: for an estimate of what is left.
+
+Only the proportion of jobs to each other matters, since `nonn.commands.job` scales the estimate by how long the jobs
+took that are done. Where an experiment has run before, its own times are better (``workflow/rules/plan.smk``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nonn.core.budgets import Budget, combined_budget
+from nonn.core.params import Params
+from nonn.core.paths import Paths
+from nonn.deploy.counting import BODIES, count_cost
+from nonn.method.feasibility import known_images, least_images
+from nonn.method.sizing import design_student
+
+#: Multiply-accumulates that a thread does in a second: in the default experiment on an AMD EPYC without AVX-512, of its
+#: teacher and its students alike (results/mnist5k/timeline.csv).
+SPEED = 3e10
+#: Of a training step to an answer: once forward, and once for each of the two gradients.
+STEP = 3
+#: Training images of a data set that has not been read yet.
+UNREAD = 10_000
+#: Multiply-accumulates for a pixel of a teacher of another kind: those of ResNet-18, 1.8e9 for 224 × 224
+#: (https://arxiv.org/abs/1512.03385, table 1).
+PER_PIXEL = 36_000
+#: Seconds of a job that trains nothing, or besides its training.
+BESIDES = 8.0
+#: Baselines that train one student for one device; `total` trains one for all devices, the others one for each.
+SINGLE = ("labels", "kd", "at_kd")
+
+
+def guess_seconds(params: Params, paths: Paths, address: str) -> float:
+    """Of a job by its address in ``dvc.yaml``, after `check_budgets` has accepted the parameters."""
+    stage, _, item = address.partition("@")
+    info = known_images(params, paths) or least_images(params)
+    n_images = info.get("counts", {}).get("train", UNREAD)
+    macs = {"teacher": _of_teacher, "signals": _of_signals, "distill": _of_student, "baseline": _of_baseline}
+    counted = macs[stage](params, info, item) if stage in macs else 0.0
+    return BESIDES + n_images * counted / SPEED
+
+
+def _of_teacher(params: Params, info: dict[str, Any], _: str) -> float:
+    """Multiply-accumulates for each training image, over all epochs and by thread, as of all that follow."""
+    teacher = params.teacher
+    if not teacher.is_trained:
+        return 0.0
+    return STEP * teacher.epochs * _answer(params, info) / _passes(teacher.own.mirror) / teacher.threads
+
+
+def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
+    return params.signals.views * _answer(params, info) / params.signals.threads
+
+
+def _answer(params: Params, info: dict[str, Any]) -> float:
+    """Of an answer of the teacher."""
+    size, architecture = params.sizes["teacher"], params.teacher.architecture
+    if architecture is None or architecture.family not in BODIES:
+        return PER_PIXEL * size**2
+    return count_cost(architecture, info["channels"], size, len(info["classes"]), None).macs
+
+
+def _passes(mirror: bool) -> int:
+    """Of an answer; a training step has one."""
+    return 2 if mirror else 1
+
+
+def _of_student(params: Params, info: dict[str, Any], item: str) -> float:
+    _, network, student = item.split("/")
+    return _learning(params, info, params.budgets_of(network)[int(student)])
+
+
+def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
+    _, network, method = item.split("/")
+    budgets = params.budgets_of(network)
+    if method == "total":
+        return _learning(params, info, combined_budget(budgets))
+    return sum(_learning(params, info, budget) for budget in (budgets[:1] if method in SINGLE else budgets))
+
+
+def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:
+    """Of the training of the largest student that a budget holds."""
+    _, cost = design_student(params.design, budget, info, 1)
+    return STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)
