@@ -13,7 +13,8 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 from nonn import __version__
@@ -132,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = parser.parse_args(arguments[:1]).command
     try:
         require_64_bit()
-        run_command(command, arguments[1:])
+        with ended_by_interrupts():
+            own, run = parser_of(command)
+            options = own.parse_args(arguments[1:])
+        run(options)
     except UserError as error:
         sys.exit(f"nonn {command}: {error}")
     except ModuleNotFoundError as error:
@@ -159,9 +163,18 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
-def run_command(command: str, arguments: Sequence[str]) -> None:
-    parser, run = parser_of(command)
-    run(parser.parse_args(arguments))
+@contextlib.contextmanager
+def ended_by_interrupts() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: an interrupted import raises whatever its module makes of it."""
+    is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]:

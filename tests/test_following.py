@@ -191,6 +191,11 @@ def test_what_cannot_follow_is_said_once_and_changes_nothing(exports, tmp_path, 
                 assert bench.network.next is None
             bench.file.write_text("nodes: 3")
             await until(lambda: "nodes" in bench.network._said)
+            with pytest.MonkeyPatch.context() as patch:  # what nobody has thought of
+                patch.setattr("nonn.live.following.load_cluster", lambda _: 1 / 0)
+                await until(lambda: "division by zero" in bench.network._said)
+            bench.file.write_text('export: "e\\0"')
+            await until(lambda: "export: has a character that no file name may have" in bench.network._said)
             assert (await bench.ask())[1] == 3
 
     asyncio.run(scenario())

@@ -40,7 +40,7 @@ from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
 from nonn.runtime.serving import serve, serving
-from nonn.runtime.session import run_onnx
+from nonn.runtime.session import open_session, run_onnx
 from nonn.runtime.tls import Identity
 
 CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
@@ -196,7 +196,7 @@ def test_a_node_does_not_send_what_a_student_cannot_have(network_folder, tmp_pat
     shutil.copytree(network_folder, tmp_path / "export")
     student = Student(tmp_path / "export/0.onnx")
     write_student(tmp_path / "other.onnx", np.full((16, 3), weight, np.float32))
-    student.session = node.open_session(tmp_path / "other.onnx")
+    student.session = open_session(tmp_path / "other.onnx")
 
     async def scenario():
         async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
@@ -298,6 +298,10 @@ def test_a_student_that_is_not_the_manifests_is_refused(network_folder, tmp_path
     with pytest.raises(UserError, match=r"1\.onnx: cannot be read"):
         Student(folder / "1.onnx")
     manifest = read_json(folder / "manifest.json")
+    image = manifest["image"] | {"size": manifest["image"]["size"] + 1}
+    write_json(folder / "manifest.json", manifest | {"image": image})
+    with pytest.raises(UserError, match=r"2\.onnx: no student for the images of its manifest"):
+        Student(folder / "2.onnx")
     write_json(folder / "manifest.json", manifest | {"students": [{"file": "../2.onnx"}]})
     with pytest.raises(UserError, match="not the manifest of an exported network"):
         Student(folder / "2.onnx")

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,8 @@ def write_archive(path: Path) -> None:
 
 BAD_FILES = {
     "missing": (lambda _: None, "cannot be read .*No such file"),
-    "folder": (lambda path: path.mkdir(), "cannot be read"),
+    "folder": (lambda path: path.mkdir(), "is a folder"),
+    "pipe": (os.mkfifo, "is a named pipe"),
     "empty": (lambda path: path.touch(), "cannot be read"),
     "text": (lambda path: path.write_text("no array"), "cannot be read"),
     "archive": (write_archive, "cannot be read"),

@@ -204,6 +204,31 @@ def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
     asyncio.run(scenario())
 
 
+def test_what_is_no_http_is_refused_without_a_word_on_the_terminal(cluster, caplog):
+    async def scenario():
+        children = [Child(node, None) for node in cluster.nodes]
+        async with opened(Page(Live(cluster, children, make_pictures())).application(), 0, "--web") as address:
+            port = int(address.rpartition(":")[2])
+            own = f"Host: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
+            kinds = {"/picture": "application/octet-stream", "/switch": "application/json"}
+            requests = [
+                f"POST {path} HTTP/1.1\r\n{own}Content-Type: {kind}\r\nContent-Encoding: {encoding}\r\n"
+                f"Content-Length: 4\r\n\r\nxxxx"
+                for path, kind in kinds.items()
+                for encoding in ("gzip", "deflate")
+            ]
+            requests += ["POST /switch HTTP/1.1\r\nContent-Length: -1\r\n\r\n", "GET http://[ HTTP/1.1\r\n\r\n"]
+            for request in requests:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(request.encode())
+                async with asyncio.timeout(PATIENCE):
+                    assert b" 400 " in await reader.readline()
+                writer.close()
+
+    asyncio.run(scenario())
+    assert not caplog.records
+
+
 def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
     monkeypatch.setattr("nonn.live.web.CONNECTIONS", 2)
     monkeypatch.setattr("nonn.live.web.LONGEST_SILENCE", 0.5)

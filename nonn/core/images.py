@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.files import regular
 
 #: Pillow modes that are converted to greyscale or colour.
@@ -20,6 +21,9 @@ DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 #: wanted: an eighth of a photograph takes a quarter of the time, and resizing still averages what is left.
 SPARE = 2
 BITS_PER_SAMPLE = 258  # tag of TIFF
+
+# Pillow refuses pictures of twice the size of which it warns, in an error; the warning tells a user nothing to do.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def read_image(path: Path, channels: int, size: int, white: float | None = None) -> np.ndarray:
@@ -33,9 +37,9 @@ def read_image(path: Path, channels: int, size: int, white: float | None = None)
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Give the path of an image.") from None
+        raise UserError(f"{printable(path)}: no such file. Give the path of an image.") from None
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
-        raise UserError(f"{path}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
+        raise UserError(f"{printable(path)}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
 
 
 def open_image(file: Path | bytes, size: int) -> Image.Image:
@@ -68,7 +72,7 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     Pixels of more than 8 bits are divided by `white`, the value that becomes grey level 255. None is what the file
     states: 2^b − 1 with its b bits a pixel, 65535 for whole numbers of no stated depth, and 1 for fractions. The range
     of the picture itself does not count: the same value is the same grey level in all pictures, at training and on
-    devices. Of colours with 16 bits a channel, Pillow keeps the upper 8.
+    devices. Of colours with 16 bits a channel, Pillow keeps the upper 8. Transparent parts show a white ground.
 
     Raises
     ------
@@ -81,7 +85,17 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     if image.mode not in GREY_MODES | COLOUR_MODES:
         raise ValueError(f"pixels of mode {image.mode}; save it in grey or RGB")
     mode = "L" if image.mode in GREY_MODES else "RGB"
+    if image.has_transparency_data:
+        image = _on_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparent parts as viewers show it: below these, its own colour may be anything."""
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def squared(image: Image.Image, size: int) -> np.ndarray:

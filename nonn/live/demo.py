@@ -17,6 +17,7 @@ from nonn.live.web import PORT, serve_page
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import classify_once
+from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.predict import describe
 from nonn.runtime.processes import node_commands, running
 
@@ -73,4 +74,5 @@ def run(options) -> None:
     """The command ``nonn demo``."""
     if not (demo.NETWORK / "manifest.json").is_file():
         raise UserError(f"{demo.NETWORK}: holds no network. Install the package again, or `nonn ship` one.")
-    asyncio.run(run_demo(options.port, options.once, options.browser))
+    with relayed_stderr():
+        asyncio.run(run_demo(options.port, options.once, options.browser))

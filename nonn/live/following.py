@@ -115,10 +115,11 @@ class FollowedNetwork:
                 try:
                     await self._read_again()
                     self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too
-                except UserError as error:  # perhaps only some of the files have been written so far
-                    if str(error) != self._said:
-                        log(f"{error} The export from before stays in use.")
-                    self._said = str(error)
+                except Exception as error:  # perhaps only some of the files have been written so far
+                    said = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be read ({error})."
+                    if said != self._said:
+                        log(f"{said} The export from before stays in use.")
+                    self._said = said
             if self.next:
                 self._tell_apart(self.next)
             if self.next and share_present(self.next) == 1:

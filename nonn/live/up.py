@@ -20,6 +20,7 @@ from nonn.core.progress import log
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.channel import open_channel
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, load_cluster
+from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_command, reasons, running
 from nonn.runtime.protocol import Contract
 
@@ -181,5 +182,6 @@ def run(options) -> None:
     if options.images and options.web is None:
         raise UserError("--images: are shown on the page. Give --web, too.")
     pages = [] if options.web is None else [live_page(cluster, options.images, options.web)]
-    asyncio.run(run_cluster(cluster, *pages, boards=options.boards))
+    with relayed_stderr():
+        asyncio.run(run_cluster(cluster, *pages, boards=options.boards))
     log(f"{len(cluster.nodes)} nodes stopped")

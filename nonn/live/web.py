@@ -15,6 +15,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from importlib import resources
@@ -22,6 +23,7 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from pydantic import Field, ValidationError
 
 from nonn.core.errors import UserError
@@ -94,7 +96,20 @@ async def guard(
     site = request.headers.get("Sec-Fetch-Site", "none")
     if is_foreign or (request.path != "/" and site not in ("same-origin", "none")):
         raise web.HTTPForbidden(text="only the page itself may ask this\n")
-    return await handler(request)
+    try:
+        return await handler(request)
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest(text="the body is not encoded as its headers say\n") from None
+
+
+def is_ours(record: logging.LogRecord) -> bool:
+    """Whether what aiohttp has to say is no fault of the caller, who is told by the answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
+
+
+#: What aiohttp logs of its server.
+logger = logging.getLogger(__name__)
+logger.addFilter(is_ours)
 
 
 def host_name(host: str) -> str | None:
@@ -245,6 +260,7 @@ async def opened(application: web.Application, port: int, option: str) -> AsyncI
     runner = web.AppRunner(
         application,
         access_log=None,
+        logger=logger,
         handler_cancellation=True,
         keepalive_timeout=LONGEST_SILENCE,
         shutdown_timeout=GRACE,

@@ -9,7 +9,8 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of ``host:port``, or of ``[host]:port`` for IPv6; a `ValueError` for anything else."""
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
-    if not bare or (":" in bare) != host.startswith("[") or not port.isdecimal() or int(port) > 65535:
+    is_number = port.isascii() and port.isdecimal()
+    if not bare or (":" in bare) != host.startswith("[") or not is_number or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port; write for example 127.0.0.1:7100")
     return bare, int(port)
 

@@ -7,7 +7,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
@@ -26,8 +26,16 @@ CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
 #: Of a node or a model, which may be a number in quotes.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+def nameable(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError("has a character that no file name may have; write it again")
+    return path
+
+
 #: Text in YAML.
-FilePath = Annotated[Path, Field(strict=False)]
+FilePath = Annotated[Path, Field(strict=False), AfterValidator(nameable)]
 LONGEST_DEADLINE_MS = 60_000
 
 HEADER = """\

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nonn.core.errors import UserError
 from nonn.core.files import regular
 
+#: Of a student, as ONNX and as a served model: an image and its features.
+INPUT, OUTPUT = "image", "features"
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -55,6 +57,11 @@ class Image(Record):
     border: tuple[GreyLevel, GreyLevel] | None = None
     #: Value that is white in pictures of more than 8 bits (`nonn.core.images.upright`).
     white: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, size, size)."""
+        return self.channels, self.size, self.size
 
 
 class StudentFile(Record):

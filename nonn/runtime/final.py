@@ -89,6 +89,8 @@ class FinalLayer:
         fits = layer.scales.shape == (len(lengths),) and layer.fills.shape == (len(lengths), n_classes)
         if not fits or shapes[0] != expected or any(not own.items() <= expected.items() for own in shapes):
             raise UserError(f"{path}: does not fit the students of the manifest. Export the network again.")
+        if not all(np.isfinite(values).all() for values in layer.tensors().values()):
+            raise UserError(f"{path}: damaged (weights that are no numbers). Export the network again.")
         return layer
 
     def tensors(self) -> dict[str, np.ndarray]:

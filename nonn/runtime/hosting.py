@@ -16,8 +16,8 @@ from pathlib import Path
 from nonn.core.errors import UserError
 from nonn.core.files import replacing, write_json, write_text
 from nonn.core.progress import log
-from nonn.runtime.exported import Manifest, StudentFile, read_manifest, read_verified
-from nonn.runtime.protocol import INPUT, OUTPUT, version_of
+from nonn.runtime.exported import INPUT, OUTPUT, Manifest, StudentFile, read_manifest, read_verified
+from nonn.runtime.protocol import version_of
 
 UNTESTED = "Written from the server's documentation; NOT tested with the server."
 

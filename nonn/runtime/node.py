@@ -22,12 +22,12 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.admission import Admission
-from nonn.runtime.exported import read_manifest, read_verified
+from nonn.runtime.exported import INPUT, OUTPUT, read_manifest
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.protocol import INPUT, OUTPUT, ProtocolError, check_features, make_response, student_contract
+from nonn.runtime.protocol import ProtocolError, check_features, make_response, student_contract
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serve
-from nonn.runtime.session import open_session
+from nonn.runtime.students import open_student
 from nonn.runtime.tls import Identity
 
 #: Who may call a node that is not told otherwise.
@@ -58,11 +58,9 @@ class Student:
         if entry is None:
             known = ", ".join(entry.file for entry in manifest.students)
             raise UserError(f"{path}: not a student of the manifest beside it. Choose one of {known}.")
-        content = read_verified(path, entry.sha256)
-        shape = (manifest.image.channels, manifest.image.size, manifest.image.size)
-        images = load_sensor(sensor, shape)
+        images = load_sensor(sensor, manifest.image.shape)
         self.contract = replace(student_contract(manifest, entry), sensor=images)
-        self.session = open_session(content)
+        self.session = open_student(path, entry.sha256, manifest.image.shape)
         blank = np.zeros(self.contract.image_shape, np.uint8)
         features = self.run(blank)
         if features.shape != (1, self.contract.n_features) or features.dtype != np.float32:

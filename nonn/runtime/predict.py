@@ -15,10 +15,10 @@ from nonn.core.options import add_settings, load_settings
 from nonn.core.params import PARAMS_FILE
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.runtime.exported import Image, read_manifest, read_verified
+from nonn.runtime.exported import INPUT, OUTPUT, Image, read_manifest
 from nonn.runtime.final import FinalLayer, Prediction, read_out
 from nonn.runtime.inversion import describe_inversion, looks_inverted
-from nonn.runtime.session import run_onnx
+from nonn.runtime.students import open_student
 
 
 def classify(folder: Path, image: np.ndarray) -> Prediction:
@@ -33,7 +33,8 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     layer = FinalLayer.load(folder, manifest)
     features = {}
     for position, student in enumerate(manifest.students):
-        features[position] = run_onnx(read_verified(folder / student.file, student.sha256), image[None])[0]
+        session = open_student(folder / student.file, student.sha256, manifest.image.shape)
+        features[position] = session.run([OUTPUT], {INPUT: image[None]})[0][0]
     return read_out(manifest, list(layer.contributions(features).values()))
 
 

@@ -19,9 +19,8 @@ import numpy as np
 from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
-from nonn.runtime.exported import Manifest, StudentFile
+from nonn.runtime.exported import INPUT, OUTPUT, Manifest, StudentFile
 
-INPUT, OUTPUT = "image", "features"
 #: Input in place of an image where the device has a sensor: int64 of shape (1, 1), which of its images is meant.
 SAMPLE = "sample"
 #: Of what has no other: a network as a whole, a device of a split network.

@@ -11,6 +11,7 @@ from tokenize import TokenError
 import numpy as np
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 
 
 def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -25,7 +26,7 @@ def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     try:
         # numpy.load would also open archives of arrays (.npz), and has an error of its own for an empty file.
-        images = np.lib.format.open_memmap(path, mode="r")
+        images = np.lib.format.open_memmap(regular(path), mode="r")
     except (OSError, ValueError, TokenError) as error:  # the last where the header does not parse
         raise UserError(f"{path}: cannot be read ({error}). Save a sensor's images with numpy.save.") from None
     if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:

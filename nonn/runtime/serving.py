@@ -26,9 +26,10 @@ from nonn.core.errors import UserError
 from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.admission import Admission
 from nonn.runtime.attached import announce, told_to_stop
+from nonn.runtime.exported import INPUT
 from nonn.runtime.guard import Guard
 from nonn.runtime.metrics import Meters, serving_metrics
-from nonn.runtime.protocol import INPUT, ImageContract, ProtocolError, check_model, read_request
+from nonn.runtime.protocol import ImageContract, ProtocolError, check_model, read_request
 from nonn.runtime.tls import Identity
 
 #: Calls of one connection at once; beyond it gRPC keeps them back at the caller's, or resets them without a word.

@@ -19,8 +19,10 @@ REFUSALS = (
 )
 
 
-def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
+def open_session(model: Path | bytes, name: Path | str = "the model") -> onnxruntime.InferenceSession:
     """A session of a file or of its content, with one thread, no memory arena and no spinning.
+
+    `name` is what messages call a content.
 
     Raises
     ------
@@ -36,7 +38,7 @@ def open_session(model: Path | bytes) -> onnxruntime.InferenceSession:
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
-        name = "the model" if isinstance(model, bytes) else model
+        name = model if isinstance(model, Path) else name
         reason = str(error).splitlines()[0][:200]
         raise UserError(f"{name}: not a model that ONNX Runtime runs ({reason}). Export it again.") from None
 

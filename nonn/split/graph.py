@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 from nonn.split.plan import IMAGE, Dtype, Precision
 
 #: Operations that work value by value, constants broadcast; the batch norm of inference is one.
@@ -67,7 +68,7 @@ def read_network(path: Path) -> OnnxGraph:
         There is no such file, or it is not of a kind that can be split here.
     """
     try:
-        model = onnx.shape_inference.infer_shapes(onnx.load(path), strict_mode=True)
+        model = onnx.shape_inference.infer_shapes(onnx.load(regular(path), format="protobuf"), strict_mode=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Export the models first: `nonn export solo`.") from None
     except (DecodeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:

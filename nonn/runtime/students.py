@@ -1,0 +1,28 @@
+"""The file of one student, opened where it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+
+from nonn.core.errors import UserError
+from nonn.runtime.exported import INPUT, OUTPUT, read_verified
+from nonn.runtime.session import open_session
+
+
+def open_student(path: Path, sha256: str, shape: tuple[int, ...]) -> onnxruntime.InferenceSession:
+    """A session of the student in a file of this SHA-256, which takes images of `shape`, (channels, size, size).
+
+    Raises
+    ------
+    UserError
+        The file is another one, no valid model, or takes something else.
+    """
+    session = open_session(read_verified(path, sha256), path)
+    inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
+    takes = [(value.name, value.type, tuple(value.shape[1:])) for value in inputs]
+    if takes != [(INPUT, "tensor(uint8)", shape)] or OUTPUT not in outputs:
+        size = "×".join(map(str, shape))
+        raise UserError(f"{path}: no student for the images of its manifest ({size}). Copy the whole folder again.")
+    return session
