@@ -59,6 +59,12 @@ def test_a_name_that_would_break_the_line_is_escaped():
         read_image(Path("no\npe\x1b.png"), 1, SIZE)
 
 
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    root = write_folder(tmp_path / "pets", ["cat", "f\udce9e"])
+    with pytest.raises(UserError, match=r"the name of the folder .*is no UTF-8\. Rename it\."):
+        load_images(root)
+
+
 # Broken pictures (C23)
 
 

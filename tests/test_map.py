@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nonn.commands.map import COLUMNS, make_map
+from nonn.commands.map import COLUMNS, MapPlan, make_map
 from nonn.commands.tables import write_rows
+from nonn.core.errors import UserError
 from nonn.core.files import STATE
+from nonn.core.schema import load_yaml
 from nonn.method import regimes
 from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
 from nonn.report.map_plots import draw_map
@@ -32,6 +34,25 @@ def test_points_stand_around_the_centre(short):
         Point("images", 0.5, 2, images=0.5),
         Point("images", 1, 1),
     ]
+
+
+WRONG_PLANS = {
+    "networks: []\nseeds: 1\nfactors: {}": "networks",
+    "networks: [2s]\nseeds: 0\nfactors: {}": "seeds",
+    "networks: [2s]\nseeds: 1\nfactors:": "factors",
+    "networks: [2s]\nseeds: 1\nfactors: {epochs: [-1]}": r"factors\.epochs\.0",
+    "networks: [2s]\nseeds: 1\nfactors: {budget: [.nan]}": r"factors\.budget\.0",
+    "networks: [2s]\nseeds: 1\nfactors: {images: [5]}": r"factors\.images\.0",
+    "networks: [2s]\nseeds: 1\nfactors: {width: [1]}": r"factors\.width",
+    "[]": "holds no keys",
+}
+
+
+@pytest.mark.parametrize(("text", "named"), WRONG_PLANS.items())
+def test_a_plan_that_cannot_be_followed_is_refused(text, named, tmp_path):
+    (tmp_path / "map.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"map\.yaml: {named}"):
+        load_yaml(tmp_path / "map.yaml", MapPlan, "")
 
 
 @pytest.mark.usefixtures("experiment")

@@ -47,8 +47,10 @@ def run(options) -> None:
     target = find_target(options.device, options.flash_kib, options.ram_kib)
     if options.run:
         require(EMULATOR, "--run (0 for none)")
-    entries = []
-    for path in students_of(options.student):
+    entries, paths = [], students_of(options.student)
+    if len({path.stem for path in paths}) < len(paths):
+        raise UserError("two students have the same file name, and so the same folder. Build them one after the other.")
+    for path in paths:
         student = in_int8(path, options.calibrate, options.out / "int8") if options.calibrate else path
         firmware = build(student, target, options.out / path.stem)
         images = read_images(options.images, firmware.student, options.run)

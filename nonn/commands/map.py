@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
@@ -21,7 +23,7 @@ from nonn.core.options import natural
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
-from nonn.core.yaml_text import read_yaml
+from nonn.core.schema import Section, load_yaml
 from nonn.report.map_plots import draw_map
 from nonn.report.plots import drawing_style, save_figure
 
@@ -30,6 +32,27 @@ COLUMNS = (
     *("experiment", "factor", "value", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd"),
     *("difference_vs_fitted_ensemble", "ci_low", "ci_high", "p"),
 )
+
+#: Parts of what the experiment has.
+Part = Annotated[float, Field(gt=0, le=100)]
+Parts = Annotated[list[Part], Field(min_length=1)]
+
+
+class Factors(Section):
+    """What is varied, and its values."""
+
+    epochs: Parts | None = None
+    budget: Parts | None = None
+    images: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
+
+
+class MapPlan(Section):
+    """All of ``workflow/map.yaml``."""
+
+    networks: Annotated[list[str], Field(min_length=1)]
+    seeds: Annotated[int, Field(ge=1, le=100)]
+    factors: Factors
+    most_repeats: Annotated[float, Field(ge=1)] = 10
 
 
 def add_arguments(parser) -> None:
@@ -41,7 +64,7 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     params = load_params()
     choose(params.numerics)
-    plan = read_yaml(PLAN, "restore it from the repository")
+    plan = load_yaml(PLAN, MapPlan, "copy it from the repository").model_dump(exclude_none=True)
     chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])
     if unknown := [name for name in chosen if name and name not in plan["factors"]]:
         raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")

@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # help is instant
 #: Where there is no params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
 CLASSES, SIZE, CHANNELS, FILTERS, PRECISION, LINK = 10, 32, 3, 256, "int8", "ieee802154"
 STUDENTS = {"family": "fast", "depths": [2], "min_width": 4, "max_width": 128, "step": 1}
+#: Of a network, by its manifest (`nonn.runtime.exported`).
+MOST_CLASSES = 2**16
 #: Most devices of a set in the catalogue's table: their number grows with its power.
 MOST_IN_SETS = 4
 UNKNOWN = "?"
@@ -56,7 +58,7 @@ def add_arguments(parser) -> None:
         help=f"largest set of --catalogue, 2 to {MOST_IN_SETS} (default: %(default)s)",
     )
     parser.add_argument(
-        "--classes", type=at_least(2), metavar="N", help=f"(default: those of the data set, or {CLASSES})"
+        "--classes", type=at_least(2, MOST_CLASSES), metavar="N", help=f"(default: those of the data set, or {CLASSES})"
     )
     parser.add_argument(
         "--size", type=at_least(28), metavar="PIXELS", help=f"side of an image (default: {own}, or {SIZE})"

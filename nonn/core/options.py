@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable
 
 from nonn.core.errors import UserError
@@ -17,12 +18,14 @@ def natural(text: str) -> int:
     return number
 
 
-def at_least(least: int):
-    """A whole number from some number on."""
+def at_least(least: int, most: int = sys.maxsize):
+    """A whole number from some number on, up to another."""
 
     def number(text: str) -> int:
         if (value := natural(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is above {most:,}")
         return value
 
     number.__name__ = "whole number"

@@ -94,7 +94,9 @@ def load_images(path: Path, planes: tuple[int, ...], least: int) -> np.ndarray:
     try:
         images = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError):
-        raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.") from None
+        images = None
+    if not isinstance(images, np.ndarray):  # an archive of some has another type
+        raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.")
     if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < least:
         wanted = f"uint8 ({least} or more, {', '.join(map(str, planes))})"
         raise UserError(f"{path}: has {images.dtype} {images.shape}, not {wanted}. Give images of that form.")
