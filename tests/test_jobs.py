@@ -206,3 +206,43 @@ def test_what_a_killed_stage_left_goes_though_it_does_not_run_again(params):
     assert len(list((paths / "export").iterdir())) == 1
     remove_leftovers(params, paths)
     assert not list((paths / "export").iterdir())
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"", "holds no keys"),
+        (b"- a\n", "holds no keys"),
+        (b"experiment: caf\xe9\n", "is not text in UTF-8"),
+        (b"base: odd\n", "base: 'odd' is no experiment that this one can begin with"),
+        (b"base: other\n", "base: 'odd' is no experiment that this one can begin with"),
+        (b"base: [a]\n", r"base: \['a'\] is no experiment"),
+        (b"base:\n", "base: None is no experiment"),
+        (b"seed: 1\nseed: 2\n", "line 2 is not valid YAML"),
+    ],
+)
+def test_an_experiment_file_that_is_none_is_refused(text, said):
+    EXPERIMENTS.mkdir(parents=True)
+    (EXPERIMENTS / "odd.yaml").write_bytes(text)
+    (EXPERIMENTS / "other.yaml").write_text("base: odd\n")
+    with pytest.raises(UserError, match=rf"workflow/experiments/o\w+\.yaml:.*{said}"):
+        merge_experiment("odd")
+
+
+@pytest.mark.usefixtures("clone")
+@pytest.mark.parametrize("before", [b"experiment: caf\xe9\n", None])
+def test_params_are_as_they_were_where_others_are_refused_or_interrupted(before, monkeypatch):
+    if before:
+        Path("params.yaml").write_bytes(before)
+    with pytest.raises(UserError, match=r"distill\.epochs"):
+        write_params(DEFAULT, {"distill.epochs": "six"})
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nonn.commands.use.write_jobs", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_params(DEFAULT)
+    assert (Path("params.yaml").read_bytes() if before else Path("params.yaml").exists()) == (before or False)
+    assert not Path("workflow/jobs.yaml").exists()

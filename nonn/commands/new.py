@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonn.commands import project
-from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, write_params
+from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, unless_refused, write_params
 from nonn.core.boards import all_boards
 from nonn.core.errors import UserError
 from nonn.core.files import remove, write_text
-from nonn.core.jobs import check_named_files, write_jobs
+from nonn.core.jobs import check_named_files
 from nonn.core.options import add_settings
-from nonn.core.params import PARAMS_FILE, Design, Params, load_params
+from nonn.core.params import Design, Params, load_params
 from nonn.core.schema import parse_changes
 
 if TYPE_CHECKING:
@@ -294,19 +294,19 @@ def write_checked(
 ) -> list[str]:
     """Write an experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
     path = EXPERIMENTS / f"{name}.yaml"
-    before = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
     write_text(path, text)
     try:
-        write_params(name, changes)
-        problems = list(check_all(load_params(), classes))
-    except UserError as error:
-        problems = [str(error)]
-    if problems or is_refused:
+        with unless_refused():
+            write_params(name, changes)
+            problems = list(check_all(load_params(), classes))
+            if problems or is_refused:
+                raise UserError("\n".join(problems))
+    except BaseException as error:
         path.unlink()
-        if before is not None:
-            write_text(PARAMS_FILE, before)
-            write_jobs(load_params())
-    return problems
+        if isinstance(error, UserError):
+            return str(error).splitlines()
+        raise
+    return []
 
 
 def _quoted(text: str | None) -> str:

@@ -6,20 +6,22 @@ is written complete, with the default's comments, and may then be edited.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from io import StringIO
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from nonn.core.errors import UserError
-from nonn.core.files import write_text
-from nonn.core.jobs import write_jobs
+from nonn.core.files import replacing, write_text
+from nonn.core.jobs import JOBS_FILE, write_jobs
 from nonn.core.options import add_settings, completed
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.schema import change, did_you_mean, parse_changes
+from nonn.core.yaml_text import read_yaml
 from nonn.project import WORKFLOW
 
 #: By this line editors find the schema that `nonn docs` writes, complete keys and mark mistakes.
@@ -40,8 +42,8 @@ def experiments() -> list[str]:
     return sorted(experiment_files())
 
 
-def merge_experiment(name: str) -> Any:
-    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments."""
+def merge_experiment(name: str, above: Sequence[str] = ()) -> Any:
+    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments; `above` are based on it."""
     files = experiment_files()
     if not files:
         raise UserError(f"{EXPERIMENTS}: no such folder. {WHERE}")
@@ -49,13 +51,15 @@ def merge_experiment(name: str) -> Any:
         known = f"{', '.join(sorted(files))}{did_you_mean(name, files)}"
         raise UserError(f"{EXPERIMENTS}/{name}.yaml: no such file. Choose one of {known}.")
     path = files[name]
-    try:
-        own = _yaml().load(path.read_text(encoding="utf-8"))
-    except YAMLError as error:
-        raise UserError(f"{path}: is not valid YAML: {str(error).splitlines()[0]}. Mend it.") from None
+    if not isinstance(read_yaml(path, WHERE), dict):
+        raise UserError(f"{path}: holds no keys. Write an experiment into it, or remove it.")
+    own = _yaml().load(path.read_text(encoding="utf-8"))
     if name == DEFAULT:
         return own
-    return merge(merge_experiment(own.pop("base", DEFAULT)), own)
+    base = own.pop("base", DEFAULT)
+    if not isinstance(base, str) or base in (name, *above):
+        raise UserError(f"{path}: base: {base!r} is no experiment that this one can begin with. Name another.")
+    return merge(merge_experiment(base, (name, *above)), own)
 
 
 def merge(base: Any, changes: Any) -> Any:
@@ -82,13 +86,24 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     path = EXPERIMENTS / f"{name}.yaml"
     source = path if path.is_file() else f"the package's {path.name}"
     header = f"{SCHEMA_LINE}\n# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
-    old = PARAMS_FILE.read_text(encoding="utf-8") if PARAMS_FILE.is_file() else None
-    write_text(PARAMS_FILE, header + body)
-    try:
+    with unless_refused():
+        write_text(PARAMS_FILE, header + body)
         write_jobs(load_params())
-    except UserError:
-        if old is not None:
-            write_text(PARAMS_FILE, old)
+
+
+@contextlib.contextmanager
+def unless_refused() -> Iterator[None]:
+    """Put back ``params.yaml`` and the lists of jobs as they were if the block fails or is interrupted."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in (PARAMS_FILE, JOBS_FILE)}
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
         raise
 
 
