@@ -79,13 +79,11 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
 
 
 def test_what_a_soak_must_not_show():
-    calm = Soak(np.full(10_000, -50.0), np.full(10_000, 4), [(i, 10**8) for i in range(100)], whole_again=True)
+    calm = Soak(np.full(1000, -50.0), np.full(1000, 4), [(i, 10**8) for i in range(100)], whole_again=True)
     assert calm.problems() == []
-    becoming_warm = [(i, 10**8 + 1000 * i) for i in range(200)]
-    assert Soak(calm.late_ms[:200], calm.present[:200], becoming_warm, whole_again=True).problems() == []
     faults = {
         "not answered": Soak(calm.late_ms, np.r_[0, calm.present[1:]], calm.memory, whole_again=True),
-        "late by 6.0 ms at p99": Soak(np.full(10_000, 6.0), calm.present, calm.memory, whole_again=True),
+        "late by 6.0 ms at p99": Soak(np.full(1000, 6.0), calm.present, calm.memory, whole_again=True),
         "memory grew by 100.0 bytes": Soak(
             calm.late_ms, calm.present, [(i, 10**8 + 100 * i) for i in range(100)], whole_again=True
         ),

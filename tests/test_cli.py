@@ -196,6 +196,11 @@ def test_seeds_below_zero_are_refused(capsys):
         assert "argument --seed: -1 is below 0; give 0 or more" in capsys.readouterr().err
 
 
+def test_a_soak_too_short_to_judge_is_refused(capsys):
+    assert stop("soak", "export", "--requests", "999") == 2
+    assert "argument --requests: 999 is below 1000" in capsys.readouterr().err
+
+
 def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
     before = read_json(experiment.sizes("2s"))
     experiment.sizes("2s").unlink()

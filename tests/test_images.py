@@ -29,42 +29,6 @@ PATHS = Paths("test")
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-# Transparent pictures
-
-
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "P", "L"])
-def test_transparent_parts_are_white_whatever_colour_they_hide(mode, tmp_path):
-    ink = np.zeros((SIZE, SIZE), np.uint8)
-    ink[2:5, 3:6] = 255
-    picture = Image.merge("LA", [Image.new("L", (SIZE, SIZE)), Image.fromarray(ink)])  # black on black
-    if mode == "RGBA":
-        picture = picture.convert("RGBA")
-    elif mode in ("P", "L"):  # one value stands for what is not there
-        picture = Image.fromarray(np.where(ink, 0, 7).astype(np.uint8), "L").convert(mode)
-        picture.info["transparency"] = 7
-    elif mode == "PA":
-        picture = picture.convert("RGBA").convert("PA")
-    picture.save(tmp_path / "ink.png" if mode != "PA" else tmp_path / "ink.tif")
-    found = read_image(tmp_path / ("ink.png" if mode != "PA" else "ink.tif"), 1, SIZE)
-    assert (found[0] == 255 - ink).all()
-
-
-def test_an_opaque_picture_is_as_without_its_opacity():
-    picture = Image.fromarray(noise(3))
-    assert (fit_image(picture.convert("RGBA"), SIZE) == fit_image(picture, SIZE)).all()
-
-
-def test_a_name_that_would_break_the_line_is_escaped():
-    with pytest.raises(UserError, match=r"^no\\npe\\x1b\.png: no such file"):
-        read_image(Path("no\npe\x1b.png"), 1, SIZE)
-
-
-def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
-    root = write_folder(tmp_path / "pets", ["cat", "f\udce9e"])
-    with pytest.raises(UserError, match=r"the name of the folder .*is no UTF-8\. Rename it\."):
-        load_images(root)
-
-
 # Broken pictures (C23)
 
 

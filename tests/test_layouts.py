@@ -326,6 +326,12 @@ def test_a_dozen_wrong_data_sets_are_documented():
     assert len(ANSWERS) >= 12
 
 
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    root = write_folder(tmp_path / "pets", ["cat", "f\udce9e"])
+    with pytest.raises(UserError, match=r"the name of the folder f.*e is no UTF-8\. Rename it\."):
+        load_images(root)
+
+
 # Experiments on the paper's data sets
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # help is instant
 #: Where there is no params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
 CLASSES, SIZE, CHANNELS, FILTERS, PRECISION, LINK = 10, 32, 3, 256, "int8", "ieee802154"
 STUDENTS = {"family": "fast", "depths": [2], "min_width": 4, "max_width": 128, "step": 1}
-#: Of a network, by its manifest (`nonn.runtime.exported`).
+#: More than any published data set of pictures has.
 MOST_CLASSES = 2**16
 #: Most devices of a set in the catalogue's table: their number grows with its power.
 MOST_IN_SETS = 4

@@ -131,8 +131,9 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     for name in names:
         parts = PurePosixPath(name).parts
         folder = parts if name.endswith("/") else parts[:-1]
-        if any("\ud800" <= letter <= "\udfff" for letter in "".join(folder)):  # of bytes that are no text
-            raise UserError(f"{KEY}: {path}: the name of the folder {printable(name)} is no UTF-8. Rename it.")
+        within = "/".join(folder)
+        if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text
+            raise UserError(f"{KEY}: {path}: the name of the folder {printable(within)} is no UTF-8. Rename it.")
         folders.update(folder[:depth] for depth in range(1, len(folder) + 1))
         if name.endswith("/"):
             continue

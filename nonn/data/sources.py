@@ -25,6 +25,16 @@ def load_images(section: DatasetParams, decoder: Decoder) -> tuple[RawImages, np
     are turned upright first, transparent parts are white. A source that is unknown, unreachable, damaged or laid out
     otherwise is a UserError. Returns what is known of the images that can be read, and their indices on the canvases,
     ascending: all of them, unless broken ones are skipped.
+
+    ``section.source`` is ``mnist5k``; ``torchvision:NAME``; ``hf:NAME`` (see `nonn.data.hub`); a folder of idx files;
+    or the path of a folder, zip or tar that holds ``<class>/<image>``, or ``train/<class>/<image>`` and
+    ``test/<class>/<image>`` or ``val/<class>/<image>`` or both, at the top or inside one further folder, or one of the
+    layouts of `nonn.data.known`. Left out are hidden files, ``__MACOSX``, what is known to be no picture by its name,
+    and files outside the class folders.
+
+    ``section.sha256`` pins the content. For an archive it is the sum of the file; for a folder that of the lines
+    ``<sum>  <name>`` which ``sha256sum`` prints for its images, sorted by name; for the other sources that of labels
+    and pixels.
     """
     kind, _, name = section.source.partition(":")
     if section.source == "mnist5k":

@@ -74,7 +74,7 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Give pictures with --images FOLDER.") from None
     image = manifest.image
-    if shape != (image.channels, image.size, image.size) or labels.max() >= len(manifest.classes):
+    if shape != image.shape or labels.max() >= len(manifest.classes):
         raise UserError(f"{path}: is not the dataset of this network. Give pictures with --images FOLDER.")
     return [
         Picture(f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index)))

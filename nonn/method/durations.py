@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from nonn.core.budgets import Budget, combined_budget
-from nonn.core.params import Params
+from nonn.core.params import SINGLE_METHODS, Params
 from nonn.core.paths import Paths
 from nonn.deploy.counting import BODIES, count_cost
 from nonn.method.feasibility import known_images, least_images
@@ -27,8 +27,6 @@ UNREAD = 10_000
 PER_PIXEL = 36_000
 #: Seconds of a job that trains nothing, or besides its training.
 BESIDES = 8.0
-#: Baselines that train one student for one device; `total` trains one for all devices, the others one for each.
-SINGLE = ("labels", "kd", "at_kd")
 
 
 def guess_seconds(params: Params, paths: Paths, address: str) -> float:
@@ -76,7 +74,7 @@ def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
     budgets = params.budgets_of(network)
     if method == "total":
         return _learning(params, info, combined_budget(budgets))
-    return sum(_learning(params, info, budget) for budget in (budgets[:1] if method in SINGLE else budgets))
+    return sum(_learning(params, info, budget) for budget in (budgets[:1] if method in SINGLE_METHODS else budgets))
 
 
 def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:

@@ -58,9 +58,9 @@ class Student:
         if entry is None:
             known = ", ".join(entry.file for entry in manifest.students)
             raise UserError(f"{path}: not a student of the manifest beside it. Choose one of {known}.")
+        self.session = open_student(path, entry.sha256, manifest.image.shape)
         images = load_sensor(sensor, manifest.image.shape)
         self.contract = replace(student_contract(manifest, entry), sensor=images)
-        self.session = open_student(path, entry.sha256, manifest.image.shape)
         blank = np.zeros(self.contract.image_shape, np.uint8)
         features = self.run(blank)
         if features.shape != (1, self.contract.n_features) or features.dtype != np.float32:

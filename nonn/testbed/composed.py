@@ -137,7 +137,7 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
     between is left out, in favour of the split.
     """
     image = plan.parts[0].image
-    pixels = np.random.default_rng(0).integers(0, 256, (image.channels, image.size, image.size), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, image.shape, dtype=np.uint8)
     sessions = [open_sessions(models) for models in plan.models]
     with pinned_to(core):
         runs = [run_in_process(plan, pixels, sessions).seconds for _ in range(COMPUTE_RUNS)]

@@ -96,8 +96,7 @@ class TrialBed:
         """File of random images for the devices of a deployment; a teacher may take larger ones than students."""
         shape = self.image_shape
         if not deployment.is_split:
-            image = read_manifest(deployment.folder).image
-            shape = (image.channels, image.size, image.size)
+            shape = read_manifest(deployment.folder).image.shape
         path = self.scratch / f"images-{shape[-1]}.npy"
         if not path.exists():
             np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, *shape), dtype=np.uint8))

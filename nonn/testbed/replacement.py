@@ -165,8 +165,7 @@ def read_answer(content: bytes) -> tuple[str, list[str], np.ndarray]:
 
 async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int, deadline_ms: float) -> Replacement:
     """Replace all nodes while so many callers send requests, at least `n_requests` in all."""
-    image = read_manifest(former).image
-    shape = (IMAGES, image.channels, image.size, image.size)
+    shape = (IMAGES, *read_manifest(former).image.shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     async with contextlib.AsyncExitStack() as stack:
         bed = await stack.enter_async_context(running_bed(former, deadline_ms))
