@@ -87,6 +87,10 @@ def test_a_project_adds_boards_and_replaces_figures(own):
         ("boards: {x: {ram_kib: 3, links: [wifi]}}", r"boards\.x: links: no link 'wifi'; choose of"),
         ("boards: {x: {ram_kib: 3, active_w: [2, 1]}}", r"boards\.x: active_w: is \[low, high\], and above idle_w"),
         ("boards: {x: {ram_kib: {value: 3, kind: estimated, source: y}}}", r"an estimate says in `how`"),
+        ("boards: {3: {ram_kib: 3}}", r"boards: 3 is no name of a board; write a text in quotes"),
+        ('boards: {"x\\e[1m": {ram_kib: 3}}', r"boards: 'x\\x1b\[1m' is no name of a board"),
+        ("boards: {x: {ram_kib: 3}}\nsources: [a]", r"sources: is no mapping of short names to texts"),
+        ("boards: {x: {ram_kib: 3}}\nsources: {a: 3}", r"sources: is no mapping of short names to texts"),
         ("boards: {x: {ram_kib: {value: 3, kind: guessed, source: y}}}", r"kind: input should be 'measured', 'cited'"),
     ],
 )
@@ -95,6 +99,24 @@ def test_mistakes_in_a_project_s_catalogue_are_named(own, text, said):
     with pytest.raises(UserError, match=said) as refusal:
         all_boards()
     assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_catalogue_that_is_no_file_is_refused(folder):
+    (folder / OWN_FILE).symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"devices\.yaml: is a link to nowhere, which is not there"):
+        all_boards()
+
+
+def test_figures_of_any_kind_are_shown_on_one_line(own, capsys):
+    figure = "{value: %s, kind: cited, source: y}"
+    title, flash, runs = figure % '"My\\e[1m board"', figure % "null", figure % "true"
+    own(f"boards: {{x: {{ram_kib: 3, title: {title}, flash_kib: {flash}, runs_onnx: {runs}}}}}")
+    main(["devices", "x"])
+    main(["devices"])
+    shown = capsys.readouterr().out
+    assert r"x: My\x1b[1m board" in shown
+    assert "\x1b" not in shown
+    assert "flash_kib       none  (cited)" in shown
 
 
 def test_an_unknown_board_is_refused_with_the_nearest():

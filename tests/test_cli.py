@@ -241,6 +241,11 @@ def test_check_reads_the_parameters_only(capsys):
 
 
 @pytest.mark.usefixtures("experiment")
+def test_check_knows_the_datasets_of_torchvision():
+    said = stop("check", "--set", "dataset.source=torchvision:CIFAR11")
+    assert "torchvision:CIFAR11 is not known (did you mean 'CIFAR10'?); name one of" in said
+
+
 def test_predict_asks_for_an_export_first():
     assert "manifest.json: no such file" in stop("predict", "image.png")
 

@@ -65,6 +65,24 @@ def test_an_experiment_that_is_not_committed_has_nothing_to_be_compared_with():
 
 
 @pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    "content", [b"<<<<<<< HEAD\nschema: '2.0'\n=======\n", b"stages:\n  a: 3\n", b"- 1\n", b"\xff\xfe", b"a: [\x00"]
+)
+def test_a_lock_that_dvc_has_not_written_is_refused(content):
+    Path("dvc.lock").write_bytes(content)
+    with pytest.raises(UserError, match=r"^dvc\.lock: .*") as told:
+        compare(ROOT, "fast")
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("repository")
+def test_a_lock_without_stages_lists_no_results():
+    Path("dvc.lock").write_text("stages:\n")
+    with pytest.raises(UserError, match="lists no results"):
+        compare(ROOT, "fast")
+
+
+@pytest.mark.usefixtures("repository")
 def test_without_results_the_user_is_told_what_to_run():
     with pytest.raises(UserError, match="snakemake --cores all"):
         compare(Path("results/never"), "fast")

@@ -97,6 +97,18 @@ class Bench:
         )
 
 
+def test_a_changed_deadline_counts_from_then_on(exports, tmp_path):
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            current = bench.network.current
+            write_cluster(bench.file, bench.cluster.model_copy(update={"deadline_ms": 700}))
+            await until(lambda: current.coordinator.patience == 0.7)
+            assert (bench.network.admission.patience, bench.network.current) == (0.7, current)
+            assert (await bench.ask())[1] == 3
+
+    asyncio.run(scenario())
+
+
 def test_a_network_goes_over_to_another_export_node_by_node(exports, tmp_path):
     former, new = exports
     versions = [network_version(read_manifest(folder)) for folder in exports]

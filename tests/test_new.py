@@ -47,6 +47,9 @@ def test_the_experiment_is_sound_and_active(capsys):
     main(["use", "mnist5k"])
     main(["use", "pets"])
     assert load_params().experiment == "pets"
+    comments = {line.partition("#")[2] for line in Path("params.yaml").read_text().splitlines()}
+    main(["use", "pets", "--set", "distill.epochs=4", "--set", "teacher.architecture.depth=3"])
+    assert {line.partition("#")[2] for line in Path("params.yaml").read_text().splitlines()} == comments
     assert refusal("--devices", "4×stm32f7").startswith("nonn new: workflow/experiments/pets.yaml: is there already")
 
 

@@ -302,6 +302,9 @@ def test_a_student_that_is_not_the_manifests_is_refused(network_folder, tmp_path
     write_json(folder / "manifest.json", manifest | {"image": image})
     with pytest.raises(UserError, match=r"2\.onnx: no student for the images of its manifest"):
         Student(folder / "2.onnx")
+    write_json(folder / "manifest.json", manifest | {"image": manifest["image"] | {"channels": True}})
+    with pytest.raises(UserError, match=r"not the manifest of an exported network \(image\.channels\)"):
+        Student(folder / "2.onnx")
     write_json(folder / "manifest.json", manifest | {"students": [{"file": "../2.onnx"}]})
     with pytest.raises(UserError, match="not the manifest of an exported network"):
         Student(folder / "2.onnx")

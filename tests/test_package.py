@@ -1,5 +1,6 @@
 """What is built from the repository, installed elsewhere: projects in which the pipeline runs as in a clone."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -106,12 +107,37 @@ def test_a_project_that_is_refused_leaves_nothing(arguments, expected, photos):
 
 
 def test_what_is_there_stays(photos):
-    with pytest.raises(UserError, match="photos: is there already"):
-        project.create(photos / "photos")
+    with pytest.raises(UserError, match="photos: is there already"), project.created(photos / "photos"):
+        pass
+
+
+@pytest.mark.parametrize("place", ["nothing", "empty", "link"])
+def test_a_project_that_fails_half_way_leaves_what_was_there(place, folder, monkeypatch):
+    pets = folder / "pets"
+    if place != "nothing":
+        (folder / "empty").mkdir()
+        pets.symlink_to(folder / "empty") if place == "link" else (folder / "empty").rename(pets)
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(project, "refresh", refuse_to_write)
+    with pytest.raises(SystemExit, match=r"^nonn new: pets/dvc\.yaml: no space left on device\. Free some space"):
+        main(["new", "pets"])
+    assert sorted(folder.rglob("*")) == before
+
+
+def refuse_to_write(folder):
+    raise OSError(errno.ENOSPC, "full", str(folder / "dvc.yaml"))
+
+
+@pytest.mark.parametrize("name", ["mnist5k pictures", "cats: and dogs", "onnx:pictures"])
+def test_any_folder_of_pictures_is_found(name, photos):
+    (photos / "photos").rename(photos / name)
+    main(["new", "pets", "--images", name, "--devices", "2×stm32f7"])
+    assert str(photos / name) in (photos / "pets/params.yaml").read_text()
 
 
 def test_a_project_follows_the_package(folder, capsys):
-    project.create(folder / "demo")
+    with project.created(folder / "demo"):
+        pass
     assert Path("demo/nonn").resolve() == Path(nonn.__file__).resolve().parent
     before = Path("demo/dvc.yaml").read_bytes()
     Path("demo/nonn").unlink()

@@ -90,6 +90,11 @@ def test_what_cannot_be_labelled_is_said(folder_of_labels):
         main(["relabel", "2s", "--images", "other"])
     with pytest.raises(SystemExit, match=r"--per-class 1: one image of a label leaves none"):
         main(["relabel", "2s", "--labels", str(folder_of_labels), "--per-class", "1"])
+    folder_of_labels.write_text("stripes: [across]\nsquares: []\n")
+    with pytest.raises(SystemExit, match=r"kinds\.yaml: squares: lists no class\. Name one, or remove this label"):
+        main(["relabel", "2s", "--labels", str(folder_of_labels)])
+    with pytest.raises(SystemExit, match=r"^nonn relabel: nowhere\.yaml: no such file"):
+        main(["relabel", "2s", "--labels", "nowhere.yaml"])
     folder_of_labels.write_text("stripes: across\n")
     with pytest.raises(SystemExit, match="has to map each new label to a list"):
         main(["relabel", "2s", "--labels", str(folder_of_labels)])

@@ -81,6 +81,9 @@ def bad(name: str, model: nn.Module) -> Teacher:
         "optimizer alone": {"optimizer": {"state": {}}, "epoch": 3},
         "another model": {"a.weight": torch.zeros(2, 2)},
         "quantised": weights | {"conv.weight": quantised(weights["conv.weight"])},
+        "no values": weights | {"conv.weight": weights["conv.weight"].to("meta")},
+        "sparse": weights | {"fc.weight": weights["fc.weight"].to_sparse()},
+        "complex": weights | {"fc.bias": weights["fc.bias"] * 1j},
         "other classes": weights | {"fc.weight": torch.zeros(10, 16), "fc.bias": torch.zeros(10)},
     }
     if name in contents:
@@ -124,6 +127,9 @@ BAD = {
     "a folder": r"is a folder\. Name a regular file",
     "a folder as weights": r"w\.pt: is a folder\. Name a regular file",
     "quantised": r"w\.pt: PyTorch cannot load it .*Copying from quantized.*Save its weights as float tensors",
+    "no values": r"w\.pt: the tensor conv\.weight has no values \(device meta\)\. Save its weights as dense",
+    "sparse": r"w\.pt: the tensor fc\.weight is sparse\. Save its weights as dense float tensors",
+    "complex": r"w\.pt: the tensor fc\.bias is complex\. Save its weights as dense float tensors",
     "no such library model": r"torchvision has no classifier 'resnet19' \(did you mean 'resnet1?\d'\?\)",
     "no such module": r"there is no module nets\.missing",
     "no such factory": r"module nets\.small has no 'build'",
@@ -142,12 +148,14 @@ BAD = {
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_teachers_are_refused_in_one_line(name, colour, model):
+def test_wrong_teachers_are_refused_in_one_line(name, colour, model, caplog):
     params = bad(name, model)
+    caplog.clear()  # what writing it has said
     with pytest.raises(UserError, match=BAD[name]) as told:
         import_teacher(colour, params)
     assert len(str(told.value).splitlines()) == 1, told.value
     assert str(told.value).endswith((".", "`")), told.value
+    assert not caplog.records  # nor does a library say more
 
 
 def test_weights_of_torchvision_in_our_families_are_told_apart(colour):

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from nonn.core.errors import UserError
-from nonn.core.files import existing, read_json
+from nonn.core.files import existing, intact, read_json
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
+LOCK = Path("dvc.lock")
 #: Stages whose outputs hold measured times.
 MEASURED = ("benchmark", "distributed", "figures")
 WHY = {
@@ -27,14 +29,21 @@ WHY = {
 }
 
 
-def hashes(lock: dict[str, Any] | None, folder: Path) -> dict[str, str]:
-    """MD5 by path of what stages, apart from those of `MEASURED`, wrote into a folder, from the content of a lock."""
-    return {
-        out["path"]: out["md5"]
-        for name, stage in (lock or {}).get("stages", {}).items()
-        for out in stage.get("outs", [])
-        if name.partition("@")[0] not in MEASURED and folder in Path(out["path"]).parents
-    }
+def hashes(text: str, name: str, folder: Path) -> dict[str, str]:
+    """MD5 by path of what stages, apart from those of `MEASURED`, wrote into a folder, from the text of a lock."""
+    try:
+        stages = (YAML(typ="safe").load(text) or {}).get("stages") or {}
+        return {
+            out["path"]: out["md5"]
+            for stage, entry in stages.items()
+            for out in entry.get("outs", [])
+            if stage.partition("@")[0] not in MEASURED and folder in Path(out["path"]).parents
+        }
+    except (YAMLError, AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{name}: is not what DVC writes, as a merge in conflict leaves it. Restore it, for example by "
+            "`git checkout HEAD dvc.lock`, or run `dvc repro`."
+        ) from None
 
 
 def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
@@ -54,8 +63,10 @@ def committed(path: Path) -> str | None:
 
 def compare(root: Path, numerics: str) -> list[str]:
     """What to say, line by line, of the results in a folder beside the committed ones."""
-    old = hashes(YAML(typ="safe").load(committed(Path("dvc.lock")) or ""), root)
-    new = hashes(YAML(typ="safe").load(existing(Path("dvc.lock")).read_text(encoding="utf-8")), root)
+    old = hashes(committed(LOCK) or "", "the committed dvc.lock", root)
+    with intact(LOCK):
+        now = existing(LOCK).read_text(encoding="utf-8")
+    new = hashes(now, str(LOCK), root)
     if not new:
         raise UserError(f"dvc.lock: lists no results in {root}. Run `snakemake --cores all` or `dvc repro` first.")
     if not old:

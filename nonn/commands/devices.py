@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from nonn.core.errors import printable
 from nonn.core.options import completed
 
 
@@ -34,7 +37,9 @@ def overview(boards) -> list[str]:
         if board.active_w and board.active_w.high > board.active_w.low:
             active += f"–{board.active_w.high:g}"
         numbers = [board.ram_kib, board.flash_kib, board.mmacs.get("float32"), board.mmacs.get("int8"), board.idle_w]
-        rows.append([name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, board.title])
+        rows.append(
+            [name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, printable(board.title)]
+        )
     *body, last = zip(*rows, strict=True)
     lines = table([list(row) for row in zip(*body, strict=True)]).splitlines()
     width = max(map(len, lines))
@@ -43,21 +48,26 @@ def overview(boards) -> list[str]:
 
 def describe(name: str, board) -> list[str]:
     """One board: each figure, how it is known, and its source."""
-    lines = [f"{name}: {board.title}", ""]
+    lines = [f"{name}: {printable(board.title)}", ""]
     for key, figure in board.figures.items():
-        values = figure.value if isinstance(figure.value, list) else [f"{figure.value:,.10g}"]
-        value = ", ".join(map(str, values)) or "none by itself"
+        values = figure.value if isinstance(figure.value, list) else [figure.value]
+        value = ", ".join(map(_shown, values)) or "none by itself"
         lines.append(f"  {key:<14}  {value}  ({figure.kind})")
-        lines += [f"  {'':<14}  {figure.how}"] if figure.how else []
-        lines.append(f"  {'':<14}  {figure.source}")
+        lines += [f"  {'':<14}  {printable(figure.how)}"] if figure.how else []
+        lines.append(f"  {'':<14}  {printable(figure.source)}")
     unknown = [key for key in KEYS if key not in board.figures and not getattr(board, key)]
     unknown += [f"{precision}_mmacs" for precision, speed in board.mmacs.items() if speed is None]
-    if board.flash_kib is None:
+    if "flash_kib" in unknown:
         unknown.remove("flash_kib")
         lines.append("  flash_kib       none: weights and activations share the RAM")
     if unknown:
         lines.append(f"  not known: {', '.join(unknown)}")
     return [*lines, "", f"In params.yaml: devices: {{{name}: {{board: {name}}}}}"]
+
+
+def _shown(value: Any) -> str:
+    is_amount = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{value:,.10g}" if is_amount else "none" if value is None else printable(str(value))
 
 
 #: What may be unknown of a board, beside its speeds.

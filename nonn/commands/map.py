@@ -24,10 +24,13 @@ from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.core.schema import Section, load_yaml
+from nonn.project import WORKFLOW
 from nonn.report.map_plots import draw_map
 from nonn.report.plots import drawing_style, save_figure
 
 PLAN = Path("workflow/map.yaml")
+#: The package's, where a project has none of its own.
+DEFAULT_PLAN = WORKFLOW / PLAN.name
 COLUMNS = (
     *("experiment", "factor", "value", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd"),
     *("difference_vs_fitted_ensemble", "ci_low", "ci_high", "p"),
@@ -64,7 +67,9 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     params = load_params()
     choose(params.numerics)
-    plan = load_yaml(PLAN, MapPlan, "copy it from the repository").model_dump(exclude_none=True)
+    plan = load_yaml(PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN, MapPlan, "write one").model_dump(
+        exclude_none=True
+    )
     chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])
     if unknown := [name for name in chosen if name and name not in plan["factors"]]:
         raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from nonn.commands import project
 from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, unless_refused, write_params
 from nonn.core.boards import all_boards
-from nonn.core.errors import UserError
-from nonn.core.files import remove, write_text
+from nonn.core.errors import UserError, printable
+from nonn.core.files import write_text
 from nonn.core.jobs import check_named_files
 from nonn.core.options import add_settings
 from nonn.core.params import Design, Params, load_params
 from nonn.core.schema import parse_changes
+from nonn.core.teacher_source import WHOLE_FILES
 
 if TYPE_CHECKING:
     from nonn.data.folders import FolderLayout
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 SIZE, TEACHER_SIZE = 96, 224
 #: From which size on students are of family mobilenet: smaller images leave its strides too little.
 MOBILENET_FROM = 64
-#: What is not a path, though something of that name may lie here.
-ELSEWHERE = ("mnist5k", "torchvision:", "timm:", "module:")
+#: Sources that are no path, whatever lies here under such a name.
+ELSEWHERE = ("torchvision:", "timm:", "module:")
+#: What stands before a path.
+BEFORE_PATH = ("hf", *WHOLE_FILES)
 #: Of a teacher that is trained: how many times as wide as the narrowest student.
 TEACHER_WIDTH = 32
 
@@ -174,8 +177,11 @@ def render(request: Request) -> str:
 
 def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
     """What keeps the experiment from working, a line each. `classes` are those of the images, None if unknown."""
+    from nonn.data.packaged import check_source
+
     try:
         check_named_files(params)
+        check_source(params.dataset.source)
         if params.teacher.is_foreign and classes:
             check_teacher(params, classes)
     except UserError as error:
@@ -225,28 +231,38 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", options.name):
         raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
+    for key in ("images", "teacher", "weights"):
+        check_text(f"--{key}", getattr(options, key))
     if EXPERIMENTS.is_dir() and Path("dvc.yaml").is_file():
         write_experiment(options)
         return
     folder = Path(options.name)
     for key in ("images", "teacher", "weights"):
         setattr(options, key, anchored(getattr(options, key)))
-    project.create(folder)
-    try:
-        with contextlib.chdir(folder):
-            write_experiment(options)
-    except BaseException:
-        remove(folder)
-        raise
+    with project.created(folder), contextlib.chdir(folder):
+        write_experiment(options)
     print(f"{folder}: a project of its own. Run there what you would run in a clone: cd {folder}")
+
+
+def check_text(option: str, value: str | None) -> None:
+    """Refuse what no YAML file could hold."""
+    try:
+        (value or "").encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{option} {printable(value or '')}: is not text in UTF-8. Rename it.") from None
+    if value == "":
+        raise UserError(f"{option}: is empty. Give a value, or leave the option out.")
 
 
 def anchored(source: str | None) -> str | None:
     """A source with its path made absolute, so that it means the same from another folder."""
-    if source is None or source.startswith(ELSEWHERE):
+    if source in (None, "mnist5k") or source.startswith(ELSEWHERE):
         return source
-    kind, colon, name = source.rpartition(":")
-    return f"{kind}{colon}{Path(name).resolve()}" if Path(name).exists() else source
+    if source and Path(source).exists():
+        return str(Path(source).resolve())
+    kind, colon, name = source.partition(":")
+    is_path = kind in BEFORE_PATH and name and Path(name).exists()
+    return f"{kind}{colon}{Path(name).resolve()}" if is_path else source
 
 
 def write_experiment(options: argparse.Namespace) -> None:

@@ -116,6 +116,8 @@ def run(options) -> None:
     for path in (paths.signals, paths.graph, paths.sizes(options.network)):
         if not path.is_file():
             raise UserError(f"{path}: is not there. Run `dvc repro design@{options.network}` first.")
+    if options.output and options.output.is_dir():
+        raise UserError(f"--output {options.output}: is a folder. Name a file.")
     rows = measure(params, paths, options.network, options.seeds)
     text = render(rows, conditions_of(params, options.network, options.seeds))
     print(text)

@@ -7,9 +7,12 @@ whose code has changed, and trainings travel between clones and projects.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nonn
@@ -41,22 +44,35 @@ COPIES = {
 }
 
 
-def create(folder: Path) -> None:
-    """Make the folder of a project; it has no parameters yet.
+@contextlib.contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Make the folder of a project, without parameters yet; if that or the block fails, all is as it was.
 
     Raises
     ------
     UserError
-        Something is there already.
+        Something is there already, or the operating system refuses.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    was_there = os.path.lexists(folder)
+    if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
+    try:
+        create(folder)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what had failed is what a reader has to know
+            for path in folder.iterdir() if was_there else [folder]:
+                remove(path)
+        raise
+
+
+def create(folder: Path) -> None:
     for name, source in project.SETTINGS.items():
-        write_text(folder / name, source.read_text(encoding="utf-8"))
+        more = f"/{LINK}\n" if name == ".gitignore" else ""
+        write_text(folder / name, source.read_text(encoding="utf-8") + more)
     write_text(folder / ".dvc/.gitignore", "/config.local\n/tmp\n/cache\n")  # as `dvc init` does
-    with (folder / ".gitignore").open("a", encoding="utf-8") as ignored:
-        ignored.write(f"/{LINK}\n")
-    shutil.copytree(project.WORKFLOW / "profiles", folder / SNAKEFILE.parent / "profiles")
+    for source in (project.WORKFLOW / "profiles").rglob("*.yaml"):
+        write_text(folder / "workflow" / source.relative_to(project.WORKFLOW), source.read_text(encoding="utf-8"))
     (folder / SNAKEFILE.parent / "experiments").mkdir()
     write_text(folder / SNAKEFILE, INCLUDE)
     refresh(folder)
@@ -68,7 +84,11 @@ def keep_versions(folder: Path) -> None:
     if shutil.which("git") is None:
         write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")
     elif subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True, check=False).returncode:
-        subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
+        made = subprocess.run(["git", "init", "--quiet"], cwd=folder, capture_output=True, text=True, check=False)
+        if made.returncode:
+            raise UserError(
+                f"{folder}: git cannot make a repository there ({made.stderr.strip()}). Choose another place."
+            )
 
 
 def is_project(folder: Path = Path()) -> bool:

@@ -76,6 +76,8 @@ def read_groups(path: Path | None) -> dict[str, Sequence[str]] | None:
     groups = read_yaml(path, "Give a file that maps each new label to a list of classes.")
     if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):
         raise UserError(f"{path}: has to map each new label to a list of classes, such as `even: [0, 2, 4, 6, 8]`.")
+    if empty := [name for name, members in groups.items() if not members]:
+        raise UserError(f"{path}: {empty[0]}: lists no class. Name one, or remove this label.")
     return {str(name): [str(member) for member in members] for name, members in groups.items()}
 
 
@@ -98,8 +100,9 @@ def measure(params: Params, options: Any) -> list[dict]:
             f"--images {options.images}: its images have {shown.channels} channels and {shown.size} pixels a side, the "
             f"students' {taught.channels} and {taught.size}; set dataset.size and white alike in both"
         )
+    groups = read_groups(options.labels)
     try:
-        labelled, labels = new_labels(shown, read_groups(options.labels))
+        labelled, labels = new_labels(shown, groups)
     except UserError as error:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)

@@ -14,6 +14,7 @@ known of one precision at most, so a board is taken to draw the same in both.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,7 +26,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.links import PRESETS
-from nonn.core.schema import Section, did_you_mean, explain
+from nonn.core.schema import VALUES, Section, did_you_mean, explain
 from nonn.core.yaml_text import read_yaml
 
 #: What a project adds to the catalogue, beside its ``params.yaml``.
@@ -151,7 +152,7 @@ def shipped_boards() -> dict[str, Board]:
 
 def all_boards() -> dict[str, Board]:
     """Boards of the package and of the project; where both have a figure of one, it is the project's."""
-    if not OWN_FILE.is_file():
+    if not os.path.lexists(OWN_FILE):
         return dict(shipped_boards())
     content = read_yaml(OWN_FILE, "Remove it, or write one.")
     own = content.get("boards") if isinstance(content, dict) else None
@@ -160,12 +161,17 @@ def all_boards() -> dict[str, Board]:
             f"{OWN_FILE}: has one key, `boards`, a mapping of names to their figures; see docs/catalogue.md"
         )
     sources, entries = _shipped()
-    sources = sources | (content.get("sources") or {})
+    own_sources = content.get("sources") or {}
+    if not isinstance(own_sources, dict) or not all(isinstance(s, str) for pair in own_sources.items() for s in pair):
+        raise UserError(f"{OWN_FILE}: sources: is no mapping of short names to texts; see docs/catalogue.md")
+    sources = sources | own_sources
     boards = dict(shipped_boards())
     for name, entry in own.items():
+        if not isinstance(name, str) or not name.isprintable():
+            raise UserError(f"{OWN_FILE}: boards: {VALUES.repr(name)} is no name of a board; write a text in quotes")
         if not isinstance(entry, dict):
             raise UserError(f"{OWN_FILE}: boards.{name}: is no mapping of figures; write for example ram_kib: 512")
-        boards[str(name)] = make_board(name, entries.get(name, {}) | entry, sources, f"{OWN_FILE}: ")
+        boards[name] = make_board(name, entries.get(name, {}) | entry, sources, f"{OWN_FILE}: ")
     return boards
 
 

@@ -68,7 +68,7 @@ def change(raw: dict, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         inner = raw.get(section)
-        raw[section] = raw = dict(inner) if isinstance(inner, dict) else {}
+        raw[section] = raw = inner.copy() if isinstance(inner, dict) else {}  # aliases share one; ruamel's has comments
     raw[name] = value
 
 

@@ -111,7 +111,9 @@ class TeacherSource(Section):
 
     @field_validator("weights")
     @classmethod
-    def _is_no_address(cls, weights: str | None) -> str | None:
+    def _is_a_file_s_name(cls, weights: str | None) -> str | None:
+        if weights == "":
+            raise ValueError("names no file; write null for none")
         if weights and "://" in weights:
             raise ValueError(f"{weights!r} is an address; download it and name the file")
         return weights

@@ -12,6 +12,7 @@ from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
+from nonn.core.schema import did_you_mean
 from nonn.data.raw import KEY, Decoder, Picture, RawImages
 
 #: torchvision keeps its downloads here, verified by its own checksums.
@@ -38,12 +39,19 @@ def load_mnist5k(decoder: Decoder) -> RawImages:
     return RawImages(labels, tuple("0123456789"), None, sha256)
 
 
+def check_source(source: str) -> None:
+    """Refuse a dataset of torchvision that is not in `TORCHVISION`."""
+    kind, _, name = source.partition(":")
+    if kind == "torchvision" and name not in TORCHVISION:
+        hint = did_you_mean(name, TORCHVISION)
+        raise UserError(f"{KEY}: torchvision:{name} is not known{hint}; name one of {', '.join(TORCHVISION)}.")
+
+
 def load_torchvision(name: str, decoder: Decoder) -> RawImages:
     """Load a dataset of torchvision, downloaded and verified on first use."""
     from torchvision import datasets
 
-    if name not in TORCHVISION:
-        raise UserError(f"{KEY}: torchvision:{name} is not known; name one of {', '.join(TORCHVISION)}.")
+    check_source(f"torchvision:{name}")
     try:
         train, test = (getattr(datasets, name)(str(DOWNLOADS), download=True, **split) for split in TORCHVISION[name])
         pairs = (part[index] for part in (train, test) for index in range(len(part)))

@@ -179,6 +179,9 @@ class FollowedNetwork:
             log(f"{self.path}: goes over to version {network.contract.version}, node by node")
         if former and former is not self.next:
             await leave(former)
+        for kept in self._networks():
+            kept.coordinator.patience = network.coordinator.patience
+        self.admission.patience = network.coordinator.patience
 
 
 def leave_alone(connection: NodeConnection, reason: str) -> None:

@@ -24,7 +24,7 @@ GreyLevel = Annotated[float, Field(ge=0, le=255)]
 class Record(BaseModel):
     """Keys of a JSON file that a program wrote, as far as its reader needs them: further ones are ignored."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
 
 Schema = TypeVar("Schema", bound=Record)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nonn import demo
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.images import read_image
 from nonn.core.options import add_settings, load_settings
 from nonn.core.params import PARAMS_FILE
@@ -40,7 +40,7 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
 
 def describe(prediction: Prediction, source: str, names: Sequence[str], absent: Mapping[str, str] | None = None) -> str:
     """Class and probability, the share of each student, and why others are absent, a line each."""
-    lines = [f"{prediction.label}  {prediction.probability:.1%}  ({source})"]
+    lines = [f"{printable(prediction.label)}  {prediction.probability:.1%}  ({source})"]
     lines += [f"  {name}: {share:6.1%} of the lead" for name, share in zip(names, prediction.shares, strict=True)]
     lines += [f"  {name}: absent, {reason}" for name, reason in (absent or {}).items()]
     return "\n".join(lines)

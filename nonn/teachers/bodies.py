@@ -7,6 +7,7 @@ float32, and returns features (B, n_features) and logits (B, n_outputs); ``class
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
@@ -140,6 +141,7 @@ class GraphBody(nn.Module):
 
     def __init__(self, content: bytes, n_outputs: int | None, source: str):
         super().__init__()
+        logging.getLogger("torch.export").setLevel(logging.ERROR)  # it shows a traceback, too
         try:
             program = torch.export.load(BytesIO(content))
             module: Any = program.module()

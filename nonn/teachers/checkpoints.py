@@ -6,6 +6,7 @@ No pickled code is ever run: files are read with ``weights_only``, and what that
 from __future__ import annotations
 
 import argparse
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -67,6 +68,7 @@ def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
     else:
         content = _load(path)
     weights = select_weights(content, path, params.ema)
+    check_kinds(weights, path)
     check_finite(weights, path)
     options = content.get("args") if isinstance(content, dict) else None
     return weights, dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
@@ -76,7 +78,8 @@ def _load(path: Path) -> Any:
     if reason := foreign_format(path):
         raise UserError(f"{path}: {reason}; not a readable state dict for teacher.weights.")
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickles than its own
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged data, torch raises almost anything
         text = str(error)
@@ -153,6 +156,16 @@ def _state_dicts(content: Any, name: str, depth: int = 0) -> Iterable[tuple[str,
     for key, value in content.items():
         if isinstance(key, str) and "optimizer" not in key:
             yield from _state_dicts(value, f"{name}.{key}".removeprefix("."), depth + 1)
+
+
+def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that no layer can have: without values, sparse or complex."""
+    for name, tensor in weights.items():
+        kind = "has no values (device meta)" if tensor.is_meta else None
+        kind = "is sparse" if tensor.layout is not torch.strided else kind
+        kind = "is complex" if tensor.is_complex() else kind
+        if kind:
+            raise UserError(f"{path}: the tensor {printable(name)} {kind}. Save its weights as dense float tensors.")
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
