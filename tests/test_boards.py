@@ -119,6 +119,18 @@ def test_figures_of_any_kind_are_shown_on_one_line(own, capsys):
     assert "flash_kib       none  (cited)" in shown
 
 
+def test_what_a_project_states_without_a_source_is_shown(own, capsys):
+    own("boards: {rp2040: {int8_mmacs: 9.5}, x: {title: mine, ram_kib: 3, links: []}}")
+    main(["devices", "rp2040"])
+    main(["devices", "x"])
+    shown = capsys.readouterr().out
+    assert "int8_mmacs      9.5  (yours, without a source)" in shown
+    assert "8.7" not in shown
+    assert "ram_kib         3  (yours, without a source)" in shown
+    assert "links           none by itself  (yours" in shown
+    assert "not known: flash_kib" not in shown
+
+
 def test_an_unknown_board_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"no board 'rp2450' \(did you mean 'rp2350'\?\); choose one of pi3b, "):
         find_board("rp2450")

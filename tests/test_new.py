@@ -85,6 +85,23 @@ def test_each_mistake_is_one_line_and_changes_nothing(arguments, expected, clone
 
 
 @pytest.mark.usefixtures("clone")
+def test_images_that_are_nowhere_are_one_line():
+    assert len(refusal("--images", "nowhere", "--devices", "2×stm32f7").splitlines()) == 1
+
+
+@pytest.mark.usefixtures("clone")
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--images", "a\udcff"), r"nonn new: --images a\udcff: is not text in UTF-8. Rename it."),
+        (("--teacher", "timm:resnet18", "--weights", ""), "nonn new: --weights: is empty. Give a value, or leave the"),
+    ],
+)
+def test_names_that_no_file_can_hold_are_refused(arguments, expected):
+    assert expected in refusal("--devices", "2×stm32f7", *arguments)
+
+
+@pytest.mark.usefixtures("clone")
 def test_two_mistakes_are_two_lines():
     said = refusal("--images", "nowhere", "--devices", "2×stm32f7", "--set", "distill.lrs=1").splitlines()
     assert len(said) == 2

@@ -49,13 +49,12 @@ def overview(boards) -> list[str]:
 def describe(name: str, board) -> list[str]:
     """One board: each figure, how it is known, and its source."""
     lines = [f"{name}: {printable(board.title)}", ""]
+    lines += [f"  {key:<14}  {_shown(value)}  (yours, without a source)" for key, value in board.bare.items()]
     for key, figure in board.figures.items():
-        values = figure.value if isinstance(figure.value, list) else [figure.value]
-        value = ", ".join(map(_shown, values)) or "none by itself"
-        lines.append(f"  {key:<14}  {value}  ({figure.kind})")
+        lines.append(f"  {key:<14}  {_shown(figure.value)}  ({figure.kind})")
         lines += [f"  {'':<14}  {printable(figure.how)}"] if figure.how else []
         lines.append(f"  {'':<14}  {printable(figure.source)}")
-    unknown = [key for key in KEYS if key not in board.figures and not getattr(board, key)]
+    unknown = [key for key in KEYS if key not in {*board.figures, *board.bare} and not getattr(board, key)]
     unknown += [f"{precision}_mmacs" for precision, speed in board.mmacs.items() if speed is None]
     if "flash_kib" in unknown:
         unknown.remove("flash_kib")
@@ -66,6 +65,8 @@ def describe(name: str, board) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none by itself"
     is_amount = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:,.10g}" if is_amount else "none" if value is None else printable(str(value))
 

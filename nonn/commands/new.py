@@ -288,7 +288,9 @@ def write_experiment(options: argparse.Namespace) -> None:
             problems.append(str(error))
         text = render(request)
     classes = layout.classes if layout else None
-    problems += write_checked(options.name, text, changes, classes, bool(problems))
+    refused = write_checked(options.name, text, changes, classes, bool(problems))
+    # Images that were refused above are refused there again, in other words.
+    problems += [line for line in refused if not (problems and "dataset.source" in line)]
     if problems:
         raise UserError("\n".join(problems))
     if layout:

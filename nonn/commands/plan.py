@@ -142,12 +142,14 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
 
 
 def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None) -> None:
+    from nonn.core.boards import OWN_FILE
     from nonn.method.sizing import say_if_lopsided
 
-    if latency_ms and (silent := [budget.name for budget in budgets if not budget.mmacs_per_s]):
+    if latency_ms and (silent := [budget for budget in budgets if not budget.mmacs_per_s]):
+        where = f"to {OWN_FILE}" if silent[0].board else "as mmacs_per_s to this device in params.yaml"
         raise UserError(
-            f"--latency-ms: the speed of {silent[0]!r} in {planner.grid.precision} is not known; try another "
-            "--precision, or add it to devices.yaml"
+            f"--latency-ms: the speed of {silent[0].name!r} in {planner.grid.precision} is not known; try another "
+            f"--precision, or add it {where}"
         )
     try:
         plan = planner.plan(budgets, latency_ms)

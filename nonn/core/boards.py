@@ -113,6 +113,7 @@ class Board:
     links: tuple[str, ...] | None = None  # that it has by itself; None where unknown
     runs_onnx: bool = False
     figures: Mapping[str, Figure] = field(default_factory=dict)  # by the keys of the catalogue
+    bare: Mapping[str, Any] = field(default_factory=dict)  # what the project states without a source
 
     @property
     def has_energy(self) -> bool:
@@ -171,7 +172,9 @@ def all_boards() -> dict[str, Board]:
             raise UserError(f"{OWN_FILE}: boards: {VALUES.repr(name)} is no name of a board; write a text in quotes")
         if not isinstance(entry, dict):
             raise UserError(f"{OWN_FILE}: boards.{name}: is no mapping of figures; write for example ram_kib: 512")
-        boards[name] = make_board(name, entries.get(name, {}) | entry, sources, f"{OWN_FILE}: ")
+        board = make_board(name, entries.get(name, {}) | entry, sources, f"{OWN_FILE}: ")
+        bare = {key: value for key, value in entry.items() if key not in board.figures and key != "title"}
+        boards[name] = replace(board, bare=bare)
     return boards
 
 
