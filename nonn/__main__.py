@@ -5,6 +5,6 @@ from nonn.cli import main
 
 main()
 # Without the second that Python takes to take PyTorch and DVC apart, in each of a pipeline's jobs.
-sys.stdout.flush()
-sys.stderr.flush()
+for stream in filter(None, (sys.stdout, sys.stderr)):  # either may be closed
+    stream.flush()
 os._exit(0)

@@ -127,6 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"nonn {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    if hasattr(sys.stdout, "reconfigure"):  # of another encoding than UTF-8, it may lack a dash
+        sys.stdout.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
         complete(parser)
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]

@@ -246,6 +246,27 @@ def test_check_knows_the_datasets_of_torchvision():
     assert "torchvision:CIFAR11 is not known (did you mean 'CIFAR10'?); name one of" in said
 
 
+def test_a_terminal_of_another_encoding_gets_what_it_can_show():
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, "-m", "nonn", "devices"], env=environment, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"1.975?3.7" in done.stdout
+
+
+def test_standard_output_may_be_closed():
+    command = f"{shlex.quote(sys.executable)} -m nonn devices >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32), "x"])
+def test_seeds_that_no_generator_takes_are_refused(seed, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["try", "2s", "--seed", seed])
+    assert stopped.value.code == 2
+    assert "argument --seed" in capsys.readouterr().err
+
+
 def test_predict_asks_for_an_export_first():
     assert "manifest.json: no such file" in stop("predict", "image.png")
 

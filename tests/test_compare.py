@@ -20,6 +20,9 @@ def write_lock(**hashes):
         "benchmark@2s": [{"path": "results/small/benchmark/2s.json", "md5": hashes.get("times", "3")}],
         "graph": [{"path": "results/another/graph.json", "md5": hashes.get("other", "4")}],
     }
+    for out in (out for listed in outs.values() for out in listed):
+        Path(out["path"]).parent.mkdir(parents=True, exist_ok=True)
+        Path(out["path"]).touch()
     with Path("dvc.lock").open("w") as file:
         YAML().dump({"schema": "2.0", "stages": {name: {"cmd": name, "outs": out} for name, out in outs.items()}}, file)
 
@@ -73,6 +76,20 @@ def test_a_lock_that_dvc_has_not_written_is_refused(content):
     with pytest.raises(UserError, match=r"^dvc\.lock: .*") as told:
         compare(ROOT, "fast")
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.usefixtures("repository")
+def test_results_that_are_not_here_are_not_compared():
+    (ROOT / "students/0.safetensors").unlink()
+    with pytest.raises(UserError, match=r"students/0\.safetensors: is not here, one of 1 outputs"):
+        compare(ROOT, "fast")
+
+
+@pytest.mark.usefixtures("repository")
+def test_without_git_nothing_is_said_of_the_last_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="git: not found"):
+        compare(ROOT, "fast")
 
 
 @pytest.mark.usefixtures("repository")

@@ -12,6 +12,7 @@ import urllib.request
 import pytest
 from clusters import PATIENCE
 from experiments import REPOSITORY
+from safetensors.torch import load_file, save_file
 from test_packaging import run_without
 
 from nonn import demo
@@ -42,6 +43,16 @@ def test_a_damaged_export_is_not_shipped(exported, experiment, tmp_path):
     with pytest.raises(UserError, match=r"1\.onnx: its SHA-256 is not that of the manifest"):
         ship(tmp_path / "export", experiment.dataset, tmp_path / "network", tmp_path / "pictures")
     assert not (tmp_path / "network").exists()
+
+
+def test_without_a_picture_of_each_class_nothing_is_shipped(exported, experiment, data, tmp_path):
+    shipped = tmp_path / "network", tmp_path / "pictures"
+    tensors = load_file(experiment.dataset)
+    tensors["test"] = tensors["test"][tensors["labels"][tensors["test"]] > 0]
+    save_file(tensors, tmp_path / "dataset.safetensors")
+    with pytest.raises(UserError, match=f"has no test image of class '{data.classes[0]}'. Ship another network"):
+        ship(exported, tmp_path / "dataset.safetensors", *shipped)
+    assert not any(folder.exists() for folder in shipped)
 
 
 @pytest.mark.usefixtures("experiment")

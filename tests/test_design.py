@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from experiments import REPOSITORY
+from experiments import REPOSITORY, tiny_params
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nonn.commands.use import merge_experiment
+from nonn.core.architecture import MOST_CHANNELS
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
@@ -380,3 +381,11 @@ def test_the_shipped_grid_is_monotone(name, monkeypatch):
             assert wide.params > narrow.params
             assert wide.macs > narrow.macs
             assert wide.memory_bytes > narrow.memory_bytes
+
+
+@pytest.mark.parametrize("changes", [{"max_width": 16_384}, {"widths": [1, 64, 64], "max_width": 300}])
+def test_students_wider_than_any_network_are_left_out(changes):
+    grid = Design.model_validate(tiny_params({"design": changes})["design"])
+    found = family(grid, 1, 28)
+    assert found
+    assert max(max(architecture.widths) for architecture in found) <= MOST_CHANNELS

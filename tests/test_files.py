@@ -228,8 +228,9 @@ def test_on_a_terminal_there_is_a_bar(capsys, monkeypatch):
 def test_what_cannot_be_written_is_one_clear_error():
     Path("folder").mkdir()
     Path("file").write_text("as it was")
-    for target, named, reason in (("folder", "folder", "is a directory"), ("file/below", "file", "file exists")):
-        with pytest.raises(UserError, match=rf"^{named}: {reason}\. Move what is there away, or name another place\."):
+    occupied = r"file exists\. Move what is there away, or name another place\."
+    for target, said in (("folder", r"folder: is a directory\. Name a file"), ("file/below", f"file: {occupied}")):
+        with pytest.raises(UserError, match=f"^{said}"):
             write_text(Path(target), "text")
     assert Path("file").read_text() == "as it was"
     assert not temporaries()

@@ -9,6 +9,7 @@ import pytest
 from experiments import REPOSITORY
 from ruamel.yaml import YAML
 
+from nonn.cli import main
 from nonn.commands.job import ENTRIES, merge_entries, say_what_is_left
 from nonn.core.files import STATE, write_json
 
@@ -93,6 +94,11 @@ def test_a_stage_that_fails_ends_the_job_with_its_own_message_alone():
     job = [sys.executable, "-m", "nonn", "job", "both"]
     done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "the reason\n")
+
+
+def test_no_stage_is_not_all_of_them():
+    with pytest.raises(SystemExit, match=r"^nonn job: the stage is empty, which DVC would take for all"):
+        main(["job", ""])
 
 
 @pytest.mark.usefixtures("folder")

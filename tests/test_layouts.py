@@ -174,6 +174,9 @@ def test_idx_files_that_are_cut_off_or_missing_are_named(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"has idx files, but none of train-images\. Fetch all four"):
         load_images(tmp_path / "digits")
+    write_idx(tmp_path / "none", packed=False, train=0)
+    with pytest.raises(UserError, match="has idx files without images"):
+        load_images(tmp_path / "none")
 
 
 # Hugging Face

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from experiments import REPOSITORY, tiny_params
@@ -195,6 +196,19 @@ def test_parameters_are_read_where_they_are(folder, capsys):
     assert "params.yaml: devises: unknown key" in str(refused("--devices", "2×pi4b"))
 
 
+@pytest.mark.usefixtures("folder")
+def test_parameters_that_are_no_file_are_refused():
+    Path("params.yaml").mkdir()
+    assert refused("--devices", "2×pi4b") == "nonn plan: params.yaml: is a folder. Name a regular file."
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_short_time_is_not_rounded_to_none(capsys):
+    main(["plan", "--devices", "2×pi5", "--latency-ms", "0.1", "--link", "ethernet941", "--filters", "4"])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "latency_ms:" in line]
+    assert 0 < float(line.split()[1]) < 0.1
+
+
 def refused(*arguments: str):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", *arguments])
@@ -213,6 +227,8 @@ def refused(*arguments: str):
         (["--devices", "2×rp2350", "--link", "wifi"], "no link 'wifi'; choose one of"),
         (["--devices", "2×rp2350", "--channels", "2"], "--channels: images have 1 or 3, not 2"),
         (["--devices", "9×pi4b", "--filters", "8"], "9 devices share 8 live filters"),
+        (["--devices", "0×rp2350 + 2×pi4b"], "--devices: '0×rp2350' asks for none"),
+        (["--devices", "2×pi4b", "--link", ""], "no link ''; choose one of"),
         (["--catalogue"], "--catalogue: give the time for one image"),
         (["--catalogue", "--latency-ms", "9", "--max-devices", "5"], "--max-devices: 5 is above 4; give 2 to 4"),
         (["--catalogue", "--target-latency", "1"], "no set of devices answers within 1 ms; the nearest that works is"),
@@ -227,7 +243,8 @@ def test_what_cannot_be_planned_ends_in_one_line(arguments, said):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--latency-ms", "0"], ["--latency-ms", "nan"], ["--filters", "1"], ["--size", "x"]]
+    "arguments",
+    [["--size", "2000"], ["--latency-ms", "0"], ["--latency-ms", "nan"], ["--filters", "1"], ["--size", "x"]],
 )
 def test_numbers_out_of_range_are_refused(arguments):
     assert refused("--devices", "2×pi4b", *arguments) == 2

@@ -67,7 +67,7 @@ def test_the_command_writes_a_row_for_each_size_and_method(on, experiment):
 
 def test_what_cannot_be_probed_is_said(experiment):
     with pytest.raises(SystemExit, match=r"--sets 1000: the teacher has \d+ live filters"):
-        main(["probe", "--sets", "1000"])
+        main(["probe", "--sets", "2,1000"])
     experiment.graph.unlink()
     with pytest.raises(SystemExit, match=r"graph\.safetensors: is not there; probes read it"):
         main(["probe"])

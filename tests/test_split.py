@@ -1,5 +1,8 @@
 """Splitting a network changes nothing in what it computes, and sends what can be counted by hand."""
 
+import contextlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -213,6 +216,26 @@ def test_only_a_plan_is_replaced_by_a_plan(tiny, folder):
     assert (folder / "results" / "kept").exists()
     for _ in range(2):
         plan.save(folder / "plan")
+    (folder / "plan/notes.txt").touch()
+    with pytest.raises(UserError, match=r"plan: holds more than a plan, such as notes\.txt\. Name a new folder"):
+        plan.save(folder / "plan")
+    (folder / "plan/notes.txt").unlink()
+    before = sorted(folder.rglob("*"))
+    for inside in (folder / "plan", folder / "plan/0"):
+        with contextlib.chdir(inside), pytest.raises(UserError, match="is the working directory, or around it"):
+            plan.save(Path("." if inside.name == "plan" else ".."))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_damaged_graph_is_refused(tiny, monkeypatch):
+    def damage(path):
+        network = read_network(path)
+        del network.shapes[network.last]
+        return network
+
+    monkeypatch.setattr("nonn.split.planner.read_network", damage)
+    with pytest.raises(UserError, match=r"tiny\.onnx: cannot be split: its graph does not fit together \(.*Export it"):
+        plan_split(tiny, 2, "rows")
 
 
 def test_what_is_no_plan_is_refused(folder):

@@ -111,6 +111,43 @@ def test_experiments_are_queued_with_dvc_and_then_run(monkeypatch):
 
 
 @pytest.mark.usefixtures("repository")
+def test_an_experiment_that_fails_is_named(monkeypatch):
+    """DVC ends well then, and earlier failures stay in its queue."""
+    failed = iter([{"old-one"}, {"old-one", "new-one"}])
+    monkeypatch.setattr(sweep, "failed_experiments", lambda: next(failed))
+    monkeypatch.setattr(sweep.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0))
+    with pytest.raises(UserError, match=r"^new-one: failed, for the reason above. `dvc queue logs new-one` has it"):
+        sweep.run_experiments(["a=1"], [])
+
+
+@pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("summary.csv", "", r"results/tiny/summary\.csv: damaged"),
+        ("summary.csv", "<<<<<<< HEAD\n" + SUMMARY, r"results/tiny/summary\.csv: damaged"),
+        ("distributed.csv", "network,method\n2s,nonn\n", r"results/tiny/summary\.csv: damaged"),
+        ("../../params.yaml", "- a\n", "no experiment with results"),
+        ("../../params.yaml", "a: [", "params.yaml of HEAD: line 2 is not valid YAML"),
+    ],
+)
+def test_damaged_tables_of_a_commit_are_one_line(file, content, said):
+    good = Path("params.yaml").read_text()
+    (Path("results/tiny") / file).write_text(content)
+    git("commit", "--quiet", "--all", "--message", "damaged")
+    Path("params.yaml").write_text(good)
+    with pytest.raises(SystemExit, match=said):
+        main(["sweep"])
+
+
+def test_a_network_may_be_called_na():
+    networks = sweep._networks(
+        SUMMARY.format(0.9, 64, 0.2).replace("2s", "NA"), DISTRIBUTED.format(1024).replace("2s", "NA")
+    )
+    assert (list(networks["network"]), list(networks["memory_kib"])) == (["NA"], [1.0])
+
+
+@pytest.mark.usefixtures("repository")
 def test_a_change_without_values_is_refused():
     with pytest.raises(SystemExit) as error:
         main(["sweep", "devices.large.memory_kib"])

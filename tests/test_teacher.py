@@ -196,6 +196,8 @@ def test_a_shared_teacher_is_half_the_size_and_says_the_same(params, data, exper
 def test_a_teacher_is_shared_as_safetensors_once_it_is_trained(experiment):
     with pytest.raises(SystemExit, match=r"teacher\.pt: the weights are written as safetensors"):
         main(["share", "teacher.pt"])
+    with pytest.raises(SystemExit, match=r"teacher\.safetensors: is the teacher itself, of full precision"):
+        main(["share", str(experiment.teacher)])
     experiment.teacher.unlink()
     with pytest.raises(SystemExit, match=r"teacher\.safetensors: no such file"):
         main(["share", "shared.safetensors"])

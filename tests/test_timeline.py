@@ -120,6 +120,15 @@ def test_a_line_cut_off_by_a_crash_is_left_out(journal):
     assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS) + 1
 
 
+@pytest.mark.parametrize(
+    "line", ["3", "null", '{"experiment": "tiny"}', json.dumps(JOBS[-1] | {"start": "x"}), "\udcff"]
+)
+def test_a_line_that_is_no_job_is_left_out(line, journal):
+    with journal.open("a", errors="surrogateescape") as file:
+        file.write(line)
+    assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS)
+
+
 def test_without_a_journal_the_user_is_told_what_to_run(tmp_path):
     with pytest.raises(UserError, match="snakemake"):
         timeline.read_journal(tmp_path / "journal.jsonl", PARAMS.experiment)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.params import Architecture, MuonParams, Schedule
 from nonn.training import checkpoint as checkpoint_module
@@ -131,6 +132,13 @@ def test_training_learns_and_logs(data, checkpoint):
     assert [row["epoch"] for row in log] == [1, 2, 3, 4]
     assert log[-1]["train_loss"] < log[0]["train_loss"]
     assert all(0 <= row["validation_accuracy"] <= 1 for row in log)
+
+
+def test_a_training_that_diverges_ends_with_what_to_do(data, checkpoint):
+    with pytest.raises(
+        UserError, match=r"^test: its training has diverged: .* epoch 1 .* Lower .* distill\.lr in params"
+    ):
+        fit(data, checkpoint, SCHEDULE.model_copy(update={"lr": 1e12}))
 
 
 # Checkpoints

@@ -20,7 +20,7 @@ from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, natural
+from nonn.core.options import add_settings, completed, seed_number
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
@@ -153,7 +153,7 @@ def add_arguments(parser) -> None:
     item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="a network, or a baseline of it, such as 2s/kd")
     completed(item, lambda: load_params().networks)
     add_settings(parser)
-    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append the result to this table")
     parser.epilog = "example: nonn try 2s/kd --set distill.lr=0.1 --table attempts.csv"
 
@@ -175,6 +175,9 @@ def run(options) -> None:
         raise UserError(f"{item}: needs attention maps; set signals.attention to true in params.yaml")
     if table and (table.is_dir() or any(folder.is_file() for folder in table.parents)):
         raise UserError(f"--table: {table} cannot be written; give the path of a file")
+    header = table.read_text(encoding="utf-8").splitlines()[:1] if table and table.is_file() else []
+    if header and header != [",".join(COLUMNS)]:
+        raise UserError(f"--table: {table} has other columns than those of attempts. Name another file.")
     content = f"{item} {seed} {params.model_dump_json()}"
     paths = AttemptPaths(params.experiment, hashlib.sha256(content.encode()).hexdigest()[:16])
     for path in (paths.dataset, paths.signals):

@@ -53,11 +53,11 @@ def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
 
 
 def committed(path: Path) -> str | None:
-    """Content of a file as of the last commit; None if it has no such file, or there is no git."""
+    """Content of a file as of the last commit; None if it has no such file."""
     try:
         shown = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        return None
+        raise UserError("git: not found. Install it: what is compared with is in its last commit.") from None
     return shown.stdout if shown.returncode == 0 else None
 
 
@@ -69,6 +69,11 @@ def compare(root: Path, numerics: str) -> list[str]:
     new = hashes(now, str(LOCK), root)
     if not new:
         raise UserError(f"dvc.lock: lists no results in {root}. Run `snakemake --cores all` or `dvc repro` first.")
+    if absent := [path for path in new if not Path(path).exists()]:
+        raise UserError(
+            f"{absent[0]}: is not here, one of {len(absent)} outputs that are missing. Run `snakemake --cores all`, "
+            "`dvc repro` or `dvc checkout` first."
+        )
     if not old:
         return [f"{root}: no results are committed, so there is nothing to compare with."]
     shared = old.keys() & new.keys()

@@ -29,6 +29,7 @@ from dvc.utils.serialize._yaml import _dump
 from nonn.commands.stage import note
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove, write_json, write_text
+from nonn.core.options import completed
 from nonn.core.progress import log
 
 LOCK_FILE = Path("dvc.lock")
@@ -105,11 +106,14 @@ def say_what_is_left() -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
+    stage = parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
+    completed(stage, lambda: [found.addressing for found in Repo(".").index.stages])
     parser.epilog = "example: nonn job distill@seed0/2s/0"
 
 
 def run(options) -> None:
+    if not options.address:
+        raise UserError("the stage is empty, which DVC would take for all of them; name one of `dvc stage list`")
     start = time.time()
     run_job(options.address)
     note({"job": options.address, "start": start, "end": time.time()})

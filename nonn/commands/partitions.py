@@ -14,7 +14,7 @@ from nonn.core.artifacts import Sizes
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, read_json, write_text
 from nonn.core.install import how_to_install
-from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.options import add_settings, at_least, completed, load_settings
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log, track
@@ -93,7 +93,7 @@ def conditions_of(params: Params, network: str, n_seeds: int) -> str:
 def at_least_two(text: str) -> int:
     if (number := int(text)) < 2:
         raise argparse.ArgumentTypeError(f"{number} is below 2; seeds are compared in pairs")
-    return number
+    return at_least(2, 1000)(text)
 
 
 def add_arguments(parser) -> None:

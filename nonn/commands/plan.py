@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
@@ -61,7 +62,7 @@ def add_arguments(parser) -> None:
         "--classes", type=at_least(2, MOST_CLASSES), metavar="N", help=f"(default: those of the data set, or {CLASSES})"
     )
     parser.add_argument(
-        "--size", type=at_least(28), metavar="PIXELS", help=f"side of an image (default: {own}, or {SIZE})"
+        "--size", type=at_least(28, 1024), metavar="PIXELS", help=f"side of an image (default: {own}, or {SIZE})"
     )
     parser.add_argument(
         "--channels", type=at_least(1), metavar="N", help=f"1 or 3 (default: those of the data set, or {CHANNELS})"
@@ -114,7 +115,7 @@ def make_planner(options, params: Params | None) -> tuple[Planner, str]:
     images |= {"size": options.size} if options.size else {}
     images |= {"channels": options.channels} if options.channels else {}
     images |= {"classes": [""] * options.classes} if options.classes else {}
-    filters, link = options.filters or filters, options.link or link
+    filters, link = options.filters or filters, link if options.link is None else options.link
     if options.precision:
         grid = grid.model_copy(update={"precision": options.precision})
     if images["channels"] not in (1, 3):
@@ -130,7 +131,7 @@ def make_planner(options, params: Params | None) -> tuple[Planner, str]:
 def _params() -> Params | None:
     from nonn.core.params import PARAMS_FILE, load_params
 
-    return load_params() if Path(PARAMS_FILE).is_file() else None
+    return load_params() if os.path.lexists(PARAMS_FILE) else None
 
 
 def _budget(name: str, params: Params | None, precision: str) -> Budget:
@@ -224,8 +225,14 @@ def _as_params(budgets: list[Budget], plan: Plan) -> str:
     lines = ["devices:", *(f"  {name}: {{board: {board}}}" for name, board in boards.items())] if boards else []
     lines += ["networks:", f"  {len(names)}d:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
     if plan.target_ms is not None:
-        lines.append(f"    latency_ms: {int(10 * plan.target_ms) / 10:g}  # of computing: what the link leaves")
+        lines.append(f"    latency_ms: {_floor(plan.target_ms):g}  # of computing: what the link leaves")
     return "\n".join(lines)
+
+
+def _floor(milliseconds: float) -> float:
+    """A time of one decimal, or of three digits where it is short, that is no more than another."""
+    unit = min(0.1, 10.0 ** (math.floor(math.log10(milliseconds)) - 2))
+    return math.floor(milliseconds / unit) * unit
 
 
 def _show_catalogue(planner: Planner, options) -> None:

@@ -29,7 +29,7 @@ COLUMNS = (
 
 def add_arguments(parser) -> None:
     parser.add_argument(
-        "--sets", type=numbers, default=list(SETS), metavar="N,…", help="numbers of sets (default: 1 to 48)"
+        "--sets", type=numbers, metavar="N,…", help="numbers of sets (default: 1 to 48, as far as there are filters)"
     )
     parser.add_argument(
         "--images", type=at_least(1), default=N_IMAGES, metavar="N", help="to fit to (default: %(default)s)"
@@ -66,8 +66,8 @@ def run(options) -> None:
     print(f"{paths / name}.csv: {len(rows)} rows; the teacher is right on {rows[0]['teacher']:.2%}")
 
 
-def measure(params: Params, paths: Paths, sets: list[int], n_images: int, on: str) -> tuple[list[dict], int]:
-    """Rows of the table, and the number of classes."""
+def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int, on: str) -> tuple[list[dict], int]:
+    """Rows of the table, and the number of classes; None stands for as many of `SETS` as the filters allow."""
     import torch
 
     from nonn.data.dataset import load_dataset
@@ -84,12 +84,11 @@ def measure(params: Params, paths: Paths, sets: list[int], n_images: int, on: st
     judged, logits = _judged(paths, signals, on)
     labels = data.labels[getattr(data, on)]
     n_live = int(graph.live.sum())
-    possible = [n for n in dict.fromkeys(sets) if n <= n_live]
-    if not possible:
-        raise UserError(f"--sets {sets[0]}: the teacher has {n_live} live filters; give a number up to that")
+    if sets and max(sets) > n_live:
+        raise UserError(f"--sets {max(sets)}: the teacher has {n_live} live filters; give numbers up to that")
     jobs = [
         (n, method, seed)
-        for n in possible
+        for n in dict.fromkeys(sets or [n for n in SETS if n <= n_live])
         for method in METHODS[: 1 if n == 1 else None]
         for seed in range(N_RANDOM if method == "random" and n > 1 else 1)
     ]

@@ -10,6 +10,7 @@ from PIL import Image
 from nonn import demo
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
+from nonn.core.options import completed
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.live.pictures import dataset_pictures
@@ -29,7 +30,9 @@ def ship(export: Path, dataset: Path, network: Path, pictures: Path) -> None:
     manifest = read_manifest(export)
     files = {student.file: student.sha256 for student in manifest.students}
     files |= {manifest.final.blocks: manifest.final.blocks_sha256, manifest.final.file: manifest.final.sha256}
-    found = dataset_pictures(dataset, manifest)
+    found = {picture.truth: picture for picture in reversed(dataset_pictures(dataset, manifest))}
+    if absent := [name for name in manifest.classes if name not in found]:
+        raise UserError(f"{dataset}: has no test image of class {absent[0]!r}. Ship another network.")
     with replacing(network) as folder:
         folder.mkdir(parents=True)
         for name, sha256 in files.items():
@@ -37,17 +40,15 @@ def ship(export: Path, dataset: Path, network: Path, pictures: Path) -> None:
         shutil.copyfile(export / "manifest.json", folder / "manifest.json")
     with replacing(pictures) as folder:
         for name in manifest.classes:
-            picture = next((picture for picture in found if picture.truth == name), None)
-            if picture is None:
-                raise UserError(f"{dataset}: has no test image of class {name!r}. Ship another network.")
-            pixels = picture.read()
+            pixels = found[name].read()
             (folder / name).mkdir(parents=True)
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-            image.save(folder / name / f"{picture.name.replace(' ', '-')}.png")
+            image.save(folder / name / f"{found[name].name.replace(' ', '-')}.png")
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    network = parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
+    completed(network, lambda: load_params().networks)
     parser.epilog = "example: nonn ship 4s"
 
 

@@ -23,14 +23,14 @@ from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-from ruamel.yaml import YAML
 
 from nonn.commands.project import LINK, is_project
 from nonn.core.errors import UserError
-from nonn.core.files import write_text
+from nonn.core.files import intact, write_text
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
+from nonn.core.yaml_text import parse_yaml
 from nonn.report.plots import STUDENT_COLOURS, drawing_style, panels, save_figure
 
 #: What a network is judged by: column of the table, what it is, and whether more of it is better.
@@ -64,15 +64,26 @@ def file_at(revision: str, path: Path | str) -> str | None:
 
 def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
     """Parameters of a revision by dotted key, and its networks with `CRITERIA` as columns; None without results."""
-    params = YAML(typ="safe").load(file_at(revision, PARAMS_FILE) or "{}")
+    params = parse_yaml(file_at(revision, PARAMS_FILE) or "{}", f"{PARAMS_FILE} of {revision}")
+    if not isinstance(params, dict):
+        return {}, None
     folder = Path("results") / str(params.get("experiment"))
     summary, distributed = (file_at(revision, folder / name) for name in ("summary.csv", "distributed.csv"))
     if summary is None or distributed is None:
         return flat(params), None
-    methods, runs = pd.read_csv(io.StringIO(summary)), pd.read_csv(io.StringIO(distributed))
+    with intact(folder / "summary.csv"):
+        return flat(params), _networks(summary, distributed)
+
+
+def _networks(summary: str, distributed: str) -> pd.DataFrame:
+    """Networks with `CRITERIA` as columns, from the content of both tables."""
+    # A network may be called NA.
+    methods, runs = (
+        pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""]) for text in (summary, distributed)
+    )
     methods, runs = methods[methods["method"] == "nonn"], runs[runs["method"] == "nonn"]
     memory = runs.groupby("network")["memory_bytes"].max()
-    networks = pd.DataFrame(
+    return pd.DataFrame(
         {
             "network": methods["network"],
             "accuracy": methods["accuracy_mean"],
@@ -81,7 +92,6 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
             "sent_bytes": methods["feature_bytes"],
         }
     )
-    return flat(params), networks
 
 
 def is_efficient(table: pd.DataFrame) -> pd.Series:
@@ -133,10 +143,18 @@ def run_experiments(changes: Sequence[str], targets: Sequence[str]) -> None:
     """Queue an experiment for each combination of values, ``key=value,value``, and run them one after another."""
     carried = ["--copy-paths", str(LINK)] if is_project() else []  # which git ignores
     settings = [word for change in changes for word in ("--set-param", change)]
+    before = failed_experiments()
     for words in (["--queue", *settings, *carried, *targets], ["--run-all"]):
         command = [sys.executable, "-m", "dvc", "exp", "run", *words]
         if subprocess.run(command, check=False).returncode:
             raise UserError("dvc exp run: failed, for the reason above. `dvc queue status` lists what is left.")
+    if names := sorted(failed_experiments() - before):  # DVC itself ends well
+        raise UserError(f"{', '.join(names)}: failed, for the reason above. `dvc queue logs {names[0]}` has it again.")
+
+
+def failed_experiments() -> set[str]:
+    """Names of the experiments in DVC's queue that have failed."""
+    return {str(entry.name) for entry, _ in Repo(".").experiments.celery_queue.iter_failed()}
 
 
 def draw(table: pd.DataFrame, networks: Sequence[str]) -> Figure:

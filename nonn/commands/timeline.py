@@ -38,10 +38,14 @@ def read_journal(path: Path, experiment: str) -> pd.DataFrame:
 def read_lines(path: Path) -> list[dict]:
     """Read a journal; lines that were cut off are left out: the machine went down while they were written."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             entries.append(json.loads(line))
-    return entries
+    return [entry for entry in entries if isinstance(entry, dict) and _is_timed(entry)]
+
+
+def _is_timed(entry: dict) -> bool:
+    return all(isinstance(entry.get(key), int | float) for key in ("start", "end"))
 
 
 def last_run(jobs: pd.DataFrame) -> pd.DataFrame:

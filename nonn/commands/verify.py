@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,8 +28,8 @@ _OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
 def cache_folder() -> Path:
     """Of the repository in the working directory, wherever its configuration puts it."""
-    done = subprocess.run(["dvc", "cache", "dir"], capture_output=True, text=True, check=False)
-    if done.returncode:
+    done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
+    if done.returncode or not Path("dvc.yaml").is_file():
         raise UserError("dvc cache dir: failed. Run nonn from the repository's top folder.")
     return Path(done.stdout.strip()) / "files" / "md5"
 

@@ -8,7 +8,11 @@ from pydantic import Field, model_validator
 
 from nonn.core.schema import Section
 
-Width = Annotated[int, Field(ge=1, le=16_384)]  # channels of a layer
+#: Channels of a layer at most.
+MOST_CHANNELS = 16_384
+Width = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
+#: Widths of a ResNet in units of the plain one's, at most.
+MOST_WIDTH = 256
 Depth = Annotated[int, Field(ge=1, le=1_000)]
 #: Left out of files where it is false, its value before there was such a key.
 Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
@@ -25,7 +29,7 @@ class Architecture(Section):
     family: Literal["fast", "airbench", "wrn", "resnet", "mobilenet"]
     widths: Annotated[list[Width], Field(max_length=MOST_STAGES)] = Field(default=[])
     depth: Depth
-    width: Annotated[int, Field(ge=1, le=256)] = 1
+    width: Annotated[int, Field(ge=1, le=MOST_WIDTH)] = 1
     mirror: Flag = False
     strided: Flag = False
 

@@ -10,7 +10,9 @@ from nonn.core.boards import OWN_FILE, all_boards
 from nonn.core.budgets import Budget
 from nonn.core.schema import Section, did_you_mean
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+#: Far more than any key needs, and little enough for arithmetic in float32.
+HUGE = 1e12
+Positive = Annotated[float, Field(gt=0, le=HUGE)]
 Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
 
 

@@ -24,7 +24,7 @@ REMEDIES = {
     errno.EPERM: _DENIED,
     errno.ENOENT: "Name a file or folder that is there.",
     errno.ENOTDIR: _OCCUPIED,
-    errno.EISDIR: "Name a regular file.",
+    errno.EISDIR: "Name a file, not a folder.",
     errno.EEXIST: _OCCUPIED,
     errno.ENOTEMPTY: _OCCUPIED,
     errno.EXDEV: "Keep what is renamed on one file system.",

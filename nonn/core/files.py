@@ -37,17 +37,20 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises
     ------
     UserError
-        The operating system refuses.
+        The operating system refuses, or the target is a folder that the working directory lies in.
     """
-    temporary = target.parent / f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}"
+    parent = target.parent if target.name else target.absolute().parent  # of "." it is not "."
+    temporary = parent / f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
         if temporary.is_dir():
+            if Path.cwd().is_relative_to(target.resolve()):
+                raise UserError(f"{target}: is the working directory, or around it. Name another folder.")
             remove(target)  # a directory cannot be renamed over a full one
         temporary.replace(target)
-        _flush(target.parent, below=False)
+        _flush(parent, below=False)
     except OSError as error:
         if str(error.filename).startswith(str(temporary)):
             error.filename = None  # a reader knows the target, not its temporary

@@ -32,6 +32,11 @@ def at_least(least: int, most: int = sys.maxsize):
     return number
 
 
+def seed_number(text: str) -> int:
+    """What random numbers begin with."""
+    return at_least(0, 2**32 - 1)(text)
+
+
 def numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, with commas between them."""
     found = [int(word) for word in text.split(",")]

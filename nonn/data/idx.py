@@ -42,6 +42,8 @@ def load_idx(folder: Path, decoder: Decoder) -> RawImages:
     for split in SPLITS:
         if (n := len(arrays[f"{split}-images"])) != (m := len(arrays[f"{split}-labels"])):
             raise UserError(f"{KEY}: {folder}: has {n} {split} images and {m} labels. Fetch its files again.")
+    if not all(map(len, arrays.values())):
+        raise UserError(f"{KEY}: {folder}: has idx files without images. Fetch them again.")
     labels = np.concatenate([arrays["train-labels"], arrays["test-labels"]])
     images = (image for split in SPLITS for image in arrays[f"{split}-images"])
     pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)

@@ -185,13 +185,23 @@ def only_one(folder: Path) -> Iterator[int]:
         os.close(lock)
 
 
-def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: int) -> bool:
-    """Run one of the playbooks; whether all went well. Ansible says on standard error what it does."""
+def find_ansible() -> str:
+    """The program that runs playbooks; a UserError if it is not installed."""
     beside = Path(sys.executable).parent / "ansible-playbook"
     program = str(beside) if beside.exists() else shutil.which("ansible-playbook")
     if program is None:
         raise UserError("ansible-playbook: not found. Install ansible-core, or nonn with the extra `boards`.")
-    command = [program, "--inventory", str(inventory), *(["--ssh-common-args", ssh_arguments] if ssh_arguments else [])]
+    return program
+
+
+def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: int) -> bool:
+    """Run one of the playbooks; whether all went well. Ansible says on standard error what it does."""
+    command = [
+        find_ansible(),
+        "--inventory",
+        str(inventory),
+        *(["--ssh-common-args", ssh_arguments] if ssh_arguments else []),
+    ]
     for key, value in settings.items():
         command += ["--extra-vars", f"{key}={shlex.quote(str(value))}"]
     quiet = {"ANSIBLE_NOCOWS": "1", "ANSIBLE_DISPLAY_SKIPPED_HOSTS": "0", "ANSIBLE_LOCALHOST_WARNING": "0"}
@@ -286,6 +296,7 @@ def run(options) -> None:
     """The command ``nonn deploy``."""
     boards, export = [Board.of(text) for text in options.to], export_of(options.export)
     cluster = placed_on(boards, export, options.certs, options.port, options.deadline_ms)
+    find_ansible()
     complete_certificates(cluster)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)  # as by Ctrl-C, boards go back to what they served

@@ -15,7 +15,9 @@ from grpc import aio
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
+from nonn.core.options import completed
 from nonn.core.progress import log
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.channel import open_channel
@@ -170,9 +172,10 @@ def add_arguments(parser) -> None:
         metavar="PATH",
         help="files or folders of pictures for the page (default: test images)",
     )
-    parser.add_argument(
+    boards = parser.add_argument(
         "--boards", metavar="NAME", help="run int8 students as firmware on emulated microcontrollers, such as stm32h743"
     )
+    completed(boards, lambda: list(CHIPS))
     parser.epilog = "example: nonn up --web"
 
 

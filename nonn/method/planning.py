@@ -181,6 +181,8 @@ def parse_devices(text: str, known: Sequence[str]) -> list[str]:
         if not match:
             raise UserError(f"--devices: {part.strip()!r} is not NUMBER×NAME; write for example 2×rp2350 + 1×pi4b")
         count, name = int(match[1] or 1), match[2]
+        if count == 0:
+            raise UserError(f"--devices: {part.strip()!r} asks for none; give 1 or more, or leave it out")
         if name not in known:
             hint = did_you_mean(name, known)
             raise UserError(

@@ -53,6 +53,8 @@ def new_labels(data: Dataset, groups: Mapping[str, Sequence[str]] | None) -> tup
             if str(member) not in data.classes:
                 raise UserError(f"{name}: no class {str(member)!r}; the images have {', '.join(data.classes[:10])} …")
             place = data.classes.index(str(member))
+            if of[place] == number:
+                raise UserError(f"{name}: class {str(member)!r} is listed twice; take one out")
             if of[place] >= 0:
                 raise UserError(f"{name}: class {str(member)!r} is in two groups; take it out of one")
             of[place] = number

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES
+from nonn.core.architecture import FEWEST_STAGES, MOST_CHANNELS, MOST_STAGES, MOST_WIDTH
 from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
@@ -79,10 +79,10 @@ def family(grid: Design, depth: int, size: int) -> list[Architecture]:
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
     common: dict[str, Any] = {"family": grid.family, "depth": depth, "mirror": grid.mirror, "strided": grid.strided}
     if grid.family == "wrn":
-        return [Architecture(width=width, **common) for width in widths]
+        return [Architecture(width=width, **common) for width in widths if width <= MOST_WIDTH]
     step = MOBILENET_STEP if grid.family == "mobilenet" else 1
     rows = [tuple(max(step, step * round(w * factor / step)) for factor in proportions(grid, size)) for w in widths]
-    return [Architecture(widths=list(row), **common) for row in dict.fromkeys(rows)]
+    return [Architecture(widths=list(row), **common) for row in dict.fromkeys(rows) if max(row) <= MOST_CHANNELS]
 
 
 class Shape(NamedTuple):

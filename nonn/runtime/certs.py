@@ -65,7 +65,7 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
         A name that no certificate can bear, or an authority that is damaged or would end first.
     """
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name in RESERVED:
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name.lower() in RESERVED:
             reserved = " or ".join(RESERVED)
             raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _, but not {reserved}.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

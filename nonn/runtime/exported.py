@@ -18,6 +18,8 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**16)]
+#: Side of an image at most: more than `dataset.size` may be, and little enough to be tried.
+MOST_PIXELS = 4096
 GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
@@ -50,7 +52,7 @@ def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Sch
 
 class Image(Record):
     channels: Count
-    size: Count
+    size: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     dtype: Literal["uint8"]
     #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.core.images`);
     #: none in exports from before it was measured.

@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nonn.core.errors import UserError
@@ -54,7 +55,7 @@ def write_repository(export: Path, target: Path) -> None:
     UserError
         The export is damaged, or the target is there already.
     """
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: is there already. Name a new folder.")
     manifest = read_manifest(export)
     with replacing(target) as folder:

@@ -254,6 +254,8 @@ async def serving(
         outside = [address for address in addresses if not is_loopback(address)]
     except ValueError as error:
         raise UserError(f"--devices: {error}") from None
+    if twice := [address for address in addresses if addresses.count(address) > 1]:
+        raise UserError(f"--devices: {twice[0]} is named twice; each device has an address of its own")
     nodes = devices_at(addresses)
     if identity is None and outside:
         raise UserError(f"{outside[0]}: plain text is for loopback addresses only. Give --cert, --key and --ca.")

@@ -21,7 +21,7 @@ import onnxruntime
 from pydantic import Field
 from safetensors.numpy import load, save
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
 from nonn.runtime.exported import Count, Image, Record, Sha256, read_record, read_verified
 from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract
@@ -170,6 +170,9 @@ class SplitPlan:
         """
         if folder.exists() and not (folder / PLAN).is_file():
             raise UserError(f"{folder}: is there, and is no plan of a split network. Name a new folder.")
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if others := [name for name in names if name not in (PLAN, FINAL) and not name.isdigit()]:
+            raise UserError(f"{folder}: holds more than a plan, such as {printable(others[0])}. Name a new folder.")
         with replacing(folder) as scratch:
             for part, models in zip(self.parts, self.models, strict=True):
                 own = scratch / str(part.position)

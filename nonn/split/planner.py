@@ -39,7 +39,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.progress import log
 from nonn.runtime.exported import Image
 from nonn.split.cuts import CHANNELS, ROWS, Cuts
@@ -284,7 +284,16 @@ def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) 
         raise UserError(f"-n: {n_devices} devices are not possible; give 1 to {MOST_DEVICES}")
     if recomputed < 0:
         raise UserError(f"--recomputed: {recomputed} convolutions are not possible; give 0 or more")
-    network = read_network(path)
+    try:
+        return _plan(read_network(path), n_devices, method, recomputed)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a damaged file may pass ONNX's own checks
+        raise UserError(
+            f"{path}: cannot be split: its graph does not fit together ({printable(str(error))[:200]}). Export it "
+            "again."
+        ) from None
+
+
+def _plan(network: OnnxGraph, n_devices: int, method: Method, recomputed: int) -> SplitPlan:
     cuts = Cuts.of(network, AXES[method], n_devices, recomputed)
     writers = [Writer(cuts, position) for position in range(n_devices)]
     for writer in writers:

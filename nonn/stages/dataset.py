@@ -11,6 +11,7 @@ import torch
 from nonn.core.files import replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
+from nonn.core.progress import log
 from nonn.data.canvas import Canvas
 from nonn.data.dataset import measure_channels, split_dataset
 from nonn.data.raw import MANY, Decoder, RawImages
@@ -40,7 +41,11 @@ def run(params: Params, paths: Paths) -> None:
     if paths.teacher_images not in sizes:  # DVC expects the file
         none = torch.empty((0, decoder.channels, canvases[0].size, canvases[0].size), dtype=torch.uint8)
         write_tensors(paths.teacher_images, {"images": none})
-    write_json(paths.dataset_info, describe(params, raw, splits, decoder))
+    info = describe(params, raw, splits, decoder)
+    if absent := [name for name, count in info["class_counts"]["test"].items() if not count]:
+        some = ", ".join(map(repr, absent[:MANY]))
+        log(f"note: {section.source}: no test image of {len(absent)} classes ({some}), of which accuracies say nothing")
+    write_json(paths.dataset_info, info)
 
 
 def describe(params: Params, raw: RawImages, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:

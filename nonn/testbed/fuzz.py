@@ -24,7 +24,7 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
-from nonn.core.options import natural
+from nonn.core.options import seed_number
 from nonn.core.progress import log, track
 from nonn.runtime.addresses import split_address
 from nonn.runtime.channel import MODEL_INFER, open_channel
@@ -240,7 +240,7 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--messages", type=int, default=100_000, help="messages to each of the two (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=natural, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.epilog = "example: nonn fuzz results/mnist5k/export/2s --messages 1000"
 
 

@@ -23,7 +23,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.options import natural, numbers
+from nonn.core.options import natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
@@ -254,7 +254,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--impatient", action="store_true", help="callers do not wait as they are told")
     parser.add_argument("--idle", type=natural, default=0, metavar="N", help="calls that a stranger keeps open, silent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=seed_number, default=0)
     parser.epilog = "example: nonn load export/4s --callers 1,10 --seconds 5"
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.params import Schedule
 from nonn.core.progress import track
@@ -80,6 +81,11 @@ def train(
         _, logits = predict(model, validation[0], device)
         scores = F.cross_entropy(logits, validation[1]).item(), accuracy(logits, validation[1])
         rows.append([epoch + 1, torch.stack(losses).mean().item(), *scores])
+        if not all(map(math.isfinite, rows[-1])):
+            raise UserError(
+                f"{label}: its training has diverged: the loss of epoch {epoch + 1} is no number. Lower the learning "
+                f"rate, {'teacher' if label == 'teacher' else 'distill'}.lr in params.yaml."
+            )
         if len(rows) % every == 0 or len(rows) == schedule.epochs:
             checkpoint.save(trained, every_optimizer, rows)
     model.cpu()
@@ -87,6 +93,6 @@ def train(
 
 
 def write_log(path: Path, log: Log) -> None:
-    rows = [["" if math.isnan(value) else f"{value:.6g}" for value in row.values()] for row in log]
+    rows = [[f"{value:.6g}" for value in row.values()] for row in log]
     lines = [",".join(row) for row in [log[0], *rows]]
     write_text(path, "\n".join(lines) + "\n")
