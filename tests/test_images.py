@@ -190,13 +190,15 @@ def test_what_is_no_picture_is_passed_over(tmp_path, capsys):
     for name in names:
         (root / "cat" / name).write_text("no picture")
     (root / "labels.csv").write_text("no picture")
+    (root / ".hidden").mkdir()
+    (root / ".hidden/0.png").write_text("no picture")
     for folder in ("@eaDir", "System Volume Information"):  # of network drives and of Windows
         (root / "cat" / folder).mkdir()
         (root / "cat" / folder / "0.png").write_text("no picture")
     for source in (root, pack(root, tmp_path / "a.zip")):
         loaded = load_images(source)
         np.testing.assert_array_equal(loaded.images, plain.images)
-        assert "passed over 9 files that are no pictures (2 .csv, " in capsys.readouterr().err
+        assert "passed over 10 files (1 in hidden folders, 2 .csv, " in capsys.readouterr().err
     assert load_images(root).sha256 == plain.sha256
 
 

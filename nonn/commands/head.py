@@ -48,6 +48,8 @@ def run(options) -> None:
 
     torch.set_num_threads(params.teacher.threads)
     data = load_teacher_dataset(Paths(params.experiment))
+    if options.start and not options.start.exists():
+        raise UserError(f"--start {options.start}: no such file. Name weights that are there, or leave it out.")
     start = {"weights": str(options.start) if options.start else None, "weights_sha256": None}
     model = load_pretrained(data, params.teacher.model_copy(update=start))
     layer, score = fit_head(model, data)

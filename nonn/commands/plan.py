@@ -30,7 +30,7 @@ UNKNOWN = "?"
 def positive(text: str) -> float:
     """A number above 0, of milliseconds."""
     if not 0 < (number := float(text)) < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0; give milliseconds, such as 100")
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0; give milliseconds, such as 100")
     return number
 
 

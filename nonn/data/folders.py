@@ -56,8 +56,9 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> RawImages:
             lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
             check_sha256(str(path), sha256 := hashlib.sha256(os.fsencode(lines)).hexdigest(), expected)
     if layout.passed:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in layout.passed.most_common(5))
-        log(f"note: {path}: passed over {layout.passed.total()} files that are no pictures ({kinds})")
+        foremost = sorted(layout.passed.most_common(), key=lambda pair: pair[0] != HIDDEN)[:5]
+        kinds = ", ".join(f"{count} {kind}" for kind, count in foremost)
+        log(f"note: {path}: passed over {layout.passed.total()} files ({kinds})")
     return RawImages(layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
@@ -94,11 +95,15 @@ CLUTTER_SUFFIXES = frozenset(
 )
 #: Folders that operating systems and network drives leave among pictures.
 CLUTTER_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"))
+#: What files in a folder whose name begins with a dot are counted as.
+HIDDEN = "in hidden folders"
 CLUTTER_NAMES = frozenset(("desktop.ini", "license", "licence", "makefile", "readme", "thumbs.db"))
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
-    """Names without hidden files and what is known to be no picture; how many there are of the latter, by suffix.
+    """Names without hidden files and what is known to be no picture.
+
+    Also how many there are of the latter, by suffix, and of files in hidden folders.
 
     A file of an unknown suffix, or of none, may be a picture: it is one if it can be read as such.
     """
@@ -107,6 +112,8 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
         path, is_folder = PurePosixPath(name), name.endswith("/")
         folder = path.parts if is_folder else path.parts[:-1]
         if any(part.startswith(".") or part.lower() in CLUTTER_FOLDERS for part in folder):
+            is_hidden = not any(part.lower() in CLUTTER_FOLDERS for part in folder) and not is_folder
+            passed.update([HIDDEN] * is_hidden)
             continue
         is_clutter = path.suffix.lower() in CLUTTER_SUFFIXES or path.name.lower() in CLUTTER_NAMES
         if is_folder or not (is_clutter or path.name.startswith(".")):

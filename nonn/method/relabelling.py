@@ -94,11 +94,11 @@ def what_is_sent(
     """What the devices of each method send of `data`; students are those of `taught`, the experiment's own images."""
     features = FeatureCache(data, params.design.precision)
     n = len(params.networks[network].devices)
+    if params.pool is None or params.networks[params.pool[0]].baselines["kd"] < n:
+        raise UserError(f"params.yaml: networks.*.baselines.kd: an ensemble for {network} takes {n} of them, or more")
     seeds = range(params.networks[network].seeds)
     own = [load_students(params, paths, taught, network, seed)[0] for seed in seeds]
     yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))
-    if params.pool is None or params.networks[params.pool[0]].baselines["kd"] < n:
-        raise UserError(f"params.yaml: networks.*.baselines.kd: an ensemble for {network} takes {n} of them, or more")
     where, method = params.pool
     files = [paths.baseline(where, method, seed) for seed in range(params.networks[where].baselines["kd"])]
     pool = [student for file in files for student in load_baseline(file, taught)]

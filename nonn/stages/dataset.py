@@ -43,8 +43,8 @@ def run(params: Params, paths: Paths) -> None:
         write_tensors(paths.teacher_images, {"images": none})
     info = describe(params, raw, splits, decoder)
     if absent := [name for name, count in info["class_counts"]["test"].items() if not count]:
-        some = ", ".join(map(repr, absent[:MANY]))
-        log(f"note: {section.source}: no test image of {len(absent)} classes ({some}), of which accuracies say nothing")
+        some = ", ".join(map(repr, absent[:MANY])) + " …" * (len(absent) > MANY)
+        log(f"note: {section.source}: the test images have none of {some}, so accuracies say nothing of that")
     write_json(paths.dataset_info, info)
 
 
