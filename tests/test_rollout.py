@@ -165,6 +165,7 @@ def test_without_ansible_it_says_what_to_install(network_folder, folder, monkeyp
 def test_only_one_rollout_at_a_time(network_folder, folder, monkeypatch):
     Path("certs").mkdir()
     monkeypatch.setattr(rollout, "play", lambda *_: pytest.fail("plays"))
+    monkeypatch.setattr(rollout, "find_ansible", lambda: "ansible-playbook")
     with only_one(Path("certs")), pytest.raises(SystemExit) as error:
         main(["deploy", str(network_folder), "--to", *BOARDS])
     assert "certs: another rollout with these certificates is under way" in str(error.value)
@@ -185,6 +186,7 @@ def test_a_rollout_that_is_told_to_stop_goes_back(network_folder, folder, monkey
         return True
 
     monkeypatch.setattr(rollout, "play", play)
+    monkeypatch.setattr(rollout, "find_ansible", lambda: "ansible-playbook")
     try:
         with pytest.raises(SystemExit) as error:
             main(["deploy", str(network_folder), "--to", *BOARDS])

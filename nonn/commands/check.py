@@ -13,12 +13,10 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
-    from nonn.data.packaged import check_source
     from nonn.method.feasibility import check_budgets
 
     params = load_settings(options)
     check_named_files(params)
-    check_source(params.dataset.source)
     for line in check_budgets(params, Paths(params.experiment)):
         print(f"params.yaml: {line}")
     n_students = sum(len(network.devices) for network in params.networks.values())

@@ -177,11 +177,8 @@ def render(request: Request) -> str:
 
 def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
     """What keeps the experiment from working, a line each. `classes` are those of the images, None if unknown."""
-    from nonn.data.packaged import check_source
-
     try:
         check_named_files(params)
-        check_source(params.dataset.source)
         if params.teacher.is_foreign and classes:
             check_teacher(params, classes)
     except UserError as error:

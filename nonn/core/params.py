@@ -18,6 +18,7 @@ from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Dep
 from nonn.core.boards import Board, all_boards, find_board, in_device, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.devices import HUGE, Device, Limit, Positive, check_board
+from nonn.core.image_source import ImageSource
 from nonn.core.links import PRESETS
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
@@ -60,7 +61,7 @@ def _check_name(name: str) -> str:
 #: Of a folder and of a key: no shell and no YAML reads it as anything but text.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, le=HUGE)]
+NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
@@ -83,7 +84,7 @@ class NetworkParams(Section):
 
 
 class DatasetParams(Section):
-    source: str
+    source: ImageSource
     sha256: Sha256 | None = None
     size: Size
     broken: Literal["refuse", "skip"] = "refuse"

@@ -5,28 +5,17 @@ from __future__ import annotations
 import hashlib
 import http.client
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
-from nonn.core.schema import did_you_mean
+from nonn.core.image_source import TORCHVISION
 from nonn.data.raw import KEY, Decoder, Picture, RawImages
 
 #: torchvision keeps its downloads here, verified by its own checksums.
 DOWNLOADS = STATE / "downloads"
-
-#: torchvision datasets with one label an image and a test split, and how each names its splits.
-TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    **dict.fromkeys(
-        ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"),
-        ({"train": True}, {"train": False}),
-    ),
-    **dict.fromkeys(("Food101", "STL10", "SVHN"), ({"split": "train"}, {"split": "test"})),
-    "OxfordIIITPet": ({"split": "trainval"}, {"split": "test"}),
-}
 
 
 def load_mnist5k(decoder: Decoder) -> RawImages:
@@ -39,19 +28,10 @@ def load_mnist5k(decoder: Decoder) -> RawImages:
     return RawImages(labels, tuple("0123456789"), None, sha256)
 
 
-def check_source(source: str) -> None:
-    """Refuse a dataset of torchvision that is not in `TORCHVISION`."""
-    kind, _, name = source.partition(":")
-    if kind == "torchvision" and name not in TORCHVISION:
-        hint = did_you_mean(name, TORCHVISION)
-        raise UserError(f"{KEY}: torchvision:{name} is not known{hint}; name one of {', '.join(TORCHVISION)}.")
-
-
 def load_torchvision(name: str, decoder: Decoder) -> RawImages:
     """Load a dataset of torchvision, downloaded and verified on first use."""
     from torchvision import datasets
 
-    check_source(f"torchvision:{name}")
     try:
         train, test = (getattr(datasets, name)(str(DOWNLOADS), download=True, **split) for split in TORCHVISION[name])
         pairs = (part[index] for part in (train, test) for index in range(len(part)))
