@@ -141,7 +141,7 @@ def test_damaged_tables_of_a_commit_are_one_line(file, content, said):
 
 
 def test_a_network_may_be_called_na():
-    networks = sweep._networks(
+    networks = sweep.networks_of(
         SUMMARY.format(0.9, 64, 0.2).replace("2s", "NA"), DISTRIBUTED.format(1024).replace("2s", "NA")
     )
     assert (list(networks["network"]), list(networks["memory_kib"])) == (["NA"], [1.0])

@@ -40,6 +40,8 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """Write the file that ``teacher.weights`` names."""
     params = load_settings(options)
+    if options.start and not options.start.exists():
+        raise UserError(f"--start {options.start}: no such file. Name weights that are there, or leave it out.")
     target = _target(params)
     choose(params.numerics)
     import torch
@@ -48,8 +50,6 @@ def run(options) -> None:
 
     torch.set_num_threads(params.teacher.threads)
     data = load_teacher_dataset(Paths(params.experiment))
-    if options.start and not options.start.exists():
-        raise UserError(f"--start {options.start}: no such file. Name weights that are there, or leave it out.")
     start = {"weights": str(options.start) if options.start else None, "weights_sha256": None}
     model = load_pretrained(data, params.teacher.model_copy(update=start))
     layer, score = fit_head(model, data)

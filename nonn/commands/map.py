@@ -67,9 +67,8 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     params = load_params()
     choose(params.numerics)
-    plan = load_yaml(PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN, MapPlan, "write one").model_dump(
-        exclude_none=True
-    )
+    path = PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN
+    plan = load_yaml(path, MapPlan, "write one").model_dump(exclude_none=True)
     chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])
     if unknown := [name for name in chosen if name and name not in plan["factors"]]:
         raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")

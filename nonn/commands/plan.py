@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
 from nonn.core.options import at_least, completed
+from nonn.core.params import FEWEST_PIXELS, MOST_PIXELS
 
 if TYPE_CHECKING:  # help is instant
     from nonn.core.boards import Range
@@ -62,7 +63,10 @@ def add_arguments(parser) -> None:
         "--classes", type=at_least(2, MOST_CLASSES), metavar="N", help=f"(default: those of the data set, or {CLASSES})"
     )
     parser.add_argument(
-        "--size", type=at_least(28, 1024), metavar="PIXELS", help=f"side of an image (default: {own}, or {SIZE})"
+        "--size",
+        type=at_least(FEWEST_PIXELS, MOST_PIXELS),
+        metavar="PIXELS",
+        help=f"side of an image (default: {own}, or {SIZE})",
     )
     parser.add_argument(
         "--channels", type=at_least(1), metavar="N", help=f"1 or 3 (default: those of the data set, or {CHANNELS})"

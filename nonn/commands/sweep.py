@@ -72,10 +72,10 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
     if summary is None or distributed is None:
         return flat(params), None
     with intact(folder / "summary.csv"):
-        return flat(params), _networks(summary, distributed)
+        return flat(params), networks_of(summary, distributed)
 
 
-def _networks(summary: str, distributed: str) -> pd.DataFrame:
+def networks_of(summary: str, distributed: str) -> pd.DataFrame:
     """Networks with `CRITERIA` as columns, from the content of both tables."""
     # A network may be called NA.
     methods, runs = (

@@ -67,7 +67,8 @@ Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 #: Pixels a side of an image. Networks halve it three times, and a view is moved by up to 16 pixels.
-Size = Annotated[int, Field(ge=28, le=1024)]
+FEWEST_PIXELS, MOST_PIXELS = 28, 1024
+Size = Annotated[int, Field(ge=FEWEST_PIXELS, le=MOST_PIXELS)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

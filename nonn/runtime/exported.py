@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
+from nonn.core.params import MOST_PIXELS
 
 #: Of a student, as ONNX and as a served model: an image and its features.
 INPUT, OUTPUT = "image", "features"
@@ -18,8 +19,6 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**16)]
-#: Side of an image at most: more than `dataset.size` may be, and little enough to be tried.
-MOST_PIXELS = 4096
 GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
