@@ -14,7 +14,8 @@ from nonn.method import regimes
 from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
 from nonn.report.map_plots import draw_map
 
-PLAN = {"networks": ["2s"], "seeds": 1, "factors": {"epochs": [1, 2], "images": [0.5]}, "most_repeats": 10}
+FACTORS = {"epochs": [1, 2], "images": [0.5], "classes": [0.67]}
+PLAN = {"networks": ["2s"], "seeds": 1, "factors": FACTORS, "most_repeats": 10}
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def short(params):
 
 
 def test_points_stand_around_the_centre(short):
-    plan = PLAN | {"factors": {"epochs": [0.25, 2], "budget": [0.5], "images": [0.05, 0.5, 1]}}
+    plan = PLAN | {"factors": {"epochs": [0.25, 2], "budget": [0.5], "images": [0.05, 0.5, 1], "classes": [0.5]}}
     assert points_of(plan, short) == [
         Point("centre", 1.0, 1),
         Point("epochs", 0.25, 1),
@@ -33,6 +34,7 @@ def test_points_stand_around_the_centre(short):
         Point("images", 0.05, 10, images=0.05),  # no more than `most_repeats` times the epochs
         Point("images", 0.5, 2, images=0.5),
         Point("images", 1, 1),
+        Point("classes", 0.5, 2, classes=0.5),
     ]
 
 
@@ -43,6 +45,7 @@ WRONG_PLANS = {
     "networks: [2s]\nseeds: 1\nfactors: {epochs: [-1]}": r"factors\.epochs\.0",
     "networks: [2s]\nseeds: 1\nfactors: {budget: [.nan]}": r"factors\.budget\.0",
     "networks: [2s]\nseeds: 1\nfactors: {images: [5]}": r"factors\.images\.0",
+    "networks: [2s]\nseeds: 1\nfactors: {classes: [1.5]}": r"factors\.classes\.0",
     "networks: [2s]\nseeds: 1\nfactors: {width: [1]}": r"factors\.width",
     "[]": "holds no keys",
 }
@@ -57,12 +60,32 @@ def test_a_plan_that_cannot_be_followed_is_refused(text, named, tmp_path):
 
 @pytest.mark.usefixtures("experiment")
 def test_a_share_of_the_images_has_every_class_and_its_own_signals(params):
-    whole, half = classroom_of(params, 1.0), classroom_of(params, 0.5)
+    whole, half = classroom_of(params), classroom_of(params, images=0.5)
     assert len(half.labels) == len(whole.labels) // 2
     assert sorted(set(half.labels.tolist())) == sorted(set(whole.labels.tolist()))
     kept = np.flatnonzero(np.isin(whole.data.train, half.data.train))
     assert (half.signals["logits"] == whole.signals["logits"][:, kept]).all()
     assert (half.data.test == whole.data.test).all()
+
+
+@pytest.mark.usefixtures("experiment")
+def test_a_share_of_the_classes_has_their_images_and_the_teacher_s_logits_for_them(params):
+    whole, part = classroom_of(params), classroom_of(params, classes=0.67)
+    assert len(part.data.classes) == 2 < len(whole.data.classes)
+    own = [whole.data.classes.index(name) for name in part.data.classes]
+    for name in ("train", "validation", "test"):
+        indices, all_of_them = getattr(part.data, name), getattr(whole.data, name)
+        assert indices.tolist() == [i for i in all_of_them.tolist() if whole.data.labels[i] in own]
+        assert [own[label] for label in part.data.labels[indices]] == whole.data.labels[indices].tolist()
+    kept = np.flatnonzero(np.isin(whole.data.train, part.data.train))
+    assert (part.signals["logits"] == whole.signals["logits"][:, kept][..., own]).all()
+    assert (part.signals["pooled"] == whole.signals["pooled"][:, kept]).all()
+
+
+@pytest.mark.usefixtures("experiment")
+def test_one_class_is_nothing_to_tell_apart(params):
+    with pytest.raises(UserError, match=r"factors\.classes: 0\.4 of 3 classes is 1; give a larger part"):
+        lesson_of(params, Training(Point("classes", 0.4, 1, classes=0.4), "2s", 0, 0))
 
 
 @pytest.mark.usefixtures("experiment")
@@ -81,7 +104,7 @@ def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
     rows = list(make_map(short, PLAN, 1))
     methods = ["nonn", "nonn_averaged", "ensemble", "ensemble_fitted", "random", "kd"]
     assert [row["method"] for row in rows if row["factor"] == "centre"] == methods
-    assert {row["factor"] for row in rows} == {"centre", "epochs", "images"}
+    assert {row["factor"] for row in rows} == {"centre", *FACTORS}
     for row in rows:
         assert ("p" in row) == (row["method"] != "ensemble_fitted")
         assert row["n_seeds"] == (2 if row["method"] == "kd" else 1)

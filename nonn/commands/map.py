@@ -39,6 +39,7 @@ COLUMNS = (
 #: Parts of what the experiment has.
 Part = Annotated[float, Field(gt=0, le=100)]
 Parts = Annotated[list[Part], Field(min_length=1)]
+Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
 
 
 class Factors(Section):
@@ -46,7 +47,8 @@ class Factors(Section):
 
     epochs: Parts | None = None
     budget: Parts | None = None
-    images: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)] | None = None
+    images: Shares | None = None
+    classes: Shares | None = None
 
 
 class MapPlan(Section):

@@ -1,8 +1,9 @@
 """Where NoNN wins: trainings around one recipe, one factor changed at a time, and how far each leads an ensemble.
 
 A *point* is a value of one factor: the length of the training, the budget of a device, the share of the training
-images. At each point the students of a NoNN and as many KD students are trained on the same teacher's signals, with the
-same schedule, for the same devices, and joined by a final layer in the same way. All are scored in float32.
+images, the share of the classes. At each point the students of a NoNN and as many KD students are trained on the same
+teacher's signals, with the same schedule, for the same devices, and joined by a final layer in the same way. All are
+scored in float32.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from nonn.core.artifacts import DatasetInfo
 from nonn.core.budgets import Budget
+from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
 from nonn.core.params import Params, Signals
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset, load_dataset
+from nonn.data.dataset import SPLITS, Dataset, load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
@@ -42,13 +44,14 @@ DRAW = 0
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one factor, in parts of the experiment's; what it comes to is in `epochs`, `budget` and `images`."""
+    """One value of one factor, in parts of the experiment's; what it comes to is in the other fields."""
 
     factor: str
     value: float
     epochs: int
     budget: float = 1.0
     images: float = 1.0
+    classes: float = 1.0
 
 
 def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
@@ -57,9 +60,10 @@ def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
     points = [Point("centre", 1.0, epochs)]
     points += [Point("epochs", value, max(1, round(epochs * value))) for value in factors.get("epochs", [])]
     points += [Point("budget", value, epochs, budget=value) for value in factors.get("budget", [])]
-    for value in factors.get("images", []):
-        repeats = min(1 / value, plan["most_repeats"])
-        points.append(Point("images", value, round(epochs * repeats), images=value))
+    for factor in ("images", "classes"):
+        for value in factors.get(factor, []):
+            repeats = min(1 / value, plan["most_repeats"])
+            points.append(Point(factor, value, round(epochs * repeats), **{factor: value}))
     return points
 
 
@@ -82,22 +86,52 @@ class Training:
         return replace(self, point=replace(self.point, factor="", value=0.0))
 
 
-def classroom_of(params: Params, share: float) -> Classroom:
-    """The experiment's images and signals, or a share of its training images, of each class alike."""
-    return _classroom(params.experiment, params.signals.model_dump_json(), share)
+def classroom_of(params: Params, images: float = 1.0, classes: float = 1.0) -> Classroom:
+    """The experiment's images and signals, or shares of them: of its classes, and of the training images of each."""
+    return _classroom(params.experiment, params.signals.model_dump_json(), images, classes)
 
 
 @lru_cache(maxsize=2)
-def _classroom(experiment: str, section: str, share: float) -> Classroom:
+def _classroom(experiment: str, section: str, share: float, of_classes: float) -> Classroom:
     paths = Paths(experiment)
     data = load_dataset(paths)
     signals = load_signals(paths, data)
+    if of_classes < 1:
+        data, signals = _keep_classes(data, signals, of_classes)
     if share < 1:
         kept = _draw_images(data.labels[data.train], share)
         data = replace(data, train=data.train[kept])
         names = ("logits", "pooled")
         signals = {name: signals[name][:, kept] for name in names}
     return Classroom(data, signals, Signals.model_validate_json(section))
+
+
+def _keep_classes(data: Dataset, signals: Mapping[str, Tensor], share: float) -> tuple[Dataset, dict[str, Tensor]]:
+    """The images of some classes, drawn by chance and numbered anew, and the teacher's logits for them alone."""
+    n_classes = number_of_classes(data.n_classes, share)
+    chosen = np.sort(np.random.default_rng(DRAW).permutation(data.n_classes)[:n_classes])
+    number = torch.full((data.n_classes,), -1)
+    number[chosen] = torch.arange(n_classes)
+    labels = number[data.labels]
+    parts = {name: indices[labels[indices] >= 0] for name in SPLITS for indices in [getattr(data, name)]}
+    kept = (labels[data.train] >= 0).nonzero().squeeze(1)
+    signals = {"logits": signals["logits"][:, kept][..., chosen], "pooled": signals["pooled"][:, kept]}
+    return replace(data, labels=labels, classes=tuple(data.classes[i] for i in chosen), **parts), signals
+
+
+def number_of_classes(total: int, share: float) -> int:
+    """How many a share of the classes is.
+
+    Raises
+    ------
+    UserError
+        Fewer than two: there is nothing to tell apart.
+    """
+    if (number := round(share * total)) < 2:
+        raise UserError(
+            f"workflow/map.yaml: factors.classes: {share:g} of {total} classes is {number}; give a larger part"
+        )
+    return number
 
 
 def _draw_images(labels: Tensor, share: float) -> Tensor:
@@ -114,6 +148,7 @@ def lesson_of(params: Params, training: Training) -> Lesson:
     """What the student is to learn; its architecture is the largest for the point's budget."""
     paths, section = Paths(params.experiment), params.distill
     info = read_json(paths.dataset_info, DatasetInfo)
+    info["classes"] = info["classes"][: number_of_classes(len(info["classes"]), training.point.classes)]  # so many
     network = training.network or next(iter(params.networks))
     filters = None
     if training.network:
@@ -134,7 +169,7 @@ def _scaled(budget: Budget, factor: float) -> Budget:
 
 
 def _filters(params: Params, training: Training) -> list[int]:
-    paths, signals = Paths(params.experiment), classroom_of(params, 1.0).signals
+    paths, signals = Paths(params.experiment), classroom_of(params).signals
     n = len(params.networks[str(training.network)].devices)
     sets = [load_filters(paths.partition(str(training.network), i), signals) for i in range(n)]
     if training.random:
@@ -153,12 +188,12 @@ def train(params: Params, training: Training) -> Path:
     lesson = lesson_of(params, training)
     schedule = params.distill.model_copy(update={"epochs": point.epochs})
     own_seed = training.seed * 1000 + training.student  # as in the pipeline
-    settings = [repr(lesson), schedule.model_dump(), params.signals.model_dump(), own_seed, point.images]
+    settings = [repr(lesson), schedule.model_dump(), params.signals.model_dump(), own_seed, point.images, point.classes]
     checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals])
     target = STATE / "map" / checkpoint.path.name
     if target.is_file():
         return target
-    classroom = classroom_of(params, point.images)
+    classroom = classroom_of(params, point.images, point.classes)
     name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
     student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
@@ -213,7 +248,7 @@ def score(params: Params, point: Point, network: str, seed: int, random: bool) -
     """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet."""
     torch.set_num_threads(1)
     n = len(params.networks[network].devices)
-    data = classroom_of(params, point.images).data
+    data = classroom_of(params, point.images, point.classes).data
     labels = data.labels[data.test]
 
     def right(logits: Tensor) -> np.ndarray:

@@ -16,6 +16,7 @@ LABELS = {
     "epochs": "epochs of training, in parts of the experiment's",
     "budget": "memory and compute of a device, likewise",
     "images": "training images, likewise",
+    "classes": "classes, likewise",
 }
 
 
