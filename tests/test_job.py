@@ -96,6 +96,15 @@ def test_a_stage_that_fails_ends_the_job_with_its_own_message_alone():
     assert (done.returncode, done.stderr) == (1, "the reason\n")
 
 
+@pytest.mark.usefixtures("repository")
+def test_a_job_whose_inputs_are_not_there_says_what_makes_them():
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    job = [sys.executable, "-m", "nonn", "job", "both"]
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "nonn job: both: a.txt is not there. Run `dvc repro both`, which makes it.\n"
+
+
 def test_no_stage_is_not_all_of_them():
     with pytest.raises(SystemExit, match=r"^nonn job: the stage is empty, which DVC would take for all"):
         main(["job", ""])

@@ -305,6 +305,10 @@ def test_a_student_that_is_not_the_manifests_is_refused(network_folder, tmp_path
     write_json(folder / "manifest.json", manifest | {"image": manifest["image"] | {"channels": True}})
     with pytest.raises(UserError, match=r"not the manifest of an exported network \(image\.channels\)"):
         Student(folder / "2.onnx")
+    for key in ("classes", "students"):
+        write_json(folder / "manifest.json", manifest | {key: [*manifest[key], manifest[key][0]]})
+        with pytest.raises(UserError, match=r"not the manifest of an exported network \(.* is listed twice\)"):
+            Student(folder / "2.onnx")
     write_json(folder / "manifest.json", manifest | {"students": [{"file": "../2.onnx"}]})
     with pytest.raises(UserError, match="not the manifest of an exported network"):
         Student(folder / "2.onnx")

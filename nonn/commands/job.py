@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterable
 from io import StringIO
@@ -62,7 +63,18 @@ def run_job(address: str) -> None:
         cause = error.__cause__ or error
         if isinstance(cause, StageCmdFailedError):
             raise SystemExit(1) from None  # the stage has said why
+        if absent := _missing_file(cause):
+            raise UserError(f"{address}: {absent} is not there. Run `dvc repro {address}`, which makes it.") from None
         raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None
+
+
+def _missing_file(error: BaseException | None) -> str | None:
+    """The file that was not there, if that is why DVC failed."""
+    while error is not None:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            return os.path.relpath(error.filename)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def merge_entries(order: Iterable[str]) -> bool:

@@ -99,6 +99,13 @@ class Manifest(Record):
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
     @model_validator(mode="after")
+    def _names_each_once(self) -> Manifest:
+        for names in (self.classes, [student.file for student in self.students]):
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{twice[0]!r} is listed twice")
+        return self
+
+    @model_validator(mode="after")
     def _has_all_temperatures(self) -> Manifest:
         if len(self.temperatures) not in (0, len(self.students)):
             raise ValueError(f"{len(self.temperatures)} temperatures for {len(self.students)} students")
