@@ -13,6 +13,7 @@ from nonn.core.schema import Section, did_you_mean
 #: Far more than any key needs, and little enough for arithmetic in float32.
 HUGE = 1e12
 Positive = Annotated[float, Field(gt=0, le=HUGE, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
 Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
 
 

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
 from nonn.core.boards import Board, all_boards, find_board, in_device, shipped_boards
 from nonn.core.budgets import Budget
-from nonn.core.devices import HUGE, Device, Limit, Positive, check_board
+from nonn.core.devices import Device, Limit, NonNegative, Positive, check_board
 from nonn.core.image_source import ImageSource
 from nonn.core.links import PRESETS
 from nonn.core.numerics import Numerics
@@ -61,7 +61,6 @@ def _check_name(name: str) -> str:
 #: Of a folder and of a key: no shell and no YAML reads it as anything but text.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
