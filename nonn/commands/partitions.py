@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -90,16 +89,16 @@ def conditions_of(params: Params, network: str, n_seeds: int) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-def at_least_two(text: str) -> int:
-    if (number := int(text)) < 2:
-        raise argparse.ArgumentTypeError(f"{number} is below 2; seeds are compared in pairs")
-    return at_least(2, 1000)(text)
-
-
 def add_arguments(parser) -> None:
     network = parser.add_argument("network", metavar="NETWORK", help="whose sizes the sets are to have, such as 4s")
     completed(network, lambda: load_params().networks)
-    parser.add_argument("--seeds", type=at_least_two, default=N_SEEDS, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--seeds",
+        type=at_least(2, 1000),
+        default=N_SEEDS,
+        metavar="N",
+        help="of which pairs are compared (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="also write the table to this file")
     add_settings(parser)
     parser.epilog = "example: nonn partitions 4s --seeds 10 --output partitions.md"
