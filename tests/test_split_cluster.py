@@ -302,6 +302,8 @@ def test_a_newer_image_takes_the_place_of_an_older_one(tiny, folder):
                 request.id = str(number)
             first = asyncio.ensure_future(stub.ModelInfer(requests[0], timeout=PATIENCE))
             await until(lambda: services["device-0"].running)
+            twin = stub.ModelInfer(requests[0], timeout=PATIENCE)
+            assert (await refusal(twin))[0] == StatusCode.ALREADY_EXISTS
             second = asyncio.ensure_future(stub.ModelInfer(requests[1], timeout=1))
             assert (await refusal(first))[0] == StatusCode.ABORTED
             assert "nothing from device-1" in (await refusal(second))[1]

@@ -164,6 +164,8 @@ class SplitService(Service):
         check_id(request)
         patience = LONGEST_PATIENCE if seconds is None else max(seconds - REPORTING, seconds / 2)
         if self.running:
+            if self.running is self.exchanges.get(request.id):  # both would take the same slices
+                raise ProtocolError(StatusCode.ALREADY_EXISTS, "an image of this id is under way; give each its own id")
             self.running.fail(ProtocolError(StatusCode.ABORTED, "a newer image has taken this one's place"))
         exchange = self.running = self._exchange_of(request.id)
         try:
