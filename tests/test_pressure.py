@@ -255,6 +255,17 @@ def test_why_nothing_can_listen_there_has_one_cause(network_folder, certificates
     asyncio.run(scenario())
 
 
+def test_a_port_that_is_taken_is_said_in_one_line(network_folder):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = "{}:{}".format(*taken.getsockname())
+        command = (sys.executable, "-m", "nonn", "node", network_folder / "1.onnx", "--address", address, "--insecure")
+        ended = subprocess.run(command, stderr=subprocess.PIPE, timeout=PATIENCE)
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
 # The metrics port
 
 

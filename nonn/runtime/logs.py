@@ -26,7 +26,7 @@ LONGEST = select.PIPE_BUF - 1
 TRACE = "handshaker"
 
 _TRACED = b"CallNextHandshakerLocked: error="
-_NOISE = (b"gRPC Tracers:", b"handshake_manager 0x", b"handshake manager 0x")
+_NOISE = (b"gRPC Tracers:", b"handshake_manager 0x", b"handshake manager 0x", b"Failed to add port to server:")
 _PEER = re.compile(r"endpoint_peer_address=ipv[46]:([^,}]+)")
 
 
