@@ -1,10 +1,14 @@
 """`nonn map`: which trainings a plan asks for, what it compares, and that nothing is trained twice."""
 
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
+from nonn.commands import map as map_command
 from nonn.commands.map import COLUMNS, MapPlan, make_map
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
@@ -123,6 +127,34 @@ def test_what_is_trained_is_not_trained_again(params, monkeypatch):
     monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
     assert regimes.train(params, Training(Point("centre", 1.0, 1), None, 0, 0)) == file
     assert file.parent == STATE / "map"
+
+
+@pytest.mark.usefixtures("experiment")
+@pytest.mark.parametrize(("network", "student"), [("2s", 1), (None, 0)])
+def test_what_the_pipeline_has_trained_is_the_same_student(network, student, params, monkeypatch):
+    training = Training(Point("", 0, params.distill.epochs), network, student, 0)
+    stage, weights = regimes.of_pipeline(params, training)
+    assert stage == {"2s": "distill@seed0/2s/1", None: "baseline@seed0/2s/kd"}[network]
+    trained = regimes.train(params, training).read_bytes()
+    shutil.rmtree(STATE / "map")
+    monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
+    assert regimes.train(params, training, weights).read_bytes() == trained
+
+
+@pytest.mark.usefixtures("experiment")
+@pytest.mark.parametrize("change", [{"random": True}, {"seed": 90}, {"point": Point("budget", 0.7, 2, budget=0.7)}])
+def test_what_the_pipeline_has_not_trained_is_not_taken_from_it(change, params):
+    centre = Training(Point("", 0, params.distill.epochs), "2s", 0, 0)
+    assert regimes.of_pipeline(params, centre)
+    assert not regimes.of_pipeline(params, replace(centre, **change))
+
+
+def test_students_of_changed_stages_are_not_taken(experiment, params, monkeypatch):
+    centre = [Training(Point("", 0, params.distill.epochs), "2s", i, 0) for i in range(2)]
+    assert not map_command._finished(params, centre)  # there is no repository of DVC
+    repo = Mock(**{"status.return_value": {"distill@seed0/2s/1": ["changed deps"]}})
+    monkeypatch.setattr("dvc.repo.Repo", lambda _: repo)
+    assert map_command._finished(params, centre) == {centre[0]: experiment.student("2s", 0, 0)}
 
 
 def test_differences_are_paired_by_image():

@@ -1,7 +1,7 @@
 """The command ``nonn map``: train around the active experiment, and say when NoNN is ahead of an ensemble.
 
 What is varied stands in ``workflow/map.yaml``. Trainings are kept under ``.nonn/map``: an interrupted map goes on where
-it was, and a further value of a factor trains what is new.
+it was, and a further value of a factor trains what is new. Students of the pipeline are not trained again.
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
             wanted |= {training.same: None for training in regimes.pool_of(params, point, seed)}
     for training in wanted:
         regimes.lesson_of(params, training)  # what no device can hold is refused before anything is trained
+    finished = _finished(params, wanted)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-        trainings: list[Future] = [pool.submit(_train, params, training) for training in wanted]
+        trainings: list[Future] = [pool.submit(_train, params, each, finished.get(each)) for each in wanted]
         for done in track(as_completed(trainings), "map", total=len(trainings)):
             done.result()
         scored = {
@@ -132,7 +133,24 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _train(params: Params, training: Any) -> None:
+def _finished(params: Params, trainings: Iterable[Any]) -> dict[Any, Path]:
+    """The weights of those students that the pipeline has trained, where DVC finds nothing changed since."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    from nonn.method import regimes
+
+    made = {training: found for training in trainings if (found := regimes.of_pipeline(params, training))}
+    if not made:
+        return {}
+    try:
+        changed = Repo(".").status(targets=sorted({stage for stage, _ in made.values()}))
+    except DvcException:  # no repository of DVC, or a stage that has gone: all is trained here
+        return {}
+    return {training: weights for training, (stage, weights) in made.items() if stage not in changed}
+
+
+def _train(params: Params, training: Any, weights: Path | None) -> None:
     """In a process of its own: one thread, as the pipeline's trainings have."""
     import torch
 
@@ -141,4 +159,4 @@ def _train(params: Params, training: Any) -> None:
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    regimes.train(params, training)
+    regimes.train(params, training, weights)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nonn.core.artifacts import DatasetInfo
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json
+from nonn.core.files import STATE, intact, read_json
 from nonn.core.params import Params, Signals
 from nonn.core.paths import Paths
 from nonn.data.dataset import SPLITS, Dataset, load_dataset
@@ -30,11 +30,12 @@ from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
 from nonn.method.scoring import permutation_test
 from nonn.method.sizing import design_student
+from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.lessons import Classroom, Lesson, distill_student
-from nonn.training.networks import predict
-from nonn.training.store import cut, load_filters, load_signals
+from nonn.training.networks import ConvNet, predict
+from nonn.training.store import cut, load_design, load_filters, load_signals
 
 #: Normal quantile of a two-sided 95 % interval.
 Z95 = 1.959964
@@ -178,10 +179,29 @@ def _filters(params: Params, training: Training) -> list[int]:
     return sets[training.student]
 
 
-def train(params: Params, training: Training) -> Path:
+def of_pipeline(params: Params, training: Training) -> tuple[str, Path] | None:
+    """The pipeline's stage that trains this very student, and the file of its weights; None if there is none."""
+    paths, point = Paths(params.experiment), training.point
+    at_centre = (point.epochs, point.budget, point.images, point.classes) == (params.distill.epochs, 1, 1, 1)
+    if training.random or not at_centre:  # the pipeline draws its random partitions in another way
+        return None
+    seed, architecture = training.seed, lesson_of(params, training).architecture
+    for network in [training.network] if training.network else params.networks:
+        if training.network:
+            stage, weights = "distill", paths.student(network, training.student, seed)
+        else:
+            stage, weights = "baseline", paths.baseline(network, "kd", seed)
+        design = paths.design(network, weights.stem)
+        if weights.is_file() and design.is_file() and load_design(design)[0][0] == architecture:
+            return f"{stage}@seed{seed}/{network}/{weights.stem}", weights
+    return None
+
+
+def train(params: Params, training: Training, weights: Path | None = None) -> Path:
     """Train a student unless that was done before; its file holds its head, and its features of all images, float16.
 
-    Features of the training images as they are, of validation and of test, are (M, F) each.
+    Features of the training images as they are, of validation and of test, are (M, F) each. With the `weights` that
+    the pipeline has trained, there is nothing to train.
     """
     training = training.same
     paths, point = Paths(params.experiment), training.point
@@ -195,13 +215,25 @@ def train(params: Params, training: Training) -> Path:
         return target
     classroom = classroom_of(params, point.images, point.classes)
     name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
-    student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
+    if weights:
+        student = _trained(weights, lesson, classroom.data)
+    else:
+        student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
     for part in ("train", "validation", "test"):
         tensors[part] = predict(student, classroom.data.part(part)[0], classroom.device)[0].half()
     write_tensors(target, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     checkpoint.discard()
     return target
+
+
+def _trained(weights: Path, lesson: Lesson, data: Dataset) -> ConvNet:
+    if not lesson.filters:
+        return load_baseline(weights, data)[0]
+    student = ConvNet(lesson.architecture, data.channels, data.n_classes, len(lesson.filters))
+    with intact(weights):
+        student.load_state_dict(read_tensors(weights))
+    return student.eval()
 
 
 @dataclass(frozen=True)
