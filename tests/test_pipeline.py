@@ -37,6 +37,7 @@ FRONT_ENDS = {
 
 #: What this experiment changes in the tiny one.
 PIPELINE = {
+    "experiment": "tiny_low",  # its name ends with that of a network
     "networks": {
         "low": {"devices": ["small", "small"], "seeds": 1, "baselines": {"kd": 2, "labels": 1}},
         "high": {"devices": ["large", "large"], "seeds": 1},
@@ -137,7 +138,7 @@ class Clone:
 
     def results(self) -> dict[str, bytes]:
         """Content of every artifact that does not hold times."""
-        root = self.folder / "results" / "tiny"
+        root = self.folder / "results" / "tiny_low"
         return {
             str(path.relative_to(root)): path.read_bytes()
             for path in sorted(root.rglob("*"))
@@ -243,7 +244,7 @@ def test_a_process_for_one_job_reads_that_job_alone(finished, tmp_path):
     """As clusters start it: what it does must not take longer the more jobs there are."""
     clone = finished.copied(tmp_path)
     before = clone.results()
-    shutil.rmtree(tmp_path / "results/tiny/design/high")
+    shutil.rmtree(tmp_path / "results/tiny_low/design/high")
     clone.edit(lambda params: params["networks"].pop("low"))  # whose jobs are listed still: not looked at
     one = [BIN / "snakemake", "--cores", "1", "--mode", "remote", "--no-hooks", "--force"]
     output = clone.call([*one, "--allowed-rules", "design", "--target-jobs", "design:job=high"])
@@ -259,7 +260,7 @@ def test_a_job_that_fails_is_not_taken_for_done_where_older_outputs_lie(finished
         file.write("\n\ndef run(options):\n    raise SystemExit(3)\n")
     process = clone.start(FRONT_ENDS["snakemake"])
     output, _ = process.communicate()
-    assert (tmp_path / "results/tiny/summary.md").is_file()
+    assert (tmp_path / "results/tiny_low/summary.md").is_file()
     assert process.returncode != 0
     assert "Error in rule figures" in output
 
@@ -269,7 +270,7 @@ def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone.edit(set_to("distill", "epochs", value=60))
     clone.call([BIN / "dvc", "repro", "partition@low"])
     stage = [BIN / "dvc", "repro", "--single-item", "distill@seed0/low/0"]
-    student = tmp_path / "results/tiny/students/seed0/low/0.safetensors"
+    student = tmp_path / "results/tiny_low/students/seed0/low/0.safetensors"
     checkpoints = tmp_path / ".nonn" / "checkpoints"
     process = clone.start(stage)
     while all(path.name.startswith(TEMPORARY) for path in checkpoints.glob("*.safetensors")):  # or none at all
@@ -296,7 +297,7 @@ def test_trainings_travel_by_dvcs_own_push_and_pull(tmp_path):
     here.call([BIN / "dvc", "push", "--run-cache"])
     there.call([BIN / "dvc", "fetch", "--run-cache"])
     assert there.stages_of([BIN / "dvc", "repro", "--pull", target]) == []
-    student = "results/tiny/students/seed0/low/0.safetensors"
+    student = "results/tiny_low/students/seed0/low/0.safetensors"
     assert (there.folder / student).read_bytes() == (here.folder / student).read_bytes()
     there.edit(set_to("distill", "kd_weight", value=0.8))
     assert there.stages_of([BIN / "dvc", "repro", target]) == ["distill low/0 0"], "other parameters, another training"

@@ -1,6 +1,7 @@
 # Which jobs have to run, of which rules: for Snakemake's first process, and one that a cluster starts for a group of
 # jobs. One for a single job does without: see `own_stage` in common.smk.
 import csv
+import re
 import time
 from collections import defaultdict
 from functools import cache
@@ -136,13 +137,16 @@ def new_designs(params, network):
     return [file for file, content in designs.items() if not file.is_file() or read_json(file) != content]
 
 
+def pattern_of(out, key):
+    """A job's output with a wildcard for its key, with which the path ends; folders before it may have the same name."""
+    return re.sub(rf"(?<=/){re.escape(key)}(?=(\.[a-z]+)?$)", "{job}", str(out)) if key else str(out)
+
+
 def about_stage(name, jobs):
     """What `Stage` needs to know of a stage, and the part of its jobs' outputs in which they differ."""
     first, keys = jobs[0], [job.addressing.partition("@")[2] for job in jobs]
     meta = first.meta or {}
-    outputs = [
-        (str(path(out)).replace(keys[0], "{job}") if keys[0] else str(path(out)), out.use_cache) for out in first.outs
-    ]
+    outputs = [(pattern_of(path(out), keys[0]), out.use_cache) for out in first.outs]
     about = {
         "name": name,
         "outputs": outputs,
