@@ -166,7 +166,7 @@ def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, classr
         ]  # two views, the first again
 
     cached = losses(classroom)
-    assert losses(TaughtLive(classroom, load_teacher(experiment, classroom.data))) == pytest.approx(cached, rel=1e-2)
+    assert losses(TaughtLive(classroom, load_teacher(experiment))) == pytest.approx(cached, rel=1e-2)
     untaught = changed(changed(classroom, "logits", torch.zeros_like), "pooled", torch.zeros_like)
     assert losses(untaught) != pytest.approx(cached, rel=1e-2)
 

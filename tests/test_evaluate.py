@@ -204,7 +204,7 @@ def test_the_stage_scores_everything_once(params, data, experiment):
         ("ensemble", "2s"): (2, 1),
     }
     images, labels = data.split("test")
-    right = (predict(load_teacher(experiment, data), images)[1].argmax(1) == labels).double().mean()
+    right = (predict(load_teacher(experiment), images)[1].argmax(1) == labels).double().mean()
     assert rows["teacher", ""]["accuracies"] == [right]
     missing = {(row["method"], row["missing"]): row for row in result["missing"]}
     assert set(missing) == set(itertools.product(["nonn", "random", "ensemble"], [0, 1]))

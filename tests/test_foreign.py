@@ -75,7 +75,7 @@ def test_the_stages_run_with_a_foreign_teacher(kind, colour, model):
     assert info["source"] == params.teacher.source
     assert info["n_filters"] == graph["n_filters"] == 16
     assert graph["n_live"] > 1
-    assert load_teacher(paths, colour).n_features == 16
+    assert load_teacher(paths).n_features == 16
 
 
 @pytest.mark.slow

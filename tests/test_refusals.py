@@ -137,8 +137,8 @@ def all_readers(params, paths) -> dict:
     return {
         paths.dataset: lambda: load_dataset(paths),
         paths.dataset_info: lambda: load_dataset(paths),
-        paths.teacher: lambda: load_teacher(paths, data),
-        paths.teacher_info: lambda: load_teacher(paths, data),
+        paths.teacher: lambda: load_teacher(paths),
+        paths.teacher_info: lambda: load_teacher(paths),
         paths.signals: lambda: load_signals(paths, data),
         paths.graph: lambda: load_graph(paths),
         paths.graph_info: lambda: design.run(params, paths, "2s"),

@@ -1,6 +1,7 @@
 """New labels for trained students: which images get them, how the layer is fitted, and the command."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from nonn.cli import main
 from nonn.commands.relabel import COLUMNS
 from nonn.core.errors import UserError
+from nonn.method.joining import FeatureCache
 from nonn.method.relabelling import draw, fit_few, new_labels
+from nonn.method.store import load_students
 
 GROUPS = {"stripes": ["across", "down"], "squares": ["chequered"]}
 
@@ -76,6 +79,15 @@ def test_the_command_compares_what_devices_send(experiment, folder_of_labels):
     assert float(by_method["teacher"]["accuracy_mean"]) > 0.8  # three easy classes
 
 
+def test_int8_devices_stay_calibrated_on_the_images_that_they_learned_from(experiment, params, data):
+    student = load_students(params, experiment, data, "2s", 0)[0][0]
+    features = FeatureCache(replace(data, train=data.train[:2]), "int8", taught=data)
+    (found,), _ = features([student], "test")
+    (own,), _ = FeatureCache(data, "int8")([student], "test")
+    assert torch.equal(found, own)
+    assert not torch.equal(found, FeatureCache(features.data, "int8")([student], "test")[0][0])
+
+
 @pytest.fixture
 def folder_of_labels(experiment) -> Path:
     file = experiment.root.parent / "kinds.yaml"
@@ -90,6 +102,8 @@ def test_what_cannot_be_labelled_is_said(folder_of_labels):
         main(["relabel", "2s", "--images", "other"])
     with pytest.raises(SystemExit, match=r"--per-class 1: one image of a label leaves none"):
         main(["relabel", "2s", "--labels", str(folder_of_labels), "--per-class", "1"])
+    with pytest.raises(SystemExit, match=r"--teacher: it sees images of 56 pixels a side, devices of 28; leave it out"):
+        main(["relabel", "2s", "--labels", str(folder_of_labels), "--teacher", "--set", "teacher.size=56"])
     folder_of_labels.write_text("stripes: [across]\nsquares: []\n")
     with pytest.raises(SystemExit, match=r"kinds\.yaml: squares: lists no class\. Name one, or remove this label"):
         main(["relabel", "2s", "--labels", str(folder_of_labels)])

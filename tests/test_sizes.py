@@ -6,6 +6,7 @@ import pytest
 import torch
 from experiments import write_dataset
 
+from nonn.core.files import read_json, write_json
 from nonn.core.paths import Paths
 from nonn.data.canvas import Canvas
 from nonn.data.dataset import load_dataset, load_teacher_dataset, measure_channels
@@ -14,6 +15,7 @@ from nonn.method.exporting import export_solo
 from nonn.method.scoring import score_all
 from nonn.stages import signals, teacher
 from nonn.stages.export import solo_models
+from nonn.teachers import store
 from nonn.training.networks import batch_of, predict
 
 PATHS = Paths("tiny")
@@ -59,6 +61,13 @@ def test_teacher_is_scored_and_exported_at_its_size(larger, folder):
     manifest = export_solo(models, students, folder / "solo", "float32", seen)["teacher"]
     assert manifest["image"]["size"] == 56
     assert manifest["test_accuracy"] == pytest.approx(first.correct.mean())
+
+
+@pytest.mark.usefixtures("larger")
+def test_a_network_of_a_fixed_size_is_built_for_the_teacher_s_images(monkeypatch):
+    write_json(PATHS.teacher_info, read_json(PATHS.teacher_info) | {"architecture": None})
+    monkeypatch.setattr(store, "load_foreign", lambda _info, _tensors, data: data.size)
+    assert store.load_teacher(PATHS) == 56
 
 
 def test_batches_of_larger_images_have_no_more_pixels():

@@ -139,7 +139,7 @@ def test_every_epoch_sees_a_view_of_its_own(params, data, checkpoint, monkeypatc
 
 
 def test_the_stage_writes_a_teacher_that_can_be_read(params, data, experiment):
-    info, model = read_json(experiment.teacher_info), load_teacher(experiment, data)
+    info, model = read_json(experiment.teacher_info), load_teacher(experiment)
     assert Architecture(**info["architecture"]) == params.teacher.architecture
     assert info["imported_from"] is None
     assert info["n_filters"] == model.n_features == 32
@@ -163,11 +163,11 @@ def test_the_stage_writes_the_same_bytes_again_and_no_checkpoint(params, experim
 
 def test_own_weights_come_back_with_their_normalisation(params, data, experiment, tmp_path):
     path = tmp_path / "own.safetensors"
-    write_tensors(path, load_teacher(experiment, data).state_dict())
+    write_tensors(path, load_teacher(experiment).state_dict())
     section = importing(params, path, params.teacher.architecture)
     model, _ = import_teacher(data, section)
     log = score_teacher(model, data, section)
-    assert torch.equal(predict(model, data.images)[1], predict(load_teacher(experiment, data), data.images)[1])
+    assert torch.equal(predict(model, data.images)[1], predict(load_teacher(experiment), data.images)[1])
     assert [row["validation_accuracy"] for row in log] == [read_json(experiment.teacher_info)["validation_accuracy"]]
 
 
@@ -189,7 +189,7 @@ def test_a_shared_teacher_is_half_the_size_and_says_the_same(params, data, exper
     assert Path("shared.safetensors").stat().st_size < 0.6 * experiment.teacher.stat().st_size
     section = importing(params, "shared.safetensors", params.teacher.architecture)
     imported, _ = import_teacher(data, section)
-    expected = predict(load_teacher(experiment, data), data.images)[1]
+    expected = predict(load_teacher(experiment), data.images)[1]
     torch.testing.assert_close(predict(imported, data.images)[1], expected, rtol=0.02, atol=0.02)
 
 
@@ -203,14 +203,14 @@ def test_a_teacher_is_shared_as_safetensors_once_it_is_trained(experiment):
         main(["share", "shared.safetensors"])
 
 
-def test_the_stage_notes_where_a_teacher_comes_from(params, data, experiment):
+def test_the_stage_notes_where_a_teacher_comes_from(params, experiment):
     weights = experiment.teacher.rename("own.safetensors")
     section = importing(params, weights, params.teacher.architecture)
     teacher_stage.run(params.model_copy(update={"teacher": section}), experiment)
     info = read_json(experiment.teacher_info)
     assert info["imported_from"] == "own.safetensors"
     assert info["validation_accuracy"] > 0.9
-    load_teacher(experiment, data)
+    load_teacher(experiment)
 
 
 @pytest.mark.parametrize(

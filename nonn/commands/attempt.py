@@ -115,7 +115,7 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
         student.cpu()
     epochs = (epoch_order(len(taught), epoch, seed).split(BATCH_SIZE) for epoch in range(params.assemble.epochs))
     *_, fitted = (averaged, *fit(averaged, train, taught, epochs, params.assemble.lr))
-    classifier = _classifier(load_teacher(Paths(params.experiment), data), sets)
+    classifier = _classifier(load_teacher(Paths(params.experiment)), sets)
     costs = [measure_cost(student, data.channels, data.size) for student in students]
     own = [accuracy(own_logits, labels) for _, own_logits in outputs]
     return {

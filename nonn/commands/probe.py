@@ -108,7 +108,7 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     from nonn.training.networks import batch_of, joined
 
     data = load_teacher_dataset(paths)
-    teacher, images = load_teacher(paths, data), data.part(on)[0]
+    teacher, images = load_teacher(paths), data.part(on)[0]
     size = batch_of(BATCH_SIZE, data.size)
     batches = track(images.split(size), "teacher", total=-(-len(images) // size))
     found = joined((signals_of(teacher, batch, attention=False) for batch in batches), len(images))

@@ -106,7 +106,11 @@ def measure(params: Params, options: Any) -> list[dict]:
     except UserError as error:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
-    teacher = load_teacher(paths, taught) if options.teacher else None
+    if options.teacher and params.teacher.size not in (None, taught.size):
+        raise UserError(
+            f"--teacher: it sees images of {params.teacher.size} pixels a side, devices of {taught.size}; leave it out"
+        )
+    teacher = load_teacher(paths) if options.teacher else None
     shared = {"experiment": params.experiment, "network": options.network}
     shared |= {"labelling": options.labels.stem if options.labels else options.images, "images": source.experiment}
     shared |= {"labels": len(labels), "test_images": len(data.test)}

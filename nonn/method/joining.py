@@ -98,11 +98,12 @@ def features_of(students: Sequence[ConvNet], images: Tensor | Images) -> list[Te
 class FeatureCache:
     """Feature vectors of students for whole splits of a dataset, each calculated once.
 
-    They are those that devices calculate: of int8 students with 1 byte a value, by ONNX Runtime.
+    They are those that devices calculate: of int8 students with 1 byte a value, by ONNX Runtime. Int8 students are
+    calibrated on the training images of `taught`, None for those of the dataset itself.
     """
 
-    def __init__(self, data: Dataset, precision: Precision):
-        self.data, self.precision = data, precision
+    def __init__(self, data: Dataset, precision: Precision, taught: Dataset | None = None):
+        self.data, self.precision, self.taught = data, precision, taught or data
         self._known: dict[tuple[ConvNet, str], Tensor] = {}
         self._files: dict[ConvNet, bytes] = {}
 
@@ -118,7 +119,7 @@ class FeatureCache:
         if self.precision == "float32":
             return features_of([student], images)[0]
         if student not in self._files:
-            self._files[student] = student_content(student, self.data, self.precision)
+            self._files[student] = student_content(student, self.taught, self.precision)
         n_parts = min(torch.get_num_threads(), len(images))
         parts = (part.each() for part in images.parts(n_parts))
         with ThreadPoolExecutor(n_parts) as pool:  # ONNX Runtime lets other threads run meanwhile

@@ -92,7 +92,7 @@ def what_is_sent(
     params: Params, paths: Paths, network: str, taught: Dataset, data: Dataset, teacher: torch.nn.Module | None
 ) -> Iterator[Sent]:
     """What the devices of each method send of `data`; students are those of `taught`, the experiment's own images."""
-    features = FeatureCache(data, params.design.precision)
+    features = FeatureCache(data, params.design.precision, taught)
     n = len(params.networks[network].devices)
     if params.pool is None or params.networks[params.pool[0]].baselines["kd"] < n:
         raise UserError(f"params.yaml: networks.*.baselines.kd: an ensemble for {network} takes {n} of them, or more")

@@ -191,7 +191,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
     seen = load_teacher_dataset(paths)
     images, labels = seen.part("test")
-    teacher = load_teacher(paths, seen)
+    teacher = load_teacher(paths)
     with torch.inference_mode():
         _, logits = predict(teacher, images)
     yield _scores("teacher", "", [logits[None]], labels)

@@ -20,7 +20,7 @@ def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNe
 
     A foreign teacher stays in float32: what quantising does to it is a matter of its own.
     """
-    models: dict[str, ConvNet | ForeignTeacher] = {"teacher": load_teacher(paths, data)}
+    models: dict[str, ConvNet | ForeignTeacher] = {"teacher": load_teacher(paths)}
     if params.design.precision == "int8" and isinstance(models["teacher"], ConvNet):
         models["teacher_int8"] = models["teacher"]
     for network, method, _ in params.baselines():

@@ -15,5 +15,5 @@ from nonn.teachers.store import load_teacher
 def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.signals.threads)
     data, students = load_teacher_dataset(paths), load_dataset(paths)
-    signals = compute_signals(load_teacher(paths, data), data, params.signals, students.size)
+    signals = compute_signals(load_teacher(paths), data, params.signals, students.size)
     write_tensors(paths.signals, signals)

@@ -13,15 +13,15 @@ from nonn.core.artifacts import TeacherInfo
 from nonn.core.files import intact, read_json
 from nonn.core.params import Architecture
 from nonn.core.paths import Paths
-from nonn.data.dataset import Dataset
+from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import read_tensors
 from nonn.teachers.foreign import ForeignTeacher, load_foreign
 from nonn.training.networks import ConvNet
 
 
-def load_teacher(paths: Paths, data: Dataset) -> ConvNet | ForeignTeacher:
+def load_teacher(paths: Paths) -> ConvNet | ForeignTeacher:
     """The teacher of the experiment, ready to predict."""
-    info = read_json(paths.teacher_info, TeacherInfo)
+    info, data = read_json(paths.teacher_info, TeacherInfo), load_teacher_dataset(paths)
     with intact(paths.teacher):
         if info["architecture"] is None:
             return load_foreign(info, read_tensors(paths.teacher), data)
