@@ -11,6 +11,7 @@ import pytest
 from nonn.commands import map as map_command
 from nonn.commands.map import COLUMNS, MapPlan, make_map
 from nonn.commands.tables import write_rows
+from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.schema import load_yaml
@@ -104,6 +105,22 @@ def test_a_budget_decides_the_architecture_and_not_the_filters(params):
 
 
 @pytest.mark.usefixtures("experiment")
+def test_every_device_of_a_network_holds_the_students_that_it_is_compared_with(params):
+    large = params.devices["small"].model_copy(update={"memory_kib": 2 * params.devices["small"].memory_kib})
+    unlike = params.networks["2s"].model_copy(update={"devices": ["large", "small"]})
+    params = params.model_copy(
+        update={
+            "devices": params.devices | {"large": large},
+            "networks": {"first": params.networks["2s"].model_copy(update={"devices": ["large"] * 2}), "2s": unlike},
+        }
+    )
+    pool = regimes.pool_of(params, Point("centre", 1.0, 1), "2s", 1, 4)
+    assert [(kd.seed, kd.device) for kd in pool] == [(4 + i, params.budgets_of("2s")[1]) for i in range(2)]
+    half = regimes._scaled(Budget(memory_kib=64, latency_ms=10, mmacs_per_s=5), 0.5)
+    assert (half.memory_kib, half.most_mmacs) == (32, 0.025)
+
+
+@pytest.mark.usefixtures("experiment")
 def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
     rows = list(make_map(short, PLAN, 1))
     methods = ["nonn", "nonn_averaged", "ensemble", "ensemble_fitted", "random", "kd"]
@@ -122,17 +139,19 @@ def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
 
 @pytest.mark.usefixtures("experiment")
 def test_what_is_trained_is_not_trained_again(params, monkeypatch):
-    training = Training(Point("epochs", 1, 1), None, 0, 0)
+    device = params.budgets_of("2s")[0]
+    training = Training(Point("epochs", 1, 1), None, 0, 0, device=device)
     file = regimes.train(params, training)
     monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
-    assert regimes.train(params, Training(Point("centre", 1.0, 1), None, 0, 0)) == file
+    assert regimes.train(params, Training(Point("centre", 1.0, 1), None, 0, 0, device=device)) == file
     assert file.parent == STATE / "map"
 
 
 @pytest.mark.usefixtures("experiment")
 @pytest.mark.parametrize(("network", "student"), [("2s", 1), (None, 0)])
 def test_what_the_pipeline_has_trained_is_the_same_student(network, student, params, monkeypatch):
-    training = Training(Point("", 0, params.distill.epochs), network, student, 0)
+    device = params.budgets_of("2s")[0]
+    training = Training(Point("", 0, params.distill.epochs), network, student, 0, device=None if network else device)
     stage, weights = regimes.of_pipeline(params, training)
     assert stage == {"2s": "distill@seed0/2s/1", None: "baseline@seed0/2s/kd"}[network]
     trained = regimes.train(params, training).read_bytes()

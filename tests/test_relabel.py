@@ -103,7 +103,19 @@ def test_what_cannot_be_labelled_is_said(folder_of_labels):
     with pytest.raises(SystemExit, match=r"--per-class 1: one image of a label leaves none"):
         main(["relabel", "2s", "--labels", str(folder_of_labels), "--per-class", "1"])
     with pytest.raises(SystemExit, match=r"--teacher: it sees images of 56 pixels a side, devices of 28; leave it out"):
-        main(["relabel", "2s", "--labels", str(folder_of_labels), "--teacher", "--set", "teacher.size=56"])
+        main(
+            [
+                "relabel",
+                "2s",
+                "--labels",
+                str(folder_of_labels),
+                "--per-class",
+                "2",
+                "--teacher",
+                "--set",
+                "teacher.size=56",
+            ]
+        )
     folder_of_labels.write_text("stripes: [across]\nsquares: []\n")
     with pytest.raises(SystemExit, match=r"kinds\.yaml: squares: lists no class\. Name one, or remove this label"):
         main(["relabel", "2s", "--labels", str(folder_of_labels)])

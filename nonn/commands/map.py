@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from itertools import product
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,16 +94,14 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
     """The rows of the table, point by point as in the plan."""
     from nonn.method import regimes
 
-    points, networks, seeds = regimes.points_of(plan, params), plan["networks"], range(plan["seeds"])
+    points, seeds = regimes.points_of(plan, params), range(plan["seeds"])
+    sizes = {name: len(params.networks[name].devices) for name in plan["networks"]}
+    largest = max(sizes.values())
     wanted: dict[Any, None] = {}
-    for point in points:
-        for seed in seeds:
-            sizes = {name: len(params.networks[name].devices) for name in networks}
-            for name, n in sizes.items():
-                by_chance = (False, True) if point.factor == "centre" else (False,)
-                for random in by_chance:
-                    wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
-            wanted |= {training.same: None for training in regimes.pool_of(params, point, seed)}
+    for point, seed, (name, n) in product(points, seeds, sizes.items()):
+        for random in (False, True) if point.factor == "centre" else (False,):
+            wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
+        wanted |= {training.same: None for training in regimes.pool_of(params, point, name, seed, largest)}
     for training in wanted:
         regimes.lesson_of(params, training)  # what no device can hold is refused before anything is trained
     finished = _finished(params, wanted)
@@ -112,10 +111,11 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
             done.result()
         scored = {
             (point, name): [
-                pool.submit(regimes.score, params, point, name, seed, point.factor == "centre") for seed in seeds
+                pool.submit(regimes.score, params, point, name, seed, largest, point.factor == "centre")
+                for seed in seeds
             ]
             for point in points
-            for name in networks
+            for name in sizes
         }
         for (point, name), futures in scored.items():
             for row in regimes.rows_of(params, point, name, [future.result() for future in futures]):

@@ -29,7 +29,7 @@ from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
 from nonn.method.scoring import permutation_test
-from nonn.method.sizing import design_student
+from nonn.method.sizing import design_student, smallest_device
 from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
@@ -70,9 +70,9 @@ def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
 
 @dataclass(frozen=True)
 class Training:
-    """One student at a point: number `student` of `network` or, where that is None, of the pool of KD students.
+    """One student at a point: number `student` of `network` or, where that is None, a KD student for `device`.
 
-    Students of the pool count on over the seeds. With ``random`` the network's filters are shared out by chance.
+    KD students are told apart by their seeds. With ``random`` the network's filters are shared out by chance.
     """
 
     point: Point
@@ -80,6 +80,7 @@ class Training:
     student: int
     seed: int
     random: bool = False
+    device: Budget | None = None
 
     @property
     def same(self) -> Training:
@@ -150,11 +151,9 @@ def lesson_of(params: Params, training: Training) -> Lesson:
     paths, section = Paths(params.experiment), params.distill
     info = read_json(paths.dataset_info, DatasetInfo)
     info["classes"] = info["classes"][: number_of_classes(len(info["classes"]), training.point.classes)]  # so many
-    network = training.network or next(iter(params.networks))
-    filters = None
-    if training.network:
-        filters = _filters(params, training)
-    budget = _scaled(params.budgets_of(network)[training.student if training.network else 0], training.point.budget)
+    filters = _filters(params, training) if training.network else None
+    device = training.device or params.budgets_of(str(training.network))[training.student]
+    budget = _scaled(device, training.point.budget)
     architecture, _ = design_student(params.design, budget, info, len(filters) if filters else None)
     return Lesson(
         architecture=architecture,
@@ -165,7 +164,7 @@ def lesson_of(params: Params, training: Training) -> Lesson:
 
 
 def _scaled(budget: Budget, factor: float) -> Budget:
-    sizes = {name: getattr(budget, name) for name in ("memory_kib", "flash_kib", "ram_kib", "mmacs")}
+    sizes = {name: getattr(budget, name) for name in ("memory_kib", "flash_kib", "ram_kib", "mmacs", "latency_ms")}
     return replace(budget, **{name: size * factor for name, size in sizes.items() if size is not None})
 
 
@@ -270,14 +269,22 @@ class Joined:
         return torch.stack(terms).mean(0)
 
 
-def pool_of(params: Params, point: Point, seed: int) -> list[Training]:
-    """The KD students of a seed, as many as the largest network has devices; smaller ones take the first of them."""
-    n = max(len(network.devices) for network in params.networks.values())
-    return [Training(point, None, 0, seed * n + i) for i in range(n)]
+def pool_of(params: Params, point: Point, network: str, seed: int, size: int) -> list[Training]:
+    """The KD students that a network is compared with, as many as it has devices, each of which holds one.
+
+    A seed has `size` of them, for the largest network that is compared; smaller ones take the first.
+    """
+    info = read_json(Paths(params.experiment).dataset_info, DatasetInfo)
+    budgets = params.budgets_of(network)
+    device = smallest_device(params.design, budgets, dict(info))
+    return [Training(point, None, 0, seed * size + i, device=device) for i in range(len(budgets))]
 
 
-def score(params: Params, point: Point, network: str, seed: int, random: bool) -> dict[str, np.ndarray]:
-    """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet."""
+def score(params: Params, point: Point, network: str, seed: int, size: int, random: bool) -> dict[str, np.ndarray]:
+    """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet.
+
+    `size` as in `pool_of`; with `random`, also the network on a random partition.
+    """
     torch.set_num_threads(1)
     n = len(params.networks[network].devices)
     data = classroom_of(params, point.images, point.classes).data
@@ -290,7 +297,7 @@ def score(params: Params, point: Point, network: str, seed: int, random: bool) -
         return Joined.of([train(params, Training(point, name, i, seed, by_chance)) for i in range(n)])
 
     nonn = students(network)
-    pool = Joined.of([train(params, kd) for kd in pool_of(params, point, seed)[:n]])
+    pool = Joined.of([train(params, kd) for kd in pool_of(params, point, network, seed, size)])
     found = {
         "nonn": right(logits_of(nonn.fitted(params, data, seed), nonn.features["test"])),
         "nonn_averaged": right(logits_of(nonn.averaged(), nonn.features["test"])),
