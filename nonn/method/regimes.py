@@ -208,7 +208,7 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
     schedule = params.distill.model_copy(update={"epochs": point.epochs})
     own_seed = training.seed * 1000 + training.student  # as in the pipeline
     settings = [repr(lesson), schedule.model_dump(), params.signals.model_dump(), own_seed, point.images, point.classes]
-    checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals])
+    checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals, Path(__file__)])
     target = STATE / "map" / checkpoint.path.name
     if target.is_file():
         return target

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.cost import measure_cost
+from nonn.method import pruning, splitnet
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache
 from nonn.method.pruning import prune_to_budget
@@ -56,7 +58,8 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom)
     settings = [method, network, seed, str(model), rival.note]
     settings += [params.distill.model_dump(), params.signals.model_dump()]
-    checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher])
+    code = [Path(file) for file in (__file__, pruning.__file__, splitnet.__file__)]
+    checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher, *code])
     target = STATE / "rivals" / checkpoint.path.name
     if target.is_file():
         model.load_state_dict(read_tensors(target))

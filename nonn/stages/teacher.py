@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import write_tensors
+from nonn.teachers import selection, teacher
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.store import tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher, train_teacher
@@ -24,7 +26,8 @@ def run(params: Params, paths: Paths) -> None:
     section, data = params.teacher, load_teacher_dataset(paths)
     torch.set_num_threads(section.threads)
     keep_freed_memory()
-    checkpoint = Checkpoint.of(["teacher", section.model_dump()], [paths.dataset, paths.teacher_images])
+    inputs = [paths.dataset, paths.teacher_images, Path(selection.__file__), Path(teacher.__file__)]
+    checkpoint = Checkpoint.of(["teacher", section.model_dump()], inputs)
     record: dict[str, Any] = {}
     model: ConvNet | ForeignTeacher
     if section.is_trained:

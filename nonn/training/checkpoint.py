@@ -47,7 +47,10 @@ class Checkpoint:
 
     @classmethod
     def of(cls, settings: Any, inputs: Iterable[Path]) -> Checkpoint:
-        """Checkpoint of a training with these settings (JSON) and input files, by the code of this package."""
+        """Checkpoint of a training with these settings (JSON) and input files, by the code of this package.
+
+        Code elsewhere that decides how the training goes is one of the inputs.
+        """
         key = hashlib.sha256(json.dumps([settings, torch.__version__, is_portable()], sort_keys=True).encode())
         for path in [*inputs, *CODE]:
             with path.open("rb") as file:
