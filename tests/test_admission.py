@@ -163,6 +163,33 @@ def test_it_slows_down_now_and_then_and_recovers(clock):
     assert admission.service_seconds == pytest.approx(0.005, rel=0.05)
 
 
+def test_somebody_who_is_always_busy_does_not_close_the_door(clock):
+    admission = Admission(0.01, patience=0.1, share=0.5, clock=clock)
+    for _ in range(1000):
+        clock.now += 0.1
+        with admission.admitted(0.1):
+            clock.now += 0.02
+        admission.slow_down()
+        admission.check(0.1)  # as another call would be
+    assert admission.service_seconds <= 0.025
+
+
+def test_a_place_is_taken_again_by_the_time_that_is_left(clock):
+    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    with admission.admitted(1.0, "a"):  # what is usual on this connection
+        pass
+    with admission.admitted(0.4, "a", given=0.4) as place:
+        place.leave()
+        clock.now += 0.1
+        admission._finished = clock.now  # somebody else was answered
+        place.keep()
+        place.leave()
+        clock.now += 0.25
+        admission._finished = clock.now
+        with pytest.raises(OverloadedError):  # less than half of its time is left
+            place.keep()
+
+
 # At a node
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nonn import cli
+from nonn.core.errors import UserError
 from nonn.firmware.board import Board
 from nonn.firmware.build import EMULATOR
 from nonn.firmware.graph import read_student
@@ -32,7 +33,7 @@ def export(tmp_path_factory):
 def board(export, tmp_path):
     board = Board(export / "1.onnx", find_target("stm32h743"), tmp_path)
     yield board
-    board.emulator.close()
+    board.stop()
 
 
 def emulators():
@@ -90,6 +91,19 @@ def test_a_board_that_stops_is_started_again(board):
     board.emulator.process.kill()
     with pytest.raises((OSError, RuntimeError)):
         board.run(image)
+    assert board.run(image).tobytes() == features.tobytes()
+
+
+@needs_toolchain
+def test_a_board_that_does_not_start_again_is_tried_with_the_next_image(board, monkeypatch):
+    image = make_image()[None]
+    features = board.run(image)
+    board.stop()
+    with monkeypatch.context() as patch:
+        patch.setattr("nonn.firmware.board.START", 0.0)
+        for _ in range(2):
+            with pytest.raises(UserError, match=r"the firmware does not start in qemu-system-arm \(the emulated board"):
+                board.run(image)
     assert board.run(image).tobytes() == features.tobytes()
 
 

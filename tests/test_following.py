@@ -104,6 +104,7 @@ def test_a_changed_deadline_counts_from_then_on(exports, tmp_path):
             write_cluster(bench.file, bench.cluster.model_copy(update={"deadline_ms": 700}))
             await until(lambda: current.coordinator.patience == 0.7)
             assert (bench.network.admission.patience, bench.network.current) == (0.7, current)
+            assert {connection.patience for connection in current.coordinator.connections} == {0.7}
             assert (await bench.ask())[1] == 3
 
     asyncio.run(scenario())

@@ -27,6 +27,7 @@ from clusters import (
     until,
 )
 from cryptography import x509
+from grpc import StatusCode, aio
 from prometheus_client import CollectorRegistry
 
 from nonn.core.errors import UserError
@@ -81,8 +82,14 @@ def test_a_certificate_from_the_future_asks_for_the_clock(tmp_path, monkeypatch)
 def test_a_certificate_that_ends_soon_is_spoken_of(tmp_path, monkeypatch, capsys):
     dated(tmp_path, monkeypatch, 0, 20).warn()
     assert "node-0.pem: ends on " in capsys.readouterr().err
-    dated(tmp_path, monkeypatch, 0, 200).warn()
+    signer = dated(tmp_path, monkeypatch, 0, 200)
+    signer.warn()
     assert not capsys.readouterr().err
+    lasting = signer.certificate.read_bytes()
+    chain = dated(tmp_path, monkeypatch, 0, 20)
+    chain.certificate.write_bytes(chain.certificate.read_bytes() + lasting)
+    chain.warn()
+    assert "node-0.pem: ends on " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
@@ -149,6 +156,11 @@ def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monk
             assert not (await network.classify(make_image())).absent
 
     asyncio.run(scenario())
+
+
+def test_words_of_a_node_cannot_write_over_a_terminal():
+    error = aio.AioRpcError(StatusCode.INTERNAL, aio.Metadata(), aio.Metadata(), "\x1b]0;all is well\nnode-1: up")
+    assert reason_of(error) == r"internal: \x1b]0;all is well\nnode-1: up"
 
 
 def test_the_reason_of_a_failed_handshake_is_not_cut_off(network_folder, certificates, tmp_path):

@@ -19,7 +19,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.live import rollout
 from nonn.live.rollout import Board, Rollout, complete_certificates, kept_unless_done, only_one, placed_on
-from nonn.runtime.cluster import load_cluster
+from nonn.runtime.cluster import load_cluster, local_cluster
 
 BOARDS = ["pi@a", "b", "pi@c:2222"]
 
@@ -39,6 +39,16 @@ def rollout_of(export: Path, certificates: Path, folder: str = "nonn") -> Rollou
 )
 def test_a_board_is_named_as_ssh_names_it(text, board):
     assert Board.of(text) == board
+
+
+@pytest.mark.parametrize(("port", "deadline_ms"), [(80, 100.0), (65535, 100.0), (7100, 0.0), (7100, 1e6)])
+def test_ports_and_deadlines_that_cannot_be_are_refused_as_for_a_local_cluster(port, deadline_ms, network_folder):
+    boards = [Board.of(text) for text in BOARDS]
+    with pytest.raises(UserError) as refused:
+        placed_on(boards, network_folder, Path("certs"), port, deadline_ms)
+    with pytest.raises(UserError) as local:
+        local_cluster(network_folder, None, port, deadline_ms)
+    assert str(refused.value) == str(local.value)
 
 
 @pytest.mark.parametrize("text", ["", "a b", "-oProxyCommand=x@h;ls", "pi@", "host:port", "a'b"])

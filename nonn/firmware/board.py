@@ -58,10 +58,12 @@ class Emulator:
         )
         try:
             if self.read(len(READY), START) != READY:
-                raise UserError(f"{elf}: the firmware does not start in the emulator. Build it again.")
-        except BaseException:
+                raise RuntimeError("it does not say that it is ready")
+        except BaseException as error:
             self.close()
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            raise UserError(f"{elf}: the firmware does not start in {EMULATOR} ({error}). Build it again.") from None
 
     def run(self, image: np.ndarray, n_features: int) -> np.ndarray:
         """The bytes (n_features,) of an image, uint8 (channels, rows, columns)."""
@@ -106,11 +108,11 @@ class Board(Student):
         student, image = build_for_port(path, target, folder)
         self.n_features, self.scale = student.n_features, scale_of(student)
         self.start = functools.partial(Emulator, image.elf, target.core)
-        self.emulator = self.start()
+        self.emulator: Emulator | None = self.start()
         try:
             super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one
         except BaseException:
-            self.emulator.close()
+            self.stop()
             raise
         del self.session  # it has shown that the file is what the manifest says
         self.quick_batch = 0  # a board is waited for in a thread
@@ -118,11 +120,18 @@ class Board(Student):
     def run(self, images: np.ndarray) -> np.ndarray:
         """Features (k, F_i), float32, of images; a board that has stopped is started again for the next ones."""
         try:
+            if self.emulator is None:
+                self.emulator = self.start()
             return np.stack([self.scale.decode(self.emulator.run(image, self.n_features)) for image in images])
         except (OSError, RuntimeError):
-            self.emulator.close()
-            self.emulator = self.start()
+            self.stop()
             raise
+
+    def stop(self) -> None:
+        """Switch the board off, if it is on."""
+        if self.emulator:
+            self.emulator.close()
+        self.emulator = None
 
 
 def add_arguments(parser) -> None:
@@ -145,5 +154,5 @@ def run(options) -> None:
             with relayed_stderr():
                 asyncio.run(serve(board, options.address, identity, allowed, None, options.attached))
         finally:
-            board.emulator.close()
+            board.stop()
     log(f"{options.device}: stopped")

@@ -36,7 +36,7 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.live.following import ATTENTION
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, write_cluster
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest, read_verified
 
@@ -146,8 +146,8 @@ def placed_on(boards: Sequence[Board], export: Path, certificates: Path, port: i
     students = read_manifest(export).students
     if len(boards) != len(students):
         raise UserError(f"--to: {len(boards)} boards for the {len(students)} students of {export}.")
-    if not 1024 <= port <= 65536 - len(students):
-        raise UserError(f"--port: {port} leaves no room for {len(students)} nodes; give 1024 to 60000")
+    check_ports(port, len(students))
+    check_deadline(deadline_ms)
     nodes = [
         Node(name=f"node-{student.model}", address=f"{board.host}:{port + i}", model=student.model)
         for i, (board, student) in enumerate(zip(boards, students, strict=True))
@@ -175,12 +175,13 @@ def only_one(folder: Path) -> Iterator[int]:
     """
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another rollout with these certificates is under way. Wait until it ends."
+            ) from None
         yield lock
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another rollout with these certificates is under way. Wait until it ends."
-        ) from None
     finally:
         os.close(lock)
 

@@ -130,7 +130,7 @@ class Admission:
     def admitted(self, seconds: float | None, peer: str = "", given: float | None = None) -> Iterator[Place]:
         """Let a call wait while the block runs; see `check`."""
         arrived = self.clock() - self.check(seconds, peer, given)
-        place = Place(self, seconds)
+        place = Place(self, seconds, peer, given)
         try:
             yield place
             self._measure(arrived)
@@ -150,17 +150,23 @@ class Admission:
         self._finished = self._served_since = now
 
     def slow_down(self) -> None:
-        """Take calls for longer than measured, for now: somebody behind this process has been asked too often."""
-        now = self.clock()
+        """Take calls for longer than measured, for now: somebody behind this process has been asked too often.
+
+        They are never taken for so long that of two calls at once the second would be refused: somebody who is always
+        busy must not close the door to those who get their answers from others.
+        """
+        now, longest = self.clock(), self.share * self.patience / 2
         if now - self._slowed >= self.patience:  # what was changed before has had time to show
-            self.service_seconds, self._slowed = SLOWER * self.service_seconds, now
+            self.service_seconds = max(self.service_seconds, min(SLOWER * self.service_seconds, longest))
+            self._slowed = now
 
 
 class Place:
     """A call's place in the queue, which it can leave while it is itself waited for."""
 
-    def __init__(self, admission: Admission, seconds: float | None):
-        self.admission, self.seconds = admission, seconds
+    def __init__(self, admission: Admission, seconds: float | None, peer: str, given: float | None):
+        self.admission, self.peer, self.given = admission, peer, given
+        self.deadline = None if seconds is None else admission.clock() + seconds
         self.is_held = False
         self._take()
 
@@ -178,5 +184,6 @@ class Place:
     def keep(self) -> None:
         """Be in the queue again: an `OverloadedError` if the place was left, and others have taken it."""
         if not self.is_held:
-            self.admission.check(self.seconds)
+            left = None if self.deadline is None else max(self.deadline - self.admission.clock(), 0.0)
+            self.admission.check(left, self.peer, self.given)
             self._take()

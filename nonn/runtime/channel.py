@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
+from nonn.core.errors import printable
 from nonn.runtime.admission import LONGEST_RETURN, RETRY_AFTER
 from nonn.runtime.cluster import Node
 from nonn.runtime.tls import Identity, handshake_problem
@@ -82,5 +83,6 @@ def reason_of(error: BaseException) -> str:
         if error.code() == StatusCode.DEADLINE_EXCEEDED:
             return LATE
         details = (error.details() or "").rpartition("last error: ")[2]
-        return f"{error.code().name.lower().replace('_', ' ')}: {handshake_problem(details) or details[:200]}"
+        code = error.code().name.lower().replace("_", " ")
+        return f"{code}: {handshake_problem(details) or printable(details[:200])}"
     return str(error) or type(error).__name__

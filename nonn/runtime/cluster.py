@@ -139,6 +139,18 @@ def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
     return cluster
 
 
+def check_ports(port: int, n_nodes: int) -> None:
+    """Raise UserError unless there are consecutive ports for all nodes from this one on."""
+    if not 1024 <= port <= 65536 - n_nodes:
+        raise UserError(f"--port: {port} leaves no room for {n_nodes} nodes; give 1024 to 60000")
+
+
+def check_deadline(deadline_ms: float) -> None:
+    """Raise UserError for a time in which no image can be answered, or in which nobody would wait."""
+    if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
+        raise UserError(f"--deadline-ms: {deadline_ms:g} is not in reach; give up to {LONGEST_DEADLINE_MS}")
+
+
 def local_cluster(export: Path, certificates: Path | None, port: int, deadline_ms: float) -> Cluster:
     """All nodes of an exported network on this machine's loopback address, on consecutive ports.
 
@@ -150,10 +162,9 @@ def local_cluster(export: Path, certificates: Path | None, port: int, deadline_m
         There are no such ports, or the deadline is impossible.
     """
     students = read_manifest(export).students
-    if port and not 1024 <= port <= 65536 - len(students):
-        raise UserError(f"--port: {port} leaves no room for {len(students)} nodes; give 1024 to 60000")
-    if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
-        raise UserError(f"--deadline-ms: {deadline_ms:g} is not in reach; give up to {LONGEST_DEADLINE_MS}")
+    if port:
+        check_ports(port, len(students))
+    check_deadline(deadline_ms)
     nodes = [
         Node(name=f"node-{student.model}", address=f"127.0.0.1:{port + i if port else 0}", model=student.model)
         for i, student in enumerate(students)

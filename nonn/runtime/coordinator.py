@@ -149,6 +149,11 @@ class NodeConnection:
                 self.reason = reason_of(error)
                 if busy_seconds(error) is None:
                     continue
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task and task.cancelling():
+                    raise
+                continue  # the channel was replaced meanwhile
             self.failures, self.probing = TOLERATED_FAILURES - 1, None
             return
 
@@ -166,10 +171,21 @@ class Coordinator:
         self.cluster = cluster
         self.manifest, self.placed = cluster.placed()
         self.final = FinalLayer.load(cluster.export, self.manifest)
-        self.patience = cluster.deadline_ms / 1000
         self.identity = cluster.own_identity
         self.connections: list[NodeConnection] = []
+        self.patience = cluster.deadline_ms / 1000
         self._attending: asyncio.Task | None = None
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a node has for an image, or for a probe; may be changed at any time."""
+        return self._patience
+
+    @patience.setter
+    def patience(self, seconds: float) -> None:
+        self._patience = seconds
+        for connection in self.connections:
+            connection.patience = seconds
 
     async def __aenter__(self) -> Coordinator:
         stamp = self.identity.stamp() if self.identity else None

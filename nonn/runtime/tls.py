@@ -95,26 +95,31 @@ class Identity:
     def warn(self) -> None:
         """Say which certificates end soon."""
         now = datetime.now(UTC)
-        for path in (self.certificate, self.ca):
-            if (end := max(certificate.not_valid_after_utc for certificate in _certificates(path))) - now < SOON:
+        for path, certificates in self._certificates_by_file():
+            if (end := max(certificate.not_valid_after_utc for certificate in certificates)) - now < SOON:
                 log(f"{path}: ends on {end:%Y-%m-%d %H:%M} UTC. {self._renewal(path)}")
 
     def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
         key, certificate, ca = self._checked()
         return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
 
+    def _certificates_by_file(self) -> list[tuple[Path, list[x509.Certificate]]]:
+        """The own one, without those that have signed it, and the authorities."""
+        return [(self.certificate, _certificates(self.certificate)[:1]), (self.ca, _certificates(self.ca))]
+
     def _checked(self) -> tuple[bytes, bytes, bytes]:
         """Contents of key, certificate and authority."""
         contents = _read_pem(self.key), _read_pem(self.certificate), _read_pem(self.ca)
         check_mode(self.key)
-        own, authorities = _certificates(self.certificate)[:1], _certificates(self.ca)
+        certificates_by_file = self._certificates_by_file()
+        own = certificates_by_file[0][1]
         try:
             key = serialization.load_pem_private_key(contents[0], password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise UserError(f"{self.key}: is no private key without a password ({error}).") from None
         if key.public_key() != own[0].public_key():
             raise UserError(f"{self.certificate} and {self.key} do not belong together. Make both anew.")
-        for path, certificates in ((self.certificate, own), (self.ca, authorities)):
+        for path, certificates in certificates_by_file:
             now = datetime.now(UTC)
             if now < (start := min(certificate.not_valid_before_utc for certificate in certificates)):
                 raise UserError(

@@ -4,9 +4,9 @@
 # plain process. A release is a folder beside the others, and `current` leads to the one that is served.
 set -eu
 cd "$(dirname "$0")/.."
-unit=nonn-$(basename "$PWD").service
 
 if systemctl --user show-environment >/dev/null 2>&1; then
+  unit=nonn-$(systemd-escape -- "${PWD#"$HOME"/}").service # a board may serve nodes of several folders
   loginctl enable-linger >/dev/null 2>&1 || true # the node goes on when nobody is logged in
   serve() {
     mkdir -p "$HOME/.config/systemd/user"
