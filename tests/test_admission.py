@@ -257,6 +257,28 @@ def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, 
     asyncio.run(scenario())
 
 
+def test_a_message_may_take_as_long_as_its_call_has(network_folder, monkeypatch):
+    """By a slow link, a photograph takes longer than a call without a deadline may."""
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 0.1)
+    request = make_request(CONTRACT, make_image()).SerializeToString()
+
+    async def slowly():
+        await asyncio.sleep(0.5)
+        yield request
+
+    async def scenario():
+        async with (
+            serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", None, []) as (port, _),
+            aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        ):
+            call = channel.stream_unary(MODEL_INFER)
+            assert await call(slowly(), timeout=PATIENCE)
+            with pytest.raises(aio.AioRpcError, match=r"no message came within 0\.1 s"):
+                await call(slowly())
+
+    asyncio.run(scenario())
+
+
 def test_a_call_that_is_silent_leaves_its_place(network_folder, monkeypatch):
     monkeypatch.setattr(guard, "PROMPT", 0.01)
 
