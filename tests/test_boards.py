@@ -164,6 +164,7 @@ def test_a_board_without_flash_has_one_memory():
         ({"flash_kib": 3, "mmacs": 1}, "has no memory; give memory_kib, or flash_kib and ram_kib, or a board"),
         ({"memory_kib": 3}, "mmacs: missing; add it"),
         ({"memory_kib": 3, "mmacs": 1, "share": 0.5}, "share: is that of a board's RAM"),
+        ({"board": "rp2350", "ram_kib": 64, "share": 0.5}, "which this device states itself"),
         ({"board": "rp2351"}, r"no board 'rp2351' \(did you mean 'rp2350'\?\)"),
     ],
 )

@@ -114,6 +114,12 @@ def test_what_is_known_is_used_as_long_as_it_is_of_these_parameters(params, expe
     assert known_images(params, experiment) is None
 
 
+def test_filters_that_are_too_few_do_not_keep_a_better_teacher_from_being_trained(params, experiment):
+    write_json(experiment.graph_info, read_json(experiment.graph_info) | {"n_live": 1})
+    (warning,) = check_budgets(params, experiment)
+    assert warning.startswith("networks.2s: if the teacher keeps its 1 live filters, ")
+
+
 def test_images_that_are_known_decide_exactly(params, experiment):
     """Colour asks for more than grey: a budget that holds the least student may not hold the true one."""
     info = read_json(experiment.dataset_info)

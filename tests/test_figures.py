@@ -247,5 +247,5 @@ def test_chosen_students_stand_within_their_budgets(inside):
 
 
 def test_boards_are_called_as_people_call_them():
-    names = [deployment_plots.board_name(board) for board in ("pi3b_plus", "pi5", "pi_zero2w", "cortex_m7", "pico")]
-    assert names == ["Raspberry Pi 3B+", "Raspberry Pi 5", "Raspberry Pi Zero 2 W", "Cortex-M7", "pico"]
+    names = [deployment_plots.board_name(board) for board in ("pi3b_plus", "pi5", "pi_zero2w", "cortex_m7", "pico2")]
+    assert names == ["Raspberry Pi 3B+", "Raspberry Pi 5", "Raspberry Pi Zero 2 W", "Cortex-M7", "pico2"]

@@ -82,7 +82,5 @@ def test_the_command_writes_a_row_for_each_graph_and_partitioner(capsys, monkeyp
     assert len(rows) == 3 * (len(PARTITIONERS) - 1)
     assert {row[0].lstrip("| ") for row in rows} == {"activation hubs", "coactivation", "correlation"}
     assert "for 2 students, with the seeds 0 to 1" in text
-    with pytest.raises(
-        SystemExit, match=r"nonn partitions: 3s: params\.yaml has no network of this name; choose of 2s"
-    ):
+    with pytest.raises(SystemExit, match=r"nonn partitions: params\.yaml: networks: no '3s'; choose one of 2s"):
         main(["partitions", "3s"])

@@ -107,5 +107,5 @@ def test_the_command_scores_both_against_nonn(experiment, monkeypatch):
 def test_what_is_no_rival_is_refused():
     with pytest.raises(SystemExit, match=r"--methods magic: no such rival; choose of splitnet, pruned"):
         main(["rivals", "--methods", "magic"])
-    with pytest.raises(SystemExit, match=r"9s: params\.yaml has no network"):
+    with pytest.raises(SystemExit, match=r"params\.yaml: networks: no '9s'"):
         main(["rivals", "9s"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.options import completed, natural
+from nonn.core.numerics import choose
+from nonn.core.options import at_least, completed, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
@@ -16,7 +17,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", type=Path, default=Path("litert"), metavar="FOLDER", help="(default: litert)")
     parser.add_argument(
         "--images",
-        type=natural,
+        type=at_least(1),
         default=1000,
         metavar="N",
         help="compare N test images with ONNX Runtime (default: 1000)",
@@ -25,6 +26,12 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
+    params = load_params()
+    choose(params.numerics)
+    refuse_unknown_networks(params, [options.network])
+    if params.design.precision != "int8":
+        raise UserError("params.yaml: design.precision: is float32, and these files are int8. Set it to int8.")
+
     import torch
 
     from nonn.core.files import write_json
@@ -38,13 +45,6 @@ def run(options) -> None:
     from nonn.runtime.session import run_onnx
     from nonn.training.networks import accuracy
 
-    params = load_params()
-    if options.network not in params.networks:
-        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {', '.join(params.networks)}.")
-    if params.design.precision != "int8":
-        raise UserError("params.yaml: design.precision: is float32, and these files are int8. Set it to int8.")
-    if not options.images:
-        raise UserError("--images: a file has to be compared on one image at least; give 1 or more")
     paths = Paths(params.experiment)
     data = load_dataset(paths)
     test, labels = data.part("test")

@@ -13,7 +13,8 @@ from nonn.core.artifacts import Sizes
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, read_json, write_text
 from nonn.core.install import how_to_install
-from nonn.core.options import add_settings, at_least, completed, load_settings
+from nonn.core.numerics import choose
+from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_unknown_networks
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log, track
@@ -105,13 +106,12 @@ def add_arguments(parser) -> None:
 
 
 def run(options) -> None:
+    params = load_settings(options)
+    choose(params.numerics)
     import sklearn  # noqa: F401  # before anything is measured: not every installation has it
 
-    params = load_settings(options)
     paths = Paths(params.experiment)
-    if options.network not in params.networks:
-        known = ", ".join(params.networks)
-        raise UserError(f"{options.network}: params.yaml has no network of this name; choose of {known}")
+    refuse_unknown_networks(params, [options.network])
     for path in (paths.signals, paths.graph, paths.sizes(options.network)):
         if not path.is_file():
             raise UserError(f"{path}: is not there. Run `dvc repro design@{options.network}` first.")

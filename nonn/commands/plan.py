@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
@@ -98,7 +99,7 @@ def run(options) -> None:
     own = params.devices if params else {}
     names = parse_devices(options.devices, [*own, *(name for name in all_boards() if name not in own)])
     budgets = [_budget(name, params, planner.grid.precision) for name in names]
-    _show_plan(planner, budgets, options.latency_ms)
+    _show_plan(planner, budgets, options.latency_ms, set(own))
 
 
 def make_planner(options, params: Params | None) -> tuple[Planner, str]:
@@ -146,7 +147,7 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
     return board_budget(name, precision)
 
 
-def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None) -> None:
+def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, own: Collection[str]) -> None:
     from nonn.core.boards import OWN_FILE
     from nonn.method.sizing import say_if_lopsided
 
@@ -175,7 +176,7 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     if line := say_if_lopsided(plan.sizes, budgets):
         print(line)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
-    print(_as_params(budgets, plan))
+    print(_as_params([budget for budget in budgets if budget.name not in own], plan))
 
 
 def _rows(plan: Plan) -> list[list[str]]:
@@ -223,9 +224,10 @@ def _energy(plan: Plan) -> str:
     return f"{'energy of ' + whose + ' devices':<25}  {amount} (modelled)"
 
 
-def _as_params(budgets: list[Budget], plan: Plan) -> str:
-    names = [budget.name for budget in budgets]
-    boards = {budget.name: budget.board for budget in budgets if budget.board}
+def _as_params(new: list[Budget], plan: Plan) -> str:
+    """What params.yaml lacks of a plan; `new` are the devices that it does not describe yet."""
+    names = [device.budget.name for device in plan.devices]
+    boards = {budget.name: budget.board for budget in new}
     lines = ["devices:", *(f"  {name}: {{board: {board}}}" for name, board in boards.items())] if boards else []
     lines += ["networks:", f"  {len(names)}d:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
     if plan.target_ms is not None:

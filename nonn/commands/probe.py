@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
+from nonn.core.numerics import choose
 from nonn.core.options import add_settings, at_least, load_settings, numbers
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -46,18 +47,19 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_settings(options)
+    choose(params.numerics)
     paths = Paths(params.experiment)
     for path in (paths.dataset, paths.signals, paths.graph):
         if not path.is_file():
             raise UserError(f"{path}: is not there; probes read it. Run `dvc repro graph` first.")
-    rows, figure = measure(params, paths, options.sets, options.images, options.on)
+    rows, n_classes = measure(params, paths, options.sets, options.images, options.on)
     name = "probes" if options.on == "validation" else f"probes_{options.on}"
     from nonn.report.plots import drawing_style, save_figure
     from nonn.report.probe_plots import draw_probes
 
     write_rows(paths / f"{name}.csv", COLUMNS, rows)
     with drawing_style():
-        save_figure(draw_probes(rows, rows[0]["teacher"], figure), paths / f"figures/{name}", params.figures)
+        save_figure(draw_probes(rows, rows[0]["teacher"], n_classes), paths / f"figures/{name}", params.figures)
     for row in rows:
         print(
             f"{row['sets']:>3} sets of {row['filters']:>5} filters, {row['method']:<12}"

@@ -12,7 +12,7 @@ from typing import Any
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, numbers
+from nonn.core.options import add_settings, at_least, completed, load_settings, numbers, refuse_unknown_networks
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
@@ -56,9 +56,7 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     params = load_settings(options)
     choose(params.numerics)
-    if options.network not in params.networks:
-        known = ", ".join(params.networks)
-        raise UserError(f"{options.network}: params.yaml has no network of this name; choose of {known}")
+    refuse_unknown_networks(params, [options.network])
     if not options.labels and not options.images:
         raise UserError("give --labels, for other labels of the same images, or --images, for other images, or both")
     if least := [number for number in options.per_class if number < 2]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings
+from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
@@ -34,9 +34,7 @@ def run(options) -> None:
     params = load_settings(options)
     choose(params.numerics)
     networks, methods = options.networks or list(params.networks), options.methods.split(",")
-    if unknown := [name for name in networks if name not in params.networks]:
-        known = ", ".join(params.networks)
-        raise UserError(f"{unknown[0]}: params.yaml has no network of this name; choose of {known}")
+    refuse_unknown_networks(params, networks)
     if unknown := [name for name in methods if name not in METHODS]:
         raise UserError(f"--methods {unknown[0]}: no such rival; choose of {', '.join(METHODS)}")
     if "pruned" in methods:

@@ -10,7 +10,7 @@ from PIL import Image
 from nonn import demo
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
-from nonn.core.options import completed
+from nonn.core.options import completed, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.live.pictures import dataset_pictures
@@ -54,8 +54,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_params()
-    if options.network not in params.networks:
-        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {', '.join(params.networks)}.")
+    refuse_unknown_networks(params, [options.network])
     paths = Paths(params.experiment)
     ship(paths.export(options.network), paths.dataset, demo.NETWORK, demo.PICTURES)
     print(f"{demo.NETWORK}: {options.network} of {params.experiment}, shown by `nonn demo`; commit it")

@@ -29,7 +29,7 @@ from nonn.core.options import natural, seed_number
 from nonn.core.params import load_params
 from nonn.core.progress import log
 
-#: Artifacts that hold measured times, or follow from them: by folder, and by name.
+#: Artifacts that hold measured times, or follow from them: folders, and names at the top and of figures.
 TIMED_FOLDERS = ("benchmark", "distributed")
 TIMED_FILES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
 #: What is run again may take so many times as long as the undisturbed run, and a minute, before it counts as hanging.
@@ -105,7 +105,9 @@ class Ground:
 
 def is_timed(path: Path) -> bool:
     """Whether an artifact, named from its experiment's folder, holds measured times or is no result at all."""
-    return path.parts[0] in TIMED_FOLDERS or path.stem in TIMED_FILES or path.name == ".snakemake_timestamp"
+    summary = path.parts[0] == "figures" or len(path.parts) == 1
+    is_measured = path.parts[0] in TIMED_FOLDERS or (summary and path.stem in TIMED_FILES)
+    return is_measured or path.name == ".snakemake_timestamp"
 
 
 def kill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], within: float) -> Outcome:

@@ -56,6 +56,8 @@ class Device(Section):
                 raise ValueError("mmacs: missing; add it (`.inf` sets no limit)")
             if self.share is not None:
                 raise ValueError("share: is that of a board's RAM; name its `board`, or remove it")
+        if self.share is not None and (self.memory_kib, self.ram_kib) != (None, None):
+            raise ValueError("share: is that of a board's RAM, which this device states itself; remove one of the two")
         return self
 
     def budget(self, name: str, precision: str, latency_ms: float | None = None) -> Budget:

@@ -55,6 +55,12 @@ def load_settings(options: argparse.Namespace) -> Params:
     return load_params(changes=parse_changes(options.set))
 
 
+def refuse_unknown_networks(params: Params, names: Iterable[str]) -> None:
+    """Raise UserError for the first name that is no network's."""
+    if unknown := [name for name in names if name not in params.networks]:
+        raise UserError(f"params.yaml: networks: no {unknown[0]!r}; choose one of {', '.join(params.networks)}.")
+
+
 def refuse_settings(options: argparse.Namespace, reason: str) -> None:
     """End a command that cannot take ``--set``: what it writes has to be that of params.yaml."""
     if options.set:

@@ -120,7 +120,8 @@ def _file_of(name: str | int) -> str:
 def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name, and list them.
 
-    So is what killed stages have left, which need not run again: DVC may bring their outputs back from its cache.
+    Unfinished files of killed stages go, too: such a stage need not run again, since DVC may bring its outputs back
+    from its cache.
 
     DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all baselines, all
     networks) would take them for inputs.
@@ -129,11 +130,11 @@ def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     jobs = list_jobs(params)
     named = [*jobs["networks"], SOLO]
     kept = dict.fromkeys(("design", "partition", "export", "cluster", "benchmark", "distributed"), named)
-    kept |= {folder: list(jobs[folder]) for folder in ("students", "networks", "baselines")}
-    kept["networks"] = list(jobs["assembled"])
+    trained = {"students": "students", "baselines": "baselines", "networks": "assembled"}
+    kept |= {folder: list(jobs[name]) for folder, name in trained.items()}
     leftovers = []
     for folder, names in kept.items():
-        depth = "/".join("*" * (1 + names[0].count("/"))) if names else "*"
+        depth = "/".join(["*"] * (1 + names[0].count("/"))) if names else "*"
         for path in sorted((paths / folder).glob(depth)):
             if path.name.startswith(TEMPORARY):  # of a job that runs beside this one; the dead are swept
                 continue

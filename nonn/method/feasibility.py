@@ -18,7 +18,7 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
 
     As long as the stage `dataset` has not read the images, they are taken as grey and of two classes, and a bridge has
     one output: a budget that is refused then, never works. What is known by then of images and filters is used, if it
-    is of these parameters.
+    is of these parameters. How many filters are live decides nothing before the stage `design`.
     """
     info, n_live = known_images(params, paths), known_filters(params, paths)
     problems: list[str] = []
@@ -73,18 +73,22 @@ def _refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iter
 
 def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_live: int | None) -> Iterator[str]:
     budgets, grid = params.budgets_of(network), params.design
+    images = info or least_images(params)
+    design_student(grid, smallest_device(grid, budgets, images), images, None)
     if info is not None and n_live is not None:
-        sizes, _ = design_network(grid, budgets, info, n_live)
+        try:
+            sizes, _ = design_network(grid, budgets, info, n_live)
+        except UserError as error:  # perhaps the teacher is about to be trained anew, so that it has more of them
+            yield f"if the teacher keeps its {n_live} live filters, {error}"
+            return
     else:
-        info = info or least_images(params)
         # Of all filters that a teacher has, some are never active: there may be fewer, not more. How many a foreign one
         # has is known once it is loaded.
         most = max(0 if params.teacher.is_foreign else params.teacher.own.n_features, len(budgets))
-        sizes = apportion_filters(grid, budgets, info, most)
-        design_student(grid, smallest_device(grid, budgets, info), info, None)
+        sizes = apportion_filters(grid, budgets, images, most)
         for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
             try:
-                design_student(grid, budget, info, size)
+                design_student(grid, budget, images, size)
             except UserError as error:
                 yield f"if all {most} filters of the teacher are live, {error}"
     if line := say_if_lopsided(sizes, budgets):

@@ -33,7 +33,7 @@ from nonn.method.sizing import design_student, smallest_device
 from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet, predict
 from nonn.training.store import cut, load_design, load_filters, load_signals
 
@@ -207,7 +207,8 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
     lesson = lesson_of(params, training)
     schedule = params.distill.model_copy(update={"epochs": point.epochs})
     own_seed = training.seed * 1000 + training.student  # as in the pipeline
-    settings = [repr(lesson), schedule.model_dump(), params.signals.model_dump(), own_seed, point.images, point.classes]
+    settings: list[Any] = [repr(lesson), schedule.model_dump(), params.signals.model_dump(include=VIEWS)]
+    settings += [own_seed, point.images, point.classes]
     checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals, Path(__file__)])
     target = STATE / "map" / checkpoint.path.name
     if target.is_file():

@@ -35,7 +35,7 @@ from nonn.method.store import load_network
 from nonn.teachers.store import load_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision
-from nonn.training.lessons import Classroom
+from nonn.training.lessons import VIEWS, Classroom
 from nonn.training.loop import train
 from nonn.training.losses import kd_loss
 from nonn.training.networks import ConvNet
@@ -57,7 +57,7 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     torch.manual_seed(seed)
     model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom)
     settings = [method, network, seed, str(model), rival.note]
-    settings += [params.distill.model_dump(), params.signals.model_dump()]
+    settings += [params.distill.model_dump(), params.signals.model_dump(include=VIEWS)]
     code = [Path(file) for file in (__file__, pruning.__file__, splitnet.__file__)]
     checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher, *code])
     target = STATE / "rivals" / checkpoint.path.name

@@ -1,4 +1,4 @@
-"""Artifacts of the stages, as objects: teacher, signals, graph, designs, networks, baselines."""
+"""Artifacts of the stages, as objects: baselines, networks, students."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _plain_decades(axis: Axes) -> None:
 
 def board_name(board: str) -> str:
     """As people call it: Cortex-M7, Raspberry Pi 3B+, Raspberry Pi Zero 2 W."""
-    if re.match(r"pi_?\w*\d", board):
+    if re.match(r"pi[_\d]", board):
         words = re.sub(r"(?<=[a-z])(?=\d)|(?<=\d)(?=w)", " ", board.removeprefix("pi").strip("_"))
         return f"Raspberry Pi {words.replace('_plus', '+').title()}"
     return board.replace("_", "-").replace("cortex-m", "Cortex-M")

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.options import add_settings, completed, load_settings
+from nonn.core.options import add_settings, completed, load_settings, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -205,9 +205,7 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """The command ``nonn cluster``."""
     params = load_settings(options)
-    if options.network not in params.networks:
-        known = ", ".join(params.networks)
-        raise UserError(f"params.yaml: networks: no {options.network!r}; choose one of {known}.")
+    refuse_unknown_networks(params, [options.network])
     if not options.port:
         raise UserError("--port: 0 leaves the nodes without addresses to write down; give 1024 to 60000")
     export = Paths(params.experiment).export(options.network)

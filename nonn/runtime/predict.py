@@ -11,7 +11,7 @@ import numpy as np
 from nonn import demo
 from nonn.core.errors import UserError, printable
 from nonn.core.images import read_image
-from nonn.core.options import add_settings, load_settings
+from nonn.core.options import add_settings, load_settings, refuse_unknown_networks
 from nonn.core.params import PARAMS_FILE
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -89,8 +89,7 @@ def run(options) -> None:
             )
         params = load_settings(options)
         name = options.network or next(iter(params.networks))
-        if name not in params.networks:
-            raise UserError(f"params.yaml: networks: no {name!r}; choose one of {', '.join(params.networks)}.")
+        refuse_unknown_networks(params, [name])
         folder = Paths(params.experiment).export(name)
         students = [f"student {i} on {device}" for i, device in enumerate(params.networks[name].devices)]
     pixels = load_pixels(options.image, read_manifest(folder).image, options.invert)

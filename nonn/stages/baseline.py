@@ -30,7 +30,7 @@ from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
-from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
 from nonn.training.store import load_baseline_sets, load_design, load_signals
@@ -65,7 +65,7 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     keep_freed_memory()
     name = f"{network}/{method} seed {seed}"
     lessons = plan_lessons(params, paths, network, method, seed)
-    settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump()]
+    settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump(include=VIEWS)]
     data = load_dataset(paths)
     signals = load_signals(paths, data)
     n_filters = signals["pooled"].shape[-1]

@@ -10,7 +10,7 @@ from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory
-from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.store import load_design, load_filters, load_signals
 
@@ -30,7 +30,7 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
         transfer_weight=section.transfer_weight,
     )
     name = f"{network}/{student} seed {seed}"
-    settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump()]
+    settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump(include=VIEWS)]
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
     classroom = Classroom(data, signals, params.signals)
     own_seed = seed * 1000 + student  # students of one network differ in their initial weights, too

@@ -35,7 +35,7 @@ def run(params: Params, paths: Paths) -> None:
             "calibration": [
                 {"network": s.network, **row}
                 for s in scores
-                if s.temperatures and s.answers  # a network of one device is not asked for parts of it
+                if s.temperatures
                 for row in measure_calibration(s.answers, s.temperatures, s.n_students, labels, params.evaluate.seed)
             ],
             "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],

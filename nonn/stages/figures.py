@@ -1,7 +1,7 @@
 """Stage `figures`: the tables, the report and the figures of an experiment.
 
-Nothing is computed or chosen here but ratios of numbers that other stages measured or counted. How they are drawn
-is left to `nonn.report`.
+Nothing is computed here but ratios of numbers that other stages measured or counted, and nothing is chosen but the
+network that ``claims.json`` is of, by its test accuracy. How it all is drawn is left to `nonn.report`.
 """
 
 from __future__ import annotations

@@ -68,17 +68,18 @@ def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
     That shows where it is right as often as on training images, and clearly more often than on test images. Test images
     decide nothing here: they tell whether to believe the numbers.
     """
-    scores = {}
+    scores, tried = {}, {}
     for split in ("train", "test"):
         indices = getattr(data, split)
         if not len(indices):
             return None
         indices = indices[:: -(-len(indices) // TRIED)]
+        tried[split] = len(indices)
         with torch.inference_mode():
             scores[split] = accuracy(predict(model, data.images[indices])[1], data.labels[indices])
     n = len(data.validation)
     gap = score - scores["test"]
-    doubt = math.hypot(_error(score, n), _error(scores["test"], min(TRIED, len(data.test))))
+    doubt = math.hypot(_error(score, n), _error(scores["test"], tried["test"]))
     like_training = score >= scores["train"] - 2 * _error(score, n)
     if not (like_training and gap > SURE * doubt):
         return None

@@ -24,6 +24,9 @@ from nonn.training.loop import Log, train
 from nonn.training.losses import attention_loss, kd_loss, transfer_loss
 from nonn.training.networks import ConvNet, whiten
 
+#: Of the parameters `signals`, those that decide how a training sees its images; ``dvc.yaml`` names the same.
+VIEWS = {"augment", "seed", "views"}
+
 
 @dataclass(frozen=True)
 class Lesson:

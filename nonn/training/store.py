@@ -33,7 +33,7 @@ def cut(filters: np.ndarray, sizes: Sequence[int]) -> list[list[int]]:
 
 
 def load_baseline_sets(path: Path, seed: int) -> Sequence[list[int] | None]:
-    """Filters of each student of a baseline, from a file of this stage, with one of its seeds."""
+    """Filters of each student of a baseline, from a file of the stage `partition`, with one of its seeds."""
     saved = read_json(path, BaselineSets)
     if "sets" in saved:
         return saved["sets"]
