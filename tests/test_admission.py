@@ -26,7 +26,7 @@ from grpc import StatusCode, aio
 from nonn.runtime import guard, node
 from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
 from nonn.runtime.channel import GIVEN, MODEL_INFER, busy_seconds
-from nonn.runtime.coordinator import TOLERATED_FAILURES, AllBusyError, Coordinator
+from nonn.runtime.coordinator import TOLERATED_FAILURES, BusyError, Coordinator
 from nonn.runtime.guard import seconds_given
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import Contract, make_request
@@ -354,7 +354,7 @@ def test_if_no_node_has_time_the_caller_hears_when(network_folder):
         async with contextlib.AsyncExitStack() as stack:
             addresses = [(await stack.enter_async_context(rogue_node(busy_for(90_000))))[0] for _ in range(3)]
             coordinator = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses)))
-            with pytest.raises(AllBusyError, match="no node has time") as error:
+            with pytest.raises(BusyError, match="no node has time") as error:
                 await coordinator.classify(make_image())
             assert error.value.seconds == LONGEST_RETURN
 

@@ -36,6 +36,10 @@ CARRIERS = {
     )
 }
 
+#: What each stage of ``dvc.yaml`` runs.
+MODULES = {stage: f"nonn.stages.{stage}" for stage in STAGES}
+MODULES |= {"export_solo": "nonn.stages.export", "cluster": "nonn.runtime.cluster"}
+
 
 @pytest.fixture(scope="module")
 def jobs() -> dict:
@@ -66,9 +70,9 @@ def declared(job) -> list[Path]:
     return [path for path in paths if path.parts[0] == "nonn" and path.name not in ("packaged.py",)]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_code_that_a_stage_imports_is_declared_and_no_other(stage, jobs, imports):
-    needed = {f"nonn.stages.{stage}", *imports.find_upstream_modules(f"nonn.stages.{stage}")}
+@pytest.mark.parametrize(("stage", "module"), MODULES.items())
+def test_code_that_a_stage_imports_is_declared_and_no_other(stage, module, jobs, imports):
+    needed = {module, *imports.find_upstream_modules(module)}
     packages = {module for module in needed if (REPOSITORY / module.replace(".", "/")).is_dir()}
     files = {Path(module.replace(".", "/") + ".py") for module in needed - packages}
     listed = declared(jobs[stage])

@@ -265,7 +265,7 @@ def test_devices_without_firmware_are_refused():
 @needs_toolchain
 def test_images_of_another_form_are_refused(student, folder):
     command = ["firmware", str(student), "--device", "stm32h743", "--images", "images.npy"]
-    for content, why in ((np.zeros((2, 3, 28, 28), np.uint8), "has uint8"), (None, "not a NumPy file")):
+    for content, why in ((np.zeros((2, 3, 28, 28), np.uint8), "holds uint8"), (None, "cannot be read")):
         if content is None:
             (folder / "images.npy").write_text("images")
         else:

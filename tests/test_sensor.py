@@ -71,7 +71,7 @@ BAD_FILES = {
     "floats": (lambda path: np.save(path, IMAGES.astype(np.float32)), r"holds float32 \(3, 1, 4, 4\)"),
     "one image": (
         lambda path: np.save(path, IMAGES[0]),
-        r"holds uint8 \(1, 4, 4\); give a sensor uint8 of shape \(n, 1, 4, 4\)",
+        r"holds uint8 \(1, 4, 4\); give images of uint8 of shape \(n, 1, 4, 4\), n from 1 on",
     ),
     "larger": (lambda path: np.save(path, np.zeros((3, 1, 5, 5), np.uint8)), r"holds uint8 \(3, 1, 5, 5\)"),
     "a number": (lambda path: np.save(path, np.uint8(3)), r"holds uint8 \(\)"),

@@ -1,5 +1,6 @@
 """Experiments of DVC are compared by what is in git, and the efficient networks are found."""
 
+import json
 import subprocess
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def write(memory: int, numbers: tuple) -> None:
     with Path("params.yaml").open("w") as file:
         YAML().dump(params, file)
     Path("results/tiny").mkdir(parents=True, exist_ok=True)
-    Path("results/tiny/summary.csv").write_text(SUMMARY.format(accuracy, sent, latency))
+    Path("results/tiny/summary.csv").write_text(SUMMARY.format(0.5, sent, latency))
+    Path("results/tiny/metrics.json").write_text(json.dumps({"2s_validation_accuracy": accuracy}))
     Path("results/tiny/distributed.csv").write_text(DISTRIBUTED.format(memory_bytes))
 
 
@@ -126,6 +128,7 @@ def test_an_experiment_that_fails_is_named(monkeypatch):
     [
         ("summary.csv", "", r"results/tiny/summary\.csv: damaged"),
         ("summary.csv", "<<<<<<< HEAD\n" + SUMMARY, r"results/tiny/summary\.csv: damaged"),
+        ("metrics.json", "{}", r"results/tiny/summary\.csv: damaged"),
         ("distributed.csv", "network,method\n2s,nonn\n", r"results/tiny/summary\.csv: damaged"),
         ("../../params.yaml", "- a\n", "no experiment with results"),
         ("../../params.yaml", "a: [", "params.yaml of HEAD: line 2 is not valid YAML"),
@@ -142,7 +145,9 @@ def test_damaged_tables_of_a_commit_are_one_line(file, content, said):
 
 def test_a_network_may_be_called_na():
     networks = sweep.networks_of(
-        SUMMARY.format(0.9, 64, 0.2).replace("2s", "NA"), DISTRIBUTED.format(1024).replace("2s", "NA")
+        SUMMARY.format(0.9, 64, 0.2).replace("2s", "NA"),
+        DISTRIBUTED.format(1024).replace("2s", "NA"),
+        '{"NA_validation_accuracy": 0.9}',
     )
     assert (list(networks["network"]), list(networks["memory_kib"])) == (["NA"], [1.0])
 

@@ -66,11 +66,11 @@ def run(options) -> None:
 def in_int8(path: Path, images: Path, folder: Path) -> Path:
     """A float32 student quantised on training images; in a folder of its network's name, by which figures call it."""
     from nonn.deploy.calibrated import write_int8
-    from nonn.firmware.making import load_images
+    from nonn.runtime.sensor import load_images
 
     target = folder / path.resolve().parent.name / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_int8(path, lambda planes: load_images(images, planes, 1), target)
+    write_int8(path, lambda planes: load_images(images, planes), target)
     return target
 
 

@@ -12,6 +12,7 @@ References
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -35,11 +36,13 @@ from nonn.report.plots import STUDENT_COLOURS, drawing_style, panels, save_figur
 
 #: What a network is judged by: column of the table, what it is, and whether more of it is better.
 CRITERIA = {
-    "accuracy": ("accuracy on the test images (%)", True),
+    "accuracy": ("accuracy on the validation images (%)", True),  # who compares experiments, chooses
     "memory_kib": ("memory of one device (KiB)", False),
     "latency_ms": ("latency of the slowest student (ms)", False),
     "sent_bytes": ("bytes that one device sends", False),
 }
+#: What stands in git of each experiment.
+READ = ("summary.csv", "distributed.csv", "metrics.json")
 #: Name of the results that are committed, beside those of DVC's experiments.
 HERE = "HEAD"
 #: Groups of parameters that change no network.
@@ -68,15 +71,16 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
     if not isinstance(params, dict):
         return {}, None
     folder = Path("results") / str(params.get("experiment"))
-    summary, distributed = (file_at(revision, folder / name) for name in ("summary.csv", "distributed.csv"))
-    if summary is None or distributed is None:
+    found = [content for name in READ if (content := file_at(revision, folder / name)) is not None]
+    if len(found) < len(READ):
         return flat(params), None
     with intact(folder / "summary.csv"):
-        return flat(params), networks_of(summary, distributed)
+        return flat(params), networks_of(*found)
 
 
-def networks_of(summary: str, distributed: str) -> pd.DataFrame:
-    """Networks with `CRITERIA` as columns, from the content of both tables."""
+def networks_of(summary: str, distributed: str, metrics: str) -> pd.DataFrame:
+    """Networks with `CRITERIA` as columns, from the content of the files of `READ`."""
+    scores = json.loads(metrics)
     # A network may be called NA.
     methods, runs = (
         pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""]) for text in (summary, distributed)
@@ -86,7 +90,7 @@ def networks_of(summary: str, distributed: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "network": methods["network"],
-            "accuracy": methods["accuracy_mean"],
+            "accuracy": [scores[f"{network}_validation_accuracy"] for network in methods["network"]],
             "memory_kib": methods["network"].map(memory) / 1024,
             "latency_ms": methods["latency_p50_ms"],
             "sent_bytes": methods["feature_bytes"],
@@ -111,7 +115,7 @@ def compare(revisions: Mapping[str, str]) -> pd.DataFrame:
     """
     read = {name: read_networks(revision) for name, revision in revisions.items()}
     for name in [name for name, (_, networks) in read.items() if networks is None]:
-        log(f"{name}: has no summary.csv and distributed.csv in git, and is left out")
+        log(f"{name}: has no {', '.join(READ)} in git, and is left out")
         del read[name]
     if not read:
         raise UserError("no experiment with results. Run some: nonn sweep devices.NAME.memory_kib=96,192")

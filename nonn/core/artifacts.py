@@ -98,6 +98,7 @@ class NetworkInfo(TypedDict):
 
     students: Annotated[Designs, Field(min_length=1)]
     missing: Missing
+    validation_accuracy: Annotated[float, Field(ge=0, le=1)]
     temperatures: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)]
 
 

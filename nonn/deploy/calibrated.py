@@ -15,6 +15,7 @@ import onnxruntime
 import torch
 
 from nonn.core.errors import UserError
+from nonn.core.files import replacing
 from nonn.deploy.int8 import CALIBRATION_IMAGES, check_close, quantise
 from nonn.runtime.session import open_session, run_onnx
 
@@ -41,10 +42,11 @@ def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], targ
         raise UserError(f"{source}: is in int8 already. Leave out --calibrate.")
     images = load(tuple(session.get_inputs()[0].shape[1:]))
     images = np.ascontiguousarray(images[:: -(-len(images) // CALIBRATION_IMAGES)])
-    _fold_norms(source, target)
-    quantise(target, images)
     some = images[:COMPARED]
-    check_close(str(source), run_onnx(target, some), torch.from_numpy(run_onnx(source, some)))
+    with replacing(target) as temporary:
+        _fold_norms(source, temporary)
+        quantise(temporary, images)
+        check_close(str(source), run_onnx(temporary, some), torch.from_numpy(run_onnx(source, some)))
 
 
 def _fold_norms(source: Path, target: Path) -> None:

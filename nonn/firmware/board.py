@@ -29,6 +29,7 @@ from nonn.firmware.build import EMULATOR, require
 from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
+from nonn.runtime.attached import PR_SET_PDEATHSIG
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, Student, add_serving, identity_from
 from nonn.runtime.serving import serve
@@ -37,8 +38,6 @@ from nonn.runtime.serving import serve
 READY = b"R"
 #: Seconds in which it says so, and in which it has answered an image, on a busy machine.
 START, LONGEST = 30.0, 120.0
-#: Of prctl(2): the signal that a process gets when its parent dies.
-PR_SET_PDEATHSIG = 1
 
 
 class Emulator:

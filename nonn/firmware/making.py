@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from nonn.core.errors import UserError
 from nonn.core.progress import track
 from nonn.firmware.arena import plan_arena
 from nonn.firmware.build import Image, compile_for_port, compile_sources, copy_sources, link
@@ -20,6 +19,7 @@ from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
 from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
+from nonn.runtime.sensor import load_images
 from nonn.runtime.session import run_onnx
 
 #: Images of one call of the emulator: after each, progress is shown.
@@ -75,32 +75,12 @@ def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, I
 
 
 def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
-    """The first images of a NumPy file, see `load_images`; grey noise of a fixed seed without one."""
+    """The first images of a file, see `nonn.runtime.sensor.load_images`; grey noise of a fixed seed without one."""
     shape = student.image_shape
     planes = (shape.channels, shape.rows, shape.columns)
     if path is None:
         return np.random.default_rng(SEED).integers(0, 256, (count, *planes), dtype=np.uint8)
     return np.ascontiguousarray(load_images(path, planes, count)[:count])
-
-
-def load_images(path: Path, planes: tuple[int, ...], least: int) -> np.ndarray:
-    """Images of a NumPy file, uint8 (N, channels, H, W), `planes` being the last three.
-
-    Raises
-    ------
-    UserError
-        It is no such file, it has fewer than `least`, or they are not of that form.
-    """
-    try:
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError):
-        images = None
-    if not isinstance(images, np.ndarray):  # an archive of some has another type
-        raise UserError(f"{path}: not a NumPy file. Write one of uint8 images by numpy.save.")
-    if images.dtype != np.uint8 or images.shape[1:] != planes or len(images) < least:
-        wanted = f"uint8 ({least} or more, {', '.join(map(str, planes))})"
-        raise UserError(f"{path}: has {images.dtype} {images.shape}, not {wanted}. Give images of that form.")
-    return images
 
 
 def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None, int]:

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from nonn.core.errors import UserError
-from nonn.core.images import fit_network, read_image
+from nonn.core.images import fit_network, open_image, read_image
 from nonn.runtime.exported import Manifest
 
 #: Pixels of the largest picture that a viewer may send; it takes some 300 MB while it is decoded.
@@ -95,6 +95,7 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
         with Image.open(BytesIO(content)) as image:
             if image.width * image.height > LARGEST:
                 raise ValueError(f"{image.width} × {image.height} pixels are too many")
+        with open_image(content, shape.size) as image:
             pixels = fit_network(image, shape.channels, shape.size, shape.white)
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error

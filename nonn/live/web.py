@@ -4,8 +4,7 @@ It listens on 127.0.0.1 only. Pages of other sites get nothing: the Host must be
 (against DNS rebinding), an Origin must be the page's own, and a post needs one. The page loads nothing
 from elsewhere, which its Content-Security-Policy also forbids.
 
-aiohttp was chosen because it streams events on the event loop that gRPC uses here, parses HTTP in
-well-tested code, and is in the full environment anyway (dvc needs it).
+aiohttp was chosen because it streams events on the event loop that gRPC uses here, and parses HTTP in well-tested code.
 """
 
 from __future__ import annotations

@@ -140,11 +140,11 @@ def format_interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
-    """Say what the experiment shows, of its most accurate network; the first of equals.
+    """Say what the experiment shows, of the network that is most accurate on validation images; the first of equals.
 
     `nonn.report.deployment_table.claim_ratios` adds what its devices show.
     """
-    return max(comparisons, key=lambda comparison: comparison["accuracy"])
+    return max(comparisons, key=lambda comparison: comparison["validation_accuracy"])
 
 
 def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any]:
@@ -152,7 +152,9 @@ def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str,
     metrics = {"teacher_accuracy": comparisons[0]["teacher_accuracy"]}
     for comparison in comparisons:
         network = comparison["network"]
-        for key in ("accuracy", "memory_ratio", "performance_ratio", "best_baseline", "best_baseline_accuracy"):
+        for key in ("validation_accuracy", "accuracy", "memory_ratio", "performance_ratio"):
+            metrics[f"{network}_{key}"] = comparison[key]
+        for key in ("best_baseline", "best_baseline_accuracy"):
             metrics[f"{network}_{key}"] = comparison[key]
         if (ensemble := row_of(methods, network, "ensemble")) is not None:
             metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)

@@ -13,7 +13,7 @@ import sys
 
 from nonn.core.progress import log
 
-#: Of Linux's prctl(2).
+#: Of Linux's prctl(2): the signal that a process gets when its parent dies.
 PR_SET_PDEATHSIG = 1
 
 

@@ -17,7 +17,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from tritonclient.utils import serialize_byte_tensor
 
 from nonn.runtime.admission import Admission, OverloadedError
-from nonn.runtime.coordinator import AllBusyError, Answer, Coordinator, NobodyAnsweredError
+from nonn.runtime.coordinator import Answer, BusyError, Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import Manifest
 from nonn.runtime.protocol import ENVELOPE, ImageContract, ProtocolError, version_of
 
@@ -113,7 +113,7 @@ class ServedNetwork:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""
         try:
             answer = await self.coordinator.classify(images[0], None if seconds is None else CALLERS_SHARE * seconds)
-        except AllBusyError as busy:
+        except BusyError as busy:
             self.admission.slow_down()
             raise OverloadedError(busy.seconds) from None
         except NobodyAnsweredError as error:

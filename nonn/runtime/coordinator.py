@@ -42,8 +42,8 @@ class NobodyAnsweredError(UserError):
     """No student is left to predict with."""
 
 
-class AllBusyError(NobodyAnsweredError):
-    """Every node that was asked has refused for lack of time; it may be asked again after some seconds."""
+class BusyError(NobodyAnsweredError):
+    """No node has answered, and one at least for lack of time: it may be asked again after some seconds."""
 
     def __init__(self, message: str, seconds: float):
         super().__init__(message)
@@ -242,7 +242,7 @@ class Coordinator:
         if not features:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             if busy:
-                raise AllBusyError(f"no node has time ({reasons}). Ask less often.", max(busy.values()))
+                raise BusyError(f"no node has time ({reasons}). Ask less often.", max(busy.values()))
             raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
         prediction = read_out(self.manifest, list(self.final.contributions(features).values()))
         present = {self.connections[i].name: feature for i, feature in features.items()}

@@ -53,7 +53,7 @@ class Image(Record):
     channels: Count
     size: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     dtype: Literal["uint8"]
-    #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.core.images`);
+    #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.runtime.inversion`);
     #: none in exports from before it was measured.
     border: tuple[GreyLevel, GreyLevel] | None = None
     #: Value that is white in pictures of more than 8 bits (`nonn.core.images.upright`).
@@ -95,7 +95,7 @@ class Manifest(Record):
     #: What logits are divided by before they become probabilities, with 1 to N students present
     #: (`nonn.method.calibration`); none in exports from before they were fitted.
     temperatures: tuple[Temperature, ...] = ()
-    #: Form of int8 students (`nonn.quantize.FORM`); none of float32 ones, and of exports from before it was named.
+    #: Form of int8 students (`nonn.deploy.int8.FORM`); none of float32 ones, and of exports from before it was named.
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
     @model_validator(mode="after")

@@ -101,6 +101,8 @@ def identity_from(options) -> Identity | None:
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
         raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
+    if options.insecure and options.allow:
+        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
     return None if options.insecure else Identity(*files)
 
 

@@ -15,21 +15,24 @@ from nonn.core.files import regular
 
 
 def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """Images of a ``.npy`` file, uint8 of shape (n, channels, size, size); None without a file.
+    """The images of a device's sensor, see `load_images`; None without a file."""
+    return None if path is None else load_images(path, shape)
+
+
+def load_images(path: Path, shape: tuple[int, ...], least: int = 1) -> np.ndarray:
+    """Images of a ``.npy`` file, uint8 of shape (n, channels, size, size), mapped into memory.
 
     Raises
     ------
     UserError
-        The file cannot be read, or its images are not of the shape (channels, size, size).
+        The file cannot be read, has fewer than `least`, or its images are not of the shape (channels, size, size).
     """
-    if path is None:
-        return None
     try:
         # numpy.load would also open archives of arrays (.npz), and has an error of its own for an empty file.
         images = np.lib.format.open_memmap(regular(path), mode="r")
     except (OSError, ValueError, TokenError) as error:  # the last where the header does not parse
-        raise UserError(f"{path}: cannot be read ({error}). Save a sensor's images with numpy.save.") from None
-    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
-        wanted = ", ".join(map(str, shape))
-        raise UserError(f"{path}: holds {images.dtype} {images.shape}; give a sensor uint8 of shape (n, {wanted})")
+        raise UserError(f"{path}: cannot be read ({error}). Save images of uint8 with numpy.save.") from None
+    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) < least:
+        wanted = f"uint8 of shape (n, {', '.join(map(str, shape))}), n from {least} on"
+        raise UserError(f"{path}: holds {images.dtype} {images.shape}; give images of {wanted}")
     return images

@@ -51,7 +51,8 @@ class SplitDevice:
         The folder is damaged.
     """
 
-    platform, is_ready = "onnxruntime_onnx", True
+    platform = "onnxruntime_onnx"
+    is_ready = False  # before it has reached all peers
 
     def __init__(self, folder: Path, sensor: Path | None = None):
         self.part, models = load_part(folder)
@@ -125,10 +126,8 @@ class SplitService(Service):
     async def connect(self) -> None:
         """Wait for the connections to all peers, however long it takes."""
         await asyncio.gather(*(settle(peer.channel, (READY,)) for peer in self.peers.values()))
+        self.device.is_ready = True
         self.connected.set()
-
-    async def ServerReady(self, request, context):
-        return oip.ServerReadyResponse(ready=self.connected.is_set())
 
     async def ModelInfer(self, request, context):
         try:
@@ -136,7 +135,9 @@ class SplitService(Service):
                 return self._receive(request, context)
             self._check_caller(context, self.callers)
             with self.meters.measuring():
-                return await self._classify(request, context.time_remaining())
+                answer = await self._classify(request, context.time_remaining())
+            self.meters.images += 1
+            return answer
         except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 

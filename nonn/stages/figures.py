@@ -1,7 +1,7 @@
 """Stage `figures`: the tables, the report and the figures of an experiment.
 
 Nothing is computed here but ratios of numbers that other stages measured or counted, and nothing is chosen but the
-network that ``claims.json`` is of, by its test accuracy. How it all is drawn is left to `nonn.report`.
+network that ``claims.json`` is of, on validation images. How it all is drawn is left to `nonn.report`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,7 @@ from nonn.core.artifacts import (
     Evaluation,
     Filters,
     GraphInfo,
+    NetworkInfo,
     PartitionInfo,
     TeacherInfo,
 )
@@ -149,6 +151,20 @@ def load_logs(params: Params, paths: Paths) -> dict[str, dict[str, list[pd.DataF
     return logs
 
 
+def load_validation(params: Params, paths: Paths) -> dict[str, float]:
+    """Share of the validation images on which each network is right, the mean over its seeds."""
+    return {
+        name: round(
+            mean(
+                read_json(paths.network(name, seed).with_suffix(".json"), NetworkInfo)["validation_accuracy"]
+                for seed in range(section.seeds)
+            ),
+            6,
+        )
+        for name, section in params.networks.items()
+    }
+
+
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
     results = {name: read_json(paths.distributed(name), Distributed) for name in [*params.networks, SOLO]}
@@ -182,7 +198,11 @@ def run(params: Params, paths: Paths) -> None:
     methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
-    comparisons = [method_table.compare_network(methods, network) for network in params.networks]
+    validation = load_validation(params, paths)
+    comparisons = [
+        method_table.compare_network(methods, network) | {"validation_accuracy": validation[network]}
+        for network in params.networks
+    ]
     strategies = pd.DataFrame(evaluation["missing_strategies"])
     deployed = load_deployment(params, paths)
     ratios = deployment_table.collect_ratios(deployed, comparisons)

@@ -17,7 +17,7 @@ from nonn.core.files import read_json, sha256_of, write_json
 from nonn.core.params import SOLO, Params
 from nonn.core.progress import log
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.final import FinalLayer
+from nonn.runtime.final import FinalLayer, read_out
 from nonn.split.planner import plan_split
 from nonn.testbed.composed import Load, load_of_split
 
@@ -88,11 +88,11 @@ def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> l
 
 
 def time_final(folder: Path) -> float:
-    """Seconds that the coordinator takes for the final layer, for the class and its probability."""
+    """Seconds that the coordinator takes for an answer once all features are there."""
     manifest = read_manifest(folder)
     layer = FinalLayer.load(folder, manifest)
     features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}
-    return _seconds(lambda: layer.logits(features))
+    return _seconds(lambda: read_out(manifest, list(layer.contributions(features).values())))
 
 
 def _seconds(work) -> float:

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from nonn.core.links import PRESETS
+from nonn.core.links import IP_HEADER, PRESETS, TCP_HEADER
 from nonn.core.params import Distributed
 from nonn.core.progress import log, track
 from nonn.runtime.certs import write_certificates
@@ -44,9 +44,8 @@ from nonn.testbed.trial import PORT, Exchange, Measured, Scenario, Trial, measur
 
 #: Name of the link that is none: all devices on this machine, nothing delayed.
 LOOPBACK = "loopback"
-#: Bytes of IP's and TCP's headers in each packet, with timestamps; and of a message's own framing, where it
-#: cannot be counted.
-HEADERS, ENVELOPE = 52, 200
+#: Bytes of a message's own framing, where it cannot be counted.
+ENVELOPE = 200
 #: Images that a device of a test bed holds, and the coordinator has.
 N_IMAGES = 16
 SCENARIOS: tuple[Scenario, ...] = ("sensor", "broadcast")
@@ -134,9 +133,9 @@ def echo_sizes(deployment: Deployment, scenario: Scenario, measured: Measured, n
     if not measured.traffic:
         asked = deployment.load.request_bytes(scenario) + ENVELOPE
         return round(asked), round(deployment.load.answer_bytes + ENVELOPE)
-    images, counters = len(measured.latencies_ms), measured.traffic[node]
-    asked = (counters.received_bytes - HEADERS * counters.received_packets) / images
-    answered = (counters.sent_bytes - HEADERS * counters.sent_packets) / images
+    images, counters, headers = len(measured.latencies_ms), measured.traffic[node], IP_HEADER + TCP_HEADER
+    asked = (counters.received_bytes - headers * counters.received_packets) / images
+    answered = (counters.sent_bytes - headers * counters.sent_packets) / images
     return round(asked), round(answered)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -192,6 +193,9 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
     random, outcomes, last = Random(seed), Counter[str](), dict[str, bytes]()
     manifest, placed = local_cluster(export, None, 7100, 1000).placed()
     *sound_nodes, (_, rogue, contract) = placed
+    if not sound_nodes:
+        raise UserError(f"{export}: has one student; beside a hostile one there has to be a sound one")
+    limit = math.inf if contract.feature_limit is None else contract.feature_limit
     half = (contract.feature_limit or 1.0) / 2
     sound = make_response(contract, "", np.full((1, contract.n_features), half, np.float32))
 
@@ -229,7 +233,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
             # Not what `read_response` thinks of them, which is what is being tried here.
-            right = right and (said is None or 0 <= said.min() <= said.max() <= contract.feature_limit)
+            right = right and (said is None or 0 <= said.min() <= said.max() <= limit)
             kind = "discarded" if len(present) == len(features) else "harmless, used as a sound one"
             outcomes[kind if right else f"WRONG {kind}"] += 1
     return outcomes

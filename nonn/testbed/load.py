@@ -34,10 +34,8 @@ from nonn.runtime.exported import read_manifest
 from nonn.runtime.processes import nonn_command, running
 from nonn.runtime.protocol import ImageContract, make_request
 from nonn.runtime.tls import Identity
-from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
 
-#: In the certificate of who makes idle calls.
-STRANGER = "stranger"
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
 #: Seconds of each run that are not counted: callers come and estimates settle.
