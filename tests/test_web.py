@@ -9,6 +9,7 @@ import sys
 from io import BytesIO
 
 import aiohttp
+import numpy as np
 import pytest
 from clusters import CLASSES, N_FEATURES, PATIENCE, free_ports, make_image, nobody_listens, until
 from pages import (
@@ -257,6 +258,15 @@ def test_pictures_that_are_too_large_or_none_are_refused(network_folder):
     for content, reason in ((b"none", "not an image"), (wide.getvalue(), "pixels are too many")):
         with pytest.raises(UserError, match=rf"mine: cannot be read \(.*{reason}\)\. Send a PNG"):
             sent_picture("mine", content, False, manifest)
+
+
+def test_a_photograph_that_is_sent_has_the_pixels_that_a_device_reads(network_folder, tmp_path):
+    manifest = read_manifest(network_folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    sent = sent_picture("photo.jpg", (tmp_path / "photo.jpg").read_bytes(), False, manifest)
+    (found,) = find_pictures([tmp_path / "photo.jpg"], manifest)
+    np.testing.assert_array_equal(sent.read(), found.read())
 
 
 def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path):
