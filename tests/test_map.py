@@ -148,12 +148,19 @@ def test_what_is_trained_is_not_trained_again(params, monkeypatch):
 
 
 @pytest.mark.usefixtures("experiment")
-@pytest.mark.parametrize(("network", "student"), [("2s", 1), (None, 0)])
-def test_what_the_pipeline_has_trained_is_the_same_student(network, student, params, monkeypatch):
-    device = params.budgets_of("2s")[0]
-    training = Training(Point("", 0, params.distill.epochs), network, student, 0, device=None if network else device)
+@pytest.mark.parametrize(
+    ("network", "student", "random", "trained_by"),
+    [
+        ("2s", 1, False, "distill@seed0/2s/1"),
+        ("2s", 1, True, "baseline@seed0/2s/random"),
+        (None, 0, False, "baseline@seed0/2s/kd"),
+    ],
+)
+def test_what_the_pipeline_has_trained_is_the_same_student(network, student, random, trained_by, params, monkeypatch):
+    device = None if network else params.budgets_of("2s")[0]
+    training = Training(Point("", 0, params.distill.epochs), network, student, 0, random, device)
     stage, weights = regimes.of_pipeline(params, training)
-    assert stage == {"2s": "distill@seed0/2s/1", None: "baseline@seed0/2s/kd"}[network]
+    assert stage == trained_by
     trained = regimes.train(params, training).read_bytes()
     shutil.rmtree(STATE / "map")
     monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
@@ -161,7 +168,7 @@ def test_what_the_pipeline_has_trained_is_the_same_student(network, student, par
 
 
 @pytest.mark.usefixtures("experiment")
-@pytest.mark.parametrize("change", [{"random": True}, {"seed": 90}, {"point": Point("budget", 0.7, 2, budget=0.7)}])
+@pytest.mark.parametrize("change", [{"seed": 90}, {"point": Point("budget", 0.7, 2, budget=0.7)}])
 def test_what_the_pipeline_has_not_trained_is_not_taken_from_it(change, params):
     centre = Training(Point("", 0, params.distill.epochs), "2s", 0, 0)
     assert regimes.of_pipeline(params, centre)

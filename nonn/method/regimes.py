@@ -72,7 +72,8 @@ def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
 class Training:
     """One student at a point: number `student` of `network` or, where that is None, a KD student for `device`.
 
-    KD students are told apart by their seeds. With ``random`` the network's filters are shared out by chance.
+    KD students are told apart by their seeds. With ``random`` the network's filters are shared out by chance, as the
+    baseline of that name does.
     """
 
     point: Point
@@ -180,18 +181,18 @@ def _filters(params: Params, training: Training) -> list[int]:
 
 def of_pipeline(params: Params, training: Training) -> tuple[str, Path] | None:
     """The pipeline's stage that trains this very student, and the file of its weights; None if there is none."""
-    paths, point = Paths(params.experiment), training.point
-    at_centre = (point.epochs, point.budget, point.images, point.classes) == (params.distill.epochs, 1, 1, 1)
-    if training.random or not at_centre:  # the pipeline draws its random partitions in another way
+    paths, point, seed = Paths(params.experiment), training.point, training.seed
+    if (point.epochs, point.budget, point.images, point.classes) != (params.distill.epochs, 1, 1, 1):
         return None
-    seed, architecture = training.seed, lesson_of(params, training).architecture
+    architecture = lesson_of(params, training).architecture
     for network in [training.network] if training.network else params.networks:
-        if training.network:
-            stage, weights = "distill", paths.student(network, training.student, seed)
-        else:
-            stage, weights = "baseline", paths.baseline(network, "kd", seed)
+        if training.network and not training.random:
+            stage, weights, position = "distill", paths.student(network, training.student, seed), 0
+        else:  # of a baseline all students are in one file
+            method, position = "random" if training.random else "kd", training.student
+            stage, weights = "baseline", paths.baseline(network, method, seed)
         design = paths.design(network, weights.stem)
-        if weights.is_file() and design.is_file() and load_design(design)[0][0] == architecture:
+        if weights.is_file() and design.is_file() and load_design(design)[position][0] == architecture:
             return f"{stage}@seed{seed}/{network}/{weights.stem}", weights
     return None
 
@@ -216,7 +217,7 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
     classroom = classroom_of(params, point.images, point.classes)
     name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
     if weights:
-        student = _trained(weights, lesson, classroom.data)
+        student = _trained(weights, training, lesson, classroom.data)
     else:
         student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
@@ -227,9 +228,9 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
     return target
 
 
-def _trained(weights: Path, lesson: Lesson, data: Dataset) -> ConvNet:
-    if not lesson.filters:
-        return load_baseline(weights, data)[0]
+def _trained(weights: Path, training: Training, lesson: Lesson, data: Dataset) -> ConvNet:
+    if training.random or not lesson.filters:
+        return load_baseline(weights, data)[training.student]
     student = ConvNet(lesson.architecture, data.channels, data.n_classes, len(lesson.filters))
     with intact(weights):
         student.load_state_dict(read_tensors(weights))
