@@ -87,8 +87,14 @@ def reasons(children: Iterable[Child]) -> str:
     return "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
 
 
+def coordinator_command(cluster: Path, address: str, *options: str) -> list[str]:
+    """What serves the network of a cluster file to applications, for as long as this process lives."""
+    arguments = ["coordinate", "--cluster", str(cluster), "--address", address]
+    return [sys.executable, "-m", "nonn", *arguments, "--attached", *options]
+
+
 def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor: Path | None) -> list[str]:
-    """What serves something with ``nonn`` for as long as this process lives, to a caller of this name."""
+    """What serves a part of a network with ``nonn``, for as long as this process lives, to a caller of this name."""
     options: dict[str, Path | str | None] = {"--sensor": sensor}
     if identity:
         options |= {"--cert": identity.certificate, "--key": identity.key, "--ca": identity.ca, "--allow": caller}

@@ -31,7 +31,7 @@ from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle
 from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
 from nonn.runtime.coordinate import DEFAULT_CALLERS, NetworkContract, network_version
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import nonn_command, running
+from nonn.runtime.processes import coordinator_command, running
 from nonn.runtime.protocol import ImageContract, make_request
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
@@ -195,7 +195,7 @@ async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[lis
         write_certificates(folder, (*DEFAULT_CALLERS, STRANGER))
         manifest, placed = bed.cluster.placed()
         node, _, contract = placed[0]
-        async with running(coordinator_command(bed)) as children:
+        async with running(coordinator_of(bed)) as children:
             image = manifest.image
             network = NetworkContract(
                 export.resolve().name,
@@ -217,14 +217,13 @@ def folder_of(bed: RunningCluster) -> Path:
     return bed.cluster.tls.folder
 
 
-def coordinator_command(bed: RunningCluster) -> dict[Node, list[str]]:
+def coordinator_of(bed: RunningCluster) -> dict[Node, list[str]]:
     """What serves a bed's network to applications, for `nonn.runtime.processes.running`."""
     folder = folder_of(bed)
     path = folder / "cluster.yaml"
     write_cluster(path, bed.cluster)
     node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
-    arguments = ("coordinate", "--cluster", str(path), "--address", node.address)
-    return {node: nonn_command(*arguments, identity=None, caller="", sensor=None)[:-1]}
+    return {node: coordinator_command(path, node.address)}
 
 
 async def run_load(

@@ -35,7 +35,7 @@ from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, read_out
 from nonn.runtime.node import Student
-from nonn.runtime.processes import START, node_commands, nonn_command, running, start, stop
+from nonn.runtime.processes import START, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_bed
@@ -174,8 +174,7 @@ async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int
         write_certificates(folder, DEFAULT_CALLERS)
         write_cluster(folder / "cluster.yaml", bed.cluster)
         node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
-        words = ("coordinate", "--follow", "--cluster", str(folder / "cluster.yaml"), "--address", node.address)
-        command = [*nonn_command(*words, identity=None, caller="", sensor=None)[:-1]]
+        command = coordinator_command(folder / "cluster.yaml", node.address, "--follow")
         children = await stack.enter_async_context(running({node: command}))
         identity = Identity.of(*DEFAULT_CALLERS, folder)
         channel = open_channel(children[COORDINATOR].node, 2**20, identity)
