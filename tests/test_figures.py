@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from reports import FIGURES, PARAMS, TABLES, make_log
 
 from nonn.core.files import read_json
+from nonn.core.links import PRESETS
 from nonn.core.params import Architecture
 from nonn.report import accuracy_plots, deployment_plots, design_plots, graph_plots, plots
 from nonn.stages import figures as figures_stage
@@ -244,6 +245,17 @@ def test_chosen_students_stand_within_their_budgets(inside):
     assert (y <= devices[0].mmacs).all()
     (curve,) = [line for line in axis.lines if line.get_marker() == "."]
     assert len(curve.get_xdata()) == len(candidates) > 1
+
+
+def test_links_are_called_as_people_call_them():
+    assert [deployment_plots.link_name(link) for link in PRESETS] == [
+        "Ethernet, 941 Mbit/s",
+        "Ethernet, 100 Mbit/s",
+        "Wi-Fi, 100 Mbit/s + 2 ms",
+        "Wi-Fi, 50 Mbit/s + 2 ms",
+        "Wi-Fi, 20 Mbit/s + 2 ms",
+        "802.15.4, 250 kbit/s",
+    ]
 
 
 def test_boards_are_called_as_people_call_them():

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from nonn.core.links import PRESETS
 from nonn.core.params import Architecture
 from nonn.report.deployment_table import PAPER, RATIO_LABELS
 from nonn.report.method_table import format_interval
@@ -27,14 +28,6 @@ LAYOUTS = {
     "rows": Look("split by rows", "#009E73", "D"),
     "kd": METHODS["kd"],
     "nonn": METHODS["nonn"],
-}
-LINK_NAMES = {
-    "ieee802154": "802.15.4, 250 kbit/s",
-    "wifi20": "Wi-Fi, 20 Mbit/s + 2 ms",
-    "wifi50": "Wi-Fi, 50 Mbit/s + 2 ms",
-    "wifi100": "Wi-Fi, 100 Mbit/s + 2 ms",
-    "ethernet100": "Ethernet, 100 Mbit/s",
-    "ethernet941": "Ethernet, 941 Mbit/s",
 }
 BARS = "bars: left, 95 % interval; right, range of the published constants"
 HOLLOW = {"linestyle": (0, (3, 2)), "markerfacecolor": "none"}
@@ -104,11 +97,19 @@ def board_name(board: str) -> str:
     return board.replace("_", "-").replace("cortex-m", "Cortex-M")
 
 
+def link_name(name: str) -> str:
+    """As people call it, with its rate and its delay: Wi-Fi, 20 Mbit/s + 2 ms."""
+    link, kind = PRESETS[name], re.sub(r"\d+$", "", name)
+    called = {"ieee": "802.15.4", "wifi": "Wi-Fi", "ethernet": "Ethernet"}[kind]
+    rate = f"{link.rate_bps / 1e6:g} Mbit/s" if link.rate_bps >= 1e6 else f"{link.rate_bps / 1e3:g} kbit/s"
+    return f"{called}, {rate}" + (f" + {1000 * link.delay_s:g} ms" if link.delay_s else "")
+
+
 def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
     """Draw the total latency of one image against the number of devices, a panel for each link."""
     rows = rows[(rows["scenario"] == "sensor") & rows["method"].isin(list(LAYOUTS))].sort_values("n_devices")
     layouts = {method: look for method, look in LAYOUTS.items() if method in set(rows["method"])}
-    links = [link for link in LINK_NAMES if link in set(rows["link"])]
+    links = sorted(set(rows["link"]) & set(PRESETS), key=lambda name: PRESETS[name].rate_bps)
     figure, axes = panels(len(links), 3.4, 3.5, sharey=True)
     for axis, link in zip(axes, links, strict=True):
         for method, look in layouts.items():
@@ -124,7 +125,7 @@ def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
         _count_decades(axis)
         axis.yaxis.set_major_formatter(lambda ms, _: f"{ms / 1e3:g} s" if ms >= 1e3 else f"{ms:g} ms")
         _count_devices(axis, rows["n_devices"].unique())
-        axis.set_title(LINK_NAMES[link])
+        axis.set_title(link_name(link))
     axes[0].set_ylabel("from the image to its class")
     handles = [legend_handle(look) for look in layouts.values()]
     handles.append(legend_handle(Look("timed on this machine: median, bar to the 95th percentile", "0.4", "o")))
@@ -246,6 +247,6 @@ def draw_ratios(ratios: Mapping[str, Mapping | None], candidates: pd.DataFrame) 
 
 
 def _describe_ratio(entry: Mapping) -> str:
-    link = f", {LINK_NAMES.get(entry['link'], entry['link'])}" if entry["link"] else ""
+    link = f", {link_name(entry['link'])}" if entry["link"] else ""
     images = f", n = {entry['images']} images" if entry["images"] else ""
     return f"{format_interval(entry, 'ratio')}\n{entry['n']} devices{link} ({entry['badge']}{images})"
