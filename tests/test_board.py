@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nonn import cli
 from nonn.core.errors import UserError
-from nonn.firmware.board import Board
+from nonn.firmware.board import EmulatedBoard
 from nonn.firmware.build import EMULATOR
 from nonn.firmware.graph import read_student
 from nonn.firmware.scale import FeatureScale, scale_of
@@ -31,7 +31,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def board(export, tmp_path):
-    board = Board(export / "1.onnx", find_target("stm32h743"), tmp_path)
+    board = EmulatedBoard(export / "1.onnx", find_target("stm32h743"), tmp_path)
     yield board
     board.stop()
 

@@ -41,7 +41,7 @@ def exports(tmp_path_factory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def attentive(monkeypatch):
     """Nobody sleeps for long."""
-    monkeypatch.setattr(following, "ATTENTION", 0.02)
+    monkeypatch.setattr(following, "FILE_ATTENTION", 0.02)
     monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE", 0.02)
     monkeypatch.setattr("nonn.runtime.coordinator.LONGEST_PAUSE", 0.05)
     monkeypatch.setattr("nonn.runtime.cluster.LONGEST_DEADLINE_MS", 1e6)

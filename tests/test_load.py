@@ -12,7 +12,7 @@ from nonn.runtime.admission import RETRY_AFTER
 from nonn.runtime.cluster import Node
 from nonn.runtime.protocol import Contract
 from nonn.testbed import load
-from nonn.testbed.load import Load, Target, measure, row
+from nonn.testbed.load import Tally, Target, measure, row
 
 
 def test_the_command_counts_answers_of_a_node_and_of_a_coordinator(network_folder, folder, monkeypatch, capsys):
@@ -43,12 +43,12 @@ def test_the_command_counts_answers_of_a_node_and_of_a_coordinator(network_folde
 
 
 def test_a_summary_has_rates_and_percentiles():
-    seen = Load("node-0", 7, 2.0, [float(i) for i in range(101)], complete=50, refused=4, late=2)
+    seen = Tally("node-0", 7, 2.0, [float(i) for i in range(101)], complete=50, refused=4, late=2)
     summary = seen.summary()
     assert (summary["answered_per_s"], summary["refused_per_s"], summary["late_per_s"]) == (50.5, 2.0, 1.0)
     assert (summary["p50_ms"], summary["p95_ms"], summary["p99_ms"]) == (50.0, 95.0, 99.0)
     assert summary["complete"] == 50 / 101
-    assert row(Load("node-0", 1, 1.0).summary()).split()[-1] == "-"  # nothing was answered
+    assert row(Tally("node-0", 1, 1.0).summary()).split()[-1] == "-"  # nothing was answered
 
 
 @pytest.mark.parametrize(("impatient", "most"), [(False, 10), (True, None)])

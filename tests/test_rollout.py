@@ -18,32 +18,32 @@ from test_following import exports  # noqa: F401  # a fixture
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.live import rollout
-from nonn.live.rollout import Board, Rollout, complete_certificates, kept_unless_done, only_one, placed_on
+from nonn.live.rollout import Rollout, SshTarget, complete_certificates, kept_unless_done, only_one, placed_on
 from nonn.runtime.cluster import load_cluster, local_cluster
 
 BOARDS = ["pi@a", "b", "pi@c:2222"]
 
 
 def rollout_of(export: Path, certificates: Path, folder: str = "nonn") -> Rollout:
-    cluster = placed_on([Board.of(text) for text in BOARDS], export, certificates, 7100, 100.0)
+    cluster = placed_on([SshTarget.of(text) for text in BOARDS], export, certificates, 7100, 100.0)
     return Rollout(export, cluster, folder, "nonn/.venv/bin/python", "now")
 
 
 @pytest.mark.parametrize(
     ("text", "board"),
     [
-        ("pi@host1", Board("pi", "host1", None)),
-        ("10.0.0.7:2222", Board(None, "10.0.0.7", 2222)),
-        ("pi@[fe80::1]:22", Board("pi", "[fe80::1]", 22)),
+        ("pi@host1", SshTarget("pi", "host1", None)),
+        ("10.0.0.7:2222", SshTarget(None, "10.0.0.7", 2222)),
+        ("pi@[fe80::1]:22", SshTarget("pi", "[fe80::1]", 22)),
     ],
 )
 def test_a_board_is_named_as_ssh_names_it(text, board):
-    assert Board.of(text) == board
+    assert SshTarget.of(text) == board
 
 
 @pytest.mark.parametrize(("port", "deadline_ms"), [(80, 100.0), (65535, 100.0), (7100, 0.0), (7100, 1e6)])
 def test_ports_and_deadlines_that_cannot_be_are_refused_as_for_a_local_cluster(port, deadline_ms, network_folder):
-    boards = [Board.of(text) for text in BOARDS]
+    boards = [SshTarget.of(text) for text in BOARDS]
     with pytest.raises(UserError) as refused:
         placed_on(boards, network_folder, Path("certs"), port, deadline_ms)
     with pytest.raises(UserError) as local:
@@ -54,7 +54,7 @@ def test_ports_and_deadlines_that_cannot_be_are_refused_as_for_a_local_cluster(p
 @pytest.mark.parametrize("text", ["", "a b", "-oProxyCommand=x@h;ls", "pi@", "host:port", "a'b"])
 def test_what_is_no_board_is_refused(text):
     with pytest.raises(UserError, match="--to"):
-        Board.of(text)
+        SshTarget.of(text)
 
 
 def test_each_board_gets_its_student_and_no_other_secret(network_folder, certificates):
@@ -82,7 +82,7 @@ def test_the_unit_is_one_that_systemd_takes(network_folder, certificates, tmp_pa
 
 
 def test_ansible_can_wait_so_long(network_folder, certificates, tmp_path):
-    boards = [Board.of(text) for text in BOARDS]
+    boards = [SshTarget.of(text) for text in BOARDS]
     pause = rollout_of(network_folder, certificates).inventory(boards, tmp_path)["boards"]["vars"]["pause"]
     assert isinstance(pause, int)  # wait_for takes no other
 

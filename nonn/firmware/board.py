@@ -92,7 +92,7 @@ class Emulator:
                 pipe.close()
 
 
-class Board(Student):
+class EmulatedBoard(Student):
     """A student as its firmware computes it on an emulated board; what it serves is that of `Student`.
 
     Raises
@@ -148,7 +148,7 @@ def run(options) -> None:
     """The command ``nonn board``."""
     identity, allowed = identity_from(options), options.allow or DEFAULT_CALLERS
     with tempfile.TemporaryDirectory() as folder:
-        board = Board(options.model, find_target(options.device), Path(folder), options.sensor)
+        board = EmulatedBoard(options.model, find_target(options.device), Path(folder), options.sensor)
         try:
             with relayed_stderr():
                 asyncio.run(serve(board, options.address, identity, allowed, None, options.attached))

@@ -32,7 +32,7 @@ from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.serving import serve
 
 #: Seconds between two looks at the cluster file and at the nodes of a new export.
-ATTENTION = 0.5
+FILE_ATTENTION = 0.5
 #: Why a node of a new export is left alone until it has answered a probe, and why one that has is left alone by the
 #: other export.
 NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
@@ -110,7 +110,7 @@ class FollowedNetwork:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(ATTENTION)
+            await asyncio.sleep(FILE_ATTENTION)
             if (stamp := self._look()) != self._stamp:
                 try:
                     await self._read_again()

@@ -34,7 +34,7 @@ from nonn.core.files import replacing, write_json
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.live.following import ATTENTION
+from nonn.live.following import FILE_ATTENTION
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
 from nonn.runtime.coordinator import LONGEST_PAUSE
@@ -46,7 +46,7 @@ PARTS = Path(__file__).parent / "boards"
 FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
-WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + ATTENTION)  # Ansible waits whole seconds only
+WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + FILE_ATTENTION)  # Ansible waits whole seconds only
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.
 TARGET = re.compile(r"(?:([A-Za-z0-9_.-]+)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
 NODE_SCRIPT = """\
@@ -56,7 +56,7 @@ cd "$(dirname "$0")" && exec {command}
 
 
 @dataclass(frozen=True)
-class Board:
+class SshTarget:
     """A machine that is reached by SSH."""
 
     user: str | None
@@ -64,7 +64,7 @@ class Board:
     port: int | None
 
     @classmethod
-    def of(cls, text: str) -> Board:
+    def of(cls, text: str) -> SshTarget:
         """The board of ``user@host:port``, or a `UserError`."""
         if not (found := TARGET.fullmatch(text)):
             raise UserError(f"--to: {text!r} is no board. Write host, user@host or user@host:port.")
@@ -113,7 +113,7 @@ class Rollout:
         }
         return packed(files)
 
-    def inventory(self, boards: Sequence[Board], archives: Path) -> dict:
+    def inventory(self, boards: Sequence[SshTarget], archives: Path) -> dict:
         """What Ansible is told of each board; the archives are written into a folder."""
         hosts = {}
         for board, node in zip(boards, self.cluster.nodes, strict=True):
@@ -141,7 +141,7 @@ def from_home(path: str) -> str:
     return shlex.quote(path) if path.startswith("/") else f'"$HOME"/{shlex.quote(path)}'
 
 
-def placed_on(boards: Sequence[Board], export: Path, certificates: Path, port: int, deadline_ms: float) -> Cluster:
+def placed_on(boards: Sequence[SshTarget], export: Path, certificates: Path, port: int, deadline_ms: float) -> Cluster:
     """The cluster of an export whose students are on these boards, in their order, on consecutive ports."""
     students = read_manifest(export).students
     if len(boards) != len(students):
@@ -227,7 +227,9 @@ def kept_unless_done(path: Path) -> Iterator[None]:
         raise
 
 
-def roll_out(rollout: Rollout, boards: Sequence[Board], cluster_file: Path, wait: float, ssh_arguments: str) -> None:
+def roll_out(
+    rollout: Rollout, boards: Sequence[SshTarget], cluster_file: Path, wait: float, ssh_arguments: str
+) -> None:
     """Serve an export on boards, and describe them in a cluster file; if one fails, all is as it was before.
 
     Raises
@@ -295,7 +297,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn deploy``."""
-    boards, export = [Board.of(text) for text in options.to], export_of(options.export)
+    boards, export = [SshTarget.of(text) for text in options.to], export_of(options.export)
     cluster = placed_on(boards, export, options.certs, options.port, options.deadline_ms)
     find_ansible()
     complete_certificates(cluster)

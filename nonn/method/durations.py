@@ -52,7 +52,7 @@ def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
 
 
 def _answer(params: Params, info: dict[str, Any]) -> float:
-    """Of an answer of the teacher."""
+    """Multiply-accumulates of an answer of the teacher."""
     size, architecture = params.sizes["teacher"], params.teacher.architecture
     if architecture is None or architecture.family not in BODIES:
         return PER_PIXEL * size**2
@@ -60,7 +60,7 @@ def _answer(params: Params, info: dict[str, Any]) -> float:
 
 
 def _passes(mirror: bool) -> int:
-    """Of an answer; a training step has one."""
+    """Passes of an answer, the mirror image's included; a training step has one."""
     return 2 if mirror else 1
 
 
@@ -78,6 +78,6 @@ def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
 
 
 def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:
-    """Of the training of the largest student that a budget holds."""
+    """Multiply-accumulates for each training image of the largest student that a budget holds, over all epochs."""
     _, cost = design_student(params.design, budget, info, 1)
     return STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)

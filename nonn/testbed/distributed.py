@@ -40,12 +40,12 @@ from nonn.runtime.exported import read_manifest
 from nonn.testbed.composed import compose, payload_bytes
 from nonn.testbed.deployments import Deployment
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
-from nonn.testbed.trial import PORT, Exchange, Measured, Scenario, Trial, measure
+from nonn.testbed.trial import PORT, Dialogue, Measured, Scenario, Trial, measure
 
 #: Name of the link that is none: all devices on this machine, nothing delayed.
 LOOPBACK = "loopback"
 #: Bytes of a message's own framing, where it cannot be counted.
-ENVELOPE = 200
+FRAMING = 200
 #: Images that a device of a test bed holds, and the coordinator has.
 N_IMAGES = 16
 SCENARIOS: tuple[Scenario, ...] = ("sensor", "broadcast")
@@ -102,7 +102,7 @@ class TrialBed:
         return path
 
     def measure(
-        self, deployment: Deployment, network: EmulatedNetwork, exchanges: Sequence[Exchange], is_echo: bool = False
+        self, deployment: Deployment, network: EmulatedNetwork, exchanges: Sequence[Dialogue], is_echo: bool = False
     ) -> list[Measured]:
         """Time a deployment's images on the hosts of a network in each exchange, or plain echoes."""
         hosts = network.hosts[1 : 1 + deployment.load.n_devices]
@@ -131,8 +131,8 @@ class TrialBed:
 def echo_sizes(deployment: Deployment, scenario: Scenario, measured: Measured, node: str) -> tuple[int, int]:
     """Bytes of a request to the host `node` and its answer, without headers of TCP and IP: as counted, or expected."""
     if not measured.traffic:
-        asked = deployment.load.request_bytes(scenario) + ENVELOPE
-        return round(asked), round(deployment.load.answer_bytes + ENVELOPE)
+        asked = deployment.load.request_bytes(scenario) + FRAMING
+        return round(asked), round(deployment.load.answer_bytes + FRAMING)
     images, counters, headers = len(measured.latencies_ms), measured.traffic[node], IP_HEADER + TCP_HEADER
     asked = (counters.received_bytes - headers * counters.received_packets) / images
     answered = (counters.sent_bytes - headers * counters.sent_packets) / images

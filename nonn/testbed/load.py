@@ -51,7 +51,7 @@ HEADER = ("asked", "callers", "answered/s", "p50 ms", "p95 ms", "p99 ms", "refus
 
 
 @dataclass
-class Load:
+class Tally:
     """What some callers have seen of a node or of a coordinator."""
 
     asked: str
@@ -107,15 +107,15 @@ async def call_repeatedly(
     call: aio.UnaryUnaryMultiCallable,
     content: bytes,
     target: Target,
-    load: Load,
+    tally: Tally,
     deadline: float,
     start: float,
     random: Random,
     impatient: bool,
 ) -> None:
-    """One caller in a closed loop, from `start` until the load's time is over."""
+    """One caller in a closed loop, from `start` until the campaign's time is over."""
     loop, in_vain = asyncio.get_running_loop(), 0
-    counted, end = start + WARM_UP, start + WARM_UP + load.seconds
+    counted, end = start + WARM_UP, start + WARM_UP + tally.seconds
     await asyncio.sleep(random.random() * 0.8 * WARM_UP)  # nobody comes at the very same moment
     while loop.time() < end:
         began, pause = loop.time(), 0.0
@@ -133,10 +133,10 @@ async def call_repeatedly(
         now = loop.time()
         if counted <= now < end:
             if kind == "answered":
-                load.latencies_ms.append(1000 * (now - began))
-                load.complete += target.is_complete(answer)
+                tally.latencies_ms.append(1000 * (now - began))
+                tally.complete += target.is_complete(answer)
             else:
-                setattr(load, kind, getattr(load, kind) + 1)
+                setattr(tally, kind, getattr(tally, kind) + 1)
         in_vain = in_vain + 1 if kind in ("late", "failed") else 0
         if in_vain and not impatient:
             pause = random.uniform(0, min(PAUSE * 2**in_vain, LONGEST_RETURN))
@@ -164,9 +164,9 @@ async def idle_calls(target: Target, stranger: Identity, count: int) -> AsyncIte
             await asyncio.gather(*callers, return_exceptions=True)
 
 
-async def measure(target: Target, callers: int, seconds: float, deadline: float, seed: int, impatient: bool) -> Load:
+async def measure(target: Target, callers: int, seconds: float, deadline: float, seed: int, impatient: bool) -> Tally:
     """Call from so many callers at once for some seconds after the warm-up."""
-    load = Load(target.node.name, callers, seconds)
+    tally = Tally(target.node.name, callers, seconds)
     generator = np.random.default_rng(seed)
     image = generator.integers(0, 256, target.contract.image_shape[1:], dtype=np.uint8)
     content = make_request(target.contract, image).SerializeToString()
@@ -178,12 +178,12 @@ async def measure(target: Target, callers: int, seconds: float, deadline: float,
         await settle_all(channels)
         calls = [channel.unary_unary(MODEL_INFER) for channel in channels]
         start = asyncio.get_running_loop().time()
-        common = (content, target, load, deadline, start)
+        common = (content, target, tally, deadline, start)
         loops = (
             call_repeatedly(calls[i % len(calls)], *common, Random(f"{seed} {i}"), impatient) for i in range(callers)
         )
         await asyncio.gather(*loops)
-    return load
+    return tally
 
 
 @contextlib.asynccontextmanager
@@ -229,7 +229,7 @@ def coordinator_of(bed: RunningCluster) -> dict[Node, list[str]]:
 async def run_load(
     export: Path, callers: list[int], seconds: float, deadline_ms: float, seed: int, impatient: bool, idle: int
 ) -> list[dict]:
-    """Summaries for each number of callers, first of a node, then of a coordinator; see `Load.summary`."""
+    """Summaries for each number of callers, first of a node, then of a coordinator; see `Tally.summary`."""
     summaries = []
     async with running_targets(export, deadline_ms) as targets:
         print(COLUMNS.format(*HEADER), flush=True)
@@ -237,8 +237,8 @@ async def run_load(
         for target in targets:
             for count in callers:
                 async with idle_calls(target, stranger, idle):
-                    load = await measure(target, count, seconds, deadline_ms / 1000, seed, impatient)
-                summaries.append(load.summary())
+                    tally = await measure(target, count, seconds, deadline_ms / 1000, seed, impatient)
+                summaries.append(tally.summary())
                 print(row(summaries[-1]), flush=True)
     return summaries
 

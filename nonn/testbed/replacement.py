@@ -25,7 +25,7 @@ from tritonclient.utils import deserialize_bytes_tensor
 from nonn.core.errors import UserError
 from nonn.core.options import natural
 from nonn.core.progress import log
-from nonn.live.following import ATTENTION
+from nonn.live.following import FILE_ATTENTION
 from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, settle
@@ -46,7 +46,7 @@ IMAGES = 50
 EXTRA, RECOVERY = 5.0, 30.0
 #: Seconds until the next node is replaced: the coordinator has then found the one before. Without it, students of
 #: neither export may be many.
-PAUSE = LONGEST_PAUSE + ATTENTION
+PAUSE = LONGEST_PAUSE + FILE_ATTENTION
 #: Largest difference of a probability that is rounding.
 ROUNDING = 1e-4
 

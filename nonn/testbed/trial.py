@@ -48,7 +48,7 @@ SLACK = 240.0
 #: What is said for one image: to each device the number of an image that it holds (sensor) or the image itself
 #: (broadcast), or an echo of so many bytes there and back.
 Scenario = Literal["sensor", "broadcast"]
-Exchange = Scenario | tuple[int, int]
+Dialogue = Scenario | tuple[int, int]
 Ask = Callable[[Any], Awaitable[int]]  # of one input of an exchange; gives the number of devices that took part
 
 
@@ -56,7 +56,7 @@ class Trial(Record):
     """What to measure, where; travels to the process as JSON."""
 
     method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
-    exchanges: list[Exchange]  # timed one after the other, with the same running devices
+    exchanges: list[Dialogue]  # timed one after the other, with the same running devices
     folder: Path  # the exported network, or the plan of the split
     names: list[str]  # of each device
     addresses: list[str]  # ``host:port``
@@ -118,7 +118,7 @@ def running_echo(trial: Trial) -> AbstractAsyncContextManager[Ask]:
 OPENERS = {"nonn": running_network, "split": running_split, "echo": running_echo}
 
 
-def inputs_of(exchange: Exchange, images: np.ndarray) -> Sequence | np.ndarray:
+def inputs_of(exchange: Dialogue, images: np.ndarray) -> Sequence | np.ndarray:
     """What is asked in turns."""
     if exchange == "sensor":
         return np.arange(len(images))
