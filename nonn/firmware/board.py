@@ -8,13 +8,10 @@ the bytes into float32 features by the student's scale (`nonn.firmware.scale`).
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import functools
 import os
 import selectors
-import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +26,7 @@ from nonn.firmware.build import EMULATOR, require
 from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
-from nonn.runtime.attached import PR_SET_PDEATHSIG
+from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, Student, add_serving, identity_from
 from nonn.runtime.serving import serve
@@ -47,13 +44,8 @@ class Emulator:
         command = [require(EMULATOR, "an emulated board"), "-M", CORES[core].machine, "-cpu", core]
         command += ["-display", "none", "-monitor", "none", "-serial", "stdio", "-kernel", str(elf.resolve())]
         command += ["-semihosting-config", "enable=on,target=native"]  # by which a firmware stops that has failed
-        end_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGKILL)
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            ending_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         try:
             if self.read(len(READY), START) != READY:

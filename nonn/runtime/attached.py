@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import signal
 import sys
+from collections.abc import Sequence
 
 from nonn.core.progress import log
 
@@ -21,6 +22,20 @@ def continue_after_parent() -> None:
     """Have the kernel wake this process when its parent dies, should it be stopped then (SIGSTOP); Linux only."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def ending_with_parent(command: Sequence[str]) -> list[str]:
+    """A command whose process the kernel kills when its parent dies; on other systems than Linux, as it is.
+
+    The process says so itself before it becomes the command: a `preexec_fn` would fork, and what gRPC does after a fork
+    may end the child.
+    """
+    if sys.platform != "linux":
+        return list(command)
+    code = (
+        f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-S", "-c", code, *command]
 
 
 def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
