@@ -128,7 +128,8 @@ def test_an_experiment_that_fails_is_named(monkeypatch):
     [
         ("summary.csv", "", r"results/tiny/summary\.csv: damaged"),
         ("summary.csv", "<<<<<<< HEAD\n" + SUMMARY, r"results/tiny/summary\.csv: damaged"),
-        ("metrics.json", "{}", r"results/tiny/summary\.csv: damaged"),
+        ("metrics.json", '{"4s_validation_accuracy": 0.5}', r"results/tiny/summary\.csv: damaged"),
+        ("metrics.json", '{"2s_accuracy": 0.5}', "no experiment with results"),
         ("distributed.csv", "network,method\n2s,nonn\n", r"results/tiny/summary\.csv: damaged"),
         ("../../params.yaml", "- a\n", "no experiment with results"),
         ("../../params.yaml", "a: [", "params.yaml of HEAD: line 2 is not valid YAML"),

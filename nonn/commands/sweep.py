@@ -43,6 +43,8 @@ CRITERIA = {
 }
 #: What stands in git of each experiment.
 READ = ("summary.csv", "distributed.csv", "metrics.json")
+#: End of the names of the metrics by which networks are chosen.
+SCORE = "_validation_accuracy"
 #: Name of the results that are committed, beside those of DVC's experiments.
 HERE = "HEAD"
 #: Groups of parameters that change no network.
@@ -72,7 +74,7 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
         return {}, None
     folder = Path("results") / str(params.get("experiment"))
     found = [content for name in READ if (content := file_at(revision, folder / name)) is not None]
-    if len(found) < len(READ):
+    if len(found) < len(READ) or SCORE not in found[-1]:  # or the metrics are those of an earlier version
         return flat(params), None
     with intact(folder / "summary.csv"):
         return flat(params), networks_of(*found)
@@ -90,7 +92,7 @@ def networks_of(summary: str, distributed: str, metrics: str) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "network": methods["network"],
-            "accuracy": [scores[f"{network}_validation_accuracy"] for network in methods["network"]],
+            "accuracy": [scores[f"{network}{SCORE}"] for network in methods["network"]],
             "memory_kib": methods["network"].map(memory) / 1024,
             "latency_ms": methods["latency_p50_ms"],
             "sent_bytes": methods["feature_bytes"],
@@ -115,7 +117,7 @@ def compare(revisions: Mapping[str, str]) -> pd.DataFrame:
     """
     read = {name: read_networks(revision) for name, revision in revisions.items()}
     for name in [name for name, (_, networks) in read.items() if networks is None]:
-        log(f"{name}: has no {', '.join(READ)} in git, and is left out")
+        log(f"{name}: has no {', '.join(READ)} in git as today's stage figures writes them, and is left out")
         del read[name]
     if not read:
         raise UserError("no experiment with results. Run some: nonn sweep devices.NAME.memory_kib=96,192")
