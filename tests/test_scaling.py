@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from nonn.cli import main
 from nonn.commands import scaling
-from nonn.commands.scaling import Ground, merged, numbers, written
+from nonn.commands.scaling import Ground, even_numbers, merged, written
 from nonn.core.errors import UserError
 from nonn.core.jobs import list_jobs
 from nonn.core.params import load_params
@@ -75,7 +75,7 @@ def test_a_command_that_fails_is_one_line(ground):
 def test_odd_numbers_of_jobs_are_refused(text):
     with pytest.raises(SystemExit):
         main(["scaling", "--jobs", text])
-    assert numbers("") == []
+    assert even_numbers("") == []
 
 
 def test_the_parameters_are_those_of_an_experiment():

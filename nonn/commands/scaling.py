@@ -148,7 +148,7 @@ def merged(path: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
     return [known[key] for key in sorted(known)]
 
 
-def numbers(text: str) -> list[int]:
+def even_numbers(text: str) -> list[int]:
     """Even numbers from 2 on, with commas between them; none is allowed."""
     found = [int(word) for word in text.split(",") if word]
     if any(number < 2 or number % 2 for number in found):
@@ -186,9 +186,11 @@ def draw(rows: Sequence[dict[str, str]]):
 
 def add_arguments(parser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="(default: %(default)s)")
-    parser.add_argument("--jobs", type=numbers, default="10,100", metavar="N,N", help="to run (default: %(default)s)")
     parser.add_argument(
-        "--dry", type=numbers, default="1000", metavar="N,N", help="dry run alone (default: %(default)s)"
+        "--jobs", type=even_numbers, default="10,100", metavar="N,N", help="to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dry", type=even_numbers, default="1000", metavar="N,N", help="dry run alone (default: %(default)s)"
     )
     parser.add_argument(
         "--at-once", type=int, default=2, metavar="N", help="jobs that run at once (default: %(default)s)"

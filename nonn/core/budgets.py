@@ -40,11 +40,8 @@ class Allowance(NamedTuple):
     def enough(self) -> float:
         """The smallest offer, in whole steps, that would do."""
         steps = math.ceil(self.needed / self.step)
-        return (
-            round(steps * self.step, 6)
-            if round(steps * self.step, 6) >= self.needed
-            else round((steps + 1) * self.step, 6)
-        )
+        rounded = round(steps * self.step, 6)
+        return rounded if rounded >= self.needed else round((steps + 1) * self.step, 6)
 
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
