@@ -98,7 +98,9 @@ def board_name(board: str) -> str:
 
 
 def link_name(name: str) -> str:
-    """As people call it, with its rate and its delay: Wi-Fi, 20 Mbit/s + 2 ms."""
+    """As people call it, with its rate and its delay: Wi-Fi, 20 Mbit/s + 2 ms; what is no link, as it is."""
+    if name not in PRESETS:
+        return name
     link, kind = PRESETS[name], re.sub(r"\d+$", "", name)
     called = {"ieee": "802.15.4", "wifi": "Wi-Fi", "ethernet": "Ethernet"}[kind]
     rate = f"{link.rate_bps / 1e6:g} Mbit/s" if link.rate_bps >= 1e6 else f"{link.rate_bps / 1e3:g} kbit/s"
