@@ -36,9 +36,9 @@ def test_guesses_of_the_default_experiment_are_in_proportion_to_its_times():
             ("assemble", "assemble@seed0/4s"),
         )
     }
-    # UNREAD images are 2.8 times those of this data set.
-    for stage, seconds in guessed.items():
-        assert mean[stage] / 3 < seconds < 4 * mean[stage]
+    # Nothing else is promised: processors differ, and UNREAD images are 2.8 times those of this data set.
+    shares = [seconds / mean[stage] for stage, seconds in guessed.items()]
+    assert max(shares) < 3 * min(shares)
     assert guessed["teacher"] > 2 * guessed["distill"] > 2 * guessed["assemble"]
 
 

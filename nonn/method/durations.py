@@ -16,7 +16,7 @@ from nonn.method.feasibility import known_images, least_images
 from nonn.method.sizing import design_student
 
 #: Multiply-accumulates that a thread does in a second: in the default experiment on an AMD EPYC without AVX-512, of its
-#: teacher and its students alike (results/mnist5k/timeline.csv).
+#: teacher and its students alike. One with AVX-512 does about twice as many (results/mnist5k/timeline.csv).
 SPEED = 3e10
 #: Of a training step to an answer: once forward, and once for each of the two gradients.
 STEP = 3
