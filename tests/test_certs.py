@@ -2,6 +2,7 @@
 
 import ipaddress
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cryptography import x509
@@ -14,6 +15,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime import certs
 from nonn.runtime.certs import write_certificates
+from nonn.runtime.tls import Identity
 
 
 def read(path) -> x509.Certificate:
@@ -106,3 +108,18 @@ def test_half_an_authority_is_refused_and_nothing_is_touched(kept, certificates,
         write_certificates(tmp_path, ["node-2"])
     assert [path.name for path in tmp_path.iterdir()] == [kept]
     assert (tmp_path / kept).read_bytes() == (certificates / kept).read_bytes()
+
+
+def test_two_that_make_certificates_at_once_share_an_authority(tmp_path):
+    names = [f"node-{i}" for i in range(6)]
+    with ThreadPoolExecutor(len(names)) as pool:
+        list(pool.map(lambda name: write_certificates(tmp_path, [name]), names))
+    for name in names:
+        Identity.of(name, tmp_path).for_server()
+        certificate = x509.load_pem_x509_certificate((tmp_path / f"{name}.pem").read_bytes())
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate((tmp_path / "ca.pem").read_bytes()))
+
+
+def test_a_folder_without_a_name_is_refused():
+    with pytest.raises(SystemExit, match="nonn certs: the folder has no name"):
+        main(["certs", "", "node-0"])

@@ -196,6 +196,13 @@ def test_seeds_below_zero_are_refused(capsys):
         assert "argument --seed: -1 is below 0; give 0 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-1", "soon"])
+def test_times_without_an_end_are_refused(number, capsys):
+    with pytest.raises(SystemExit):
+        main(["health", f"--wait={number}"])
+    assert "argument --wait: " in capsys.readouterr().err
+
+
 def test_a_soak_too_short_to_judge_is_refused(capsys):
     assert stop("soak", "export", "--requests", "999") == 2
     assert "argument --requests: 999 is below 1000" in capsys.readouterr().err

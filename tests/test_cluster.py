@@ -50,6 +50,14 @@ def test_what_is_written_is_read_back(network_folder, folder, certificates):
     assert Path("deep/cluster.yaml").read_text() == text
 
 
+def test_paths_are_those_of_the_folder_that_a_link_leads_to(network_folder, folder):
+    (folder / "far/away").mkdir(parents=True)
+    (folder / "link").symlink_to(folder / "far/away")
+    write_cluster(Path("link/cluster.yaml"), local_cluster(network_folder, Path("certs"), 7100, 80))
+    found = load_cluster(Path("link/cluster.yaml"))
+    assert (found.export.resolve(), found.tls.folder.resolve()) == (network_folder, folder / "certs")
+
+
 def test_students_keep_their_places_in_any_order(network_folder):
     cluster = local_cluster(network_folder, None, 7100, 80)
     turned = cluster.model_copy(update={"nodes": cluster.nodes[::-1]})

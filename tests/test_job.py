@@ -1,16 +1,19 @@
 """Jobs that leave dvc.lock alone: what they keep, what is merged, what a killed run loses (nothing)."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from experiments import REPOSITORY
+from experiments import REPOSITORY, tiny_params
 from ruamel.yaml import YAML
 
 from nonn.cli import main
+from nonn.commands import stage
 from nonn.commands.job import ENTRIES, merge_entries, say_what_is_left
+from nonn.core.errors import UserError
 from nonn.core.files import STATE, write_json
 
 BIN = Path(sys.executable).parent
@@ -103,6 +106,30 @@ def test_a_job_whose_inputs_are_not_there_says_what_makes_them():
     done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "nonn job: both: a.txt is not there. Run `dvc repro both`, which makes it.\n"
+
+
+def test_a_job_of_another_experiment_than_the_run_s_is_refused(folder):
+    YAML().dump(tiny_params(), folder / "params.yaml")
+    with pytest.raises(
+        SystemExit, match=r"teacher: params\.yaml is of results/tiny by now, and this run makes results/o/t"
+    ):
+        main(["job", "teacher", "--writes", "results/o/teacher.json"])
+
+
+def test_a_stage_whose_parameters_change_meanwhile_counts_for_nothing(folder, params):
+    shutil.copy(REPOSITORY / "dvc.yaml", folder)
+    YAML().dump(tiny_params(), folder / "params.yaml")
+    stage.refuse_changed("distill", params)
+    YAML().dump(tiny_params({"figures": {"dpi": 50}}), folder / "params.yaml")
+    stage.refuse_changed("distill", params)  # of no interest to it
+    YAML().dump(tiny_params({"distill": {"temperature": 9.0}}), folder / "params.yaml")
+    with pytest.raises(
+        UserError, match=r"params\.yaml: distill: has changed while distill ran, so what it wrote counts"
+    ):
+        stage.refuse_changed("distill", params)
+    YAML().dump(tiny_params({"experiment": "other"}), folder / "params.yaml")
+    with pytest.raises(UserError, match=r"params\.yaml: experiment: has changed while design ran"):
+        stage.refuse_changed("design", params)
 
 
 def test_no_stage_is_not_all_of_them():

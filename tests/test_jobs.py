@@ -70,6 +70,8 @@ def test_what_is_written_reads_as_what_was_meant(params):
     assert write_jobs(named)
     assert YAML(typ="safe").load(JOBS_FILE) == {"jobs": list_jobs(named)}
     assert not write_jobs(named), "it is there already"
+    JOBS_FILE.write_bytes(b"\xff")
+    assert write_jobs(named), "it was damaged"
     check_jobs(named)
     with pytest.raises(UserError, match=r"workflow/jobs\.yaml: lists other jobs .* Run `nonn jobs`"):
         check_jobs(params)

@@ -341,3 +341,11 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
 def test_experiments_name_sources_that_are_known():
     for name in ("cifar100", "fashion_mnist", "scenes", "birds", "imagenet"):
         assert YAML(typ="safe").load(REPOSITORY / f"workflow/experiments/{name}.yaml")["experiment"] == name
+
+
+def test_a_link_to_a_folder_around_it_is_refused(tmp_path):
+    root = write_folder(tmp_path / "pets", ["cat", "dog"])
+    for name in ("latest", "current"):
+        (root / name).symlink_to(".")
+    with pytest.raises(UserError, match=r"pets/(latest|current): is a link to a folder around it\. Remove it"):
+        load_images(root)

@@ -1,6 +1,7 @@
 """`nonn new`: an experiment for one's own images, teacher and devices that is sound, or one line for each mistake."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from experiments import REPOSITORY
 from pictures import write_photos
 
 from nonn.cli import main
+from nonn.commands import project
 from nonn.core.jobs import check_jobs
 from nonn.core.params import load_params
 
@@ -64,7 +66,7 @@ def test_small_images_get_students_of_three_stages():
     [
         (("--devices", "4×stm32f7", "--images", "nowhere"), "dataset.source: nowhere does not exist"),
         (("--devices", "4×stm32f7", "--images", "photos/cats"), "has 0 class folders, needs two at least"),
-        (("--devices", "4 of those"), "--devices: '4 of those' is not NUMBER×NAME"),
+        (("--devices", "4 of those"), "--devices: '4 of those' is not NUMBERxNAME"),
         (("--devices", "1×stm32f7"), "--devices: a network has 2 to 16 devices"),
         (("--devices", "2×nosuchboard"), "--devices: no device 'nosuchboard'"),
         (("--devices", "2×stm32f7", "--size", "512"), "no student of `design` fits device 'stm32f7'"),
@@ -82,6 +84,32 @@ def test_each_mistake_is_one_line_and_changes_nothing(arguments, expected, clone
     assert {path: content for path, content in after.items() if path.name != "jobs.yaml"} == {
         path: content for path, content in before.items() if path.name != "jobs.yaml"
     }
+
+
+@pytest.mark.usefixtures("clone")
+def test_experiments_that_somebody_is_still_writing_are_passed_over():
+    for name, text in (("half", "devices:\n"), ("other", "devices: 5\n"), ("list", "- a\n")):
+        Path(f"workflow/experiments/{name}.yaml").write_text(text)
+    main(["new", "flowers", "--images", "photos", "--devices", "2×stm32f7", "--size", "32"])
+    assert load_params().experiment == "flowers"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("name", ["123", "1e5", "2024-01-01", "null"])
+def test_names_that_yaml_reads_otherwise_are_refused_before_anything_is_written(name, folder):
+    with pytest.raises(SystemExit, match=rf"nonn new: {name}: is a number, a date or no text at all for YAML"):
+        main(["new", name])
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_project_that_is_told_to_stop_leaves_nothing(folder, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(project, "keep_versions", lambda _: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        main(["new", "half"])
+    assert not list(folder.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.usefixtures("clone")

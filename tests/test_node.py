@@ -276,6 +276,14 @@ def test_plain_text_must_be_asked_for(network_folder, flags):
         main(["node", str(network_folder / "0.onnx"), *flags])
 
 
+def test_to_be_attached_takes_a_pipe(network_folder):
+    command = [sys.executable, "-m", "nonn", "node", network_folder / "0.onnx", "--address", "127.0.0.1:0"]
+    command += ["--insecure", "--attached"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert b"nonn node: --attached: standard input is no pipe that could close; leave it out" in done.stderr
+
+
 def test_names_of_callers_need_certificates(network_folder):
     with pytest.raises(SystemExit, match="--allow: callers have no names in plain text"):
         main(["node", str(network_folder / "0.onnx"), "--insecure", "--allow", "coordinator"])

@@ -196,12 +196,13 @@ def test_every_mistake_has_its_line(tmp_path):
         (b"seeds: [0\nstudents: []\n", " line 2 is not valid YAML"),
         (b"seeds: [0]\n\nseeds: [1]\n", ' line 3 is not valid YAML: found duplicate key "seeds"'),
         (b"seeds:\n\t- 0\n", " line 2 is not valid YAML: found character "),
+        (b"seed: 0\nteacher: {a: timm:net}\n", " line 2 is not valid YAML: found unexpected ':'. Put values with"),
         (b"- seeds\n", " holds no keys. Restore it from version control."),
         (b"", " holds no keys. Restore it from version control."),
         (b"seeds: \xff\xfe\n", " is not text in UTF-8"),
         (b"seeds: \x00\n", " is not text in UTF-8"),
     ],
-    ids=["not closed", "key twice", "tab", "list", "empty", "other encoding", "binary"],
+    ids=["not closed", "key twice", "tab", "colon", "list", "empty", "other encoding", "binary"],
 )
 def test_files_that_are_no_parameters_are_refused(content, expected, tmp_path):
     path = tmp_path / "params.yaml"

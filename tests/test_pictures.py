@@ -1,6 +1,7 @@
 """Pictures of the live page: where they come from, and that they travel unchanged."""
 
 import base64
+import json
 import socket
 from io import BytesIO
 
@@ -51,6 +52,11 @@ def test_test_images_of_the_experiment_are_shown(network_folder, tmp_path):
     for picture in pictures:
         expected = make_image([1, 4, 5][int(picture.name.split()[-1])])
         np.testing.assert_array_equal(picture.read(), expected)
+    info = {"classes": ["ant", "bee", "cow"], "channels": 1, "size": 4}
+    path.with_suffix(".json").write_text(json.dumps(info | {"classes": ["ant", "cow", "bee"]}))
+    with pytest.raises(UserError, match="is not the dataset of this network"):
+        dataset_pictures(path, manifest)
+    path.with_suffix(".json").unlink()
     save_file(arrays | {"images": images[:, :, :2]}, path)
     with pytest.raises(UserError, match="is not the dataset of this network"):
         dataset_pictures(path, manifest)

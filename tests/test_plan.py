@@ -58,13 +58,13 @@ def test_a_list_of_devices(text, names):
     ("text", "said"),
     [
         ("2×rp2530", r"--devices: no device 'rp2530' \(did you mean 'rp2350'\?\); choose of pi3b,"),
-        ("two rp2350", r"'two rp2350' is not NUMBER×NAME; write for example 2×rp2350"),
-        ("2××rp2350", r"is not NUMBER×NAME"),
-        ("", r"'' is not NUMBER×NAME"),
-        ("rp2350 +", r"'' is not NUMBER×NAME"),
+        ("two rp2350", r"'two rp2350' is not NUMBERxNAME; write for example 2xrp2350"),
+        ("2××rp2350", r"is not NUMBERxNAME"),
+        ("", r"'' is not NUMBERxNAME"),
+        ("rp2350 +", r"'' is not NUMBERxNAME"),
         ("1×rp2350", r"a network has 2 to 16 devices, and these are 1$"),
         ("9999×rp2350", r"and these are more than 16$"),
-        ("-2×rp2350", r"is not NUMBER×NAME"),
+        ("-2×rp2350", r"is not NUMBERxNAME"),
     ],
 )
 def test_what_is_no_list_of_devices_is_refused(text, said):

@@ -9,11 +9,12 @@ merged when the next one begins.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from nonn.commands.stage import note
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove, write_json, write_text
 from nonn.core.options import completed
+from nonn.core.params import PARAMS_FILE, load_params
+from nonn.core.paths import Paths
 from nonn.core.progress import log
 
 LOCK_FILE = Path("dvc.lock")
@@ -66,6 +69,15 @@ def run_job(address: str) -> None:
         if absent := _missing_file(cause):
             raise UserError(f"{address}: {absent} is not there. Run `dvc repro {address}`, which makes it.") from None
         raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None
+
+
+def refuse_other_outputs(address: str, expected: Sequence[str]) -> None:
+    """Raise UserError unless a job writes what Snakemake expects of it: another experiment may be active by now."""
+    if not expected:
+        return
+    root = Paths(load_params().experiment).root
+    if other := [name for name in expected if root not in Path(name).parents]:
+        raise UserError(f"{address}: {PARAMS_FILE} is of {root} by now, and this run makes {other[0]}. Run it again.")
 
 
 def _missing_file(error: BaseException | None) -> str | None:
@@ -120,13 +132,16 @@ def say_what_is_left() -> None:
 def add_arguments(parser) -> None:
     stage = parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
     completed(stage, lambda: [found.addressing for found in Repo(".").index.stages])
+    parser.add_argument("--writes", nargs="+", default=[], help=argparse.SUPPRESS)  # as Snakemake expects of the job
     parser.epilog = "example: nonn job distill@seed0/2s/0"
 
 
 def run(options) -> None:
     if not options.address:
         raise UserError("the stage is empty, which DVC would take for all of them; name one of `dvc stage list`")
+    refuse_other_outputs(options.address, options.writes)
     start = time.time()
     run_job(options.address)
     note({"job": options.address, "start": start, "end": time.time()})
-    say_what_is_left()
+    if options.writes:
+        say_what_is_left()

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ruamel.yaml import YAML
+
 from nonn.commands import project
 from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, unless_refused, write_params
 from nonn.core.boards import all_boards
@@ -118,8 +120,13 @@ class Request:
 
 
 def known_devices() -> dict[str, dict[str, Any]]:
-    """Budgets of the devices that experiments name."""
-    return {name: budget for of in experiments() for name, budget in merge_experiment(of)["devices"].items()}
+    """Budgets of the devices that experiments name, of those that can be read."""
+    known: dict[str, dict[str, Any]] = {}
+    for experiment in experiments():
+        with contextlib.suppress(UserError):  # somebody is still writing it
+            devices = merge_experiment(experiment)["devices"]
+            known |= devices if isinstance(devices, dict) else {}
+    return known
 
 
 def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -228,6 +235,8 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", options.name):
         raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
+    if not isinstance(YAML(typ="safe").load(options.name), str):
+        raise UserError(f"{options.name}: is a number, a date or no text at all for YAML; take another name")
     for key in ("images", "teacher", "weights"):
         check_text(f"--{key}", getattr(options, key))
     if EXPERIMENTS.is_dir() and Path("dvc.yaml").is_file():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,11 @@ def created(folder: Path) -> Iterator[None]:
     was_there = os.path.lexists(folder)
     if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         create(folder)
         yield
@@ -64,6 +70,9 @@ def created(folder: Path) -> Iterator[None]:
             for path in folder.iterdir() if was_there else [folder]:
                 remove(path)
         raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def create(folder: Path) -> None:
@@ -94,7 +103,7 @@ def keep_versions(folder: Path) -> None:
 def is_project(folder: Path = Path()) -> bool:
     """Whether a folder is a project, which a clone is not: its code is its own."""
     snakefile = folder / SNAKEFILE
-    return snakefile.is_file() and prepare.__module__ in snakefile.read_text(encoding="utf-8")
+    return snakefile.is_file() and prepare.__module__.encode() in snakefile.read_bytes()
 
 
 def refresh(folder: Path = Path()) -> None:
@@ -109,7 +118,7 @@ def refresh(folder: Path = Path()) -> None:
         link.symlink_to(package)
     for copy, source in COPIES.items():
         content, file = source.read_text(encoding="utf-8"), folder / copy
-        if not file.is_file() or file.read_text(encoding="utf-8") != content:
+        if not file.is_file() or file.read_bytes() != content.encode():
             if file.exists():
                 print(f"{copy}: written anew, as of nonn {nonn.__version__}", file=sys.stderr)
             write_text(file, content)

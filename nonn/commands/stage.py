@@ -9,19 +9,23 @@ import argparse
 import importlib
 import json
 import time
+from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.jobs import check_jobs
 from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, refuse_settings
-from nonn.core.params import Params, load_params
+from nonn.core.params import PARAMS_FILE, Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 from nonn.core.progress import log
 
 #: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
+STAGES_FILE = Path("dvc.yaml")
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
 #: Kind of item that a stage takes, an example, and whether it takes a seed; other stages take neither.
@@ -66,9 +70,11 @@ def run(options) -> None:
 
         for line in check_budgets(params, paths):
             log(f"params.yaml: {line}")
+    JOURNAL.parent.mkdir(exist_ok=True)  # what is in the way is said before the work
     module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
     module.run(params, paths, **arguments)
+    refuse_changed(stage, params)
     note(
         {
             "experiment": params.experiment,
@@ -79,6 +85,26 @@ def run(options) -> None:
             "end": time.time(),
         }
     )
+
+
+def refuse_changed(stage: str, before: Params) -> None:
+    """Raise UserError if parameters of a stage are others by now: DVC would note these as what the outputs are of."""
+    if not STAGES_FILE.is_file():
+        return
+    entry = (load_stages() or {}).get(stage, {})
+    declared = [key for key in entry.get("do", entry).get("params", []) if isinstance(key, str)]
+    after = load_params()
+    for section in dict.fromkeys(["experiment", *(key.partition(".")[0] for key in declared)]):
+        if getattr(after, section) != getattr(before, section):
+            raise UserError(
+                f"{PARAMS_FILE}: {section}: has changed while {stage} ran, so what it wrote counts for nothing. Run it "
+                "again."
+            )
+
+
+def load_stages() -> dict[str, Any]:
+    """What ``dvc.yaml`` says of each stage."""
+    return YAML(typ="safe").load(STAGES_FILE)["stages"]
 
 
 def note(entry: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, TEMPORARY, remove
-from nonn.core.options import natural, seed_number
+from nonn.core.options import amount, natural, seed_number
 from nonn.core.params import load_params
 from nonn.core.progress import log
 
@@ -204,7 +204,7 @@ def copy_repository(folder: Path, source: Path = Path()) -> None:
 
 def add_arguments(parser) -> None:
     parser.add_argument("--tries", type=natural, default=20, metavar="N", help="kills a stage (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after (default: none)")
+    parser.add_argument("--seconds", type=amount, default=float("inf"), help="begin nothing new after (default: none)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of what is random (default: %(default)s)")
     parser.epilog = "example: nonn torture --tries 2"
 

@@ -159,7 +159,7 @@ def hub_path(name: str) -> Path | None:
 def write_jobs(params: Params) -> bool:
     """Write the lists, if they are not there yet; say whether they were not."""
     content = _render(params)
-    if JOBS_FILE.is_file() and JOBS_FILE.read_text(encoding="utf-8") == content:
+    if JOBS_FILE.is_file() and JOBS_FILE.read_bytes() == content.encode():
         return False
     write_text(JOBS_FILE, content)
     return True
@@ -167,7 +167,7 @@ def write_jobs(params: Params) -> bool:
 
 def check_jobs(params: Params) -> None:
     """Refuse to go on with other jobs than those of the parameters."""
-    if JOBS_FILE.is_file() and JOBS_FILE.read_text(encoding="utf-8") != _render(params):
+    if JOBS_FILE.is_file() and JOBS_FILE.read_bytes() != _render(params).encode():
         raise UserError(f"{JOBS_FILE}: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterable
 
@@ -29,6 +30,13 @@ def at_least(least: int, most: int = sys.maxsize):
         return value
 
     number.__name__ = "whole number"
+    return number
+
+
+def amount(text: str) -> float:
+    """A finite number from 0 on."""
+    if not 0 <= (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 on; give a number")
     return number
 
 

@@ -46,7 +46,8 @@ def parse_yaml(text: str, name: str) -> Any:
         return YAML(typ="safe").load(text)
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{name}:{line} is not valid YAML: {_short(error.problem)}. Mend that line.") from None
+        remedy = "Put values with a colon in quotes, or mend" if "':'" in str(error.problem) else "Mend"
+        raise UserError(f"{name}:{line} is not valid YAML: {_short(error.problem)}. {remedy} that line.") from None
     except YAMLError as error:
         raise UserError(f"{name}: is not text in UTF-8 ({_short(error)}). Save it as such.") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:

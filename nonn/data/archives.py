@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from nonn.core.errors import UserError
 from nonn.core.files import regular
 
 ZIP = (".zip",)
@@ -30,6 +31,8 @@ def list_names(path: Path) -> Iterator[str]:
     if path.is_dir():
         for folder, subfolders, files in os.walk(path, followlinks=True):
             relative = Path(folder).relative_to(path)
+            if relative.parts and Path(folder).is_symlink() and _is_around(Path(folder)):
+                raise UserError(f"{folder}: is a link to a folder around it. Remove it.")
             yield from ((relative / name).as_posix() + "/" for name in subfolders)
             yield from ((relative / name).as_posix() for name in files)
     elif _is_zip(path):
@@ -38,6 +41,11 @@ def list_names(path: Path) -> Iterator[str]:
     else:
         with tarfile.open(path) as archive:
             yield from (member.name + "/" * member.isdir() for member in archive)
+
+
+def _is_around(link: Path) -> bool:
+    """Whether a link leads to a folder on the way to it: who follows it comes back to it."""
+    return any(folder.resolve() == link.resolve() for folder in link.parents)
 
 
 def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Content]]:

@@ -11,6 +11,7 @@ from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.errors import UserError
+from nonn.core.options import amount
 from nonn.runtime.channel import open_channel, reason_of, settle
 from nonn.runtime.cluster import CLUSTER_FILE, Node, load_cluster
 from nonn.runtime.protocol import Contract
@@ -61,7 +62,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--node", action="append", metavar="NAME", help="ask this node only; repeatable")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="seconds until all have to be there (default: %(default)s)"
+        "--wait", type=amount, default=0.0, metavar="S", help="seconds till all have to be there (default: %(default)s)"
     )
     parser.epilog = "example: nonn health --cluster cluster.yaml --wait 30"
 

@@ -13,7 +13,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
+from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError
+from nonn.core.files import read_json
 from nonn.core.images import fit_network, open_image, read_image
 from nonn.runtime.exported import Manifest
 
@@ -74,7 +76,9 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Give pictures with --images FOLDER.") from None
     image = manifest.image
-    if shape != image.shape or labels.max() >= len(manifest.classes):
+    info = path.with_suffix(".json")
+    classes = tuple(read_json(info, DatasetInfo)["classes"]) if info.is_file() else tuple(manifest.classes)
+    if shape != image.shape or classes != tuple(manifest.classes) or labels.max() >= len(classes):
         raise UserError(f"{path}: is not the dataset of this network. Give pictures with --images FOLDER.")
     return [
         Picture(f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index)))

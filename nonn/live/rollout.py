@@ -31,6 +31,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing, write_json
+from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -285,11 +286,11 @@ def add_arguments(parser) -> None:
         "--certs", type=Path, default=Path("certs"), help="folder of `nonn certs` (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, default=7100, help="of the first node (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=amount, default=100.0, help="time for one image (default: %(default)s)")
     parser.add_argument("--folder", default=FOLDER, help="on boards, from the home (default: %(default)s)")
     parser.add_argument("--python", default=PYTHON, help="that has nonn there, from the home (default: %(default)s)")
     parser.add_argument(
-        "--wait", type=float, default=WAIT, metavar="S", help="for a node to answer (default: %(default)s)"
+        "--wait", type=amount, default=WAIT, metavar="S", help="for a node to answer (default: %(default)s)"
     )
     parser.add_argument("--ssh-args", default="", metavar="ARGS", help="for ssh, such as '-F FILE'")
     parser.epilog = "example: nonn deploy 2s --to pi@kitchen.local pi@hall.local"

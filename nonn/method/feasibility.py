@@ -37,24 +37,27 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
 
 
 def known_images(params: Params, paths: Paths) -> dict[str, Any] | None:
-    """What ``dataset.json`` says of the images; None if there is none, or it is of another source or size."""
-    if not paths.dataset_info.is_file():
+    """What ``dataset.json`` says of the images; None if it cannot be read, or is of another source or size."""
+    try:
+        info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
+    except UserError:  # who needs it says why
         return None
-    info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
     source, size = params.dataset.source, params.sizes["students"]
     return info if info["size"] == size and info.get("source", source) == source else None
 
 
 def known_filters(params: Params, paths: Paths) -> int | None:
-    """How many live filters the graph has; None if there is none, or it is of another teacher."""
-    if not (paths.graph_info.is_file() and paths.teacher_info.is_file()):
+    """How many live filters the graph has; None if that cannot be read, or is of another teacher."""
+    try:
+        info, graph = read_json(paths.teacher_info, TeacherInfo), read_json(paths.graph_info, GraphInfo)
+    except UserError:  # who needs them says why
         return None
-    info, teacher = read_json(paths.teacher_info, TeacherInfo), params.teacher
+    teacher = params.teacher
     if teacher.is_foreign:
         is_current = info.get("source") == teacher.source
     else:
         is_current = bool(info["architecture"]) and Architecture.model_validate(info["architecture"]) == teacher.own
-    return read_json(paths.graph_info, GraphInfo)["n_live"] if is_current else None
+    return graph["n_live"] if is_current else None
 
 
 def least_images(params: Params) -> dict[str, Any]:

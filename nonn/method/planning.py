@@ -179,7 +179,7 @@ def parse_devices(text: str, known: Sequence[str]) -> list[str]:
     for part in re.split(r"[+,]", text):
         match = re.fullmatch(r"\s*(?:(\d{1,4})\s*[×x*]?\s*)?([A-Za-z_][\w-]*)\s*", part)
         if not match:
-            raise UserError(f"--devices: {part.strip()!r} is not NUMBER×NAME; write for example 2×rp2350 + 1×pi4b")
+            raise UserError(f"--devices: {part.strip()!r} is not NUMBERxNAME; write for example 2xrp2350 + 1xpi4b")
         count, name = int(match[1] or 1), match[2]
         if count == 0:
             raise UserError(f"--devices: {part.strip()!r} asks for none; give 1 or more, or leave it out")

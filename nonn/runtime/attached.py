@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from nonn.core.errors import UserError
 from nonn.core.progress import log
 
 #: Of Linux's prctl(2): the signal that a process gets when its parent dies.
@@ -44,7 +45,10 @@ def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM, *more):
         loop.add_signal_handler(number, stopped.set)
     if attached:
-        loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+        try:
+            loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+        except (PermissionError, ValueError):  # a file, or none at all
+            raise UserError("--attached: standard input is no pipe that could close; leave it out") from None
         continue_after_parent()
     return stopped
 

@@ -6,11 +6,13 @@ any PEM files whose common name is the node's or coordinator's name, also as an 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import ipaddress
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -69,6 +71,22 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
             reserved = " or ".join(RESERVED)
             raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _, but not {reserved}.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _alone_in(folder):
+        _make_all(folder, names, days)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else makes certificates there: two would make an authority each."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _make_all(folder: Path, names: Sequence[str], days: int) -> None:
     there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
     if len(there) == 1:
         (gone,) = {CA, CA_KEY} - set(there)
@@ -146,7 +164,7 @@ def _write(path: Path, content: bytes, mode: int) -> None:
 
 
 def add_arguments(parser) -> None:
-    parser.add_argument("folder", type=Path, help="folder for the certificates and keys")
+    parser.add_argument("folder", help="folder for the certificates and keys")
     parser.add_argument("names", nargs="+", metavar="NAME", help="name of a node, or coordinator, or application")
     parser.add_argument("--days", type=int, default=DAYS, help="days until they expire (default: %(default)s)")
     parser.epilog = "example: nonn certs certs coordinator node-0 node-1"
@@ -156,6 +174,8 @@ def run(options) -> None:
     """The command ``nonn certs``."""
     if not 1 <= options.days <= 3650:
         raise UserError("--days: give 1 to 3650")
-    write_certificates(options.folder, options.names, options.days)
+    if not options.folder:
+        raise UserError("the folder has no name; give one, such as certs")
+    write_certificates(Path(options.folder), options.names, options.days)
     names = ", ".join(options.names)
     log(f"{options.folder}: certificates for {names}, good for {options.days} days; {CA_KEY} signs more: keep it apart")

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.options import add_settings, completed, load_settings, refuse_unknown_networks
+from nonn.core.options import add_settings, amount, completed, load_settings, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -176,12 +176,16 @@ def local_cluster(export: Path, certificates: Path | None, port: int, deadline_m
 def write_cluster(path: Path, cluster: Cluster) -> None:
     """Write a cluster file, its paths relative to it."""
     content = cluster.model_dump(mode="json", exclude_defaults=True)
-    content["export"] = os.path.relpath(cluster.export, path.parent)
+
+    def relative(other: Path) -> str:
+        # ".." of a folder that is a link is that of its target.
+        return os.path.relpath(other.parent.resolve() / other.name, path.parent.resolve())
+
+    content["export"] = relative(cluster.export)
     if cluster.tls:
-        folder = os.path.relpath(cluster.tls.folder, path.parent)
-        content["tls"] = {"folder": folder, "coordinator": cluster.tls.coordinator}
+        content["tls"] = {"folder": relative(cluster.tls.folder), "coordinator": cluster.tls.coordinator}
     if cluster.sensor:
-        content["sensor"] = os.path.relpath(cluster.sensor, path.parent)
+        content["sensor"] = relative(cluster.sensor)
     text, yaml = StringIO(), YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.dump(content, text)
@@ -193,7 +197,7 @@ def add_arguments(parser) -> None:
     completed(network, lambda: load_params().networks)
     parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="file to write (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7100, help="port of the first node (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=amount, default=100.0, help="time for one image (default: %(default)s)")
     parser.add_argument(
         "--certs", type=Path, default=Path("certs"), help="folder that `nonn certs` writes to (default: %(default)s)"
     )

@@ -23,7 +23,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.options import natural, numbers, seed_number
+from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
@@ -246,8 +246,8 @@ async def run_load(
 def add_arguments(parser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     parser.add_argument("--callers", type=numbers, default="1,10,100,1000", help="at once (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each number of callers (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="of a call (default: %(default)s)")
+    parser.add_argument("--seconds", type=amount, default=10.0, help="for each number of them (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=amount, default=100.0, help="of a call (default: %(default)s)")
     parser.add_argument("--impatient", action="store_true", help="callers do not wait as they are told")
     parser.add_argument("--idle", type=natural, default=0, metavar="N", help="calls that a stranger keeps open, silent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")

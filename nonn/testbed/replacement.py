@@ -23,7 +23,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 from tritonclient.utils import deserialize_bytes_tensor
 
 from nonn.core.errors import UserError
-from nonn.core.options import natural
+from nonn.core.options import amount, natural
 from nonn.core.progress import log
 from nonn.live.following import FILE_ATTENTION
 from nonn.live.health import wait_for
@@ -214,7 +214,7 @@ def add_arguments(parser) -> None:
     )
     parser.add_argument("--requests", type=natural, default=10_000, help="in all, at least (default: %(default)s)")
     parser.add_argument("--callers", type=natural, default=2, help="at once (default: %(default)s)")
-    parser.add_argument("--deadline-ms", type=float, default=200.0, help="of the nodes (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=amount, default=200.0, help="of the nodes (default: %(default)s)")
     parser.epilog = "example: nonn replace results/mnist5k_full/export/4s --by results/mnist5k/export/4s"
 
 

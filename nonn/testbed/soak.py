@@ -20,7 +20,7 @@ import numpy as np
 from grpc import aio
 
 from nonn.core.errors import UserError
-from nonn.core.options import at_least, seed_number
+from nonn.core.options import amount, at_least, seed_number
 from nonn.core.progress import track
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
@@ -179,9 +179,9 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--requests", type=at_least(FEWEST), default=100_000, help="images to classify (default: %(default)s)"
     )
-    parser.add_argument("--deadline-ms", type=float, default=100.0, help="time for one image (default: %(default)s)")
+    parser.add_argument("--deadline-ms", type=amount, default=100.0, help="time for one image (default: %(default)s)")
     parser.add_argument(
-        "--kill-every", type=float, default=10.0, metavar="S", help="seconds between kills (default: %(default)s)"
+        "--kill-every", type=amount, default=10.0, metavar="S", help="seconds between kills (default: %(default)s)"
     )
     parser.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.epilog = "example: nonn soak results/mnist5k/export/4s --requests 1000"

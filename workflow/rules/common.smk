@@ -19,8 +19,8 @@ shell.prefix(
 # Captions of what the report shows, beside the rules wherever these are.
 CAPTIONS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).parent / "report"
 
-# Touched, because DVC brings unchanged outputs back with their old times.
-JOB = "(python -m nonn job {params.address:q} && touch {output:q}) 2>&1 | tee {log:q} >&2"
+# Touched, because DVC brings unchanged outputs back with their old times; what is not there is not made.
+JOB = "(python -m nonn job {params.address:q} --writes {output:q} && touch -c {output:q}) 2>&1 | tee {log:q} >&2"
 
 # What is known of each stage, for processes that Snakemake starts for one job: see `own_stage`.
 STAGES_FILE = STATE / "stages.json"
