@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -341,6 +342,13 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
 def test_experiments_name_sources_that_are_known():
     for name in ("cifar100", "fashion_mnist", "scenes", "birds", "imagenet"):
         assert YAML(typ="safe").load(REPOSITORY / f"workflow/experiments/{name}.yaml")["experiment"] == name
+
+
+def test_names_that_lead_out_of_an_archive_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "pets.zip", "w") as archive:
+        archive.writestr("../cat/a.png", b"")
+    with pytest.raises(UserError, match=r"pets\.zip: holds \.\./cat/a\.png, which leads out of it"):
+        load_images(tmp_path / "pets.zip")
 
 
 def test_a_link_to_a_folder_around_it_is_refused(tmp_path):

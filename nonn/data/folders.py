@@ -137,6 +137,8 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     names, passed = sort_out(names)
     for name in names:
         parts = PurePosixPath(name).parts
+        if ".." in parts:
+            raise UserError(f"{KEY}: {path}: holds {printable(name)}, which leads out of it. Pack it again.")
         folder = parts if name.endswith("/") else parts[:-1]
         within = "/".join(folder)
         if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text

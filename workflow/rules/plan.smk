@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 from nonn.commands.job import begin_run, merge_entries
 from nonn.commands.verify import distrust, mend_state
 from nonn.core.errors import UserError
-from nonn.core.files import write_json
+from nonn.core.files import write_json, write_text
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
@@ -196,8 +196,7 @@ def begin(params):
     jobs = repo.index.stages
     if merge_entries([job.name for job in jobs]):
         jobs = Repo(".").index.stages
-    CHANGED.parent.mkdir(exist_ok=True)
-    CHANGED.write_text(str(time.time_ns()))  # a file of the same content would not count as newer
+    write_text(CHANGED, str(time.time_ns()))  # a file of the same content would not count as newer
     return jobs
 
 
