@@ -134,11 +134,12 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     """
     files: dict[tuple[str, ...], str] = {}
     folders: set[tuple[str, ...]] = set()
+    names = list(names)
+    if outside := [name for name in names if ".." in PurePosixPath(name).parts]:
+        raise UserError(f"{KEY}: {path}: holds {printable(outside[0])}, which leads out of it. Pack it again.")
     names, passed = sort_out(names)
     for name in names:
         parts = PurePosixPath(name).parts
-        if ".." in parts:
-            raise UserError(f"{KEY}: {path}: holds {printable(name)}, which leads out of it. Pack it again.")
         folder = parts if name.endswith("/") else parts[:-1]
         within = "/".join(folder)
         if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text
