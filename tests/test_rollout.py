@@ -19,6 +19,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.live import rollout
 from nonn.live.rollout import Rollout, SshTarget, complete_certificates, kept_unless_done, only_one, placed_on
+from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import load_cluster, local_cluster
 
 BOARDS = ["pi@a", "b", "pi@c:2222"]
@@ -173,7 +174,7 @@ def test_without_ansible_it_says_what_to_install(network_folder, folder, monkeyp
 
 
 def test_only_one_rollout_at_a_time(network_folder, folder, monkeypatch):
-    Path("certs").mkdir()
+    write_certificates(Path("certs"), ["coordinator"])
     monkeypatch.setattr(rollout, "play", lambda *_: pytest.fail("plays"))
     monkeypatch.setattr(rollout, "find_ansible", lambda: "ansible-playbook")
     with only_one(Path("certs")), pytest.raises(SystemExit) as error:

@@ -40,6 +40,7 @@ from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest, read_verified
+from nonn.runtime.tls import CA
 
 #: What comes with the package for boards: playbooks, a script and a unit of systemd.
 PARTS = Path(__file__).parent / "boards"
@@ -167,14 +168,16 @@ def complete_certificates(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[int]:
-    """A lock on a folder; its file descriptor, for processes that have to hold it, too, should this one be killed.
+    """A lock on a folder of certificates, by that of their authority, since `nonn certs` locks the folder itself.
+
+    Gives its file descriptor, for processes that have to hold it, too, should this one be killed.
 
     Raises
     ------
     UserError
         Somebody holds it.
     """
-    lock = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder / CA, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
