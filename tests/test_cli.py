@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from nonn.cli import COMMANDS, main
 from nonn.commands.stage import ITEMS, JOURNAL, parse_item, parse_seed
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json
+from nonn.core.params import PARAMS_FILE
 from nonn.stages import STAGES
 
 #: The arguments of each stage's example.
@@ -274,7 +276,8 @@ def test_seeds_that_no_generator_takes_are_refused(seed, capsys):
     assert "argument --seed" in capsys.readouterr().err
 
 
-def test_predict_asks_for_an_export_first():
+def test_predict_asks_for_an_export_first(folder):
+    shutil.copy(REPOSITORY / PARAMS_FILE, folder)  # where the pipeline may have run
     assert "manifest.json: no such file" in stop("predict", "image.png")
 
 
