@@ -9,6 +9,7 @@ import argparse
 import importlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nonn.core.options import add_settings, completed, refuse_settings
 from nonn.core.params import PARAMS_FILE, Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 from nonn.core.progress import log
+from nonn.core.yaml_text import read_yaml
 
 #: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
@@ -59,7 +61,7 @@ def run(options) -> None:
     """Run one stage on one item, and note in the journal when it ran."""
     stage, item, seed = options.command, options.item, options.seed
     refuse_settings(options, "a stage writes the results of params.yaml, by which DVC knows them")
-    params = load_params()
+    params, written = load_params(), read_params()
     paths = Paths(params.experiment)
     arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
     check_jobs(params)
@@ -74,7 +76,7 @@ def run(options) -> None:
     module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
     module.run(params, paths, **arguments)
-    refuse_changed(stage, params)
+    refuse_changed(stage, written)
     note(
         {
             "experiment": params.experiment,
@@ -87,15 +89,19 @@ def run(options) -> None:
     )
 
 
-def refuse_changed(stage: str, before: Params) -> None:
+def read_params() -> Any:
+    """What stands in ``params.yaml``, sound or not."""
+    return read_yaml(PARAMS_FILE, "Restore it.")
+
+
+def refuse_changed(stage: str, before: Mapping[str, Any]) -> None:
     """Raise UserError if parameters of a stage are others by now: DVC would note these as what the outputs are of."""
     if not STAGES_FILE.is_file():
         return
-    entry = (load_stages() or {}).get(stage, {})
+    entry, after = load_stages().get(stage, {}), read_params()
     declared = [key for key in entry.get("do", entry).get("params", []) if isinstance(key, str)]
-    after = load_params()
     for section in dict.fromkeys(["experiment", *(key.partition(".")[0] for key in declared)]):
-        if getattr(after, section) != getattr(before, section):
+        if after.get(section) != before.get(section):
             raise UserError(
                 f"{PARAMS_FILE}: {section}: has changed while {stage} ran, so what it wrote counts for nothing. Run it "
                 "again."
