@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.jobs import check_jobs
@@ -27,7 +25,7 @@ from nonn.core.yaml_text import read_yaml
 
 #: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
-STAGES_FILE = Path("dvc.yaml")
+DVC_FILE = Path("dvc.yaml")
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
 #: Kind of item that a stage takes, an example, and whether it takes a seed; other stages take neither.
@@ -96,9 +94,9 @@ def read_params() -> Any:
 
 def refuse_changed(stage: str, before: Mapping[str, Any]) -> None:
     """Raise UserError if parameters of a stage are others by now: DVC would note these as what the outputs are of."""
-    if not STAGES_FILE.is_file():
+    if not DVC_FILE.is_file():
         return
-    entry, after = load_stages().get(stage, {}), read_params()
+    entry, after = read_yaml(DVC_FILE, "Restore it.")["stages"].get(stage, {}), read_params()
     declared = [key for key in entry.get("do", entry).get("params", []) if isinstance(key, str)]
     for section in dict.fromkeys(["experiment", *(key.partition(".")[0] for key in declared)]):
         if after.get(section) != before.get(section):
@@ -106,11 +104,6 @@ def refuse_changed(stage: str, before: Mapping[str, Any]) -> None:
                 f"{PARAMS_FILE}: {section}: has changed while {stage} ran, so what it wrote counts for nothing. Run it "
                 "again."
             )
-
-
-def load_stages() -> dict[str, Any]:
-    """What ``dvc.yaml`` says of each stage."""
-    return YAML(typ="safe").load(STAGES_FILE)["stages"]
 
 
 def note(entry: dict[str, Any]) -> None:
