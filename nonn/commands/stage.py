@@ -25,6 +25,7 @@ from nonn.core.yaml_text import read_yaml
 
 #: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
+#: What declares the parameters of each stage.
 DVC_FILE = Path("dvc.yaml")
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"

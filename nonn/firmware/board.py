@@ -28,7 +28,7 @@ from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
 from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import DEFAULT_CALLERS, Student, add_serving, identity_from
+from nonn.runtime.node import Student, add_serving, callers_from, identity_from
 from nonn.runtime.serving import serve
 
 #: What the firmware says as soon as it listens.
@@ -138,7 +138,8 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn board``."""
-    identity, allowed = identity_from(options), options.allow or DEFAULT_CALLERS
+    identity = identity_from(options)
+    allowed = callers_from(options, identity)
     with tempfile.TemporaryDirectory() as folder:
         board = EmulatedBoard(options.model, find_target(options.device), Path(folder), options.sensor)
         try:

@@ -28,6 +28,7 @@ from nonn.runtime.coordinate import DEFAULT_CALLERS, ServedNetwork
 from nonn.runtime.coordinator import TOLERATED_FAILURES, Coordinator, NodeConnection
 from nonn.runtime.exported import Manifest
 from nonn.runtime.logs import relayed_stderr
+from nonn.runtime.node import callers_from
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.serving import serve
 
@@ -251,14 +252,12 @@ def run(options) -> None:
     """The command ``nonn coordinate``."""
     # To applications it shows the certificate that it shows to its nodes.
     identity = None if options.insecure else load_cluster(options.cluster).own_identity
-    if options.allow and identity is None:
-        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
     served = coordinate(
         options.cluster,
         options.follow,
         options.address,
         identity=identity,
-        allowed=options.allow or DEFAULT_CALLERS,
+        allowed=callers_from(options, identity, DEFAULT_CALLERS),
         metrics_port=options.metrics_port,
         attached=options.attached,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -101,9 +102,14 @@ def identity_from(options) -> Identity | None:
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
         raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
-    if options.insecure and options.allow:
-        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
     return None if options.insecure else Identity(*files)
+
+
+def callers_from(options, identity: Identity | None, default: Collection[str] = DEFAULT_CALLERS) -> Collection[str]:
+    """Names of the callers that a command answers; a `UserError` for names where there are no certificates."""
+    if options.allow and identity is None:
+        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
+    return options.allow or default
 
 
 def add_serving(parser) -> None:
@@ -134,7 +140,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn node``."""
-    student, allowed = Student(options.model, options.sensor), options.allow or DEFAULT_CALLERS
     identity = identity_from(options)
+    student, allowed = Student(options.model, options.sensor), callers_from(options, identity)
     with relayed_stderr():
         asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))

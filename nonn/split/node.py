@@ -26,7 +26,7 @@ from nonn.runtime.attached import announce, told_to_stop
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import DEFAULT_CALLERS, add_serving, identity_from
+from nonn.runtime.node import DEFAULT_CALLERS, add_serving, callers_from, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import Service, listening
@@ -318,6 +318,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn split-node``."""
-    identity, device = identity_from(options), SplitDevice(options.part, options.sensor)
+    identity = identity_from(options)
+    device, allowed = SplitDevice(options.part, options.sensor), callers_from(options, identity)
     with relayed_stderr():
-        asyncio.run(serve(device, options.devices, identity, options.allow or DEFAULT_CALLERS, options.attached))
+        asyncio.run(serve(device, options.devices, identity, allowed, options.attached))
