@@ -7,6 +7,8 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+from torch.testing import assert_close
 
 from nonn.commands import map as map_command
 from nonn.commands.map import COLUMNS, MapPlan, make_map
@@ -18,6 +20,7 @@ from nonn.core.schema import load_yaml
 from nonn.method import regimes
 from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
 from nonn.report.map_plots import draw_map
+from nonn.training.lessons import Lesson
 
 FACTORS = {"epochs": [1, 2], "images": [0.5], "classes": [0.67]}
 PLAN = {"networks": ["2s"], "seeds": 1, "factors": FACTORS, "most_repeats": 10}
@@ -68,9 +71,8 @@ def test_a_share_of_the_images_has_every_class_and_its_own_signals(params):
     whole, half = classroom_of(params), classroom_of(params, images=0.5)
     assert len(half.labels) == len(whole.labels) // 2
     assert sorted(set(half.labels.tolist())) == sorted(set(whole.labels.tolist()))
-    kept = np.flatnonzero(np.isin(whole.data.train, half.data.train))
-    assert (half.signals["logits"] == whole.signals["logits"][:, kept]).all()
     assert (half.data.test == whole.data.test).all()
+    assert_seen_alike(half, whole)
 
 
 @pytest.mark.usefixtures("experiment")
@@ -82,9 +84,29 @@ def test_a_share_of_the_classes_has_their_images_and_the_teacher_s_logits_for_th
         indices, all_of_them = getattr(part.data, name), getattr(whole.data, name)
         assert indices.tolist() == [i for i in all_of_them.tolist() if whole.data.labels[i] in own]
         assert [own[label] for label in part.data.labels[indices]] == whole.data.labels[indices].tolist()
+    assert_seen_alike(part, whole, own)
+
+
+@pytest.mark.usefixtures("experiment")
+def test_shares_of_both_are_images_of_some_classes(params):
+    whole, part = classroom_of(params), classroom_of(params, images=0.5, classes=0.67)
+    assert len(part.labels) == len(classroom_of(params, classes=0.67).labels) // 2
+    assert_seen_alike(part, whole, [whole.data.classes.index(name) for name in part.data.classes])
+
+
+def assert_seen_alike(part, whole, classes=slice(None)):
+    """In every view, an image of a part has the pixels and the signals that it has among all images."""
+    lesson = Lesson(None, filters=[0, 1, 2], kd_weight=0.5, transfer_weight=1.0)
     kept = np.flatnonzero(np.isin(whole.data.train, part.data.train))
-    assert (part.signals["logits"] == whole.signals["logits"][:, kept][..., own]).all()
-    assert (part.signals["pooled"] == whole.signals["pooled"][:, kept]).all()
+    for epoch in range(whole.params.views):
+        seen = part.batch(torch.arange(len(kept)), epoch, list(part.signals_for(lesson).values()))
+        images, labels, logits, pooled = whole.batch(
+            torch.from_numpy(kept), epoch, list(whole.signals_for(lesson).values())
+        )
+        assert_close(seen[0], images, rtol=0, atol=0)
+        assert part.data.classes[seen[1][0]] == whole.data.classes[labels[0]]
+        assert_close(seen[2], logits[..., classes], rtol=0, atol=0)
+        assert_close(seen[3], pooled, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("experiment")

@@ -98,19 +98,23 @@ def classroom_of(params: Params, images: float = 1.0, classes: float = 1.0) -> C
 def _classroom(experiment: str, section: str, share: float, of_classes: float) -> Classroom:
     paths = Paths(experiment)
     data = load_dataset(paths)
-    signals = load_signals(paths, data)
+    signals, views = load_signals(paths, data), Signals.model_validate_json(section)
+    if share == of_classes == 1:
+        return Classroom(data, signals, views)
+    kept = torch.arange(len(data.train))
     if of_classes < 1:
-        data, signals = _keep_classes(data, signals, of_classes)
+        data, signals["logits"], kept = _keep_classes(data, signals["logits"], of_classes)
     if share < 1:
-        kept = _draw_images(data.labels[data.train], share)
-        data = replace(data, train=data.train[kept])
-        names = ("logits", "pooled")
-        signals = {name: signals[name][:, kept] for name in names}
-    return Classroom(data, signals, Signals.model_validate_json(section))
+        drawn = _draw_images(data.labels[data.train], share)
+        data, kept = replace(data, train=data.train[drawn]), kept[drawn]
+    return Classroom(data, signals, views, kept)
 
 
-def _keep_classes(data: Dataset, signals: Mapping[str, Tensor], share: float) -> tuple[Dataset, dict[str, Tensor]]:
-    """The images of some classes, drawn by chance and numbered anew, and the teacher's logits for them alone."""
+def _keep_classes(data: Dataset, logits: Tensor, share: float) -> tuple[Dataset, Tensor, Tensor]:
+    """The images of some classes, drawn by chance and numbered anew; the logits for these classes; the images' places.
+
+    `logits` are (K, n_train, C), as those that are returned with fewer classes. Places are among training images.
+    """
     n_classes = number_of_classes(data.n_classes, share)
     chosen = np.sort(np.random.default_rng(DRAW).permutation(data.n_classes)[:n_classes])
     number = torch.full((data.n_classes,), -1)
@@ -118,8 +122,8 @@ def _keep_classes(data: Dataset, signals: Mapping[str, Tensor], share: float) ->
     labels = number[data.labels]
     parts = {name: indices[labels[indices] >= 0] for name in SPLITS for indices in [getattr(data, name)]}
     kept = (labels[data.train] >= 0).nonzero().squeeze(1)
-    signals = {"logits": signals["logits"][:, kept][..., chosen], "pooled": signals["pooled"][:, kept]}
-    return replace(data, labels=labels, classes=tuple(data.classes[i] for i in chosen), **parts), signals
+    classes = tuple(data.classes[i] for i in chosen)
+    return replace(data, labels=labels, classes=classes, **parts), logits[..., chosen], kept
 
 
 def number_of_classes(total: int, share: float) -> int:

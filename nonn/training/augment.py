@@ -6,6 +6,7 @@ again from its number, a student sees exactly the pixels that the teacher saw.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,8 +34,15 @@ class View:
     hole: Tensor | None = None
 
     def to(self, device: torch.device) -> View:
-        parts = (self.top, self.left, self.flip, self.hole)
-        return View(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
+        return self._each(lambda part: part.to(device))
+
+    def of(self, index: Tensor) -> View:
+        """The view of the images `index` alone."""
+        return self._each(lambda part: part[index])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> View:
+        hole = None if self.hole is None else change(self.hole)
+        return View(change(self.top), change(self.left), change(self.flip), hole)
 
 
 def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:

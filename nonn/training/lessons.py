@@ -40,10 +40,14 @@ class Lesson:
 
 
 class Classroom:
-    """Training images and the teacher's signals, view by view, shared by the students of a job."""
+    """Training images and the teacher's signals, view by view, shared by the students of a job.
 
-    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals):
-        self.data, self.params, self.device = data, params, pick_device()
+    `signals` are those of all images that the teacher saw. Where `data` has a part of them for training, `kept` are the
+    positions of these, for students have to see each image as the teacher did.
+    """
+
+    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals, kept: Tensor | None = None):
+        self.data, self.params, self.kept, self.device = data, params, kept, pick_device()
         stored, labels = data.part("train")
         self.images, self.place = resident(stored, self.device)
         self.labels = labels.to(self.place)
@@ -54,8 +58,9 @@ class Classroom:
     def view(self, epoch: int) -> tuple[int, View]:
         """Number and crops of the view an epoch sees: the K views in turn."""
         number = epoch % self.params.views
-        view = draw_view(len(self.images), number, self.params.augment, self.params.seed)
-        return number, view.to(self.place)
+        n_drawn = len(self.images) if self.kept is None else self.signals["logits"].shape[1]
+        view = draw_view(n_drawn, number, self.params.augment, self.params.seed)
+        return number, (view if self.kept is None else view.of(self.kept)).to(self.place)
 
     def signals_for(self, lesson: Lesson) -> dict[str, Tensor]:
         """The signals that a lesson's loss is made of, by name; of the pooled activations its own filters."""
@@ -66,6 +71,8 @@ class Classroom:
             wanted["pooled"] = self.signals["pooled"][..., lesson.filters]
         if lesson.attention_weight:
             wanted |= {name: self.signals[name] for name in self.stages}
+        if self.kept is not None:
+            wanted = {name: signal[:, self.kept] for name, signal in wanted.items()}
         return {name: signal.to(self.place) for name, signal in wanted.items()}
 
     def batch(self, index: Tensor, epoch: int, signals: Sequence[Tensor]) -> tuple[Tensor, ...]:
