@@ -16,7 +16,7 @@ LOAD = Load(
     memory_bytes=1000,
     payload=[{("0", "1"): 1000, ("1", "0"): 1000}],
     image_bytes=2000,
-    answer_bytes=500,
+    answer_bytes=[500, 500],
 )
 
 

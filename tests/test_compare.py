@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from nonn.commands.compare import compare
+from nonn.commands.compare import compare, largest_difference
 from nonn.core.errors import UserError
 
 ROOT = Path("results/small")
@@ -58,6 +58,10 @@ def test_other_bytes_are_named_with_the_difference_and_the_reason():
     assert lines[1] == "  other bytes: results/small/students/0.safetensors"
     assert "at most 0.25 points" in lines[2]
     assert "same type of processor" in lines[3]
+
+
+def test_a_best_baseline_that_is_none_is_not_compared():
+    assert largest_difference({"4s_best_baseline_accuracy": None}, {"4s_best_baseline_accuracy": 0.5}) == 0
 
 
 @pytest.mark.usefixtures("folder")

@@ -229,6 +229,13 @@ def test_devices_that_differ_get_filters_in_proportion_to_what_they_can_hold():
     assert designs["1"][0]["cost"]["params"] > designs["0"][0]["cost"]["params"]
 
 
+def test_widths_that_no_student_may_have_are_refused():
+    for grid, most in ((FAST, MOST_CHANNELS), (WRN, 256)):  # the last stage of FAST is four times as wide as the first
+        wide = grid.model_copy(update={"min_width": 5000, "max_width": 6000})
+        with pytest.raises(UserError, match=rf"design\.min_width: 5000 .* the widest are of {most}"):
+            design_student(wide, Budget(memory_kib=10**6), INFO, 8)
+
+
 WIDE = Design(family="fast", depths=[2], min_width=4, max_width=128, step=1, precision="float32")
 
 

@@ -323,6 +323,6 @@ def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder
     assert [teacher.method, student.method] == ["teacher", "kd"]
     assert [each.load.n_devices for each in (teacher, student)] == [1, 1]
     assert (teacher.load.seconds.item(), student.load.seconds.item()) == (0.005, 0.001)
-    assert (teacher.load.image_bytes, teacher.load.answer_bytes, teacher.load.payload) == (784, 40, [])
+    assert (teacher.load.image_bytes, teacher.load.answer_bytes, teacher.load.payload) == (784, [40], [])
     assert not teacher.is_split
     assert teacher.final_s > 0

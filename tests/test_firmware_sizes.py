@@ -133,7 +133,9 @@ def test_ram_counts_as_far_as_its_largest_block_goes():
         update={"min_width": 96, "max_width": 96, "mirror": False, "depths": [1], "widths": [1, 1, 1]}
     )
     budget = Device(board="stm32h743").budget("mine", "int8")
-    with pytest.raises(UserError, match=r"ram_kib is 512 KiB, [\d,]+ KiB less"):
+    with pytest.raises(
+        UserError, match=r"ram_kib is 512 KiB, [\d,]+ KiB less .*no block of RAM beyond 512 KiB: choose another"
+    ):
         design_student(grid, budget, INFO | {"size": 128}, 8)
 
 

@@ -8,10 +8,11 @@ import torch
 from experiments import tiny_params, train_network, write_dataset
 from foreign import save, section, taught, write_onnx, write_source
 from torch import Tensor, nn
+from torchvision import models
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.params import Architecture, Params
+from nonn.core.params import Architecture, Params, Teacher
 from nonn.core.paths import Paths
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import write_classifier
@@ -25,6 +26,7 @@ from nonn.stages import graph as graph_stage
 from nonn.stages import signals as signals_stage
 from nonn.stages import teacher as teacher_stage
 from nonn.teachers.foreign import import_foreign, load_foreign
+from nonn.teachers.libraries import build_network
 from nonn.teachers.signals import as_activity, compute_signals
 from nonn.teachers.store import load_teacher, tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher
@@ -223,3 +225,23 @@ def test_figures_call_a_foreign_teacher_by_its_source():
     own = row | {"title": "Student", "architecture": Architecture(family="wrn", depth=10)}
     (axis,) = draw_architectures([row, own], 3, 32).axes
     assert any("Teacher\ntimm:vit\n2 KiB" in text.get_text() for text in axis.texts)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+@pytest.mark.parametrize("has_auxiliary", [False, True])
+def test_networks_with_auxiliary_classifiers_are_built_as_their_weights_are(name, has_auxiliary):
+    saved = models.get_model(name, weights=None, init_weights=False, aux_logits=has_auxiliary, num_classes=3)
+    params = Teacher(source=f"torchvision:{name}", threads=1)
+    built = build_network(params, 3, 299, 3, saved.state_dict(), download=False).network
+    built.load_state_dict(saved.state_dict())
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_what_a_library_does_to_images_is_told_by_their_moments(name, monkeypatch):
+    """Downloaded weights come with a transform of the images, which nothing that is saved would tell."""
+    asked = []
+    monkeypatch.setattr(models, "get_model", lambda *_, **options: asked.append(options))
+    built = build_network(Teacher(source=f"torchvision:{name}", threads=1), 3, 299, 1000, None, True)
+    assert asked[0]["transform_input"] is False
+    # The same pixels: those normalised as ImageNet's, put back, and then taken to values from -1 to 1.
+    assert built.moments == ((0.5,) * 3, (0.5,) * 3)

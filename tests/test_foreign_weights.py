@@ -1,6 +1,7 @@
 """Foreign teachers: checkpoints as people have them, and how a teacher sees images and names classes."""
 
 import argparse
+import itertools
 import re
 
 import numpy as np
@@ -120,6 +121,12 @@ def test_a_teacher_in_another_order_is_refused_with_the_order(colour):
     params = section(weights="w.pt", classes=["down", "chequered", "across"])
     teacher, _ = import_teacher(colour, params)
     assert score_teacher(teacher, colour, params)[0]["validation_accuracy"] > 0.9
+    for wrong in itertools.permutations(params.classes):  # the advice is of the network, whatever was said before
+        if sum(a != b for a, b in zip(wrong, params.classes, strict=True)) == 3:
+            told = section(weights="w.pt", classes=list(wrong))
+            teacher, _ = import_teacher(colour, told)
+            with pytest.raises(UserError, match=r"teacher\.classes: \[down, chequered, across\]"):
+                score_teacher(teacher, colour, told)
 
 
 def test_pixels_of_another_range_are_refused_with_the_right_one(colour, model):

@@ -24,6 +24,7 @@ from nonn.method.filter_graph import (
     normalise_activity,
     summarise_graph,
 )
+from nonn.method.partitioning import partition_filters
 from nonn.stages import graph as graph_stage
 
 PARAMS = REPOSITORY / "params.yaml"
@@ -184,6 +185,20 @@ def test_run_writes_the_graph_and_its_summary(experiment):
 
     graph_stage.run(load_params(PARAMS), experiment)
     assert first == (experiment.graph.read_bytes(), experiment.graph_info.read_bytes())
+
+
+def test_filters_of_one_value_are_linked_to_none(experiment):
+    """Also where that value is positive, and among the strongest of each image."""
+    pooled = load_file(experiment.signals)["validation_pooled"]
+    pooled[:, [4, 17]] = 9.0
+    save_file({"validation_pooled": pooled}, experiment.signals)
+    graph_stage.run(load_params(PARAMS), experiment)
+    loaded = graph.load_graph(experiment)
+    assert np.flatnonzero(~loaded.live).tolist() == [4, 17]
+    assert not loaded.weights[[4, 17]].any()
+    assert read_json(experiment.graph_info)["density"] <= 1
+    partition = partition_filters(loaded.weights, loaded.live, [14, 14], "communities", 0, loaded.class_activity)
+    assert sorted(filter_ for filters in partition.sets for filter_ in filters) == np.flatnonzero(loaded.live).tolist()
 
 
 def test_top_k_above_the_number_of_filters_is_refused(experiment):

@@ -19,8 +19,8 @@ from nonn.core.files import read_json
 from nonn.core.images import fit_image, open_image, read_image
 from nonn.core.paths import Paths
 from nonn.data.canvas import Canvas, map_images
+from nonn.data.clutter import sort_out
 from nonn.data.dataset import load_dataset, load_teacher_dataset, measure_channels
-from nonn.data.folders import sort_out
 from nonn.data.raw import MANY
 from nonn.stages.dataset import run
 

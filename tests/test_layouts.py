@@ -142,6 +142,33 @@ def test_flat_validation_pictures_without_classes_say_what_is_missing(tmp_path):
         load_images(write_imagenet(tmp_path / "imagenet", flat=True))
 
 
+def test_a_test_split_in_classes_is_no_imagenet(tmp_path):
+    places = [f"{split}/{wnid}" for split in ("train", "val", "test") for wnid in WNIDS]
+    write_folder(tmp_path / "pets", places, count=2)
+    loaded = load_images(tmp_path / "pets")
+    assert (loaded.is_test.sum(), loaded.is_validation.sum(), len(loaded.labels)) == (4, 4, 12)
+
+
+def test_pictures_of_any_format_are_imagenet_s(tmp_path):
+    root = write_imagenet(tmp_path / "imagenet", flat=False)
+    save(root / f"ILSVRC/Data/CLS-LOC/train/{WNIDS[0]}/more.png", 30)
+    (root / f"ILSVRC/Data/CLS-LOC/train/{WNIDS[0]}/boxes.xml").write_text("<a/>")
+    assert len(load_images(root).labels) == 7
+
+
+def test_a_damaged_list_of_classes_is_one_line(tmp_path):
+    root = write_imagenet(tmp_path / "imagenet", flat=True)
+    (root / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nILSVRC2012_val_00000001,\n")
+    with pytest.raises(UserError, match=r"00000002 of val is not on its list"):
+        load_images(root)
+    with tarfile.open(tmp_path / "imagenet.tar", "w") as archive:
+        (root / "LOC_val_solution.csv").unlink()
+        (root / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n")
+        archive.add(root, "imagenet")
+    with pytest.raises(UserError, match=r"holds no imagenet/meta\.mat"):
+        load_images(tmp_path / "imagenet.tar")
+
+
 # Files of MNIST's format
 
 
@@ -216,14 +243,32 @@ def test_parquet_files_of_splits_are_read(pyarrow, tmp_path):
 def test_columns_are_found_or_named(pyarrow, tmp_path):
     path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
     write_parquet(pyarrow, path, [3, 1, 3], place=[0, 1, 0])
-    assert load_images(source).classes == ("0", "1", "2", "3")
+    loaded = load_images(source)
+    assert (loaded.classes, loaded.labels.tolist()) == (("1", "3"), [1, 0, 1])
     assert load_images(source, label_column="place").labels.tolist() == [0, 1, 0]
     with pytest.raises(UserError, match=r"label_column: .* has no column 'kind'; name one of label, place, image"):
         load_images(source, label_column="kind")
     write_parquet(pyarrow, path, [3, 1, 3], mask=[{"bytes": b"", "path": None}] * 3)
     with pytest.raises(UserError, match=r"several columns of images\. Set dataset\.image_column to one of mask, image"):
         load_images(source)
-    assert load_images(source, image_column="image").labels.tolist() == [3, 1, 3]
+    assert load_images(source, image_column="image").labels.tolist() == [1, 0, 1]
+
+
+def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):
+    path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
+    write_parquet(pyarrow, path, ["cat", None, "dog"])
+    with pytest.raises(UserError, match=r"1 images have no label"):
+        load_images(source)
+    write_parquet(pyarrow, path, [0, 1], image=[None, {"bytes": b"", "path": None}], label=[0, 1, 0, 1])
+    with pytest.raises(UserError, match=r"2 pictures cannot be read"):
+        load_images(source)
+
+
+@pytest.mark.usefixtures("pyarrow")
+def test_two_splits_of_one_meaning_are_refused(monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: dict.fromkeys(("train", "val", "validation")))
+    with pytest.raises(UserError, match=r"hf:some/pets: val and validation name the same split"):
+        load_images("hf:some/pets")
 
 
 def test_a_broken_picture_of_a_parquet_file_is_named(pyarrow, tmp_path):

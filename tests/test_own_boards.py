@@ -134,3 +134,5 @@ def test_dvc_sees_the_boards_of_devices():
     assert known["esp32s3"] == [512, 8192, None, 133, 0.0, 0.235, 0.235]
     assert known["pi3b"] == [1048576, None, 3650, 2790, 1.4, 1.975, 3.7]
     assert "pi5" not in known  # whose power nobody measured
+    # The students' own may hold the teacher, too, whatever is known of its power.
+    assert list_jobs(make_params("b", "c"))["board"]["known"]["rp2350"][:2] == [520, 4096]

@@ -124,6 +124,18 @@ WRONG = [
         {"teacher.architecture": {"family": "wrn", "depth": 16, "strided": True}},
         "teacher.architecture: `strided` belongs to family airbench, not to wrn; remove it",
     ),
+    (
+        {"distributed.reference": {"family": "fast", "widths": [8] * 5, "depth": 2}},
+        "distributed.reference: 5 stages halve an image of 28 pixels to nothing; give at most 4 widths",
+    ),
+    (
+        {"teacher.selection": {"keep": 0.5, "proxy": {"family": "fast", "widths": [8] * 6, "depth": 2}}},
+        "teacher.selection.proxy: 6 stages halve an image of 28 pixels to nothing; give at most 4 widths",
+    ),
+    (
+        {"signals.augment": {"pad": 2, "flip": False, "cutout": 28}},
+        "signals.augment.cutout: hides all of an image of 28 pixels; give fewer than these",
+    ),
     ({"design.strided": True}, "design: `strided` belongs to family airbench, not to fast; remove it"),
     (
         {"design.widths": [1] * 5},

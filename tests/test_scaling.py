@@ -78,5 +78,10 @@ def test_odd_numbers_of_jobs_are_refused(text):
     assert even_numbers("") == []
 
 
+def test_no_number_of_jobs_at_all_is_refused():
+    with pytest.raises(SystemExit, match="--jobs and --dry"):
+        main(["scaling", "--jobs", "", "--dry", ""])
+
+
 def test_the_parameters_are_those_of_an_experiment():
     assert {*scaling.CHANGES} - {"experiment"} <= {*YAML(typ="safe").load(REPOSITORY / "params.yaml")}

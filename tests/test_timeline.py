@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from nonn.cli import main
 from nonn.commands import timeline
-from nonn.core.errors import UserError
 from nonn.core.params import load_params
 
 PARAMS = load_params(REPOSITORY / "params.yaml")
@@ -129,6 +128,10 @@ def test_a_line_that_is_no_job_is_left_out(line, journal):
     assert len(timeline.read_journal(journal, PARAMS.experiment)) == len(JOBS)
 
 
-def test_without_a_journal_the_user_is_told_what_to_run(tmp_path):
-    with pytest.raises(UserError, match="snakemake"):
-        timeline.read_journal(tmp_path / "journal.jsonl", PARAMS.experiment)
+def test_where_all_came_from_the_cache_there_is_no_timeline(journal, capsys):
+    """`nonn.commands.job` notes what it restored, but no stage has run."""
+    journal.write_text(json.dumps({"job": "dataset", "start": 1.0, "end": 2.0}) + "\n")
+    main(["timeline"])
+    assert "no stage of" in capsys.readouterr().err
+    assert not Path("results", PARAMS.experiment, "timeline.csv").exists()
+    assert timeline.read_journal(journal.with_name("none"), PARAMS.experiment).empty

@@ -200,12 +200,20 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
     from nonn.data.dataset import Dataset
     from nonn.teachers.foreign import PROBES, import_foreign
 
-    size = params.sizes["teacher"]
-    noise = torch.randint(
-        0, 256, (PROBES, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    index, middle = torch.arange(PROBES), torch.full((3,), 128.0)
-    import_foreign(Dataset(noise, index % len(classes), index, index, index, middle, middle, classes), params.teacher)
+    def examine(channels: int) -> None:
+        shape = PROBES, channels, *2 * [params.sizes["teacher"]]
+        noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        index, middle = torch.arange(PROBES), torch.full((channels,), 128.0)
+        data = Dataset(noise, index % len(classes), index, index, index, middle, middle, classes)
+        import_foreign(data, params.teacher)
+
+    try:
+        examine(channels=3)
+    except UserError as error:
+        try:
+            examine(channels=1)  # pictures are not opened, and may be grey
+        except UserError:
+            raise error from None
 
 
 def check_budgets(params: Params, n_classes: int) -> Iterator[str]:

@@ -104,9 +104,10 @@ def measure(params: Params, options: Any) -> list[dict]:
     except UserError as error:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
-    if options.teacher and params.teacher.size not in (None, taught.size):
+    if options.teacher and params.sizes["teacher"] != taught.size:
         raise UserError(
-            f"--teacher: it sees images of {params.teacher.size} pixels a side, devices of {taught.size}; leave it out"
+            f"--teacher: it sees images of {params.sizes['teacher']} pixels a side, devices of {taught.size}; "
+            "leave it out"
         )
     teacher = load_teacher(paths) if options.teacher else None
     shared = {"experiment": params.experiment, "network": options.network}

@@ -209,6 +209,8 @@ def run(options) -> None:
 
     if options.at_once < 1:
         raise UserError("--at-once: give at least 1")
+    if not (options.jobs or options.dry):
+        raise UserError("--jobs and --dry: both name no number of jobs; give one of them some")
     with tempfile.TemporaryDirectory(prefix="nonn-scaling-") as name:
         base = prepared(Path(name) / "base")
         more = shlex.split(options.snakemake)

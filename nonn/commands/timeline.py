@@ -14,10 +14,10 @@ from pathlib import Path
 import pandas as pd
 
 from nonn.commands.stage import JOURNAL
-from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
+from nonn.core.progress import log
 from nonn.report.plots import drawing_style, save_figure
 from nonn.report.timeline_plots import draw_timeline
 from nonn.stages import STAGES
@@ -28,11 +28,11 @@ COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 
 
 def read_journal(path: Path, experiment: str) -> pd.DataFrame:
-    """Read all jobs of an experiment, in order of their start; seconds since the epoch."""
+    """Read all jobs of an experiment, in order of their start; seconds since the epoch. None of one that never ran."""
     entries = [entry for entry in read_lines(path) if entry.get("experiment") == experiment]
-    if not entries:
-        raise UserError(f"{path}: holds no jobs of {experiment}. Run `snakemake --cores 2` or `dvc repro` first.")
-    return pd.DataFrame(entries).sort_values(["start", "end"], ignore_index=True)
+    return pd.DataFrame(entries, columns=None if entries else ["start", "end"]).sort_values(
+        ["start", "end"], ignore_index=True
+    )
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -106,6 +106,9 @@ def run(options) -> None:
     params = load_settings(options)
     paths = Paths(params.experiment)
     jobs = read_journal(JOURNAL, params.experiment)
+    if jobs.empty:
+        log(f"{JOURNAL}: no stage of {params.experiment} has run here, so there is no timeline")
+        return
     jobs = jobs if options.all else last_run(jobs)
     overhead = describe_overhead(JOURNAL, jobs)
     begin = jobs["start"].min()

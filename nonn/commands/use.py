@@ -29,7 +29,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=workflow/params.schema.json"
 EXPERIMENTS, DEFAULT = Path("workflow/experiments"), "mnist5k"
 WHERE = "Run nonn from the top folder of a clone, or of a project that `nonn new` has made."
 #: Mappings that an experiment replaces as a whole: their keys are the user's own names, or belong together.
-WHOLE = ("networks", "devices", "architecture")
+WHOLE = ("networks", "devices", "architecture", "proxy", "reference")
 
 
 def experiment_files() -> dict[str, Path]:

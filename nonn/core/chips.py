@@ -18,6 +18,10 @@ class Chip:
     ram: int
     block_kib: int | None = None
 
+    def usable(self, ram_kib: float | None) -> float | None:
+        """As much of some RAM as firmware can use: its activations lie in one block."""
+        return ram_kib if ram_kib is None or self.block_kib is None else min(ram_kib, self.block_kib)
+
 
 #: By the names of the catalogue. Addresses and blocks are those of the memory maps in the reference manuals of ST,
 #: RM0090 (stm32f4), RM0385 (stm32f746), RM0433 (stm32h743) and RM0455 (cortex_m7, an STM32H7A3), and in the product

@@ -95,14 +95,14 @@ def _board_facts(params: Params) -> dict[str, Any]:
     own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
     devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
     facts = _facts_of(find_board(params.distributed.board).in_precision(params.design.precision))
-    known = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w}
+    used = {budget.board for name in params.networks for budget in params.budgets_of(name)}
+    known = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w or name in used}
     return facts | {"known": known} | ({"devices": devices} if devices else {})
 
 
 def _offer_of(board: Board) -> list[float | None]:
-    """What decides where a model fits and what it takes there: memory, speed and power."""
-    assert board.active_w is not None
-    power = board.idle_w, board.active_w.low, board.active_w.high
+    """What decides where a model fits and what it takes there: memory, speed and power, where that is known."""
+    power = (board.idle_w, board.active_w.low, board.active_w.high) if board.active_w else ()
     return [board.ram_kib, board.flash_kib, board.mmacs["float32"], board.mmacs["int8"], *power]
 
 

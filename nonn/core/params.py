@@ -7,12 +7,11 @@ is refused with the key and the remedy before a stage runs.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
 from nonn.core.boards import Board, all_boards, find_board, in_device, shipped_boards
@@ -20,6 +19,7 @@ from nonn.core.budgets import Budget
 from nonn.core.devices import Device, Limit, NonNegative, Positive, check_board
 from nonn.core.image_source import ImageSource
 from nonn.core.links import PRESETS
+from nonn.core.names import Name
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
 from nonn.core.teacher_source import Normalization as Normalization
@@ -45,21 +45,6 @@ MAX_SUBSET_STUDENTS = 8
 #: Of what a device calculates with.
 Precision = Literal["float32", "int8"]
 
-#: Words that YAML takes for a truth value or for nothing, in any of its versions.
-_YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
-
-
-def _check_name(name: str) -> str:
-    if name.startswith("-"):
-        raise ValueError(f"{name!r} looks like an option to a shell; begin it with a letter or digit")
-    number = name.replace("_", "")
-    if name.lower() in _YAML_WORDS or re.fullmatch(r"\d+|0[xob][0-9a-fA-F]+|\d+[eE]-?\d+|\d+(-\d+)+", number):
-        raise ValueError(f"{name!r} reads as something else than text in YAML; add a letter to it")
-    return name
-
-
-#: Of a folder and of a key: no shell and no YAML reads it as anything but text.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
@@ -356,15 +341,25 @@ class Params(Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def _disagreements(self) -> Iterator[str]:
-        own = self.teacher.architecture
-        stages: list[tuple[str, str, Sequence[float] | None, int]]
-        stages = [("design.widths", self.design.family, self.design.widths, self.sizes["students"])]
-        if own and not self.teacher.is_foreign:
-            stages.append(("teacher.architecture", own.family, own.widths, self.sizes["teacher"]))
-        for key, family, widths, size in stages:
+    def _disagreements_with_sizes(self) -> Iterator[str]:
+        small, large, teacher = self.sizes["students"], self.sizes["teacher"], self.teacher
+        networks: list[tuple[str, Architecture | None, int]] = [
+            ("distributed.reference", self.distributed.reference, small)
+        ]
+        if not teacher.is_foreign:
+            networks.append(("teacher.architecture", teacher.architecture, large))
+        if teacher.selection:
+            networks.append(("teacher.selection.proxy", teacher.selection.proxy, large))
+        stages = [(key, own.family, own.widths, size) for key, own, size in networks if own]
+        for key, family, widths, size in [("design.widths", self.design.family, self.design.widths, small), *stages]:
             if line := say_if_too_deep(family, len(widths or ()), size):
                 yield f"{key}: {line}"
+        for name, augment, size in (("signals", self.signals.augment, small), ("teacher", teacher.augment, large)):
+            if augment.cutout >= size:
+                yield f"{name}.augment.cutout: hides all of an image of {size} pixels; give fewer than these"
+
+    def _disagreements(self) -> Iterator[str]:
+        yield from self._disagreements_with_sizes()
         board, precision = find_board(self.distributed.board), self.design.precision
         if not board.runs_onnx and not board.mmacs[precision]:
             yield f"distributed.board: the speed of {board.name} in {precision} is not known; choose another board"

@@ -66,8 +66,17 @@ def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Cont
 
 
 def read_file(path: Path, name: str) -> bytes:
-    """One file of a folder or archive."""
-    _, content = next(read_contents(path, [name]))
+    """One file of a folder or archive.
+
+    Raises
+    ------
+    UserError
+        It holds no such file.
+    """
+    found = next(iter(read_contents(path, [name])), None)
+    if found is None:
+        raise UserError(f"{path}: holds no {name}. Fetch it again.")
+    _, content = found
     return content() if callable(content) else content
 
 

@@ -34,8 +34,12 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
             raise UserError(
                 f"params.yaml: dataset.{key}: hf:{name} has no column {column!r}; name one of {', '.join(features)}"
             )
-    given = [np.array(part.with_format(None)[label_column][:]) for part in parts.values()]
-    labels, classes = _encode(name, np.concatenate(given), getattr(features[label_column], "names", None))
+    given = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
+    if absent := sum(value is None for value in given):
+        raise UserError(
+            f"{KEY}: hf:{name}: {absent} images have no label. Take them out, or name another label_column."
+        )
+    labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
     decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
     split = np.repeat(list(parts), [len(part) for part in parts.values()])
@@ -70,7 +74,11 @@ def _load_splits(name: str) -> dict[str, Any]:
             f"{KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images by "
             "other means and name their folder or archive."
         ) from None
-    parts = {SPLIT_NAMES[split.lower()]: part for split, part in found.items() if split.lower() in SPLIT_NAMES}
+    known = [split for split in found if split.lower() in SPLIT_NAMES]
+    kinds = [SPLIT_NAMES[split.lower()] for split in known]
+    if twice := [split for split, kind in zip(known, kinds, strict=True) if kinds.count(kind) > 1]:
+        raise UserError(f"{KEY}: hf:{name}: {' and '.join(twice)} name the same split. Name another dataset.")
+    parts = {kind: found[split] for split, kind in zip(known, kinds, strict=True)}
     if "train" not in parts:
         raise UserError(f"{KEY}: hf:{name} has no split train, but {', '.join(found)}. Name another dataset.")
     if others := [split for split in found if split.lower() not in SPLIT_NAMES]:
@@ -111,7 +119,8 @@ def _only(name: str, key: str, columns: list[str], features: Mapping[str, Any]) 
 def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels (N,) int64 and classes, from numbers or names of classes."""
     if names is None and given.dtype.kind in "iub":
-        names, labels = list(map(str, range(int(given.max()) + 1))), given.astype(np.int64)
+        numbers, labels = np.unique(given.astype(np.int64), return_inverse=True)
+        names = list(map(str, numbers.tolist()))
     elif names is None:
         found, labels = np.unique(given.astype(str), return_inverse=True)
         names = found.tolist()
@@ -133,8 +142,15 @@ def _pictures(name: str, parts: Mapping[str, Any], column: str, labels: np.ndarr
             part = part.cast_column(column, datasets.Image(decode=False))  # threads decode
         for number, row in enumerate(part):
             value = row[column]
-            content = value if isinstance(value, bytes) else value["bytes"] or Path(value["path"]).read_bytes()
+            content = _content_of(value)
             digest.update(f"{labels[index]} {len(content)} ".encode())
             digest.update(content)
             yield index, f"hf:{name}: image {number} of {split}", content
             index += 1
+
+
+def _content_of(value: Any) -> bytes:
+    """Of a picture; empty, and so broken, for a row without one."""
+    if value is None or isinstance(value, bytes):
+        return value or b""
+    return value["bytes"] or (Path(value["path"]).read_bytes() if value["path"] else b"")

@@ -24,6 +24,7 @@ import numpy as np
 
 from nonn.core.errors import UserError, printable
 from nonn.data.archives import read_file
+from nonn.data.clutter import sort_out
 from nonn.data.raw import KEY
 
 WNID = r"n\d{8}"
@@ -125,12 +126,14 @@ def _find_imagenet(files: set[str], path: Path) -> tuple[Listed, Listed, Sequenc
     train: dict[str, str] = {}
     sorted_: dict[str, str] = {}
     flat: dict[str, str] = {}  # by file name without suffix
-    for name in files:
-        if found := re.fullmatch(rf"(?:.*/)?(train|val)/(?:({WNID})/)?([^/.][^/]*\.jpe?g)", name, re.IGNORECASE):
+    if any(re.fullmatch(rf"(?:.*/)?test/{WNID}/[^/]+", name, re.IGNORECASE) for name in files):
+        return None  # a test split in classes, which ImageNet has not
+    for name in sort_out(files)[0]:
+        if found := re.fullmatch(rf"(?:.*/)?(train|val)/(?:({WNID})/)?([^/]+)", name, re.IGNORECASE):
             split, wnid, file = found.groups()
             if wnid:
-                (train if split == "train" else sorted_)[name] = wnid
-            elif split == "val":
+                (train if split.lower() == "train" else sorted_)[name] = wnid
+            elif split.lower() == "val" and file.lower().endswith((".jpeg", ".jpg")):
                 flat[PurePosixPath(file).stem] = name
     if not train or not (sorted_ or flat):
         return None
@@ -140,7 +143,8 @@ def _find_imagenet(files: set[str], path: Path) -> tuple[Listed, Listed, Sequenc
     truth = next((name for name in sorted(files) if name.endswith("ILSVRC2012_validation_ground_truth.txt")), None)
     if solution:
         lines = read_file(path, solution).decode().splitlines()[1:]  # ImageId, "wnid x y x y wnid …"
-        kinds = {image: box.split()[0] for image, _, box in (line.partition(",") for line in lines if line)}
+        boxes = [line.partition(",") for line in lines if line.strip()]
+        kinds = {image: (box.split() or [""])[0] for image, _, box in boxes}
     elif truth:
         kinds = _devkit_classes(path, truth, sorted(flat))
     else:
@@ -158,6 +162,7 @@ def _devkit_classes(path: Path, truth: str, stems: Sequence[str]) -> dict[str, s
     from scipy.io import loadmat
 
     numbers = [int(row[0]) for row in _rows(path, truth)]
-    synsets = loadmat(BytesIO(read_file(path, truth.rpartition("/")[0] + "/meta.mat")), squeeze_me=True)["synsets"]
+    folder = truth.rpartition("/")[0]
+    synsets = loadmat(BytesIO(read_file(path, f"{folder}/meta.mat".lstrip("/"))), squeeze_me=True)["synsets"]
     wnids = {int(number): str(wnid) for number, wnid in zip(synsets["ILSVRC2012_ID"], synsets["WNID"], strict=True)}
     return {stem: wnids[numbers[int(stem.rpartition("_")[2]) - 1]] for stem in stems}

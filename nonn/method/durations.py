@@ -13,7 +13,7 @@ from nonn.core.params import SINGLE_METHODS, Params
 from nonn.core.paths import Paths
 from nonn.deploy.counting import BODIES, count_cost
 from nonn.method.feasibility import known_images, least_images
-from nonn.method.sizing import design_student
+from nonn.method.sizing import design_student, smallest_device
 
 #: Multiply-accumulates that a thread does in a second: in the default experiment on an AMD EPYC without AVX-512, of its
 #: teacher and its students alike. One with AVX-512 does about twice as many (results/mnist5k/timeline.csv).
@@ -48,7 +48,10 @@ def _of_teacher(params: Params, info: dict[str, Any], _: str) -> float:
 
 
 def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
-    return params.signals.views * _answer(params, info) / params.signals.threads
+    """Of a teacher that is asked once, whether or not it mirrors."""
+    architecture = params.teacher.architecture
+    passes = _passes(architecture.mirror) if architecture and not params.teacher.is_foreign else 1
+    return params.signals.views * _answer(params, info) / passes / params.signals.threads
 
 
 def _answer(params: Params, info: dict[str, Any]) -> float:
@@ -74,7 +77,9 @@ def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
     budgets = params.budgets_of(network)
     if method == "total":
         return _learning(params, info, combined_budget(budgets))
-    return sum(_learning(params, info, budget) for budget in (budgets[:1] if method in SINGLE_METHODS else budgets))
+    if method in SINGLE_METHODS:
+        return _learning(params, info, smallest_device(params.design, budgets, info))
+    return sum(_learning(params, info, budget) for budget in budgets)
 
 
 def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:

@@ -89,7 +89,7 @@ def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom) 
 def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom) -> tuple[nn.Module, Rival]:
     data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
     teacher = load_teacher(paths)
-    if not isinstance(teacher, ConvNet) or params.teacher.size not in (None, data.size):
+    if not isinstance(teacher, ConvNet) or params.sizes["teacher"] != data.size:
         raise UserError(
             "the teacher is not of a family of this project, or sees images of another size; leave out pruned"
         )

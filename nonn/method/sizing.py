@@ -141,12 +141,6 @@ def runs_firmware(grid: Design, budget: Budget) -> bool:
     return grid.precision == "int8" and budget.board in CHIPS
 
 
-def _usable(budget: Budget) -> Budget:
-    """A microcontroller as its firmware can use it: activations lie in one block of RAM."""
-    block = CHIPS[budget.board or ""].block_kib
-    return budget if block is None or budget.ram_kib is None else replace(budget, ram_kib=min(budget.ram_kib, block))
-
-
 def _shape(info: dict, n_filters: int | None) -> Shape:
     return Shape(info["channels"], info["size"], len(info["classes"]), n_filters)
 
@@ -159,7 +153,7 @@ def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | No
     """
     shape, is_firmware = _shape(info, n_filters), runs_firmware(grid, budget)
     if is_firmware:
-        budget = _usable(budget)
+        budget = replace(budget, ram_kib=CHIPS[budget.board or ""].usable(budget.ram_kib))
     found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision, is_firmware)
     if found is None:
         raise UserError(refusal(grid, budget, info, n_filters))
@@ -190,6 +184,11 @@ def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> 
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
     is_firmware = runs_firmware(grid, budget)
+    if not any(family(grid, depth, info["size"]) for depth in grid.depths):
+        return (
+            f"design.min_width: {grid.min_width} makes stages wider than any student may have; the widest are of "
+            f"{MOST_WIDTH if grid.family == 'wrn' else MOST_CHANNELS}. Lower it, or design.widths."
+        )
 
     def broken(depth: int) -> list[Allowance]:
         smallest = _needs(_key(grid), depth, 0, _shape(info, n_filters), grid.precision, is_firmware)
@@ -201,9 +200,13 @@ def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> 
     depth = min(grid.depths, key=missing)
     device = f"device {budget.name!r}" if budget.name else "the device"
     works = ", ".join(f"{limit.key}: {limit.enough:g}" for limit in broken(depth))
+    remedy = "give as much, or lower design.min_width"
+    block = CHIPS[budget.board or ""].block_kib if is_firmware else None
+    if block and any(limit.key == "ram_kib" and limit.enough > block for limit in broken(depth)):
+        remedy = f"the board has no block of RAM beyond {block:g} KiB: choose another, or lower design.min_width"
     return (
         f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
-        f"{family(grid, depth, info['size'])[0].name}, needs {works}; give as much, or lower design.min_width."
+        f"{family(grid, depth, info['size'])[0].name}, needs {works}; {remedy}."
     )
 
 

@@ -65,6 +65,5 @@ def _entries(params: Params, paths: Paths, images: np.ndarray, folder: Path) -> 
 
 def _target(chip: str, budget: Budget) -> Target:
     """A microcontroller with as much of its memory as the device of ``params.yaml`` has."""
-    block = CHIPS[chip].block_kib
-    ram = budget.ram_kib if budget.ram_kib is None or block is None else min(budget.ram_kib, block)
-    return find_target(chip, *(None if kib is None else int(kib) for kib in (budget.flash_kib, ram)))
+    sizes = budget.flash_kib, CHIPS[chip].usable(budget.ram_kib)
+    return find_target(chip, *(None if kib is None else int(kib) for kib in sizes))

@@ -17,10 +17,7 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
     _, labels = data.part("test")
-    int8 = params.design.precision == "int8"
-    of_network = (4 if params.evaluate.final_layer == "fitted" else 2) + int8  # NoNN, and its ensembles
-    n_models = 1 + int8 + of_network * len(params.networks) + len(list(params.baselines()))
-    scores = list(track(score_all(params, paths, data), "evaluate", total=n_models))
+    scores = list(track(score_all(params, paths, data), "evaluate", total=_count(params)))
     write_json(
         paths.evaluation,
         {
@@ -41,3 +38,12 @@ def run(params: Params, paths: Paths) -> None:
             "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],
         },
     )
+
+
+def _count(params: Params) -> int:
+    """How many `score_all` yields."""
+    int8, ways = params.design.precision == "int8", 1 + (params.evaluate.final_layer == "fitted")
+    pool = max((network.baselines.get("kd", 0) for network in params.networks.values()), default=0)
+    joined = sum(len(network.devices) <= pool for network in params.networks.values())
+    teachers = 1 + (int8 and not params.teacher.is_foreign)
+    return teachers + len(params.networks) * (ways + int8) + len(list(params.baselines())) + joined * ways

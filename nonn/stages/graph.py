@@ -25,12 +25,14 @@ def run(params: Params, paths: Paths) -> None:
             f"params.yaml: graph.top_k: is {top_k}, but the teacher has only {n_filters} filters; "
             f"lower it, or set it to null for all filters"
         )
+    live = live_filters(pooled)
+    pooled = pooled * live  # what every image has alike links no filters
     weights = RULES[rule](normalise_activity(pooled, top_k))
     write_tensors(
         paths.graph,
         {
             "weights": weights,
-            "live": live_filters(pooled).to(torch.uint8),
+            "live": live.to(torch.uint8),
             "class_activity": mean_class_activity(normalise_activity(pooled), labels, data.n_classes),
         },
     )

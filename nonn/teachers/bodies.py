@@ -116,7 +116,7 @@ def run_network(network: Any, pixels: Tensor, source: str) -> Any:
         _, channels, height, width = pixels.shape
         raise UserError(
             f"params.yaml: teacher.source: {source} fails on images of {channels} channels and {height} x {width} "
-            f"pixels ({type(error).__name__}: {first_line(error)}). Set dataset.size to what it was trained with."
+            f"pixels ({type(error).__name__}: {first_line(error)}). Set teacher.size to what it was trained with."
         ) from None
 
 

@@ -148,7 +148,7 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Prepro
     if any(side not in (None, data.size) for side in sides):
         raise UserError(
             f"params.yaml: teacher.source: {params.source} takes images of {sides[0]} x {sides[1]} pixels, and those "
-            f"of the data set have {data.size}. Set dataset.size to {sides[0]}, or export it for other sizes."
+            f"of the data set have {data.size}. Set teacher.size to {sides[0]}, or export it for other sizes."
         )
     check_finite(body.weights(), path)
     return body, Preprocessing.of(params, channels or data.channels, data.channels)

@@ -20,6 +20,9 @@ from nonn.core.schema import did_you_mean
 from nonn.teachers.bodies import first_line
 from nonn.teachers.preprocessing import IMAGENET, Moments
 
+#: Mean and deviation of pixels from 0 to 1 that makes them values from -1 to 1.
+HALF = (0.5, 0.5, 0.5)
+
 
 @dataclass(frozen=True)
 class Built:
@@ -57,9 +60,13 @@ def build_network(
 
 
 def _build_torchvision(
-    name: str, _channels: int, size: int, n_outputs: int, _weights: Mapping[str, Tensor] | None, download: bool
+    name: str, _channels: int, size: int, n_outputs: int, weights: Mapping[str, Tensor] | None, download: bool
 ) -> Built:
     from torchvision import models
+
+    # These two turn images that are normalised as ImageNet's into some that are from -1 to 1, if told to; and they have
+    # auxiliary classifiers, which their own weights leave out or not.
+    is_inception = name in ("googlenet", "inception_v3")
 
     known = models.list_models(module=models)
     if name not in known:
@@ -68,13 +75,15 @@ def _build_torchvision(
     if download:
         best = published.DEFAULT
         preset = best.transforms()
-        moments = tuple(preset.mean), tuple(preset.std)
-        return Built(models.get_model(name, weights=best), moments, tuple(best.meta["categories"]))
+        moments = (HALF, HALF) if is_inception else (tuple(preset.mean), tuple(preset.std))
+        own = {"transform_input": False} if is_inception else {}
+        return Built(models.get_model(name, weights=best, **own), moments, tuple(best.meta["categories"]))
     options: dict[str, Any] = {"num_classes": n_outputs, "weights": None}
     if name.startswith("vit_"):
         options["image_size"] = size
-    if name in ("googlenet", "inception_v3"):
-        options |= {"init_weights": False, "aux_logits": True}
+    if is_inception:
+        has_auxiliary = weights is None or any(key.lower().startswith("aux") for key in weights)
+        options |= {"init_weights": False, "aux_logits": has_auxiliary}
     return Built(models.get_model(name, **options), IMAGENET)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nonn.core.errors import UserError
 from nonn.core.params import Signals
 from nonn.core.progress import track
 from nonn.data.dataset import Dataset
@@ -71,4 +72,10 @@ def signals_of(teacher: ConvNet | ForeignTeacher, images: Tensor, attention: boo
     signals = {"logits": logits, "pooled": as_activity(features)}
     if attention:
         signals |= {f"attention.{stage}": attention_map(m.float()) for stage, m in enumerate(maps)}
-    return {name: tensor.half().cpu() for name, tensor in signals.items()}
+    halves = {name: tensor.half().cpu() for name, tensor in signals.items()}
+    if beyond := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
+        raise UserError(
+            f"params.yaml: teacher: its {beyond[0]} are beyond the {torch.finfo(torch.float16).max:,.0f} of 16-bit "
+            "floating point, or no numbers. Take a teacher whose last features are smaller."
+        )
+    return halves

@@ -116,8 +116,10 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
     rows, columns = linear_sum_assignment(-seen.numpy())
     assigned = float(seen[rows, columns].sum()) / len(labels)
     # Some order fits chance, too: an error of the fit is allowed for, about the root of the images for each class.
-    if assigned - math.sqrt(data.n_classes / len(labels)) > better:
-        names = [data.classes[row] for row in sorted(rows, key=lambda row: columns[row])]
+    outputs = list(getattr(model, "outputs", None) or range(data.n_classes))  # of the network, of each column
+    is_all = sorted(outputs) == list(range(data.n_classes))
+    if is_all and assigned - math.sqrt(data.n_classes / len(labels)) > better:
+        names = [data.classes[row] for row in sorted(rows, key=lambda row: outputs[columns[row]])]
         listed = ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:12])}, …"
         yield f"the order of classes; with teacher.classes: [{listed}] it is right on {assigned:.1%}"
     if not isinstance(model, ForeignTeacher):

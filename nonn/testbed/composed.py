@@ -37,7 +37,7 @@ class Load:
     memory_bytes: int  # weights and activations of the device that needs most
     payload: Sequence[Transfers]  # what devices send each other after each round but the last
     image_bytes: float  # what one device gets in broadcast
-    answer_bytes: float  # what it sends the coordinator
+    answer_bytes: Sequence[float]  # what each device sends the coordinator
     precision: Precision = "float32"  # that it calculates in, and by which a board without a measurement is charged
     boards: Sequence[Board] | None = None  # of the devices; None: all are `distributed.board`
 
@@ -53,7 +53,7 @@ class Load:
         """Everything that is sent for one image, in order: the request, the exchanges, the answers."""
         devices = [str(device) for device in range(self.n_devices)]
         request = {(COORDINATOR, device): self.request_bytes(scenario) for device in devices}
-        answer = {(device, COORDINATOR): self.answer_bytes for device in devices}
+        answer = {(device, COORDINATOR): sent for device, sent in zip(devices, self.answer_bytes, strict=True)}
         return [request, *self.payload, answer]
 
 
@@ -125,7 +125,7 @@ def load_of_network(export: Path, benchmark: Mapping, precision: Precision) -> L
         memory_bytes=max(student["weight_bytes"] + student["peak_activation_bytes"] for student in students),
         payload=[],
         image_bytes=image.channels * image.size**2,
-        answer_bytes=4 * max(student.n_features for student in manifest.students),
+        answer_bytes=[4 * student.n_features for student in manifest.students],
         precision=precision,
     )
 
@@ -149,13 +149,13 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
         values = [*session.get_inputs(), *session.get_outputs()]
         return sum(math.prod(value.shape) * (1 if value.type == "tensor(uint8)" else 4) for value in values)
 
-    largest = [max(activations(session) for session in own if session) for own in sessions]
+    largest = [max((activations(session) for session in own if session), default=0) for own in sessions]
     return Load(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
         memory_bytes=max(part.weight_bytes + n_bytes for part, n_bytes in zip(plan.parts, largest, strict=True)),
         payload=payload,
         image_bytes=image.channels * image.size**2,
-        answer_bytes=4 * max(part.n_features for part in plan.parts),
+        answer_bytes=[4 * part.n_features for part in plan.parts],
         precision=plan.precision,
     )

@@ -132,7 +132,7 @@ def echo_sizes(deployment: Deployment, scenario: Scenario, measured: Measured, n
     """Bytes of a request to the host `node` and its answer, without headers of TCP and IP: as counted, or expected."""
     if not measured.traffic:
         asked = deployment.load.request_bytes(scenario) + FRAMING
-        return round(asked), round(deployment.load.answer_bytes + FRAMING)
+        return round(asked), round(max(deployment.load.answer_bytes) + FRAMING)
     images, counters, headers = len(measured.latencies_ms), measured.traffic[node], IP_HEADER + TCP_HEADER
     asked = (counters.received_bytes - headers * counters.received_packets) / images
     answered = (counters.sent_bytes - headers * counters.sent_packets) / images

@@ -1,0 +1,24 @@
+"""Names that users give: of experiments, networks and devices. They are those of folders and of keys, too."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+#: Words that YAML takes for a truth value or for nothing, in any of its versions.
+_YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
+
+
+def _check_name(name: str) -> str:
+    if name.startswith("-"):
+        raise ValueError(f"{name!r} looks like an option to a shell; begin it with a letter or digit")
+    number = name.replace("_", "")
+    if name.lower() in _YAML_WORDS or re.fullmatch(r"\d+|0[xob][0-9a-fA-F]+|\d+[eE]-?\d+|\d+(-\d+)+", number):
+        raise ValueError(f"{name!r} reads as something else than text in YAML; add a letter to it")
+    return name
+
+
+#: Of a folder and of a key: no shell and no YAML reads it as anything but text.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]
