@@ -23,7 +23,7 @@ class Recorder:
         await self.may_answer.wait()
         if self.error:
             raise self.error
-        return images.reshape(len(images), -1).mean(axis=1, keepdims=True)
+        return images.reshape(len(images), -1).mean(axis=1, keepdims=True), 1e-3
 
 
 def quick_batches(node):
@@ -121,6 +121,22 @@ def test_who_has_given_up_is_not_sent():
         node.may_answer.set()
         await asyncio.gather(*tasks[:-1])
         assert node.sizes == [1] * PIPELINED + [2]
+
+    asyncio.run(scenario())
+
+
+def test_time_that_is_up_for_one_who_has_left_takes_none_from_the_others():
+    async def scenario():
+        node = Recorder()
+        batches = quick_batches(node)
+        first = await asked(batches, range(PIPELINED))
+        (gone,) = await asked(batches, [7], seconds=-1.0)
+        rest = await asked(batches, range(4))
+        gone.cancel()
+        await asyncio.sleep(0.01)
+        node.may_answer.set()
+        await asyncio.gather(*first, *rest)
+        assert node.sizes == [1] * PIPELINED + [4]
 
     asyncio.run(scenario())
 

@@ -1,7 +1,10 @@
 """Certificates of a test bed: who they name, who signed them, and who can read the keys."""
 
+import errno
 import ipaddress
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,7 +15,9 @@ from cryptography.x509.oid import NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from nonn.cli import main
+from nonn.core import files
 from nonn.core.errors import UserError
+from nonn.core.files import TEMPORARY
 from nonn.runtime import certs
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.tls import Identity
@@ -108,6 +113,42 @@ def test_half_an_authority_is_refused_and_nothing_is_touched(kept, certificates,
         write_certificates(tmp_path, ["node-2"])
     assert [path.name for path in tmp_path.iterdir()] == [kept]
     assert (tmp_path / kept).read_bytes() == (certificates / kept).read_bytes()
+
+
+def test_what_a_full_disk_stops_can_be_done_again(tmp_path, monkeypatch):
+    """At the first certificate, that of the authority, and at one that takes the place of another."""
+    write, folder = certs._write, tmp_path / "certs"
+
+    def fail(path, content, mode):
+        if b"CERTIFICATE" in content:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, content, mode)
+
+    for _ in range(2):
+        before = {path.name: path.read_bytes() for path in folder.glob("*")}
+        monkeypatch.setattr(certs, "_write", fail)
+        with pytest.raises(UserError, match="no space left on device"):
+            write_certificates(folder, ["node-0"])
+        assert {path.name: path.read_bytes() for path in folder.glob("*")} == before
+        monkeypatch.setattr(certs, "_write", write)
+        write_certificates(folder, ["node-0"])
+
+
+def test_keys_that_a_killed_process_left_are_removed(tmp_path):
+    write_certificates(tmp_path, ["node-0"])
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    left = tmp_path / f"{TEMPORARY}{files._HOST}-{child.pid}-0.key"
+    left.write_text("secret")
+    write_certificates(tmp_path, ["node-1"])
+    assert not left.exists()
+
+
+def test_what_a_certificate_says_in_words_may_stand_above_it(certificates, tmp_path):
+    for name in ("node-0.pem", "node-0.key", "ca.pem"):
+        (tmp_path / name).write_bytes(b"Certificate:\n    Data: ...\n" + (certificates / name).read_bytes())
+        (tmp_path / name).chmod(0o600)
+    Identity(*(tmp_path / name for name in ("node-0.pem", "node-0.key", "ca.pem"))).for_server()
 
 
 def test_two_that_make_certificates_at_once_share_an_authority(tmp_path):

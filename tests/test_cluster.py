@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 from nonn import cli
 from nonn.core.errors import UserError
 from nonn.core.paths import Paths
+from nonn.runtime.addresses import split_address
 from nonn.runtime.cluster import Cluster, load_cluster, local_cluster, write_cluster
 
 SOUND = {
@@ -149,3 +150,26 @@ def test_two_names_of_one_place_are_not_two_nodes(one, other):
         Cluster.model_validate({"export": "e", "deadline_ms": 100.0, "tls": {"folder": "certs"}, "nodes": nodes})
     nodes[1]["address"] = other.replace("7100", "7101")
     Cluster.model_validate({"export": "e", "deadline_ms": 100.0, "tls": {"folder": "certs"}, "nodes": nodes})
+
+
+@pytest.mark.parametrize(
+    "address", [":7100", "[::1:7100", "::1]:7100", "localhost]:7100", "[127.0.0.1]:7100", "[[::1]]:7100", "127.1:7100"]
+)
+def test_addresses_that_are_not_read_alike_everywhere_are_refused(address):
+    with pytest.raises(ValueError, match="is not host:port"):
+        split_address(address)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".local"])
+def test_names_that_no_machine_can_have_are_refused(host):
+    with pytest.raises(ValueError, match="is not host:port"):
+        split_address(f"{host}:7100")
+
+
+def test_names_and_addresses_are_read():
+    assert [split_address(text) for text in ("pi.local:1", "[::1]:2", "10.0.0.1:3", "münchen:4")] == [
+        ("pi.local", 1),
+        ("::1", 2),
+        ("10.0.0.1", 3),
+        ("münchen", 4),
+    ]

@@ -1,5 +1,6 @@
 """The network that comes with the package: it is put there verified, it ships, and it answers."""
 
+import json
 import os
 import shutil
 import signal
@@ -52,6 +53,22 @@ def test_without_a_picture_of_each_class_nothing_is_shipped(exported, experiment
     save_file(tensors, tmp_path / "dataset.safetensors")
     with pytest.raises(UserError, match=f"has no test image of class '{data.classes[0]}'. Ship another network"):
         ship(exported, tmp_path / "dataset.safetensors", *shipped)
+    assert not any(folder.exists() for folder in shipped)
+
+
+@pytest.mark.parametrize("name", ["cat/dog", "../up", "/abs", "..", "x" * 300])
+def test_a_class_that_no_folder_can_be_named_as_is_not_shipped(name, exported, experiment, tmp_path):
+    export, shipped = tmp_path / "export", (tmp_path / "network", tmp_path / "pictures")
+    shutil.copytree(exported, export)
+    manifest = json.loads((export / "manifest.json").read_text())
+    info = experiment.dataset.with_suffix(".json")
+    shutil.copy(experiment.dataset, tmp_path)
+    known = json.loads(info.read_text())
+    manifest["classes"][0] = known["classes"][0] = name
+    (export / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / info.name).write_text(json.dumps(known))
+    with pytest.raises(UserError, match="cannot be the name of a folder of pictures"):
+        ship(export, tmp_path / experiment.dataset.name, *shipped)
     assert not any(folder.exists() for folder in shipped)
 
 

@@ -12,7 +12,7 @@ from experiments import REPOSITORY
 
 from nonn.core import files, progress
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, TEMPORARY, read_json, remove, replacing, sweep, write_json, write_text
+from nonn.core.files import STATE, TEMPORARY, read_json, remove, replacing, replacing_all, sweep, write_json, write_text
 from nonn.core.progress import track
 from nonn.data.tensors import read_tensors, write_tensors
 
@@ -56,6 +56,24 @@ def test_a_folder_replaces_a_folder_as_a_whole():
             for name in names:
                 write_text(temporary / f"{name}.txt", name)
         assert files_below(target) == [f"{name}.txt" for name in names]
+    assert not temporaries()
+
+
+def test_two_that_belong_together_are_both_replaced_or_neither():
+    targets = Path("results/key"), Path("results/certificate")
+    for text in ("old", "new"):
+        with replacing_all(*targets) as temporaries_:
+            for temporary in temporaries_:
+                temporary.write_text(text)
+
+    def fail() -> None:
+        with replacing_all(*targets) as (first, _):
+            first.write_text("newest")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert [target.read_text() for target in targets] == ["new", "new"]
     assert not temporaries()
 
 

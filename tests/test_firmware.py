@@ -19,8 +19,9 @@ from onnx import helper
 from nonn import cli
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
+from nonn.core.files import TEMPORARY
 from nonn.firmware.arena import ALIGNMENT, Buffer, plan_arena
-from nonn.firmware.build import COMPILER, EMULATOR, compile_sources, copy_sources, link, symbols
+from nonn.firmware.build import COMPILER, EMULATOR, compile_sources, copy_sources, link
 from nonn.firmware.emulate import run_firmware
 from nonn.firmware.graph import read_student
 from nonn.firmware.making import build, run_and_compare
@@ -124,6 +125,12 @@ def test_a_student_has_the_bits_of_onnx_runtime(tmp_path):
     assert on_host(SHIPPED, images, tmp_path).tobytes() == run_onnx(SHIPPED, images).tobytes()
 
 
+def symbols_of(elf):
+    """Names that an image defines or calls."""
+    told = subprocess.run(["arm-none-eabi-nm", elf], check=True, capture_output=True, text=True)
+    return {line.split()[-1] for line in told.stdout.splitlines()}
+
+
 @needs_toolchain
 @pytest.mark.parametrize("device", ["stm32h743", "stm32f4"])
 def test_emulated_processors_have_the_bits_of_onnx_runtime(device, student, tmp_path):
@@ -131,7 +138,21 @@ def test_emulated_processors_have_the_bits_of_onnx_runtime(device, student, tmp_
     run, identical = run_and_compare(built, noise((3, 14, 14), 30))
     assert identical == 30
     assert 0 < run.stack_used_bytes < 1024
-    assert not [name for name in symbols(built.image.elf) if "alloc" in name or "sbrk" in name]
+    assert not [name for name in symbols_of(built.image.elf) if "alloc" in name or "sbrk" in name]
+
+
+@needs_toolchain
+def test_what_a_killed_build_has_left_is_not_compiled(student, tmp_path):
+    (tmp_path / f"{TEMPORARY}host-1-2.c").write_text("half a line")
+    build(student, find_target("stm32h743"), tmp_path)
+
+
+@needs_toolchain
+def test_what_the_compiler_says_is_one_line(student, tmp_path, monkeypatch):
+    monkeypatch.setattr("nonn.firmware.build.FLAGS", ("-include", "missing.h"))
+    with pytest.raises(UserError, match=r"^arm-none-eabi-gcc: .*missing\.h: No such file.*make system-deps") as told:
+        build(student, find_target("stm32h743"), tmp_path)
+    assert len(str(told.value).splitlines()) == 1
 
 
 @needs_toolchain

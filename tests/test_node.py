@@ -29,13 +29,14 @@ from clusters import (
 )
 from grpc import StatusCode, aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry
 from tritonclient.grpc import service_pb2 as oip
 from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
-from nonn.runtime import node
+from nonn.runtime import metrics, node
 from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
@@ -363,10 +364,10 @@ def test_the_command_serves_counts_and_stops(network_folder, free_port):
                 with pytest.raises(grpc.RpcError):
                     stub.ModelInfer(oip.ModelInferRequest(), timeout=PATIENCE)
             with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=PATIENCE) as page:
-                metrics = page.read().decode()
-            assert 'nonn_requests_total{model="0"} 2.0' in metrics
-            assert 'nonn_failures_total{model="0"} 1.0' in metrics
-            assert 'nonn_request_seconds_count{model="0"} 1.0' in metrics
+                told = page.read().decode()
+            assert 'nonn_requests_total{model="0"} 2.0' in told
+            assert 'nonn_failures_total{model="0"} 1.0' in told
+            assert 'nonn_request_seconds_count{model="0"} 1.0' in told
             stop(process)
             assert process.wait(timeout=PATIENCE) == 0
 
@@ -376,5 +377,11 @@ def test_a_taken_metrics_port_is_refused(network_folder):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         running = serve(Student(network_folder / "0.onnx"), "127.0.0.1:0", None, [], taken.getsockname()[1])
-        with pytest.raises(UserError, match="--metrics-port: cannot listen"):
+        with pytest.raises(UserError, match=r"--metrics-port: .* another program listens there\. Choose another port"):
             asyncio.run(running)
+
+
+@pytest.mark.parametrize("accepted", ["text/plain; version=x", "application/openmetrics-text; version=1.x", "*/*"])
+def test_whatever_is_accepted_metrics_are_told(accepted):
+    answer = metrics._respond(f"GET /metrics HTTP/1.1\r\nAccept: {accepted}\r\n\r\n".encode(), CollectorRegistry())
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")

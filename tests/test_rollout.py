@@ -68,7 +68,7 @@ def test_each_board_gets_its_student_and_no_other_secret(network_folder, certifi
         assert archive.extractfile("node.key").read() == (certificates / "node-1.key").read_bytes()
         script = archive.extractfile("node.sh").read().decode()
         assert 'exec "$HOME"/nonn/.venv/bin/python -m nonn node 1.onnx --address 0.0.0.0:7101' in script
-        assert "ExecStart=%h/nonn/node-1/current/node.sh" in archive.extractfile("node.service").read().decode()
+        assert 'ExecStart="%h/nonn/node-1/current/node.sh"' in archive.extractfile("node.service").read().decode()
 
 
 def test_the_unit_is_one_that_systemd_takes(network_folder, certificates, tmp_path):

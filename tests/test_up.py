@@ -12,8 +12,10 @@ import pytest
 from clusters import PATIENCE, make_image, nobody_listens, until
 
 from nonn.core.errors import UserError
-from nonn.live.up import run_cluster
-from nonn.runtime.cluster import local_cluster
+from nonn.live.up import _missed, run_cluster
+from nonn.runtime.attached import told_to_stop
+from nonn.runtime.channel import LATE
+from nonn.runtime.cluster import Node, local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.processes import Child, stop
 
@@ -113,3 +115,32 @@ def test_counts_become_a_row(cluster):
         InferStatistics(success=StatisticDuration(count=4, ns=10_000_000), fail=StatisticDuration(count=3, ns=1))
     )
     assert child.row().split()[3:] == ["up", "1.00", "ms", "7", "3"]
+
+
+def test_a_node_that_listens_and_cannot_be_asked_says_why(capsys):
+    child = Child(Node(name="a", address="127.0.0.1:1", model="0"), process=None)
+    _missed(child, "unavailable: its certificate bears another name")
+    assert child.state == "starting"  # it may only be about to listen
+    child.is_ready = True
+    for reason in (LATE, "unavailable: its certificate bears another name", "unavailable: something else"):
+        _missed(child, reason)
+    assert child.state == "no answer"
+    assert (
+        capsys.readouterr().err == "a: listens, and does not answer (unavailable: its certificate bears another name)\n"
+    )
+
+
+def test_signals_that_a_process_was_told_to_ignore_stay_ignored():
+    """As `nohup nonn up &` has it when its terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    async def scenario():
+        stopped = told_to_stop(False, signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        await asyncio.sleep(0)
+        assert not stopped.is_set()
+
+    try:
+        asyncio.run(scenario())
+    finally:
+        signal.signal(signal.SIGHUP, before)

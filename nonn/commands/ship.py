@@ -9,7 +9,7 @@ from PIL import Image
 
 from nonn import demo
 from nonn.core.errors import UserError
-from nonn.core.files import replacing
+from nonn.core.files import replacing_all
 from nonn.core.options import completed, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
@@ -33,17 +33,23 @@ def ship(export: Path, dataset: Path, network: Path, pictures: Path) -> None:
     found = {picture.truth: picture for picture in reversed(dataset_pictures(dataset, manifest))}
     if absent := [name for name in manifest.classes if name not in found]:
         raise UserError(f"{dataset}: has no test image of class {absent[0]!r}. Ship another network.")
-    with replacing(network) as folder:
-        folder.mkdir(parents=True)
+    if odd := [name for name in manifest.classes if not is_folder_name(name)]:
+        raise UserError(f"{export}: class {odd[0]!r} cannot be the name of a folder of pictures. Rename it.")
+    with replacing_all(network, pictures) as (new_network, folder):
+        new_network.mkdir(parents=True)
         for name, sha256 in files.items():
-            (folder / name).write_bytes(read_verified(export / name, sha256))
-        shutil.copyfile(export / "manifest.json", folder / "manifest.json")
-    with replacing(pictures) as folder:
+            (new_network / name).write_bytes(read_verified(export / name, sha256))
+        shutil.copyfile(export / "manifest.json", new_network / "manifest.json")
         for name in manifest.classes:
             pixels = found[name].read()
             (folder / name).mkdir(parents=True)
             image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
             image.save(folder / name / f"{found[name].name.replace(' ', '-')}.png")
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether a folder of this name lies in the one that it is made in."""
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 256
 
 
 def add_arguments(parser) -> None:

@@ -28,38 +28,54 @@ _NUMBERS = itertools.count()
 
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes `target` in one rename, if the block succeeds.
+    """Yield a temporary path that becomes `target` in one rename, if the block succeeds; see `replacing_all`."""
+    with replacing_all(target) as (temporary,):
+        yield temporary
 
-    The temporary lies beside the target, since only on one file system is a rename atomic. It is named by machine and
+
+@contextlib.contextmanager
+def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """Yield temporary paths that become `targets`, if the block succeeds, by renames with nothing between them.
+
+    A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
     process, so that `sweep` knows what a killed stage has left, and that an orphan that outlives its scheduler cannot
     write into the file of its successor.
 
     Raises
     ------
     UserError
-        The operating system refuses, or the target is a folder that the working directory lies in.
+        The operating system refuses, or a target is a folder that the working directory lies in.
     """
-    parent = target.parent if target.name else target.absolute().parent  # of "." it is not "."
-    temporary = parent / f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}"
+    # Of "." the parent is not ".".
+    parents = [target.parent if target.name else target.absolute().parent for target in targets]
+    names = [f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}" for target in targets]
+    temporaries = tuple(parent / name for parent, name in zip(parents, names, strict=True))
+    pairs = list(zip(temporaries, targets, strict=True))
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        if temporary.is_dir():
-            if Path.cwd().is_relative_to(target.resolve()):
+        for parent in parents:
+            parent.mkdir(parents=True, exist_ok=True)
+        yield temporaries
+        for temporary, target in pairs:
+            _flush(temporary)
+            if temporary.is_dir() and Path.cwd().is_relative_to(target.resolve()):
                 raise UserError(f"{target}: is the working directory, or around it. Name another folder.")
-            remove(target)  # a directory cannot be renamed over a full one
-        temporary.replace(target)
-        _flush(parent, below=False)
+        for temporary, target in pairs:
+            if temporary.is_dir():
+                remove(target)  # a directory cannot be renamed over a full one
+            temporary.replace(target)
+        for parent in dict.fromkeys(parents):
+            _flush(parent, below=False)
     except OSError as error:
-        if str(error.filename).startswith(str(temporary)):
+        own = next((target for temporary, target in pairs if str(error.filename).startswith(str(temporary))), None)
+        if own:
             error.filename = None  # a reader knows the target, not its temporary
-        if told := refusal(error, target):
+        if told := refusal(error, own or targets[0]):
             raise told from None
         raise
     finally:
-        with contextlib.suppress(OSError):
-            remove(temporary)
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                remove(temporary)
 
 
 def _flush(path: Path, below: bool = True) -> None:

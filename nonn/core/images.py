@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from nonn.core.errors import UserError, printable
+from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular
 
 #: Pillow modes that are converted to greyscale or colour.
@@ -38,7 +38,10 @@ def read_image(path: Path, channels: int, size: int, white: float | None = None)
         raise
     except FileNotFoundError:
         raise UserError(f"{printable(path)}: no such file. Give the path of an image.") from None
-    except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
+    except Exception as error:
+        if isinstance(error, OSError) and (told := refusal(error, path)):
+            raise told from None
+        # On damaged data, Pillow's decoders raise almost anything.
         raise UserError(f"{printable(path)}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
 
 

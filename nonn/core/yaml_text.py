@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
-from nonn.core.errors import UserError, printable
+from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular
 
 #: Far more than a person writes. A parser's time grows with the square of the depth, its memory with what aliases
@@ -32,7 +32,7 @@ def read_yaml(path: Path, remedy: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
+        raise refusal(error, path) or UserError(f"{path}: cannot be read ({error.strerror}). {remedy}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not text in UTF-8 ({error}). Save it as such.") from None
     return parse_yaml(text, str(path))

@@ -46,7 +46,9 @@ def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], targ
     with replacing(target) as temporary:
         _fold_norms(source, temporary)
         quantise(temporary, images)
-        check_close(str(source), run_onnx(temporary, some), torch.from_numpy(run_onnx(source, some)))
+        trained = torch.from_numpy(run_onnx(source, some))
+        remedy = "Calibrate on images like those that it was trained on, or run it in float32"
+        check_close(str(source), run_onnx(temporary, some), trained, remedy)
 
 
 def _fold_norms(source: Path, target: Path) -> None:

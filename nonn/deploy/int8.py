@@ -83,15 +83,18 @@ def calibration_images(data: Dataset) -> np.ndarray:
 
 
 def quantise(path: Path, images: np.ndarray) -> None:
-    """Replace a float32 ONNX file of input ``image`` by an int8 one, calibrated on uint8 (N, channels, H, W)."""
+    """Replace a float32 ONNX file of one input by an int8 one, calibrated on uint8 (N, channels, H, W)."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    name = onnx.load(path, load_external_data=False).graph.input[0].name
 
     class Images(CalibrationDataReader):
         def __init__(self):
             self.rows = iter(images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return None if (row := next(self.rows, None)) is None else {"image": row[None]}
+            return None if (row := next(self.rows, None)) is None else {name: row[None]}
 
     root = logging.getLogger()
     level = root.level
@@ -115,7 +118,12 @@ def quantise(path: Path, images: np.ndarray) -> None:
         root.setLevel(level)
 
 
-def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
+def check_close(
+    name: str,
+    quantised: np.ndarray,
+    original: Tensor,
+    remedy: str = "Set design.precision to float32 in params.yaml",
+) -> None:
     """Refuse an int8 student whose feature vectors (B, F) have little to do with the trained one's."""
     trained = original.numpy()
     lengths = np.linalg.norm(trained, axis=1)
@@ -123,7 +131,7 @@ def check_close(name: str, quantised: np.ndarray, original: Tensor) -> None:
     if not difference <= TOLERANCE:
         raise UserError(
             f"{name}: in int8 its outputs differ by {difference:.0%} from those of the trained model, more than "
-            f"{TOLERANCE:.0%}. Set design.precision to float32 in params.yaml."
+            f"{TOLERANCE:.0%}. {remedy}."
         )
 
 

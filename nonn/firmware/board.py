@@ -102,6 +102,9 @@ class EmulatedBoard(Student):
         self.emulator: Emulator | None = self.start()
         try:
             super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one
+        except (OSError, RuntimeError) as error:
+            self.stop()
+            raise UserError(f"{path}: the emulated {target.name} fails on its first image ({error}).") from None
         except BaseException:
             self.stop()
             raise

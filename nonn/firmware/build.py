@@ -10,20 +10,32 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.files import write_text
 from nonn.firmware.targets import CORES, EMULATED_PORT, STACK_BYTES, Target, linker_script
 
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
 INSTALL = "On Debian or Ubuntu run: make system-deps"
+#: Instructions of the loop by which ``main.c`` finds out how many a tick of SysTick stands for.
+CALIBRATION = 2_000_000
 #: No two operations on float32 may become one, which rounds differently from ONNX Runtime.
 FLAGS = (
     *("-mthumb", "-mfloat-abi=hard", "-std=c11", "-O2", "-ffp-contract=off", "-ffunction-sections"),
-    *("-fdata-sections", "-Wall", "-Wextra", "-Werror"),
+    *("-fdata-sections", "-Wall", "-Wextra", "-Werror", f"-DCALIBRATION={CALIBRATION}u"),
 )
 #: What comes with the package, beside the student's own ``student.c``.
 OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
+
+
+class ToolError(UserError):
+    """A program of the toolchain failed; `said` is what it wrote on standard error."""
+
+    def __init__(self, program: str, said: str):
+        lines = said.strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
+        super().__init__(f"{Path(program).name}: {printable(reason)}. {INSTALL}, or make room on the disk.")
+        self.said = said
 
 
 @dataclass(frozen=True)
@@ -72,7 +84,7 @@ def compile_sources(folder: Path, target: Target) -> list[Path]:
     """
     compiler = require(COMPILER, "building a firmware")
     objects = []
-    for source in sorted(folder.glob("*.c")):
+    for source in (folder / name for name in ("kernels.c", "main.c", "student.c")):
         objects.append(source.with_suffix(".o"))
         _run([compiler, *CORES[target.core].flags, *FLAGS, "-c", source.name, "-o", objects[-1].name], folder)
     return objects
@@ -89,12 +101,12 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> Image:
     script, listing = elf.with_suffix(".ld"), elf.with_suffix(".map")
     write_text(script, linker_script(target, STACK_BYTES))
     command = [require(COMPILER, "building a firmware"), *CORES[target.core].flags, *FLAGS, "-nostartfiles"]
-    command += ["-Wl,--gc-sections", "-Wl,--no-warn-rwx-segments", f"-Wl,-Map={listing.name}", "-T", script.name]
+    command += ["-Wl,--gc-sections", f"-Wl,-Map={listing.name}", "-T", script.name]
     command += [*(path.name for path in objects), "-o", elf.name]
     try:
         _run(command, elf.parent)
-    except subprocess.CalledProcessError as error:
-        if not (over := re.findall(r"region `(\w+)' overflowed by (\d+) bytes?", error.stderr)):
+    except ToolError as error:
+        if not (over := re.findall(r"region `(\w+)' overflowed by (\d+) bytes?", error.said)):
             raise
         limits = {"FLASH": ("flash", target.flash_bytes), "RAM": ("RAM", target.ram_bytes)}
         lines = [f"{limits[region][0]} by {int(n):,} of {limits[region][1]:,} bytes" for region, n in over]
@@ -115,12 +127,6 @@ def compile_for_port(folder: Path, target: Target) -> list[Path]:
     return objects
 
 
-def symbols(elf: Path) -> set[str]:
-    """Names that an image defines or calls."""
-    lines = _run([require("arm-none-eabi-nm", "building a firmware"), elf.name], elf.parent).splitlines()
-    return {line.split()[-1] for line in lines}
-
-
 def _sizes(elf: Path) -> tuple[int, int]:
     """Bytes in flash and in RAM."""
     text = _run([require("arm-none-eabi-size", "building a firmware"), "-A", elf.name], elf.parent)
@@ -130,4 +136,7 @@ def _sizes(elf: Path) -> tuple[int, int]:
 
 
 def _run(command: Sequence[str], folder: Path) -> str:
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, cwd=folder, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ToolError(command[0], done.stderr)
+    return done.stdout

@@ -11,11 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from nonn.core.errors import UserError
-from nonn.firmware.build import EMULATOR, require
+from nonn.firmware.build import CALIBRATION, EMULATOR, require
 from nonn.firmware.targets import CORES
-
-#: Instructions of the loop by which ``main.c`` finds out how many a tick of SysTick stands for.
-CALIBRATION = 2_000_000
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ POINTWISE = {"Add", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "D
 POINTWISE |= {"HardSigmoid", "HardSwish", "Mul", "QuickGelu", "QuantizeLinear", "Relu", "Sub"}
 #: Sums times their scale stay below it, so that rounding and adding the zero point cannot overflow 32 bits.
 LARGEST = 2**30
+#: What reading a graph raises that `nonn export` would not have written.
+ODD = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
 
 
@@ -41,7 +43,7 @@ def read_student(path: Path) -> Student:
     """
     try:
         return _Reader(path, _optimised(path)).read()
-    except (IndexError, KeyError) as error:  # of a graph that `nonn export` would not have written
+    except ODD as error:
         raise UserError(f"{path}: not a student that `nonn export` wrote ({error}). Export it again.") from None
 
 
@@ -243,6 +245,9 @@ class _Reader:
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        constants = {name: self.constants[name] for name in used & self.constants.keys()}
+        if large := [name for name, values in constants.items() if max(values.shape[2:], default=1) > 1]:
+            raise self.refuse(f"{large[0]} differs from pixel to pixel")
         values = np.tile(np.arange(256, dtype=np.uint8), channels).reshape(1, channels, 16, 16)
         return session.run([name], {source: values})[0].reshape(channels, 256)
 

@@ -13,9 +13,11 @@
   __asm__(#kind " %0, %1, ror #8" : "=r"(high) : "r"(word))
 #define ADD_PRODUCTS(sum, a, b) __asm__("smlad %0, %1, %2, %0" : "+r"(sum) : "r"(a), "r"(b))
 
+typedef uint32_t __attribute__((may_alias)) word_t; /* four bytes that are read at once */
+
 static inline void block(const int8_t *weights, const uint8_t *first, const uint8_t *second, int size, int32_t *sums) {
-  const uint32_t *w = (const uint32_t *)weights, *p = (const uint32_t *)first, *q = (const uint32_t *)second;
-  const uint32_t *end = p + size / 4;
+  const word_t *w = (const word_t *)weights, *p = (const word_t *)first, *q = (const word_t *)second;
+  const word_t *end = p + size / 4;
   int32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3];
   while (p != end) {
     uint32_t word, p0, p1, q0, q1, w0, w1;

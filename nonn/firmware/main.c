@@ -13,7 +13,6 @@ enum { READ_BINARY = 1, WRITE_BINARY = 5, SUCCESS = 0x20026, FAILURE = 0x20023 }
 #define PAINT 0xA5A5A5A5u
 #define SYSTICK ((volatile uint32_t *)0xE000E010)
 #define CPACR (*(volatile uint32_t *)0xE000ED88)
-#define CALIBRATION 1000000u /* rounds of a loop of two instructions */
 
 extern uint32_t stack_limit[], stack_top[], data_start[], data_end[], data_load[], bss_start[], bss_end[];
 int main(void);
@@ -75,9 +74,9 @@ void nonn_step_done(int step) {
   last = now;
 }
 
-/* How many ticks two instructions take a million times: an emulator counts instructions, a processor cycles. */
+/* How many ticks a loop of two instructions takes, CALIBRATION of them in all: an emulator counts instructions, a processor cycles. */
 static uint64_t calibrated(void) {
-  uint32_t rounds = CALIBRATION;
+  uint32_t rounds = CALIBRATION / 2;
   const uint64_t start = ticks();
   __asm__ volatile("1: subs %0, %0, #1\n bne 1b" : "+r"(rounds) : : "cc");
   return ticks() - start;

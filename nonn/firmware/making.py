@@ -136,7 +136,7 @@ def _energy(firmware: Firmware) -> dict[str, float | None]:
     price = nanojoules_per_mac(firmware.target.core)
     return {
         "projected_nj_per_mac": round(price, 3) if price else None,
-        "projected_mj": round(1e-6 * price * firmware.student.macs, 1) if price else None,
+        "projected_mj": float(f"{1e-6 * price * firmware.student.macs:.3g}") if price else None,
     }
 
 

@@ -11,9 +11,10 @@ import webbrowser
 from nonn import demo
 from nonn.core.errors import UserError
 from nonn.core.progress import log
+from nonn.live import PAGE_PORT
 from nonn.live.pictures import find_pictures
 from nonn.live.up import attend
-from nonn.live.web import PORT, serve_page
+from nonn.live.web import serve_page
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import classify_once
@@ -66,7 +67,7 @@ async def run_demo(port: int, once: bool, browser: bool) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--once", action="store_true", help="print one answer and exit, without a page")
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the page's address only")
-    parser.add_argument("--port", type=int, default=PORT, help="of the page on 127.0.0.1 (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=PAGE_PORT, help="of the page on 127.0.0.1 (default: %(default)s)")
     parser.epilog = "example: nonn demo"
 
 

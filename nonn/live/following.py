@@ -165,12 +165,13 @@ class FollowedNetwork:
             It or its export cannot be used, or the export is of other classes or images.
         """
         cluster = load_cluster(self.path)
+        if cluster.tls != self._cluster.tls:
+            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
+            cluster = cluster.model_copy(update={"tls": self._cluster.tls})
         network = ServedNetwork(Coordinator(cluster))
         refuse_other_tasks(cluster, self.current.coordinator.manifest, network.coordinator.manifest)
         network.contract = replace(network.contract, model=self.current.contract.model)
         network.admission, network.absences = self.admission, self.absences
-        if cluster.tls != self._cluster.tls:
-            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
         self._cluster, former = cluster, self.next
         if same_service(network, self.current):
             self.next = None

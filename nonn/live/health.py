@@ -14,6 +14,7 @@ from nonn.core.errors import UserError
 from nonn.core.options import amount
 from nonn.runtime.channel import open_channel, reason_of, settle
 from nonn.runtime.cluster import CLUSTER_FILE, Node, load_cluster
+from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.protocol import Contract
 from nonn.runtime.tls import Identity
 
@@ -80,7 +81,8 @@ def run(options) -> None:
         identity = cluster.own_identity
         return await asyncio.gather(*(wait_for(node, contract, identity, options.wait) for node, contract in asked))
 
-    problems = asyncio.run(ask_all())
+    with relayed_stderr():  # gRPC says there in its own words what is told here
+        problems = asyncio.run(ask_all())
     for (node, contract), problem in zip(asked, problems, strict=True):
         print(f"{node.name} at {node.address}: {problem or f'serves {contract.model}'}")
     if ill := sum(map(bool, problems)):

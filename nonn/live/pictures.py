@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -47,7 +48,7 @@ def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
     for path in paths:
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            files = sorted(file for file in _files_below(path) if file.suffix.lower() in SUFFIXES and file.is_file())
             files = [files[i] for i in _shuffled(len(files))]
         elif not path.is_file():
             raise UserError(f"--images: {path}: no such file or folder.")
@@ -57,6 +58,16 @@ def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
     if not found:
         raise UserError(f"--images: no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}.")
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files of a folder and of those in it; what may not be read is an OSError, not left out."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for within, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(within, name) for name in names)
 
 
 def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:

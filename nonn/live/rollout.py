@@ -40,7 +40,7 @@ from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest, read_verified
-from nonn.runtime.tls import CA
+from nonn.runtime.tls import CA, CERTIFICATE
 
 #: What comes with the package for boards: playbooks, a script and a unit of systemd.
 PARTS = Path(__file__).parent / "boards"
@@ -71,6 +71,8 @@ class SshTarget:
         if not (found := TARGET.fullmatch(text)):
             raise UserError(f"--to: {text!r} is no board. Write host, user@host or user@host:port.")
         user, host, port = found.groups()
+        if port and not 0 < int(port) < 65536:
+            raise UserError(f"--to: {text!r}: no port has the number {port}. Give the one of its SSH server.")
         return cls(user, host, int(port) if port else None)
 
     def variables(self) -> dict[str, str | int]:
@@ -99,16 +101,17 @@ class Rollout:
         identity.for_server()  # refuses what cannot be used before anything is copied
         listening = f"{'[::]' if node.address.startswith('[') else '0.0.0.0'}:{node.address.rpartition(':')[2]}"
         words = ["node", student.file, "--address", listening]
-        words += ["--cert", "node.pem", "--key", "node.key", "--ca", "ca.pem", "--allow", self.cluster.tls.coordinator]
+        words += ["--cert", "node.pem", "--key", "node.key", "--ca", CA, "--allow", self.cluster.tls.coordinator]
         command = f"{from_home(self.python)} -m nonn {shlex.join(words)}"
         unit = (PARTS / "node.service").read_text(encoding="utf-8")
-        place = self.folder if self.folder.startswith("/") else f"%h/{self.folder}"
+        folder = self.folder.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')  # as systemd reads it
+        place = folder if folder.startswith("/") else f"%h/{folder}"
         files = {
             student.file: (read_verified(self.export / student.file, student.sha256), 0o600),
             "manifest.json": ((self.export / "manifest.json").read_bytes(), 0o600),
             "node.pem": (identity.certificate.read_bytes(), 0o600),
             "node.key": (identity.key.read_bytes(), 0o600),
-            "ca.pem": (identity.ca.read_bytes(), 0o600),
+            CA: (identity.ca.read_bytes(), 0o600),
             "node.sh": (NODE_SCRIPT.format(command=command).encode(), 0o700),
             "node.service": (unit.format(folder=f"{place}/{node.name}").encode(), 0o600),
             "switch.sh": ((PARTS / "switch.sh").read_bytes(), 0o700),
@@ -161,7 +164,7 @@ def complete_certificates(cluster: Cluster) -> None:
     """Make the certificates that are not there yet."""
     assert cluster.tls, "a rollout has certificates"
     names = [cluster.tls.coordinator, *(node.name for node in cluster.nodes)]
-    if missing := [name for name in names if not (cluster.tls.folder / f"{name}.pem").exists()]:
+    if missing := [name for name in names if not (cluster.tls.folder / CERTIFICATE.format(name)).exists()]:
         write_certificates(cluster.tls.folder, missing)
         log(f"{cluster.tls.folder}: certificates for {', '.join(missing)}")
 
@@ -205,7 +208,7 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: i
         find_ansible(),
         "--inventory",
         str(inventory),
-        *(["--ssh-common-args", ssh_arguments] if ssh_arguments else []),
+        *([f"--ssh-common-args={ssh_arguments}"] if ssh_arguments else []),  # which begin with a dash themselves
     ]
     for key, value in settings.items():
         command += ["--extra-vars", f"{key}={shlex.quote(str(value))}"]
@@ -302,13 +305,16 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """The command ``nonn deploy``."""
     boards, export = [SshTarget.of(text) for text in options.to], export_of(options.export)
+    if not (folder := options.folder.rstrip("/")):
+        raise UserError(f"--folder: {options.folder!r} is no folder of nodes alone. Name one, such as {FOLDER}.")
     cluster = placed_on(boards, export, options.certs, options.port, options.deadline_ms)
     find_ansible()
     complete_certificates(cluster)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as by Ctrl-C, boards go back to what they served
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, signal.default_int_handler)  # as by Ctrl-C, boards go back to what they served
     release = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
-    rollout = Rollout(export, cluster, options.folder.rstrip("/"), options.python, release)
+    rollout = Rollout(export, cluster, folder, options.python, release)
     roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)
     log(f"{options.cluster}: {len(boards)} boards serve {export}")
     log(f"then: nonn coordinate --follow --cluster {options.cluster}")

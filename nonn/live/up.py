@@ -19,8 +19,9 @@ from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.options import completed
 from nonn.core.progress import log
+from nonn.live import PAGE_PORT
 from nonn.runtime.attached import told_to_stop
-from nonn.runtime.channel import open_channel
+from nonn.runtime.channel import LATE, open_channel, reason_of
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, load_cluster
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_command, reasons, running
@@ -30,6 +31,7 @@ from nonn.runtime.protocol import Contract
 INTERVAL, PATIENCE = 1.0, 0.5
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
+NO_ANSWER = "no answer"
 
 #: Something that goes on beside the nodes until it is cancelled.
 Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
@@ -44,12 +46,20 @@ async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
                 request = oip.ModelStatisticsRequest(name=contract.model)
                 answer = await stub.ModelStatistics(request, timeout=PATIENCE)
                 child.update(answer.model_stats[0].inference_stats)
-            except (aio.AioRpcError, IndexError):
-                if child.state == UP:
-                    child.state = "no answer"
+            except (aio.AioRpcError, IndexError) as error:
+                _missed(child, reason_of(error))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(child.process.wait(), INTERVAL)
     child.state = f"exited ({child.process.returncode})"
+
+
+def _missed(child: Child, reason: str) -> None:
+    """Note that a node has not answered, and why, where that is the first time that it has to say."""
+    if child.is_ready and child.state != UP and reason != LATE and child.state != NO_ANSWER:
+        log(f"{child.node.name}: listens, and does not answer ({reason})")
+        child.state = NO_ANSWER
+    elif child.state == UP:
+        child.state = NO_ANSWER
 
 
 async def show(children: list[Child]) -> None:
@@ -161,9 +171,9 @@ def add_arguments(parser) -> None:
         "--web",
         type=int,
         nargs="?",
-        const=7080,
+        const=PAGE_PORT,
         metavar="PORT",
-        help="also serve the live page on 127.0.0.1:PORT (7080)",
+        help=f"also serve the live page on 127.0.0.1:PORT ({PAGE_PORT})",
     )
     parser.add_argument(
         "--images",

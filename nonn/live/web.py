@@ -33,7 +33,7 @@ from nonn.live.state import FASTEST, SLOWEST, Live
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
-HOST, PORT = "127.0.0.1", 7080
+HOST = "127.0.0.1"
 #: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
 NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, bytes of the longest post, and seconds that streams have to end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -10,9 +11,21 @@ def split_address(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     bare = host.removeprefix("[").removesuffix("]")
     is_number = port.isascii() and port.isdecimal()
-    if not bare or (":" in bare) != host.startswith("[") or not is_number or int(port) > 65535:
+    written = f"[{bare}]" if ":" in bare else bare
+    if not bare or host != written or not _is_plain(bare) or not is_number or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port; write for example 127.0.0.1:7100")
     return bare, int(port)
+
+
+def _is_plain(host: str) -> bool:
+    """Whether a host is a name, or an address written out: short forms such as 127.1 are not read alike everywhere."""
+    try:
+        host.encode("idna")
+        if ":" in host or re.fullmatch(r"[\d.]+", host):
+            ipaddress.ip_address(host)
+    except ValueError:  # a label of more than 63 letters, or of none, too
+        return False
+    return True
 
 
 def is_loopback(address: str) -> bool:

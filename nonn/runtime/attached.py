@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,16 +35,22 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(command)
     code = (
-        f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 9); os.execvp(sys.argv[1], sys.argv[1:])"
+        f"import ctypes, os, sys; ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, 9); "
+        f"os.getppid() == {os.getpid()} or sys.exit(); "  # it may have died before
+        "os.execvp(sys.argv[1], sys.argv[1:])"
     )
     return [sys.executable, "-S", "-c", code, *command]
 
 
 def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
-    """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes."""
+    """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes.
+
+    Of `more`, those that this process was started to ignore stay so.
+    """
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, *more):
-        loop.add_signal_handler(number, stopped.set)
+        if number not in more or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            loop.add_signal_handler(number, stopped.set)
     if attached:
         try:
             loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed

@@ -31,12 +31,12 @@ class Batches:
     ----------
     send
         Asks for the features of images, uint8 of shape (k, channels, size, size), by a time of the event loop; gives
-        (k, F_i), or (F_i,) of a single one.
+        (k, F_i), or (F_i,) of a single one, and how many seconds that took.
     largest
         Images of one message.
     """
 
-    def __init__(self, send: Callable[[np.ndarray, float], Awaitable[np.ndarray]], largest: int):
+    def __init__(self, send: Callable[[np.ndarray, float], Awaitable[tuple[np.ndarray, float]]], largest: int):
         self.send, self.largest = send, largest
         self._seconds = 0.0  # that an image of a message takes, there and back; 0 until measured
         self._waiting: deque[Waiting] = deque()
@@ -57,7 +57,9 @@ class Batches:
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINED:
             batch: list[Waiting] = []
-            room = self._room()
+            while self._waiting and self._waiting[0][-1].done():  # its time is up, and says nothing of the others'
+                self._waiting.popleft()
+            room = self._room() if self._waiting else 0
             while self._waiting and len(batch) < room:
                 waiting = self._waiting.popleft()
                 if not waiting[-1].done():  # cancelled: its caller has given up
@@ -68,10 +70,8 @@ class Batches:
                 task.add_done_callback(self._sent)
 
     async def _send(self, images, deadlines, answers) -> None:
-        loop = asyncio.get_running_loop()
-        start = loop.time()
         try:
-            features = await self.send(np.stack(images), max(deadlines))
+            features, seconds = await self.send(np.stack(images), max(deadlines))
         except asyncio.CancelledError:  # the channel has been closed
             for answer in answers:
                 answer.cancel()
@@ -85,7 +85,7 @@ class Batches:
                 if not answer.done():
                     answer.set_exception(error)
             return
-        taken = (loop.time() - start) / len(images)
+        taken = seconds / len(images)
         self._seconds += NEWEST * (taken - self._seconds) if self._seconds else taken
         for answer, row in zip(answers, features.reshape(len(images), -1), strict=True):
             if not answer.done():

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nonn.core.errors import UserError
-from nonn.core.files import regular, replacing
+from nonn.core.files import regular, replacing_all, sweep
 from nonn.core.progress import log
-from nonn.runtime.tls import CA, CERTIFICATE, KEY, check_mode
+from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY, check_mode
 
 CA_KEY = "ca.key"
 RESERVED = ("ca", "localhost")
@@ -67,7 +67,7 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
         A name that no certificate can bear, or an authority that is damaged or would end first.
     """
     for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,63}", name) or name.lower() in RESERVED:
+        if not re.fullmatch(COMMON_NAME, name) or name.lower() in RESERVED:
             reserved = " or ".join(RESERVED)
             raise UserError(f"{name!r} cannot name a certificate. Use letters, digits, - and _, but not {reserved}.")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -87,6 +87,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _make_all(folder: Path, names: Sequence[str], days: int) -> None:
+    sweep(folder)  # keys of one who was killed
     there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
     if len(there) == 1:
         (gone,) = {CA, CA_KEY} - set(there)
@@ -150,16 +151,14 @@ def _usage(**granted: bool) -> x509.KeyUsage:
 
 def _write_pair(pair: Authority, certificate: Path, key: Path) -> None:
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    _write(key, pair[0].private_bytes(*form), mode=0o600)
-    _write(certificate, pair[1].public_bytes(serialization.Encoding.PEM), mode=0o644)
+    with replacing_all(key, certificate) as (new_key, new_certificate):
+        _write(new_key, pair[0].private_bytes(*form), mode=0o600)
+        _write(new_certificate, pair[1].public_bytes(serialization.Encoding.PEM), mode=0o644)
 
 
 def _write(path: Path, content: bytes, mode: int) -> None:
     """Write with the right mode from the first byte on."""
-    with (
-        replacing(path) as temporary,
-        os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file,
-    ):
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
 
 

@@ -20,12 +20,12 @@ from nonn.core.schema import Section, load_yaml
 from nonn.runtime.addresses import canonical_address, is_loopback, split_address
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract, student_contract
-from nonn.runtime.tls import Identity
+from nonn.runtime.tls import CA, COMMON_NAME, Identity
 
 CLUSTER_FILE = Path("cluster.yaml")
 COORDINATOR = "coordinator"
 #: Of a node or a model, which may be a number in quotes.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+Name = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
 
 
 def nameable(path: Path) -> Path:
@@ -217,7 +217,7 @@ def run(options) -> None:
     cluster = local_cluster(export, certificates, options.port, options.deadline_ms)
     write_cluster(options.output, cluster)
     log(f"{options.output}: {len(cluster.nodes)} nodes on this machine")
-    if certificates and not (certificates / "ca.pem").exists():
+    if certificates and not (certificates / CA).exists():
         names = " ".join(node.name for node in cluster.nodes)
         log(f"next: nonn certs {certificates} {COORDINATOR} {names}")
     log(f"then: nonn up --cluster {options.output}")

@@ -38,6 +38,10 @@ ATTENTION = 1.0
 HURRY = 0.8
 
 
+#: What a user can do about nodes that do not answer.
+REMEDY = "Look at them with `nonn health`, and start those that do not run with `nonn up` or `nonn node`."
+
+
 class NobodyAnsweredError(UserError):
     """No student is left to predict with."""
 
@@ -75,7 +79,7 @@ class NodeConnection:
         self.reason = ""
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
-        self.batches = Batches(self._ask_by, contract.largest_batch)
+        self.batches = Batches(self._ask_and_time, contract.largest_batch)
         self.use(channel)
 
     def use(self, channel: aio.Channel) -> None:
@@ -108,6 +112,12 @@ class NodeConnection:
         if isinstance(image, np.integer):
             return await self._ask_by(image, deadline)
         return await self.batches.ask(image, deadline)
+
+    async def _ask_and_time(self, images: np.ndarray, deadline: float) -> tuple[np.ndarray, float]:
+        """As `_ask_by`, and the seconds that it took, without those of a node that was busy."""
+        features = await self._ask_by(images, deadline)
+        assert self.latency_ms is not None
+        return features, self.latency_ms / 1000
 
     async def _ask_by(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
         """As `ask`, by a time of the event loop; once more if the node is busy and says that it will not be then."""
@@ -229,7 +239,8 @@ class Coordinator:
         """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
 
         A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
-        earlier than the cluster's; nodes that miss only this one are absent, but it does not count against them.
+        earlier than the cluster's; if it is shorter than `HURRY` times that, nodes that miss it are absent, but it does
+        not count against them.
 
         Raises
         ------
@@ -243,7 +254,7 @@ class Coordinator:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
             if busy:
                 raise BusyError(f"no node has time ({reasons}). Ask less often.", max(busy.values()))
-            raise NobodyAnsweredError(f"no node answered ({reasons}). Start them with `nonn up` or `nonn node`.")
+            raise NobodyAnsweredError(f"no node answered ({reasons}). {REMEDY}")
         prediction = read_out(self.manifest, list(self.final.contributions(features).values()))
         present = {self.connections[i].name: feature for i, feature in features.items()}
         return Answer(prediction, present, absent, bool(busy))

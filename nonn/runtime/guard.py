@@ -13,7 +13,7 @@ from grpc import StatusCode, aio
 
 from nonn.runtime.admission import RETRY_AFTER, Admission, OverloadedError, Place
 from nonn.runtime.channel import GIVEN, MODEL_INFER
-from nonn.runtime.tls import callers_of
+from nonn.runtime.tls import may_call
 
 #: Seconds within which a call without a deadline must send its message; and after which no call is counted any more
 #: among those that wait for an answer.
@@ -73,10 +73,7 @@ class Guard(aio.ServerInterceptor):
         return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
 
     async def _check(self, context: aio.ServicerContext) -> None:
-        if self.names is None:
-            return
-        callers = callers_of(context)
-        if not callers or not callers <= self.names:
+        if self.names is not None and not may_call(context, self.names):
             await context.abort(StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list")
 
     async def _answer(

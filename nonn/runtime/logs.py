@@ -95,12 +95,11 @@ def _pump(source: int, target: int) -> None:
             plain = filter(None, map(in_plain_words, whole))
             lines = (passed for line in plain for passed in limiter.passed(line))
         else:
-            lines = (line for line in (rest, *limiter.summary(at_once=True)) if line)
-            source = -1
+            for line in filter(None, (rest, *limiter.summary(at_once=True))):
+                _write(target, line)
+            return os.close(source)
         for line in lines:
             _write(target, line)
-        if source < 0:
-            return
 
 
 @contextlib.contextmanager
@@ -120,3 +119,5 @@ def relayed_stderr() -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(original, 2)  # with its last writer the pipe ends, and so does the thread
         pump.join(1.0)
+        if not pump.is_alive():
+            os.close(original)

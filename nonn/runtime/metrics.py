@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -68,7 +69,10 @@ def _respond(request: bytes, registry: CollectorRegistry) -> bytes:
         status, content = "405 Method Not Allowed", b"only GET is answered\n"
     elif rest.split(" ")[0].partition("?")[0] in ("/", "/metrics"):
         accepted = next((text[7:] for text in headers if text.lower().startswith("accept:")), "")
-        encode, kind = choose_encoder(accepted)
+        try:
+            encode, kind = choose_encoder(accepted)
+        except Exception:  # it reads versions as numbers, whatever they are
+            encode, kind = choose_encoder("")
         status, content = "200 OK", encode(registry)
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
     return head.encode() + content
@@ -96,7 +100,9 @@ async def serving_metrics(registry: CollectorRegistry, port: int) -> AsyncIterat
     try:
         server = await asyncio.start_server(answer, HOST, port, limit=REQUEST_LIMIT)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--metrics-port: cannot listen on {HOST}:{port} ({error})") from None
+        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        reason = "another program listens there" if taken else "no port has this number, or it is not for this user"
+        raise UserError(f"--metrics-port: {HOST}:{port}: {reason}. Choose another port.") from None
     try:
         yield server.sockets[0].getsockname()[1]
     finally:

@@ -40,7 +40,7 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
 
 def describe(prediction: Prediction, source: str, names: Sequence[str], absent: Mapping[str, str] | None = None) -> str:
     """Class and probability, the share of each student, and why others are absent, a line each."""
-    lines = [f"{printable(prediction.label)}  {prediction.probability:.1%}  ({source})"]
+    lines = [f"{printable(prediction.label)}  {prediction.probability:.1%}  ({printable(source)})"]
     lines += [f"  {name}: {share:6.1%} of the lead" for name, share in zip(names, prediction.shares, strict=True)]
     lines += [f"  {name}: absent, {reason}" for name, reason in (absent or {}).items()]
     return "\n".join(lines)
@@ -52,7 +52,7 @@ def load_pixels(path: Path, image: Image, invert: bool = False) -> np.ndarray:
     pixels = 255 - pixels if invert else pixels
     if looks_inverted(pixels, image):
         remedy = "Leave out --invert." if invert else "Try --invert."
-        log(f"{path}: {describe_inversion(image)}. {remedy}")
+        log(f"{printable(path)}: {describe_inversion(image)}. {remedy}")
     return pixels
 
 
@@ -100,8 +100,10 @@ def ask_cluster(path: Path, cluster_path: Path, invert: bool) -> str:
     """What the nodes of a cluster say of a picture, and which of them are absent."""
     from nonn.runtime.cluster import load_cluster  # these take a quarter of the start,
     from nonn.runtime.coordinator import classify_once  # which the other way can do without
+    from nonn.runtime.logs import relayed_stderr
 
     cluster = load_cluster(cluster_path)
     pixels = load_pixels(path, cluster.placed()[0].image, invert)
-    answer = asyncio.run(classify_once(cluster, pixels))
+    with relayed_stderr():
+        answer = asyncio.run(classify_once(cluster, pixels))
     return describe(answer.prediction, f"{cluster_path}, {path}", answer.present, answer.absent)

@@ -30,7 +30,7 @@ def load_images(path: Path, shape: tuple[int, ...], least: int = 1) -> np.ndarra
     try:
         # numpy.load would also open archives of arrays (.npz), and has an error of its own for an empty file.
         images = np.lib.format.open_memmap(regular(path), mode="r")
-    except (OSError, ValueError, TokenError) as error:  # the last where the header does not parse
+    except (OSError, OverflowError, ValueError, TokenError) as error:  # the last where the header does not parse
         raise UserError(f"{path}: cannot be read ({error}). Save images of uint8 with numpy.save.") from None
     if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) < least:
         wanted = f"uint8 of shape (n, {', '.join(map(str, shape))}), n from {least} on"

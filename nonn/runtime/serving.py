@@ -233,7 +233,7 @@ def why_not(address: str) -> str:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
             probe.listen()
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):
         return "no machine of this name is known. Give an address of this machine."
     except OSError as error:
         reasons = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -21,6 +22,8 @@ from nonn.core.progress import log
 
 #: Certificates of a test bed as `nonn certs` writes them.
 CA, CERTIFICATE, KEY = "ca.pem", "{}.pem", "{}.key"
+#: What a certificate may be called: X.509 allows 64 letters, and a label of a host's name has 63.
+COMMON_NAME = r"[A-Za-z0-9_-]{1,63}"
 #: How long before its end a certificate is spoken of.
 SOON = timedelta(days=30)
 
@@ -170,9 +173,15 @@ def _read_pem(path: Path) -> bytes:
         content = regular(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Make certificates with `nonn certs`.") from None
-    if not content.startswith(b"-----BEGIN "):
+    if b"-----BEGIN " not in content:  # some programs write what it says in words above
         raise UserError(f"{path}: is not in PEM form. Make certificates with `nonn certs`.")
     return content
+
+
+def may_call(context: aio.ServicerContext, names: Collection[bytes]) -> bool:
+    """Whether a caller has shown a certificate, and every name in it is one of these."""
+    callers = callers_of(context)
+    return bool(callers) and callers <= set(names)
 
 
 def callers_of(context: aio.ServicerContext) -> set[bytes]:

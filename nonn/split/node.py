@@ -30,7 +30,7 @@ from nonn.runtime.node import DEFAULT_CALLERS, add_serving, callers_from, identi
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import Service, listening
-from nonn.runtime.tls import Identity, callers_of
+from nonn.runtime.tls import Identity, may_call
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 
@@ -142,7 +142,7 @@ class SplitService(Service):
             await context.abort(refusal.code, str(refusal))
 
     def _check_caller(self, context: aio.ServicerContext, names: Collection[bytes] | None) -> None:
-        if self.callers is not None and not callers_of(context) <= set(names or ()):
+        if self.callers is not None and not may_call(context, names or ()):
             raise ProtocolError(StatusCode.PERMISSION_DENIED, "this certificate's name may not send that")
 
     def _receive(self, request, context) -> oip.ModelInferResponse:

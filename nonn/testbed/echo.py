@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
+from nonn.core.errors import UserError
 from nonn.core.links import MTU, round_trip, tcp_goodput
 from nonn.core.progress import track
 from nonn.runtime.addresses import split_address
@@ -28,6 +29,7 @@ ECHO_SECONDS, FEWEST, MOST = 2.0, 10, 300
 WARMUP_SECONDS, STREAM_SECONDS, STREAM_PACKETS = 1.0, 3.0, 200
 
 LARGEST = 65_507  # bytes of a UDP message
+STALLED = 30.0  # seconds without a byte after which a stream is given up
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -109,13 +111,18 @@ def measure_throughput(network: EmulatedNetwork, sender: str, receiver: str, war
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     with listener, source:
-        sink, _ = listener.accept()
-        with sink:
-            try:
+        listener.settimeout(STALLED)
+        try:
+            sink, _ = listener.accept()
+            with sink:
+                sink.settimeout(STALLED)
                 return _count_stream(sink, warmup, seconds)
-            finally:
+        except TimeoutError:
+            raise UserError(f"the link: no byte came through for {STALLED:g} s; has its relay ended?") from None
+        finally:
+            with contextlib.suppress(OSError):  # it was never connected
                 source.shutdown(socket.SHUT_RDWR)
-                thread.join()
+            thread.join(STALLED)
 
 
 def _count_stream(sink: socket.socket, warmup: float, seconds: float) -> float:
@@ -145,6 +152,8 @@ def measure_link(network: EmulatedNetwork) -> dict:
         theory = round_trip(link, payload) if link else None
         count = min(max(int(ECHO_SECONDS / (theory or 1e-3)), FEWEST), MOST)
         times = [1000 * seconds for seconds in measure_round_trips(network, first, second, payload, count)]
+        if not times:
+            raise UserError(f"the link: of {count} messages none came back; has its relay ended?")
         rows.append(
             {
                 "payload_bytes": payload,

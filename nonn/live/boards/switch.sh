@@ -17,9 +17,12 @@ if systemctl --user show-environment >/dev/null 2>&1; then
   }
   stop() { systemctl --user disable --quiet --now "$unit"; }
 else
+  boot_id=/proc/sys/kernel/random/boot_id
+  cmp -s boot "$boot_id" || rm -f pid # of before a reboot: the process of this number may now be another
   stop() { start-stop-daemon --stop --quiet --oknodo --retry TERM/5/KILL/5 --pidfile "$PWD/pid" --remove-pidfile; }
   serve() {
     stop
+    cat "$boot_id" >boot
     start-stop-daemon --start --quiet --background --make-pidfile --pidfile "$PWD/pid" --startas /bin/sh -- \
       -c "exec '$PWD/current/node.sh' >>'$PWD/log' 2>&1 </dev/null"
   }
