@@ -155,6 +155,9 @@ def test_a_cluster_file_is_put_back(tmp_path):
     [
         (["--to", "a", "b"], "2 boards for the 3 students"),
         (["--to", *BOARDS, "--port", "80"], "--port"),
+        (["--to", *BOARDS[1:], "pi:99999"], "no port has the number 99999"),
+        (["--to", *BOARDS, "--folder", ""], "--folder: '' is no folder"),
+        (["--to", *BOARDS, "--folder", "/"], "--folder: '/' is no folder"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(network_folder, folder, words, said):

@@ -68,6 +68,10 @@ BAD_FILES = {
     "cut off": (lambda path: write_damaged(path, lambda content: content[:-1]), "cannot be read"),
     "cut header": (lambda path: write_damaged(path, lambda content: content[:20]), "cannot be read"),
     "broken header": (lambda path: write_damaged(path, lambda c: c.replace(b": (3,", b": ((3")), "cannot be read"),
+    "endless": (
+        lambda path: write_damaged(path, lambda c: c.replace(b"(3, 1,", b"(3%s, 1," % (b"0" * 30))),
+        "cannot be",
+    ),
     "floats": (lambda path: np.save(path, IMAGES.astype(np.float32)), r"holds float32 \(3, 1, 4, 4\)"),
     "one image": (
         lambda path: np.save(path, IMAGES[0]),
