@@ -108,13 +108,14 @@ def in_int8(path: Path, images: int = 8) -> Path:
     return path
 
 
-def write_tiny(path: Path) -> None:
+def write_tiny(path: Path, seed: int = 0) -> Path:
     """Two 3×3 convolutions, of 4 and 6 channels, on an image of 4×4 pixels: small enough to count by hand."""
-    build = Build(channels=1, size=4)
+    build = Build(channels=1, size=4, seed=seed)
     build.convolve(4)
     build.add("Relu")
     build.convolve(6)
     build.write(path)
+    return path
 
 
 def write_shortcut(path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Sources beside plain folders: well-known data sets as they are downloaded, idx files, and the Hugging Face Hub."""
+"""Sources beside plain folders: well-known data sets as they are downloaded, and idx files."""
 
 import gzip
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -9,28 +10,15 @@ import numpy as np
 import pytest
 import scipy.io
 from experiments import REPOSITORY
-from pictures import SIZE, load_images, make_params, noise, write_folder
+from pictures import SIZE, load_images, make_params, noise, save, seeds_of, write_folder
 from PIL import Image
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
-from nonn.core.jobs import named_source
 from nonn.core.paths import Paths
-from nonn.data import hub
 from nonn.stages.dataset import run
 
 pytestmark = pytest.mark.usefixtures("folder")
-
-
-def save(path: Path, seed: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(noise(seed)).save(path, "PNG")  # so that pixels stay as they are, whatever the suffix
-
-
-def seeds_of(loaded) -> list[int]:
-    """Which pictures these are, by the seeds of their pixels."""
-    known = {noise(seed).transpose(2, 0, 1).tobytes(): seed for seed in range(100)}
-    return [known[image.tobytes()] for image in loaded.images]
 
 
 # MIT indoor scenes, CUB-200-2011
@@ -207,101 +195,22 @@ def test_idx_files_that_are_cut_off_or_missing_are_named(tmp_path):
         load_images(tmp_path / "none")
 
 
-# Hugging Face
+def test_a_pipe_among_idx_files_is_refused(tmp_path):
+    write_idx(tmp_path / "digits", packed=False)
+    path = tmp_path / "digits/train-images-idx3-ubyte"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is a named pipe"):
+        load_images(tmp_path / "digits")
 
 
-@pytest.fixture
-def pyarrow():
-    pytest.importorskip("datasets")
-    return pytest.importorskip("pyarrow")
-
-
-def write_parquet(pyarrow, path: Path, labels: list, first: int = 0, **columns) -> None:
-    import pyarrow.parquet
-
-    for i in range(len(labels)):
-        save(Path("scratch.png"), first + i)
-        columns.setdefault("image", []).append({"bytes": Path("scratch.png").read_bytes(), "path": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table({"label": labels} | columns), path)
-
-
-def test_parquet_files_of_splits_are_read(pyarrow, tmp_path):
-    write_parquet(pyarrow, tmp_path / "pets/data/train-00000-of-00001.parquet", ["cat", "dog", "cat"])
-    write_parquet(pyarrow, tmp_path / "pets/data/test-00000-of-00001.parquet", ["dog", "cat"], first=3)
-    source = f"hf:{tmp_path / 'pets'}"
-    loaded = load_images(source)
-    assert seeds_of(loaded) == [0, 1, 2, 3, 4]
-    assert loaded.classes == ("cat", "dog")
-    assert loaded.labels.tolist() == [0, 1, 0, 1, 0]
-    assert loaded.is_test.tolist() == [False] * 3 + [True] * 2
-    assert loaded.is_validation is None
-    assert load_images(source, sha256=loaded.sha256).sha256 == loaded.sha256
-    assert named_source(make_params(source)) == str(tmp_path / "pets"), "DVC watches it"
-
-
-def test_columns_are_found_or_named(pyarrow, tmp_path):
-    path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
-    write_parquet(pyarrow, path, [3, 1, 3], place=[0, 1, 0])
-    loaded = load_images(source)
-    assert (loaded.classes, loaded.labels.tolist()) == (("1", "3"), [1, 0, 1])
-    assert load_images(source, label_column="place").labels.tolist() == [0, 1, 0]
-    with pytest.raises(UserError, match=r"label_column: .* has no column 'kind'; name one of label, place, image"):
-        load_images(source, label_column="kind")
-    write_parquet(pyarrow, path, [3, 1, 3], mask=[{"bytes": b"", "path": None}] * 3)
-    with pytest.raises(UserError, match=r"several columns of images\. Set dataset\.image_column to one of mask, image"):
-        load_images(source)
-    assert load_images(source, image_column="image").labels.tolist() == [1, 0, 1]
-
-
-def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):
-    path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
-    write_parquet(pyarrow, path, ["cat", None, "dog"])
-    with pytest.raises(UserError, match=r"1 images have no label"):
-        load_images(source)
-    write_parquet(pyarrow, path, [0, 1], image=[None, {"bytes": b"", "path": None}], label=[0, 1, 0, 1])
-    with pytest.raises(UserError, match=r"2 pictures cannot be read"):
-        load_images(source)
-
-
-@pytest.mark.usefixtures("pyarrow")
-def test_two_splits_of_one_meaning_are_refused(monkeypatch):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: dict.fromkeys(("train", "val", "validation")))
-    with pytest.raises(UserError, match=r"hf:some/pets: val and validation name the same split"):
-        load_images("hf:some/pets")
-
-
-def test_a_broken_picture_of_a_parquet_file_is_named(pyarrow, tmp_path):
-    images = [{"bytes": b"no picture", "path": None}]
-    write_parquet(pyarrow, tmp_path / "pets.parquet", [0, 1], image=images, label=[0, 1, 1])
-    with pytest.raises(UserError, match=r"pets\.parquet: image 0 of train cannot be read \(not an image\)"):
-        load_images(f"hf:{tmp_path / 'pets.parquet'}")
-
-
-@pytest.mark.usefixtures("pyarrow")
-def test_folders_of_images_are_read_through_datasets_too(tmp_path):
-    write_folder(tmp_path / "pets", ["train/cat", "train/dog", "validation/cat", "validation/dog"], count=2)
-    loaded = load_images(f"hf:{tmp_path / 'pets'}")
-    assert sorted(seeds_of(loaded)) == list(range(8))
-    assert loaded.is_validation.sum() == 4
-    assert loaded.classes == ("cat", "dog")
-
-
-@pytest.mark.usefixtures("pyarrow")
-def test_what_the_hub_lacks_is_one_line(monkeypatch):
-    def fail(*_args, **_kwargs):
-        raise ConnectionError("Couldn't reach 'nobody/pets' on the Hub\nsecond line")
-
-    monkeypatch.setattr("datasets.load_dataset", fail)
-    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: hf:nobody/pets cannot be loaded \(.*Hub\)"):
-        load_images("hf:nobody/pets")
-    assert named_source(make_params("hf:nobody/pets")) is None
-
-
-def test_a_missing_package_is_one_line(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"needs the package datasets\. Run `pip install datasets`"):
-        hub.load_hub("nobody/pets", None, None, None)
+@pytest.mark.parametrize("shape", [(-1, 28, 28), (12, 0, 28)])
+def test_idx_files_of_no_pixels_are_refused(shape, tmp_path):
+    write_idx(tmp_path / "digits", packed=False)
+    header = bytes([0, 0, 8, 3]) + np.array(shape, ">i4").tobytes()
+    (tmp_path / "digits/train-images-idx3-ubyte").write_bytes(header)
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte cannot be read \(its images are"):
+        load_images(tmp_path / "digits")
 
 
 # Wrong data sets, each with its answer in docs/data-and-teacher.md
@@ -394,6 +303,23 @@ def test_names_that_lead_out_of_an_archive_are_refused(tmp_path):
         archive.writestr("../cat/a.png", b"")
     with pytest.raises(UserError, match=r"pets\.zip: holds \.\./cat/a\.png, which leads out of it"):
         load_images(tmp_path / "pets.zip")
+
+
+def test_a_checksum_at_the_end_of_an_archive_counts(tmp_path):
+    """Pixels of a format without a checksum of its own, in a gzip that stores them as they are."""
+    with (
+        gzip.open(tmp_path / "pets.tar.gz", "wb", compresslevel=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for i, name in enumerate(["cat/0.bmp", "cat/1.bmp", "dog/0.bmp", "dog/1.bmp"]):
+            Image.fromarray(noise(i)).save(tmp_path / "one.bmp")
+            archive.add(tmp_path / "one.bmp", name)
+    content = bytearray((tmp_path / "pets.tar.gz").read_bytes())
+    place = content.index(noise(2)[::-1, :, ::-1].tobytes()[:30])
+    content[place : place + 10] = bytes(10)
+    (tmp_path / "pets.tar.gz").write_bytes(content)
+    with pytest.raises(UserError, match=r"pets\.tar\.gz cannot be read \(.*CRC.*Fetch or pack it again"):
+        load_images(tmp_path / "pets.tar.gz")
 
 
 def test_a_link_to_a_folder_around_it_is_refused(tmp_path):

@@ -164,3 +164,21 @@ def test_boards_of_the_catalogue_are_devices():
     params = load_params()
     assert params.devices["pi_zero2w"].board == "pi_zero2w"
     assert params.networks["4s"].devices == ["rp2350", "rp2350", "pi_zero2w", "pi_zero2w"]
+
+
+@pytest.mark.usefixtures("clone")
+def test_images_in_files_of_mnist_s_format_are_taken():
+    Path("digits").mkdir()
+    for split in ("train", "t10k"):
+        for kind in ("images-idx3", "labels-idx1"):
+            Path(f"digits/{split}-{kind}-ubyte").touch()
+    main(["new", "pets", "--images", "digits", "--devices", "2×stm32f4", "--size", "28"])
+    assert load_params().dataset.source == "digits"
+
+
+def test_own_code_for_a_project_that_is_not_there_yet_is_refused(folder):
+    with pytest.raises(
+        SystemExit, match=r"--teacher: module:nets:make is looked for in the project, which is not there"
+    ):
+        main(["new", "pets", "--images", "photos", "--devices", "2×stm32f4", "--teacher", "module:nets:make"])
+    assert not (folder / "pets").exists()

@@ -1,6 +1,7 @@
 """Splitting a network changes nothing in what it computes, and sends what can be counted by hand."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -220,11 +221,51 @@ def test_only_a_plan_is_replaced_by_a_plan(tiny, folder):
     with pytest.raises(UserError, match=r"plan: holds more than a plan, such as notes\.txt\. Name a new folder"):
         plan.save(folder / "plan")
     (folder / "plan/notes.txt").unlink()
+    for name in ("0/node-0.key", "2024/note.txt"):
+        (folder / "plan" / name).parent.mkdir(exist_ok=True)
+        (folder / "plan" / name).touch()
+        with pytest.raises(UserError, match=rf"plan: holds more than a plan, such as {name}"):
+            plan.save(folder / "plan")
+        (folder / "plan" / name).unlink()
+    (folder / "plan/2024").rmdir()
     before = sorted(folder.rglob("*"))
     for inside in (folder / "plan", folder / "plan/0"):
         with contextlib.chdir(inside), pytest.raises(UserError, match="is the working directory, or around it"):
             plan.save(Path("." if inside.name == "plan" else ".."))
     assert sorted(folder.rglob("*")) == before
+
+
+DAMAGED_PARTS = {
+    "receiver": lambda part: part["messages"][0].update(receiver=9),
+    "sender": lambda part: part["messages"][0].update(sender=part["messages"][0]["receiver"]),
+    "twice": lambda part: part["messages"].append(part["messages"][0]),
+    "round": lambda part: part["messages"][0].update(round=9),
+    "position": lambda part: part.update(position=7),
+    "plan": lambda part: part.update(plan=None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_PARTS.values(), ids=DAMAGED_PARTS)
+def test_a_part_that_does_not_fit_together_is_refused(tiny, folder, damage):
+    plan_split(tiny, 3, "rows").save(folder / "plan")
+    path = folder / "plan/0/part.json"
+    part = json.loads(path.read_text())
+    damage(part)
+    path.write_text(json.dumps(part))
+    with pytest.raises(UserError, match=r"part\.json: .*Write the plan again with `nonn split`"):
+        load_part(path.parent)
+
+
+def test_networks_of_the_same_shape_are_different_plans(tmp_path):
+    """So that their parts do not work together: answers and slices of another one are refused."""
+    versions = set()
+    for seed in (0, 1):
+        path = write_tiny(tmp_path / f"{seed}.onnx", seed=seed)
+        plans = [plan_split(path, 2, method) for method in METHODS]
+        assert all(len({part.version for part in plan.parts}) == 1 for plan in plans)
+        versions |= {plan.parts[0].version for plan in plans}
+        assert plan_split(path, 2, "rows").parts[0].contract.version in versions
+    assert len(versions) == 4
 
 
 def test_a_damaged_graph_is_refused(tiny, monkeypatch):

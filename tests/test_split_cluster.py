@@ -146,10 +146,10 @@ def test_images_wait_for_each_other(tiny, folder):
 # Refusals
 
 
-def slice_request(message, image_id: str = "one") -> oip.ModelInferRequest:
+def slice_request(plan, message, image_id: str = "one") -> oip.ModelInferRequest:
     tensor = oip.ModelInferRequest.InferInputTensor(name=message.name, datatype="FP32", shape=message.shape)
-    raw = [bytes(message.n_bytes)]
-    return oip.ModelInferRequest(model_name=EXCHANGE, id=image_id, inputs=[tensor], raw_input_contents=raw)
+    what = {"model_name": EXCHANGE, "model_version": plan.parts[0].version, "id": image_id}
+    return oip.ModelInferRequest(**what, inputs=[tensor], raw_input_contents=[bytes(message.n_bytes)])
 
 
 NOT_A_NUMBER = np.full(16, np.nan, np.float32).tobytes()
@@ -157,6 +157,7 @@ DAMAGES = {
     "no id": (lambda r: setattr(r, "id", ""), "give the image an id"),
     "long id": (lambda r: setattr(r, "id", "x" * 65), "give the image an id"),
     "unknown slice": (lambda r: setattr(r.inputs[0], "name", "map9@1"), "no slice 'map9@1' is expected here"),
+    "another plan": (lambda r: setattr(r, "model_version", "7"), "a slice of another plan (version '7', not"),
     "no input": (lambda r: r.ClearField("inputs"), "expected 1 input, not 0"),
     "type": (lambda r: setattr(r.inputs[0], "datatype", "UINT8"), "expected the type FP32, not 'UINT8'"),
     "shape": (lambda r: r.inputs[0].shape.__setitem__(2, 2), "expected the shape [1, 4, 1, 4], not [1, 4, 2, 4]"),
@@ -175,18 +176,18 @@ def test_slices_that_are_not_agreed_are_refused(tiny, folder):
         async with served(plan, folder) as (addresses, services), aio.insecure_channel(addresses[0]) as channel:
             stub = oip_grpc.GRPCInferenceServiceStub(channel)
             for damage, expected in DAMAGES.values():
-                request = slice_request(message)
+                request = slice_request(plan, message)
                 damage(request)
                 code, details = await refusal(stub.ModelInfer(request))
-                assert code in (StatusCode.INVALID_ARGUMENT, StatusCode.NOT_FOUND)
+                assert code.name in ("INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION")
                 assert expected in details
             assert not services["device-0"].exchanges
-            await stub.ModelInfer(slice_request(message))
-            code, details = await refusal(stub.ModelInfer(slice_request(message)))
+            await stub.ModelInfer(slice_request(plan, message))
+            code, details = await refusal(stub.ModelInfer(slice_request(plan, message)))
             assert (code, details) == (StatusCode.ALREADY_EXISTS, f"{message.name} has arrived before")
             # What nobody asks for does not pile up.
             for number in range(50):
-                await stub.ModelInfer(slice_request(message, str(number)))
+                await stub.ModelInfer(slice_request(plan, message, str(number)))
             assert len(services["device-0"].exchanges) <= 5
 
     asyncio.run(scenario())
@@ -207,7 +208,7 @@ def test_under_tls_everybody_may_only_send_what_is_theirs(tiny, folder, certs):
     async def scenario():
         async with served(plan, folder, certs) as (addresses, services):
             for name in ("device-2", "coordinator", "stranger"):  # the slice is device-0's
-                assert await ask(addresses[1], name, slice_request(message)) == StatusCode.PERMISSION_DENIED
+                assert await ask(addresses[1], name, slice_request(plan, message)) == StatusCode.PERMISSION_DENIED
             for name in ("device-0", "stranger"):  # only the coordinator sends images
                 assert await ask(addresses[1], name, image) == StatusCode.PERMISSION_DENIED
             assert not services["device-1"].exchanges
@@ -326,7 +327,7 @@ def test_an_answer_that_is_not_agreed_is_refused(tiny):
 
     class Rogue(oip_grpc.GRPCInferenceServiceServicer):
         async def ModelInfer(self, request, context):
-            contract = Contract(request.model_name, 1, 4, 6)
+            contract = Contract(request.model_name, 1, 4, 6, version=plan.parts[0].version)
             values = np.full((1, 6), np.inf, np.float32)
             return make_response(contract, request.id, values)
 

@@ -210,7 +210,7 @@ def test_costs_by_hand(tiny, monkeypatch):
 def test_slices_of_integers_travel_as_they_are(tiny):
     message = plan_split(tiny, 2, "channels").messages[0]
     values = np.random.default_rng(0).integers(0, 256, message.shape, dtype=np.uint8)
-    request = ModelInferRequest.FromString(make_slice(message, "one", values))
+    request = ModelInferRequest.FromString(make_slice(message, "one", "1", values))
     assert len(request.raw_input_contents[0]) == message.n_bytes == values.size
     np.testing.assert_array_equal(read_slice(message, request), values)
     request.inputs[0].datatype = "FP32"

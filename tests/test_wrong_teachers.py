@@ -3,12 +3,13 @@
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from experiments import tiny_params
 from foreign import CODE, save, section, write_onnx, write_program
-from onnx import helper
+from onnx import helper, numpy_helper
 from torch import nn
 
 from nonn.core.errors import UserError
@@ -36,6 +37,15 @@ def bad(name: str, model: nn.Module) -> Teacher:
             "no linear layer": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(3, 3, 3), "
             "nn.AdaptiveAvgPool2d(1), nn.Flatten())",
             "maps": "from torch import nn\ndef make():\n    return nn.Conv2d(3, 3, 3)",
+            "exits": "import sys\ndef make():\n    sys.exit(0)",
+            "reads its own options": "import argparse\nparser = argparse.ArgumentParser()\n"
+            "parser.add_argument('--epochs')\nparser.parse_args(['--epochs'])\ndef make():\n    return None",
+            "exits on images": "import sys\nfrom torch import nn\nclass make(nn.Module):\n    def forward(self, x):\n"
+            "        sys.exit(2)",
+            "without sizes": "from torch import nn\ndef make():\n"
+            "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))",
+            "without values": f"{CODE}\ndef make():\n    return Small().to('meta')",
+            "with more than tensors": f"{CODE}\n\nclass make(Small):\n    def get_extra_state(self):\n        return 1",
             "fixed size": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))",
         }[name.removeprefix("code ")]
         Path("nets/wrong.py").write_text(body)
@@ -51,6 +61,25 @@ def bad(name: str, model: nn.Module) -> Teacher:
             onnx.save(onnx.load("a.onnx"), "b.onnx", save_as_external_data=True, location="b.data", size_threshold=0)
             Path("b.data").unlink()
         return section("onnx:a.onnx" if name == "ONNX cut off" else "onnx:b.onnx")
+    if name == "zip without its directory":
+        save(weights)
+        content = Path("w.pt").read_bytes()
+        Path("w.pt").write_bytes(content.replace(b"PK\x01\x02", b"PK\x00\x00"))
+        return section(weights="w.pt")
+    if name in ("ONNX of other biases", "ONNX of one input"):
+        write_onnx(Path("a.onnx"), model)
+        wrong = onnx.load("a.onnx")
+        last = next(node for node in reversed(wrong.graph.node) if node.op_type == "Gemm")
+        if name == "ONNX of one input":
+            del last.input[1:]
+        else:
+            bias = next(tensor for tensor in wrong.graph.initializer if tensor.name == last.input[2])
+            bias.CopyFrom(numpy_helper.from_array(np.zeros((2, 5), np.float32), bias.name))
+        Path("a.onnx").write_bytes(wrong.SerializeToString())
+        return section("onnx:a.onnx")
+    if name == "program with calculated weights":
+        write_program(Path("a.pt2"), nn.Sequential(*list(model.children())[:-1], nn.Flatten(), Calculated()))
+        return section("export:a.pt2")
     if name == "batches of 8":
         write_onnx(Path("a.onnx"), model, batch=8)
         return section("onnx:a.onnx")
@@ -84,6 +113,9 @@ def bad(name: str, model: nn.Module) -> Teacher:
         "no values": weights | {"conv.weight": weights["conv.weight"].to("meta")},
         "sparse": weights | {"fc.weight": weights["fc.weight"].to_sparse()},
         "complex": weights | {"fc.bias": weights["fc.bias"] * 1j},
+        "an entry that is no tensor": {"state_dict": weights | {"fc._extra_state": {}}, "epoch": 1},
+        "a last layer of no dimensions": weights | {"fc.weight": torch.tensor(0.0), "fc.bias": torch.tensor(0.0)},
+        "float8 with NaN": weights | {"fc.bias": nan["conv.weight"].flatten()[:3].to(torch.float8_e4m3fn)},
         "other classes": weights | {"fc.weight": torch.zeros(10, 16), "fc.bias": torch.zeros(10)},
     }
     if name in contents:
@@ -98,6 +130,15 @@ def bad(name: str, model: nn.Module) -> Teacher:
     if name in keys:
         return section(**keys[name])
     return module(weights="w.pt")
+
+
+class Calculated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 16 * 13 * 13))
+
+    def forward(self, x):
+        return nn.functional.linear(x, nn.functional.normalize(self.weight))
 
 
 def quantised(weights: torch.Tensor) -> torch.Tensor:
@@ -130,6 +171,19 @@ BAD = {
     "no values": r"w\.pt: the tensor conv\.weight has no values \(device meta\)\. Save its weights as dense",
     "sparse": r"w\.pt: the tensor fc\.weight is sparse\. Save its weights as dense float tensors",
     "complex": r"w\.pt: the tensor fc\.bias is complex\. Save its weights as dense float tensors",
+    "an entry that is no tensor": r"holds no state dict|entry fc\._extra_state is a dict, no tensor",
+    "a last layer of no dimensions": r"does not fit .* 2 of another shape, such as fc\.bias",
+    "float8 with NaN": r"NaN or infinite values in 1 of \d+ tensors, such as fc\.bias",
+    "zip without its directory": r"w\.pt: is a damaged zip",
+    "ONNX of other biases": r"a\.onnx is damaged, or no model that a library has exported",
+    "ONNX of one input": r"a\.onnx is damaged|has no linear layer of 3 outputs",
+    "program with calculated weights": r"calculates the weights of its last linear layer for each image",
+    "code exits": r"fails \(SystemExit: 0\)",
+    "code reads its own options": r"fails \(SystemExit: 2\)",
+    "code exits on images": r"fails on images .*\(SystemExit: 2\)",
+    "code without sizes": r"the tensor 1\.weight has no size before the first image",
+    "code without values": r"the tensor conv\.weight has no values",
+    "code with more than tensors": r"the entry _extra_state is a int, no tensor",
     "no such library model": r"torchvision has no classifier 'resnet19' \(did you mean 'resnet1?\d'\?\)",
     "no such module": r"there is no module nets\.missing",
     "no such factory": r"module nets\.small has no 'build'",

@@ -136,11 +136,14 @@ def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def list_images(source: str) -> FolderLayout | None:
-    """What a folder or archive holds, by the names of its files; None where a package holds or downloads the images."""
+    """What a folder or archive holds, by the names of its files; None where these do not say it."""
     if source == "mnist5k" or source.startswith(("torchvision:", "hf:")):
         return None
     from nonn.data.folders import find_images
+    from nonn.data.idx import find_idx
 
+    if find_idx(Path(source)):
+        return None
     return find_images(Path(source))
 
 
@@ -250,6 +253,11 @@ def run(options) -> None:
     if EXPERIMENTS.is_dir() and Path("dvc.yaml").is_file():
         write_experiment(options)
         return
+    if (options.teacher or "").startswith("module:"):
+        raise UserError(
+            f"--teacher: {options.teacher} is looked for in the project, which is not there yet. Run `nonn new "
+            f"{options.name}` alone, put your code into the folder {options.name}, and name it there, in teacher.source"
+        )
     folder = Path(options.name)
     for key in ("images", "teacher", "weights"):
         setattr(options, key, anchored(getattr(options, key)))

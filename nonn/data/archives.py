@@ -63,6 +63,8 @@ def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Cont
                     if (file := archive.extractfile(member)) is None:
                         raise tarfile.ReadError(f"{member.name} is not a file")
                     yield member.name, file.read()
+            while archive.fileobj and archive.fileobj.read(1 << 20):
+                pass  # checksums stand at the end of what is compressed
 
 
 def read_file(path: Path, name: str) -> bytes:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from nonn.core.errors import UserError
+from nonn.core.files import regular
 from nonn.data.packaged import decode_pairs
 from nonn.data.raw import KEY, Decoder, RawImages
 
@@ -59,12 +60,14 @@ def load_idx(folder: Path, decoder: Decoder) -> RawImages:
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes of an idx file, uint8."""
     try:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
         kind, n_dimensions = content[2], content[3]
         shape = np.frombuffer(content, ">i4", dimensions, offset=4)
         if content[:2] != b"\0\0" or kind != 8 or n_dimensions != dimensions:
             raise ValueError(f"it does not begin as a file of bytes in {dimensions} dimensions does")
+        if shape[0] < 0 or (shape[1:] < 1).any():
+            raise ValueError(f"its images are {' × '.join(map(str, shape))} pixels")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise UserError(f"{KEY}: {path} cannot be read ({error}). Fetch it again.") from None

@@ -21,7 +21,7 @@ from nonn.runtime.coordinator import NodeConnection
 from nonn.runtime.processes import nonn_command
 from nonn.runtime.protocol import check_image
 from nonn.runtime.tls import Identity
-from nonn.split.node import REPORTING, devices_at
+from nonn.split.node import REPORTING, SUPERSEDED, devices_at
 from nonn.split.plan import SplitPlan
 
 
@@ -100,7 +100,10 @@ class SplitCoordinator:
         # First those that said nothing: the others may only have waited for them.
         names = sorted(reasons, key=lambda name: reasons[name] != LATE)
         complaints = "; ".join(f"{name}: {reasons[name]}" for name in names)
-        raise SplitFailedError(f"no class ({complaints}). A split network needs all its devices: start them again.")
+        remedy = "A split network needs all its devices: start them again."
+        if all(SUPERSEDED in reason for reason in reasons.values()):
+            remedy = "It works on one image at a time: ask it by a single coordinator."
+        raise SplitFailedError(f"no class ({complaints}). {remedy}")
 
 
 def device_commands(

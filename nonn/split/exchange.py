@@ -23,18 +23,26 @@ LONGEST_ID = 64
 WIRE: dict[Dtype, tuple[str, np.dtype]] = {"float32": ("FP32", np.dtype("<f4")), "uint8": ("UINT8", np.dtype("u1"))}
 
 
-def make_slice(message: Message, image_id: str, source: np.ndarray) -> bytes:
-    """The request that carries a slice of the sender's map, ready to be sent to any number of receivers."""
+def make_slice(message: Message, image_id: str, version: str, source: np.ndarray) -> bytes:
+    """The request that carries a slice of the sender's map, ready to be sent to any number of receivers.
+
+    `version` is that of the plan, see `nonn.split.plan.Part`.
+    """
     datatype, dtype = WIRE[message.dtype]
     tensor = ModelInferRequest.InferInputTensor(name=message.name, datatype=datatype, shape=message.shape)
     raw = [message.cut(source).astype(dtype, copy=False).tobytes()]
-    request = ModelInferRequest(model_name=EXCHANGE, id=image_id, inputs=[tensor], raw_input_contents=raw)
+    request = ModelInferRequest(
+        model_name=EXCHANGE, model_version=version, id=image_id, inputs=[tensor], raw_input_contents=raw
+    )
     return request.SerializeToString()
 
 
-def find_message(expected: dict[str, Message], request: ModelInferRequest) -> Message:
+def find_message(expected: dict[str, Message], version: str, request: ModelInferRequest) -> Message:
     """What a request claims to be: a message that the device expects; else a `ProtocolError`."""
     check_id(request)
+    if request.model_version != version:
+        other = f"a slice of another plan (version {request.model_version[:64]!r}, not {version!r})"
+        raise ProtocolError(StatusCode.FAILED_PRECONDITION, f"{other}; copy the parts of one plan to all devices")
     if len(request.inputs) != 1:
         raise invalid(f"expected 1 input, not {len(request.inputs)}")
     name = request.inputs[0].name

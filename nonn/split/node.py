@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2 as oip
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
-from nonn.runtime.addresses import is_loopback
+from nonn.runtime.addresses import canonical_address, is_loopback
 from nonn.runtime.attached import announce, told_to_stop
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
 from nonn.runtime.cluster import Node
@@ -40,6 +40,10 @@ REPORTING = 0.5
 LONGEST_PATIENCE = 60.0
 #: Images of which slices are kept; more than one, because slices may overtake their image.
 KEPT_EXCHANGES = 4
+
+
+#: Said of an image where another one comes before it is done.
+SUPERSEDED = "a newer image has taken this one's place"
 
 
 class SplitDevice:
@@ -146,7 +150,7 @@ class SplitService(Service):
             raise ProtocolError(StatusCode.PERMISSION_DENIED, "this certificate's name may not send that")
 
     def _receive(self, request, context) -> oip.ModelInferResponse:
-        message = find_message(self.expected, request)
+        message = find_message(self.expected, self.part.version, request)
         self._check_caller(context, {f"device-{message.sender}".encode()})
         values = read_slice(message, request)
         self._exchange_of(request.id).put(message.name, values)
@@ -167,7 +171,7 @@ class SplitService(Service):
         if self.running:
             if self.running is self.exchanges.get(request.id):  # both would take the same slices
                 raise ProtocolError(StatusCode.ALREADY_EXISTS, "an image of this id is under way; give each its own id")
-            self.running.fail(ProtocolError(StatusCode.ABORTED, "a newer image has taken this one's place"))
+            self.running.fail(ProtocolError(StatusCode.ABORTED, SUPERSEDED))
         exchange = self.running = self._exchange_of(request.id)
         try:
             async with asyncio.timeout(patience) as waiting:
@@ -213,7 +217,7 @@ class SplitService(Service):
         seconds = max(deadline - asyncio.get_running_loop().time(), 0)
         calls = []
         for messages in self.sent[index]:
-            content = make_slice(messages[0], image_id, known[messages[0].source])
+            content = make_slice(messages[0], image_id, self.part.version, known[messages[0].source])
             for message in messages:
                 peer = self.peers[message.receiver]
                 calls.append((peer, peer.send(content, timeout=seconds)))
@@ -257,7 +261,8 @@ async def serving(
         outside = [address for address in addresses if not is_loopback(address)]
     except ValueError as error:
         raise UserError(f"--devices: {error}") from None
-    if twice := [address for address in addresses if addresses.count(address) > 1]:
+    places = [canonical_address(address) for address in addresses]
+    if twice := [address for address, place in zip(addresses, places, strict=True) if places.count(place) > 1]:
         raise UserError(f"--devices: {twice[0]} is named twice; each device has an address of its own")
     nodes = devices_at(addresses)
     if identity is None and outside:

@@ -9,7 +9,9 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,13 +20,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import onnxruntime
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors.numpy import load, save
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
 from nonn.runtime.exported import Count, Image, Record, Sha256, read_record, read_verified
-from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract
+from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract, version_of
 from nonn.runtime.session import open_session
 
 Method = Literal["channels", "rows"]
@@ -34,6 +36,8 @@ Dtype = Literal["float32", "uint8"]
 #: What every device starts from, and what it answers.
 IMAGE, FEATURES = "image", "features"
 PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
+#: What the folder of a device holds.
+OF_PART = re.compile(rf"{re.escape(PART)}|\d+\.onnx")
 WHAT, AGAIN = "a plan of a split network", "Write the plan again with `nonn split`."
 
 Name = Annotated[str, Field(min_length=1, max_length=128)]
@@ -77,6 +81,7 @@ class Segment(Record, extra="forbid"):
 class Part(Record, extra="forbid"):
     """All that one device needs to know."""
 
+    plan: Sha256 | None = None  # of all segments of all devices: parts of different plans do not fit together
     position: Position
     n_devices: Count
     image: Image  # whole, it is what each device starts from
@@ -96,7 +101,27 @@ class Part(Record, extra="forbid"):
     @property
     def contract(self) -> Contract:
         """What passes between it and the coordinator."""
-        return Contract(str(self.position), self.image.channels, self.image.size, self.n_features)
+        shape = self.image.channels, self.image.size, self.n_features
+        return Contract(str(self.position), *shape, version=self.version)
+
+    @property
+    def version(self) -> str:
+        """Of the plan, as the protocol has it."""
+        assert self.plan is not None  # once the plan is complete
+        return version_of(self.plan)
+
+    @model_validator(mode="after")
+    def _messages_fit(self) -> Part:
+        names = [(m.receiver, m.name) for m in self.messages]
+        for m in self.messages:
+            between = {m.sender, m.receiver}
+            if len(between) != 2 or self.position not in between or max(between) >= self.n_devices:
+                raise ValueError(f"{m.name}: from device {m.sender} to {m.receiver} is no message of this device")
+            if m.round >= len(self.segments) - 1 or names.count((m.receiver, m.name)) > 1:
+                raise ValueError(f"{m.name}: is sent twice, or after the last exchange")
+        if self.position >= self.n_devices:
+            raise ValueError(f"position {self.position} of {self.n_devices} devices")
+        return self
 
     @property
     def message_limit(self) -> int:
@@ -153,6 +178,24 @@ class SplitPlan:
         """Bytes that one device, or all, send the others for one image, framing aside."""
         return sum(m.n_bytes for m in self.messages if sender in (None, m.sender))
 
+    @classmethod
+    def of(
+        cls,
+        method: Method,
+        parts: Sequence[Part],
+        models: Sequence[list[bytes | None]],
+        weight: np.ndarray,
+        bias: np.ndarray,
+        scale: float,
+        precision: Precision,
+    ) -> SplitPlan:
+        """A complete plan, whose parts say which one they are of."""
+        digest = hashlib.sha256(weight.tobytes() + bias.tobytes())
+        for part in parts:
+            digest.update(part.model_dump_json(exclude={"plan"}).encode())
+        named = [part.model_copy(update={"plan": digest.hexdigest()}) for part in parts]
+        return cls(method, named, list(models), weight, bias, scale, precision)
+
     def logits(self, features: Sequence[np.ndarray]) -> np.ndarray:
         """Logits (C,) from what the devices answer, each float32 of shape (F_d,)."""
         total = np.zeros(self.weight.shape[1], np.float32)
@@ -171,7 +214,12 @@ class SplitPlan:
         if folder.exists() and not (folder / PLAN).is_file():
             raise UserError(f"{folder}: is there, and is no plan of a split network. Name a new folder.")
         names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        if others := [name for name in names if name not in (PLAN, FINAL) and not name.isdigit()]:
+        others = [name for name in names if name not in (PLAN, FINAL) and not name.isdigit()]
+        parts = [folder / name for name in names if name.isdigit()]
+        inner = [path for part in parts for path in (part.iterdir() if part.is_dir() else [part])]
+        others += [str(path.relative_to(folder)) for path in inner if not OF_PART.fullmatch(path.name)]
+        others += [part.name for part in parts if part.is_dir() and not (part / PART).is_file()]
+        if others:
             raise UserError(f"{folder}: holds more than a plan, such as {printable(others[0])}. Name a new folder.")
         with replacing(folder) as scratch:
             for part, models in zip(self.parts, self.models, strict=True):
@@ -182,12 +230,11 @@ class SplitPlan:
                     if model is not None:
                         (own / f"{index}.onnx").write_bytes(model)
             (scratch / FINAL).write_bytes(save({"weight": self.weight, "bias": self.bias}))
-            parts = [sha256_of(scratch / str(part.position) / PART) for part in self.parts]
             content = PlanFile(
                 method=self.method,
                 precision=self.precision,
                 scale=self.scale,
-                parts=parts,
+                parts=[sha256_of(scratch / str(part.position) / PART) for part in self.parts],
                 final=sha256_of(scratch / FINAL),
             )
             write_json(scratch / PLAN, content.model_dump())
@@ -223,6 +270,8 @@ def load_part(folder: Path) -> tuple[Part, list[bytes | None]]:
         Something is missing or not what was written.
     """
     part = read_record(folder / PART, Part, WHAT, AGAIN)
+    if part.plan is None:
+        raise UserError(f"{folder / PART}: does not say of which plan it is. {AGAIN}")
     models = [
         None if segment is None else read_verified(folder / f"{index}.onnx", segment.sha256)
         for index, segment in enumerate(part.segments)

@@ -304,7 +304,7 @@ def _plan(network: OnnxGraph, n_devices: int, method: Method, recomputed: int) -
     pixels = math.prod(network.shapes[network.last][2:])
     scale = 1.0 if method == "channels" else 1 / pixels
     layer = network.weight, network.bias
-    return SplitPlan(method, list(parts), list(models), *layer, scale, network.precision)
+    return SplitPlan.of(method, parts, models, *layer, scale, network.precision)
 
 
 def describe(plan: SplitPlan) -> str:

@@ -112,7 +112,7 @@ def run_network(network: Any, pixels: Tensor, source: str) -> Any:
     """The network's answer, or in one line why it has none."""
     try:
         return network(pixels)
-    except Exception as error:  # a foreign network may raise anything
+    except (Exception, SystemExit) as error:  # a foreign network may raise anything, and end the program
         _, channels, height, width = pixels.shape
         raise UserError(
             f"params.yaml: teacher.source: {source} fails on images of {channels} channels and {height} x {width} "
@@ -192,6 +192,11 @@ def _placeholder(graph: fx.Graph, source: str) -> list[Any]:
             f"params.yaml: teacher.source: {source} takes {len(inputs)} inputs, the first with {len(shape)} "
             "dimensions; expected is one, of images (B, C, H, W)."
         )
+    if (dtype := inputs[0].meta["val"].dtype) != torch.float32:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} takes images of type {str(dtype).removeprefix('torch.')}, and "
+            "float32 is expected. Export it from float32 images."
+        )
     sizes = [size if isinstance(size, int) else None for size in shape]
     if sizes[0] not in (None, 1):
         raise UserError(
@@ -228,6 +233,16 @@ def _cut_open(module: Any, n_outputs: int | None, source: str) -> tuple[fx.Graph
             "whose forward returns them."
         )
     features, weight, *bias = classifier.args
+    if not isinstance(outputs[0], fx.Node):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers with {outputs[0]!r} for every image, not with logits. "
+            "Export a module whose forward returns them."
+        )
+    if any(isinstance(node, fx.Node) and node.op != "get_attr" for node in (weight, *bias)):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} calculates the weights of its last linear layer for each image, as "
+            "weight_norm does. Export it with plain weights (`torch.nn.utils.parametrize.remove_parametrizations`)."
+        )
     graph.output((copied[features], copied[outputs[0]]))
     names = [str(node.target) for node in (weight, *bias) if isinstance(node, fx.Node)]
     return fx.GraphModule(module, graph), names[0], names[1] if len(names) > 1 else None

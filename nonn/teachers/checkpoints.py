@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, sha256_of
@@ -103,8 +104,11 @@ def foreign_format(path: Path) -> str | None:
     if path.suffix == ".onnx":
         return f"is an ONNX file; set teacher.source to onnx:{path} and teacher.weights to null"
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        try:
+            with zipfile.ZipFile(path) as archive:
+                names = archive.namelist()
+        except zipfile.BadZipFile:
+            return "is a damaged zip; fetch or save it again"
         if any(name.endswith("models/model.json") for name in names):
             return f"is an exported program; set teacher.source to export:{path} and teacher.weights to null"
         if any("/code/" in name for name in names):
@@ -158,19 +162,27 @@ def _state_dicts(content: Any, name: str, depth: int = 0) -> Iterable[tuple[str,
             yield from _state_dicts(value, f"{name}.{key}".removeprefix("."), depth + 1)
 
 
-def check_kinds(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse tensors that no layer can have: without values, sparse or complex."""
+def check_kinds(weights: Mapping[str, Any], path: Path | str) -> None:
+    """Refuse what no layer can have: no tensor, or one without values, sparse or complex."""
     for name, tensor in weights.items():
-        kind = "has no values (device meta)" if tensor.is_meta else None
-        kind = "is sparse" if tensor.layout is not torch.strided else kind
-        kind = "is complex" if tensor.is_complex() else kind
+        if not isinstance(tensor, Tensor):
+            kind: str | None = f"is a {type(tensor).__name__}, no tensor"
+        elif is_lazy(tensor):
+            kind = "has no size before the first image; run the network once"
+        else:
+            kind = "has no values (device meta)" if tensor.is_meta else None
+            kind = "is sparse" if tensor.layout is not torch.strided else kind
+            kind = "is complex" if tensor.is_complex() else kind
+        word = "tensor" if isinstance(tensor, Tensor) else "entry"
         if kind:
-            raise UserError(f"{path}: the tensor {printable(name)} {kind}. Save its weights as dense float tensors.")
+            raise UserError(f"{path}: the {word} {printable(name)} {kind}. Save its weights as dense float tensors.")
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
     """Refuse weights that are not numbers, as a training that diverged leaves them."""
-    broken = [name for name, t in weights.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
+    broken = [
+        name for name, t in weights.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
+    ]
     if broken:
         raise UserError(
             f"{path}: NaN or infinite values in {len(broken)} of {len(weights)} tensors, such as {broken[0]}: its "
@@ -212,7 +224,13 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
     weights = {**given, **weights}
     missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     misfits = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
-    if not missing and not surplus and misfits and {n.rpartition(".")[0] for n in misfits} == {head}:
+    if (
+        not missing
+        and not surplus
+        and misfits
+        and {n.rpartition(".")[0] for n in misfits} == {head}
+        and all(weights[n].dim() for n in misfits)
+    ):
         raise other_classes(path, len(weights[misfits[0]]), n_classes)
     if missing or surplus or misfits:
         example = (missing + surplus + misfits)[0]

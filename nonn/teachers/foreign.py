@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from nonn.core.progress import log
 from nonn.core.schema import did_you_mean
 from nonn.data.dataset import Dataset
 from nonn.teachers.bodies import Body, GraphBody, ModuleBody, check_logits, find_classifier, full_precision, run_network
-from nonn.teachers.checkpoints import check_finite, fill, read_weights
+from nonn.teachers.checkpoints import check_finite, check_kinds, fill, read_weights
 from nonn.teachers.libraries import Built, build_network, digest_code, input_channels
 from nonn.teachers.onnx_body import OnnxBody, read_onnx
 from nonn.teachers.preprocessing import Preprocess, Preprocessing
@@ -70,8 +70,10 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
         built, settings = _build(params, data, wanted)
         classes = classes or built.classes
         wanted = len(classes) if classes else wanted
-        network = built.network.eval()
-        check_finite(network.state_dict(), params.weights or params.source)
+        network, origin = built.network, params.weights or params.source
+        network.eval()
+        check_kinds(network.state_dict(), origin)
+        check_finite(network.state_dict(), origin)
         pixels = Preprocess(settings)(images)
         record["classifier"] = find_classifier(network, pixels, params.classifier, wanted, params.source)
         body = ModuleBody(network, record["classifier"])
@@ -122,10 +124,15 @@ def _build(params: Teacher, data: Dataset, wanted: int) -> tuple[Built, Preproce
         head = params.classifier or (linear[-1] if linear else None)
         fill(built.network, weights, Path(str(params.weights)), f"teacher.source {params.source}", head, wanted)
     moments = built.moments
-    if options.get("mean") and options.get("std"):  # of timm's training script
-        moments = tuple(options["mean"]), tuple(options["std"])
+    mean, std = options.get("mean"), options.get("std")
+    if _are_numbers(mean) and _are_numbers(std):  # of timm's training script
+        moments = tuple(mean), tuple(std)
     channels = input_channels(built.network) or data.channels
     return built, Preprocessing.of(params, channels, data.channels, moments)
+
+
+def _are_numbers(values: Any) -> TypeGuard[Sequence[float]]:
+    return isinstance(values, list | tuple) and bool(values) and all(isinstance(v, int | float) for v in values)
 
 
 def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Preprocessing]:
@@ -145,6 +152,11 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Prepro
     else:
         body = GraphBody(path.read_bytes(), wanted, params.source)
     _, channels, *sides = body.pixels
+    if None not in sides and sides[0] != sides[1]:
+        raise UserError(
+            f"params.yaml: teacher.source: {params.source} takes images of {sides[0]} x {sides[1]} pixels, and those "
+            "here are square. Export it for square images, or for any size."
+        )
     if any(side not in (None, data.size) for side in sides):
         raise UserError(
             f"params.yaml: teacher.source: {params.source} takes images of {sides[0]} x {sides[1]} pixels, and those "

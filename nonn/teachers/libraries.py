@@ -101,8 +101,9 @@ def _build_timm(
     options: dict[str, Any] = {} if download else {"num_classes": n_outputs}
     config = timm.get_pretrained_cfg(name)
     first = config.first_conv if config else None
-    if weights and isinstance(first, str) and f"{first}.weight" in weights:
-        options["in_chans"] = weights[f"{first}.weight"].shape[1]
+    kernels = [t for n, t in (weights or {}).items() if f".{n}".endswith(f".{first}.weight") and t.dim() > 1]
+    if kernels:  # whatever wrappers have put before its name
+        options["in_chans"] = kernels[0].shape[1]
     elif not download and weights is None:
         options["in_chans"] = channels
     if config and config.fixed_input_size:
@@ -133,7 +134,7 @@ def find_code(source: str) -> Path:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:
         raise UserError(f"params.yaml: teacher.source: {source}: {first_line(error)}. {_WHERE}") from None
-    except Exception as error:  # the user's package may raise anything
+    except (Exception, SystemExit) as error:  # the user's package may raise anything, and end the program
         raise _failed(source, error) from None
     if found is None or not found.origin:
         raise UserError(f"params.yaml: teacher.source: {source}: there is no module {name}. {_WHERE}")
@@ -162,7 +163,7 @@ def _call_factory(source: str) -> nn.Module:
     try:
         make = getattr(importlib.import_module(name), factory, None)
         network = make() if callable(make) else None
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, and end the program
         raise _failed(source, error) from None
     if make is None:
         known = [n for n, v in vars(sys.modules[name]).items() if inspect.isroutine(v) or inspect.isclass(v)]
@@ -178,7 +179,7 @@ def _call_factory(source: str) -> nn.Module:
     return network
 
 
-def _failed(source: str, error: Exception) -> UserError:
+def _failed(source: str, error: BaseException) -> UserError:
     return UserError(
         f"params.yaml: teacher.source: {source} fails ({type(error).__name__}: {first_line(error)}). Mend that code."
     )

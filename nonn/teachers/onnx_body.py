@@ -54,7 +54,13 @@ class OnnxBody(nn.Module):
         self.content = content
         model = onnx.load_from_string(content)
         self.input_name, self.pixels, self.dtype = _describe_input(model, source)
-        self.features, self.weight, self.bias = _find_layer(model, n_outputs, classifier, source)
+        try:
+            self.features, self.weight, self.bias = _find_layer(model, n_outputs, classifier, source)
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"params.yaml: teacher.source: {source} is damaged, or no model that a library has exported "
+                f"({first_line(error)}). Export it again."
+            ) from None
         self.n_features, self.n_outputs = self.weight.shape
         if len(model.graph.output) != 1:
             names = ", ".join(value.name for value in model.graph.output)
