@@ -12,6 +12,7 @@ import torch
 from experiments import REPOSITORY
 from PIL import Image
 
+from nonn.core.images import squared, upright
 from nonn.core.params import Params, load_params
 from nonn.data import sources
 from nonn.data.canvas import Canvas
@@ -102,3 +103,8 @@ def seeds_of(loaded) -> list[int]:
     """Which pictures these are, by the seeds of their pixels."""
     known = {noise(seed).transpose(2, 0, 1).tobytes(): seed for seed in range(100)}
     return [known[image.tobytes()] for image in loaded.images]
+
+
+def fit_image(image: Image.Image, size: int) -> np.ndarray:
+    """As the data set does it, with as many channels as the image has."""
+    return squared(upright(image), size)

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torchvision
 from experiments import REPOSITORY
-from pictures import SIZE, SPLIT_FOLDERS, decode_images, load_images, make_params, noise, pack, write_folder
+from pictures import SIZE, SPLIT_FOLDERS, decode_images, fit_image, load_images, make_params, noise, pack, write_folder
 from PIL import Image
 
 from nonn.core.errors import UserError
-from nonn.core.images import fit_image
 from nonn.core.paths import Paths
 from nonn.data.archives import list_names
 from nonn.data.dataset import load_dataset

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import SIZE, load_images, make_params, noise, pack, write_folder
+from pictures import SIZE, fit_image, load_images, make_params, noise, pack, write_folder
 from PIL import Image
 from safetensors.torch import save_file
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.images import fit_image, open_image, read_image
+from nonn.core.images import open_image, read_image
 from nonn.core.paths import Paths
 from nonn.data.canvas import Canvas, map_images
 from nonn.data.clutter import sort_out

@@ -64,11 +64,6 @@ def fit_network(image: Image.Image, channels: int, size: int, white: float | Non
     return np.ascontiguousarray(np.broadcast_to(squared(image, size), (channels, size, size)))
 
 
-def fit_image(image: Image.Image, size: int, white: float | None = None) -> np.ndarray:
-    """Turn an image upright, crop it to its central square, resize it: uint8 of shape (1 or 3, size, size)."""
-    return squared(upright(image, white), size)
-
-
 def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     """Turn an image as it was taken, in place; return it in mode RGB, L, or F with grey levels from 0 to 255.
 
