@@ -85,7 +85,7 @@ def test_a_lock_that_dvc_has_not_written_is_refused(content):
 @pytest.mark.usefixtures("repository")
 def test_results_that_are_not_here_are_not_compared():
     (ROOT / "students/0.safetensors").unlink()
-    with pytest.raises(UserError, match=r"students/0\.safetensors: is not here, one of 1 outputs"):
+    with pytest.raises(UserError, match=r"students/0\.safetensors: is not here; 1 of 2 outputs are missing"):
         compare(ROOT, "fast")
 
 

@@ -13,6 +13,7 @@ from nonn.core.files import write_json
 from nonn.core.jobs import chips_of, list_jobs
 from nonn.core.params import Params
 from nonn.core.paths import Paths
+from nonn.firmware.build import missing_program
 from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.plots import draw_firmware
 from nonn.stages import emulate
@@ -122,3 +123,17 @@ def test_energy_is_that_of_the_measured_board_of_the_same_core(folder):
     assert nanojoules_per_mac("cortex-m4") == pytest.approx(1.385, rel=0.001)
     (folder / "devices.yaml").write_text("boards: {cortex_m7: {active_w: null}}")
     assert nanojoules_per_mac("cortex-m7") is None
+
+
+def test_where_no_student_has_kernels_the_figure_says_so():
+    (text,) = draw_firmware([]).texts
+    assert "no student has layers" in text.get_text()
+
+
+@pytest.mark.usefixtures("experiment")
+def test_without_a_microcontroller_there_is_nothing_to_emulate(params, experiment):
+    if missing_program():
+        pytest.skip("the toolchain or the emulator is not installed")
+    with pytest.raises(UserError, match=r"no student runs as firmware\. Set design\.precision to int8"):
+        emulate.run(params, experiment)
+    assert not experiment.firmware.exists()

@@ -1,18 +1,21 @@
 """Jobs that leave dvc.lock alone: what they keep, what is merged, what a killed run loses (nothing)."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from dvc.exceptions import CacheLinkError
 from experiments import REPOSITORY, tiny_params
 from ruamel.yaml import YAML
 
 from nonn.cli import main
 from nonn.commands import stage
-from nonn.commands.job import ENTRIES, merge_entries, say_what_is_left
+from nonn.commands.job import ENTRIES, merge_entries, run_job, say_what_is_left
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, write_json
 
@@ -145,3 +148,21 @@ def test_what_is_left_is_estimated_from_what_earlier_runs_took(monkeypatch, caps
     write_json(ENTRIES / "a%401.json", {})
     say_what_is_left()
     assert capsys.readouterr().err == "1 of 3 jobs done, about 5.0 minutes left\n"
+
+
+@pytest.mark.parametrize("address", ["", "dvc.yaml", "./dvc.yaml", "results/some.dvc"])
+def test_what_stands_for_several_stages_is_refused(address):
+    with pytest.raises(SystemExit, match="name one of `dvc stage list`"):
+        main(["job", address])
+
+
+def test_a_full_disk_is_told_as_such(monkeypatch):
+    def fail(*_, **__):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "results/a")
+        except OSError as error:
+            raise CacheLinkError(["results/a"]) from error
+
+    monkeypatch.setattr("nonn.commands.job.Repo", Mock(return_value=Mock(reproduce=fail)))
+    with pytest.raises(UserError, match="results/a: no space left on device"):
+        run_job("dataset")

@@ -182,3 +182,12 @@ def test_own_code_for_a_project_that_is_not_there_yet_is_refused(folder):
     ):
         main(["new", "pets", "--images", "photos", "--devices", "2×stm32f4", "--teacher", "module:nets:make"])
     assert not (folder / "pets").exists()
+
+
+def test_other_values_stand_in_the_experiment(clone):
+    """So that they are there when it is made the active one again."""
+    main(["new", "pets", "--images", "photos/", "--devices", "2×stm32f4", "--size", "28", "--set", "distill.epochs=3"])
+    assert "# trainings; 3 or more show the spread" in (clone / "workflow/experiments/pets.yaml").read_text()
+    main(["use", "mnist5k"])
+    main(["use", "pets"])
+    assert load_params().distill.epochs == 3

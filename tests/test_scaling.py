@@ -9,47 +9,47 @@ from ruamel.yaml import YAML
 
 from nonn.cli import main
 from nonn.commands import scaling
-from nonn.commands.scaling import Ground, even_numbers, merged, written
+from nonn.commands.scaling import Scratch, even_numbers, merged, written
 from nonn.core.errors import UserError
 from nonn.core.jobs import list_jobs
 from nonn.core.params import load_params
 
 
 @pytest.fixture
-def ground(folder, monkeypatch) -> Ground:
+def scratch(folder, monkeypatch) -> Scratch:
     monkeypatch.chdir(REPOSITORY)  # where experiments are looked for
-    return Ground(folder)
+    return Scratch(folder)
 
 
-def test_parameters_ask_for_so_many_trainings(ground, monkeypatch):
-    files = ground.ask_for(10)
-    monkeypatch.chdir(ground.folder)
+def test_parameters_ask_for_so_many_trainings(scratch, monkeypatch):
+    files = scratch.ask_for(10)
+    monkeypatch.chdir(scratch.folder)
     jobs = list_jobs(load_params())
     assert files == [f"results/scaling/students/{key}.safetensors" for key in jobs["students"]]
     assert len(files) == 10
     assert jobs["baselines"] == {}
 
 
-def test_overhead_is_what_is_not_training(ground, monkeypatch):
-    (ground.folder / ".nonn").mkdir()
+def test_overhead_is_what_is_not_training(scratch, monkeypatch):
+    (scratch.folder / ".nonn").mkdir()
     entries = [{"stage": "distill", "start": 0.0, "end": 1.5}] * 10 + [{"job": "distill@0", "start": 0, "end": 9}]
-    (ground.folder / ".nonn/journal.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    (ground.folder / "dvc.lock").write_bytes(bytes(1234))
+    (scratch.folder / ".nonn/journal.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    (scratch.folder / "dvc.lock").write_bytes(bytes(1234))
     calls = []
 
     def call(*command, at_once=1):
         calls.append((command, at_once))
         return 3.0 if "--dry-run" in command else 40.0
 
-    monkeypatch.setattr(ground, "call", call)
-    row = scaling.measure(ground, "local", 10, 2, ["--quiet"], dry=False)
+    monkeypatch.setattr(scratch, "call", call)
+    row = scaling.measure(scratch, "local", 10, 2, ["--quiet"], dry=False)
     assert row["overhead_per_job_s"] == (2 * 40 - 15) / 10
     assert (row["dag_s"], row["lock_bytes"], row["stage_1_s"], row["stage_4_s"]) == (3.0, 1234, 40.0, 10.0)
     assert calls[1][0][:5] == ("snakemake", "--cores", "2", "--quiet", "--")
     assert len(calls[1][0]) == 5 + 10
     assert [at_once for command, at_once in calls if "job" in command] == [1, 4]
     calls.clear()
-    row = scaling.measure(ground, "slurm", 10, 8, [], dry=True)
+    row = scaling.measure(scratch, "slurm", 10, 8, [], dry=True)
     assert row == {"engine": "slurm", "n_jobs": 10, "dag_s": 3.0, "stage_1_s": 40.0, "stage_4_s": 10.0}
     assert [at_once for _, at_once in calls] == [1, 1, 1, 4], "dry run, the first training, and twice that it is done"
 
@@ -66,9 +66,9 @@ def test_rows_take_the_place_of_older_ones(folder):
     assert [(row["dag_s"], row["lock_bytes"], row["wall_s"]) for row in rows] == [("2.35", "7", ""), ("1.00", "", "")]
 
 
-def test_a_command_that_fails_is_one_line(ground):
+def test_a_command_that_fails_is_one_line(scratch):
     with pytest.raises(UserError, match="failed: what was wrong"):
-        ground.call("sh", "-c", "echo what was wrong; exit 3", at_once=2)
+        scratch.call("sh", "-c", "echo what was wrong; exit 3", at_once=2)
 
 
 @pytest.mark.parametrize("text", ["3", "0", "ten"])

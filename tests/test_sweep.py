@@ -1,12 +1,14 @@
 """Experiments of DVC are compared by what is in git, and the efficient networks are found."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
 import pytest
-from experiments import tiny_params
+from experiments import REPOSITORY, tiny_params
 from ruamel.yaml import YAML
 
 from nonn.cli import main
@@ -158,3 +160,34 @@ def test_a_change_without_values_is_refused():
     with pytest.raises(SystemExit) as error:
         main(["sweep", "devices.large.memory_kib"])
     assert "KEY=VALUE,VALUE" in str(error.value)
+
+
+@pytest.mark.usefixtures("repository")
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("distill.epochs=", "write KEY=VALUE,VALUE"),
+        ("foo=1", "foo: unknown key"),
+        ("distill.epochs=2,x", r"distill\.epochs"),
+        (
+            "networks.2s.seeds=1,2",
+            r"networks\.2s\.seeds=[12]: changes the lists of jobs.*: nonn use tiny --set",
+        ),
+    ],
+)
+def test_values_that_no_experiment_can_have_are_refused_before_dvc_is_asked(change, said, monkeypatch):
+    monkeypatch.setattr(sweep, "run_experiments", Mock(side_effect=AssertionError))
+    with pytest.raises(SystemExit, match=said):
+        main(["sweep", change])
+
+
+@pytest.mark.usefixtures("repository")
+def test_lists_and_ranges_are_values(params):
+    sweep.check_changes(["distill.epochs=1,2", "design.depths=[1,2],[1]", "signals.seed=range(1,5)"], params)
+
+
+def test_without_a_repository_one_line_says_so(folder):
+    shutil.copy(REPOSITORY / "params.yaml", folder)
+    with pytest.raises(SystemExit, match=r"not a git repository|not inside of a DVC repository") as told:
+        main(["sweep", "distill.epochs=1"])
+    assert len(str(told.value).splitlines()) == 1

@@ -10,6 +10,7 @@ from experiments import REPOSITORY
 from nonn.commands import torture
 from nonn.commands.torture import Ground, Outcome
 from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache, mend_state
+from nonn.core.errors import UserError
 from nonn.core.files import STATE, sweep
 
 DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
@@ -104,3 +105,10 @@ def test_what_dvc_has_half_written_is_deleted_and_what_is_whole_stays(tmp_path, 
     assert not (tmp_path / name).exists()
     assert f"{name}: DVC was killed while it wrote this" in capsys.readouterr().err
     mend_state(tmp_path)
+
+
+def test_a_merge_in_conflict_is_not_deleted(tmp_path):
+    (tmp_path / "dvc.lock").write_text("<<<<<<< HEAD\nschema: '2.0'\n=======\n>>>>>>> other\n")
+    with pytest.raises(UserError, match=r"dvc\.lock: is in conflict after a merge\. Resolve it"):
+        mend_state(tmp_path)
+    assert (tmp_path / "dvc.lock").exists()

@@ -72,7 +72,7 @@ def compare(root: Path, numerics: str) -> list[str]:
         raise UserError(f"dvc.lock: lists no results in {root}. Run `snakemake --cores all` or `dvc repro` first.")
     if absent := [path for path in new if not Path(path).exists()]:
         raise UserError(
-            f"{absent[0]}: is not here, one of {len(absent)} outputs that are missing. Run `snakemake --cores all`, "
+            f"{absent[0]}: is not here; {len(absent)} of {len(new)} outputs are missing. Run `snakemake --cores all`, "
             "`dvc repro` or `dvc checkout` first."
         )
     if not old:

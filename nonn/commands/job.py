@@ -29,7 +29,7 @@ from dvc.utils.serialize import loads_yaml
 from dvc.utils.serialize._yaml import _dump
 
 from nonn.commands.stage import note
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, refusal
 from nonn.core.files import STATE, read_json, remove, write_json, write_text
 from nonn.core.options import completed
 from nonn.core.params import PARAMS_FILE, load_params
@@ -68,6 +68,8 @@ def run_job(address: str) -> None:
             raise SystemExit(1) from None  # the stage has said why
         if absent := _missing_file(cause):
             raise UserError(f"{address}: {absent} is not there. Run `dvc repro {address}`, which makes it.") from None
+        if told := _refused(cause):
+            raise told from None
         raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None
 
 
@@ -85,6 +87,15 @@ def _missing_file(error: BaseException | None) -> str | None:
     while error is not None:
         if isinstance(error, FileNotFoundError) and error.filename:
             return os.path.relpath(error.filename)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _refused(error: BaseException | None) -> UserError | None:
+    """What the operating system has refused, if that is why DVC failed."""
+    while error is not None:
+        if isinstance(error, OSError) and (told := refusal(error)):
+            return told
         error = error.__cause__ or error.__context__
     return None
 
@@ -139,6 +150,10 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     if not options.address:
         raise UserError("the stage is empty, which DVC would take for all of them; name one of `dvc stage list`")
+    if options.address.endswith((".yaml", ".dvc")):
+        raise UserError(
+            f"{options.address}: is a file, which DVC takes for all its stages; name one of `dvc stage list`"
+        )
     refuse_other_outputs(options.address, options.writes)
     start = time.time()
     run_job(options.address)

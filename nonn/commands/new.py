@@ -13,20 +13,29 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from nonn.commands import project
-from nonn.commands.use import DEFAULT, EXPERIMENTS, experiments, merge_experiment, unless_refused, write_params
+from nonn.commands.use import (
+    DEFAULT,
+    EXPERIMENTS,
+    experiments,
+    merge_experiment,
+    unless_refused,
+    write_params,
+    yaml_with_comments,
+)
 from nonn.core.boards import all_boards
 from nonn.core.errors import UserError, printable
 from nonn.core.files import write_text
 from nonn.core.jobs import check_named_files
 from nonn.core.options import add_settings
 from nonn.core.params import Design, Params, load_params
-from nonn.core.schema import parse_changes
+from nonn.core.schema import change, parse_changes
 from nonn.core.teacher_source import WHOLE_FILES
 
 if TYPE_CHECKING:
@@ -334,10 +343,10 @@ def write_checked(
 ) -> list[str]:
     """Write an experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
     path = EXPERIMENTS / f"{name}.yaml"
-    write_text(path, text)
+    write_text(path, with_changes(text, changes))
     try:
         with unless_refused():
-            write_params(name, changes)
+            write_params(name)
             problems = list(check_all(load_params(), classes))
             if problems or is_refused:
                 raise UserError("\n".join(problems))
@@ -347,6 +356,18 @@ def write_checked(
             return str(error).splitlines()
         raise
     return []
+
+
+def with_changes(text: str, changes: dict[str, Any]) -> str:
+    """An experiment's file with other values by dotted key; its comments stay."""
+    if not changes:
+        return text
+    yaml, written = yaml_with_comments(), StringIO()
+    content = yaml.load(text)
+    for key, value in changes.items():
+        change(content, key, value)
+    yaml.dump(content, written)
+    return written.getvalue()
 
 
 def _quoted(text: str | None) -> str:

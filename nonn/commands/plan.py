@@ -32,7 +32,7 @@ UNKNOWN = "?"
 def positive(text: str) -> float:
     """A number above 0, of milliseconds."""
     if not 0 < (number := float(text)) < 1e9:
-        raise argparse.ArgumentTypeError(f"{text} is no time above 0; give milliseconds, such as 100")
+        raise argparse.ArgumentTypeError(f"{text} is no time above 0 and below 1e9; give milliseconds, such as 100")
     return number
 
 

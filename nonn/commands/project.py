@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import nonn
 from nonn import project
 from nonn.core.errors import UserError
 from nonn.core.files import remove, write_text
+from nonn.core.system import tidied_up
 
 #: Beside the profiles, which are the user's to edit.
 SNAKEFILE = Path("workflow/Snakefile")
@@ -58,21 +58,15 @@ def created(folder: Path) -> Iterator[None]:
     if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        create(folder)
-        yield
+        with tidied_up():
+            create(folder)
+            yield
     except BaseException:
         with contextlib.suppress(OSError):  # what had failed is what a reader has to know
             for path in folder.iterdir() if was_there else [folder]:
                 remove(path)
         raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
 
 
 def create(folder: Path) -> None:

@@ -15,11 +15,13 @@ before the trainings is run once and not counted. For each number of jobs:
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +37,7 @@ from nonn.commands.use import merge, merge_experiment
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.progress import log
+from nonn.core.system import tidied_up
 
 NETWORK, EXPERIMENT = "many", "scaling"
 #: The training that is looked at once more.
@@ -56,7 +59,7 @@ COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_by
 ENGINES = {"local": ("--cores", "{}"), "slurm": ("--workflow-profile", "workflow/profiles/slurm")}
 
 
-class Ground:
+class Scratch:
     """A scratch copy of the repository with a network of so many jobs."""
 
     def __init__(self, folder: Path):
@@ -68,16 +71,23 @@ class Ground:
         """Seconds until a command, or several copies of it at once, have ended; a `UserError` if one fails."""
         begun = time.monotonic()
         silent: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes = [subprocess.Popen(command, cwd=self.folder, env=self.environment, **silent) for _ in range(at_once)]
-        outputs = [process.communicate()[0] for process in processes]
+        options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "start_new_session": True, **silent}
+        processes = [subprocess.Popen(command, **options) for _ in range(at_once)]
+        try:
+            outputs = [process.communicate()[0] for process in processes]
+        except BaseException:  # nothing goes on in a folder that will be deleted
+            for process in processes:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
         for process, output in zip(processes, outputs, strict=True):
             if process.returncode:
                 raise UserError(f"{shlex.join(command[:8])}: failed: {output[-500:].strip()}")
         return time.monotonic() - begun
 
-    def copied(self, folder: Path) -> Ground:
+    def copied(self, folder: Path) -> Scratch:
         shutil.copytree(self.folder, folder, symlinks=True)
-        return Ground(folder)
+        return Scratch(folder)
 
     def ask_for(self, n_jobs: int) -> list[str]:
         """Write parameters with so many trainings; what these write."""
@@ -99,35 +109,35 @@ class Ground:
         return sum(entry["end"] - entry["start"] for entry in entries if entry.get("stage") == "distill")
 
 
-def prepared(folder: Path) -> Ground:
+def prepared(folder: Path) -> Scratch:
     """A copy in which everything before the trainings is done."""
     folder.mkdir()
     copy_repository(folder)
-    ground = Ground(folder)
-    ground.ask_for(2)
-    ground.call("snakemake", "--cores", "all", f"results/{EXPERIMENT}/partition/{NETWORK}")
-    return ground
+    scratch = Scratch(folder)
+    scratch.ask_for(2)
+    scratch.call("snakemake", "--cores", "all", f"results/{EXPERIMENT}/partition/{NETWORK}")
+    return scratch
 
 
-def measure(ground: Ground, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
+def measure(scratch: Scratch, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
     """A row of the table; see `COLUMNS`. Of a dry one, no training is run but the first, and that is not counted."""
-    files = ground.ask_for(n_jobs)
+    files = scratch.ask_for(n_jobs)
     words = [word.format(at_once) for word in ENGINES[engine]]
     command = ["snakemake", *words, *more, "--", *files]
     row: dict[str, Any] = {
         "engine": engine,
         "n_jobs": n_jobs,
-        "dag_s": ground.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
+        "dag_s": scratch.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
     }
     job = (sys.executable, "-m", "nonn", "job", FIRST)
     if dry:
-        ground.call(*job)
+        scratch.call(*job)
     else:
-        row["wall_s"] = ground.call(*command)
-        row["overhead_per_job_s"] = (at_once * row["wall_s"] - ground.trainings()) / n_jobs
-        ground.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
-        row["lock_bytes"] = (ground.folder / "dvc.lock").stat().st_size
-    row["stage_1_s"], row["stage_4_s"] = ground.call(*job), ground.call(*job, at_once=4) / 4
+        row["wall_s"] = scratch.call(*command)
+        row["overhead_per_job_s"] = (at_once * row["wall_s"] - scratch.trainings()) / n_jobs
+        scratch.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
+        row["lock_bytes"] = (scratch.folder / "dvc.lock").stat().st_size
+    row["stage_1_s"], row["stage_4_s"] = scratch.call(*job), scratch.call(*job, at_once=4) / 4
     return row
 
 
@@ -211,16 +221,16 @@ def run(options) -> None:
         raise UserError("--at-once: give at least 1")
     if not (options.jobs or options.dry):
         raise UserError("--jobs and --dry: both name no number of jobs; give one of them some")
-    with tempfile.TemporaryDirectory(prefix="nonn-scaling-") as name:
+    with tidied_up(), tempfile.TemporaryDirectory(prefix="nonn-scaling-") as name:
         base = prepared(Path(name) / "base")
         more = shlex.split(options.snakemake)
         for n_jobs, dry in [*((n, False) for n in options.jobs), *((n, True) for n in options.dry)]:
-            ground = base.copied(Path(name) / f"{n_jobs}{'-dry' * dry}")
-            row = measure(ground, options.engine, n_jobs, options.at_once, more, dry)
+            scratch = base.copied(Path(name) / f"{n_jobs}{'-dry' * dry}")
+            row = measure(scratch, options.engine, n_jobs, options.at_once, more, dry)
             rows = merged(options.output, [written(row)])
             lines = [",".join(COLUMNS), *(",".join(row.get(column, "") for column in COLUMNS) for row in rows)]
             write_text(options.output, "\n".join(lines) + "\n")
             log(", ".join(f"{column} {value}" for column, value in written(row).items() if value))
-            shutil.rmtree(ground.folder)
+            shutil.rmtree(scratch.folder)
     with drawing_style():
         save_figure(draw(rows), options.output.with_suffix(""), Figures(dpi=DPI))

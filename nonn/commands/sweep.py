@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,9 +30,11 @@ from matplotlib.ticker import PercentFormatter
 from nonn.commands.project import LINK, is_project
 from nonn.core.errors import UserError
 from nonn.core.files import intact, write_text
-from nonn.core.params import PARAMS_FILE, load_params
+from nonn.core.jobs import list_jobs
+from nonn.core.params import PARAMS_FILE, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
+from nonn.core.schema import parse_changes
 from nonn.core.yaml_text import parse_yaml
 from nonn.report.plots import STUDENT_COLOURS, drawing_style, panels, save_figure
 
@@ -158,6 +162,30 @@ def run_experiments(changes: Sequence[str], targets: Sequence[str]) -> None:
         raise UserError(f"{', '.join(names)}: failed, for the reason above. `dvc queue logs {names[0]}` has it again.")
 
 
+def check_changes(changes: Sequence[str], params: Params) -> None:
+    """Refuse what no experiment could run with, before DVC is asked.
+
+    Raises
+    ------
+    UserError
+        A change is no ``KEY=VALUE,VALUE``; a key or value is refused as in ``params.yaml``; or a value changes the
+        lists of jobs, which are written before DVC begins.
+    """
+    listed = list_jobs(params)
+    for change in changes:
+        key, equals, values = change.partition("=")
+        if not (key and equals and values):
+            raise UserError(f"{change!r}: write KEY=VALUE,VALUE.")
+        if re.fullmatch(r"\w+\(.*\)", values):
+            continue  # range(…) and the like, which DVC works out
+        for value in re.split(r",(?![^\[{]*[\]}])", values):
+            if list_jobs(load_params(changes=parse_changes([f"{key}={value}"]))) != listed:
+                raise UserError(
+                    f"{key}={value}: changes the lists of jobs, which are written before DVC begins, and so cannot be "
+                    f"swept. Run it by itself: nonn use {params.experiment} --set {key}={value}"
+                )
+
+
 def failed_experiments() -> set[str]:
     """Names of the experiments in DVC's queue that have failed."""
     return {str(entry.name) for entry, _ in Repo(".").experiments.celery_queue.iter_failed()}
@@ -208,8 +236,10 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     """The command ``nonn sweep``."""
     params = load_params()
-    if wrong := [change for change in options.changes if "=" not in change]:
-        raise UserError(f"{wrong[0]!r}: write KEY=VALUE,VALUE.")
+    check_changes(options.changes, params)
+    experiments()  # says what is wrong with the repository
+    if options.changes and not os.access(".dvc", os.W_OK):
+        raise UserError(".dvc: cannot be written, and DVC keeps its queue there. Make it writable.")
     if options.changes:
         run_experiments(options.changes, options.target)
     table, paths = compare(experiments()), Paths(params.experiment)

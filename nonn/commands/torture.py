@@ -27,8 +27,11 @@ from nonn.core.errors import UserError
 from nonn.core.files import STATE, TEMPORARY, remove
 from nonn.core.options import amount, natural, seed_number
 from nonn.core.params import load_params
-from nonn.core.progress import log
+from nonn.core.progress import log, track
+from nonn.core.system import tidied_up
 
+#: Stages that have checkpoints.
+TRAINED = ("teacher", "distill", "baseline")
 #: Artifacts that hold measured times, or follow from them: folders, and names at the top and of figures.
 TIMED_FOLDERS = ("benchmark", "distributed")
 TIMED_FILES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
@@ -213,7 +216,7 @@ def run(options) -> None:
     """Disturb every stage, print the table, and end with 1 if a byte differs."""
     load_params()
     begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="nonn-torture-") as name:
+    with tidied_up(), tempfile.TemporaryDirectory(prefix="nonn-torture-") as name:
         folder = Path(name)
         copy_repository(folder)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -221,6 +224,7 @@ def run(options) -> None:
         ground = Ground(folder, environment, generator=random.Random(options.seed))
         jobs, repro = [sys.executable, "-m", "nonn", "jobs"], ["dvc", "repro", "-q"]
         usual_way = ["sh", "-c", f"{shlex.join(jobs)} && {shlex.join(repro)}"]
+        log("an undisturbed run first, as long as the pipeline takes; its bytes are what others are compared with")
         for command in (jobs, repro):
             code, output = ground.call(command)
             if code:
@@ -246,13 +250,15 @@ def run(options) -> None:
                 for _ in range(options.tries):
                     yield kill(ground, address, forced, usual_way, usual)
                 yield fill(ground, address, forced, usual_way, largest)
-                if address.startswith(("teacher", "distill", "baseline")):
+                if address.startswith(TRAINED):
                     yield damage_checkpoint(ground, address, forced, usual_way)
             for _ in range(options.tries):
                 yield damage_artifact(ground, usual_way)
                 yield damage_cache(ground, usual_way)
 
-        for outcome in trials():
+        trained = sum(address.startswith(TRAINED) for address in first.values())
+        total = len(first) * (options.tries + 1) + trained + 2 * options.tries
+        for outcome in track(trials(), "disturbances", total=total):
             outcomes.append(outcome)
             log(f"{outcome.kind}, {outcome.job}: {outcome.problem or 'the same bytes'}")
             if time.monotonic() - begun > options.seconds:

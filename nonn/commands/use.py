@@ -53,7 +53,7 @@ def merge_experiment(name: str, above: Sequence[str] = ()) -> Any:
     path = files[name]
     if not isinstance(read_yaml(path, WHERE), dict):
         raise UserError(f"{path}: holds no keys. Write an experiment into it, or remove it.")
-    own = _yaml().load(path.read_text(encoding="utf-8"))
+    own = yaml_with_comments().load(path.read_text(encoding="utf-8"))
     if name == DEFAULT:
         return own
     base = own.pop("base", DEFAULT)
@@ -81,7 +81,7 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     for key, value in (changes or {}).items():
         change(content, key, value)
     text = StringIO()
-    _yaml().dump(content, text)
+    yaml_with_comments().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
     path = EXPERIMENTS / f"{name}.yaml"
     source = path if path.is_file() else f"the package's {path.name}"
@@ -107,7 +107,7 @@ def unless_refused() -> Iterator[None]:
         raise
 
 
-def _yaml() -> YAML:
+def yaml_with_comments() -> YAML:
     yaml = YAML()
     yaml.width = 120
     yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))

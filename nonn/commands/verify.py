@@ -93,7 +93,10 @@ def _check_lock_file(text: str) -> None:
 
 def _remove_unreadable(path: Path, read: Callable[[str], object]) -> None:
     try:
-        read(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"^(<<<<<<<|>>>>>>>) ", text, re.MULTILINE):
+            raise UserError(f"{path}: is in conflict after a merge. Resolve it, or run `git checkout HEAD {path}`.")
+        read(text)
     except (ValueError, YAMLError, Invalid):
         log(f"{path}: DVC was killed while it wrote this; deleted. What had run is found in DVC's cache.")
         remove(path)

@@ -1,15 +1,32 @@
-"""The machine that a number was measured on."""
+"""The machine that a number was measured on, and what it may do to a process."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import signal
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nonn.core.errors import UserError
+
+
+@contextlib.contextmanager
+def tidied_up() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is ended and deleted."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    former = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,10 @@ def draw_firmware(entries: Sequence[Mapping[str, Any]]) -> Figure:
     entries
         Those of ``firmware.json``, see `nonn.firmware.making.figures`.
     """
+    if not entries:
+        figure = Figure(figsize=(9, 1), layout="constrained")
+        figure.text(0.5, 0.5, "no student has layers that there are kernels for", ha="center", va="center")
+        return figure
     forms = _forms(entries)
     heights = [1.4 + 0.28 * len(entries), *(1.2 + 0.16 * len(_layers(form)) for form in forms)]
     figure = Figure(figsize=(9, sum(heights) + 0.2), layout="constrained")

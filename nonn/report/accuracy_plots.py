@@ -57,6 +57,7 @@ def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequenc
         axis.set_xlim(left=1 if len(epochs) > 1 else 0)
     # The first epochs run off the bottom: all curves rise from chance, the ends are what differs.
     bottom, top = min(lows), max(highs)
+    top = max(top, bottom + 0.001)  # where all are as accurate
     axes[0].set_ylim(bottom - 0.15 * (top - bottom), min(1, top + 0.1 * (top - bottom)))
     label_rows(axes, "validation accuracy (%)")
     labels = {method: look.label for method, look in METHODS.items() if any(method in some for some in logs.values())}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,11 @@ def run(params: Params, paths: Paths) -> None:
     """Write figures and instructions of all firmware of an experiment, once its bits are those of ONNX Runtime."""
     if line := missing_program():
         raise UserError(f"no firmware can be built and run here: {line}")
+    if not any(map(partial(chips_of, params), params.networks)):
+        raise UserError(
+            "params.yaml: no student runs as firmware. Set design.precision to int8, and give a device one of the "
+            f"boards {', '.join(CHIPS)}."
+        )
     test, _ = load_dataset(paths).part("test")
     images = test[:: -(-len(test) // IMAGES)].numpy()
     with tempfile.TemporaryDirectory() as folder:

@@ -7,12 +7,13 @@ from collections import defaultdict
 from functools import cache
 
 from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from nonn.commands.job import begin_run, merge_entries
 from nonn.commands.verify import distrust, mend_state
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, refusal
 from nonn.core.files import write_json, write_text
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
@@ -221,15 +222,24 @@ def expected_seconds(params, plan):
     means = {stage: sum(values) / len(values) for stage, values in seconds.items()}
     return {
         name: means[stage] + 4 if (stage := name.partition("@")[0]) in means else guess_seconds(params, paths, name)
-        for name in plan.names
-        if name in plan.changed
+        for name in planned_jobs(plan)
     }
+
+
+def planned_jobs(plan):
+    """Addresses of the jobs that this run makes: of its targets alone."""
+    needed = {job.params.get("address") for job in workflow.dag.needrun_jobs()}
+    return [name for name in plan.names if name in plan.changed and name in needed]
 
 
 try:
     PARAMS, PLAN, STAGES, FINAL = read_stages()
 except UserError as error:
     sys.exit(str(error))
+except DvcException as error:
+    sys.exit(f"DVC: {' '.join(str(error).split())}. Run `git init` where there is no repository.")
+except OSError as error:
+    sys.exit(str(refusal(error) or error))
 
 
 onstart:
