@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import SIZE, noise
+from pictures import SIZE, fit_image, noise
 from PIL import Image
 
 from nonn.core.errors import UserError
-from nonn.core.images import fit_image, read_image
+from nonn.core.images import read_image
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "P", "L"])

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from experiments import REPOSITORY, tiny_params, train_network
+from pictures import fit_image
 from PIL import Image
 from ruamel.yaml import YAML
 
 from nonn.core.files import read_json
-from nonn.core.images import fit_image
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.runtime.predict import classify
