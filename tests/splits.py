@@ -11,6 +11,7 @@ from nonn.core.files import write_json
 from nonn.core.params import Architecture
 from nonn.deploy.int8 import quantise
 from nonn.deploy.onnx_files import Logits, export_onnx
+from nonn.split.graph import read_network
 from nonn.training.networks import ConvNet
 
 #: Of no model in particular.
@@ -137,4 +138,10 @@ def write_shortcut(path: Path) -> None:
 
 def image_of(plan, seed: int = 0) -> np.ndarray:
     shape = plan.parts[0].contract.image_shape[1:]
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def random_image(path: Path, seed: int = 0) -> np.ndarray:
+    """An image that a network takes, uint8."""
+    shape = read_network(path).shapes["image"][1:]
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)

@@ -325,7 +325,7 @@ def test_a_node_without_time_is_absent_but_never_left_alone(network_folder, mill
                 answer = await coordinator.classify(make_image())
                 assert answer.absent == {"node-2": "resource exhausted: busy"}
                 assert answer.busy
-            assert not coordinator.connections[2].is_open
+            assert not coordinator.connections[2].breaker_is_open
 
     asyncio.run(scenario())
 

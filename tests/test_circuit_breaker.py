@@ -39,21 +39,21 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
             connection = coordinator.connections[2]
             for attempt in range(1, coordination.TOLERATED_FAILURES + 1):
                 await coordinator.classify(make_image())
-                assert connection.is_open == (attempt == coordination.TOLERATED_FAILURES)
+                assert connection.breaker_is_open == (attempt == coordination.TOLERATED_FAILURES)
             asked = rogue.asked
             answer = await coordinator.classify(make_image())
             assert answer.absent["node-2"] == "left alone after 3 failures in a row (internal: ill)"
             assert rogue.asked == asked
             await until(lambda: rogue.asked >= asked + 2)  # probed, and probed again
-            assert connection.is_open
+            assert connection.breaker_is_open
             behaviour["now"] = sound
-            await until(lambda: not connection.is_open)
+            await until(lambda: not connection.breaker_is_open)
             # On probation: one failure is enough to be left alone again.
             behaviour["now"] = fail
             await coordinator.classify(make_image())
-            assert connection.is_open
+            assert connection.breaker_is_open
             behaviour["now"] = sound
-            await until(lambda: not connection.is_open)
+            await until(lambda: not connection.breaker_is_open)
             answer = await coordinator.classify(make_image())
             assert answer.present == ["node-0", "node-1", "node-2"]
             assert connection.failures == 0
@@ -66,7 +66,7 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
         async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
             for _ in range(coordination.TOLERATED_FAILURES):
                 await coordinator.classify(make_image())
-            assert coordinator.connections[2].is_open
+            assert coordinator.connections[2].breaker_is_open
             coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
             async with asyncio.timeout(PATIENCE):
                 answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
@@ -103,9 +103,9 @@ def test_when_all_are_left_alone_all_are_asked(network_folder):
                 connection.pause = 1000  # no probe during this test
                 for _ in range(coordination.TOLERATED_FAILURES):
                     connection.failed("imagined")
-            assert all(connection.is_open for connection in coordinator.connections)
+            assert all(connection.breaker_is_open for connection in coordinator.connections)
             assert_answer(await coordinator.classify(make_image()), network_folder, make_image(), [0, 1, 2])
-            assert not any(connection.is_open for connection in coordinator.connections)
+            assert not any(connection.breaker_is_open for connection in coordinator.connections)
 
     asyncio.run(scenario())
 

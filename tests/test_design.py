@@ -18,7 +18,14 @@ from nonn.core.files import read_json, write_json
 from nonn.core.params import Architecture, Design, Device, Params
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.counting import Cost
-from nonn.method.sizing import apportion, apportion_filters, design_network, design_student, family, say_if_lopsided
+from nonn.method.sizing import (
+    apportion,
+    apportion_filters,
+    candidates_of_depth,
+    design_network,
+    design_student,
+    say_if_lopsided,
+)
 from nonn.stages import design as design_stage
 from nonn.stages import partition as partition_stage
 from nonn.training.networks import ConvNet
@@ -33,7 +40,9 @@ AMPLE = Budget(memory_kib=10_000, mmacs=1000)
 
 def all_students(grid: Design, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
-    architectures = [architecture for depth in grid.depths for architecture in family(grid, depth, INFO["size"])]
+    architectures = [
+        architecture for depth in grid.depths for architecture in candidates_of_depth(grid, depth, INFO["size"])
+    ]
     return [
         (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.precision))
         for a in architectures
@@ -131,8 +140,8 @@ def test_a_network_of_more_stages_has_as_many_widths():
 )
 def test_students_of_larger_images_have_more_stages(size, widths):
     grid = MOBILENET.model_copy(update={"min_width": 16})
-    assert family(grid, 2, size)[0].widths == widths
-    model = ConvNet(family(grid, 1, size)[0], 1, 3).eval()
+    assert candidates_of_depth(grid, 2, size)[0].widths == widths
+    model = ConvNet(candidates_of_depth(grid, 1, size)[0], 1, 3).eval()
     last = model.stage_maps(torch.zeros(1, 1, size, size, dtype=torch.uint8))[-1]
     assert 4 <= last.shape[-1] <= 8
 
@@ -141,7 +150,7 @@ def test_students_of_larger_images_have_more_stages(size, widths):
 def test_a_wider_mobilenet_costs_more(size):
     """What the search by bisection relies on; the largest map may stay as it is, since widths are multiples of 8."""
     for depth in (1, 3):
-        students = family(MOBILENET.model_copy(update={"max_width": 28}), depth, size)
+        students = candidates_of_depth(MOBILENET.model_copy(update={"max_width": 28}), depth, size)
         assert len({tuple(student.widths) for student in students}) == len(students) > 8
         costs = [measure_cost(ConvNet(a, 3, 10, 64), 3, size, "int8") for a in students[:6]]
         for narrow, wide in itertools.pairwise(costs):
@@ -293,7 +302,7 @@ def test_every_baseline_has_its_budget():
 
 
 def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
-    smallest = ConvNet(family(FAST, 1, INFO["size"])[0], INFO["channels"], len(INFO["classes"]), 5)
+    smallest = ConvNet(candidates_of_depth(FAST, 1, INFO["size"])[0], INFO["channels"], len(INFO["classes"]), 5)
     needed = measure_cost(smallest, INFO["channels"], INFO["size"])
     devices = [Budget(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
     sizes, designs = design_network(FAST, devices, INFO, n_live=40)
@@ -383,7 +392,7 @@ def test_the_shipped_grid_is_monotone(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     grid = Params.model_validate(merge_experiment(name)).design.model_copy(update={"max_width": 20})
     for depth in grid.depths:
-        costs = [measure_cost(ConvNet(a, 1, 10, 64), 1, 28) for a in family(grid, depth, 28)]
+        costs = [measure_cost(ConvNet(a, 1, 10, 64), 1, 28) for a in candidates_of_depth(grid, depth, 28)]
         for narrow, wide in itertools.pairwise(costs):
             assert wide.params > narrow.params
             assert wide.macs > narrow.macs
@@ -393,6 +402,6 @@ def test_the_shipped_grid_is_monotone(name, monkeypatch):
 @pytest.mark.parametrize("changes", [{"max_width": 16_384}, {"widths": [1, 64, 64], "max_width": 300}])
 def test_students_wider_than_any_network_are_left_out(changes):
     grid = Design.model_validate(tiny_params({"design": changes})["design"])
-    found = family(grid, 1, 28)
+    found = candidates_of_depth(grid, 1, 28)
     assert found
     assert max(max(architecture.widths) for architecture in found) <= MOST_CHANNELS

@@ -12,7 +12,17 @@ from experiments import REPOSITORY
 
 from nonn.core import files, progress
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, TEMPORARY, read_json, remove, replacing, replacing_all, sweep, write_json, write_text
+from nonn.core.files import (
+    STATE,
+    TEMPORARY,
+    read_json,
+    remove,
+    remove_orphans,
+    replacing,
+    replacing_all,
+    write_json,
+    write_text,
+)
 from nonn.core.progress import track
 from nonn.data.tensors import read_tensors, write_tensors
 
@@ -140,7 +150,7 @@ with replacing(pathlib.Path("results/a")) as temporary:
 """
 
 
-def test_sweep_removes_what_killed_processes_left(monkeypatch):
+def test_remove_orphans_removes_what_killed_processes_left(monkeypatch):
     subprocess.run([sys.executable, "-c", KILLED], env={"PYTHONPATH": str(REPOSITORY)}, check=False)
     (orphan,) = temporaries()
     assert not Path("results/a").exists()
@@ -148,32 +158,32 @@ def test_sweep_removes_what_killed_processes_left(monkeypatch):
         temporary.touch()
         with monkeypatch.context() as patch:
             patch.setattr(files, "_HOST", "elsewhere")
-            sweep(Path("results"))
+            remove_orphans(Path("results"))
         assert orphan.exists(), "another machine cannot know"
-        sweep(Path("results"))
+        remove_orphans(Path("results"))
         assert temporaries() == [temporary], "this process is alive"
 
 
-def test_sweep_removes_what_a_dead_process_left_whose_parent_has_not_noticed():
+def test_remove_orphans_removes_what_a_dead_process_left_whose_parent_has_not_noticed():
     child = subprocess.Popen([sys.executable, "-c", KILLED], env={"PYTHONPATH": str(REPOSITORY)})
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it stays a zombie
     assert temporaries()
-    sweep(Path("results"))
+    remove_orphans(Path("results"))
     assert not temporaries()
     child.wait()
 
 
-def test_sweep_is_not_fooled_by_another_process_of_that_number(monkeypatch):
+def test_remove_orphans_is_not_fooled_by_another_process_of_that_number(monkeypatch):
     with replacing(Path("results/a")) as temporary:
         temporary.touch()
         monkeypatch.setattr(files.time, "time", lambda: 1 + 1e9 + temporary.stat().st_ctime)  # long before it began
-        sweep(Path("results"))
+        remove_orphans(Path("results"))
         assert not temporaries()
         temporary.touch()
 
 
-def test_sweep_bears_that_there_is_nothing():
-    sweep(Path("results"), STATE)
+def test_remove_orphans_bears_that_there_is_nothing():
+    remove_orphans(Path("results"), STATE)
     assert not STATE.exists()
 
 

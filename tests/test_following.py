@@ -134,7 +134,7 @@ def test_a_network_goes_over_to_another_export_node_by_node(exports, tmp_path):
             for position in range(3):
                 await bench.serve(position, new)
                 connection = bench.network.next and bench.network.next.coordinator.connections[position]
-                await until(lambda connection=connection: connection is None or not connection.is_open)
+                await until(lambda connection=connection: connection is None or not connection.breaker_is_open)
             await until(lambda: bench.network.next is None)
             count = len(seen)
             await until(lambda: len(seen) > count + 3 or asking.done())
@@ -161,11 +161,11 @@ def test_a_new_export_is_forgotten_when_the_file_is_put_back(exports, tmp_path):
         async with Bench(tmp_path, former) as bench:
             await bench.begin(new)
             await bench.serve(0, new)
-            await until(lambda: not bench.network.next.coordinator.connections[0].is_open)
+            await until(lambda: not bench.network.next.coordinator.connections[0].breaker_is_open)
             await bench.serve(0, former)
             bench.name(former)
             await until(lambda: bench.network.next is None)
-            await until(lambda: not bench.network.current.coordinator.connections[0].is_open)
+            await until(lambda: not bench.network.current.coordinator.connections[0].breaker_is_open)
             assert (await bench.ask())[:2] == (network_version(read_manifest(former)), 3)
 
     asyncio.run(scenario())
@@ -224,7 +224,9 @@ def test_a_node_that_was_put_back_counts_for_the_former_export_again(exports, tm
             current, coming = bench.network.current.coordinator, bench.network.next.coordinator
             for export, here, there in ((new, coming, current), (former, current, coming)):
                 await bench.serve(0, export)
-                await until(lambda h=here, t=there: t.connections[0].is_open and not h.connections[0].is_open)
+                await until(
+                    lambda h=here, t=there: t.connections[0].breaker_is_open and not h.connections[0].breaker_is_open
+                )
 
     asyncio.run(scenario())
 

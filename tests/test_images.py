@@ -29,7 +29,7 @@ PATHS = Paths("test")
 pytestmark = pytest.mark.usefixtures("folder")
 
 
-# Broken pictures (C23)
+# Broken pictures
 
 
 def break_pictures(root: Path, names: list[str]) -> None:
@@ -94,7 +94,7 @@ def test_damage_in_a_zip_costs_its_pictures_alone(tmp_path):
     assert len(loaded.images) == 5
 
 
-# More than 8 bits (C24)
+# More than 8 bits
 
 
 def save_deep(path: Path, pixels: np.ndarray) -> None:
@@ -180,7 +180,7 @@ def test_16_bits_of_colour_keep_the_upper_8(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "a.png", 3, SIZE), (pixels >> 8).transpose(2, 0, 1))
 
 
-# Files beside pictures (C25)
+# Files beside pictures
 
 
 def test_what_is_no_picture_is_passed_over(tmp_path, capsys):
@@ -225,7 +225,7 @@ def test_a_folder_of_other_files_alone_is_an_empty_class():
     assert passed == {".db": 1}
 
 
-# Archives (C26)
+# Archives
 
 PACKERS = {"gz": "w:gz", "bz2": "w:bz2", "xz": "w:xz", "tgz": "w:gz", "tbz2": "w:bz2", "txz": "w:xz", "tar": "w"}
 
@@ -262,7 +262,7 @@ def test_zstandard_says_which_python_reads_it(tmp_path):
         load_images(tmp_path / "a.tar.zst")
 
 
-# Few pictures of a class (C27)
+# Few pictures of a class
 
 
 @pytest.mark.parametrize(

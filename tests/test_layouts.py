@@ -12,7 +12,6 @@ import scipy.io
 from experiments import REPOSITORY
 from pictures import SIZE, load_images, make_params, noise, save, seeds_of, write_folder
 from PIL import Image
-from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.paths import Paths
@@ -290,12 +289,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
         load_images(root)
 
 
-# Experiments on the paper's data sets
-
-
-def test_experiments_name_sources_that_are_known():
-    for name in ("cifar100", "fashion_mnist", "scenes", "birds", "imagenet"):
-        assert YAML(typ="safe").load(REPOSITORY / f"workflow/experiments/{name}.yaml")["experiment"] == name
+# Names and links
 
 
 def test_names_that_lead_out_of_an_archive_are_refused(tmp_path):

@@ -100,7 +100,7 @@ def test_times_bytes_and_energy_by_hand(planner):
         assert device.compute_ms == pytest.approx(1e3 * device.cost.macs / rate)
     # 8 bytes of UDP's header and 20 of IP's; on a shared medium one message goes at a time.
     answers = [4 * n + 28 for n in plan.sizes]
-    assert plan.answer_bytes == sum(answers)
+    assert plan.answer_wire_bytes == sum(answers)
     assert plan.link_ms == pytest.approx(1e3 * 8 * (sum(answers) + 2 * 36) / 250e3)
     assert plan.total_ms == pytest.approx(max(d.compute_ms for d in plan.devices) + plan.link_ms)
     energy = plan.devices[1].energy_mj

@@ -195,7 +195,7 @@ def test_a_node_of_another_export_is_absent_with_that_reason(network_folder):
                 answer = await network.classify(make_image())
                 assert answer.present == ["node-0", "node-1"]
             assert "serves model '2' of another export" in answer.absent["node-2"]
-            assert network.connections[2].is_open
+            assert network.connections[2].breaker_is_open
 
     asyncio.run(scenario())
 

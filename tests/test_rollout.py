@@ -17,8 +17,9 @@ from test_following import exports  # noqa: F401  # a fixture
 
 from nonn.cli import main
 from nonn.core.errors import UserError
+from nonn.core.files import restored_on_error
 from nonn.live import rollout
-from nonn.live.rollout import Rollout, SshTarget, complete_certificates, kept_unless_done, only_one, placed_on
+from nonn.live.rollout import Rollout, SshTarget, complete_certificates, only_one, placed_on
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import load_cluster, local_cluster
 
@@ -138,7 +139,7 @@ def test_a_cluster_file_is_put_back(tmp_path):
     path = tmp_path / "cluster.yaml"
 
     def fail() -> None:
-        with kept_unless_done(path):
+        with restored_on_error(path):
             path.write_text("new")
             raise UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from splits import Build, export_untrained, write_tiny
+from splits import Build, export_untrained, random_image, write_tiny
 
 from nonn.cli import main
 from nonn.core.errors import UserError
@@ -39,14 +39,7 @@ def exports(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
-    write_tiny(path)
-    return path
-
-
-def random_image(path, seed: int = 0) -> np.ndarray:
-    shape = read_network(path).shapes["image"][1:]
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "tiny.onnx")
 
 
 def difference(path, plan: SplitPlan) -> float:

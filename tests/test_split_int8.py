@@ -5,7 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, numpy_helper
-from splits import Build, in_int8, write_tiny
+from splits import Build, in_int8, random_image, write_tiny
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from nonn.cli import main
@@ -13,7 +13,7 @@ from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.session import open_session, run_onnx
 from nonn.split import plan as plans
 from nonn.split.exchange import make_slice, read_slice
-from nonn.split.graph import UnsplittableError, read_network
+from nonn.split.graph import UnsplittableError
 from nonn.split.node import SplitDevice
 from nonn.split.plan import SplitPlan, run_in_process
 from nonn.split.planner import plan_split
@@ -99,11 +99,6 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.onnx"
     write_tiny(path)
     return in_int8(path)
-
-
-def random_image(path, seed: int = 0) -> np.ndarray:
-    shape = read_network(path).shapes["image"][1:]
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def run_whole(path, names: list[str], image: np.ndarray) -> dict[str, np.ndarray]:

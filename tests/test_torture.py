@@ -11,7 +11,7 @@ from nonn.commands import torture
 from nonn.commands.torture import Ground, Outcome
 from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache, mend_state
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, sweep
+from nonn.core.files import STATE, remove_orphans
 
 DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
 DESIGN = [sys.executable, "-m", "nonn", "design", "2s"]
@@ -74,7 +74,7 @@ def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_th
     assert not restored.exists()
     assert Path("results/else").exists()
     assert list(damaged_objects(cache)) == []
-    sweep(STATE)
+    remove_orphans(STATE)
 
 
 def test_objects_are_not_trusted_for_being_read_only(tmp_path):

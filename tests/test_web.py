@@ -27,7 +27,7 @@ from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.live.pictures import LARGEST, as_png, find_pictures, sent_picture
-from nonn.live.state import FASTEST, Live
+from nonn.live.state import FASTEST, LiveCluster
 from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.exported import read_manifest
@@ -68,7 +68,7 @@ def test_strangers_are_refused(cluster):
     async def scenario():
         # Nothing of this needs nodes that run: the page answers, whatever they do.
         children = [Child(node, None) for node in cluster.nodes]
-        runner = aiohttp.web.AppRunner(Page(Live(cluster, children, make_pictures())).application())
+        runner = aiohttp.web.AppRunner(Page(LiveCluster(cluster, children, make_pictures())).application())
         await runner.setup()
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
         own = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -189,7 +189,7 @@ def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
 
     async def scenario():
         children = [Child(node, None) for node in cluster.nodes]
-        runner = aiohttp.web.AppRunner(Page(Live(cluster, children, make_pictures())).application())
+        runner = aiohttp.web.AppRunner(Page(LiveCluster(cluster, children, make_pictures())).application())
         await runner.setup()
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
         port = runner.addresses[0][1]
@@ -208,7 +208,7 @@ def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
 def test_what_is_no_http_is_refused_without_a_word_on_the_terminal(cluster, caplog):
     async def scenario():
         children = [Child(node, None) for node in cluster.nodes]
-        async with opened(Page(Live(cluster, children, make_pictures())).application(), 0, "--web") as address:
+        async with opened(Page(LiveCluster(cluster, children, make_pictures())).application(), 0, "--web") as address:
             port = int(address.rpartition(":")[2])
             own = f"Host: 127.0.0.1:{port}\r\nOrigin: http://127.0.0.1:{port}\r\n"
             kinds = {"/picture": "application/octet-stream", "/switch": "application/json"}
@@ -235,7 +235,9 @@ def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
     monkeypatch.setattr("nonn.live.web.LONGEST_SILENCE", 0.5)
 
     async def scenario():
-        application = Page(Live(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())).application()
+        application = Page(
+            LiveCluster(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())
+        ).application()
         async with opened(application, 0, "--web") as address, asyncio.timeout(PATIENCE):
             port = int(address.rpartition(":")[2])
             ends = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
@@ -273,7 +275,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path
     (tmp_path / "broken.png").write_text("no picture")
     pictures = find_pictures([tmp_path / "broken.png"], read_manifest(cluster.export)) + make_pictures(1)
 
-    async def told(live: Live):
+    async def told(live: LiveCluster):
         version = 0
         while True:
             version = await live.changed(version)
@@ -281,7 +283,7 @@ def test_a_picture_that_cannot_be_read_is_told_and_passed_over(cluster, tmp_path
 
     async def scenario():
         children = [Child(node, None, state=UP) for node in cluster.nodes]  # no process
-        live = Live(cluster, children, pictures)
+        live = LiveCluster(cluster, children, pictures)
         live.play(rate=FASTEST)
         running = asyncio.create_task(live.run())
         events = told(live)

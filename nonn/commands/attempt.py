@@ -20,7 +20,7 @@ from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, seed_number
+from nonn.core.options import add_settings, completed, refuse_missing, seed_number
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
@@ -180,9 +180,7 @@ def run(options) -> None:
         raise UserError(f"--table: {table} has other columns than those of attempts. Name another file.")
     content = f"{item} {seed} {params.model_dump_json()}"
     paths = AttemptPaths(params.experiment, hashlib.sha256(content.encode()).hexdigest()[:16])
-    for path in (paths.dataset, paths.signals):
-        if not path.is_file():
-            raise UserError(f"{path}: is not there; attempts begin with the signals. Run `dvc repro signals` first.")
+    refuse_missing([paths.dataset, paths.signals], "signals")
     start = time.process_time()
     try:
         students, sets = train_item(params, paths, item, seed)

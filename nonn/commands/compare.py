@@ -7,13 +7,13 @@ hashes of the last commit. Times are measured, and differ from run to run on any
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from nonn.commands.git import content_at
 from nonn.core.errors import UserError
 from nonn.core.files import existing, intact, read_json
 from nonn.core.params import load_params
@@ -53,18 +53,9 @@ def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
     return max((100 * abs(old[key] - new[key]) for key in keys), default=0.0)
 
 
-def committed(path: Path) -> str | None:
-    """Content of a file as of the last commit; None if it has no such file."""
-    try:
-        shown = subprocess.run(["git", "show", f"HEAD:./{path}"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise UserError("git: not found. Install it: what is compared with is in its last commit.") from None
-    return shown.stdout if shown.returncode == 0 else None
-
-
 def compare(root: Path, numerics: str) -> list[str]:
     """What to say, line by line, of the results in a folder beside the committed ones."""
-    old = hashes(committed(LOCK) or "", "the committed dvc.lock", root)
+    old = hashes(content_at("HEAD", LOCK) or "", "the committed dvc.lock", root)
     with intact(LOCK):
         now = existing(LOCK).read_text(encoding="utf-8")
     new = hashes(now, str(LOCK), root)
@@ -85,7 +76,7 @@ def compare(root: Path, numerics: str) -> list[str]:
         lines += [f"  other bytes: {path}" for path in different[:5]]
         lines += [f"  … and {len(different) - 5} more"] * (len(different) > 5)
         metrics = root / "metrics.json"
-        if (before := committed(metrics)) and metrics.is_file():
+        if (before := content_at("HEAD", metrics)) and metrics.is_file():
             points = largest_difference(json.loads(before), read_json(metrics))
             lines.append(f"Accuracies differ from the committed ones by at most {points:.2f} points.")
         lines.append(WHY[numerics])

@@ -20,7 +20,7 @@ from pydantic import Field
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import natural
+from nonn.core.options import natural, refuse_missing
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
@@ -79,9 +79,8 @@ def run(options) -> None:
     if absent := [name for name in plan["networks"] if name not in params.networks]:
         raise UserError(f"{PLAN}: networks: params.yaml has no network {absent[0]!r}; take it out, or add it there.")
     paths = Paths(params.experiment)
-    for path in (paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])):
-        if not path.is_file():
-            raise UserError(f"{path}: is not there; the map begins with it. Run `dvc repro partition` first.")
+    needed = [paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])]
+    refuse_missing(needed, "partition")
     rows = list(make_map(params, plan, max(1, options.jobs)))
     write_rows(paths / "map.csv", COLUMNS, rows)
     if plan["factors"]:

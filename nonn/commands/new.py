@@ -25,16 +25,15 @@ from nonn.commands.use import (
     EXPERIMENTS,
     experiments,
     merge_experiment,
-    unless_refused,
     write_params,
     yaml_with_comments,
 )
 from nonn.core.boards import all_boards
 from nonn.core.errors import UserError, printable
-from nonn.core.files import write_text
-from nonn.core.jobs import check_named_files
+from nonn.core.files import restored_on_error, write_text
+from nonn.core.jobs import JOBS_FILE, check_named_files
 from nonn.core.options import add_settings
-from nonn.core.params import Design, Params, load_params
+from nonn.core.params import PARAMS_FILE, Design, Params, load_params
 from nonn.core.schema import change, parse_changes
 from nonn.core.teacher_source import WHOLE_FILES
 
@@ -202,7 +201,11 @@ def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
             check_teacher(params, classes)
     except UserError as error:
         yield str(error)
-    yield from check_budgets(params, len(classes) if classes else 2)
+    from nonn.method.feasibility import least_images, refused_devices
+
+    info = least_images(params) | {"channels": 3, "classes": list(classes or ("", ""))}
+    for network in params.networks:
+        yield from (f"params.yaml: {line}" for line in refused_devices(params, network, info))
 
 
 def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
@@ -226,18 +229,6 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
             examine(channels=1)  # pictures are not opened, and may be grey
         except UserError:
             raise error from None
-
-
-def check_budgets(params: Params, n_classes: int) -> Iterator[str]:
-    """Devices that hold no student, a line each; images are taken as of three channels, a bridge as of one filter."""
-    from nonn.method.sizing import design_student
-
-    info = {"channels": 3, "size": params.sizes["students"], "classes": [""] * n_classes}
-    for budget in dict.fromkeys(budget for network in params.networks for budget in params.budgets_of(network)):
-        try:
-            design_student(params.design, budget, info, 1)
-        except UserError as error:
-            yield f"params.yaml: {error}"
 
 
 def add_arguments(parser) -> None:
@@ -345,7 +336,7 @@ def write_checked(
     path = EXPERIMENTS / f"{name}.yaml"
     write_text(path, with_changes(text, changes))
     try:
-        with unless_refused():
+        with restored_on_error(PARAMS_FILE, JOBS_FILE):
             write_params(name)
             problems = list(check_all(load_params(), classes))
             if problems or is_refused:

@@ -14,7 +14,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import damaged, read_json, write_text
 from nonn.core.install import how_to_install
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_unknown_networks
+from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_missing, refuse_unknown_networks
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log, track
@@ -112,9 +112,7 @@ def run(options) -> None:
 
     paths = Paths(params.experiment)
     refuse_unknown_networks(params, [options.network])
-    for path in (paths.signals, paths.graph, paths.sizes(options.network)):
-        if not path.is_file():
-            raise UserError(f"{path}: is not there. Run `dvc repro design@{options.network}` first.")
+    refuse_missing([paths.signals, paths.graph, paths.sizes(options.network)], f"design@{options.network}")
     if options.output and options.output.is_dir():
         raise UserError(f"--output {options.output}: is a folder. Name a file.")
     rows = measure(params, paths, options.network, options.seeds)

@@ -203,7 +203,7 @@ def _summary(plan: Plan, n_classes: int, latency_ms: float | None) -> list[str]:
     total = UNKNOWN if plan.total_ms is None else f"{plan.total_ms:,.1f}"
     target = f" (target {latency_ms:g})" if latency_ms else ""
     lines = [
-        f"sent by all devices        {plan.answer_bytes:,} bytes for one image (modelled)",
+        f"sent by all devices        {plan.answer_wire_bytes:,} bytes for one image (modelled)",
         f"on the link                {plan.link_ms:,.1f} ms (modelled)",
         f"slowest device + link      {total} ms{target} (modelled)",
         _energy(plan),

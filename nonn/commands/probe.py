@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, load_settings, numbers
+from nonn.core.options import add_settings, at_least, load_settings, numbers, refuse_missing
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
@@ -49,9 +49,7 @@ def run(options) -> None:
     params = load_settings(options)
     choose(params.numerics)
     paths = Paths(params.experiment)
-    for path in (paths.dataset, paths.signals, paths.graph):
-        if not path.is_file():
-            raise UserError(f"{path}: is not there; probes read it. Run `dvc repro graph` first.")
+    refuse_missing([paths.dataset, paths.signals, paths.graph], "graph")
     rows, n_classes = measure(params, paths, options.sets, options.images, options.on)
     name = "probes" if options.on == "validation" else f"probes_{options.on}"
     from nonn.report.plots import drawing_style, save_figure

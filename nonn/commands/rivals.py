@@ -8,7 +8,7 @@ from __future__ import annotations
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_unknown_networks
+from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_missing, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
@@ -40,9 +40,7 @@ def run(options) -> None:
     if "pruned" in methods:
         import torch_pruning  # noqa: F401  # before anything is trained: not every installation has it
     paths = Paths(params.experiment)
-    for path in (paths.dataset, paths.signals, paths.teacher):
-        if not path.is_file():
-            raise UserError(f"{path}: is not there; rivals learn from it. Run `dvc repro signals` first.")
+    refuse_missing([paths.dataset, paths.signals, paths.teacher], "signals")
     import torch
 
     from nonn.method.rivals import rows_of

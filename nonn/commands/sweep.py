@@ -27,6 +27,7 @@ from dvc.repo import Repo
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from nonn.commands.git import content_at
 from nonn.commands.project import LINK, is_project
 from nonn.core.errors import UserError
 from nonn.core.files import intact, write_text
@@ -63,21 +64,13 @@ def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def file_at(revision: str, path: Path | str) -> str | None:
-    """Content of a file in a revision of git; None if it is not there."""
-    done = subprocess.run(
-        ["git", "show", f"{revision}:./{Path(path).as_posix()}"], capture_output=True, text=True, check=False
-    )
-    return None if done.returncode else done.stdout
-
-
 def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
     """Parameters of a revision by dotted key, and its networks with `CRITERIA` as columns; None without results."""
-    params = parse_yaml(file_at(revision, PARAMS_FILE) or "{}", f"{PARAMS_FILE} of {revision}")
+    params = parse_yaml(content_at(revision, PARAMS_FILE) or "{}", f"{PARAMS_FILE} of {revision}")
     if not isinstance(params, dict):
         return {}, None
     folder = Path("results") / str(params.get("experiment"))
-    found = [content for name in READ if (content := file_at(revision, folder / name)) is not None]
+    found = [content for name in READ if (content := content_at(revision, folder / name)) is not None]
     if len(found) < len(READ) or SCORE not in found[-1]:  # or the metrics are those of an earlier version
         return flat(params), None
     with intact(folder / "summary.csv"):

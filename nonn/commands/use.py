@@ -6,8 +6,7 @@ is written complete, with the default's comments, and may then be edited.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import StringIO
 from itertools import dropwhile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
-from nonn.core.files import replacing, write_text
+from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, write_jobs
 from nonn.core.options import add_settings, completed
 from nonn.core.params import PARAMS_FILE, load_params
@@ -86,25 +85,9 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     path = EXPERIMENTS / f"{name}.yaml"
     source = path if path.is_file() else f"the package's {path.name}"
     header = f"{SCHEMA_LINE}\n# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
-    with unless_refused():
+    with restored_on_error(PARAMS_FILE, JOBS_FILE):
         write_text(PARAMS_FILE, header + body)
         write_jobs(load_params())
-
-
-@contextlib.contextmanager
-def unless_refused() -> Iterator[None]:
-    """Put back ``params.yaml`` and the lists of jobs as they were if the block fails or is interrupted."""
-    before = {path: path.read_bytes() if path.is_file() else None for path in (PARAMS_FILE, JOBS_FILE)}
-    try:
-        yield
-    except BaseException:
-        for path, content in before.items():
-            if content is None:
-                path.unlink(missing_ok=True)
-            else:
-                with replacing(path) as temporary:
-                    temporary.write_bytes(content)
-        raise
 
 
 def yaml_with_comments() -> YAML:

@@ -38,8 +38,8 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary paths that become `targets`, if the block succeeds, by renames with nothing between them.
 
     A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
-    process, so that `sweep` knows what a killed stage has left, and that an orphan that outlives its scheduler cannot
-    write into the file of its successor.
+    process, so that `remove_orphans` knows what a killed stage has left, and that an orphan that outlives its
+    scheduler cannot write into the file of its successor.
 
     Raises
     ------
@@ -78,6 +78,22 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
                 remove(temporary)
 
 
+@contextlib.contextmanager
+def restored_on_error(*paths: Path) -> Iterator[None]:
+    """Put files back as they were, or delete those that were not there, if the block fails or is interrupted."""
+    before = {path: path.read_bytes() if path.is_file() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                with replacing(path) as temporary:
+                    temporary.write_bytes(content)
+        raise
+
+
 def _flush(path: Path, below: bool = True) -> None:
     """Write to the disk what is in memory, so that a power cut does not leave the new name with the old content."""
     inner = (Path(folder, name) for folder, _, files in os.walk(path) for name in files) if below else ()
@@ -98,7 +114,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def sweep(*roots: Path) -> None:
+def remove_orphans(*roots: Path) -> None:
     """Delete below these folders the temporaries of processes of this machine that were killed before they could."""
     prefix = f"{TEMPORARY}{_HOST}-"
     for root in roots:

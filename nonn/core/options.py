@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.params import PARAMS_FILE, Params, load_params
@@ -67,6 +68,12 @@ def refuse_unknown_networks(params: Params, names: Iterable[str]) -> None:
     """Raise UserError for the first name that is no network's."""
     if unknown := [name for name in names if name not in params.networks]:
         raise UserError(f"params.yaml: networks: no {unknown[0]!r}; choose one of {', '.join(params.networks)}.")
+
+
+def refuse_missing(paths: Iterable[Path], stage: str) -> None:
+    """Raise UserError for the first artifact that is not there; `stage` is the one after which all are."""
+    if missing := next((path for path in paths if not path.is_file()), None):
+        raise UserError(f"{missing}: is not there. Run `dvc repro {stage}` first.")
 
 
 def refuse_settings(options: argparse.Namespace, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nonn.core.files import STATE, TEMPORARY, remove, sweep
+from nonn.core.files import STATE, TEMPORARY, remove, remove_orphans
 from nonn.core.jobs import list_jobs
 from nonn.core.params import SOLO, Params
 
@@ -126,7 +126,7 @@ def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all baselines, all
     networks) would take them for inputs.
     """
-    sweep(paths.root, STATE / "checkpoints")
+    remove_orphans(paths.root, STATE / "checkpoints")
     jobs = list_jobs(params)
     named = [*jobs["networks"], SOLO]
     kept = dict.fromkeys(("design", "partition", "export", "cluster", "benchmark", "distributed"), named)

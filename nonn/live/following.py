@@ -140,9 +140,9 @@ class FollowedNetwork:
             other = others.get(connection.node.address)
             if other is None or other.contract.version == connection.contract.version:
                 continue
-            if connection.is_open:
+            if connection.breaker_is_open:
                 gone.add(connection.name)
-            elif not other.is_open:
+            elif not other.breaker_is_open:
                 leave_alone(other if connection.name in self._gone else connection, ELSEWHERE)
         self._gone = gone
 
@@ -197,7 +197,7 @@ def leave_alone(connection: NodeConnection, reason: str) -> None:
 def share_present(network: ServedNetwork) -> float:
     """The part of a network's nodes that are not left alone."""
     connections = network.coordinator.connections
-    return sum(not connection.is_open for connection in connections) / len(connections)
+    return sum(not connection.breaker_is_open for connection in connections) / len(connections)
 
 
 def same_service(one: ServedNetwork, other: ServedNetwork) -> bool:

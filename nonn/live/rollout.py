@@ -20,7 +20,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -30,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.files import replacing, write_json
+from nonn.core.files import restored_on_error, write_json
 from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
+from nonn.core.system import tidied_up
 from nonn.live.following import FILE_ATTENTION
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
@@ -219,21 +219,6 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: i
     return not subprocess.run(command, stdout=stderr, env=environment, check=False, pass_fds=[lock]).returncode
 
 
-@contextlib.contextmanager
-def kept_unless_done(path: Path) -> Iterator[None]:
-    """Put a file back as it was, if the block raises."""
-    before = path.read_bytes() if path.exists() else None
-    try:
-        yield
-    except BaseException:
-        if before is None:
-            path.unlink(missing_ok=True)
-        else:
-            with replacing(path) as temporary:
-                temporary.write_bytes(before)
-        raise
-
-
 def roll_out(
     rollout: Rollout, boards: Sequence[SshTarget], cluster_file: Path, wait: float, ssh_arguments: str
 ) -> None:
@@ -248,7 +233,7 @@ def roll_out(
     with (
         only_one(rollout.cluster.tls.folder) as lock,
         tempfile.TemporaryDirectory(prefix="nonn-deploy-") as name,
-        kept_unless_done(cluster_file),
+        restored_on_error(cluster_file),
     ):
         inventory = Path(name) / "inventory.json"
         write_json(inventory, rollout.inventory(boards, Path(name)))
@@ -310,11 +295,9 @@ def run(options) -> None:
     cluster = placed_on(boards, export, options.certs, options.port, options.deadline_ms)
     find_ansible()
     complete_certificates(cluster)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
-            signal.signal(number, signal.default_int_handler)  # as by Ctrl-C, boards go back to what they served
     release = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
     rollout = Rollout(export, cluster, folder, options.python, release)
-    roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)
+    with tidied_up():  # boards go back to what they served
+        roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)
     log(f"{options.cluster}: {len(boards)} boards serve {export}")
     log(f"then: nonn coordinate --follow --cluster {options.cluster}")

@@ -63,7 +63,7 @@ class DeviceCard:
             "address": child.node.address,
             "state": child.state,
             "silent": self.silent and not child.has_exited,
-            "breaker": "open" if connection and connection.is_open else "closed",
+            "breaker": "open" if connection and connection.breaker_is_open else "closed",
             "failures_in_a_row": connection.failures if connection else 0,
             "latency_ms": self.recent[-1] if self.recent else None,
             "p50_ms": statistics.median(self.recent) if self.recent else None,
@@ -76,7 +76,7 @@ class DeviceCard:
         }
 
 
-class Live:
+class LiveCluster:
     """Shows pictures to a running cluster, in turn and without end; `snapshot` says how it stands, `changed` when."""
 
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):

@@ -34,7 +34,7 @@ SPARSE = 60
 NO_ANSWER = "no answer"
 
 #: Something that goes on beside the nodes until it is cancelled.
-Page = Callable[[list[Child]], Coroutine[Any, Any, None]]
+SideTask = Callable[[list[Child]], Coroutine[Any, Any, None]]
 
 
 async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
@@ -99,7 +99,7 @@ def board_commands(cluster: Cluster, device: str) -> dict[Node, list[str]]:
 
 
 async def run_cluster(
-    cluster: Cluster, *pages: Page, boards: str | None = None, stopped: asyncio.Event | None = None
+    cluster: Cluster, *pages: SideTask, boards: str | None = None, stopped: asyncio.Event | None = None
 ) -> None:
     """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set or by default a signal says so.
 
@@ -125,7 +125,9 @@ async def run_cluster(
             await asyncio.gather(table, return_exceptions=True)
 
 
-async def attend(cluster: Cluster, by_name: Mapping[str, Child], pages: Sequence[Page], stopped: asyncio.Event) -> None:
+async def attend(
+    cluster: Cluster, by_name: Mapping[str, Child], pages: Sequence[SideTask], stopped: asyncio.Event
+) -> None:
     """Watch the nodes of a cluster that are running, and let `pages` go on beside them, until `stopped` is set.
 
     Raises
@@ -150,7 +152,7 @@ async def attend(cluster: Cluster, by_name: Mapping[str, Child], pages: Sequence
         raise UserError(f"all nodes have exited ({reasons(children)})")
 
 
-def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Page:
+def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> SideTask:
     """The page of ``--web``, with pictures that were given or the experiment's test images; a `UserError` without."""
     from nonn.live.pictures import dataset_pictures, find_pictures
     from nonn.live.web import serve_page

@@ -29,7 +29,7 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.core.schema import Section
 from nonn.live.pictures import Picture, sent_picture
-from nonn.live.state import FASTEST, SLOWEST, Live
+from nonn.live.state import FASTEST, SLOWEST, LiveCluster
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
@@ -121,7 +121,7 @@ def host_name(host: str) -> str | None:
 class Page:
     """What the page and its script ask for."""
 
-    def __init__(self, live: Live):
+    def __init__(self, live: LiveCluster):
         self.live = live
         self.page, policy = read_page()
         self.viewers = 0
@@ -239,7 +239,7 @@ async def serve_page(
 
     `listening` is told the address of the page once it can be opened.
     """
-    live = Live(cluster, children, pictures)
+    live = LiveCluster(cluster, children, pictures)
     async with opened(Page(live).application(), port, option) as address:
         await listening(address)
         await live.run()

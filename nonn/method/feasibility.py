@@ -25,7 +25,7 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
     warnings: list[str] = []
     for network in params.networks:
         where = f"networks.{network}: "
-        broken = list(_refused_devices(params, network, info or least_images(params)))
+        broken = list(refused_devices(params, network, info or least_images(params)))
         try:
             warnings += [] if broken else [where + line for line in _check_network(params, network, info, n_live)]
         except UserError as error:
@@ -65,7 +65,7 @@ def least_images(params: Params) -> dict[str, Any]:
     return {"channels": 1, "size": params.sizes["students"], "classes": ["", ""]}
 
 
-def _refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
+def refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
     """A line for each kind of device that holds no student even with a bridge to one filter."""
     for budget in dict.fromkeys(params.budgets_of(network)):
         try:

@@ -52,7 +52,7 @@ class Plan:
     """A set of devices on a link."""
 
     devices: Sequence[Planned]
-    answer_bytes: int  # of all devices, on the wire
+    answer_wire_bytes: int  # of all devices, on the wire
     link_ms: float
     target_ms: float | None  # of computing: what the link leaves of the target
 
@@ -113,12 +113,12 @@ class Planner:
             Planned(budget, architecture, n, cost, time, self._energy(budget, n, time))
             for budget, n, (architecture, cost), time in zip(budgets, sizes, found, times, strict=True)
         ]
-        return Plan(devices, sum(map(answer_bytes, sizes)), link_ms, target)
+        return Plan(devices, sum(map(answer_wire_bytes, sizes)), link_ms, target)
 
     def link_ms(self, sizes: Sequence[int]) -> float:
         """Milliseconds on the link for one image: all requests, then all answers."""
         requests = {(COORDINATOR, str(i)): datagram_bytes(REQUEST_BYTES) for i in range(len(sizes))}
-        answers = {(str(i), COORDINATOR): answer_bytes(size) for i, size in enumerate(sizes)}
+        answers = {(str(i), COORDINATOR): answer_wire_bytes(size) for i, size in enumerate(sizes)}
         return 1e3 * (link_seconds(self.link, requests) + link_seconds(self.link, answers))
 
     def nearest_target(self, budgets: Sequence[Budget]) -> float | None:
@@ -156,7 +156,7 @@ class Planner:
         board = self.boards.get(budget.board or "")
         if board is None or board.active_w is None or compute_ms is None:
             return None
-        wire = datagram_bytes(REQUEST_BYTES) + answer_bytes(n_filters)
+        wire = datagram_bytes(REQUEST_BYTES) + answer_wire_bytes(n_filters)
         energy = inference_energy(board, compute_ms / 1e3, 0.0, wire)
         return Range(1e3 * energy.low, 1e3 * energy.high)
 
@@ -165,7 +165,7 @@ def total(energies: Sequence[Range]) -> Range:
     return Range(sum(energy.low for energy in energies), sum(energy.high for energy in energies))
 
 
-def answer_bytes(n_filters: int) -> int:
+def answer_wire_bytes(n_filters: int) -> int:
     return datagram_bytes(FEATURE_BYTES * n_filters)
 
 

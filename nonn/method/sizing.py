@@ -73,7 +73,7 @@ def proportions(grid: Design, size: int) -> list[float]:
     return [width / widths[0] for width in widths]
 
 
-def family(grid: Design, depth: int, size: int) -> list[Architecture]:
+def candidates_of_depth(grid: Design, depth: int, size: int) -> list[Architecture]:
     """The students of one depth for images of `size` pixels, from narrow to wide, the widths of their stages in a fixed
     proportion, and no two the same."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
@@ -101,7 +101,7 @@ def _key(grid: Design) -> str:
 
 @cache
 def _candidates(grid: str, depth: int, size: int) -> list[Architecture]:
-    return family(Design.model_validate_json(grid), depth, size)
+    return candidates_of_depth(Design.model_validate_json(grid), depth, size)
 
 
 @cache
@@ -156,7 +156,7 @@ def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | No
         budget = replace(budget, ram_kib=CHIPS[budget.board or ""].usable(budget.ram_kib))
     found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision, is_firmware)
     if found is None:
-        raise UserError(refusal(grid, budget, info, n_filters))
+        raise UserError(explain_misfit(grid, budget, info, n_filters))
     return found
 
 
@@ -180,11 +180,11 @@ def _design(
     return best
 
 
-def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
+def explain_misfit(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
     is_firmware = runs_firmware(grid, budget)
-    if not any(family(grid, depth, info["size"]) for depth in grid.depths):
+    if not any(candidates_of_depth(grid, depth, info["size"]) for depth in grid.depths):
         return (
             f"design.min_width: {grid.min_width} makes stages wider than any student may have; the widest are of "
             f"{MOST_WIDTH if grid.family == 'wrn' else MOST_CHANNELS}. Lower it, or design.widths."
@@ -206,7 +206,7 @@ def refusal(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> 
         remedy = f"the board has no block of RAM beyond {block:g} KiB: choose another, or lower design.min_width"
     return (
         f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
-        f"{family(grid, depth, info['size'])[0].name}, needs {works}; {remedy}."
+        f"{candidates_of_depth(grid, depth, info['size'])[0].name}, needs {works}; {remedy}."
     )
 
 
@@ -219,7 +219,7 @@ def sample_candidates(grid: Design, budgets: Sequence[Budget], info: dict, n_fil
     largest = SHOWN_UP_TO * max(budget.total_kib for budget in budgets) * 1024
     shown = []
     for depth in grid.depths:
-        students = family(grid, depth, info["size"])
+        students = candidates_of_depth(grid, depth, info["size"])
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
             cost = _cost(_key(grid), depth, int(i), _shape(info, n_filters), grid.precision)
             shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from nonn.core.errors import UserError
-from nonn.core.files import regular, replacing_all, sweep
+from nonn.core.files import regular, remove_orphans, replacing_all
 from nonn.core.progress import log
 from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY, check_mode
 
@@ -87,7 +87,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _make_all(folder: Path, names: Sequence[str], days: int) -> None:
-    sweep(folder)  # keys of one who was killed
+    remove_orphans(folder)  # keys of one who was killed
     there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
     if len(there) == 1:
         (gone,) = {CA, CA_KEY} - set(there)

@@ -107,7 +107,7 @@ class ServedNetwork:
     @property
     def is_ready(self) -> bool:
         """Whether any node is not left alone."""
-        return not all(connection.is_open for connection in self.coordinator.connections)
+        return not all(connection.breaker_is_open for connection in self.coordinator.connections)
 
     async def infer(self, request: ModelInferRequest, images: np.ndarray, seconds: float | None) -> ModelInferResponse:
         """Answer with whichever students replied by the deadline, the caller's if that is sooner."""

@@ -89,7 +89,7 @@ class NodeConnection:
         self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
 
     @property
-    def is_open(self) -> bool:
+    def breaker_is_open(self) -> bool:
         """Whether the breaker keeps requests from the node."""
         return self.probing is not None
 
@@ -140,7 +140,7 @@ class NodeConnection:
     def failed(self, reason: str) -> None:
         self.failures += 1
         self.reason = reason
-        if self.failures >= TOLERATED_FAILURES and not self.is_open:
+        if self.failures >= TOLERATED_FAILURES and not self.breaker_is_open:
             self.probing = asyncio.create_task(self._probe())
 
     async def _probe(self) -> None:
@@ -267,11 +267,11 @@ class Coordinator:
         given = self.patience if seconds is None else min(seconds, self.patience)
         hurried, deadline = given < HURRY * self.patience, loop.time() + given
         # When all are left alone, there is nothing to lose by asking them all the same.
-        desperate = all(connection.is_open for connection in self.connections)
+        desperate = all(connection.breaker_is_open for connection in self.connections)
         calls = {
             position: loop.create_task(connection.ask_until(image, deadline))
             for position, connection in enumerate(self.connections)
-            if desperate or not connection.is_open
+            if desperate or not connection.breaker_is_open
         }
         try:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
