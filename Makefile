@@ -29,12 +29,15 @@ lint: environment
 environment: $(VENV)/installed
 
 # Versions are those that were tested, each file with its SHA-256, and nothing else is installed; pyproject.toml has the
-# ranges that should work.
+# ranges that should work. Beside a PyTorch for the CPU, which somebody has installed before, CUDA is left out.
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'NoNN needs Python 3.11 or newer: make PYTHON=python3.11 …')"
 	$(PYTHON) -c "import sys; sys.exit(sys.maxsize < 2**32 and 'NoNN needs a 64-bit Python, on a Raspberry Pi the 64-bit Raspberry Pi OS')"
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --require-hashes --requirement requirements.lock
+	if $(VENV)/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)" 2>/dev/null; \
+	then awk '/^[a-z]/ {for_gpu = /^(cuda|nvidia|triton)/} !for_gpu' requirements.lock; \
+	else cat requirements.lock; fi >$(VENV)/requirements.lock
+	$(VENV)/bin/pip install --quiet --require-hashes --requirement $(VENV)/requirements.lock
 	$(VENV)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
