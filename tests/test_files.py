@@ -69,7 +69,7 @@ def test_a_folder_replaces_a_folder_as_a_whole():
     assert not temporaries()
 
 
-def test_two_that_belong_together_are_both_replaced_or_neither():
+def test_of_two_that_belong_together_none_is_replaced_before_both_are_written():
     targets = Path("results/key"), Path("results/certificate")
     for text in ("old", "new"):
         with replacing_all(*targets) as temporaries_:

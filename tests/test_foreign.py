@@ -159,6 +159,8 @@ def test_architectures_of_libraries_pass_the_check_and_make_a_graph(source, colo
     torch.manual_seed(0)
     network = build_network(section(source), 3, 32, 3, None, download=False).network
     randomise(network, colour.images)
+    with torch.no_grad():  # logits of a network that nobody has trained may be beyond 16 bits
+        [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1].weight.mul_(1e-3)
     teacher, record = import_foreign(colour, section(source, weights=save(network.state_dict())))
     assert record["outputs"] is None
     views = params.signals.model_copy(update={"views": 1, "attention": False})
@@ -229,10 +231,12 @@ def test_figures_call_a_foreign_teacher_by_its_source():
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 @pytest.mark.parametrize("has_auxiliary", [False, True])
-def test_networks_with_auxiliary_classifiers_are_built_as_their_weights_are(name, has_auxiliary):
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_networks_with_auxiliary_classifiers_are_built_as_their_weights_are(name, has_auxiliary, prefix):
     saved = models.get_model(name, weights=None, init_weights=False, aux_logits=has_auxiliary, num_classes=3)
     params = Teacher(source=f"torchvision:{name}", threads=1)
-    built = build_network(params, 3, 299, 3, saved.state_dict(), download=False).network
+    weights = {f"{prefix}{key}": tensor for key, tensor in saved.state_dict().items()}
+    built = build_network(params, 3, 299, 3, weights, download=False).network
     built.load_state_dict(saved.state_dict())
 
 
@@ -245,3 +249,13 @@ def test_what_a_library_does_to_images_is_told_by_their_moments(name, monkeypatc
     assert asked[0]["transform_input"] is False
     # The same pixels: those normalised as ImageNet's, put back, and then taken to values from -1 to 1.
     assert built.moments == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_first_convolution_is_told_from_others_of_its_name(prefix, reverse):
+    timm = pytest.importorskip("timm")
+    saved = timm.create_model("resnet10t", in_chans=1, num_classes=3)
+    weights = {f"{prefix}{key}": tensor for key, tensor in sorted(saved.state_dict().items(), reverse=reverse)}
+    built = build_network(Teacher(source="timm:resnet10t", threads=1), 3, 32, 3, weights, download=False).network
+    built.load_state_dict(saved.state_dict())

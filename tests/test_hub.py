@@ -59,7 +59,10 @@ def test_columns_are_found_or_named(pyarrow, tmp_path):
 def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):
     path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
     write_parquet(pyarrow, path, ["cat", None, "dog"])
-    with pytest.raises(UserError, match=r"1 images have no label"):
+    with pytest.raises(UserError, match=r"1 of the images have no label"):
+        load_images(source)
+    write_parquet(pyarrow, path, [0, 1, -1])
+    with pytest.raises(UserError, match=r"images without a label, of number −1"):
         load_images(source)
     write_parquet(pyarrow, path, [0, 1], image=[None, {"bytes": b"", "path": None}], label=[0, 1, 0, 1])
     with pytest.raises(UserError, match=r"2 pictures cannot be read"):

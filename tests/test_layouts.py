@@ -208,7 +208,7 @@ def test_idx_files_of_no_pixels_are_refused(shape, tmp_path):
     write_idx(tmp_path / "digits", packed=False)
     header = bytes([0, 0, 8, 3]) + np.array(shape, ">i4").tobytes()
     (tmp_path / "digits/train-images-idx3-ubyte").write_bytes(header)
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte cannot be read \(its images are"):
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte cannot be read \(its header says"):
         load_images(tmp_path / "digits")
 
 

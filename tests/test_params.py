@@ -134,7 +134,7 @@ WRONG = [
     ),
     (
         {"signals.augment": {"pad": 2, "flip": False, "cutout": 28}},
-        "signals.augment.cutout: hides all of an image of 28 pixels; give fewer than these",
+        "signals.augment.cutout: hides all of an image of 28 pixels; give less than that",
     ),
     ({"design.strided": True}, "design: `strided` belongs to family airbench, not to fast; remove it"),
     (

@@ -184,6 +184,10 @@ def test_values_that_no_experiment_can_have_are_refused_before_dvc_is_asked(chan
 @pytest.mark.usefixtures("repository")
 def test_lists_and_ranges_are_values(params):
     sweep.check_changes(["distill.epochs=1,2", "design.depths=[1,2],[1]", "signals.seed=range(1,5)"], params)
+    together = ["design.min_width=20", "design.max_width=24,26"]  # neither is valid without the other
+    sweep.check_changes([*together, "signals.augment={pad: 2, flip: false},{pad: 1, flip: true}"], params)
+    with pytest.raises(UserError, match="foo: unknown key"):
+        sweep.check_changes(["foo=range(1,3)"], params)
 
 
 def test_without_a_repository_one_line_says_so(folder):

@@ -49,7 +49,7 @@ def hashes(text: str, name: str, folder: Path) -> dict[str, str]:
 def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
     """Of the accuracies that both have, in points."""
     shared = [key for key in old.keys() & new.keys() if key.endswith("accuracy")]
-    keys = [key for key in shared if old[key] is not None and new[key] is not None]  # a best baseline there may not be
+    keys = [key for key in shared if old[key] is not None and new[key] is not None]  # there may be no best baseline
     return max((100 * abs(old[key] - new[key]) for key in keys), default=0.0)
 
 

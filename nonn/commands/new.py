@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import importlib.util
 import json
+import operator
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,9 @@ from nonn.commands import project
 from nonn.commands.use import (
     DEFAULT,
     EXPERIMENTS,
+    WHOLE,
     experiments,
+    merge,
     merge_experiment,
     write_params,
     yaml_with_comments,
@@ -204,8 +209,8 @@ def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
     from nonn.method.feasibility import least_images, refused_devices
 
     info = least_images(params) | {"channels": 3, "classes": list(classes or ("", ""))}
-    for network in params.networks:
-        yield from (f"params.yaml: {line}" for line in refused_devices(params, network, info))
+    refused = (line for network in params.networks for line in refused_devices(params, network, info))
+    yield from (f"params.yaml: {line}" for line in dict.fromkeys(refused))
 
 
 def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
@@ -253,7 +258,7 @@ def run(options) -> None:
     if EXPERIMENTS.is_dir() and Path("dvc.yaml").is_file():
         write_experiment(options)
         return
-    if (options.teacher or "").startswith("module:"):
+    if (options.teacher or "").startswith("module:") and not is_installed(options.teacher.split(":")[1]):
         raise UserError(
             f"--teacher: {options.teacher} is looked for in the project, which is not there yet. Run `nonn new "
             f"{options.name}` alone, put your code into the folder {options.name}, and name it there, in teacher.source"
@@ -264,6 +269,14 @@ def run(options) -> None:
     with project.created(folder), contextlib.chdir(folder):
         write_experiment(options)
     print(f"{folder}: a project of its own. Run there what you would run in a clone: cd {folder}")
+
+
+def is_installed(module: str) -> bool:
+    """Whether a module is found from any folder."""
+    with contextlib.suppress(ImportError, ValueError):
+        found = importlib.util.find_spec(module)
+        return bool(found and found.origin and Path.cwd() not in Path(found.origin).parents)
+    return False
 
 
 def check_text(option: str, value: str | None) -> None:
@@ -355,8 +368,13 @@ def with_changes(text: str, changes: dict[str, Any]) -> str:
         return text
     yaml, written = yaml_with_comments(), StringIO()
     content = yaml.load(text)
+    complete = merge(merge_experiment(DEFAULT), yaml.load(text))
     for key, value in changes.items():
-        change(content, key, value)
+        change(complete, key, value)
+        parts = key.split(".")
+        depth = next((depth for depth, part in enumerate(parts, start=1) if part in WHOLE), len(parts))
+        # What stands in `WHOLE` is all there or not at all.
+        change(content, ".".join(parts[:depth]), functools.reduce(operator.getitem, parts[:depth], complete))
     yaml.dump(content, written)
     return written.getvalue()
 

@@ -58,15 +58,15 @@ def created(folder: Path) -> Iterator[None]:
     if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
 
-    try:
-        with tidied_up():
+    with tidied_up():
+        try:
             create(folder)
             yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # what had failed is what a reader has to know
-            for path in folder.iterdir() if was_there else [folder]:
-                remove(path)
-        raise
+        except BaseException:
+            with contextlib.suppress(OSError):  # what had failed is what a reader has to know
+                for path in folder.iterdir() if was_there else [folder]:
+                    remove(path)
+            raise
 
 
 def create(folder: Path) -> None:

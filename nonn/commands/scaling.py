@@ -54,6 +54,8 @@ CHANGES: dict[str, Any] = {
 }
 #: Of the figure.
 DPI = 150
+#: Seconds that Snakemake has to cancel its jobs.
+PATIENCE = 20.0
 COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_bytes", "stage_1_s", "stage_4_s")
 #: How Snakemake is told to run jobs on an engine, so many at once; a queue knows that by itself.
 ENGINES = {"local": ("--cores", "{}"), "slurm": ("--workflow-profile", "workflow/profiles/slurm")}
@@ -72,13 +74,14 @@ class Scratch:
         begun = time.monotonic()
         silent: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "start_new_session": True, **silent}
-        processes = [subprocess.Popen(command, **options) for _ in range(at_once)]
+        processes: list[subprocess.Popen] = []
         try:
+            for _ in range(at_once):
+                processes.append(subprocess.Popen(command, **options))
             outputs = [process.communicate()[0] for process in processes]
         except BaseException:  # nothing goes on in a folder that will be deleted
-            for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+            for number, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, None)):  # Snakemake cancels its jobs
+                end_all(processes, number, seconds)
             raise
         for process, output in zip(processes, outputs, strict=True):
             if process.returncode:
@@ -107,6 +110,16 @@ class Scratch:
         lines = (self.folder / ".nonn/journal.jsonl").read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines]
         return sum(entry["end"] - entry["start"] for entry in entries if entry.get("stage") == "distill")
+
+
+def end_all(processes: Sequence[subprocess.Popen], number: int, seconds: float | None) -> None:
+    """Send a signal to processes and all that they have started, and wait until they have ended, or so long."""
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 def prepared(folder: Path) -> Scratch:

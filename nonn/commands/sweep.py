@@ -12,6 +12,7 @@ References
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -164,19 +165,34 @@ def check_changes(changes: Sequence[str], params: Params) -> None:
         A change is no ``KEY=VALUE,VALUE``; a key or value is refused as in ``params.yaml``; or a value changes the
         lists of jobs, which are written before DVC begins.
     """
-    listed = list_jobs(params)
+    listed, settings = list_jobs(params), []
     for change in changes:
         key, equals, values = change.partition("=")
         if not (key and equals and values):
             raise UserError(f"{change!r}: write KEY=VALUE,VALUE.")
-        if re.fullmatch(r"\w+\(.*\)", values):
-            continue  # range(…) and the like, which DVC works out
-        for value in re.split(r",(?![^\[{]*[\]}])", values):
-            if list_jobs(load_params(changes=parse_changes([f"{key}={value}"]))) != listed:
-                raise UserError(
-                    f"{key}={value}: changes the lists of jobs, which are written before DVC begins, and so cannot be "
-                    f"swept. Run it by itself: nonn use {params.experiment} --set {key}={value}"
-                )
+        if re.fullmatch(r"\w+\(.*\)", values):  # range(…) and the like, which DVC works out
+            if key not in flat(params.model_dump()):
+                raise UserError(f"{key}: unknown key; take one of params.yaml")
+            continue
+        settings.append([f"{key}={value}" for value in split_values(values)])
+    for combination in itertools.product(*settings):
+        if list_jobs(load_params(changes=parse_changes(combination))) != listed:
+            raise UserError(
+                f"{' '.join(combination)}: changes the lists of jobs, which are written before DVC begins, and so "
+                f"cannot be swept. Run it by itself: nonn use {params.experiment} --set {' --set '.join(combination)}"
+            )
+
+
+def split_values(text: str) -> list[str]:
+    """Values between commas that stand outside of brackets and braces."""
+    found, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += letter
+    return [value.strip() for value in found]
 
 
 def failed_experiments() -> set[str]:

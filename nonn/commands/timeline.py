@@ -28,7 +28,7 @@ COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 
 
 def read_journal(path: Path, experiment: str) -> pd.DataFrame:
-    """Read all jobs of an experiment, in order of their start; seconds since the epoch. None of one that never ran."""
+    """Read all jobs of an experiment, in order of their start; seconds since the epoch; empty if none has run."""
     entries = [entry for entry in read_lines(path) if entry.get("experiment") == experiment]
     return pd.DataFrame(entries, columns=None if entries else ["start", "end"]).sort_values(
         ["start", "end"], ignore_index=True

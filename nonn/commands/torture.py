@@ -7,6 +7,7 @@ out of the comparison.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -116,12 +117,14 @@ def is_timed(path: Path) -> bool:
 def kill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], within: float) -> Outcome:
     """Kill a command and all that it has started, at a random moment; then run the other one to its end."""
     process = ground.start(disturbed)
-    time.sleep(ground.generator.uniform(0, within))
-    undone = process.poll() is None
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        undone = False
+        time.sleep(ground.generator.uniform(0, within))
+    finally:
+        undone = process.poll() is None
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            undone = False
     process.communicate()
     return Outcome("kill", job, undone, ground.again(undisturbed))
 
@@ -167,11 +170,13 @@ def damage_checkpoint(ground: Ground, job: str, disturbed: Sequence[str], undist
     """Kill a training once it has a checkpoint, damage that, and train on."""
     process = ground.start(disturbed)
     found: list[Path] = []
-    while process.poll() is None and not found:
-        found = sorted((ground.folder / STATE / "checkpoints").glob("*.safetensors"))
-        time.sleep(0.01)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    try:
+        while process.poll() is None and not found:
+            found = sorted((ground.folder / STATE / "checkpoints").glob("*.safetensors"))
+            time.sleep(0.01)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     found = [path for path in found if path.exists()]
     for path in found:

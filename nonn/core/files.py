@@ -35,7 +35,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
-    """Yield temporary paths that become `targets`, if the block succeeds, by renames with nothing between them.
+    """Yield temporary paths that become `targets`, if the block succeeds, one right after the other.
+
+    All is written by then, so that a full disk or a killed process leaves the former ones; only where it is killed
+    between two renames is one of them new and the other old.
 
     A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
     process, so that `remove_orphans` knows what a killed stage has left, and that an orphan that outlives its

@@ -354,9 +354,12 @@ class Params(Section):
         for key, family, widths, size in [("design.widths", self.design.family, self.design.widths, small), *stages]:
             if line := say_if_too_deep(family, len(widths or ()), size):
                 yield f"{key}: {line}"
-        for name, augment, size in (("signals", self.signals.augment, small), ("teacher", teacher.augment, large)):
+        seen = {"signals": (self.signals.augment, small)} | (
+            {"teacher": (teacher.augment, large)} if teacher.is_trained else {}
+        )
+        for name, (augment, size) in seen.items():
             if augment.cutout >= size:
-                yield f"{name}.augment.cutout: hides all of an image of {size} pixels; give fewer than these"
+                yield f"{name}.augment.cutout: hides all of an image of {size} pixels; give less than that"
 
     def _disagreements(self) -> Iterator[str]:
         yield from self._disagreements_with_sizes()

@@ -75,10 +75,10 @@ def read_file(path: Path, name: str) -> bytes:
     UserError
         It holds no such file.
     """
-    found = next(iter(read_contents(path, [name])), None)
-    if found is None:
-        raise UserError(f"{path}: holds no {name}. Fetch it again.")
-    _, content = found
+    try:
+        _, content = next(iter(read_contents(path, [name])))
+    except (KeyError, StopIteration):
+        raise UserError(f"{path}: holds no {name}. Fetch it again.") from None
     return content() if callable(content) else content
 
 

@@ -37,7 +37,7 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
     given = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
     if absent := sum(value is None for value in given):
         raise UserError(
-            f"{KEY}: hf:{name}: {absent} images have no label. Take them out, or name another label_column."
+            f"{KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another label_column."
         )
     labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
@@ -121,6 +121,7 @@ def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.n
     if names is None and given.dtype.kind in "iub":
         numbers, labels = np.unique(given.astype(np.int64), return_inverse=True)
         names = list(map(str, numbers.tolist()))
+        labels = np.where(given.astype(np.int64) < 0, -1, labels)
     elif names is None:
         found, labels = np.unique(given.astype(str), return_inverse=True)
         names = found.tolist()

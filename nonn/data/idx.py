@@ -67,7 +67,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         if content[:2] != b"\0\0" or kind != 8 or n_dimensions != dimensions:
             raise ValueError(f"it does not begin as a file of bytes in {dimensions} dimensions does")
         if shape[0] < 0 or (shape[1:] < 1).any():
-            raise ValueError(f"its images are {' × '.join(map(str, shape))} pixels")
+            raise ValueError(f"its header says {' × '.join(map(str, shape))}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
         raise UserError(f"{KEY}: {path} cannot be read ({error}). Fetch it again.") from None

@@ -246,7 +246,7 @@ class _Reader:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         constants = {name: self.constants[name] for name in used & self.constants.keys()}
-        if large := [name for name, values in constants.items() if max(values.shape[2:], default=1) > 1]:
+        if large := [name for name, values in constants.items() if values.size not in (1, channels)]:
             raise self.refuse(f"{large[0]} differs from pixel to pixel")
         values = np.tile(np.arange(256, dtype=np.uint8), channels).reshape(1, channels, 16, 16)
         return session.run([name], {source: values})[0].reshape(channels, 256)

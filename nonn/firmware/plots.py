@@ -95,7 +95,8 @@ def _draw_energy(axis: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     values = [entry["projected_mj"] or 0.0 for entry in entries]
     axis.barh(range(len(entries)), values, height=0.6, color=ENERGY_COLOUR)
     for position, (value, entry) in enumerate(zip(values, entries, strict=True)):
-        _annotate(axis, "unknown" if entry["projected_mj"] is None else f"{value:,.3g}", value, position, inside=False)
+        shown = f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+        _annotate(axis, "unknown" if entry["projected_mj"] is None else shown, value, position, inside=False)
     prices = sorted({entry["projected_nj_per_mac"] for entry in entries if entry["projected_nj_per_mac"]})
     each = ", ".join(f"{price:g}" for price in prices)
     axis.set(xlabel=f"Energy of an image (mJ),\nprojected: {each} nJ a MAC¹")

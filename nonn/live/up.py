@@ -32,6 +32,8 @@ INTERVAL, PATIENCE = 1.0, 0.5
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
 NO_ANSWER = "no answer"
+#: Looks in a row without an answer, of a node that listens, after which the reason is told.
+TOLD_AT = 2
 
 #: Something that goes on beside the nodes until it is cancelled.
 SideTask = Callable[[list[Child]], Coroutine[Any, Any, None]]
@@ -54,11 +56,11 @@ async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
 
 
 def _missed(child: Child, reason: str) -> None:
-    """Note that a node has not answered, and why, where that is the first time that it has to say."""
-    if child.is_ready and child.state != UP and reason != LATE and child.state != NO_ANSWER:
+    """Note that a node has not answered; the second time in a row, say why: the first may be of before it listened."""
+    child.missed += child.is_ready
+    if child.missed == TOLD_AT and reason != LATE:
         log(f"{child.node.name}: listens, and does not answer ({reason})")
-        child.state = NO_ANSWER
-    elif child.state == UP:
+    if child.state == UP or child.missed >= TOLD_AT:
         child.state = NO_ANSWER
 
 

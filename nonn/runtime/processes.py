@@ -44,6 +44,7 @@ class Child:
     latency_ms: float | None = None
     listener: asyncio.Task | None = None
     is_ready: bool = False
+    missed: int = 0  # looks in a row without an answer
     settled: asyncio.Event = field(default_factory=asyncio.Event)
     _seen: oip.InferStatistics = field(default_factory=oip.InferStatistics)
 
@@ -57,7 +58,7 @@ class Child:
         if success.count > before.count:
             self.latency_ms = (success.ns - before.ns) / (success.count - before.count) / 1e6
         self.requests, self.failures = success.count + statistics.fail.count, statistics.fail.count
-        self.state, self._seen = UP, statistics
+        self.state, self._seen, self.missed = UP, statistics, 0
 
     def row(self) -> str:
         latency = "" if self.latency_ms is None else f"{self.latency_ms:.2f} ms"

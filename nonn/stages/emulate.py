@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from nonn.core.budgets import Budget
-from nonn.core.chips import CHIPS
+from nonn.core.chips import CHIPS, FAMILIES
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
 from nonn.core.jobs import chips_of
@@ -39,8 +39,8 @@ def run(params: Params, paths: Paths) -> None:
         raise UserError(f"no firmware can be built and run here: {line}")
     if not any(map(partial(chips_of, params), params.networks)):
         raise UserError(
-            "params.yaml: no student runs as firmware. Set design.precision to int8, and give a device one of the "
-            f"boards {', '.join(CHIPS)}."
+            "params.yaml: no student runs as firmware. Set design.precision to int8 and design.family to "
+            f"{' or '.join(FAMILIES)}, and give a device one of the boards {', '.join(CHIPS)}."
         )
     test, _ = load_dataset(paths).part("test")
     images = test[:: -(-len(test) // IMAGES)].numpy()

@@ -166,9 +166,9 @@ def check_kinds(weights: Mapping[str, Any], path: Path | str) -> None:
     """Refuse what no layer can have: no tensor, or one without values, sparse or complex."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
-            kind: str | None = f"is a {type(tensor).__name__}, no tensor"
+            kind: str | None = f"is no tensor ({type(tensor).__name__})"
         elif is_lazy(tensor):
-            kind = "has no size before the first image; run the network once"
+            raise UserError(f"{path}: {printable(name)} has no size before the first image. Give its layer a size.")
         else:
             kind = "has no values (device meta)" if tensor.is_meta else None
             kind = "is sparse" if tensor.layout is not torch.strided else kind

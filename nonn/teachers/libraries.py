@@ -82,7 +82,7 @@ def _build_torchvision(
     if name.startswith("vit_"):
         options["image_size"] = size
     if is_inception:
-        has_auxiliary = weights is None or any(key.lower().startswith("aux") for key in weights)
+        has_auxiliary = weights is None or any("aux" in key.lower() for key in weights)
         options |= {"init_weights": False, "aux_logits": has_auxiliary}
     return Built(models.get_model(name, **options), IMAGENET)
 
@@ -101,9 +101,9 @@ def _build_timm(
     options: dict[str, Any] = {} if download else {"num_classes": n_outputs}
     config = timm.get_pretrained_cfg(name)
     first = config.first_conv if config else None
-    kernels = [t for n, t in (weights or {}).items() if f".{n}".endswith(f".{first}.weight") and t.dim() > 1]
-    if kernels:  # whatever wrappers have put before its name
-        options["in_chans"] = kernels[0].shape[1]
+    named = [n for n, t in (weights or {}).items() if f".{n}".endswith(f".{first}.weight") and t.dim() > 1]
+    if weights and named:  # of names that end alike, the first convolution's has least before it
+        options["in_chans"] = weights[min(named, key=len)].shape[1]
     elif not download and weights is None:
         options["in_chans"] = channels
     if config and config.fixed_input_size:

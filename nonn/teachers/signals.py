@@ -75,7 +75,7 @@ def signals_of(teacher: ConvNet | ForeignTeacher, images: Tensor, attention: boo
     halves = {name: tensor.half().cpu() for name, tensor in signals.items()}
     if beyond := [name for name, tensor in halves.items() if not tensor.isfinite().all()]:
         raise UserError(
-            f"params.yaml: teacher: its {beyond[0]} are beyond the {torch.finfo(torch.float16).max:,.0f} of 16-bit "
-            "floating point, or no numbers. Take a teacher whose last features are smaller."
+            f"params.yaml: teacher: its signal {beyond[0]} has values beyond {torch.finfo(torch.float16).max:,.0f}, "
+            "the largest of 16-bit floating point, or no numbers. Take a teacher whose last features are smaller."
         )
     return halves

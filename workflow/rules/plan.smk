@@ -9,6 +9,7 @@ from functools import cache
 from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.scm import SCMError
 from ruamel.yaml import YAML
 
 from nonn.commands.job import begin_run, merge_entries
@@ -237,9 +238,12 @@ try:
 except UserError as error:
     sys.exit(str(error))
 except DvcException as error:
-    sys.exit(f"DVC: {' '.join(str(error).split())}. Run `git init` where there is no repository.")
+    advice = " Run `git init`." if isinstance(error, SCMError) else ""
+    sys.exit(f"DVC: {' '.join(str(error).split())}.{advice}")
 except OSError as error:
-    sys.exit(str(refusal(error) or error))
+    if told := refusal(error):
+        sys.exit(str(told))
+    raise
 
 
 onstart:

@@ -18,7 +18,8 @@ if systemctl --user show-environment >/dev/null 2>&1; then
   stop() { systemctl --user disable --quiet --now "$unit"; }
 else
   boot_id=/proc/sys/kernel/random/boot_id
-  cmp -s boot "$boot_id" || rm -f pid # of before a reboot: the process of this number may now be another
+  # After a reboot the process of this number may be another one.
+  [ ! -e boot ] || [ "$(cat boot)" = "$(cat "$boot_id")" ] || rm -f pid
   stop() { start-stop-daemon --stop --quiet --oknodo --retry TERM/5/KILL/5 --pidfile "$PWD/pid" --remove-pidfile; }
   serve() {
     stop
