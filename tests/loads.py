@@ -5,12 +5,12 @@ import os
 import numpy as np
 
 from nonn.core.params import Distributed
-from nonn.testbed.composed import Load
+from nonn.testbed.composed import Workload
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
 #: Two devices, two rounds.
-LOAD = Load(
+WORKLOAD = Workload(
     seconds=np.array([[0.010, 0.020], [0.040, 0.035]]),
     macs=np.array([[10e6, 30e6], [50e6, 20e6]]),
     memory_bytes=1000,

@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from clusters import N_FEATURES
-from loads import CORE, LOAD, on_a_pi, student_row
+from loads import CORE, WORKLOAD, on_a_pi, student_row
 from splits import write_tiny
 
 from nonn.core.links import Link, link_seconds
 from nonn.runtime.cluster import COORDINATOR
 from nonn.split.planner import plan_split
 from nonn.testbed import composed
-from nonn.testbed.composed import Load, compose, load_of_network, load_of_split, payload_bytes
+from nonn.testbed.composed import Workload, compose, network_workload, payload_bytes, split_workload
 
 #: A byte takes a microsecond; and the same as one medium for all.
 MEGABYTE, SHARED = Link(8e6), Link(8e6, shared=True)
@@ -50,20 +50,20 @@ def test_milliseconds_on_the_link_by_hand(transfers, full_duplex, shared):
 
 
 def test_an_image_is_asked_for_exchanged_and_answered():
-    request, exchange, answer = LOAD.transfers("broadcast")
+    request, exchange, answer = WORKLOAD.transfers("broadcast")
     assert request == {(COORDINATOR, "0"): 2000, (COORDINATOR, "1"): 2000}
-    assert exchange == LOAD.payload[0]
+    assert exchange == WORKLOAD.payload[0]
     assert answer == {("0", COORDINATOR): 500, ("1", COORDINATOR): 500}
-    assert payload_bytes(LOAD.transfers("broadcast")) == 2 * (2000 + 1000 + 500)
-    assert LOAD.transfers("sensor")[0] == {(COORDINATOR, "0"): 8, (COORDINATOR, "1"): 8}
-    assert payload_bytes(LOAD.transfers("sensor")) == 2 * (8 + 1000 + 500)
+    assert payload_bytes(WORKLOAD.transfers("broadcast")) == 2 * (2000 + 1000 + 500)
+    assert WORKLOAD.transfers("sensor")[0] == {(COORDINATOR, "0"): 8, (COORDINATOR, "1"): 8}
+    assert payload_bytes(WORKLOAD.transfers("sensor")) == 2 * (8 + 1000 + 500)
 
 
 # Latency and energy, by hand
 
 
 def test_latency_and_energy_by_hand(section):
-    row = compose(LOAD, DELAYED, "sensor", framing=2.0, final_s=0.005, params=section)
+    row = compose(WORKLOAD, DELAYED, "sensor", framing=2.0, final_s=0.005, params=section)
     compute = 3 * (0.020 + 0.040)
     # 16, 1000 and 1000 bytes at each host that has most to do, twice because of the framing, and three delays.
     link = 2 * (16 + 1000 + 1000) * 1e-6 + 0.003
@@ -89,12 +89,12 @@ def test_latency_and_energy_by_hand(section):
 
 def test_on_a_microcontroller_the_work_counts_and_not_the_time_measured(section):
     board = section.model_copy(update={"board": "cortex_m7"})
-    row = compose(LOAD, MEGABYTE, "sensor", 1.0, 0.0, board)
+    row = compose(WORKLOAD, MEGABYTE, "sensor", 1.0, 0.0, board)
     assert row["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / 46.7e6)
-    slower = replace(LOAD, seconds=100 * LOAD.seconds)
+    slower = replace(WORKLOAD, seconds=100 * WORKLOAD.seconds)
     assert compose(slower, MEGABYTE, "sensor", 1.0, 0.0, board) == row
     # The same work in int8 takes less time, and so less energy.
-    cheap = compose(replace(LOAD, precision="int8"), Link(1e15), "sensor", 1.0, 0.0, board)
+    cheap = compose(replace(WORKLOAD, precision="int8"), Link(1e15), "sensor", 1.0, 0.0, board)
     assert cheap["compute_ms"] == pytest.approx(1e3 * (30e6 + 50e6) / (18.2 * 12.5e6))
     bits = 8 * (8 + 1000 + 1000 + 500)
     needs = 1e3 * (0.139 * 60e6 / 227.5e6 + bits * 50e-9)
@@ -102,7 +102,7 @@ def test_on_a_microcontroller_the_work_counts_and_not_the_time_measured(section)
 
 
 def test_framing_scales_bytes_and_what_they_take(section):
-    plain, framed = (compose(LOAD, SHARED, "broadcast", framing, 0.0, section) for framing in (1.0, 2.5))
+    plain, framed = (compose(WORKLOAD, SHARED, "broadcast", framing, 0.0, section) for framing in (1.0, 2.5))
     assert framed["wire_bytes"] == 2.5 * plain["wire_bytes"] == 2.5 * 7000
     assert framed["link_ms"] == pytest.approx(2.5 * plain["link_ms"]) == pytest.approx(2.5 * 7)
     assert framed["compute_ms"] == plain["compute_ms"]
@@ -110,14 +110,14 @@ def test_framing_scales_bytes_and_what_they_take(section):
 
 @pytest.mark.parametrize("n_devices", [1, 2, 8])
 def test_equal_devices_in_parallel_take_the_time_of_one(section, n_devices):
-    load = Load(np.full((1, n_devices), 0.02), np.full((1, n_devices), 1e6), 1000, [], 2000, [500] * n_devices)
-    one = Load(np.full((1, 1), 0.02), np.full((1, 1), 1e6), 1000, [], 2000, [500])
-    row, alone = (compose(each, Link(1e15), "sensor", 1.0, 0.0, section) for each in (load, one))
+    workload = Workload(np.full((1, n_devices), 0.02), np.full((1, n_devices), 1e6), 1000, [], 2000, [500] * n_devices)
+    one = Workload(np.full((1, 1), 0.02), np.full((1, 1), 1e6), 1000, [], 2000, [500])
+    row, alone = (compose(each, Link(1e15), "sensor", 1.0, 0.0, section) for each in (workload, one))
     assert row["total_ms"] == pytest.approx(alone["total_ms"]) == pytest.approx(60)
     assert row["energy_node_mj"] == pytest.approx(alone["energy_node_mj"])
     assert row["energy_total_mj"] == pytest.approx([n_devices * end for end in alone["energy_total_mj"]])
     # Their answers come over one line, one after another.
-    assert compose(load, MEGABYTE, "sensor", 1.0, 0.0, section)["link_ms"] == pytest.approx(n_devices * 0.508)
+    assert compose(workload, MEGABYTE, "sensor", 1.0, 0.0, section)["link_ms"] == pytest.approx(n_devices * 0.508)
 
 
 # Loads
@@ -129,29 +129,29 @@ def test_the_load_of_a_split_is_that_of_its_plan(folder, monkeypatch, method, n_
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 3)
     write_tiny(folder / "model.onnx")
     plan = plan_split(folder / "model.onnx", n_devices, method)
-    load = load_of_split(plan, CORE)
-    assert load.n_devices == n_devices
-    assert len(load.payload) == plan.rounds
-    assert payload_bytes(load.payload) == plan.payload_bytes()
-    for number, sent in enumerate(load.payload):
+    workload = split_workload(plan, CORE)
+    assert workload.n_devices == n_devices
+    assert len(workload.payload) == plan.rounds
+    assert payload_bytes(workload.payload) == plan.payload_bytes()
+    for number, sent in enumerate(workload.payload):
         for (sender, receiver), n_bytes in sent.items():
             pair = int(sender), int(receiver)
             assert n_bytes == sum(
                 m.n_bytes for m in plan.messages if (m.round, m.sender, m.receiver) == (number, *pair)
             )
-    assert load.macs.shape == load.seconds.shape == (plan.rounds + 1, n_devices)
-    assert load.macs.sum(axis=0).tolist() == [part.macs for part in plan.parts]
-    assert (load.seconds >= 0).all()
-    assert load.seconds.sum() > 0
-    assert load.memory_bytes > 4 * max(part.params for part in plan.parts)
-    assert load.image_bytes == 16
-    assert load.answer_bytes == [4 * part.n_features for part in plan.parts]
+    assert workload.macs.shape == workload.seconds.shape == (plan.rounds + 1, n_devices)
+    assert workload.macs.sum(axis=0).tolist() == [part.macs for part in plan.parts]
+    assert (workload.seconds >= 0).all()
+    assert workload.seconds.sum() > 0
+    assert workload.memory_bytes > 4 * max(part.params for part in plan.parts)
+    assert workload.image_bytes == 16
+    assert workload.answer_bytes == [4 * part.n_features for part in plan.parts]
 
 
 def test_the_load_of_a_network_is_that_of_its_benchmark(network_folder):
-    load = load_of_network(network_folder, {str(i): student_row(i) for i in range(3)}, "int8")
-    assert load.precision == "int8"
-    np.testing.assert_allclose(load.seconds, [[0.001, 0.002, 0.003]])
-    np.testing.assert_array_equal(load.macs, [[100, 200, 300]])
-    assert load.memory_bytes == 200 + 1000  # of 1000, 600 + 500, and 200 + 1000
-    assert (load.payload, load.image_bytes, load.answer_bytes) == ([], 16, [4 * n for n in N_FEATURES])
+    workload = network_workload(network_folder, {str(i): student_row(i) for i in range(3)}, "int8")
+    assert workload.precision == "int8"
+    np.testing.assert_allclose(workload.seconds, [[0.001, 0.002, 0.003]])
+    np.testing.assert_array_equal(workload.macs, [[100, 200, 300]])
+    assert workload.memory_bytes == 200 + 1000  # of 1000, 600 + 500, and 200 + 1000
+    assert (workload.payload, workload.image_bytes, workload.answer_bytes) == ([], 16, [4 * n for n in N_FEATURES])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from clusters import CLASSES
-from loads import CORE, LOAD, on_a_pi, student_row
+from loads import CORE, WORKLOAD, on_a_pi, student_row
 from splits import COST, in_int8, write_tiny
 
 from nonn.core.files import read_json, write_json
@@ -25,7 +25,7 @@ from nonn.runtime.session import run_onnx
 from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
-from nonn.testbed.composed import Load, compose, payload_bytes
+from nonn.testbed.composed import Workload, compose, payload_bytes
 from nonn.testbed.deployments import Deployment, as_network
 from nonn.testbed.distributed import LOOPBACK, compose_all, echo_sizes, framing_of, measure_live, overhead
 from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges
@@ -88,11 +88,11 @@ class PaperBed:
         return [counted([3.0, 5.0], absent=1, scale=2000 if deployment.is_split else 1) for _ in exchanges]
 
 
-def deployment(method: str, load: Load) -> Deployment:
-    return Deployment(method, None, method != "nonn", load, 0.001)
+def deployment(method: str, workload: Workload) -> Deployment:
+    return Deployment(method, None, method != "nonn", workload, 0.001)
 
 
-HEAVY = replace(LOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
+HEAVY = replace(WORKLOAD, payload=[{("0", "1"): 1e6, ("1", "0"): 1e6}])
 
 
 def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
@@ -102,7 +102,7 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
     )
     links = section.model_copy(update={"links": ["ieee802154", "ethernet100"], "longest": 10.0})
     bed = PaperBed(links)
-    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], bed, links)
+    live = measure_live([deployment("nonn", WORKLOAD), deployment("rows", HEAVY)], bed, links)
     where = [(row["link"], row["method"], row["scenario"], row["images"]) for row in live]
     assert where == [  # no link and then the fastest first
         (LOOPBACK, "nonn", "sensor", 2),
@@ -131,13 +131,13 @@ def test_live_rows_by_hand_and_cases_that_take_too_long(section, monkeypatch):
 
 def test_without_emulation_everything_runs_on_loopback(section, monkeypatch, capsys):
     monkeypatch.setattr(distributed, "missing_privileges", lambda: "no namespaces here")
-    live = measure_live([deployment("nonn", LOAD), deployment("rows", HEAVY)], PaperBed(section), section)
+    live = measure_live([deployment("nonn", WORKLOAD), deployment("rows", HEAVY)], PaperBed(section), section)
     assert [(row["link"], row["method"]) for row in live] == [(LOOPBACK, m) for m in ("nonn", "nonn", "rows")]
     assert "no namespaces here" in capsys.readouterr().err
 
 
 def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected():
-    nonn, uncounted = deployment("nonn", LOAD), Measured(np.array([50.0, 70.0]), 0, {})
+    nonn, uncounted = deployment("nonn", WORKLOAD), Measured(np.array([50.0, 70.0]), 0, {})
     # Of an image, host-0 got 5 packets in 500 bytes and sent 3 in 300, with headers of 52 bytes each.
     assert echo_sizes(nonn, "broadcast", counted([50.0, 70.0], absent=0), "host-0") == (240, 144)
     assert [echo_sizes(nonn, scenario, uncounted, "host-0") for scenario in ("sensor", "broadcast")] == [
@@ -148,7 +148,7 @@ def test_echoes_are_of_the_sizes_that_were_counted_or_are_expected():
 
 def test_overhead_is_what_neither_the_slowest_device_nor_the_link_takes():
     echo = Measured(np.array([1.0, 2.0]), 0, {})
-    row = overhead(deployment("nonn", LOAD), Measured(np.array([50.0, 70.0]), 0, {}), echo)
+    row = overhead(deployment("nonn", WORKLOAD), Measured(np.array([50.0, 70.0]), 0, {}), echo)
     # The slowest device's 40 ms of computing, and an echo of 1.5 ms.
     assert row == {"ideal_ms": 41.5, "overhead_ms": 18.5, "ideal_over_total": pytest.approx(41.5 / 60)}
 
@@ -164,18 +164,18 @@ def test_framing_is_that_of_the_deployment_in_the_scenario_or_the_nearest_to_it(
     cases = {("nonn", "sensor"): 9.0, ("nonn", "broadcast"): 2.0, ("rows", "broadcast"): 3.0, ("channels", "sensor"): 1}
     cases |= {("reference_rows", "sensor"): 3.0, ("kd", "sensor"): 1}
     for (method, scenario), framing in cases.items():
-        assert framing_of(deployment(method, LOAD), scenario, live) == framing
+        assert framing_of(deployment(method, WORKLOAD), scenario, live) == framing
 
 
 def test_a_composed_row_for_every_deployment_link_and_scenario(section):
     links = section.model_copy(update={"links": ["wifi20", "ethernet941"]})
     live = [{"method": "rows", "scenario": "sensor", "framing": 3.0}]
-    rows = list(compose_all([deployment("nonn", LOAD), deployment("reference_rows", HEAVY)], live, links))
+    rows = list(compose_all([deployment("nonn", WORKLOAD), deployment("reference_rows", HEAVY)], live, links))
     assert len({(row["method"], row["link"], row["scenario"]) for row in rows}) == len(rows) == 8
     for row in rows:
-        load = LOAD if row["method"] == "nonn" else HEAVY
+        workload = WORKLOAD if row["method"] == "nonn" else HEAVY
         framing = 1.0 if row["method"] == "nonn" else 3.0
-        expected = compose(load, PRESETS[row["link"]], row["scenario"], framing, 0.001, links)
+        expected = compose(workload, PRESETS[row["link"]], row["scenario"], framing, 0.001, links)
         assert {key: row[key] for key in expected} == expected
         assert (row["n_devices"], row["rounds"], row["memory_bytes"], row["macs"]) == (2, 1, 1000, 60e6)
 
@@ -264,7 +264,7 @@ def test_without_a_network_of_the_total_budget_there_is_none_to_split(stage, tmp
     params, paths = stage
     write_json(paths.export("solo") / "manifest.json", {})
     (only,) = network_deployments(params, paths, "3s", tmp_path / "scratch")
-    assert (only.method, only.is_split, only.load.n_devices) == ("nonn", False, 3)
+    assert (only.method, only.is_split, only.workload.n_devices) == ("nonn", False, 3)
     assert only.final_s > 0
     assert "note: there is no baseline 3s/total" in capsys.readouterr().err
 
@@ -278,8 +278,8 @@ def test_int8_networks_are_split_as_they_are(stage, tmp_path):
     params = params.model_copy(update=changes)
     nonn, *splits = network_deployments(params, paths, "3s", tmp_path / "scratch")
     assert [each.method for each in splits] == ["channels", "rows"]
-    assert {each.load.precision for each in (nonn, *splits)} == {"int8"}
-    by_channels = splits[0].load
+    assert {each.workload.precision for each in (nonn, *splits)} == {"int8"}
+    by_channels = splits[0].workload
     # Each of 4 channels of 4×4 values goes to two other devices, a byte a value.
     assert payload_bytes(by_channels.payload) == 2 * 4 * 16
     row = next(compose_all(splits[:1], [], params.distributed))
@@ -297,7 +297,7 @@ def test_the_reference_is_in_the_precision_of_the_students(stage, tmp_path):
     found = list(
         distributed_stage.reference_deployments(params.model_copy(update=changes), paths, "3s", tmp_path / "scratch")
     )
-    assert [(each.method, each.load.precision) for each in found] == [
+    assert [(each.method, each.workload.precision) for each in found] == [
         ("reference_channels", "int8"),
         ("reference_rows", "int8"),
     ]
@@ -321,8 +321,8 @@ def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder
     write_json(paths.benchmark("solo"), {"models": {"teacher": student_row(4), "2s-kd": student_row(0)}})
     teacher, student = solo_deployments(params, paths, tmp_path / "scratch")
     assert [teacher.method, student.method] == ["teacher", "kd"]
-    assert [each.load.n_devices for each in (teacher, student)] == [1, 1]
-    assert (teacher.load.seconds.item(), student.load.seconds.item()) == (0.005, 0.001)
-    assert (teacher.load.image_bytes, teacher.load.answer_bytes, teacher.load.payload) == (784, [40], [])
+    assert [each.workload.n_devices for each in (teacher, student)] == [1, 1]
+    assert (teacher.workload.seconds.item(), student.workload.seconds.item()) == (0.005, 0.001)
+    assert (teacher.workload.image_bytes, teacher.workload.answer_bytes, teacher.workload.payload) == (784, [40], [])
     assert not teacher.is_split
     assert teacher.final_s > 0

@@ -98,7 +98,7 @@ def test_it_is_not_split_and_the_test_bed_says_so(files, params, monkeypatch, tm
     monkeypatch.setattr(
         distributed, "read_json", lambda path, _: manifest if folder in path.parents else {"models": {}}
     )
-    monkeypatch.setattr(distributed, "load_of_network", lambda *_: None)
+    monkeypatch.setattr(distributed, "network_workload", lambda *_: None)
     monkeypatch.setattr(distributed, "time_final", lambda *_: None)
     paths = SimpleNamespace(export=lambda name: folder if name == SOLO else tmp_path, benchmark=lambda _: tmp_path)
     found = list(distributed.network_deployments(params, paths, "2s", tmp_path))

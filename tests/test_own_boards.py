@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from experiments import tiny_params
-from loads import LOAD
+from loads import WORKLOAD
 from pydantic import ValidationError
 
 from nonn.core.boards import Board, Range, find_board, in_device
@@ -28,13 +28,13 @@ def make_params(*devices: str, precision: str = "int8", board: str = "cortex_m7"
 
 
 def deployment(name: str = "nonn") -> Deployment:
-    return Deployment(name, Path(), False, LOAD, 0.001)
+    return Deployment(name, Path(), False, WORKLOAD, 0.001)
 
 
 def test_each_device_computes_and_draws_as_its_own_board(params):
     slow = Board(idle_w=0.1, active_w=Range(0.2, 0.3), seconds_per_mac=1e-8, name="slow")
     quick = Board(idle_w=1.0, active_w=Range(3.0, 5.0), seconds_per_mac=1e-9, name="quick")
-    row = compose(replace(LOAD, boards=[slow, quick]), INSTANT, "sensor", 1.0, 0.0, params.distributed)
+    row = compose(replace(WORKLOAD, boards=[slow, quick]), INSTANT, "sensor", 1.0, 0.0, params.distributed)
     # Of each round the slower device: 100 against 30 ms, then 500 against 20 ms.
     assert row["compute_ms"] == pytest.approx(600)
     bits = 8 * (8 + 1000 + 1000 + 500)
@@ -49,8 +49,8 @@ def test_each_device_computes_and_draws_as_its_own_board(params):
 
 def test_boards_that_are_all_the_one_of_the_section_change_nothing(params):
     section = params.distributed.model_copy(update={"board": "pi3b", "slowdown": 3.0})
-    plain = compose(LOAD, INSTANT, "broadcast", 2.0, 0.005, section)
-    stated = compose(replace(LOAD, boards=[find_board("pi3b")] * 2), INSTANT, "broadcast", 2.0, 0.005, section)
+    plain = compose(WORKLOAD, INSTANT, "broadcast", 2.0, 0.005, section)
+    stated = compose(replace(WORKLOAD, boards=[find_board("pi3b")] * 2), INSTANT, "broadcast", 2.0, 0.005, section)
     assert stated == plain
     assert plain["boards"] == ["pi3b", "pi3b"]
 
@@ -59,7 +59,7 @@ def test_devices_without_boards_are_all_that_of_the_section(params):
     assert params.boards_of("2s") is None
     assert params.boards_of(SOLO) is None
     (same,) = on_boards([deployment()], params, "2s")
-    assert same.load is LOAD
+    assert same.workload is WORKLOAD
     assert "devices" not in list_jobs(params)["board"]
 
 
@@ -92,16 +92,16 @@ def test_the_precision_of_students_decides_the_speed():
 
 def test_what_runs_alone_is_on_the_quickest_board(capsys):
     params = make_params("a", "b")
-    kd = replace(deployment("kd"), load=replace(LOAD, precision="int8"))
+    kd = replace(deployment("kd"), workload=replace(WORKLOAD, precision="int8"))
     (placed,) = on_boards([kd], params, SOLO)
-    (quickest,) = placed.load.boards
+    (quickest,) = placed.workload.boards
     assert quickest.seconds_per_mac == min(board.seconds_per_mac for board in params.boards_of("2s"))
     assert not capsys.readouterr().err
 
 
 def test_figures_that_are_not_known_are_named(capsys):
     (placed,) = on_boards([deployment()], make_params("a", "b"), "2s")
-    assert [board.title for board in placed.load.boards] == [find_board(n).title for n in ("esp32s3", "rp2350")]
+    assert [board.title for board in placed.workload.boards] == [find_board(n).title for n in ("esp32s3", "rp2350")]
     assert "note: 2s: power of rp2350: not known, counted as that of cortex_m7" in capsys.readouterr().err
     on_boards([deployment()], make_params("a", "c", precision="float32"), "2s")
     assert "note: 2s: float32 speed of esp32s3: not known" in capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_what_calculates_in_another_precision_is_charged_in_that():
     """Such as the float32 reference beside students in int8."""
     params = make_params("a", "b")
     (placed,) = on_boards([deployment("reference_rows")], params, "2s")
-    esp32s3, rp2350 = placed.load.boards
+    esp32s3, rp2350 = placed.workload.boards
     assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["float32"])
     # Of the first no speed in float32 is known, so it is that of the section's board.
     assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("cortex_m7").mmacs["float32"])

@@ -10,11 +10,11 @@ from experiments import tiny_params
 from nonn.core.boards import OWN_FILE, find_board
 from nonn.core.files import write_json
 from nonn.core.params import Params
-from nonn.testbed.composed import Load
+from nonn.testbed.composed import Workload
 from nonn.testbed.deployments import Deployment
 from nonn.testbed.placing import home_of, own_board, placed_teachers, with_the_teacher
 
-LOAD = Load(np.array([[0.01]]), np.array([[700e6]]), 0, [], 3072, 40)
+WORKLOAD = Workload(np.array([[0.01]]), np.array([[700e6]]), 0, [], 3072, 40)
 MEBIBYTE = 2**20
 
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, **costs: dict) -> Path:
 
 
 def teacher(precision: str = "float32") -> Deployment:
-    return Deployment("teacher", Path(), False, replace(LOAD, precision=precision), 0.001)
+    return Deployment("teacher", Path(), False, replace(WORKLOAD, precision=precision), 0.001)
 
 
 def test_a_teacher_that_fits_stays_on_the_students_board():
@@ -85,7 +85,7 @@ def test_teachers_are_placed_by_each_assumption(folder):
     solo = write_manifest(folder, teacher=cost(18 * MEBIBYTE), teacher_int8=cost(4.5 * MEBIBYTE))
     teachers = {"teacher": teacher(), "teacher_int8": replace(teacher("int8"), method="teacher_int8", like="teacher")}
     placed = {each.method: each for each in placed_teachers(teachers, make_params(), solo)}
-    boards = {name: [(b.name, b.seconds_per_mac) for b in each.load.boards] for name, each in placed.items()}
+    boards = {name: [(b.name, b.seconds_per_mac) for b in each.workload.boards] for name, each in placed.items()}
     assert boards == {
         "teacher": [("pi3b", pytest.approx(1e-6 / 3650))],
         "teacher_own_board": [("cortex_m7", pytest.approx(1e-6 / 46.7))],
@@ -99,17 +99,17 @@ def test_teachers_are_placed_by_each_assumption(folder):
 def test_a_teacher_that_fits_is_composed_once(folder):
     solo = write_manifest(folder, teacher=cost(MEBIBYTE))
     (only,) = placed_teachers({"teacher": teacher()}, make_params(), solo)
-    assert (only.method, only.load.boards[0].name) == ("teacher", "cortex_m7")
+    assert (only.method, only.workload.boards[0].name) == ("teacher", "cortex_m7")
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_students_on_the_board_of_the_teacher(folder, precision):
     solo = write_manifest(folder, teacher=cost(18 * MEBIBYTE))
-    load = replace(LOAD, seconds=np.full((1, 2), 0.01), macs=np.full((1, 2), 1e6), precision=precision)
-    network = Deployment("nonn", Path(), False, load, 0.001)
+    workload = replace(WORKLOAD, seconds=np.full((1, 2), 0.01), macs=np.full((1, 2), 1e6), precision=precision)
+    network = Deployment("nonn", Path(), False, workload, 0.001)
     (moved,) = with_the_teacher(network, make_params(precision=precision), solo)
     assert (moved.method, moved.like) == ("nonn_teacher_board", "nonn")
     speed = find_board("pi3b").mmacs[precision]
-    assert [(b.name, b.seconds_per_mac) for b in moved.load.boards] == [("pi3b", pytest.approx(1e-6 / speed))] * 2
+    assert [(b.name, b.seconds_per_mac) for b in moved.workload.boards] == [("pi3b", pytest.approx(1e-6 / speed))] * 2
     assert list(with_the_teacher(network, make_params("pi3b", precision=precision), solo)) == []  # they are there
     assert list(with_the_teacher(network, make_params(precision=precision), write_manifest(folder))) == []

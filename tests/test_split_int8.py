@@ -18,7 +18,7 @@ from nonn.split.node import SplitDevice
 from nonn.split.plan import SplitPlan, run_in_process
 from nonn.split.planner import plan_split
 from nonn.testbed import composed
-from nonn.testbed.composed import load_of_split
+from nonn.testbed.composed import split_workload
 
 METHODS = ("channels", "rows")
 #: What float32 after the last integer map may differ by, relative to the largest: sums in another order.
@@ -193,7 +193,7 @@ def test_costs_by_hand(tiny, monkeypatch):
     macs = 16 * 4 * 9 + 16 * 6 * 4 * 9
     assert [part.macs for part in channels.parts] == [part.macs for part in rows.parts] == [macs / 2] * 2
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 2)
-    load = load_of_split(channels, 0)
+    load = split_workload(channels, 0)
     # The second segment takes its own 2 and the other's 2 channels of 16 bytes, and makes 3 features of 4 bytes.
     assert load.precision == "int8"
     assert load.memory_bytes == (first + second) / 2 + 64 + 12

@@ -13,7 +13,7 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.system import describe_system
 from nonn.split.graph import UnsplittableError, read_network
-from nonn.testbed.composed import load_of_network
+from nonn.testbed.composed import network_workload
 from nonn.testbed.deployments import SPLITS, Deployment, as_network, on_boards, split_deployment, time_final
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 from nonn.testbed.placing import placed_teachers, with_the_teacher
@@ -23,8 +23,8 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
-    load = load_of_network(folder, read_json(paths.benchmark(name), Benchmark)["models"], params.design.precision)
-    yield Deployment("nonn", folder, False, load, time_final(folder))
+    workload = network_workload(folder, read_json(paths.benchmark(name), Benchmark)["models"], params.design.precision)
+    yield Deployment("nonn", folder, False, workload, time_final(folder))
     total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
@@ -51,9 +51,9 @@ def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[De
         alone["kd"] = "-".join(params.pool), precision
     for method, (name, own) in alone.items():
         folder = as_network(paths.export(SOLO), name, scratch / method)
-        load = load_of_network(folder, {"0": benchmark[name]}, own)
+        workload = network_workload(folder, {"0": benchmark[name]}, own)
         like = "teacher" if method == "teacher_int8" else ""  # which sends the same, and is not run here
-        yield Deployment(method, folder, False, load, time_final(folder), like)
+        yield Deployment(method, folder, False, workload, time_final(folder), like)
 
 
 def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:

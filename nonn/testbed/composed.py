@@ -29,7 +29,7 @@ COMPUTE_RUNS = 50
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What one image costs the devices of a deployment, whatever the link; bytes without framing."""
 
     seconds: np.ndarray  # (rounds, N), of computing, measured alone on one core of this machine
@@ -62,7 +62,7 @@ def payload_bytes(transfers: Sequence[Transfers]) -> float:
 
 
 def compose(
-    load: Load, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
+    workload: Workload, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
 ) -> dict[str, Any]:
     """Latency and energy of one image, from each part alone.
 
@@ -82,22 +82,22 @@ def compose(
         with what a device draws anyway while it computes, ``…_computing_mj``, or until the answer,
         ``…_with_idle_mj``. ``boards`` names the devices' boards, and ``precision`` is the one that they calculate in.
     """
-    boards = load.boards or [find_board(params.board).in_precision(load.precision)] * load.n_devices
+    boards = workload.boards or [find_board(params.board).in_precision(workload.precision)] * workload.n_devices
     compute = np.array(
         [
             [compute_seconds(*device, params.slowdown) for device in zip(boards, macs, seconds, strict=True)]
-            for macs, seconds in zip(load.macs, load.seconds, strict=True)
+            for macs, seconds in zip(workload.macs, workload.seconds, strict=True)
         ],
         float,
     )
-    transfers = load.transfers(scenario)
+    transfers = workload.transfers(scenario)
     on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transfers)
     computing = compute.max(axis=1).sum()
     total = computing + on_link + final_s
-    devices = [str(device) for device in range(load.n_devices)]
+    devices = [str(device) for device in range(workload.n_devices)]
     moved = [framing * sum(n for sent in transfers for pair, n in sent.items() if device in pair) for device in devices]
     row: dict[str, Any] = {
-        "precision": load.precision,
+        "precision": workload.precision,
         "boards": [board.name for board in boards],
         "compute_ms": 1e3 * computing,
         "link_ms": 1e3 * on_link,
@@ -114,12 +114,12 @@ def compose(
     return row
 
 
-def load_of_network(export: Path, benchmark: Mapping, precision: Precision) -> Load:
+def network_workload(export: Path, benchmark: Mapping, precision: Precision) -> Workload:
     """What one image costs the devices of an exported network, each as `nonn.testbed.latency` measured it alone."""
     manifest = read_manifest(export)
     students = [benchmark[student.model] for student in manifest.students]
     image = manifest.image
-    return Load(
+    return Workload(
         seconds=np.array([[student["latency_p50_ms"] / 1e3 for student in students]]),
         macs=np.array([[student["macs"] for student in students]]),
         memory_bytes=max(student["weight_bytes"] + student["peak_activation_bytes"] for student in students),
@@ -130,7 +130,7 @@ def load_of_network(export: Path, benchmark: Mapping, precision: Precision) -> L
     )
 
 
-def load_of_split(plan: SplitPlan, core: int) -> Load:
+def split_workload(plan: SplitPlan, core: int) -> Workload:
     """What one image costs the devices of a split network; each segment timed on one pinned core.
 
     Activations are counted as the inputs and outputs of a device's largest segment: what lives in
@@ -150,7 +150,7 @@ def load_of_split(plan: SplitPlan, core: int) -> Load:
         return sum(math.prod(value.shape) * (1 if value.type == "tensor(uint8)" else 4) for value in values)
 
     largest = [max((activations(session) for session in own if session), default=0) for own in sessions]
-    return Load(
+    return Workload(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,
         memory_bytes=max(part.weight_bytes + n_bytes for part, n_bytes in zip(plan.parts, largest, strict=True)),

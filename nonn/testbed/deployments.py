@@ -19,7 +19,7 @@ from nonn.core.progress import log
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, read_out
 from nonn.split.planner import plan_split
-from nonn.testbed.composed import Load, load_of_split
+from nonn.testbed.composed import Workload, split_workload
 
 SPLITS = ("channels", "rows")
 
@@ -63,7 +63,7 @@ class Deployment:
     method: str
     folder: Path  # the exported network, or the plan of the split
     is_split: bool
-    load: Load
+    workload: Workload
     final_s: float  # seconds of the final layer
     like: str = ""  # the method whose messages it sends, where that goes by another name
 
@@ -82,7 +82,12 @@ def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> l
     if unknown:
         log(f"note: {name}: {', '.join(unknown)}: not known, counted as that of {params.distributed.board}")
     return [
-        replace(each, load=replace(each.load, boards=each.load.boards or params.boards_of(name, each.load.precision)))
+        replace(
+            each,
+            workload=replace(
+                each.workload, boards=each.workload.boards or params.boards_of(name, each.workload.precision)
+            ),
+        )
         for each in deployments
     ]
 
@@ -104,4 +109,4 @@ def split_deployment(method: str, model: Path, n_devices: int, folder: Path, cor
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))  # type: ignore[arg-type]
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
-    return Deployment(method, folder, True, load_of_split(plan, core), _seconds(lambda: plan.logits(features)))
+    return Deployment(method, folder, True, split_workload(plan, core), _seconds(lambda: plan.logits(features)))

@@ -105,7 +105,7 @@ class TrialBed:
         self, deployment: Deployment, network: EmulatedNetwork, exchanges: Sequence[Dialogue], is_echo: bool = False
     ) -> list[Measured]:
         """Time a deployment's images on the hosts of a network in each exchange, or plain echoes."""
-        hosts = network.hosts[1 : 1 + deployment.load.n_devices]
+        hosts = network.hosts[1 : 1 + deployment.workload.n_devices]
         prefix = "device" if deployment.is_split else "node"
         names = [f"{prefix}-{position}" for position in range(len(hosts))]
         if missing := {COORDINATOR, *names} - self.named:
@@ -131,8 +131,8 @@ class TrialBed:
 def echo_sizes(deployment: Deployment, scenario: Scenario, measured: Measured, node: str) -> tuple[int, int]:
     """Bytes of a request to the host `node` and its answer, without headers of TCP and IP: as counted, or expected."""
     if not measured.traffic:
-        asked = deployment.load.request_bytes(scenario) + FRAMING
-        return round(asked), round(max(deployment.load.answer_bytes) + FRAMING)
+        asked = deployment.workload.request_bytes(scenario) + FRAMING
+        return round(asked), round(max(deployment.workload.answer_bytes) + FRAMING)
     images, counters, headers = len(measured.latencies_ms), measured.traffic[node], IP_HEADER + TCP_HEADER
     asked = (counters.received_bytes - headers * counters.received_packets) / images
     answered = (counters.sent_bytes - headers * counters.sent_packets) / images
@@ -144,7 +144,7 @@ def overhead(deployment: Deployment, measured: Measured, echo: Measured) -> dict
 
     The round trip is that of plain TCP messages of the same sizes, of all devices at once.
     """
-    ideal = 1e3 * deployment.load.seconds.max() + float(np.median(echo.latencies_ms))
+    ideal = 1e3 * deployment.workload.seconds.max() + float(np.median(echo.latencies_ms))
     total = float(np.median(measured.latencies_ms))
     return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
 
@@ -157,7 +157,7 @@ def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distr
     than `params.longest` an image: then the row says so instead. Where links cannot be emulated,
     everything runs on loopback and there alone.
     """
-    n_devices = max(deployment.load.n_devices for deployment in deployments)
+    n_devices = max(deployment.workload.n_devices for deployment in deployments)
     hosts = (COORDINATOR, *(f"host-{position}" for position in range(n_devices)))
     if reason := missing_privileges():
         log(f"note: {reason}. Measuring on loopback only, without any link's rate and delay.")
@@ -214,7 +214,7 @@ def expected_ms(
     if not network.link:
         return 0.0
     framing = framing_of(deployment, scenario, live)
-    return compose(deployment.load, network.link, scenario, framing, 0.0, params)["link_ms"]
+    return compose(deployment.workload, network.link, scenario, framing, 0.0, params)["link_ms"]
 
 
 def describe(deployment: Deployment, scenario: Scenario, measured: Measured, is_emulated: bool) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def describe(deployment: Deployment, scenario: Scenario, measured: Measured, is_
     row |= {"images": len(measured.latencies_ms), "p50_ms": p50, "p95_ms": p95, "p99_ms": p99}
     row |= describe_traffic(measured)
     if measured.traffic:
-        row["framing"] = row["wire_bytes"] / payload_bytes(deployment.load.transfers(scenario))
+        row["framing"] = row["wire_bytes"] / payload_bytes(deployment.workload.transfers(scenario))
     return row
 
 
@@ -243,11 +243,11 @@ def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -
 def compose_all(deployments: Sequence[Deployment], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
     """A row for every deployment, link and scenario."""
     for deployment in deployments:
-        load = deployment.load
-        about = {"method": deployment.method, "n_devices": load.n_devices, "rounds": len(load.payload)}
-        about |= {"memory_bytes": load.memory_bytes, "macs": int(load.macs.sum(axis=0).max())}
+        workload = deployment.workload
+        about = {"method": deployment.method, "n_devices": workload.n_devices, "rounds": len(workload.payload)}
+        about |= {"memory_bytes": workload.memory_bytes, "macs": int(workload.macs.sum(axis=0).max())}
         for link in params.links:
             for scenario in SCENARIOS:
                 framing = framing_of(deployment, scenario, live)
-                composed = compose(load, PRESETS[link], scenario, framing, deployment.final_s, params)
+                composed = compose(workload, PRESETS[link], scenario, framing, deployment.final_s, params)
                 yield about | {"link": link, "scenario": scenario, "framing": framing} | composed

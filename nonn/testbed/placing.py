@@ -60,15 +60,15 @@ def teacher_homes(params: Params, solo: Path) -> dict[str, Board | None]:
 
 def place(deployment: Deployment, board: Board, method: str | None = None) -> Deployment:
     """A deployment with all its devices on a board, by another name if one is given."""
-    load = replace(deployment.load, boards=[board] * deployment.load.n_devices)
+    workload = replace(deployment.workload, boards=[board] * deployment.workload.n_devices)
     like = deployment.like or deployment.method
-    return replace(deployment, method=method or deployment.method, like=like, load=load)
+    return replace(deployment, method=method or deployment.method, like=like, workload=workload)
 
 
 def placed_teachers(teachers: dict[str, Deployment], params: Params, solo: Path) -> Iterator[Deployment]:
     """The teachers on boards that hold them, and on the students' own where that is another one."""
     for name, home in teacher_homes(params, solo).items():
-        own = own_board(params, teachers[name].load.precision)
+        own = own_board(params, teachers[name].workload.precision)
         if home:
             yield place(teachers[name], home)
         if home != own and (own.seconds_per_mac or own.runs_onnx):
@@ -77,7 +77,7 @@ def placed_teachers(teachers: dict[str, Deployment], params: Params, solo: Path)
 
 def with_the_teacher(network: Deployment, params: Params, solo: Path) -> Iterator[Deployment]:
     """A network's students on the board of the float32 teacher, where they are not there anyway."""
-    precision = network.load.precision
+    precision = network.workload.precision
     home = teacher_homes(params, solo).get("teacher")
     if home is None or home.name == own_board(params, precision).name:
         return
