@@ -110,6 +110,6 @@ def test_what_would_be_lost_after_the_training_is_refused_before(tmp_path):
 def test_it_begins_with_the_signals(experiment):
     experiment.signals.unlink()
     arguments = ["try", "2s/kd", "--set", "distill.epochs=1", "--seed", "2", "--table", "table.csv"]
-    with pytest.raises(SystemExit, match=r"signals\.safetensors: is not there; attempts begin with the signals"):
+    with pytest.raises(SystemExit, match=r"signals\.safetensors: is not there\. Run `dvc repro signals` first"):
         main(arguments)
     assert not Path("table.csv").exists()

@@ -69,5 +69,5 @@ def test_what_cannot_be_probed_is_said(experiment):
     with pytest.raises(SystemExit, match=r"--sets 1000: the teacher has \d+ live filters"):
         main(["probe", "--sets", "2,1000"])
     experiment.graph.unlink()
-    with pytest.raises(SystemExit, match=r"graph\.safetensors: is not there; probes read it"):
+    with pytest.raises(SystemExit, match=r"graph\.safetensors: is not there\. Run `dvc repro graph` first"):
         main(["probe"])

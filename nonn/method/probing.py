@@ -19,8 +19,7 @@ from torch import Tensor
 from nonn.core.params import Evaluate
 from nonn.method.filter_graph import FilterGraph
 from nonn.method.partitioning import partition_filters
-from nonn.method.regimes import Z95
-from nonn.method.scoring import permutation_test
+from nonn.method.scoring import paired_difference, permutation_test
 from nonn.method.sizing import apportion
 
 #: Ways to share out the filters, the one that the others are compared with first.
@@ -121,8 +120,7 @@ def rows_of(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a table, one a number of sets and method: accuracies alone and joined, each against random sets.
 
-    Differences are paired by image, right answers averaged over sets and seeds first. The interval is 1.96 standard
-    errors over the images: it says nothing of other teachers.
+    Differences as `paired_difference`, over sets and seeds.
     """
     for n_sets, method in dict.fromkeys((n, method) for n, method, _ in found):
         own, reference = (
@@ -135,9 +133,8 @@ def rows_of(
             accuracies = answers.mean(1)
             row |= {f"{name}_mean": accuracies.mean(), f"{name}_worst": accuracies.min()}
             if method != METHODS[0]:
-                difference = answers.mean(0) - reference[name].mean(0)
-                error = Z95 * difference.std(ddof=1) / np.sqrt(len(difference))
-                row |= {f"{name}_vs_random": difference.mean(), f"{name}_error": error}
+                difference, error = paired_difference(answers, reference[name])
+                row |= {f"{name}_vs_random": difference, f"{name}_error": error}
                 row[f"{name}_p"] = permutation_test(answers, reference[name], params.resamples, params.seed)
         yield row
 

@@ -28,7 +28,7 @@ from nonn.data.dataset import SPLITS, Dataset, load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
-from nonn.method.scoring import permutation_test
+from nonn.method.scoring import paired_difference, permutation_test
 from nonn.method.sizing import design_student, smallest_device
 from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
@@ -37,8 +37,6 @@ from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.networks import ConvNet, predict
 from nonn.training.store import cut, load_design, load_filters, load_signals
 
-#: Normal quantile of a two-sided 95 % interval.
-Z95 = 1.959964
 #: Seeds of images and partitions that are drawn here.
 DRAW = 0
 
@@ -319,27 +317,22 @@ def score(params: Params, point: Point, network: str, seed: int, size: int, rand
 
 
 def rows_of(params: Params, point: Point, network: str, by_seed: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict]:
-    """The rows of a table for one point and network: each method against the fitted ensemble.
-
-    Differences are paired by test image, right answers averaged over the seeds first; the interval is 1.96 standard
-    errors of their mean over the test images, and so says nothing of other seeds or teachers.
-    """
+    """Rows of a table for one point and network: each method against the fitted ensemble; see `paired_difference`."""
     names = [name for name in by_seed[0] if "." not in name]
     correct = {name: np.stack([found[name] for found in by_seed]) for name in names}
     correct["kd"] = np.stack([found[name] for found in by_seed for name in found if name.startswith("kd.")])
     reference = correct["ensemble_fitted"]
     for name, right in correct.items():
         means = right.mean(1)
-        difference = right.mean(0) - reference.mean(0)
-        error = Z95 * difference.std(ddof=1) / np.sqrt(len(difference))
+        difference, error = paired_difference(right, reference)
         is_reference = name == "ensemble_fitted"
         compared: dict[str, Any] = (
             {}
             if is_reference
             else {
-                "difference_vs_fitted_ensemble": difference.mean(),
-                "ci_low": difference.mean() - error,
-                "ci_high": difference.mean() + error,
+                "difference_vs_fitted_ensemble": difference,
+                "ci_low": difference - error,
+                "ci_high": difference + error,
                 "p": permutation_test(right, reference, params.evaluate.resamples, params.evaluate.seed),
             }
         )
