@@ -191,6 +191,7 @@ def test_only_one_rollout_at_a_time(network_folder, folder, monkeypatch):
 def test_a_rollout_that_is_told_to_stop_goes_back(network_folder, folder, monkeypatch, number):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs in its background ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and `nohup` this one
     (folder / "cluster.yaml").write_text("former")
     played = []
 
