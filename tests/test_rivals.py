@@ -99,7 +99,7 @@ def test_the_command_scores_both_against_nonn(experiment, monkeypatch):
     assert rows[1]["bytes_sent"] == "8"  # two of three classes
     assert float(rows[1]["one_missing"]) < 0.7
     assert rows[2]["one_missing"] == ""
-    monkeypatch.setattr(rivals, "distil", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(rivals, "distill", lambda *_: pytest.fail("trained again"))
     main(["rivals", *SHORT])
 
 

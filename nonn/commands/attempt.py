@@ -26,7 +26,7 @@ from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
-from nonn.method.final_layer import averaged_layer, fit, logits_of
+from nonn.method.final_layer import averaged_layer, fit_by_epoch, logits_of
 from nonn.method.joining import BATCH_SIZE
 from nonn.method.store import load_baseline, load_students
 from nonn.runtime.final import FinalLayer
@@ -114,7 +114,7 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
     for student in students:
         student.cpu()
     epochs = (epoch_order(len(taught), epoch, seed).split(BATCH_SIZE) for epoch in range(params.assemble.epochs))
-    *_, fitted = (averaged, *fit(averaged, train, taught, epochs, params.assemble.lr))
+    *_, fitted = (averaged, *fit_by_epoch(averaged, train, taught, epochs, params.assemble.lr))
     classifier = _classifier(load_teacher(Paths(params.experiment)), sets)
     costs = [measure_cost(student, data.channels, data.size) for student in students]
     own = [accuracy(own_logits, labels) for _, own_logits in outputs]

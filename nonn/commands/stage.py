@@ -18,7 +18,7 @@ from nonn.core.files import STATE
 from nonn.core.jobs import check_jobs
 from nonn.core.numerics import choose
 from nonn.core.options import add_settings, completed, refuse_settings
-from nonn.core.params import PARAMS_FILE, Params, load_params
+from nonn.core.params import PARAMS_FILE, SOLO, Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 from nonn.core.progress import log
 from nonn.core.yaml_text import read_yaml
@@ -129,7 +129,7 @@ def known_items(stage: str, params: Params) -> dict[str, dict]:
     if stage in ("design", "partition", "assemble"):
         return {network: {"network": network} for network in params.networks}
     if stage in ("export", "benchmark", "distributed"):
-        return {name: {"name": name} for name in [*params.networks, "solo"]}
+        return {name: {"name": name} for name in [*params.networks, SOLO]}
     if stage == "distill":
         students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
         return {f"{network}/{i}": {"network": network, "student": i} for network, i in students}

@@ -41,7 +41,7 @@ def as_tensors(blocks: Blocks) -> tuple[list[Tensor], list[Tensor]]:
     ]
 
 
-def fit(
+def fit_by_epoch(
     start: FinalLayer,
     features: Sequence[Tensor],
     labels: Tensor,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.params import MAX_SUBSET_STUDENTS, STRATEGIES, Assemble
-from nonn.method.final_layer import as_tensors, fit, logits_of
+from nonn.method.final_layer import as_tensors, fit_by_epoch, logits_of
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import Subset, proper_subsets
 from nonn.training.loop import epoch_order
@@ -69,7 +69,7 @@ def fit_fail_out(start: FinalLayer, features: Features, labels: Tensor, params: 
         return (terms * present[..., None]).sum(0) * (n / present.sum(0))[:, None]
 
     steps = batches(len(labels), params.epochs, seed)
-    (fitted,) = fit(start, features, labels, [steps], params.lr, without_some)
+    (fitted,) = fit_by_epoch(start, features, labels, [steps], params.lr, without_some)
     return fitted
 
 

@@ -64,7 +64,7 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     if target.is_file():
         model.load_state_dict(read_tensors(target))
     else:
-        distil(model, params, classroom, seed, checkpoint, f"{network}/{method} seed {seed}")
+        distill(model, params, classroom, seed, checkpoint, f"{network}/{method} seed {seed}")
         write_tensors(target, model.state_dict())
         checkpoint.discard()
     for part in rival.parts:
@@ -98,7 +98,7 @@ def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom) ->
     return model, Rival([model], [range(data.n_classes)], f"{share:.1%} of the filters of each layer taken out")
 
 
-def distil(
+def distill(
     model: nn.Module, params: Params, classroom: Classroom, seed: int, checkpoint: Checkpoint, label: str
 ) -> None:
     """Train a network in place by the students' loss without transfer: cross-entropy, and KD from the signals."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 
+from nonn.core.params import SOLO
 from nonn.report.method_table import format_interval
 
 #: Columns of ``distributed.csv`` and how each is written.
@@ -94,7 +95,7 @@ def join_rows(results: Mapping[str, Mapping], n_devices: Mapping[str, int]) -> p
     """
     rows = []
     for name, result in results.items():
-        about = {"network": "" if name == "solo" else name, "n_devices": n_devices.get(name, 1)}
+        about = {"network": "" if name == SOLO else name, "n_devices": n_devices.get(name, 1)}
         for row in result["live"]:
             if row["images"]:  # else one image would have taken too long: the composed row stands alone
                 badge = "emulated" if row["emulated"] else "measured"
