@@ -119,9 +119,9 @@ def _only(name: str, key: str, columns: list[str], features: Mapping[str, Any]) 
 def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels (N,) int64 and classes, from numbers or names of classes."""
     if names is None and given.dtype.kind in "iub":
-        numbers, labels = np.unique(given.astype(np.int64), return_inverse=True)
-        names = list(map(str, numbers.tolist()))
-        labels = np.where(given.astype(np.int64) < 0, -1, labels)
+        numbers = given.astype(np.int64)
+        found, labels = np.unique(numbers, return_inverse=True)
+        names, labels = list(map(str, found.tolist())), np.where(numbers < 0, -1, labels)
     elif names is None:
         found, labels = np.unique(given.astype(str), return_inverse=True)
         names = found.tolist()
