@@ -6,9 +6,9 @@ A program of its own, since numerics have to be chosen before torch is loaded.
 import importlib
 import sys
 
-from nonn.core.numerics import choose
+from nonn.core.numerics import set_numerics
 
-choose(sys.argv[1])
+set_numerics(sys.argv[1])
 
 from experiments import make_dataset, tiny_params, write_dataset  # noqa: E402
 from ruamel.yaml import YAML  # noqa: E402

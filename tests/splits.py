@@ -7,8 +7,8 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from nonn.core.architecture import Architecture
 from nonn.core.files import write_json
-from nonn.core.params import Architecture
 from nonn.deploy.int8 import quantise
 from nonn.deploy.onnx_files import Logits, export_onnx
 from nonn.split.graph import read_network

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from nonn.core.architecture import Architecture
 from nonn.core.files import read_json
-from nonn.core.params import Architecture, Assemble
+from nonn.core.params import Assemble
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.exporting import joined

@@ -20,7 +20,7 @@ from nonn.firmware.scale import FeatureScale, scale_of
 from nonn.firmware.targets import find_target
 from nonn.live.up import run_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.final import FinalLayer, read_out
+from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.session import run_onnx
 
 
@@ -78,7 +78,7 @@ def test_a_cluster_of_boards_answers_as_onnx_runtime(export):
             assert len(np.unique(integers)) > 1
             expected[position] = scale.decode(integers)
             np.testing.assert_array_equal(answer.features[f"node-{position}"], expected[position])
-        prediction = read_out(manifest, list(final.contributions(expected).values()))
+        prediction = predict(manifest, final, expected)
         assert answer.prediction.label == prediction.label
         np.testing.assert_array_equal(answer.prediction.probabilities, prediction.probabilities)
     asyncio.run(until(lambda: not emulators() - before))

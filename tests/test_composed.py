@@ -9,7 +9,7 @@ from loads import CORE, WORKLOAD, on_a_pi, student_row
 from splits import write_tiny
 
 from nonn.core.links import Link, link_seconds
-from nonn.runtime.cluster import COORDINATOR
+from nonn.core.names import COORDINATOR
 from nonn.split.planner import plan_split
 from nonn.testbed import composed
 from nonn.testbed.composed import Workload, compose, network_workload, payload_bytes, split_workload

@@ -5,8 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
+from nonn.core.architecture import Architecture
 from nonn.core.budgets import Budget
-from nonn.core.params import Architecture, Design
+from nonn.core.params import Design
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.counting import BODIES, Cost, count_cost
 from nonn.training.networks import ConvNet

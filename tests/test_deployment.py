@@ -5,7 +5,8 @@ import math
 import pandas as pd
 import pytest
 
-from nonn.core.params import Architecture, Figures
+from nonn.core.architecture import Architecture
+from nonn.core.params import Figures
 from nonn.report import deployment_plots
 from nonn.report.deployment_table import (
     COLUMNS,
@@ -22,7 +23,7 @@ from nonn.report.deployment_table import (
     list_ratios,
 )
 from nonn.report.plots import drawing_style, save_figure
-from nonn.report.summary import write_csv
+from nonn.report.summary import format_csv
 
 FIGURES = Figures(dpi=50)
 REFERENCE = Architecture(family="wrn", depth=16, width=2)
@@ -133,12 +134,12 @@ def test_on_loopback_the_badge_is_measured():
     rows = join_rows({"2s": {"live": [live("nonn", FAST, 5.0, emulated=False)], "composed": []}}, {"2s": 2})
     assert rows["badge"].tolist() == ["measured"]
     assert rows["wire_bytes"].isna().all()
-    line = write_csv(rows, COLUMNS).splitlines()[1]
+    line = format_csv(rows, COLUMNS).splitlines()[1]
     assert line.startswith(f"2s,nonn,2,{FAST},sensor,measured,,,30,0,5.000,6.000,7.000,")
 
 
 def test_csv_by_hand(rows):
-    header, *lines = write_csv(rows, COLUMNS).splitlines()
+    header, *lines = format_csv(rows, COLUMNS).splitlines()
     assert header == ",".join(COLUMNS)
     assert len(lines) == len(rows)
     assert lines[0] == f",teacher,1,{FAST},sensor,emulated,,,30,0,8.000,9.000,10.000,,,,,1000,,,,,,,,,,,,,,,"

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nonn.commands.use import merge_experiment
-from nonn.core.architecture import MOST_CHANNELS
+from nonn.core.architecture import MOST_CHANNELS, Architecture
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.params import Architecture, Design, Params
+from nonn.core.params import Design, Params
 from nonn.deploy.cost import measure_cost
 from nonn.method.sizing import (
     apportion,

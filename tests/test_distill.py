@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, TEMPORARY, read_json, write_json
-from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Architecture, Augment
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Augment
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors

@@ -11,12 +11,13 @@ from clusters import CLASSES
 from loads import CORE, WORKLOAD, on_a_pi, student_row
 from splits import COST, in_int8, write_tiny
 
+from nonn.core.architecture import Architecture
 from nonn.core.files import read_json, write_json
 from nonn.core.links import PRESETS, Link
-from nonn.core.params import Architecture
+from nonn.core.names import COORDINATOR
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
-from nonn.runtime.cluster import COORDINATOR, local_cluster
+from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.node import Student

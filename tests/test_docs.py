@@ -10,7 +10,7 @@ from committed import summaries
 from experiments import REPOSITORY
 from ruamel.yaml import YAML
 
-from nonn.commands.docs import MEANINGS, REFERENCE, RESULTS, SCHEMA, fill_tables, generated, read_tables, write_schema
+from nonn.commands.docs import MEANINGS, REFERENCE, RESULTS, SCHEMA, fill_tables, generated, make_schema, read_tables
 from nonn.commands.use import SCHEMA_LINE, merge_experiment
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
@@ -77,11 +77,11 @@ def test_a_key_without_a_meaning_is_refused():
     known = meanings()
     del known["Schedule"]["warmup"]
     with pytest.raises(UserError, match=r"params\.meaning\.yaml: Distill\.warmup: missing; say what the key means"):
-        write_schema(known)
+        make_schema(known)
 
 
 def test_no_meaning_is_of_a_key_that_is_gone():
-    described = json.dumps(write_schema(meanings()), ensure_ascii=False)
+    described = json.dumps(make_schema(meanings()), ensure_ascii=False)
     for section, keys in meanings().items():
         for key, text in keys.items():
             assert json.dumps(text, ensure_ascii=False) in described, f"{MEANINGS}: {section}.{key}"

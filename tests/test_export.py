@@ -15,10 +15,11 @@ from experiments import REPOSITORY
 from PIL import Image
 
 from nonn.cli import main
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.images import read_image
-from nonn.core.params import Architecture, Params
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors

@@ -8,8 +8,9 @@ import pytest
 from experiments import REPOSITORY
 
 from nonn.commands.use import merge_experiment
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Design, Device, Params
+from nonn.core.params import Design, Device, Params
 from nonn.firmware.build import COMPILER, compile_sources, copy_sources, link
 from nonn.firmware.sketch import predict_footprint, sketch_student
 from nonn.firmware.source import write_source

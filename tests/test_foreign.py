@@ -10,9 +10,10 @@ from foreign import save, section, taught, write_onnx, write_source
 from torch import Tensor, nn
 from torchvision import models
 
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.params import Architecture, Params, Teacher
+from nonn.core.params import Params, Teacher
 from nonn.core.paths import Paths
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import write_classifier

@@ -12,7 +12,7 @@ from foreign import save, section, taught, write_onnx
 from torch import nn
 
 from nonn.core.errors import UserError
-from nonn.core.params import Normalization
+from nonn.core.teacher_source import Normalization
 from nonn.data.dataset import Dataset
 from nonn.deploy.teacher_files import write_teacher
 from nonn.runtime.session import run_onnx

@@ -20,7 +20,7 @@ import resource, sys
 from pathlib import Path
 from pictures import make_params
 from nonn.core.files import write_json
-from nonn.core.params import Architecture
+from nonn.core.architecture import Architecture
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors

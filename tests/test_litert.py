@@ -10,10 +10,10 @@ from experiments import make_dataset, tiny_params, write_dataset
 from safetensors.numpy import save_file
 
 from nonn import cli
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
 from nonn.core.install import LITERT
-from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.deploy.int8 import fold_norms
 from nonn.deploy.onnx_files import write_student

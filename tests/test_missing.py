@@ -13,7 +13,7 @@ from nonn.core.errors import UserError
 from nonn.core.params import STRATEGIES, Assemble
 from nonn.method.final_layer import as_tensors, logits_of
 from nonn.method.missing import (
-    choose,
+    choose_strategy,
     cross_scored,
     fit_fail_out,
     fit_strategies,
@@ -237,9 +237,9 @@ def test_with_all_present_every_strategy_gives_the_same_answer():
 
 def test_the_best_on_validation_is_chosen_and_the_simplest_of_equals():
     means = {"zero_fill": 0.9, "rescale": 0.9, "fail_out": 0.8, "subset_layers": 0.9}
-    assert choose(means, "auto") == "rescale"
-    assert choose(means | {"subset_layers": 0.91}, "auto") == "subset_layers"
-    assert choose(means, "fail_out") == "fail_out"
+    assert choose_strategy(means, "auto") == "rescale"
+    assert choose_strategy(means | {"subset_layers": 0.91}, "auto") == "subset_layers"
+    assert choose_strategy(means, "fail_out") == "fail_out"
 
 
 def test_the_summary_is_what_counting_gives():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from experiments import make_dataset
 
-from nonn.core.params import SOLO, Architecture
+from nonn.core.architecture import Architecture
+from nonn.core.params import SOLO
 from nonn.deploy.int8 import check_close
 from nonn.deploy.onnx_files import write_classifier, write_student
 from nonn.runtime.session import run_onnx

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torchvision
 
-from nonn.core.params import Architecture
+from nonn.core.architecture import Architecture
 from nonn.training.networks import ConvNet, accuracy, count_parameters, deployed, predict, single_pass, whiten
 
 FAST = Architecture(family="fast", widths=[4, 8, 12], depth=2)

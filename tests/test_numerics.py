@@ -49,16 +49,16 @@ def test_emulated_processors_of_two_makers_give_the_same_bytes(processor, tmp_pa
 def test_portable_takes_neither_bfloat16_nor_a_gpu(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    numerics.choose("portable")
+    numerics.set_numerics("portable")
     assert pick_device().type == "cpu"
     monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
     assert not mixed_precision(pick_device())._enabled
-    numerics.choose("fast")
+    numerics.set_numerics("fast")
     assert pick_device().type == "cuda"
 
 
 def test_limits_are_not_set_where_the_processor_has_no_avx2(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(numerics, "has_avx2", lambda: False)
-    numerics.choose("portable")
+    numerics.set_numerics("portable")
     assert "ATEN_CPU_CAPABILITY" not in os.environ, "it would end with an illegal instruction"

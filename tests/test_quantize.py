@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
 from nonn.deploy.onnx_files import write_classifier, write_student

@@ -7,11 +7,11 @@ import torch
 
 from nonn.cli import main
 from nonn.commands.rivals import COLUMNS
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import DatasetInfo
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.params import Architecture
 from nonn.deploy.cost import measure_cost
 from nonn.method import rivals
 from nonn.method.pruning import prune, prune_to_budget

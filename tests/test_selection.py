@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nonn.core.params import Architecture, MuonParams, Schedule
+from nonn.core.architecture import Architecture
+from nonn.core.params import MuonParams, Schedule
 from nonn.teachers.selection import LEARNS_EVERY, Proxy
 from nonn.training.networks import ConvNet
 

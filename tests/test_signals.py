@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nonn.core.params import Architecture
+from nonn.core.architecture import Architecture
 from nonn.data.tensors import read_tensors
 from nonn.stages import signals as signals_stage
 from nonn.teachers import signals

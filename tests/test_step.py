@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nonn.core.params import Architecture, MuonParams, Schedule
+from nonn.core.architecture import Architecture
+from nonn.core.params import MuonParams, Schedule
 from nonn.training.networks import ConvNet
 from nonn.training.optim import make_optimizers
 from nonn.training.step import WARM_UP, RecordedStep, Step, set_rate

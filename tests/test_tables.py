@@ -49,7 +49,7 @@ def test_summary_counts_match_the_designs(inside):
 
 
 def write_report(methods, comparison):
-    return summary.write_summary_md(
+    return summary.format_report(
         methods,
         params=PARAMS,
         comparisons=[comparison],
@@ -63,7 +63,7 @@ def write_report(methods, comparison):
 
 
 def test_summary_csv_by_hand(methods):
-    assert summary.write_csv(methods, method_table.COLUMNS) == (
+    assert summary.format_csv(methods, method_table.COLUMNS) == (
         "method,network,n_students,n_seeds,accuracy_mean,accuracy_sd,params_per_device,params_total,"
         "weight_bytes_per_device,macs_per_device,feature_bytes,latency_p50_ms,"
         "latency_ratio,latency_ratio_low,latency_ratio_high,p_value_vs_nonn,p_value_vs_nonn_seeds\n"
@@ -197,7 +197,7 @@ STRATEGY_ROWS = pd.DataFrame(
 
 
 def test_missing_csv_by_hand():
-    assert summary.write_csv(STRATEGY_ROWS, missing_table.COLUMNS) == (
+    assert summary.format_csv(STRATEGY_ROWS, missing_table.COLUMNS) == (
         "network,strategy,chosen,missing,n_subsets,n_seeds,mean,mean_sd,worst\n"
         "2s,rescale,0,0,1,3,0.950000,,0.950000\n"
         "2s,rescale,0,1,2,3,0.800000,0.010000,0.700000\n"

@@ -12,9 +12,11 @@ from experiments import REPOSITORY, make_dataset
 from PIL import Image
 
 from nonn.cli import main
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, sha256_of
-from nonn.core.params import Architecture, MuonParams, Normalization, Selection
+from nonn.core.params import MuonParams, Selection
+from nonn.core.teacher_source import Normalization
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.stages import teacher as teacher_stage

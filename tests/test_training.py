@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
-from nonn.core.params import Architecture, MuonParams, Schedule
+from nonn.core.params import MuonParams, Schedule
 from nonn.training import checkpoint as checkpoint_module
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.loop import LOG_COLUMNS, epoch_order, train, write_log

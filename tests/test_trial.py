@@ -12,8 +12,8 @@ from clusters import CHANNELS, PATIENCE, SIZE, free_ports, nobody_listens
 
 from nonn.core.errors import UserError
 from nonn.core.links import Link
+from nonn.core.names import COORDINATOR
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.cluster import COORDINATOR
 from nonn.testbed import echo_server
 from nonn.testbed.deployments import as_network
 from nonn.testbed.echo import tcp_echoes

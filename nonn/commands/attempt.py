@@ -19,21 +19,19 @@ import torch.nn.functional as F
 from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, remove
-from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, refuse_missing, seed_number
+from nonn.core.numerics import set_numerics
+from nonn.core.options import add_settings, complete_from, refuse_missing, seed_number
 from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
-from nonn.method.final_layer import averaged_layer, fit_by_epoch, logits_of
-from nonn.method.joining import BATCH_SIZE
+from nonn.method.final_layer import averaged_layer, fit_by_epoch, logits_of, steps_of
 from nonn.method.store import load_baseline, load_students
 from nonn.runtime.final import FinalLayer
 from nonn.stages import baseline, design, distill, graph, partition
 from nonn.teachers.store import load_teacher
 from nonn.training.hardware import pick_device
-from nonn.training.loop import epoch_order
 from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Of the table of attempts. `validation_accuracy` and `validation_loss` are those of the averaged logits. Accuracies
@@ -113,7 +111,7 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
     train = [predict(student, seen, device)[0] for student in students]
     for student in students:
         student.cpu()
-    epochs = (epoch_order(len(taught), epoch, seed).split(BATCH_SIZE) for epoch in range(params.assemble.epochs))
+    epochs = (steps_of(len(taught), epoch, seed) for epoch in range(params.assemble.epochs))
     *_, fitted = (averaged, *fit_by_epoch(averaged, train, taught, epochs, params.assemble.lr))
     classifier = _classifier(load_teacher(Paths(params.experiment)), sets)
     costs = [measure_cost(student, data.channels, data.size) for student in students]
@@ -151,7 +149,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 def add_arguments(parser) -> None:
     item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="a network, or a baseline of it, such as 2s/kd")
-    completed(item, lambda: load_params().networks)
+    complete_from(item, lambda: load_params().networks)
     add_settings(parser)
     parser.add_argument("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_argument("--table", type=Path, metavar="FILE.csv", help="append the result to this table")
@@ -163,7 +161,7 @@ def run(options) -> None:
     item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)
     params = load_params(changes=changes)
-    choose(params.numerics)  # of the precision alone: torch is loaded
+    set_numerics(params.numerics)  # of the precision alone: torch is loaded
     if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:
         raise UserError(
             f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from nonn.core.errors import printable
-from nonn.core.options import completed
+from nonn.core.options import complete_from
 
 
 def add_arguments(parser) -> None:
     name = parser.add_argument("name", nargs="?", metavar="NAME", help="show one board, with the source of each figure")
-    completed(name, _names)
+    complete_from(name, _names)
     parser.epilog = "example: nonn devices rp2350"
 
 

@@ -38,7 +38,7 @@ A key without a default has to be given. Numbers are taken as they stand: where 
 TABLES = re.compile(r"(<!-- tables: (\S+), ([^\n]+?) -->\n).*?(<!-- end of tables -->)", re.DOTALL)
 
 
-def write_schema(meanings: dict[str, dict[str, str]]) -> dict[str, Any]:
+def make_schema(meanings: dict[str, dict[str, str]]) -> dict[str, Any]:
     """JSON schema of ``params.yaml``, with the meaning of every key; a key without one is refused."""
     schema = _without_titles(Params.model_json_schema())
     definitions = {"Params": schema, **schema["$defs"]}
@@ -49,7 +49,7 @@ def write_schema(meanings: dict[str, dict[str, str]]) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "params.yaml of NoNN", **schema}
 
 
-def write_reference(schema: dict[str, Any]) -> str:
+def format_reference(schema: dict[str, Any]) -> str:
     """The page of all keys: a table for each section, then one for each kind of mapping within sections."""
     sections = {name: _target(node) for name, node in schema["properties"].items()}
     own = {target: name for name, target in sections.items() if target}
@@ -91,10 +91,10 @@ def read_tables(page: Path) -> dict[str, str]:
 
 def generated() -> dict[Path, str]:
     """Content of every generated file."""
-    schema = write_schema(YAML(typ="safe").load(MEANINGS.read_text(encoding="utf-8")))
+    schema = make_schema(YAML(typ="safe").load(MEANINGS.read_text(encoding="utf-8")))
     return {
         SCHEMA: json.dumps(schema, indent=2, ensure_ascii=False) + "\n",
-        REFERENCE: write_reference(schema),
+        REFERENCE: format_reference(schema),
         RESULTS: fill_tables(RESULTS.read_text(encoding="utf-8")),
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nonn.core.errors import UserError
-from nonn.core.options import completed, natural
+from nonn.core.options import complete_from, natural
 
 
 def add_arguments(parser) -> None:
@@ -14,7 +14,7 @@ def add_arguments(parser) -> None:
         "student", nargs="+", type=Path, metavar="STUDENT", help="its ONNX file, or the folder of a whole export"
     )
     device = parser.add_argument("--device", required=True, metavar="NAME", help="of `nonn devices`, such as stm32h743")
-    completed(device, _devices)
+    complete_from(device, _devices)
     parser.add_argument("--flash-kib", type=natural, metavar="N", help="leave it only so much of the device's flash")
     parser.add_argument("--ram-kib", type=natural, metavar="N", help="leave it only so much of the device's RAM")
     parser.add_argument("--out", type=Path, default=Path("firmware"), metavar="FOLDER", help="(default: firmware)")
@@ -66,11 +66,11 @@ def run(options) -> None:
 def in_int8(path: Path, images: Path, folder: Path) -> Path:
     """A float32 student quantised on training images; in a folder of its network's name, by which figures call it."""
     from nonn.deploy.calibrated import write_int8
-    from nonn.runtime.sensor import load_images
+    from nonn.runtime.sensor import open_images
 
     target = folder / path.resolve().parent.name / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_int8(path, lambda planes: load_images(images, planes), target)
+    write_int8(path, lambda planes: open_images(images, planes), target)
     return target
 
 

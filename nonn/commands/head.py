@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
-from nonn.core.numerics import choose
+from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, load_settings
 from nonn.core.params import Params, Teacher
 from nonn.core.paths import Paths
@@ -43,7 +43,7 @@ def run(options) -> None:
     if options.start and not options.start.exists():
         raise UserError(f"--start {options.start}: no such file. Name weights that are there, or leave it out.")
     target = _target(params)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     import torch
 
     from nonn.data.dataset import load_teacher_dataset

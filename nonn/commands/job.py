@@ -31,7 +31,7 @@ from dvc.utils.serialize._yaml import _dump
 from nonn.commands.stage import note
 from nonn.core.errors import UserError, refusal
 from nonn.core.files import STATE, read_json, remove, write_json, write_text
-from nonn.core.options import completed
+from nonn.core.options import complete_from
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -142,7 +142,7 @@ def say_what_is_left() -> None:
 
 def add_arguments(parser) -> None:
     stage = parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
-    completed(stage, lambda: [found.addressing for found in Repo(".").index.stages])
+    complete_from(stage, lambda: [found.addressing for found in Repo(".").index.stages])
     parser.add_argument("--writes", nargs="+", default=[], help=argparse.SUPPRESS)  # as Snakemake expects of the job
     parser.epilog = "example: nonn job distill@seed0/2s/0"
 

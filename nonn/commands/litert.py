@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.numerics import choose
-from nonn.core.options import at_least, completed, refuse_unknown_networks
+from nonn.core.numerics import set_numerics
+from nonn.core.options import add_network, at_least, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="an exported network of params.yaml, in int8")
-    completed(network, lambda: load_params().networks)
+    add_network(parser, help="an exported network of params.yaml, in int8")
     parser.add_argument("--out", type=Path, default=Path("litert"), metavar="FOLDER", help="(default: litert)")
     parser.add_argument(
         "--images",
@@ -27,7 +26,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_params()
-    choose(params.numerics)
+    set_numerics(params.numerics)
     refuse_unknown_networks(params, [options.network])
     if params.design.precision != "int8":
         raise UserError("params.yaml: design.precision: is float32, and these files are int8. Set it to int8.")

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.numerics import choose
+from nonn.core.numerics import set_numerics
 from nonn.core.options import natural, refuse_missing
 from nonn.core.params import Params, load_params
 from nonn.core.paths import Paths
@@ -69,7 +69,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_params()
-    choose(params.numerics)
+    set_numerics(params.numerics)
     path = PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN
     plan = load_yaml(path, MapPlan, "write one").model_dump(exclude_none=True)
     chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])

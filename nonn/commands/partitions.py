@@ -13,9 +13,16 @@ from nonn.core.artifacts import Sizes
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, read_json, write_text
 from nonn.core.install import how_to_install
-from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_missing, refuse_unknown_networks
-from nonn.core.params import Params, load_params
+from nonn.core.numerics import set_numerics
+from nonn.core.options import (
+    add_network,
+    add_settings,
+    at_least,
+    load_settings,
+    refuse_missing,
+    refuse_unknown_networks,
+)
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log, track
 from nonn.core.system import describe_system
@@ -91,8 +98,7 @@ def conditions_of(params: Params, network: str, n_seeds: int) -> str:
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="whose sizes the sets are to have, such as 4s")
-    completed(network, lambda: load_params().networks)
+    add_network(parser, help="whose sizes the sets are to have, such as 4s")
     parser.add_argument(
         "--seeds",
         type=at_least(2, 1000),
@@ -107,7 +113,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_settings(options)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     import sklearn  # noqa: F401  # before anything is measured: not every installation has it
 
     paths = Paths(params.experiment)

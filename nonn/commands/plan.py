@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from nonn.core.errors import UserError
-from nonn.core.options import at_least, completed
+from nonn.core.options import at_least, complete_from
 from nonn.core.params import FEWEST_PIXELS, MOST_PIXELS
 
 if TYPE_CHECKING:  # help is instant
@@ -82,7 +82,7 @@ def add_arguments(parser) -> None:
     link = parser.add_argument(
         "--link", metavar="NAME", help=f"of `nonn links` (default: the first of {own}, or {LINK})"
     )
-    completed(link, _links)
+    complete_from(link, _links)
     parser.epilog = "example: nonn plan --devices '2×rp2350 + 1×pi_zero2w' --latency-ms 500"
 
 

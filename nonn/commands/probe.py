@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.numerics import choose
+from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, at_least, load_settings, numbers, refuse_missing
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -47,7 +47,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_settings(options)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     paths = Paths(params.experiment)
     refuse_missing([paths.dataset, paths.signals, paths.graph], "graph")
     rows, n_classes = measure(params, paths, options.sets, options.images, options.on)

@@ -11,9 +11,9 @@ from typing import Any
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, numbers, refuse_unknown_networks
-from nonn.core.params import Params, load_params
+from nonn.core.numerics import set_numerics
+from nonn.core.options import add_network, add_settings, at_least, load_settings, numbers, refuse_unknown_networks
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.core.yaml_text import read_yaml
@@ -35,8 +35,7 @@ LABELS = {
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="a trained network, such as 4s")
-    completed(network, lambda: load_params().networks)
+    add_network(parser, help="a trained network, such as 4s")
     parser.add_argument("--labels", type=Path, metavar="FILE.yaml", help="new labels, each with a list of old classes")
     parser.add_argument(
         "--images", metavar="EXPERIMENT", help="label the images of its dataset (default: the own ones)"
@@ -55,7 +54,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_settings(options)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     refuse_unknown_networks(params, [options.network])
     if not options.labels and not options.images:
         raise UserError("give --labels, for other labels of the same images, or --images, for other images, or both")

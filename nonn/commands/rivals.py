@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
-from nonn.core.numerics import choose
-from nonn.core.options import add_settings, at_least, completed, load_settings, refuse_missing, refuse_unknown_networks
-from nonn.core.params import load_params
+from nonn.core.numerics import set_numerics
+from nonn.core.options import (
+    add_network,
+    add_settings,
+    at_least,
+    load_settings,
+    refuse_missing,
+    refuse_unknown_networks,
+)
 from nonn.core.paths import Paths
 
 COLUMNS = (
@@ -20,10 +26,7 @@ METHODS = ("splitnet", "pruned")
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument(
-        "networks", metavar="NETWORK", nargs="*", help="whose devices they run on (default: all networks)"
-    )
-    completed(network, lambda: load_params().networks)
+    add_network(parser, "networks", nargs="*", help="whose devices they run on (default: all networks)")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,…", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)")
     add_settings(parser)
@@ -32,7 +35,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     params = load_settings(options)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     networks, methods = options.networks or list(params.networks), options.methods.split(",")
     refuse_unknown_networks(params, networks)
     if unknown := [name for name in methods if name not in METHODS]:

@@ -32,10 +32,10 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from nonn.commands.tables import write_rows
 from nonn.commands.torture import copy_repository
 from nonn.commands.use import merge, merge_experiment
 from nonn.core.errors import UserError
-from nonn.core.files import write_text
 from nonn.core.progress import log
 from nonn.core.system import tidied_up
 
@@ -241,8 +241,7 @@ def run(options) -> None:
             scratch = base.copied(Path(name) / f"{n_jobs}{'-dry' * dry}")
             row = measure(scratch, options.engine, n_jobs, options.at_once, more, dry)
             rows = merged(options.output, [written(row)])
-            lines = [",".join(COLUMNS), *(",".join(row.get(column, "") for column in COLUMNS) for row in rows)]
-            write_text(options.output, "\n".join(lines) + "\n")
+            write_rows(options.output, COLUMNS, rows)
             log(", ".join(f"{column} {value}" for column, value in written(row).items() if value))
             shutil.rmtree(scratch.folder)
     with drawing_style():

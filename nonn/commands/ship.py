@@ -10,7 +10,7 @@ from PIL import Image
 from nonn import demo
 from nonn.core.errors import UserError
 from nonn.core.files import replacing_all
-from nonn.core.options import completed, refuse_unknown_networks
+from nonn.core.options import add_network, refuse_unknown_networks
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.live.pictures import dataset_pictures
@@ -53,8 +53,7 @@ def is_folder_name(name: str) -> bool:
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="as named in params.yaml; exported")
-    completed(network, lambda: load_params().networks)
+    add_network(parser, help="as named in params.yaml; exported")
     parser.epilog = "example: nonn ship 4s"
 
 

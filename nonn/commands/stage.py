@@ -16,8 +16,8 @@ from typing import Any
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.jobs import check_jobs
-from nonn.core.numerics import choose
-from nonn.core.options import add_settings, completed, refuse_settings
+from nonn.core.numerics import set_numerics
+from nonn.core.options import add_settings, complete_from, refuse_settings
 from nonn.core.params import PARAMS_FILE, SOLO, Params, load_params
 from nonn.core.paths import Paths, remove_leftovers
 from nonn.core.progress import log
@@ -44,7 +44,7 @@ def add_arguments(parser) -> None:
     parser.set_defaults(item=None, seed=None)
     kind, item, is_seeded = ITEMS.get(stage, (None, "", False))
     if kind:
-        completed(
+        complete_from(
             parser.add_argument("item", metavar=kind, help="by the names in params.yaml"),
             lambda: known_items(stage, load_params()),
         )
@@ -65,7 +65,7 @@ def run(options) -> None:
     arguments = parse_item(stage, item, params) | parse_seed(item, seed, params)
     check_jobs(params)
     remove_leftovers(params, paths)
-    choose(params.numerics)
+    set_numerics(params.numerics)
     if stage in BEFORE_DESIGN:
         from nonn.method.feasibility import check_budgets
 

@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from nonn.core.errors import UserError
 from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, write_jobs
-from nonn.core.options import add_settings, completed
+from nonn.core.options import add_settings, complete_from
 from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.schema import change, did_you_mean, parse_changes
 from nonn.core.yaml_text import read_yaml
@@ -101,7 +101,7 @@ def add_arguments(parser) -> None:
     name = parser.add_argument(
         "experiment", metavar="EXPERIMENT", help=f"name of a file in {EXPERIMENTS}, such as cifar10"
     )
-    completed(name, experiments)
+    complete_from(name, experiments)
     add_settings(parser, "write another value than the experiment's; repeatable")
     parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
 

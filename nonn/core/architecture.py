@@ -21,6 +21,10 @@ Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
 FEWEST_STAGES, MOST_STAGES = 3, 6
 #: Channels of a MobileNetV2's last convolution in units of those before it: 1280 to 320 in the paper.
 LAST_EXPANSION = 4
+#: Channels inside an inverted residual of a MobileNetV2, in units of those that enter it.
+EXPANSION = 6
+#: Side of the patches that the first layer of family airbench whitens, in pixels.
+WHITENED = 2
 
 
 class Architecture(Section):

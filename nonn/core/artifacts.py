@@ -10,7 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from nonn.core.params import Architecture
+from nonn.core.architecture import Architecture
 
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Index = Annotated[int, Field(ge=0, le=2**31)]

@@ -1,4 +1,4 @@
-"""Names that users give: of experiments, networks and devices. They are those of folders and of keys, too."""
+"""Names: those that users give to experiments, networks and devices, and that of the host which asks the devices."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+#: The host that asks the devices, on links and in clusters.
+COORDINATOR = "coordinator"
 #: Words that YAML takes for a truth value or for nothing, in any of its versions.
 _YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 

@@ -16,7 +16,7 @@ Numerics = Literal["portable", "fast"]
 
 _CHOICE = "NONN_NUMERICS"
 #: Of each library that has kernels for several instruction sets. MKL_CBWR=AVX2 would not do: on AMD's processors MKL
-#: takes another path than on Intel's. Its square roots differ even so: see `nonn.method.final_layer.fit`.
+#: takes another path than on Intel's. Its square roots differ even so: see `nonn.method.final_layer.fit_by_epoch`.
 #: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
 _LIMITS = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -28,7 +28,7 @@ _LIMITS = {
 }
 
 
-def choose(numerics: Numerics) -> None:
+def set_numerics(numerics: Numerics) -> None:
     """Set what this process and its children calculate with; only libraries that are not yet loaded heed it."""
     os.environ[_CHOICE] = numerics
     if numerics == "portable" and has_avx2():

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from nonn.core.errors import UserError
 from nonn.core.params import PARAMS_FILE, Params, load_params
@@ -83,7 +84,12 @@ def refuse_settings(options: argparse.Namespace, reason: str) -> None:
         raise UserError(f"--set {options.set[0]}: {reason}; change {key} in {PARAMS_FILE}, or try values by `nonn try`")
 
 
-def completed(action: argparse.Action, words: Callable[[], Iterable[str]]) -> None:
+def add_network(parser, name: str = "network", **how: Any) -> None:
+    """Take the name of a network of params.yaml."""
+    complete_from(parser.add_argument(name, metavar="NETWORK", **how), lambda: load_params().networks)
+
+
+def complete_from(action: argparse.Action, words: Callable[[], Iterable[str]]) -> None:
     """Let the shell complete an argument with words, which are asked for when it does; errors mean none."""
 
     def completer(**_) -> list[str]:

@@ -22,7 +22,6 @@ from nonn.core.links import PRESETS
 from nonn.core.names import Name
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
-from nonn.core.teacher_source import Normalization as Normalization
 from nonn.core.teacher_source import TeacherSource
 
 PARAMS_FILE = Path("params.yaml")
@@ -42,6 +41,8 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 #: Students up to which each subset of them can have a layer of its own, 2^N − 1 of them.
 MAX_SUBSET_STUDENTS = 8
 
+#: Devices of a network.
+FEWEST_DEVICES, MOST_DEVICES = 2, 16
 #: Of what a device calculates with.
 Precision = Literal["float32", "int8"]
 
@@ -62,7 +63,7 @@ class NetworkParams(Section):
     Trainings of a student, or of a baseline, have the seeds 0, 1, 2 and so on.
     """
 
-    devices: Annotated[list[Name], Field(min_length=2, max_length=16)]
+    devices: Annotated[list[Name], Field(min_length=FEWEST_DEVICES, max_length=MOST_DEVICES)]
     seeds: Seeds
     baselines: dict[Method, Seeds] = Field(default={})
     latency_ms: Positive | None = None

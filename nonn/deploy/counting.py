@@ -11,13 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nonn.core.params import Architecture, Precision
+from nonn.core.architecture import EXPANSION, WHITENED, Architecture
+from nonn.core.params import Precision
 
 #: Bytes of an activation.
 BYTES = {"float32": 4, "int8": 1}
-#: Side of the patches that the first layer of family airbench whitens, and channels inside a block of family mobilenet
-#: in units of those that enter it: see `nonn.training.networks`.
-WHITENED, EXPANSION = 2, 6
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
-from nonn.core.options import completed
+from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
 from nonn.firmware.making import build_for_port
@@ -133,7 +133,7 @@ def add_arguments(parser) -> None:
         "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json beside it"
     )
     device = parser.add_argument("--device", required=True, metavar="NAME", help="of `nonn devices`, such as stm32h743")
-    completed(device, lambda: list(CHIPS))
+    complete_from(device, lambda: list(CHIPS))
     parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
     add_serving(parser)
     parser.epilog = "example: nonn board results/cifar10_int8/export/4s/0.onnx --device stm32h743 --insecure"

@@ -19,7 +19,7 @@ from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
 from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.sensor import load_images
+from nonn.runtime.sensor import open_images
 from nonn.runtime.session import run_onnx
 
 #: Images of one call of the emulator: after each, progress is shown.
@@ -75,12 +75,12 @@ def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, I
 
 
 def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
-    """The first images of a file, see `nonn.runtime.sensor.load_images`; grey noise of a fixed seed without one."""
+    """The first images of a file, see `nonn.runtime.sensor.open_images`; grey noise of a fixed seed without one."""
     shape = student.image_shape
     planes = (shape.channels, shape.rows, shape.columns)
     if path is None:
         return np.random.default_rng(SEED).integers(0, 256, (count, *planes), dtype=np.uint8)
-    return np.ascontiguousarray(load_images(path, planes, count)[:count])
+    return np.ascontiguousarray(open_images(path, planes, count)[:count])
 
 
 def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None, int]:

@@ -14,15 +14,13 @@ from functools import cache
 import numpy as np
 from numpy.typing import DTypeLike
 
-from nonn.core.architecture import Architecture
+from nonn.core.architecture import WHITENED, Architecture
 from nonn.core.chips import FAMILIES
 from nonn.firmware.arena import plan_arena
 from nonn.firmware.source import buffers_of
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student
 from nonn.firmware.targets import STACK_BYTES
 
-#: Side of the patches that the first layer of family airbench whitens: see `nonn.training.networks`.
-WHITENED = 2
 #: Bytes of ``nonn_conv_t`` of ``kernels.h`` on a processor of 32 bits.
 CONV_BYTES = 40
 #: Bytes of code: kernels, start-up and main program, and what each step adds, a call with its arguments. From images

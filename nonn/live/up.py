@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
-from nonn.core.options import completed
+from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.live import PAGE_PORT
 from nonn.runtime.attached import told_to_stop
@@ -189,7 +189,7 @@ def add_arguments(parser) -> None:
     boards = parser.add_argument(
         "--boards", metavar="NAME", help="run int8 students as firmware on emulated microcontrollers, such as stm32h743"
     )
-    completed(boards, lambda: list(CHIPS))
+    complete_from(boards, lambda: list(CHIPS))
     parser.epilog = "example: nonn up --web"
 
 

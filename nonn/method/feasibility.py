@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import DatasetInfo, GraphInfo, TeacherInfo
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.params import Architecture, Params
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.method.sizing import apportion_filters, design_network, design_student, say_if_lopsided, smallest_device
 

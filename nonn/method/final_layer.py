@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nonn.runtime.final import Blocks, FinalLayer
+from nonn.training.loop import epoch_order
 from nonn.training.optim import Adam
+
+BATCH_SIZE = 500
 
 
 def averaged_layer(heads: Sequence[nn.Linear]) -> FinalLayer:
@@ -39,6 +42,11 @@ def as_tensors(blocks: Blocks) -> tuple[list[Tensor], list[Tensor]]:
     return [torch.tensor(w, dtype=torch.float32) for w in weights], [
         torch.tensor(b, dtype=torch.float32) for b in biases
     ]
+
+
+def steps_of(n_images: int, epoch: int, seed: int) -> Sequence[Tensor]:
+    """Indices of the images of each step of an epoch."""
+    return epoch_order(n_images, epoch, seed).split(BATCH_SIZE)
 
 
 def fit_by_epoch(

@@ -21,14 +21,11 @@ from nonn.data.canvas import Images
 from nonn.data.dataset import Dataset
 from nonn.deploy.onnx_files import student_content
 from nonn.method.calibration import fit_temperatures
-from nonn.method.final_layer import averaged_layer, fit_by_epoch, layer_tensors, logits_of
+from nonn.method.final_layer import averaged_layer, fit_by_epoch, layer_tensors, logits_of, steps_of
 from nonn.method.missing import fit_strategies
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.session import run_onnx
-from nonn.training.loop import epoch_order
 from nonn.training.networks import ConvNet, accuracy, predict
-
-BATCH_SIZE = 500
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def fit_layer(
     and after each. The start stays as it is.
     """
     best, accuracies = layer, [accuracy(logits_of(layer, validation[0]), validation[1])]
-    epochs = (epoch_order(len(labels), epoch, seed).split(BATCH_SIZE) for epoch in range(params.epochs))
+    epochs = (steps_of(len(labels), epoch, seed) for epoch in range(params.epochs))
     for fitted in fit_by_epoch(layer, features, labels, epochs, params.lr):
         score = accuracy(logits_of(fitted, validation[0]), validation[1])
         if score > max(accuracies):

@@ -31,13 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.params import MAX_SUBSET_STUDENTS, STRATEGIES, Assemble
-from nonn.method.final_layer import as_tensors, fit_by_epoch, logits_of
+from nonn.method.final_layer import as_tensors, fit_by_epoch, logits_of, steps_of
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import Subset, proper_subsets
-from nonn.training.loop import epoch_order
 from nonn.training.optim import Adam
 
-BATCH_SIZE = 500
 #: Steps of fitting, at most. The layers are near their best when they start; 600 steps are 6 epochs of
 #: 45,000 images, and take about 20 s on one core for 8 students of 32 features.
 MAX_STEPS = 600
@@ -97,7 +95,7 @@ def fit_subset_layers(
     weights = (scales[:, None, None] * mask * blocks).requires_grad_()  # (S, C, F)
     before = (scales[:, None] * present) @ torch.stack(shares)
     biases = before.clone().requires_grad_()  # (S, C)
-    optimizer = Adam([weights, biases], lr=params.lr, fused=True)  # see `nonn.method.final_layer.fit`
+    optimizer = Adam([weights, biases], lr=params.lr, fused=True)  # see `nonn.method.final_layer.fit_by_epoch`
     for index in batches(len(labels), params.epochs, seed):
         logits = torch.addmm(biases.flatten(), joint[index], (weights * mask).flatten(0, 1).T)
         logits = logits.view(len(index), len(subsets), -1)
@@ -118,7 +116,7 @@ def batches(n_images: int, epochs: int, seed: int) -> list[Tensor]:
     """Indices of the images of each step, for `MAX_STEPS` at most."""
     steps: list[Tensor] = []
     for epoch in range(epochs):
-        steps += epoch_order(n_images, epoch, seed).split(BATCH_SIZE)
+        steps += steps_of(n_images, epoch, seed)
         if len(steps) >= MAX_STEPS:
             break
     return steps[:MAX_STEPS]
@@ -162,7 +160,7 @@ def mean_accuracy(rows: Sequence[Mapping], n_students: int) -> float:
     return round(total / sum(counts), 9)  # sums of equals in another order are equal
 
 
-def choose(means: Mapping[str, float], wanted: str) -> str:
+def choose_strategy(means: Mapping[str, float], wanted: str) -> str:
     """The strategy wanted; for ``auto`` that of the best mean, the simplest of equals (see `STRATEGIES`)."""
     if wanted != "auto":
         return wanted
@@ -207,7 +205,7 @@ def fit_strategies(
         right["subset_layers"] = cross_scored(start, trial)
     by_missing = {name: tabulate(table, subsets, n) for name, table in right.items()}
     means = {name: mean_accuracy(rows, n) for name, rows in by_missing.items()}
-    chosen = choose(means, params.missing)
+    chosen = choose_strategy(means, params.missing)
     others = [name for name in layers if name != chosen]
     summary = {"chosen": chosen, "not_chosen": others, "mean": means, "by_missing": by_missing, "kept": len(kept)}
     return layers, summary

@@ -15,20 +15,19 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 from typing import Any
 
+from nonn.core.architecture import Architecture
 from nonn.core.boards import OWN_FILE, Board, Range, inference_energy
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.links import datagram_bytes, find_link, link_seconds
-from nonn.core.params import Architecture, Design, Device
+from nonn.core.names import COORDINATOR
+from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, Design, Device
 from nonn.core.schema import did_you_mean
 from nonn.deploy.counting import Cost
 from nonn.method.sizing import apportion_filters, design_student
 
-#: Fewest and most devices of a network.
-FEWEST, MOST = 2, 16
 #: Bytes of the message that asks a device for its features, and of one feature.
 REQUEST_BYTES, FEATURE_BYTES = 8, 4
-COORDINATOR = "coordinator"
 #: Share of a quantity within which two sets of devices are alike: the figures of the catalogue are not better known.
 ALIKE = 0.05
 #: To which a target that works is rounded up, in milliseconds.
@@ -188,11 +187,13 @@ def parse_devices(text: str, known: Sequence[str]) -> list[str]:
             raise UserError(
                 f"--devices: no device {name!r}{hint}; choose of {', '.join(known)}, or add it to {OWN_FILE}"
             )
-        names += [name] * min(count, MOST + 1)
-    if not FEWEST <= len(names) <= MOST:
-        more = "more than " if len(names) > MOST else ""
-        number = min(len(names), MOST)
-        raise UserError(f"--devices: a network has {FEWEST} to {MOST} devices, and these are {more}{number}")
+        names += [name] * min(count, MOST_DEVICES + 1)
+    if not FEWEST_DEVICES <= len(names) <= MOST_DEVICES:
+        more = "more than " if len(names) > MOST_DEVICES else ""
+        number = min(len(names), MOST_DEVICES)
+        raise UserError(
+            f"--devices: a network has {FEWEST_DEVICES} to {MOST_DEVICES} devices, and these are {more}{number}"
+        )
     return names
 
 
@@ -221,7 +222,7 @@ def pareto(
 
 
 def _sets(names: Sequence[str], most: int) -> Iterator[list[str]]:
-    for count in range(FEWEST, most + 1):
+    for count in range(FEWEST_DEVICES, most + 1):
         yield from map(list, combinations_with_replacement(names, count))
 
 

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nonn.core.architecture import FEWEST_STAGES, MOST_CHANNELS, MOST_STAGES, MOST_WIDTH
+from nonn.core.architecture import FEWEST_STAGES, MOST_CHANNELS, MOST_STAGES, MOST_WIDTH, Architecture
 from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Design, Precision
+from nonn.core.params import Design, Precision
 from nonn.deploy.counting import BODIES, Cost, count_cost
 from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
 

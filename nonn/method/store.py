@@ -7,9 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import Designs, NetworkInfo
 from nonn.core.files import intact, read_json
-from nonn.core.params import Architecture, Params
+from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors

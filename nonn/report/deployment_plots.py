@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
+from nonn.core.architecture import Architecture
 from nonn.core.links import PRESETS
-from nonn.core.params import Architecture
 from nonn.report.deployment_table import PAPER, RATIO_LABELS
 from nonn.report.method_table import format_interval
 from nonn.report.plots import METHODS, Look, legend_below, legend_handle, panels

@@ -12,9 +12,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from nonn.core.architecture import MOST_STAGES
+from nonn.core.architecture import MOST_STAGES, Architecture
 from nonn.core.budgets import Budget
-from nonn.core.params import Architecture
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
 #: From how many times the costliest candidate on a budget is not drawn: it would push all else into a corner.

@@ -15,7 +15,7 @@ from nonn.report.method_table import SIGNIFICANCE, format_interval, row_of
 from nonn.report.plots import METHODS
 
 
-def write_csv(table: pd.DataFrame, columns: Mapping[str, str]) -> str:
+def format_csv(table: pd.DataFrame, columns: Mapping[str, str]) -> str:
     """Format a table for programs: these columns, each in its own form, empty where there is no value."""
     text = {name: table[name].map(form.format, na_action="ignore") for name, form in columns.items()}
     return pd.DataFrame(text).to_csv(index=False, lineterminator="\n")
@@ -66,13 +66,13 @@ def format_p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def write_summary_tex(methods: pd.DataFrame) -> str:
+def format_tex(methods: pd.DataFrame) -> str:
     """Format the table for readers as LaTeX; needs the package booktabs."""
     table = format_methods(methods)
     return table.to_latex(index=False, escape=True, column_format="ll" + "r" * (len(table.columns) - 2))
 
 
-def write_summary_md(methods: pd.DataFrame, **facts: Any) -> str:
+def format_report(methods: pd.DataFrame, **facts: Any) -> str:
     """Fill in the report's template, which names at its head what `facts` it takes besides the table of methods."""
     environment = Environment(
         loader=PackageLoader("nonn.report", ""),

@@ -12,8 +12,9 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.options import add_settings, amount, completed, load_settings, refuse_unknown_networks
-from nonn.core.params import load_params
+from nonn.core.names import COORDINATOR
+from nonn.core.options import add_network, add_settings, amount, load_settings, refuse_unknown_networks
+from nonn.core.params import MOST_DEVICES
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.schema import Section, load_yaml
@@ -23,7 +24,6 @@ from nonn.runtime.protocol import Contract, student_contract
 from nonn.runtime.tls import CA, COMMON_NAME, Identity
 
 CLUSTER_FILE = Path("cluster.yaml")
-COORDINATOR = "coordinator"
 #: Of a node or a model, which may be a number in quotes.
 Name = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
 
@@ -74,7 +74,7 @@ class Cluster(Section):
     tls: Tls | None = None
     sensor: FilePath | None = None  # a file of images, the camera of each node that `nonn up` starts
     insecure: bool = False  # plain text instead of `tls`; all nodes must then be on this machine
-    nodes: Annotated[list[Node], Field(min_length=1, max_length=16)]  # one for each student, in any order
+    nodes: Annotated[list[Node], Field(min_length=1, max_length=MOST_DEVICES)]  # one for each student, in any order
 
     @model_validator(mode="after")
     def _is_safe_and_unambiguous(self) -> Cluster:
@@ -193,8 +193,7 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
 
 
 def add_arguments(parser) -> None:
-    network = parser.add_argument("network", metavar="NETWORK", help="an exported network of params.yaml")
-    completed(network, lambda: load_params().networks)
+    add_network(parser, help="an exported network of params.yaml")
     parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="file to write (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7100, help="port of the first node (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=amount, default=100.0, help="time for one image (default: %(default)s)")

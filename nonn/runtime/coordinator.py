@@ -25,7 +25,7 @@ from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.batches import Batches
 from nonn.runtime.channel import GIVEN, LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node
-from nonn.runtime.final import FinalLayer, Prediction, read_out
+from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
 
 #: Absences in a row after which a node's circuit breaker opens.
@@ -255,7 +255,7 @@ class Coordinator:
             if busy:
                 raise BusyError(f"no node has time ({reasons}). Ask less often.", max(busy.values()))
             raise NobodyAnsweredError(f"no node answered ({reasons}). {REMEDY}")
-        prediction = read_out(self.manifest, list(self.final.contributions(features).values()))
+        prediction = predict(self.manifest, self.final, features)
         present = {self.connections[i].name: feature for i, feature in features.items()}
         return Answer(prediction, present, absent, bool(busy))
 

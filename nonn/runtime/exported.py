@@ -10,13 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
-from nonn.core.params import MOST_PIXELS
+from nonn.core.params import MOST_PIXELS, Sha256
 
 #: Of a student, as ONNX and as a served model: an image and its features.
 INPUT, OUTPUT = "image", "features"
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**16)]
 GreyLevel = Annotated[float, Field(ge=0, le=255)]

@@ -151,6 +151,11 @@ class Prediction:
     shares: list[float]
 
 
+def predict(manifest: Manifest, layer: FinalLayer, features: Mapping[int, np.ndarray]) -> Prediction:
+    """Class, probabilities and shares from the feature vectors (F_i,) of the students present, by position."""
+    return read_out(manifest, list(layer.contributions(features).values()))
+
+
 def read_out(manifest: Manifest, contributions: Sequence[np.ndarray]) -> Prediction:
     """Class, probabilities and shares from what each student adds to the logits, N vectors of shape (C,)."""
     logits = np.sum(contributions, axis=0)

@@ -16,7 +16,7 @@ from nonn.core.params import PARAMS_FILE
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.runtime.exported import INPUT, OUTPUT, Image, read_manifest
-from nonn.runtime.final import FinalLayer, Prediction, read_out
+from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.inversion import describe_inversion, looks_inverted
 from nonn.runtime.students import open_student
 
@@ -35,7 +35,7 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     for position, student in enumerate(manifest.students):
         session = open_student(folder / student.file, student.sha256, manifest.image.shape)
         features[position] = session.run([OUTPUT], {INPUT: image[None]})[0][0]
-    return read_out(manifest, list(layer.contributions(features).values()))
+    return predict(manifest, layer, features)
 
 
 def describe(prediction: Prediction, source: str, names: Sequence[str], absent: Mapping[str, str] | None = None) -> str:

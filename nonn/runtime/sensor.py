@@ -15,11 +15,11 @@ from nonn.core.files import regular
 
 
 def load_sensor(path: Path | None, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The images of a device's sensor, see `load_images`; None without a file."""
-    return None if path is None else load_images(path, shape)
+    """The images of a device's sensor, see `open_images`; None without a file."""
+    return None if path is None else open_images(path, shape)
 
 
-def load_images(path: Path, shape: tuple[int, ...], least: int = 1) -> np.ndarray:
+def open_images(path: Path, shape: tuple[int, ...], least: int = 1) -> np.ndarray:
     """Images of a ``.npy`` file, uint8 of shape (n, channels, size, size), mapped into memory.
 
     Raises

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from nonn.core.errors import UserError
+from nonn.core.names import COORDINATOR
 from nonn.runtime.channel import LATE, open_channel, reason_of, settle_all
-from nonn.runtime.cluster import COORDINATOR, LONGEST_DEADLINE_MS, Node
+from nonn.runtime.cluster import LONGEST_DEADLINE_MS, Node
 from nonn.runtime.coordinator import NodeConnection
 from nonn.runtime.processes import nonn_command
 from nonn.runtime.protocol import check_image

@@ -17,7 +17,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
-from nonn.split.plan import IMAGE, Dtype, Precision
+from nonn.core.params import Precision
+from nonn.split.plan import IMAGE, Dtype
 
 #: Operations that work value by value, constants broadcast; the batch norm of inference is one.
 POINTWISE = {"Add", "BatchNormalization", "Cast", "Div", "Erf", "Mul", "Relu", "Sub"}

@@ -25,12 +25,12 @@ from safetensors.numpy import load, save
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
-from nonn.runtime.exported import Count, Image, Record, Sha256, read_record, read_verified
+from nonn.core.params import Precision, Sha256
+from nonn.runtime.exported import Count, Image, Record, read_record, read_verified
 from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract, version_of
 from nonn.runtime.session import open_session
 
 Method = Literal["channels", "rows"]
-Precision = Literal["float32", "int8"]
 #: Of activation maps: in an int8 network those that are exchanged hold unsigned 8-bit integers.
 Dtype = Literal["float32", "uint8"]
 #: What every device starts from, and what it answers.

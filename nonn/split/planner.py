@@ -40,6 +40,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError, printable
+from nonn.core.params import MOST_DEVICES
 from nonn.core.progress import log
 from nonn.runtime.exported import Image
 from nonn.split.cuts import CHANNELS, ROWS, Cuts
@@ -48,7 +49,6 @@ from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
 from nonn.split.plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
 
 AXES = {"channels": CHANNELS, "rows": ROWS}
-MOST_DEVICES = 16
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import (
     Benchmark,
     DatasetInfo,
@@ -27,7 +28,7 @@ from nonn.core.artifacts import (
     TeacherInfo,
 )
 from nonn.core.files import existing, intact, read_json, write_json, write_text
-from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Architecture, Params
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, SOLO, Params
 from nonn.core.paths import Paths
 from nonn.method.filter_graph import load_graph
 from nonn.report import (
@@ -40,7 +41,7 @@ from nonn.report import (
     missing_table,
     plots,
 )
-from nonn.report.summary import write_csv, write_summary_md, write_summary_tex
+from nonn.report.summary import format_csv, format_report, format_tex
 
 
 def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
@@ -49,8 +50,7 @@ def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[di
     alone = read_json(paths.benchmark(SOLO), Benchmark)["models"]
     teachers = [name for name in ("teacher", "teacher_int8") if name in alone]
     designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
-    for network, section in params.networks.items():
-        students = [read_json(paths.design(network, i), Designs)[0] for i in range(len(section.devices))]
+    for network, students in load_student_designs(params, paths).items():
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
             designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
@@ -91,7 +91,7 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]
     return latencies
 
 
-def load_students(params: Params, paths: Paths) -> dict[str, list[dict]]:
+def load_student_designs(params: Params, paths: Paths) -> dict[str, list[dict]]:
     """Students of each network, as the stage `design` wrote them."""
     return {
         network: [read_json(paths.design(network, i), Designs)[0] for i in range(len(section.devices))]
@@ -194,7 +194,7 @@ def read_log(path: Path) -> pd.DataFrame:
 def run(params: Params, paths: Paths) -> None:
     evaluation, graph = read_json(paths.evaluation, Evaluation), load_graph(paths)
     info = read_json(paths.dataset_info, DatasetInfo)
-    n_test, n_classes, students = evaluation["n_test"], len(info["classes"]), load_students(params, paths)
+    n_test, n_classes, students = evaluation["n_test"], len(info["classes"]), load_student_designs(params, paths)
     methods = method_table.summarise_methods(
         evaluation["rows"], load_designs(params, paths), load_latencies(params, paths), n_classes
     )
@@ -206,7 +206,7 @@ def run(params: Params, paths: Paths) -> None:
     strategies = pd.DataFrame(evaluation["missing_strategies"])
     deployed = load_deployment(params, paths)
     ratios = deployment_table.collect_ratios(deployed, comparisons)
-    report = write_summary_md(
+    report = format_report(
         methods,
         params=params,
         comparisons=comparisons,
@@ -218,10 +218,10 @@ def run(params: Params, paths: Paths) -> None:
         system=read_json(paths.benchmark(SOLO), Benchmark)["system"],
     )
     write_text(paths / "summary.md", report)
-    write_text(paths / "summary.tex", write_summary_tex(methods))
-    write_text(paths / "summary.csv", write_csv(methods, method_table.COLUMNS))
-    write_text(paths / "distributed.csv", write_csv(deployed, deployment_table.COLUMNS))
-    write_text(paths / "missing.csv", write_csv(strategies, missing_table.COLUMNS))
+    write_text(paths / "summary.tex", format_tex(methods))
+    write_text(paths / "summary.csv", format_csv(methods, method_table.COLUMNS))
+    write_text(paths / "distributed.csv", format_csv(deployed, deployment_table.COLUMNS))
+    write_text(paths / "missing.csv", format_csv(strategies, missing_table.COLUMNS))
     write_json(paths / "ratios.json", ratios)
     metrics = method_table.collect_metrics(methods, comparisons) | calibration_metrics(evaluation)
     write_json(paths / "metrics.json", metrics)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import TeacherInfo
 from nonn.core.files import intact, read_json
-from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import read_tensors

@@ -12,8 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
-from nonn.core.params import Normalization, Teacher
+from nonn.core.params import Teacher
 from nonn.core.progress import log
+from nonn.core.teacher_source import Normalization
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.preprocessing import IMAGENET, Preprocess, Preprocessing

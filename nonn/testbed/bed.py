@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nonn.core.names import COORDINATOR
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.cluster import COORDINATOR, Cluster, local_cluster
+from nonn.runtime.cluster import Cluster, local_cluster
 from nonn.runtime.processes import Child, node_commands, running, start
 
 #: A name that the authority has signed and that no node allows, and the folder of another authority.

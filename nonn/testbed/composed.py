@@ -18,9 +18,9 @@ from onnxruntime import InferenceSession
 
 from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
+from nonn.core.names import COORDINATOR
 from nonn.core.params import Distributed, Precision
 from nonn.core.system import pinned_to
-from nonn.runtime.cluster import COORDINATOR
 from nonn.runtime.exported import read_manifest
 from nonn.split.plan import SplitPlan, open_sessions, run_in_process
 

@@ -17,7 +17,7 @@ from nonn.core.files import read_json, sha256_of, write_json
 from nonn.core.params import SOLO, Params
 from nonn.core.progress import log
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.final import FinalLayer, read_out
+from nonn.runtime.final import FinalLayer, predict
 from nonn.split.planner import plan_split
 from nonn.testbed.composed import Workload, split_workload
 
@@ -97,7 +97,7 @@ def time_final(folder: Path) -> float:
     manifest = read_manifest(folder)
     layer = FinalLayer.load(folder, manifest)
     features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}
-    return _seconds(lambda: read_out(manifest, list(layer.contributions(features).values())))
+    return _seconds(lambda: predict(manifest, layer, features))
 
 
 def _seconds(work) -> float:

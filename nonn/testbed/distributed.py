@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 
 from nonn.core.links import IP_HEADER, PRESETS, TCP_HEADER
+from nonn.core.names import COORDINATOR
 from nonn.core.params import Distributed
 from nonn.core.progress import log, track
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.cluster import COORDINATOR
 from nonn.runtime.exported import read_manifest
 from nonn.testbed.composed import compose, payload_bytes
 from nonn.testbed.deployments import Deployment

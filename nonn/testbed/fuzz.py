@@ -25,13 +25,14 @@ from grpc import StatusCode, aio
 from tritonclient.grpc.service_pb2 import InferParameter, ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
+from nonn.core.names import COORDINATOR
 from nonn.core.options import seed_number
 from nonn.core.progress import log, track
 from nonn.runtime.addresses import split_address
 from nonn.runtime.channel import MODEL_INFER, open_channel
-from nonn.runtime.cluster import COORDINATOR, Cluster, Node, local_cluster
+from nonn.runtime.cluster import Cluster, Node, local_cluster
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.final import read_out
+from nonn.runtime.final import predict
 from nonn.runtime.node import Student
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, make_response, read_request, read_response
 from nonn.runtime.serving import serving
@@ -229,7 +230,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             coordinator.connections[rogue].failures = 0  # or its breaker would keep the rest of the campaign away
             said = is_sound(last["content"], ModelInferResponse, read_response, contract)
             present = features if said is None else features | {rogue: said}
-            expected = read_out(manifest, list(coordinator.final.contributions(present).values()))
+            expected = predict(manifest, coordinator.final, present)
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
             # Not what `read_response` thinks of them, which is what is being tried here.

@@ -23,12 +23,13 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
+from nonn.core.names import COORDINATOR
 from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle_all
-from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
+from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.coordinate import DEFAULT_CALLERS, NetworkContract, network_version
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.processes import coordinator_command, running

@@ -23,17 +23,18 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 from tritonclient.utils import deserialize_bytes_tensor
 
 from nonn.core.errors import UserError
+from nonn.core.names import COORDINATOR
 from nonn.core.options import amount, natural
 from nonn.core.progress import log
 from nonn.live.following import FILE_ATTENTION
 from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, settle
-from nonn.runtime.cluster import COORDINATOR, Node, write_cluster
+from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.coordinate import DEFAULT_CALLERS, network_version
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.final import FinalLayer, read_out
+from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.node import Student
 from nonn.runtime.processes import START, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
@@ -68,7 +69,7 @@ class Reference:
     def probabilities(self, image: int, present: list[int]) -> np.ndarray:
         """Of all classes, float64 of shape (C,), for an image by its number, from the students at these positions."""
         features = {position: self.features[position][image] for position in present}
-        return np.array(read_out(self.manifest, list(self.final.contributions(features).values())).probabilities)
+        return np.array(predict(self.manifest, self.final, features).probabilities)
 
 
 @dataclass

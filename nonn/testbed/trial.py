@@ -23,7 +23,8 @@ from typing import Any, Literal
 import numpy as np
 
 from nonn.core.errors import UserError
-from nonn.runtime.cluster import COORDINATOR, Cluster, Node, Tls
+from nonn.core.names import COORDINATOR
+from nonn.runtime.cluster import Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import Record, read_manifest
 from nonn.runtime.processes import node_commands, running

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.core.params import Architecture, Distill, Signals
+from nonn.core.params import Distill, Signals
 from nonn.data.dataset import Dataset
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint

@@ -42,15 +42,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nonn.core.params import Architecture
+from nonn.core.architecture import EXPANSION, WHITENED, Architecture
 from nonn.data.canvas import Images
 
-#: Side of the patches that the first layer of family airbench whitens, in pixels.
-WHITENED = 2
 #: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
 BATCHED = 32
-#: Channels inside an inverted residual, in units of those that enter it.
-EXPANSION = 6
 
 
 class Normalize(nn.Module):

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from nonn.core.architecture import Architecture
 from nonn.core.artifacts import BaselineSets, Designs, Filters
 from nonn.core.errors import UserError
 from nonn.core.files import damaged, intact, read_json
-from nonn.core.params import Architecture
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
