@@ -81,6 +81,13 @@ def test_the_students_own_board_is_the_quickest_that_they_state():
     assert own_board(make_params("pi3b"), "int8").seconds_per_mac is None
 
 
+def test_all_cores_draw_the_upper_bound_of_the_power():
+    board = find_board("pi3b").at_rate("float32")
+    every = board.on_all_cores()
+    assert (every.active_w.low, every.active_w.high) == (board.active_w.high,) * 2
+    assert every.seconds_per_mac == board.seconds_per_mac / board.cores
+
+
 def test_teachers_are_placed_by_each_assumption(folder):
     solo = write_manifest(folder, teacher=cost(18 * MEBIBYTE), teacher_int8=cost(4.5 * MEBIBYTE))
     teachers = {"teacher": teacher(), "teacher_int8": replace(teacher("int8"), method="teacher_int8", like="teacher")}
@@ -89,6 +96,8 @@ def test_teachers_are_placed_by_each_assumption(folder):
     assert boards == {
         "teacher": [("pi3b", pytest.approx(1e-6 / 3650))],
         "teacher_own_board": [("cortex_m7", pytest.approx(1e-6 / 46.7))],
+        "teacher_all_cores": [("pi3b", pytest.approx(1e-6 / 3650 / 4))],
+        "teacher_int8_all_cores": [("pi4b", pytest.approx(1e-6 / 5880 / 4))],
         "teacher_int8": [("pi4b", pytest.approx(1e-6 / 5880))],
         "teacher_int8_own_board": [("cortex_m7", pytest.approx(1e-6 / 227.5))],
     }

@@ -54,6 +54,7 @@ def write_report(methods, comparison):
         params=PARAMS,
         comparisons=[comparison],
         ratios=pd.DataFrame({"NoNN": ["2.0×"]}),
+        splits=pd.DataFrame({"Assumed": ["that it fits"], "Ratio": ["9.0×"]}),
         energies=pd.DataFrame({"Assumed": ["that it fits"], "Ratio": ["3.0×"]}),
         latencies=pd.DataFrame({"Link": ["wifi20"]}),
         missing=missing_table.format_missing(STRATEGY_ROWS),
@@ -89,7 +90,18 @@ def test_comparison_by_hand(methods):
         "best_baseline_accuracy": 0.95,
         "best_baseline_beaten": False,  # ahead, but p = 0.5
         "p_value": 0.5,
+        "best_fitting_baseline": "ensemble",
+        "best_fitting_baseline_accuracy": 0.95,
+        "best_fitting_baseline_beaten": False,
+        "p_value_fitting": 0.5,
     }
+
+
+def test_a_baseline_that_fits_on_no_device_is_not_the_best_fitting_one(methods):
+    larger = methods[methods["method"] == "ensemble"].assign(method="total", accuracy_mean=0.97, p_value_vs_nonn=0.01)
+    comparison = method_table.compare_network(pd.concat([methods, larger], ignore_index=True), "2s")
+    assert (comparison["best_baseline"], comparison["best_fitting_baseline"]) == ("total", "ensemble")
+    assert (comparison["p_value"], comparison["p_value_fitting"]) == (0.01, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -186,41 +198,54 @@ def strategy_row(strategy, chosen, missing, mean, worst):
     }
 
 
-STRATEGY_ROWS = pd.DataFrame(
-    [
-        strategy_row("rescale", 0, 0, 0.95, 0.95),
-        strategy_row("rescale", 0, 1, 0.8, 0.7),
-        strategy_row("fail_out", 3, 0, 0.95, 0.95),
-        strategy_row("fail_out", 3, 1, 0.85, 0.75),
-    ]
+def ensemble_row(missing, mean, worst):
+    about = {"method": "ensemble", "network": "2s", "missing": missing, "n_subsets": missing + 1}
+    return about | {"mean": mean, "mean_sd": None, "worst": worst, "worst_sd": None}
+
+
+STRATEGY_ROWS = missing_table.join_rows(
+    {
+        "rows": [{"network": "2s", "method": "ensemble", "n_seeds": 2}],
+        "missing_strategies": [
+            strategy_row("rescale", 0, 0, 0.95, 0.95),
+            strategy_row("rescale", 0, 1, 0.8, 0.7),
+            strategy_row("fail_out", 3, 0, 0.95, 0.95),
+            strategy_row("fail_out", 3, 1, 0.85, 0.75),
+        ],
+        "missing": [ensemble_row(0, 0.94, 0.94), ensemble_row(1, 0.82, 0.81)],
+    },
+    ["2s"],
 )
 
 
 def test_missing_csv_by_hand():
     assert summary.format_csv(STRATEGY_ROWS, missing_table.COLUMNS) == (
-        "network,strategy,chosen,missing,n_subsets,n_seeds,mean,mean_sd,worst\n"
-        "2s,rescale,0,0,1,3,0.950000,,0.950000\n"
-        "2s,rescale,0,1,2,3,0.800000,0.010000,0.700000\n"
-        "2s,fail_out,3,0,1,3,0.950000,,0.950000\n"
-        "2s,fail_out,3,1,2,3,0.850000,0.010000,0.750000\n"
+        "network,method,strategy,chosen,missing,n_subsets,n_seeds,mean,mean_sd,worst\n"
+        "2s,nonn,rescale,0,0,1,3,0.950000,,0.950000\n"
+        "2s,nonn,rescale,0,1,2,3,0.800000,0.010000,0.700000\n"
+        "2s,nonn,fail_out,3,0,1,3,0.950000,,0.950000\n"
+        "2s,nonn,fail_out,3,1,2,3,0.850000,0.010000,0.750000\n"
+        "2s,ensemble,,,0,1,2,0.940000,,0.940000\n"
+        "2s,ensemble,,,1,2,2,0.820000,,0.810000\n"
     )
 
 
 def test_the_report_tells_of_missing_devices(methods):
     report = write_report(methods, method_table.compare_network(methods, "2s"))
     section = report.partition("## When devices are missing\n")[2].partition("\n## ")[0]
-    assert section.splitlines()[-5:] == [
+    assert section.splitlines()[-6:] == [
         "",
         "| 2s | Chosen by | 1 missing |",
         "| :-- | --: | --: |",
         "| Rescaled | 0 of 3 | 80.00 % (70.00 %) |",
         "| Fail-out | 3 of 3 | 85.00 % (75.00 %) |",
+        "| Ensemble of KD | – | 82.00 % (81.00 %) |",
     ]
 
 
 def test_chosen_strategies_in_words():
     assert missing_table.chosen_strategies(STRATEGY_ROWS) == {"2s": "fail-out"}
-    divided = pd.concat([STRATEGY_ROWS.assign(chosen=[2, 2, 1, 1]), STRATEGY_ROWS.assign(network="4s")])
+    divided = pd.concat([STRATEGY_ROWS.iloc[:4].assign(chosen=[2, 2, 1, 1]), STRATEGY_ROWS.assign(network="4s")])
     assert missing_table.chosen_strategies(divided) == {"2s": "rescaled (2), fail-out (1)", "4s": "fail-out"}
 
 
@@ -228,8 +253,8 @@ def test_every_line_of_a_table_has_the_cells_of_its_heading(inside):
     params, paths = inside
     blocks = (paths / "summary.md").read_text().split("\n\n")
     tables = [block.splitlines() for block in blocks if block.startswith("|")]
-    assert len(tables) == 4 + len(params.networks), (
-        "methods, ratios, energies, latencies, and devices missing from each"
+    assert len(tables) == 5 + len(params.networks), (
+        "methods, ratios, splits, energies, latencies, and devices missing from each"
     )
     for heading, rule, *lines in tables:
         assert set(rule) == set("| :-")
@@ -242,8 +267,11 @@ def test_missing_csv_has_every_strategy_of_every_network(inside):
     table = pd.read_csv(paths / "missing.csv")
     assert list(table.columns) == list(missing_table.COLUMNS)
     expected = sum(len(network.devices) for network in params.networks.values()) * len(STRATEGIES)
-    assert len(table) == expected
-    assert len(table[["network", "strategy", "missing"]].drop_duplicates()) == expected
+    strategies = table.dropna(subset=["strategy"])
+    assert len(strategies) == expected
+    assert len(strategies[["network", "strategy", "missing"]].drop_duplicates()) == expected
+    assert set(strategies["method"]) == {"nonn"}
+    assert {"nonn", "ensemble"} <= set(table.loc[table["strategy"].isna(), "method"])
     assert "## When devices are missing" in (paths / "summary.md").read_text()
 
 

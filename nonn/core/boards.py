@@ -63,6 +63,7 @@ class Facts(Section):
     int8_mmacs: Amount | None = None
     idle_w: Amount | None = None
     active_w: Amount | Annotated[list[Amount], Field(min_length=2, max_length=2)] | None = None
+    cores: Annotated[int, Field(ge=1, le=1024)] = 1
     links: list[str] | None = None
     runs_onnx: bool = False
 
@@ -110,6 +111,7 @@ class Board:
     ram_kib: float = 0.0
     flash_kib: float | None = None  # None: weights live in RAM, too
     mmacs: Mapping[str, float | None] = field(default_factory=dict)
+    cores: int = 1
     links: tuple[str, ...] | None = None  # that it has by itself; None where unknown
     runs_onnx: bool = False
     figures: Mapping[str, Figure] = field(default_factory=dict)  # by the keys of the catalogue
@@ -128,6 +130,13 @@ class Board:
     def in_precision(self, precision: str) -> Board:
         """The same, except where it runs the exported files, so that they can be timed here in its place."""
         return self if self.runs_onnx else self.at_rate(precision)
+
+    def on_all_cores(self) -> Board:
+        """The board as it computes on all its cores at once: as many times faster, at the upper bound of its power."""
+        assert self.active_w is not None, "all cores ask for power"
+        assert self.seconds_per_mac is not None, "all cores ask for speed"
+        power, speed = self.active_w.high, self.seconds_per_mac / self.cores
+        return replace(self, active_w=Range(power, power), seconds_per_mac=speed)
 
     def holds(self, weight_bytes: float, activation_bytes: float) -> bool:
         """Whether a model fits: weights in flash and activations in RAM, or both in RAM where there is no flash."""
@@ -199,6 +208,7 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
         ram_kib=facts.ram_kib,
         flash_kib=facts.flash_kib,
         mmacs={"float32": facts.float32_mmacs, "int8": facts.int8_mmacs},
+        cores=facts.cores,
         links=None if facts.links is None else tuple(facts.links),
         runs_onnx=facts.runs_onnx,
         figures=known,

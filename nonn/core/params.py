@@ -7,7 +7,7 @@ is refused with the key and the remedy before a stage runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -327,12 +327,21 @@ class Params(Section):
 
     @property
     def pool(self) -> tuple[str, str] | None:
-        """The baseline whose students ensembles are formed from: the ``kd`` of most seeds, the first of equals.
+        """The baseline ``kd`` of most seeds, the first of equals; None without any."""
+        return self._largest_pool(self.networks)
 
-        A network of N devices meets as many disjoint ensembles of N as the pool holds, whatever its devices:
-        students of the pool are made for the smallest device of their own network.
+    def pool_of(self, network: str) -> tuple[str, str] | None:
+        """The baseline whose students the ensembles of a network are formed from: the ``kd`` of most seeds.
+
+        Of all networks of the same devices, for students of the pool are made for the smallest device of their own
+        network. A network of N devices meets as many disjoint ensembles of N as the pool holds. None without any.
         """
-        counts = {name: network.baselines.get("kd", 0) for name, network in self.networks.items()}
+        own = self.networks[network]
+        alike = (set(own.devices), own.latency_ms)
+        return self._largest_pool(name for name, n in self.networks.items() if (set(n.devices), n.latency_ms) == alike)
+
+    def _largest_pool(self, names: Iterable[str]) -> tuple[str, str] | None:
+        counts = {name: self.networks[name].baselines.get("kd", 0) for name in names}
         largest = max(counts, key=counts.__getitem__)
         return (largest, "kd") if counts[largest] else None
 

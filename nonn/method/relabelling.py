@@ -94,12 +94,13 @@ def what_is_sent(
     """What the devices of each method send of `data`; students are those of `taught`, the experiment's own images."""
     features = FeatureCache(data, params.design.precision, taught)
     n = len(params.networks[network].devices)
-    if params.pool is None or params.networks[params.pool[0]].baselines["kd"] < n:
+    pool_name = params.pool_of(network)
+    if pool_name is None or params.networks[pool_name[0]].baselines["kd"] < n:
         raise UserError(f"params.yaml: networks.*.baselines.kd: an ensemble for {network} takes {n} of them, or more")
     seeds = range(params.networks[network].seeds)
     own = [load_students(params, paths, taught, network, seed)[0] for seed in seeds]
     yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))
-    where, method = params.pool
+    where, method = pool_name
     files = [paths.baseline(where, method, seed) for seed in range(params.networks[where].baselines["kd"])]
     pool = [student for file in files for student in load_baseline(file, taught)]
     groups = [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]

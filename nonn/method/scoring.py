@@ -226,15 +226,16 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
         if precision == "int8":
             joined = [(list(model.students), model.final) for model in models]
             yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, "float32")), answers=[])
-    pool: list[ConvNet] = []
+    pools: dict[tuple[str, str], list[ConvNet]] = {}
     for network, method, seeds in params.baselines():
         students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
         layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
         yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
-        if (network, method) == params.pool:
-            pool = [student for (student,) in students]
+        if method == "kd":
+            pools[network, method] = [student for (student,) in students]
     for name, section in params.networks.items():
-        n = len(section.devices)
+        n, source = len(section.devices), params.pool_of(name)
+        pool = pools[source] if source else []
         groups = [pool[start : start + n] for start in range(0, len(pool), n)]
         yield from _ensemble_scores(params, name, [group for group in groups if len(group) == n], features)
 

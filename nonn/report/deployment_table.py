@@ -14,7 +14,7 @@ cited
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -58,6 +58,7 @@ PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_la
 ENERGIES = {
     "holds": ("teacher on the board that holds it", "teacher", "nonn", "node_computing"),
     "above_idle": ("the same, without what a board draws anyway", "teacher", "nonn", "node"),
+    "all_cores": ("the same on all cores of that board", "teacher_all_cores", "nonn", "node_computing"),
     "int8": ("int8 teacher on the board that holds it", "teacher_int8", "nonn", "node_computing"),
     "same_board": ("students, too, on the teacher's board", "teacher", "nonn_teacher_board", "node_computing"),
     "int8_as_if": (
@@ -67,6 +68,14 @@ ENERGIES = {
         "node_computing",
     ),
     "as_if": ("teacher on the students' board, as if it fitted", "teacher_own_board", "nonn", "node_computing"),
+}
+#: Ratios of total latency, composed: what is assumed, the split, and the scenario. The first is like the one claimed.
+LATENCIES = {
+    "channels": ("split by channels, each device with a camera of its own", "channels", "sensor"),
+    "channels_multicast": ("the same, each map sent once to all devices", "channels_multicast", "sensor"),
+    "channels_broadcast": ("split by channels, the image sent to each device", "channels", "broadcast"),
+    "rows": ("split by rows, each device with a camera of its own", "rows", "sensor"),
+    "rows_broadcast": ("split by rows, the image sent to each device", "rows", "broadcast"),
 }
 #: What each ratio is against.
 BASELINES = {
@@ -120,7 +129,8 @@ def compare_splits(rows: pd.DataFrame) -> pd.DataFrame:
     keys = ["network", "n_devices", "link", "scenario", "badge"]
     columns = [*keys, "method", "images", "total_ms"]
     nonn = rows.loc[rows["method"] == "nonn", columns].rename(columns={"total_ms": "nonn_ms", "images": "nonn_images"})
-    split = rows.loc[rows["method"].isin(["channels", "rows"]), columns].rename(columns={"total_ms": "split_ms"})
+    splits = {method for _, method, _ in LATENCIES.values()}
+    split = rows.loc[rows["method"].isin(splits), columns].rename(columns={"total_ms": "split_ms"})
     both = split.merge(nonn.drop(columns="method"), on=keys)
     both["images"] = both[["images", "nonn_images"]].min(axis=1)
     both["ratio"] = both["split_ms"] / both["nonn_ms"]
@@ -144,7 +154,8 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
         ``ratio_low`` and ``ratio_high`` of its interval (None for all but performance), the ``baseline`` that it is
         against, ``link`` and ``scenario`` (None where none takes part), ``n`` devices, ``network``, ``images`` timed,
         and ``badge``. Energy is the first of `collect_energies`; ``energies`` holds those of the same network, link
-        and scenario by assumption. Total latency is against the split by channels; ``total_latency_rows`` is the same
+        and scenario by assumption, ``latencies`` what `collect_latencies` says of the network and link of the total
+        latency. Total latency is against the split by channels; ``total_latency_rows`` is the same
         against the split by rows, of the same network on the same link, and ``paper`` holds the paper's ratios.
     """
     candidates = list_ratios(rows, comparisons)
@@ -155,6 +166,8 @@ def collect_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any
             same = ["network", "link", "scenario"]
             own = own[(own[same] == [chosen[key] for key in same]).all(axis=1)]
         ratios[name] = None if own.empty else _ratio(own.loc[own["ratio"].idxmax()], baseline)
+    if chosen := ratios["total_latency"]:
+        ratios["latencies"] = collect_latencies(rows, chosen["network"], chosen["link"])
     if chosen := ratios["energy_per_node"]:
         ratios["energies"] = collect_energies(rows, chosen["network"], chosen["link"], chosen["scenario"])
     return ratios | {"paper": {name: {"ratio": ratio, "badge": "cited"} for name, ratio in PAPER.items()}}
@@ -216,18 +229,35 @@ def collect_energies(rows: pd.DataFrame, network: str, link: str, scenario: str)
     return found
 
 
+def collect_latencies(rows: pd.DataFrame, network: str, link: str) -> dict[str, dict[str, Any]]:
+    """How many times longer an image takes on a split network than on NoNN, composed, by what is assumed: `LATENCIES`.
+
+    Each has ``ratio``, and ``memory_kib``, what a device of the split needs at least: intermediate activations are not
+    counted. Any ratio is with NoNN in the same scenario. What was not composed is left out.
+    """
+    own = rows[(rows["network"] == network) & (rows["link"] == link) & (rows["badge"] == "modelled")]
+    both = compare_splits(own).set_index(["method", "scenario"])["ratio"]
+    memory = own.drop_duplicates("method").set_index("method")["memory_bytes"]
+    return {
+        name: {"ratio": round(both[method, scenario], 4), "memory_kib": round(memory[method] / 1024, 1)}
+        for name, (_, method, scenario) in LATENCIES.items()
+        if (method, scenario) in both.index
+    }
+
+
 def claim_ratios(rows: pd.DataFrame, network: str) -> dict[str, Any]:
     """The ratios of one network that ``claims.json`` adds to those of `nonn.report.method_table.compare_network`.
 
     Returns
     -------
     dict
-        ``total_latency_ratio``, against the split by channels, the largest over the links on which both were timed, and
-        ``total_latency_link``; ``total_latency_rows_ratio``, against the split by rows on that link; ``energy_ratio``,
-        the first of `collect_energies`, with the ends of its range, there or else on the first link, and
-        ``energy_ratios`` by what is assumed. None where there is none.
+        ``total_latency_ratio``, against the split by channels, the largest over the links on which both were timed,
+        with ``total_latency_link`` and ``total_latency_scenario``; ``total_latency_rows_ratio``, against the split by
+        rows on that link; ``total_latency_ratios``, composed, by what is assumed: `collect_latencies`;
+        ``energy_ratio``, the first of `collect_energies`, with the ends of its range, there or else on the first link,
+        and ``energy_ratios`` by what is assumed. None where there is none.
     """
-    keys = ("total_latency_ratio", "total_latency_link", "total_latency_rows_ratio")
+    keys = ("total_latency_ratio", "total_latency_link", "total_latency_scenario", "total_latency_rows_ratio")
     keys += ("energy_ratio", "energy_ratio_low", "energy_ratio_high")
     claims: dict[str, Any] = dict.fromkeys(keys) | {"energy_ratios": {}}
     own = rows[(rows["network"] == network) | (rows["network"] == "")]
@@ -237,12 +267,14 @@ def claim_ratios(rows: pd.DataFrame, network: str) -> dict[str, Any]:
     if not channels.empty:
         best = channels.loc[channels["ratio"].idxmax()]
         link, scenario = best["link"], best["scenario"]
-        claims |= {"total_latency_ratio": round(best["ratio"], 4), "total_latency_link": link}
+        claims |= {"total_latency_ratio": round(best["ratio"], 4)}
+        claims |= {"total_latency_link": link, "total_latency_scenario": scenario}
         by_rows = timed[(timed["method"] == "rows") & (timed["link"] == link) & (timed["scenario"] == scenario)]
         claims["total_latency_rows_ratio"] = None if by_rows.empty else round(by_rows["ratio"].iloc[0], 4)
     energies = collect_energies(own, network, link, scenario)
     if first := energies.get("holds"):
         claims |= {f"energy_{key}": first[key] for key in ("ratio", "ratio_low", "ratio_high")}
+    claims["total_latency_ratios"] = {name: e["ratio"] for name, e in collect_latencies(own, network, link).items()}
     return claims | {"energy_ratios": {name: entry["ratio"] for name, entry in energies.items()}}
 
 
@@ -281,6 +313,20 @@ def format_energies(ratios: Mapping[str, Any]) -> pd.DataFrame:
         for name, entry in ratios.get("energies", {}).items()
     ]
     return pd.DataFrame(lines, columns=["Assumed", "Teacher on", "Students on", "Ratio"])
+
+
+def format_splits(ratios: Mapping[str, Any], budgets: Mapping[str, Sequence[float]]) -> pd.DataFrame:
+    """The ratio of total latency by what is assumed, and whether the split would fit, for readers.
+
+    `budgets` are the memories, in KiB, that the devices of each network have.
+    """
+    lines = []
+    for name, entry in ratios.get("latencies", {}).items():
+        least = min(budgets[ratios["total_latency"]["network"]])
+        fits = "fits" if entry["memory_kib"] <= least else f"does not fit {least:,.0f}"
+        memory = f"{entry['memory_kib']:,.0f} ({fits})"
+        lines.append({"Assumed": LATENCIES[name][0], "Memory (KiB)": memory, "Ratio": f"{entry['ratio']:.1f}×"})
+    return pd.DataFrame(lines, columns=["Assumed", "Memory (KiB)", "Ratio"])
 
 
 def format_latencies(rows: pd.DataFrame) -> pd.DataFrame:

@@ -94,8 +94,9 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         Accuracies as fractions of 1, gap in percentage points. The ratios say how many times less memory a device needs
         and how many times sooner its slowest student answers than the teacher, the latter with the ends of its 95 %
         interval, None where there is none. The best baseline is the one of highest mean accuracy on this network,
-        whatever it costs; None for all of its keys where there is no baseline. It counts as beaten where the network's
-        mean accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
+        whatever it costs; the best fitting one is the best of those that fit on the network's devices, which ``total``
+        does not. None for all keys of a baseline that there is not. One counts as beaten where the network's mean
+        accuracy is higher and the paired test's p-value is below `SIGNIFICANCE`.
 
         ``p_value`` is paired by test image, with seeds averaged: of each test image it takes the share of the network's
         ``n_seeds`` trainings that classify it rightly, less that of the baseline's trainings, and permutes the signs of
@@ -114,19 +115,23 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
         "memory_ratio": round(teacher["memory_bytes_per_device"] / nonn["memory_bytes_per_device"], 4),
         **{f"performance_{key}": _rounded(nonn[f"latency_{key}"]) for key in ("ratio", "ratio_low", "ratio_high")},
         **dict.fromkeys(("best_baseline", "best_baseline_accuracy", "best_baseline_beaten", "p_value")),
+        **dict.fromkeys(("best_fitting_baseline", "best_fitting_baseline_accuracy", "best_fitting_baseline_beaten")),
+        "p_value_fitting": None,
     }
     own = methods["method"].str.startswith("nonn")  # NoNN's students, with another final layer or precision
     baselines = methods[(methods["network"] == network) & ~own]
-    if baselines.empty:
-        return comparison
-    best = baselines.loc[baselines["accuracy_mean"].idxmax()]
-    p = best["p_value_vs_nonn"]
-    return comparison | {
-        "best_baseline": best["method"],
-        "best_baseline_accuracy": round(best["accuracy_mean"], 6),
-        "best_baseline_beaten": bool(accuracy > best["accuracy_mean"] and p < SIGNIFICANCE),
-        "p_value": round(p, 6),
-    }
+    fitting = baselines[baselines["method"] != "total"]
+    for prefix, ending, table in (("best_baseline", "", baselines), ("best_fitting_baseline", "_fitting", fitting)):
+        if not table.empty:
+            best = table.loc[table["accuracy_mean"].idxmax()]
+            p = best["p_value_vs_nonn"]
+            comparison |= {
+                prefix: best["method"],
+                f"{prefix}_accuracy": round(best["accuracy_mean"], 6),
+                f"{prefix}_beaten": bool(accuracy > best["accuracy_mean"] and p < SIGNIFICANCE),
+                f"p_value{ending}": round(p, 6),
+            }
+    return comparison
 
 
 def _rounded(value: float) -> float | None:

@@ -14,7 +14,15 @@ from nonn.core.progress import log
 from nonn.core.system import describe_system
 from nonn.split.graph import UnsplittableError, read_network
 from nonn.testbed.composed import network_workload
-from nonn.testbed.deployments import SPLITS, Deployment, as_network, on_boards, split_deployment, time_final
+from nonn.testbed.deployments import (
+    SPLITS,
+    Deployment,
+    as_network,
+    on_boards,
+    sent_once,
+    split_deployment,
+    time_final,
+)
 from nonn.testbed.distributed import TrialBed, compose_all, measure_live
 from nonn.testbed.placing import placed_teachers, with_the_teacher
 
@@ -87,7 +95,8 @@ def placed(deployments: list[Deployment], params: Params, paths: Paths, name: st
     """What is composed of the deployments of a network, or of `SOLO`: those themselves, and on which boards else."""
     solo = paths.export(SOLO)
     if name != SOLO:
-        return [*deployments, *with_the_teacher(deployments[0], params, solo)]
+        by_radio = [sent_once(each) for each in deployments if each.method == "channels"]
+        return [*deployments, *by_radio, *with_the_teacher(deployments[0], params, solo)]
     teachers = {each.method: each for each in deployments if each.method != "kd"}
     rest = [each for each in deployments if each.method == "kd"]
     return [*placed_teachers(teachers, params, solo), *rest]

@@ -7,7 +7,7 @@ import torch
 from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.core.progress import track
+from nonn.core.progress import log, track
 from nonn.data.dataset import load_dataset
 from nonn.method.calibration import measure_calibration
 from nonn.method.scoring import missing_devices, missing_strategies, score_all, summarise
@@ -17,6 +17,10 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
     _, labels = data.part("test")
+    if params.pool:
+        for name in params.networks:
+            if not params.pool_of(name):
+                log(f"note: networks.{name}: no KD students for its devices, so no ensembles; give it `kd: N`")
     scores = list(track(score_all(params, paths, data), "evaluate", total=_count(params)))
     write_json(
         paths.evaluation,
@@ -43,7 +47,8 @@ def run(params: Params, paths: Paths) -> None:
 def _count(params: Params) -> int:
     """How many `score_all` yields."""
     int8, ways = params.design.precision == "int8", 1 + (params.evaluate.final_layer == "fitted")
-    pool = max((network.baselines.get("kd", 0) for network in params.networks.values()), default=0)
-    joined = sum(len(network.devices) <= pool for network in params.networks.values())
+    pools = {name: params.pool_of(name) for name in params.networks}
+    sizes = {name: params.networks[pool[0]].baselines["kd"] for name, pool in pools.items() if pool}
+    joined = sum(len(params.networks[name].devices) <= size for name, size in sizes.items())
     teachers = 1 + (int8 and not params.teacher.is_foreign)
     return teachers + len(params.networks) * (ways + int8) + len(list(params.baselines())) + joined * ways

@@ -54,9 +54,9 @@ def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[di
         designs |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), students)
         if int8:
             designs[network, "nonn_float32"] = [s | {"cost": _in_float32(s["cost"])} for s in students]
-        if not params.pool:
+        if not (pool := params.pool_of(network)):
             continue
-        ensemble = read_json(paths.design(*params.pool), Designs) * len(students)
+        ensemble = read_json(paths.design(*pool), Designs) * len(students)
         designs[network, "ensemble"] = ensemble
         # Their final layer is over features, as NoNN's is, so those travel in place of logits.
         features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
@@ -80,8 +80,8 @@ def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]
         students = read_json(paths.benchmark(network), Benchmark)["models"].values()
         slowest = max(students, key=itemgetter("latency_p50_ms"))
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
-        if params.pool:
-            member = solo["-".join(params.pool)]
+        if pool := params.pool_of(network):
+            member = solo["-".join(pool)]
             latencies |= dict.fromkeys(((network, "ensemble"), (network, "ensemble_fitted")), member)
     for network, method, _ in params.baselines():
         if method in SINGLE_METHODS:
@@ -203,14 +203,16 @@ def run(params: Params, paths: Paths) -> None:
         method_table.compare_network(methods, network) | {"validation_accuracy": validation[network]}
         for network in params.networks
     ]
-    strategies = pd.DataFrame(evaluation["missing_strategies"])
+    strategies = missing_table.join_rows(evaluation, params.networks)
     deployed = load_deployment(params, paths)
     ratios = deployment_table.collect_ratios(deployed, comparisons)
+    budgets = {name: sorted({b.total_kib for b in params.budgets_of(name)}) for name in params.networks}
     report = format_report(
         methods,
         params=params,
         comparisons=comparisons,
         ratios=deployment_table.format_ratios(ratios),
+        splits=deployment_table.format_splits(ratios, budgets),
         energies=deployment_table.format_energies(ratios),
         latencies=deployment_table.format_latencies(deployed),
         missing=missing_table.format_missing(strategies),
@@ -231,7 +233,6 @@ def run(params: Params, paths: Paths) -> None:
     partitions = {network: load_partition(params, paths, network) for network in params.networks}
     n_seeds = methods[methods["method"] == "nonn"].set_index("network")["n_seeds"]
     missing, chosen = pd.DataFrame(evaluation["missing"]), missing_table.chosen_strategies(strategies)
-    budgets = {name: sorted({b.total_kib for b in params.budgets_of(name)}) for name in params.networks}
     board = "the boards of the devices" if params.boards_of(SOLO) else params.distributed.board
     with plots.drawing_style():
         figures = {

@@ -40,6 +40,7 @@ class Workload:
     answer_bytes: Sequence[float]  # what each device sends the coordinator
     precision: Precision = "float32"  # that it calculates in, and by which a board without a measurement is charged
     boards: Sequence[Board] | None = None  # of the devices; None: all are `distributed.board`
+    sent_once: bool = False  # on a shared medium all devices hear what one sends
 
     @property
     def n_devices(self) -> int:
@@ -55,6 +56,12 @@ class Workload:
         request = {(COORDINATOR, device): self.request_bytes(scenario) for device in devices}
         answer = {(device, COORDINATOR): sent for device, sent in zip(devices, self.answer_bytes, strict=True)}
         return [request, *self.payload, answer]
+
+    def on_the_air(self, sent: Transfers) -> Transfers:
+        """What has to be transmitted so that every device gets its part: of each sender its largest message once."""
+        if not self.sent_once:
+            return sent
+        return {(sender, "all"): max(n for (own, _), n in sent.items() if own == sender) for sender, _ in sent}
 
 
 def payload_bytes(transfers: Sequence[Transfers]) -> float:
@@ -91,7 +98,8 @@ def compose(
         float,
     )
     transfers = workload.transfers(scenario)
-    on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transfers)
+    transmitted = [workload.on_the_air(sent) for sent in transfers]
+    on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transmitted)
     computing = compute.max(axis=1).sum()
     total = computing + on_link + final_s
     devices = [str(device) for device in range(workload.n_devices)]
@@ -103,7 +111,7 @@ def compose(
         "link_ms": 1e3 * on_link,
         "final_ms": 1e3 * final_s,
         "total_ms": 1e3 * total,
-        "wire_bytes": framing * payload_bytes(transfers),
+        "wire_bytes": framing * payload_bytes(transmitted),
     }
     spent = compute.sum(axis=0)
     for suffix, idle in (("", 0 * spent), ("_computing", spent), ("_with_idle", total + 0 * spent)):

@@ -92,6 +92,19 @@ def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> l
     ]
 
 
+def sent_once(split: Deployment) -> Deployment:
+    """A split whose devices send a map once to all others, as on a radio they could; composed only.
+
+    The devices here send each other every message apart, over TCP.
+    """
+    return replace(
+        split,
+        method=f"{split.method}_multicast",
+        like=split.method.removeprefix("reference_"),
+        workload=replace(split.workload, sent_once=True),
+    )
+
+
 def time_final(folder: Path) -> float:
     """Seconds that the coordinator takes for an answer once all features are there."""
     manifest = read_manifest(folder)

@@ -247,6 +247,8 @@ def compose_all(deployments: Sequence[Deployment], live: Sequence[Mapping], para
         about = {"method": deployment.method, "n_devices": workload.n_devices, "rounds": len(workload.payload)}
         about |= {"memory_bytes": workload.memory_bytes, "macs": int(workload.macs.sum(axis=0).max())}
         for link in params.links:
+            if workload.sent_once and not PRESETS[link].shared:
+                continue
             for scenario in SCENARIOS:
                 framing = framing_of(deployment, scenario, live)
                 composed = compose(workload, PRESETS[link], scenario, framing, deployment.final_s, params)

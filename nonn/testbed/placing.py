@@ -7,6 +7,8 @@ of their own:
 
 teacher_own_board
     The teacher on the students' board, as if that had the memory: what less and cheaper work alone is worth.
+teacher_all_cores
+    The teacher on all cores of the board that holds it, as many times faster as there are, at its full power.
 teacher_int8, teacher_int8_own_board
     The same for the teacher in int8, where it was exported.
 nonn_teacher_board
@@ -71,6 +73,8 @@ def placed_teachers(teachers: dict[str, Deployment], params: Params, solo: Path)
         own = own_board(params, teachers[name].workload.precision)
         if home:
             yield place(teachers[name], home)
+            if home.cores > 1 and home.seconds_per_mac:
+                yield place(teachers[name], home.on_all_cores(), f"{name}_all_cores")
         if home != own and (own.seconds_per_mac or own.runs_onnx):
             yield place(teachers[name], own, f"{name}_own_board")
 
