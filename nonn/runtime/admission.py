@@ -6,7 +6,8 @@ and knows how many wait. Their product is what a further call would wait for. Th
 
 Who is refused gets an appointment: the moments of return are spaced as calls are answered, so that a thousand
 callers do not come back together. Answers stay quick because the queue stays short, and the rate of answers does not
-fall because refusals stay rare.
+fall because refusals stay rare. Nobody keeps a list of appointments: who returns sooner is treated like anybody else,
+so beside callers who do not wait those who do get fewer answers.
 
 References
 ----------
@@ -16,6 +17,7 @@ References
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -31,8 +33,11 @@ IDLE = 3.0
 FORGETTING, PEERS = 30.0, 1024
 #: By how much calls are thought to take longer when there were too many.
 SLOWER = 1.25
-#: Seconds after which a refused caller may return at the latest.
-LONGEST_RETURN = 10.0
+#: By how many times what was thought one measurement counts at most: what a call says that it has waited is its word.
+LONGEST_MEASURED = 4.0
+#: Seconds after which a refused caller may return at the latest, and what spreads those of the latter half over it: the
+#: golden section, of whose multiples any few in a row have nearly equally distant fractions.
+LONGEST_RETURN, GOLDEN = 10.0, 0.618034
 #: Trailing metadata of a refusal: milliseconds after which it makes sense to call again.
 RETRY_AFTER = "retry-after-ms"
 
@@ -71,18 +76,25 @@ class Admission:
     ):
         self.service_seconds, self.patience, self.clock = service_seconds, patience, clock
         self.share, self.stale = share, stale
-        self.waiting = self.refused = 0
-        self._served_since = 0.0  # when the call at the head of the queue got there, if there is one
+        self.refused = 0
+        self._places: dict[Place, float] = {}  # of those that wait, and since when: inf until the message has come
         self._finished = float("-inf")  # when the last answer was given
         self._appointment = 0.0
         self._slowed = float("-inf")
         self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
 
+    @property
+    def waiting(self) -> int:
+        """How many calls are under way or wait."""
+        return len(self._places)
+
     def expected_seconds(self) -> float:
         """What a call that came now would take."""
-        if not self.waiting:
+        if not self._places:
             return self.service_seconds
-        head = max(self.clock() - self._served_since, self.service_seconds)
+        # The call at the head got there by the last answer, or when it came if that was later.
+        head_since = max(self._finished, min(self._places.values()))
+        head = max(self.clock() - head_since, self.service_seconds)
         return self.waiting * self.service_seconds + head
 
     def check(self, seconds: float | None, peer: str = "", given: float | None = None) -> float:
@@ -123,8 +135,11 @@ class Admission:
         """Seconds until a caller who is refused now shall come again: after all who were refused before."""
         now, spacing = self.clock(), SPACING * self.service_seconds
         drained = now + max(self.expected_seconds() - self.share * self.patience, 0)
-        self._appointment = min(max(self._appointment, drained) + spacing, now + LONGEST_RETURN)
-        return self._appointment - now
+        self._appointment = max(self._appointment, drained) + spacing
+        if self._appointment <= now + LONGEST_RETURN:
+            return self._appointment - now
+        self._appointment = now + LONGEST_RETURN  # for more than come until then there are no moments of their own
+        return LONGEST_RETURN * (1 - self.refused * GOLDEN % 1 / 2)
 
     @contextlib.contextmanager
     def admitted(self, seconds: float | None, peer: str = "", given: float | None = None) -> Iterator[Place]:
@@ -144,10 +159,10 @@ class Admission:
         it is shorter than what was thought.
         """
         now = self.clock()
-        taken = now - max(arrived, self._finished)
+        taken = min(now - max(arrived, self._finished), LONGEST_MEASURED * self.service_seconds)
         if arrived <= self._finished or taken < self.service_seconds:
             self.service_seconds += NEWEST * (taken - self.service_seconds)
-        self._finished = self._served_since = now
+        self._finished = now
 
     def slow_down(self) -> None:
         """Take calls for longer than measured, for now: somebody behind this process has been asked too often.
@@ -167,23 +182,14 @@ class Place:
     def __init__(self, admission: Admission, seconds: float | None, peer: str, given: float | None):
         self.admission, self.peer, self.given = admission, peer, given
         self.deadline = None if seconds is None else admission.clock() + seconds
-        self.is_held = False
-        self._take()
-
-    def _take(self) -> None:
-        self.is_held = True
-        self.admission.waiting += 1
-        if self.admission.waiting == 1:
-            self.admission._served_since = self.admission.clock()
+        self.admission._places[self] = math.inf
 
     def leave(self) -> None:
-        if self.is_held:
-            self.is_held = False
-            self.admission.waiting -= 1
+        self.admission._places.pop(self, None)
 
     def keep(self) -> None:
-        """Be in the queue again: an `OverloadedError` if the place was left, and others have taken it."""
-        if not self.is_held:
+        """The message has come. An `OverloadedError` if the place was left, and others have taken it."""
+        if self not in self.admission._places:
             left = None if self.deadline is None else max(self.deadline - self.admission.clock(), 0.0)
             self.admission.check(left, self.peer, self.given)
-            self._take()
+        self.admission._places[self] = self.admission.clock()
