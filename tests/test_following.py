@@ -13,9 +13,11 @@ from grpc import StatusCode
 from tritonclient.utils import deserialize_bytes_tensor
 
 from nonn.cli import main
+from nonn.core.errors import UserError
 from nonn.live import following
 from nonn.live.following import FollowedNetwork
-from nonn.runtime.cluster import write_cluster
+from nonn.runtime.channel import open_channel
+from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.coordinate import network_version
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
@@ -213,6 +215,62 @@ def test_what_cannot_follow_is_said_once_and_changes_nothing(exports, tmp_path, 
 
     asyncio.run(scenario())
     assert capfd.readouterr().err.count("other classes") == 1
+
+
+def test_encryption_neither_begins_nor_ends_while_a_file_is_followed(exports, tmp_path, monkeypatch):
+    """Least of all does plain text go to other machines, which a file with `tls` may name."""
+    monkeypatch.setattr(following, "LONGEST_PAUSE", 0.02)
+
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            elsewhere = cluster_of(exports[1], [f"192.0.2.1:{port}" for port in bench.ports], tls=tmp_path)
+            write_cluster(bench.file, elsewhere)
+            await until(lambda: "tls: is read at the start alone" in bench.network._said)
+            assert bench.network.next is None
+            bench.name(exports[1])
+            await until(lambda: bench.network.next is not None)
+
+    asyncio.run(scenario())
+
+
+def test_plain_text_stays_on_this_machine():
+    node = Node(name="node-0", address="192.0.2.1:7100", model="0")
+    with pytest.raises(UserError, match=r"node-0: 192\.0\.2\.1:7100 is not on this machine"):
+        open_channel(node, 1000, None)
+
+
+def test_it_follows_on_whatever_happens(exports, tmp_path, monkeypatch):
+    """Also while the former export still has calls under way."""
+    former, new = exports
+
+    async def scenario():
+        async with Bench(tmp_path, former, deadline_ms=50_000) as bench:
+            with monkeypatch.context() as patch:  # what nobody has thought of
+                patch.setattr(following, "share_present", lambda _: 1 / 0)
+                bench.name(new)
+                await until(lambda: "division by zero" in bench.network._said)
+            for position in range(3):
+                await bench.serve(position, new)
+            await until(lambda: bench.network.current.contract.version == network_version(read_manifest(new)))
+            await bench.begin(former)
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_used_is_read_less_and_less_often(exports, tmp_path, monkeypatch):
+    read = []
+    load = following.load_cluster
+    monkeypatch.setattr(following, "load_cluster", lambda path: read.append(path) or load(path))
+
+    async def scenario():
+        async with Bench(tmp_path, exports[0]) as bench:
+            bench.name(tmp_path / "nothing")
+            await until(lambda: "nothing" in bench.network._said)
+            count = len(read)
+            await asyncio.sleep(1.0)  # 50 looks
+            assert len(read) - count < 10
+
+    asyncio.run(scenario())
 
 
 def test_a_node_that_was_put_back_counts_for_the_former_export_again(exports, tmp_path):

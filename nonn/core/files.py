@@ -179,6 +179,15 @@ def regular(path: Path) -> Path:
     raise UserError(f"{printable(path)}: is {kinds.get(stat.S_IFMT(mode), 'no file')}. Name a regular file.")
 
 
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """Something else whenever a file has changed; empty if it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
 def sha256_of(path: Path) -> str:
     with regular(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,6 @@ no answer lacks a student.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
+from nonn.core.files import stamp_of
 from nonn.core.progress import log
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.coordinate import DEFAULT_CALLERS, ServedNetwork
@@ -32,8 +32,9 @@ from nonn.runtime.node import callers_from
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.serving import serve
 
-#: Seconds between two looks at the cluster file and at the nodes of a new export.
-FILE_ATTENTION = 0.5
+#: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
+#: use what could not be used, of which the pauses double: files that the file names may still be on their way.
+FILE_ATTENTION, LONGEST_PAUSE = 0.5, 8.0
 #: Why a node of a new export is left alone until it has answered a probe, and why one that has is left alone by the
 #: other export.
 NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
@@ -66,9 +67,12 @@ class FollowedNetwork:
         self.contract: Any = CurrentContract(self)
         self.admission, self.absences = self.current.admission, self.current.absences
         self._stamp: tuple = ()
+        self._failed: tuple = ()  # the stamp of what could not be used
+        self._pause = self._next_attempt = 0.0
         self._said = ""
         self._gone: set[str] = set()  # nodes that did not serve the current export when they were last looked at
         self._following: asyncio.Task[None] | None = None
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> FollowedNetwork:
         await self.current.__aenter__()
@@ -76,9 +80,10 @@ class FollowedNetwork:
         return self
 
     async def __aexit__(self, *reason: object) -> None:
-        if self._following:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
+        tasks = [task for task in (self._following, *self._leaving) if task]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for network in self._networks():
             await network.__aexit__(*reason)
 
@@ -112,21 +117,33 @@ class FollowedNetwork:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(FILE_ATTENTION)
-            if (stamp := self._look()) != self._stamp:
-                try:
-                    await self._read_again()
-                    self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too
-                except Exception as error:  # perhaps only some of the files have been written so far
-                    said = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be read ({error})."
-                    if said != self._said:
-                        log(f"{said} The export from before stays in use.")
-                    self._said = said
-            if self.next:
-                self._tell_apart(self.next)
-            if self.next and share_present(self.next) == 1:
-                former, self.current, self.next = self.current, self.next, None
-                log(f"{self.path}: all nodes serve version {self.current.contract.version}")
-                await leave(former)
+            try:
+                await self._attend()
+            except Exception as error:  # perhaps only some of the files have been written so far
+                said = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be followed ({error})."
+                if said != self._said:
+                    log(f"{said} The export from before stays in use.")
+                self._said = said
+
+    async def _attend(self) -> None:
+        """Read the file if it has changed, and look at the nodes."""
+        now = asyncio.get_running_loop().time()
+        if (stamp := self._look()) != self._stamp and (stamp != self._failed or now >= self._next_attempt):
+            self._pause = min(2 * self._pause, LONGEST_PAUSE) if stamp == self._failed else FILE_ATTENTION
+            self._failed, self._next_attempt = stamp, now + self._pause
+            await self._read_again()
+            self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too
+        if self.next:
+            self._tell_apart(self.next)
+        if self.next and share_present(self.next) == 1:
+            former, self.current, self.next = self.current, self.next, None
+            log(f"{self.path}: all nodes serve version {self.current.contract.version}")
+            self._leave(former)
+
+    def _leave(self, network: ServedNetwork) -> None:
+        task = asyncio.create_task(leave(network))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     def _tell_apart(self, new: ServedNetwork) -> None:
         """Let no node count for both exports: it serves the one by which it has answered a probe last.
@@ -148,13 +165,7 @@ class FollowedNetwork:
 
     def _look(self) -> tuple:
         """Something else whenever the cluster file or the manifest of its export has changed."""
-        paths = (self.path, self._cluster.export / "manifest.json")
-        found: list[tuple[int, ...]] = []
-        for path in paths:
-            with contextlib.suppress(OSError):
-                status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, status.st_ino))
-        return (self._cluster.export, *found)
+        return (self._cluster.export, stamp_of(self.path), stamp_of(self._cluster.export / "manifest.json"))
 
     async def _read_again(self) -> None:
         """Take over what the file says now.
@@ -162,13 +173,9 @@ class FollowedNetwork:
         Raises
         ------
         UserError
-            It or its export cannot be used, or the export is of other classes or images.
+            It or its export cannot be used, or the export is of other classes or images, or encryption begins or ends.
         """
-        cluster = load_cluster(self.path)
-        if cluster.tls != self._cluster.tls:
-            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
-            cluster = cluster.model_copy(update={"tls": self._cluster.tls})
-        network = ServedNetwork(Coordinator(cluster))
+        cluster, network = await asyncio.to_thread(self._load)
         refuse_other_tasks(cluster, self.current.coordinator.manifest, network.coordinator.manifest)
         network.contract = replace(network.contract, model=self.current.contract.model)
         network.admission, network.absences = self.admission, self.absences
@@ -182,10 +189,20 @@ class FollowedNetwork:
             self.next = network
             log(f"{self.path}: goes over to version {network.contract.version}, node by node")
         if former and former is not self.next:
-            await leave(former)
+            self._leave(former)
         for kept in self._networks():
             kept.coordinator.patience = network.coordinator.patience
         self.admission.patience = network.coordinator.patience
+
+    def _load(self) -> tuple[Cluster, ServedNetwork]:
+        """What the file says now, and its network: files are read and compared with their checksums."""
+        cluster = load_cluster(self.path)
+        if (cluster.tls is None) != (self._cluster.tls is None):
+            raise UserError(f"{self.path}: tls: is read at the start alone. Start the coordinator again.")
+        if cluster.tls != self._cluster.tls:
+            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
+            cluster = cluster.model_copy(update={"tls": self._cluster.tls})
+        return cluster, ServedNetwork(Coordinator(cluster))
 
 
 def leave_alone(connection: NodeConnection, reason: str) -> None:

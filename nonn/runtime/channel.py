@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
-from nonn.core.errors import printable
+from nonn.core.errors import UserError, printable
+from nonn.runtime.addresses import is_loopback
 from nonn.runtime.admission import LONGEST_RETURN, RETRY_AFTER
 from nonn.runtime.cluster import Node
 from nonn.runtime.tls import Identity, handshake_problem
@@ -40,8 +41,11 @@ CHANNEL_OPTIONS = {
 def open_channel(node: Node, message_limit: int, identity: Identity | None, own: bool = False) -> aio.Channel:
     """A channel to a node, who must show a certificate with its own name wherever it is.
 
-    Channels of this process to the same node share a connection, unless one is to have its `own`.
+    Channels of this process to the same node share a connection, unless one is to have its `own`. Without an identity
+    it must be on this machine, or it is a `UserError`.
     """
+    if identity is None and not is_loopback(node.address):
+        raise UserError(f"{node.name}: {node.address} is not on this machine; use `tls`")
     limits = ("grpc.max_receive_message_length", "grpc.max_send_message_length")
     options: dict[str, int | str] = {**CHANNEL_OPTIONS, **dict.fromkeys(limits, message_limit)}
     options["grpc.use_local_subchannel_pool"] = int(own)

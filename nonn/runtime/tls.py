@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from grpc import aio
 
 from nonn.core.errors import UserError
-from nonn.core.files import regular
+from nonn.core.files import regular, stamp_of
 from nonn.core.progress import log
 
 #: Certificates of a test bed as `nonn certs` writes them.
@@ -93,7 +93,7 @@ class Identity:
 
     def stamp(self) -> tuple:
         """Something else whenever a file has changed."""
-        return tuple(_stamp(path) for path in (self.certificate, self.key, self.ca))
+        return tuple(stamp_of(path) for path in (self.certificate, self.key, self.ca))
 
     def warn(self) -> None:
         """Say which certificates end soon."""
@@ -151,14 +151,6 @@ def check_mode(key: Path) -> None:
         raise UserError(
             f"{key}: others may read this private key (mode {mode:04o}). Run: chmod 600 {shlex.quote(str(key))}"
         )
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    try:
-        status = path.stat()
-    except OSError:
-        return ()
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _certificates(path: Path) -> list[x509.Certificate]:
