@@ -31,7 +31,7 @@ from grpc import StatusCode, aio
 from prometheus_client import CollectorRegistry
 
 from nonn.core.errors import UserError
-from nonn.runtime import certs, coordinator, metrics, serving
+from nonn.runtime import certs, metrics, serving
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import reason_of
 from nonn.runtime.coordinator import Coordinator
@@ -134,26 +134,6 @@ def test_renewed_certificates_are_used_at_once_and_damaged_ones_never(network_fo
             assert second == serial_in(identity.certificate) != first
             identity.key.write_bytes(b"-----BEGIN NOTHING")
             assert await asyncio.to_thread(serial_at, port, caller) == second
-
-    asyncio.run(scenario())
-
-
-def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
-    write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
-
-    async def scenario():
-        async with contextlib.AsyncExitStack() as stack:
-            addresses = []
-            for i in range(3):
-                student, identity = Student(network_folder / f"{i}.onnx"), Identity.of(f"node-{i}", tmp_path)
-                node = serving.serving(student, "127.0.0.1:0", identity, ["coordinator"])
-                addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
-            network = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses, tmp_path)))
-            former = [connection.channel for connection in network.connections]
-            write_certificates(tmp_path, ["coordinator"])
-            await until(lambda: all(c.channel is not f for c, f in zip(network.connections, former, strict=True)))
-            assert not (await network.classify(make_image())).absent
 
     asyncio.run(scenario())
 

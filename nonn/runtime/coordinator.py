@@ -23,7 +23,7 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.batches import Batches
-from nonn.runtime.channel import GIVEN, LATE, MODEL_INFER, busy_seconds, open_channel, reason_of, settle_all
+from nonn.runtime.channel import GIVEN, LATE, MODEL_INFER, READY, busy_seconds, open_channel, reason_of, settle_all
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
@@ -32,8 +32,8 @@ from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_req
 TOLERATED_FAILURES = 3
 #: Seconds between probes of a node that is left alone: doubled from the first to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
-#: Seconds between two looks at connections and certificates.
-ATTENTION = 1.0
+#: Seconds between two looks at connections and certificates, and the most between two attempts to go over to new ones.
+ATTENTION, LONGEST_ATTENTION = 1.0, 60.0
 #: A caller who gives the nodes less than this share of the cluster's deadline proves nothing about those that are late.
 HURRY = 0.8
 
@@ -208,25 +208,42 @@ class Coordinator:
 
     async def _attend(self, stamp: tuple | None) -> None:
         """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
+        loop = asyncio.get_running_loop()
+        former: list[NodeConnection] = []  # those by certificates from before
+        pause = next_attempt = 0.0
         while True:
             await asyncio.sleep(ATTENTION)
             if self.identity and (newest := self.identity.stamp()) != stamp:
+                stamp, former, pause, next_attempt = newest, self.connections, ATTENTION, 0.0
+            if former and loop.time() >= next_attempt:
                 try:
-                    await self._reopen()
-                    stamp = newest
+                    former = await self._reopen(former)
                 except UserError as error:  # perhaps only some of the files have been replaced so far
                     log(f"{error} The certificates from before stay in use.")
+                next_attempt, pause = loop.time() + pause, min(2 * pause, LONGEST_ATTENTION)
             for connection in self.connections:
                 connection.channel.get_state(try_to_connect=True)
 
-    async def _reopen(self) -> None:
-        """Replace all channels; calls that are under way end where they began."""
-        opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in self.connections]
+    async def _reopen(self, connections: list[NodeConnection]) -> list[NodeConnection]:
+        """Replace channels, and give those that stay since they work and new ones do not.
+
+        Calls that are under way end where they began.
+        """
+        opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in connections]
         await settle_all(opened)
-        former = [connection.channel for connection in self.connections]
-        for connection, channel in zip(self.connections, opened, strict=True):
-            connection.use(channel)
-        await asyncio.gather(*(channel.close(self.patience) for channel in former))
+        kept, closed = [], []
+        for connection, channel in zip(connections, opened, strict=True):
+            if connection.channel.get_state() == READY != channel.get_state():
+                kept.append(connection)
+                closed.append(channel)
+            else:
+                closed.append(connection.channel)
+                connection.use(channel)
+        if kept:
+            names = ", ".join(connection.name for connection in kept)
+            log(f"{names}: not to be reached with the new certificates so far. Those from before stay in use.")
+        await asyncio.gather(*(channel.close(self.patience) for channel in closed))
+        return kept
 
     async def __aexit__(self, *_: object) -> None:
         if self._attending:

@@ -98,7 +98,7 @@ class Identity:
     def warn(self) -> None:
         """Say which certificates end soon."""
         now = datetime.now(UTC)
-        for path, certificates in self._certificates_by_file():
+        for path, certificates in self._certificates_by_file(_read_pem(self.certificate), _read_pem(self.ca)):
             if (end := max(certificate.not_valid_after_utc for certificate in certificates)) - now < SOON:
                 log(f"{path}: ends on {end:%Y-%m-%d %H:%M} UTC. {self._renewal(path)}")
 
@@ -106,15 +106,16 @@ class Identity:
         key, certificate, ca = self._checked()
         return grpc.ssl_server_certificate_configuration([(key, certificate)], ca)
 
-    def _certificates_by_file(self) -> list[tuple[Path, list[x509.Certificate]]]:
-        """The own one, without those that have signed it, and the authorities."""
-        return [(self.certificate, _certificates(self.certificate)[:1]), (self.ca, _certificates(self.ca))]
+    def _certificates_by_file(self, own: bytes, authorities: bytes) -> list[tuple[Path, list[x509.Certificate]]]:
+        """Of the contents of both files: the own one, without those that have signed it, and the authorities."""
+        own_ones = _certificates(self.certificate, own)[:1]
+        return [(self.certificate, own_ones), (self.ca, _certificates(self.ca, authorities))]
 
     def _checked(self) -> tuple[bytes, bytes, bytes]:
         """Contents of key, certificate and authority."""
         contents = _read_pem(self.key), _read_pem(self.certificate), _read_pem(self.ca)
         check_mode(self.key)
-        certificates_by_file = self._certificates_by_file()
+        certificates_by_file = self._certificates_by_file(*contents[1:])
         own = certificates_by_file[0][1]
         try:
             key = serialization.load_pem_private_key(contents[0], password=None)
@@ -153,9 +154,9 @@ def check_mode(key: Path) -> None:
         )
 
 
-def _certificates(path: Path) -> list[x509.Certificate]:
+def _certificates(path: Path, content: bytes) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(_read_pem(path))
+        return x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise UserError(f"{path}: is no certificate ({error}). Make certificates with `nonn certs`.") from None
 

@@ -1,0 +1,81 @@
+"""Certificates that are replaced while they are in use."""
+
+import asyncio
+import contextlib
+import shutil
+
+from clusters import cluster_of, make_image, until
+
+from nonn.runtime import coordinator, serving, tls
+from nonn.runtime.certs import write_certificates
+from nonn.runtime.coordinator import Coordinator
+from nonn.runtime.node import Student
+from nonn.runtime.tls import Identity
+
+
+@contextlib.asynccontextmanager
+async def coordinator_of(export, certificates, own):
+    """A coordinator whose certificates are in one folder, of three nodes whose certificates are in another."""
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = []
+        for i in range(3):
+            student, identity = Student(export / f"{i}.onnx"), Identity.of(f"node-{i}", certificates)
+            node = serving.serving(student, "127.0.0.1:0", identity, ["coordinator"])
+            addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
+        yield await stack.enter_async_context(Coordinator(cluster_of(export, addresses, own)))
+
+
+def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
+
+    async def scenario():
+        async with coordinator_of(network_folder, tmp_path, tmp_path) as network:
+            former = [connection.channel for connection in network.connections]
+            write_certificates(tmp_path, ["coordinator"])
+            await until(lambda: all(c.channel is not f for c, f in zip(network.connections, former, strict=True)))
+            assert not (await network.classify(make_image())).absent
+
+    asyncio.run(scenario())
+
+
+def test_a_coordinator_keeps_connections_that_new_certificates_would_end(network_folder, tmp_path, monkeypatch):
+    """Nodes get those of another authority later than the coordinator."""
+    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    monkeypatch.setattr(coordinator, "LONGEST_ATTENTION", 0.1)
+    own, nodes, new = (tmp_path / name for name in ("own", "nodes", "new"))
+    names = ["node-0", "node-1", "node-2", "coordinator"]
+    write_certificates(nodes, names)
+    write_certificates(new, names)
+    shutil.copytree(nodes, own)
+
+    async def scenario():
+        async with coordinator_of(network_folder, nodes, own) as network:
+            former = [connection.channel for connection in network.connections]
+            tried = []
+            reopen = network._reopen
+            network._reopen = lambda connections: tried.append(connections) or reopen(connections)
+            shutil.copytree(new, own, dirs_exist_ok=True)
+            await until(lambda: len(tried) > 3)
+            assert [connection.channel for connection in network.connections] == former
+            assert not (await network.classify(make_image())).absent
+            for name in ("ca.pem", "node-1.key", "node-1.pem"):
+                shutil.copy2(new / name, nodes)
+            await until(lambda: network.connections[1].channel is not former[1])
+            assert not (await network.classify(make_image())).absent
+
+    asyncio.run(scenario())
+
+
+def test_the_certificate_that_is_checked_is_the_one_that_is_used(certificates, tmp_path, monkeypatch):
+    """Also if the file is replaced in between."""
+    shutil.copytree(certificates, tmp_path, dirs_exist_ok=True)
+    identity, read = Identity.of("node-0", tmp_path), tls._read_pem
+
+    def read_once(path):
+        content = read(path)
+        path.write_bytes(b"-----BEGIN SOMETHING ELSE")
+        return content
+
+    monkeypatch.setattr(tls, "_read_pem", read_once)
+    identity.for_server()
