@@ -72,6 +72,11 @@ def test_clicking_the_switch_silences_a_device(browser, pictures_folder):
         switch.send_keys(Keys.SPACE)  # back again, from the keyboard
         until(lambda: text("summary").startswith("3 of 3 devices take part"))
         until(lambda: text("classes") == before)
+        for hidden, state in (("true", "CLOSED"), ("false", "OPEN")):  # connections of a browser to a host are few
+            options = f"{{value: {hidden}, configurable: true}}"
+            browser.execute_script(f"Object.defineProperty(document, 'hidden', {options})")
+            browser.execute_script("document.dispatchEvent(new Event('visibilitychange'))")
+            until(lambda state=state: browser.execute_script(f"return events.readyState === EventSource.{state}"))
         width = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
         assert width[0] <= width[1]
         assert browser.get_log("browser") == []

@@ -131,13 +131,18 @@ def test_the_page_is_served_until_control_c():
 
 
 def test_a_browser_is_opened_only_where_there_is_a_screen(monkeypatch):
-    opened = []
-    monkeypatch.setattr("webbrowser.open", opened.append)
+    """And nobody waits until it is closed."""
+    opened, closed = [], threading.Event()
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or closed.wait(PATIENCE))
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     open_browser("http://127.0.0.1:1")
     assert opened == []
     monkeypatch.setitem(os.environ, "DISPLAY", ":0")
+    before = set(threading.enumerate())
     open_browser("http://127.0.0.1:1")
+    (browser,) = set(threading.enumerate()) - before
+    closed.set()
+    browser.join(PATIENCE)
     assert opened == ["http://127.0.0.1:1"]

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import sys
+import threading
 from io import BytesIO
 
 import aiohttp
@@ -26,7 +27,7 @@ from pages import (
 from PIL import Image
 
 from nonn.core.errors import UserError
-from nonn.live.pictures import LARGEST, as_png, find_pictures, sent_picture
+from nonn.live.pictures import LARGEST, PLAIN, as_png, find_pictures, sent_picture
 from nonn.live.state import FASTEST, LiveCluster
 from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
 from nonn.runtime.cluster import Cluster
@@ -257,9 +258,83 @@ def test_pictures_that_are_too_large_or_none_are_refused(network_folder):
     manifest = read_manifest(network_folder)
     wide = BytesIO()
     Image.new("1", (LARGEST // 1000 + 1, 1000)).save(wide, "PNG")
-    for content, reason in ((b"none", "not an image"), (wide.getvalue(), "pixels are too many")):
-        with pytest.raises(UserError, match=rf"mine: cannot be read \(.*{reason}\)\. Send a PNG"):
+    # Pillow would start another program for it.
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    for content, reason in (
+        (b"none", "not an image"),
+        (postscript, "not an image"),
+        (wide.getvalue(), "pixels are too many"),
+    ):
+        with pytest.raises(UserError, match=rf"mine: cannot be read \(.*{reason}\)\. Send one of JPEG, PNG"):
             sent_picture("mine", content, False, manifest)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "refused"),
+    [
+        ("1", "PNG", False),
+        ("P", "GIF", False),
+        ("RGB", "JPEG", False),
+        ("RGB", "WEBP", True),
+        ("RGBA", "PNG", True),
+        ("I;16", "PNG", True),
+    ],
+)
+def test_what_takes_more_memory_may_have_fewer_pixels(mode, kind, refused, network_folder, monkeypatch):
+    monkeypatch.setattr("nonn.live.pictures.LARGEST_DECODED", PLAIN * 10_000)
+    content = BytesIO()
+    Image.new(mode, (100, 100)).save(content, kind)
+    with pytest.raises(UserError, match="100 × 100 pixels are too many") if refused else contextlib.nullcontext():
+        sent_picture("mine", content.getvalue(), False, read_manifest(network_folder))
+
+
+def test_pictures_are_decoded_one_by_one_whoever_gives_up(cluster, monkeypatch):
+    """A post that is cancelled leaves its thread at work."""
+    decoding, may_end = [], threading.Event()
+
+    def decode(*_):
+        decoding.append(None)
+        may_end.wait(PATIENCE)
+        return make_pictures(1)[0]
+
+    monkeypatch.setattr("nonn.live.web.sent_picture", decode)
+
+    async def scenario():
+        application = Page(LiveCluster(cluster, [Child(n, None) for n in cluster.nodes], make_pictures())).application()
+        async with opened(application, 0, "--web") as address, aiohttp.ClientSession() as session:
+            headers = {"Content-Type": "application/octet-stream", "Origin": address}
+            for _ in range(3):
+                with contextlib.suppress(TimeoutError):
+                    await session.post(
+                        f"{address}/picture", headers=headers, data=b"x", timeout=aiohttp.ClientTimeout(total=0.3)
+                    )
+            assert len(decoding) == 1
+            may_end.set()
+            async with session.post(f"{address}/picture", headers=headers, data=b"x") as response:
+                assert response.status == 204
+
+    asyncio.run(scenario())
+
+
+def test_who_reads_nothing_loses_his_place(cluster, monkeypatch):
+    monkeypatch.setattr("nonn.live.web.VIEWERS", 1)
+    monkeypatch.setattr("nonn.live.web.SLOWEST_VIEWER", 0.2)
+
+    async def scenario():
+        live = LiveCluster(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())
+        live.snapshot = lambda: {"much": "x" * 2**24}
+        page = Page(live)
+        async with opened(page.application(), 0, "--web") as address, asyncio.timeout(PATIENCE):
+            port = int(address.rpartition(":")[2])
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.transport.pause_reading()
+            writer.write(f"GET /events HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            await until(lambda: page.viewers == 1)
+            await live._publish()
+            await until(lambda: page.viewers == 0)
+            writer.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_photograph_that_is_sent_has_the_pixels_that_a_device_reads(network_folder, tmp_path):

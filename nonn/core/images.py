@@ -12,6 +12,9 @@ from PIL import Image, ImageOps
 from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular
 
+#: What is read, as Pillow names it. Others are not: for EPS, Pillow starts another program. TGA comes last, since its
+#: files do not begin with its name.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 #: Pillow modes that are converted to greyscale or colour.
 GREY_MODES = {"1", "L", "LA", "La"}
 COLOUR_MODES = {"RGB", "RGBA", "RGBa", "RGBX", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -42,13 +45,15 @@ def read_image(path: Path, channels: int, size: int, white: float | None = None)
         if isinstance(error, OSError) and (told := refusal(error, path)):
             raise told from None
         # On damaged data, Pillow's decoders raise almost anything.
-        raise UserError(f"{printable(path)}: not a readable image ({error}). Give a PNG, JPEG or the like.") from None
+        raise UserError(
+            f"{printable(path)}: not a readable image ({error}). Give one of {', '.join(FORMATS)}."
+        ) from None
 
 
-def open_image(file: Path | bytes, size: int) -> Image.Image:
-    """Open an image file, or its bytes, to fit it to `size` pixels: see `SPARE`."""
-    image = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
-    if image.format == "JPEG":
+def open_image(file: Path | bytes, size: int | None = None) -> Image.Image:
+    """Open an image file, or its bytes, as it is, or to fit it to `size` pixels: see `SPARE`."""
+    image = Image.open(BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS)
+    if size and image.format == "JPEG":
         image.draft(None, (SPARE * size, SPARE * size))
     return image
 

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 import webbrowser
 
 from nonn import demo
@@ -27,10 +28,13 @@ DEADLINE_MS = 500.0
 
 
 def open_browser(address: str) -> None:
-    """Show the page where there is a screen: a browser for terminals would take over the terminal."""
+    """Show the page where there is a screen: a browser for terminals would take over the terminal.
+
+    Nobody waits for it: what starts a browser may return only when that is closed.
+    """
     screens = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
     if not sys.platform.startswith("linux") or any(map(os.environ.get, screens)):
-        webbrowser.open(address)
+        threading.Thread(target=webbrowser.open, args=[address], daemon=True).start()
 
 
 async def run_demo(port: int, once: bool, browser: bool) -> None:
@@ -59,7 +63,7 @@ async def run_demo(port: int, once: bool, browser: bool) -> None:
         async def show(address: str) -> None:
             print(f"live page: {address} (Ctrl-C ends it)", flush=True)
             if browser:
-                await asyncio.to_thread(open_browser, address)
+                open_browser(address)
 
         await attend(cluster, children, [page], told_to_stop(False, signal.SIGHUP))
 

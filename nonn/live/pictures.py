@@ -17,11 +17,15 @@ from safetensors import SafetensorError, safe_open
 from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.images import fit_network, open_image, read_image
+from nonn.core.images import DEEP_MODES, FORMATS, fit_network, open_image, read_image
 from nonn.runtime.exported import Manifest
 
-#: Pixels of the largest picture that a viewer may send; it takes some 300 MB while it is decoded.
-LARGEST = 50_000_000
+#: Pixels of the largest picture that a viewer may send, and bytes that it may take while it is decoded.
+LARGEST, LARGEST_DECODED = 50_000_000, 500_000_000
+#: Bytes that a pixel takes meanwhile at most, as measured with Pillow 13: in formats that are decoded as a whole;
+#: transparent, or of more than 8 bits; and all others.
+WHOLE, RICH, PLAIN = 26, 17, 10
+WHOLE_FORMATS = {"AVIF", "JPEG2000", "WEBP"}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -107,16 +111,26 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
     """
     shape = manifest.image
     try:
-        with Image.open(BytesIO(content)) as image:
-            if image.width * image.height > LARGEST:
-                raise ValueError(f"{image.width} × {image.height} pixels are too many")
+        with open_image(content) as image:
+            width, height = image.size
         with open_image(content, shape.size) as image:
+            if width * height > LARGEST or decoded_bytes(image) > LARGEST_DECODED:
+                raise ValueError(f"{width} × {height} pixels are too many")
             pixels = fit_network(image, shape.channels, shape.size, shape.white)
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{name}: cannot be read ({reason}). Send a PNG, JPEG or the like.") from None
+        raise UserError(f"{name}: cannot be read ({reason}). Send one of {', '.join(FORMATS)}.") from None
     pixels = 255 - pixels if invert else pixels
     return Picture(name, None, lambda: pixels)
+
+
+def decoded_bytes(image: Image.Image) -> int:
+    """Memory that an open image takes at most until it fits a network."""
+    if image.format in WHOLE_FORMATS:
+        weight = WHOLE
+    else:
+        weight = RICH if image.mode in DEEP_MODES or image.has_transparency_data else PLAIN
+    return weight * image.width * image.height
 
 
 def as_png(pixels: np.ndarray) -> str:

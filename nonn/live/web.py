@@ -17,6 +17,8 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import resources
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
@@ -36,8 +38,9 @@ from nonn.runtime.processes import Child
 HOST = "127.0.0.1"
 #: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
 NAMES = {"127.0.0.1", "localhost"}
-#: Viewers at once, bytes of the longest post, and seconds that streams have to end.
-VIEWERS, LONGEST_POST, GRACE = 16, 1024, 0.5
+#: Viewers at once, seconds for which one may take nothing that is sent, bytes of the longest post, and seconds that
+#: streams have to end.
+VIEWERS, SLOWEST_VIEWER, LONGEST_POST, GRACE = 16, 10.0, 1024, 0.5
 #: Bytes of the largest picture that is taken, and seconds in which a post must have come.
 LARGEST_PICTURE, SLOWEST_POST = 16 * 2**20, 10.0
 #: Connections at once, and seconds for which one may stay without a request.
@@ -125,7 +128,9 @@ class Page:
         self.live = live
         self.page, policy = read_page()
         self.viewers = 0
-        self.decoding = asyncio.Lock()  # one picture at a time, which bounds the memory that they take
+        self.event = 0, b""  # the newest version of the snapshot, as it is sent
+        # One picture at a time, which bounds the memory that they take: a thread goes on when its post is given up.
+        self.decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
         self.headers = {
             "Content-Security-Policy": policy,
             "X-Content-Type-Options": "nosniff",
@@ -160,9 +165,16 @@ class Page:
             version = 0
             while True:
                 version = await self.live.changed(version)
-                await response.write(f"data: {json.dumps(self.live.snapshot())}\n\n".encode())
+                if version != self.event[0]:
+                    self.event = version, f"data: {json.dumps(self.live.snapshot())}\n\n".encode()
+                async with asyncio.timeout(SLOWEST_VIEWER):
+                    await response.write(self.event[1])
         except ConnectionError:
             return response  # the viewer has left
+        except TimeoutError:
+            if request.transport:
+                request.transport.abort()
+            return response
         finally:
             self.viewers -= 1
 
@@ -186,11 +198,11 @@ class Page:
         content = await in_time(read_body(request, LARGEST_PICTURE))
         name = request.query.get("name", "")[:LONGEST_NAME] or "your picture"
         invert = request.query.get("invert") == "true"
-        async with self.decoding:
-            try:
-                picture = await asyncio.to_thread(sent_picture, name, content, invert, self.live.manifest)
-            except UserError as error:
-                raise web.HTTPBadRequest(text=f"{error}\n") from None
+        decode = partial(sent_picture, name, content, invert, self.live.manifest)
+        try:
+            picture = await asyncio.get_running_loop().run_in_executor(self.decoder, decode)
+        except UserError as error:
+            raise web.HTTPBadRequest(text=f"{error}\n") from None
         self.live.submit(picture)
         return web.Response(status=204)
 
