@@ -4,10 +4,11 @@ import asyncio
 
 import numpy as np
 import pytest
-from clusters import CHANNELS, N_FEATURES, PATIENCE, SIZE, make_image, plain_node, refusal, stub_of
+from clusters import CHANNELS, N_FEATURES, PATIENCE, SIZE, make_image, plain_node, refusal, stub_of, two_and, until
 from grpc import StatusCode, aio
 
 from nonn.runtime.batches import PIPELINED, Batches
+from nonn.runtime.coordinator import TOLERATED_FAILURES
 from nonn.runtime.protocol import LARGEST_BATCH, Contract, make_request, read_response
 from nonn.runtime.session import run_onnx
 
@@ -109,6 +110,48 @@ def test_a_server_that_takes_only_one_image_gets_one():
         assert node.sizes == [1] * PIPELINED + [3, 1, 1, 1]
 
     asyncio.run(scenario())
+
+
+def test_an_image_takes_at_least_as_long_as_was_waited_for_it():
+    async def scenario():
+        node = Recorder()
+        batches = quick_batches(node)
+        tasks = await asked(batches, range(PIPELINED))
+        await asyncio.sleep(0.1)
+        node.error = aio.AioRpcError(StatusCode.DEADLINE_EXCEEDED, aio.Metadata(), aio.Metadata())
+        node.may_answer.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert batches._seconds >= 0.1
+
+    asyncio.run(scenario())
+
+
+def test_a_node_that_comes_back_gets_several_images_again(network_folder, monkeypatch, capfd):
+    """What listens at its address may be another server by then."""
+    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE", 0.01)
+
+    async def scenario():
+        async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
+            connection = coordinator.connections[2]
+            largest = connection.batches.largest
+            refused = aio.AioRpcError(StatusCode.INVALID_ARGUMENT, aio.Metadata(), aio.Metadata())
+
+            async def refuse(images, _):
+                if len(images) > 1:
+                    raise refused
+                return np.zeros((1, N_FEATURES[2])), 1e-3
+
+            send, connection.batches.send, connection.batches._seconds = connection.batches.send, refuse, 1e-6
+            await asyncio.gather(*(coordinator.classify(make_image()) for _ in range(9)))
+            assert (largest > 1, connection.batches.largest) == (True, 1)
+            connection.batches.send = send
+            for _ in range(TOLERATED_FAILURES):
+                connection.failed("imagined")
+            await until(lambda: not connection.breaker_is_open)
+            assert connection.batches.largest == largest
+
+    asyncio.run(scenario())
+    assert "node-2: refuses" in capfd.readouterr().err
 
 
 def test_who_has_given_up_is_not_sent():

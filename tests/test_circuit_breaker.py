@@ -77,6 +77,48 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
     asyncio.run(scenario())
 
 
+def test_images_that_fail_together_are_one_failure(network_folder):
+    """Whether they were in one message or in several."""
+
+    async def scenario():
+        async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
+            connection = coordinator.connections[2]
+            for count in range(1, coordination.TOLERATED_FAILURES + 1):
+                await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(9)))
+                assert connection.failures == count
+            assert connection.breaker_is_open
+
+    asyncio.run(scenario())
+
+
+def test_callers_in_a_hurry_find_out_which_node_hangs(network_folder):
+    """And one that is only slower than they wish is not left alone."""
+    sound = with_features([1, 2])
+
+    async def slowly(request, context):
+        await asyncio.sleep(0.1)
+        return await sound(request, context)
+
+    async def scenario(behave, deadline_ms):
+        async with rogue_node(behave) as (third, _), two_and(network_folder, third, deadline_ms) as coordinator:
+            connection = coordinator.connections[2]
+
+            async def is_suspected() -> None:
+                for _ in range(coordination.TOLERATED_FAILURES):
+                    await coordinator.classify(make_image(), 0.02)
+                while connection.suspecting:
+                    await coordinator.classify(make_image(), 0.02)  # requests go on
+
+            async with asyncio.timeout(PATIENCE):
+                for count in range(1, coordination.TOLERATED_FAILURES + 1):
+                    await is_suspected()
+                    assert connection.failures == (count if behave is hang else 0)
+            assert connection.breaker_is_open == (behave is hang)
+
+    asyncio.run(scenario(hang, FEW))
+    asyncio.run(scenario(slowly, 1000 * PATIENCE))
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="TCP_USER_TIMEOUT is an option of Linux")
 def test_connections_that_nobody_acknowledges_are_given_up(network_folder):
     def given_up_after(port: int) -> set[int]:

@@ -15,6 +15,8 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from grpc import StatusCode, aio
 
+from nonn.core.progress import log
+
 #: Messages under way at once: while the answer to one travels, the node computes the other.
 PIPELINED = 2
 #: Part of the time left that one message may take by expectation, and the weight of the newest measurement for that.
@@ -34,10 +36,14 @@ class Batches:
         (k, F_i), or (F_i,) of a single one, and how many seconds that took.
     largest
         Images of one message.
+    name
+        Of the node, for the log.
     """
 
-    def __init__(self, send: Callable[[np.ndarray, float], Awaitable[tuple[np.ndarray, float]]], largest: int):
-        self.send, self.largest = send, largest
+    def __init__(
+        self, send: Callable[[np.ndarray, float], Awaitable[tuple[np.ndarray, float]]], largest: int, name: str = "node"
+    ):
+        self.send, self.largest, self.name = send, largest, name
         self._seconds = 0.0  # that an image of a message takes, there and back; 0 until measured
         self._waiting: deque[Waiting] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -70,6 +76,8 @@ class Batches:
                 task.add_done_callback(self._sent)
 
     async def _send(self, images, deadlines, answers) -> None:
+        loop = asyncio.get_running_loop()
+        start = loop.time()
         try:
             features, seconds = await self.send(np.stack(images), max(deadlines))
         except asyncio.CancelledError:  # the channel has been closed
@@ -77,7 +85,11 @@ class Batches:
                 answer.cancel()
             raise
         except Exception as error:  # whatever it is, each of the callers handles it
-            if len(images) > 1 and isinstance(error, aio.AioRpcError) and error.code() == StatusCode.INVALID_ARGUMENT:
+            code = error.code() if isinstance(error, aio.AioRpcError) else None
+            if code == StatusCode.DEADLINE_EXCEEDED:  # it takes longer than that
+                self._seconds = max(self._seconds, (loop.time() - start) / len(images))
+            if len(images) > 1 and code == StatusCode.INVALID_ARGUMENT:
+                log(f"{self.name}: refuses {len(images)} images in one message; it gets one at a time.")
                 self.largest = 1
                 self._waiting.extendleft(reversed(list(zip(images, deadlines, answers, strict=True))))
                 return

@@ -10,6 +10,7 @@ and rejoins by itself.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -76,15 +77,19 @@ class NodeConnection:
         self.node, self.name, self.contract = node, node.name, contract
         self.patience = patience
         self.failures, self.pause = 0, FIRST_PAUSE
+        self.failed_at = float("-inf")  # by the event loop's time: the last failure that counted
+        self.hurried = 0  # images in a row for which nobody waited as long as the node may take
         self.reason = ""
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
-        self.batches = Batches(self._ask_and_time, contract.largest_batch)
+        self.suspecting: asyncio.Task | None = None
+        self.batches = Batches(self._ask_and_time, contract.largest_batch, self.name)
         self.use(channel)
 
     def use(self, channel: aio.Channel) -> None:
         """Send what comes from now on by way of this channel."""
         self.channel = channel
+        self.batches.largest = self.contract.largest_batch  # another server may answer there now
         # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
         self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
 
@@ -132,16 +137,43 @@ class NodeConnection:
         return await self.ask(image, deadline - loop.time())
 
     def succeeded(self) -> None:
-        self.failures, self.pause = 0, FIRST_PAUSE
+        self.failures, self.hurried, self.pause = 0, 0, FIRST_PAUSE
         if self.probing:
             self.probing.cancel()
             self.probing = None
 
-    def failed(self, reason: str) -> None:
-        self.failures += 1
+    def failed(self, reason: str, began: float = math.inf) -> None:
+        """Count a failure, of an image that was asked for at a time of the event loop.
+
+        Images that were under way when the last one failed, in the same message or another, are of the same failure.
+        """
         self.reason = reason
+        if began < self.failed_at:
+            return
+        self.failures, self.failed_at = self.failures + 1, asyncio.get_running_loop().time()
         if self.failures >= TOLERATED_FAILURES and not self.breaker_is_open:
             self.probing = asyncio.create_task(self._probe())
+
+    def was_late(self) -> None:
+        """Note that a caller in a hurry has not waited; if several have not, find out whether the node hangs."""
+        self.hurried += 1
+        if self.hurried >= TOLERATED_FAILURES and not self.suspecting:
+            self.suspecting = asyncio.create_task(self._suspect())
+
+    async def _suspect(self) -> None:
+        """Ask for the features of a black image, to which the node has its full time; requests go on meanwhile."""
+        began = asyncio.get_running_loop().time()
+        try:
+            await self.ask(self._blank, self.patience)
+        except (aio.AioRpcError, ProtocolError) as error:
+            if busy_seconds(error) is None:
+                self.failed(reason_of(error), began)
+        finally:  # also when the channel is replaced meanwhile
+            self.hurried, self.suspecting = 0, None
+
+    @property
+    def _blank(self) -> np.ndarray:
+        return np.zeros(self.contract.image_shape[1:], np.uint8)
 
     async def _probe(self) -> None:
         """Ask for the features of a black image until they come; then let requests through again.
@@ -149,12 +181,11 @@ class NodeConnection:
         The node is on probation until it has answered a request: until then a single failure opens
         the breaker again, and the pauses go on growing.
         """
-        blank = np.zeros(self.contract.image_shape[1:], np.uint8)
         while True:
             await asyncio.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             try:
-                await self.ask(blank, self.patience)
+                await self.ask(self._blank, self.patience)
             except (aio.AioRpcError, ProtocolError) as error:
                 self.reason = reason_of(error)
                 if busy_seconds(error) is None:
@@ -165,11 +196,13 @@ class NodeConnection:
                     raise
                 continue  # the channel was replaced meanwhile
             self.failures, self.probing = TOLERATED_FAILURES - 1, None
+            self.batches.largest = self.contract.largest_batch
             return
 
     async def close(self) -> None:
-        if self.probing:
-            self.probing.cancel()
+        for task in (self.probing, self.suspecting):
+            if task:
+                task.cancel()
         self.batches.close()
         await self.channel.close()
 
@@ -257,7 +290,7 @@ class Coordinator:
 
         A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
         earlier than the cluster's; if it is shorter than `HURRY` times that, nodes that miss it are absent, but it does
-        not count against them.
+        not count against them, unless they do not answer in the cluster's time either.
 
         Raises
         ------
@@ -282,7 +315,8 @@ class Coordinator:
         """Features by position of the nodes that answer in time, why the others do not, and how long some are busy."""
         loop = asyncio.get_running_loop()
         given = self.patience if seconds is None else min(seconds, self.patience)
-        hurried, deadline = given < HURRY * self.patience, loop.time() + given
+        hurried, start = given < HURRY * self.patience, loop.time()
+        deadline = start + given
         # When all are left alone, there is nothing to lose by asking them all the same.
         desperate = all(connection.breaker_is_open for connection in self.connections)
         calls = {
@@ -302,19 +336,20 @@ class Coordinator:
                 absent[connection.name] = (
                     f"left alone after {TOLERATED_FAILURES} failures in a row ({connection.reason})"
                 )
-            elif not call.done():
-                absent[connection.name] = LATE
-                if not hurried:
-                    connection.failed(LATE)
-            elif error := call.exception():
-                absent[connection.name] = reason_of(error)
-                if (pause := busy_seconds(error)) is not None:
-                    busy[connection.name] = pause  # who has no time is not ill
-                elif not (hurried and absent[connection.name] == LATE):
-                    connection.failed(absent[connection.name])
-            else:
+                continue
+            is_late = not call.done() or call.cancelled()
+            error = None if is_late else call.exception()
+            if not is_late and not error:
                 features[position] = call.result()
                 connection.succeeded()
+                continue
+            absent[connection.name] = reason = reason_of(error) if error else LATE
+            if error and (pause := busy_seconds(error)) is not None:
+                busy[connection.name] = pause  # who has no time is not ill
+            elif hurried and reason == LATE:
+                connection.was_late()
+            else:
+                connection.failed(reason, start)
         return features, absent, busy
 
 
