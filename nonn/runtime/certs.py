@@ -23,10 +23,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from nonn.core.errors import UserError
 from nonn.core.files import regular, remove_orphans, replacing_all
 from nonn.core.progress import log
-from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY, check_mode
+from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY, RESERVED, check_mode
 
 CA_KEY = "ca.key"
-RESERVED = ("ca", "localhost")
 DAYS = 365
 #: Of the authority, so that it outlives all that it renews.
 AUTHORITY_DAYS = 7300

@@ -21,11 +21,21 @@ from nonn.core.schema import Section, load_yaml
 from nonn.runtime.addresses import canonical_address, is_loopback, split_address
 from nonn.runtime.exported import Manifest, read_manifest
 from nonn.runtime.protocol import Contract, student_contract
-from nonn.runtime.tls import CA, COMMON_NAME, Identity
+from nonn.runtime.tls import CA, COMMON_NAME, RESERVED, Identity
 
 CLUSTER_FILE = Path("cluster.yaml")
 #: Of a node or a model, which may be a number in quotes.
 Name = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
+
+
+def not_reserved(name: str) -> str:
+    if name.lower() in RESERVED:
+        raise ValueError(f"{name!r} is the name of nobody in certificates; choose another")
+    return name
+
+
+#: Of a node or a coordinator, in its certificate.
+CertifiedName = Annotated[Name, AfterValidator(not_reserved)]
 
 
 def nameable(path: Path) -> Path:
@@ -48,13 +58,13 @@ class Tls(Section):
     """Certificates as `nonn certs` lays them out: those of the coordinator, and of nodes that `nonn up` starts."""
 
     folder: FilePath
-    coordinator: Name = COORDINATOR
+    coordinator: CertifiedName = COORDINATOR
 
 
 class Node(Section):
     """One device: the name in its certificate, where it listens, and the student that it serves."""
 
-    name: Name
+    name: CertifiedName
     address: str
     model: Name
 
