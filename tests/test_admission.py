@@ -266,7 +266,7 @@ def test_a_node_refuses_at_once_and_says_when_to_return(network_folder, monkeypa
 
     async def scenario():
         request = make_request(CONTRACT, make_image())
-        async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:
+        async with serving(student, "127.0.0.1:0") as (port, meters), stub_of(f"127.0.0.1:{port}") as stub:
             waiting = [asyncio.ensure_future(stub.ModelInfer(request)) for _ in range(5)]
             await until(lambda: student.admission.waiting == 5)
             with pytest.raises(aio.AioRpcError) as error:
@@ -274,7 +274,7 @@ def test_a_node_refuses_at_once_and_says_when_to_return(network_folder, monkeypa
             assert error.value.code() == StatusCode.RESOURCE_EXHAUSTED
             wish = dict(error.value.trailing_metadata())[RETRY_AFTER]
             assert busy_seconds(error.value) == int(wish) / 1000 > 0
-            assert student.admission.refused == 1
+            assert (student.admission.refused, meters.refusals._value.get()) == (1, 1)
             released.set()
             assert all(answer.outputs for answer in await asyncio.gather(*waiting))
 
@@ -305,6 +305,38 @@ def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, 
                     assert (await stub.ModelInfer(request, timeout=PATIENCE)).outputs
                     assert set(await asyncio.gather(*ended)) == {status}
             assert student.admission.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_calls_without_a_message_are_few_on_all_connections_together(network_folder, monkeypatch):
+    """Beyond, the oldest is ended: whoever sends his message is answered, however many there are."""
+    monkeypatch.setattr(guard, "SILENT", 4)
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 10.0 * PATIENCE)
+
+    async def silent():
+        await asyncio.sleep(PATIENCE)
+        yield b""
+
+    async def scenario():
+        student = Student(network_folder / "0.onnx")
+        async with contextlib.AsyncExitStack() as stack:
+            port, meters = await stack.enter_async_context(serving(student, "127.0.0.1:0"))
+            options = [("grpc.use_local_subchannel_pool", 1)]
+            channels = [aio.insecure_channel(f"127.0.0.1:{port}", options) for _ in range(3)]
+            for channel in channels:
+                await stack.enter_async_context(channel)
+            calls = [channel.stream_unary(MODEL_INFER)(silent()) for channel in channels for _ in range(3)]
+            ended = [asyncio.ensure_future(call.code()) for call in calls]
+            await until(lambda: sum(code.done() for code in ended) == 5)
+            stub = await stack.enter_async_context(stub_of(f"127.0.0.1:{port}"))
+            for _ in range(3):
+                assert (await stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE)).outputs
+            codes = {code.result() for code in ended if code.done()}
+            assert codes == {StatusCode.RESOURCE_EXHAUSTED}
+            assert meters.rejections._value.get() == sum(code.done() for code in ended) == 6
+            for call in calls:
+                call.cancel()
 
     asyncio.run(scenario())
 

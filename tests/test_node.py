@@ -84,12 +84,15 @@ def test_the_stock_triton_client_can_call_a_node(network_folder):
     asyncio.run(scenario())
 
 
-def test_health_is_told_in_the_standard_way(network_folder):
+def test_health_is_told_in_the_standard_way(network_folder, monkeypatch):
     async def scenario():
         async with plain_node(network_folder) as (address, _), aio.insecure_channel(address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            monkeypatch.setattr(Student, "is_ready", False)
+            answer = await stub.Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
             code, _ = await refusal(stub.Check(health_pb2.HealthCheckRequest(service="unheard of")))
             assert code == StatusCode.NOT_FOUND
             code, _ = await refusal(stub.Watch(health_pb2.HealthCheckRequest()).read())
@@ -257,6 +260,7 @@ def test_strangers_are_refused(network_folder, certificates, tmp_path):
                 check = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
                 assert (await refusal(check))[0] == StatusCode.PERMISSION_DENIED
             assert counts(m) == (0, 0)
+            assert m.rejections._value.get() == 3
 
     asyncio.run(scenario())
 

@@ -283,6 +283,9 @@ def test_half_sent_requests_end_and_keep_nobody_from_the_metrics(monkeypatch):
                 writer.close()
             answer = await ask(port, b"GET /metrics HTTP/1.1\r\n\r\n")
             assert answer.startswith(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain")
+            for host, status in ((b"localhost:9", b"200"), (b"127.0.0.1", b"200"), (b"evil.example:9", b"403")):
+                answer = await ask(port, b"GET /metrics HTTP/1.1\r\nHost: " + host + b"\r\n\r\n")
+                assert answer.startswith(b"HTTP/1.1 " + status)
             assert (await ask(port, b"POST / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 405 ")
             assert (await ask(port, b"GET /else HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 404 ")
 

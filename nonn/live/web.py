@@ -21,7 +21,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import resources
 from typing import Annotated, Any, TypeVar
-from urllib.parse import urlsplit
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -32,12 +31,11 @@ from nonn.core.progress import log
 from nonn.core.schema import Section
 from nonn.live.pictures import Picture, sent_picture
 from nonn.live.state import FASTEST, SLOWEST, LiveCluster
+from nonn.runtime.addresses import OWN_NAMES, host_name
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
 HOST = "127.0.0.1"
-#: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
-NAMES = {"127.0.0.1", "localhost"}
 #: Viewers at once, seconds for which one may take nothing that is sent, bytes of the longest post, and seconds that
 #: streams have to end.
 VIEWERS, SLOWEST_VIEWER, LONGEST_POST, GRACE = 16, 10.0, 1024, 0.5
@@ -92,7 +90,7 @@ async def guard(
 ) -> web.StreamResponse:
     """Refuse what a page of another site, or a name that was rebound to this machine, has sent."""
     hosts, origin = request.headers.getall("Host", []), request.headers.get("Origin")
-    if len(hosts) != 1 or host_name(hosts[0]) not in NAMES:
+    if len(hosts) != 1 or host_name(hosts[0]) not in OWN_NAMES:
         raise web.HTTPForbidden(text=f"open this page as http://{HOST}:PORT\n")
     is_foreign = (origin is not None or request.method != "GET") and origin != f"http://{hosts[0]}"
     site = request.headers.get("Sec-Fetch-Site", "none")
@@ -112,13 +110,6 @@ def is_ours(record: logging.LogRecord) -> bool:
 #: What aiohttp logs of its server.
 logger = logging.getLogger(__name__)
 logger.addFilter(is_ours)
-
-
-def host_name(host: str) -> str | None:
-    try:
-        return urlsplit(f"//{host}").hostname
-    except ValueError:
-        return None
 
 
 class Page:

@@ -4,6 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from urllib.parse import urlsplit
+
+#: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
+OWN_NAMES = {"127.0.0.1", "localhost"}
+
+
+def host_name(host: str) -> str | None:
+    """The name or address in a Host header; None if there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:
+        return None
 
 
 def split_address(address: str) -> tuple[str, int]:

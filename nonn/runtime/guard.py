@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from typing import Any
 
 import grpc
@@ -13,11 +13,14 @@ from grpc import StatusCode, aio
 
 from nonn.runtime.admission import RETRY_AFTER, Admission, OverloadedError, Place
 from nonn.runtime.channel import GIVEN, MODEL_INFER
+from nonn.runtime.metrics import Meters
 from nonn.runtime.tls import may_call
 
 #: Seconds within which a call without a deadline must send its message; and after which no call is counted any more
 #: among those that wait for an answer.
 MESSAGE_TIMEOUT, PROMPT = 5.0, 0.05
+#: Calls at once whose message has not come, on all connections together; if there are more, the oldest is ended.
+SILENT = 1024
 #: Seconds beyond which it makes no difference what a call says that it was given. A photograph of 224 pixels a side
 #: takes 5 seconds by IEEE 802.15.4, and several times as long where devices share the channel.
 LONGEST = 60.0
@@ -45,9 +48,10 @@ class Guard(aio.ServerInterceptor):
     at. Here all handlers are those of streams of requests, which is the same on the wire, and read one message.
     """
 
-    def __init__(self, names: Collection[str] | None, admission: Admission | None = None):
+    def __init__(self, names: Collection[str] | None, admission: Admission | None = None, meters: Meters | None = None):
         self.names = names if names is None else frozenset(name.encode() for name in names)
-        self.admission = admission
+        self.admission, self.meters = admission, meters
+        self._silent: dict[asyncio.Timeout, None] = {}  # of calls whose message has not come, the oldest first
 
     async def intercept_service(
         self,
@@ -67,6 +71,8 @@ class Guard(aio.ServerInterceptor):
                 with admission.admitted(context.time_remaining(), context.peer(), seconds_given(context)) as place:
                     return await self._answer(handler, context, place)
             except OverloadedError as overloaded:
+                if self.meters:
+                    self.meters.refusals.inc()
                 when = ((RETRY_AFTER, str(overloaded.retry_after_ms)),)
                 await context.abort(StatusCode.RESOURCE_EXHAUSTED, str(overloaded), when)
 
@@ -74,7 +80,29 @@ class Guard(aio.ServerInterceptor):
 
     async def _check(self, context: aio.ServicerContext) -> None:
         if self.names is not None and not may_call(context, self.names):
-            await context.abort(StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list")
+            await self._reject(
+                context, StatusCode.PERMISSION_DENIED, "this certificate's name is not on the allow-list"
+            )
+
+    async def _reject(self, context: aio.ServicerContext, code: StatusCode, reason: str) -> None:
+        """End a call of which no message was read."""
+        if self.meters:
+            self.meters.rejections.inc()
+        await context.abort(code, reason)
+
+    @contextlib.contextmanager
+    def _counted(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Count a call among the silent ones while the block runs: one too many ends the oldest."""
+        self._silent[timeout] = None
+        if len(self._silent) > SILENT:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            if not oldest.expired():
+                oldest.reschedule(asyncio.get_running_loop().time())
+        try:
+            yield
+        finally:
+            self._silent.pop(timeout, None)
 
     async def _answer(
         self, handler: grpc.RpcMethodHandler, context: aio.ServicerContext, place: Place | None = None
@@ -83,17 +111,21 @@ class Guard(aio.ServerInterceptor):
         left = context.time_remaining()
         seconds = MESSAGE_TIMEOUT if left is None else min(left, LONGEST)
         try:
-            async with asyncio.timeout(seconds):
-                content = await context.read()
+            async with asyncio.timeout(seconds) as timeout:
+                end = timeout.when()
+                with self._counted(timeout):
+                    content = await context.read()
         except TimeoutError:
-            await context.abort(StatusCode.DEADLINE_EXCEEDED, f"no message came within {seconds:g} s")
+            if timeout.when() != end:
+                await self._reject(context, StatusCode.RESOURCE_EXHAUSTED, "too many calls without a message")
+            await self._reject(context, StatusCode.DEADLINE_EXCEEDED, f"no message came within {seconds:g} s")
         if place and late:
             late.cancel()
             place.keep()
         if content is aio.EOF:
-            await context.abort(StatusCode.INVALID_ARGUMENT, "a call without a message")
+            await self._reject(context, StatusCode.INVALID_ARGUMENT, "a call without a message")
         try:
             request = handler.request_deserializer(content)
         except DecodeError:
-            await context.abort(StatusCode.INVALID_ARGUMENT, "this is no message of the protocol")
+            await self._reject(context, StatusCode.INVALID_ARGUMENT, "this is no message of the protocol")
         return await handler.unary_unary(request, context)

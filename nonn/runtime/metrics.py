@@ -1,7 +1,8 @@
 """What a server counts, and the port where Prometheus asks for it.
 
 The port is served by the event loop that is there anyway: few connections at once, each for a few seconds only, so
-that nobody who half-sends requests costs more than that.
+that nobody who half-sends requests costs more than that. A Host that is not this machine by name is refused, against
+DNS rebinding.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.exposition import choose_encoder
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.core.errors import UserError
+from nonn.runtime.addresses import OWN_NAMES, host_name
 
 #: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
@@ -34,7 +36,9 @@ class Meters:
         common: dict[str, Any] = {"labelnames": ["model"], "registry": self.registry}
         self.requests = Counter("nonn_requests", "Inference requests.", **common).labels(model)
         self.failures = Counter("nonn_failures", "Requests that were refused or failed.", **common).labels(model)
-        self.refusals = Gauge("nonn_refusals", "Calls sent away at once under load, so far.", **common).labels(model)
+        self.refusals = Counter("nonn_refusals", "Calls sent away at once under load.", **common).labels(model)
+        unread = "Calls ended unread: of a caller who is not allowed, or without a message of the protocol."
+        self.rejections = Counter("nonn_rejections", unread, **common).labels(model)
         latency = Histogram("nonn_request_seconds", "From request read to answer.", buckets=BUCKETS, **common)
         self.latency = latency.labels(model)
         self.statistics = oip.InferStatistics()
@@ -65,7 +69,10 @@ def _respond(request: bytes, registry: CollectorRegistry) -> bytes:
     line, *headers = request.decode("latin-1").split("\r\n")
     method, _, rest = line.partition(" ")
     status, kind, content = "404 Not Found", "text/plain", b"ask for /metrics\n"
-    if method != "GET":
+    hosts = [text[5:].strip() for text in headers if text.lower().startswith("host:")]
+    if any(host_name(host) not in OWN_NAMES for host in hosts):
+        status, content = "403 Forbidden", f"ask {HOST}\n".encode()
+    elif method != "GET":
         status, content = "405 Method Not Allowed", b"only GET is answered\n"
     elif rest.split(" ")[0].partition("?")[0] in ("/", "/metrics"):
         accepted = next((text[7:] for text in headers if text.lower().startswith("accept:")), "")

@@ -134,6 +134,20 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
             await context.abort(refusal.code, str(refusal))
 
 
+class Health(health.aio.HealthServicer):
+    """The standard health service: the server as a whole is well while its model has a chance to answer."""
+
+    def __init__(self, service: oip_grpc.GRPCInferenceServiceServicer):
+        super().__init__()
+        self.service = service
+
+    async def Check(self, request, context):
+        answer = await super().Check(request, context)
+        if not (await self.service.ServerReady(oip.ServerReadyRequest(), context)).ready:
+            answer.status = answer.NOT_SERVING
+        return answer
+
+
 def channel_options(message_limit: int) -> list[tuple[str, int]]:
     """Options of a server's connections, for messages of at most so many bytes."""
     options = {
@@ -178,11 +192,12 @@ async def listening(
     identity: Identity | None,
     allowed: Collection[str],
     admission: Admission | None = None,
+    meters: Meters | None = None,
 ) -> AsyncIterator[int]:
     """Let a service be called at ``host:port`` while the block runs; yield the port, useful where 0 was asked for.
 
     With an identity it is called under mutual TLS by those whose certificates have an allowed common name. Without
-    one everything is plain text. `admission` is for inference requests.
+    one everything is plain text. `admission` is for inference requests, `meters` for calls that the service never sees.
 
     Raises
     ------
@@ -195,10 +210,10 @@ async def listening(
         raise UserError(f"--address: {error}") from None
     if identity is None and not is_loopback(address):
         raise UserError(f"{address}: plain text is for loopback addresses only. Use certificates elsewhere.")
-    guard = Guard(allowed if identity else None, admission)
+    guard = Guard(allowed if identity else None, admission, meters)
     server = aio.server(interceptors=[guard], options=channel_options(message_limit))
     oip_grpc.add_GRPCInferenceServiceServicer_to_server(service, server)
-    status = health.aio.HealthServicer()
+    status = Health(service)
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     credentials = identity and identity.for_server()
     try:
@@ -251,9 +266,8 @@ async def serving(
 ) -> AsyncIterator[tuple[int, Meters]]:
     """Serve a model while the block runs, see `listening`; yield the port and the model's meters."""
     service = Service(model)
-    service.meters.refusals.set_function(lambda: model.admission.refused)
     limit = model.contract.message_limit
-    async with listening(service, address, limit, identity, allowed, model.admission) as port:
+    async with listening(service, address, limit, identity, allowed, model.admission, service.meters) as port:
         yield port, service.meters
 
 
