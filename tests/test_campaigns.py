@@ -1,6 +1,7 @@
 """The campaigns in small: sound code passes them, and code with a fault does not."""
 
 import asyncio
+from random import Random
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from nonn.core.errors import UserError
 from nonn.runtime import coordinator
+from nonn.runtime.cluster import Node
+from nonn.runtime.processes import Child
 from nonn.testbed import fuzz
 from nonn.testbed.bed import running_bed
-from nonn.testbed.soak import Soak, becomes_whole, soak_cluster
+from nonn.testbed.soak import Soak, becomes_whole, disturb, soak_cluster
 
 
 def wrong(outcomes) -> int:
@@ -86,6 +89,24 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
             assert not await becomes_whole(bed, coordinating, image)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_node_that_ends_by_itself_is_found_out(is_known):
+    """Whether or not it is known to have ended when it is sent a signal."""
+
+    def send_signal(_):
+        if is_known:
+            raise ProcessLookupError
+
+    async def wait():
+        return 3
+
+    process = SimpleNamespace(send_signal=send_signal, wait=wait, returncode=3)
+    child = Child(Node(name="node-0", address="127.0.0.1:1", model="0"), process, said="out of memory")
+    bed = SimpleNamespace(children={"node-0": child})
+    with pytest.raises(UserError, match=r"node-0 ended by itself, with exit status 3 \(out of memory\)"):
+        asyncio.run(disturb(bed, Soak(np.zeros(1), np.zeros(1)), Random(0), every=0))
 
 
 def test_what_a_soak_must_not_show():

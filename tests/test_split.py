@@ -1,11 +1,15 @@
 """Splitting a network changes nothing in what it computes, and sends what can be counted by hand."""
 
+import asyncio
 import contextlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from clusters import PATIENCE, hang, rogue_node
+from grpc import aio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from splits import Build, export_untrained, random_image, write_tiny
@@ -14,6 +18,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime.session import run_onnx
 from nonn.split.graph import read_network
+from nonn.split.node import Peer, SplitService
 from nonn.split.plan import SplitPlan, load_part, run_in_process
 from nonn.split.planner import describe, plan_split
 
@@ -318,3 +323,24 @@ def test_the_command_writes_a_plan_and_says_what_it_costs(tiny, folder, capsys):
     assert said == describe(plan) + "\n"
     assert "rounds: 1, messages: 2, bytes between devices: 128\n" in said
     assert said.splitlines()[2].split() == ["device-0", "262", "2,016", "1", "64", "6"]
+
+
+def test_a_peer_that_is_dead_is_noticed_beside_one_that_hangs(free_port):
+    failures = []
+
+    async def scenario():
+        failed = asyncio.Event()
+        exchange = SimpleNamespace(fail=lambda error: failures.append(str(error)) or failed.set())
+        async with contextlib.AsyncExitStack() as stack:
+            calls = []
+            hanging, _ = await stack.enter_async_context(rogue_node(hang))
+            for name, address in (("hanging", hanging), ("dead", f"127.0.0.1:{free_port}")):
+                peer = Peer(name, await stack.enter_async_context(aio.insecure_channel(address)))
+                calls.append((peer, peer.send(b"", timeout=10 * PATIENCE)))
+            watching = asyncio.create_task(SplitService._watch(None, 1, calls, exchange))
+            await asyncio.wait_for(failed.wait(), PATIENCE)
+            watching.cancel()
+
+    asyncio.run(scenario())
+    (said,) = failures
+    assert said.startswith("round 1: dead: unavailable")

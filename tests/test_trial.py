@@ -1,10 +1,12 @@
 """Trials with real processes: what is counted could be right, and nothing is left behind, whatever fails."""
 
 import asyncio
+import contextlib
 import socket
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -227,3 +229,18 @@ def test_an_echo_does_not_outlive_its_standard_input():
             assert await process.wait() == 0
 
     asyncio.run(scenario())
+
+
+def test_an_echo_waits_for_who_does_not_read():
+    written = []
+
+    async def scenario():
+        reader = asyncio.StreamReader()
+        reader.feed_data(3 * echo_server.SIZES.pack(echo_server.SIZES.size, 100))
+        reader.feed_eof()
+        writer = SimpleNamespace(write=written.append, drain=asyncio.Event().wait, close=lambda: None)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(echo_server.answer(reader, writer), 0.1)
+
+    asyncio.run(scenario())
+    assert len(written) == 1

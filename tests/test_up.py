@@ -1,6 +1,7 @@
 """A cluster of child processes: it works, it is watched, and nothing of it is left behind."""
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -127,6 +128,20 @@ def test_a_node_that_listens_and_cannot_be_asked_says_why(capsys):
         _missed(child, reason)
     assert child.state == "no answer"
     assert capsys.readouterr().err == f"a: listens, and does not answer ({other})\n"
+
+
+def test_a_pipe_that_closes_is_looked_at_once(monkeypatch):
+    end, other = os.pipe()
+
+    async def scenario():
+        stopped = told_to_stop(True)
+        os.close(other)
+        await asyncio.wait_for(stopped.wait(), PATIENCE)
+        assert not asyncio.get_running_loop().remove_reader(sys.stdin)
+
+    with os.fdopen(end) as pipe:
+        monkeypatch.setattr("sys.stdin", pipe)
+        asyncio.run(scenario())
 
 
 def test_signals_that_a_process_was_told_to_ignore_stay_ignored():

@@ -51,9 +51,14 @@ def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM, *more):
         if number not in more or signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
             loop.add_signal_handler(number, stopped.set)
+
+    def closed() -> None:
+        loop.remove_reader(sys.stdin)  # it stays readable, and would be looked at without end
+        stopped.set()
+
     if attached:
         try:
-            loop.add_reader(sys.stdin, stopped.set)  # nothing is ever sent: readable means closed
+            loop.add_reader(sys.stdin, closed)  # nothing is ever sent: readable means closed
         except (PermissionError, ValueError):  # a file, or none at all
             raise UserError("--attached: standard input is no pipe that could close; leave it out") from None
         continue_after_parent()

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -226,8 +227,12 @@ class SplitService(Service):
         task.add_done_callback(self.sending.discard)
 
     async def _watch(self, index: int, calls: list[tuple[Peer, aio.UnaryUnaryCall]], exchange: Exchange) -> None:
-        """Fail the image if a peer does not take its slice: one task for all sends of a round."""
+        """Fail the image if a peer does not take its slice, whichever is first: one task for all sends of a round."""
+        ended: asyncio.Queue[tuple[Peer, aio.UnaryUnaryCall]] = asyncio.Queue()
         for peer, call in calls:
+            call.add_done_callback(partial(lambda peer, call: ended.put_nowait((peer, call)), peer))
+        for _ in calls:
+            peer, call = await ended.get()
             try:
                 await call
             except aio.AioRpcError as error:

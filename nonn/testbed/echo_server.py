@@ -34,6 +34,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 return  # on loopback anybody may ask
             await reader.readexactly(request_bytes - SIZES.size)
             writer.write(bytes(response_bytes))
+            await writer.drain()  # whoever asks on without reading would fill the memory
 
 
 async def serve(address: str) -> None:

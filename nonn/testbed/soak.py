@@ -24,6 +24,7 @@ from nonn.core.options import amount, at_least, seed_number
 from nonn.core.progress import track
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
+from nonn.runtime.processes import Child
 from nonn.runtime.protocol import make_request
 from nonn.testbed.bed import RunningCluster, running_bed
 from nonn.testbed.latency import memory_kib
@@ -92,22 +93,37 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
     while True:
         await asyncio.sleep(every / 3)
         victim = random.choice(names)
-        bed.children[victim].process.kill()
-        await bed.children[victim].process.wait()
+        process = send(bed.children[victim], signal.SIGKILL)
+        if await process.wait() != -signal.SIGKILL:
+            raise ended_by_itself(bed.children[victim])
         soak.kills += 1
         await bed.restart(victim)
         await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
         await asyncio.sleep(every / 3)
-        sleeper = bed.children[random.choice(names)].process
-        sleeper.send_signal(signal.SIGSTOP)
+        sleeper = send(bed.children[random.choice(names)], signal.SIGSTOP)
         soak.naps += 1
         try:
             await asyncio.sleep(NAP * bed.cluster.deadline_ms / 1000)
         finally:
-            sleeper.send_signal(signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                sleeper.send_signal(signal.SIGCONT)
         await asyncio.sleep(every / 3)
         soak.crowds += 1
         await crowd(bed, soak, random.choice(names))
+
+
+def send(child: Child, number: signal.Signals) -> asyncio.subprocess.Process:
+    """Send a signal to a node's process and give that; a `UserError` if the node has ended before."""
+    try:
+        child.process.send_signal(number)
+    except ProcessLookupError:
+        raise ended_by_itself(child) from None
+    return child.process
+
+
+def ended_by_itself(child: Child) -> UserError:
+    code = child.process.returncode
+    return UserError(f"{child.node.name} ended by itself, with exit status {code} ({child.said or 'it said nothing'})")
 
 
 async def crowd(bed: RunningCluster, soak: Soak, name: str) -> None:
@@ -156,6 +172,8 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
         finally:
             disturbing.cancel()
             await asyncio.gather(disturbing, return_exceptions=True)
+        if not disturbing.cancelled():
+            disturbing.result()
         soak.whole_again = await becomes_whole(bed, coordinator, image)
     return soak
 
