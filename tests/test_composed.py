@@ -59,6 +59,15 @@ def test_an_image_is_asked_for_exchanged_and_answered():
     assert payload_bytes(WORKLOAD.transfers("sensor")) == 2 * (8 + 1000 + 500)
 
 
+def test_a_map_that_all_hear_is_transmitted_once(section):
+    exchange = {(a, b): 1000 for a in "012" for b in "012" if a != b}
+    workload = replace(WORKLOAD, seconds=np.zeros((1, 3)), macs=np.zeros((1, 3)), payload=[exchange])
+    workload = replace(workload, answer_bytes=[100, 100, 100])
+    apart, once = (replace(workload, sent_once=flag) for flag in (False, True))
+    link = [1e-3 * compose(each, SHARED, "sensor", 1.0, 0.0, section)["link_ms"] for each in (apart, once)]
+    assert link == pytest.approx([(3 * 8 + 6 * 1000 + 300) * 1e-6, (8 + 3 * 1000 + 300) * 1e-6])
+
+
 # Latency and energy, by hand
 
 

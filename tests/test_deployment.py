@@ -1,103 +1,28 @@
-"""Rows of all devices joined, the paper's ratios by hand, and figures of them."""
+"""Rows of all devices joined, and the paper's ratios, by hand."""
 
 import math
 
 import pandas as pd
 import pytest
+from deployed import COMPARISONS, FAST, HOME, SLOW, SOLO, TWO, composed, join, live
 
-from nonn.core.architecture import Architecture
-from nonn.core.params import Figures
-from nonn.report import deployment_plots
 from nonn.report.deployment_table import (
     COLUMNS,
     ENERGIES,
+    LATENCIES,
     PAPER,
     claim_ratios,
     collect_energies,
+    collect_latencies,
     collect_ratios,
     compare_splits,
     format_energies,
     format_latencies,
     format_ratios,
+    format_splits,
     join_rows,
-    list_ratios,
 )
-from nonn.report.plots import drawing_style, save_figure
 from nonn.report.summary import format_csv
-
-FIGURES = Figures(dpi=50)
-REFERENCE = Architecture(family="wrn", depth=16, width=2)
-#: Wi-Fi, and a link on which a split by channels takes too long.
-FAST, SLOW = "wifi20", "ieee802154"
-
-
-def live(method: str, link: str, p50_ms: float, images: int = 30, emulated: bool = True, **more) -> dict:
-    row = {"method": method, "scenario": "sensor", "link": link, "emulated": emulated, "absent": 0, "images": images}
-    row |= {"p50_ms": p50_ms, "p95_ms": p50_ms + 1, "p99_ms": p50_ms + 2, "wire_bytes": 1000.0 if emulated else None}
-    return row | more
-
-
-def left_out(method: str, link: str) -> dict:
-    return {"method": method, "scenario": "sensor", "link": link, "images": 0, "expected_ms": 99_000.0}
-
-
-def composed(method: str, link: str, n_devices: int, total_ms: float, energy: float = 1.0) -> dict:
-    row = {"method": method, "scenario": "sensor", "link": link, "n_devices": n_devices, "rounds": 2, "macs": 1000}
-    row |= {"memory_bytes": 5000, "framing": 2.0, "wire_bytes": 900.0 * n_devices}
-    row |= {"compute_ms": 1.0, "link_ms": total_ms - 1.5, "final_ms": 0.5, "total_ms": total_ms}
-    row |= {"precision": "int8", "boards": ["cortex_m7"] * n_devices}
-    for which in ("node", "total"):
-        row[f"energy_{which}_mj"] = [energy / 2, energy]
-        row[f"energy_{which}_computing_mj"] = [energy, 2 * energy]
-        row[f"energy_{which}_with_idle_mj"] = [2 * energy, 3 * energy]
-    return row
-
-
-#: The teacher on another board than the students.
-HOME = {"boards": ["pi3b"], "precision": "float32"}
-SOLO = {
-    "live": [live("teacher", FAST, 8.0), live("kd", FAST, 4.0)],
-    "composed": [
-        composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME,
-        composed("teacher", SLOW, 1, 60.0, energy=14.0) | HOME,
-        composed("kd", FAST, 1, 9.0),
-    ],
-}
-TWO = {
-    "live": [
-        live("nonn", FAST, 5.0, images=20, overhead_ms=1.25, ideal_over_total=0.75),
-        live("channels", FAST, 60.0, images=25),
-        live("rows", FAST, 20.0),
-        live("nonn", SLOW, 10.0),
-        left_out("channels", SLOW),
-        live("rows", SLOW, 900.0, images=2),
-    ],
-    "composed": [
-        composed("nonn", FAST, 2, 4.0, energy=3.0),
-        composed("channels", FAST, 2, 40.0),
-        composed("rows", FAST, 2, 12.0),
-        composed("nonn", SLOW, 2, 8.0, energy=7.0),
-        composed("channels", SLOW, 2, 90_000.0),
-        composed("reference_rows", FAST, 2, 300.0),
-    ],
-}
-#: Without a network of its total budget to split.
-FOUR = {
-    "live": [live("nonn", FAST, 6.0)],
-    "composed": [composed("nonn", FAST, 4, 3.0, energy=1.5), composed("nonn", SLOW, 4, 8.0, energy=1.0)],
-}
-RESULTS = {"solo": SOLO, "2s": TWO, "4s": FOUR}
-COMPARISONS = [
-    {
-        **{"network": "2s", "memory_ratio": 10.0, "performance_ratio": 4.0},
-        **{"performance_ratio_low": 3.5, "performance_ratio_high": 4.5},
-    },
-    {"network": "4s", "memory_ratio": 30.0, "performance_ratio": 3.0},
-]
-
-
-def join(*names: str) -> pd.DataFrame:
-    return join_rows({name: RESULTS[name] for name in names}, {"2s": 2, "4s": 4})
 
 
 @pytest.fixture
@@ -107,9 +32,6 @@ def rows() -> pd.DataFrame:
 
 def cell(rows: pd.DataFrame, column: str, **where):
     return rows.loc[(rows[list(where)] == pd.Series(where)).all(axis=1), column].item()
-
-
-# Rows
 
 
 def test_rows_are_joined_without_those_left_out(rows):
@@ -237,6 +159,7 @@ def test_energies_by_hand():
     """Teacher and students are charged alike, and no assumption is taken for another."""
     teachers = [
         composed("teacher", FAST, 1, 50.0, energy=12.0) | HOME | {"energy_node_mj": [2.0, 4.0]},
+        composed("teacher_all_cores", FAST, 1, 20.0, energy=7.5) | HOME,
         composed("teacher_int8", FAST, 1, 50.0, energy=9.0) | {"boards": ["pi3b"]},
         composed("teacher_own_board", FAST, 1, 50.0, energy=60.0),
         composed("teacher_int8_own_board", FAST, 1, 50.0, energy=6.0),
@@ -251,7 +174,7 @@ def test_energies_by_hand():
     assert list(found) == list(ENERGIES)
     ratios = {name: entry["ratio"] for name, entry in found.items()}
     assert ratios == {
-        **{"holds": 8.0, "above_idle": pytest.approx(6 / 2.25, abs=1e-4), "int8": 6.0},
+        **{"holds": 8.0, "above_idle": pytest.approx(6 / 2.25, abs=1e-4), "all_cores": 5.0, "int8": 6.0},
         **{"same_board": 3.0, "int8_as_if": 4.0, "as_if": 40.0},
     }
     # Of the second the teacher takes 2 to 4 mJ above what its board draws anyway, and students 0.75 to 1.5.
@@ -279,8 +202,30 @@ def test_claims_of_one_network_by_hand(rows):
     assert claims == {
         **{"total_latency_ratio": 12.0, "total_latency_link": FAST, "total_latency_rows_ratio": 4.0},
         **{"energy_ratio": 4.0, "energy_ratio_low": 2.0, "energy_ratio_high": 8.0},
+        **{"total_latency_scenario": "sensor", "total_latency_ratios": {"channels": 10.0, "rows": 3.0}},
         "energy_ratios": {"holds": 4.0, "above_idle": 4.0},
     }
+
+
+def test_total_latency_by_what_is_assumed():
+    """NoNN of the same scenario stands below each ratio; what was not composed is left out."""
+    rows = [
+        *(composed("nonn", SLOW, 2, 10.0), composed("nonn", SLOW, 2, 40.0) | {"scenario": "broadcast"}),
+        *(composed("channels", SLOW, 2, 900.0), composed("channels", SLOW, 2, 1000.0) | {"scenario": "broadcast"}),
+        composed("channels_multicast", SLOW, 2, 300.0),
+        composed("rows", SLOW, 2, 80.0) | {"memory_bytes": 50 * 1024},
+        *(composed("nonn", FAST, 2, 1.0), composed("channels", FAST, 2, 2.0)),
+    ]
+    timed = [live("nonn", SLOW, 10.0), live("channels", SLOW, 800.0)]
+    table = join_rows({"2s": {"live": timed, "composed": rows}}, {"2s": 2})
+    found = collect_latencies(table, "2s", SLOW)
+    ratios = {name: entry["ratio"] for name, entry in found.items()}
+    assert ratios == {"channels": 90.0, "channels_multicast": 30.0, "channels_broadcast": 25.0, "rows": 8.0}
+    assert found["rows"]["memory_kib"] == 50.0
+    ratios = collect_ratios(table, [COMPARISONS[0]])
+    assert ratios["latencies"] == found
+    assert format_splits(ratios, {"2s": [40, 48]}).values.tolist()[-1] == [LATENCIES["rows"][0], "50 of 40", "8.0×"]
+    assert claim_ratios(table, "2s")["total_latency_ratio"] == 80.0
 
 
 def test_what_was_not_split_or_composed_claims_nothing(rows):
@@ -299,103 +244,3 @@ def test_results_of_before_have_no_energy_to_compare():
     rows = rows.reindex(columns=list(COLUMNS)).astype({name: float for name in COLUMNS if "computing" in name})
     assert collect_ratios(rows, COMPARISONS[:1])["energy_per_node"] is None
     assert claim_ratios(rows, "2s")["energy_ratio"] is None
-
-
-# Figures
-
-
-def draw_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None):
-    yield deployment_plots.draw_communication(rows, reference)
-    yield deployment_plots.draw_latency(rows, "cortex_m7")
-    yield deployment_plots.draw_scaling(rows, comparisons, "cortex_m7")
-    yield deployment_plots.draw_ratios(collect_ratios(rows, comparisons), list_ratios(rows, comparisons))
-
-
-def labels_of(legend) -> list[str]:
-    return [text.get_text() for text in legend.get_texts()]
-
-
-def save_all(rows: pd.DataFrame, comparisons: list[dict], reference: Architecture | None, folder) -> list[bytes]:
-    with drawing_style():
-        for number, figure in enumerate(draw_all(rows, comparisons, reference)):
-            save_figure(figure, folder / f"{number}.svg", FIGURES)
-    return [path.read_bytes() for path in sorted(folder.glob("*.svg"))]
-
-
-#: The second network as a third one too, of eight devices.
-RESULTS["8s"] = {
-    "live": [row | {"p50_ms": row.get("p50_ms", 0) + 1} for row in TWO["live"]],
-    "composed": [row | {"n_devices": 8} for row in TWO["composed"]],
-}
-
-
-@pytest.mark.parametrize("networks", [["2s"], ["4s"], ["2s", "4s", "8s"]], ids="-".join)
-def test_figures_of_any_number_of_networks_are_the_same_bytes_again(networks, folder):
-    counts = {"2s": 2, "4s": 4, "8s": 8}
-    rows = join_rows({name: RESULTS[name] for name in ["solo", *networks]}, counts)
-    comparisons = [{"network": name, "memory_ratio": 9.0, "performance_ratio": 3.0} for name in networks]
-    reference = REFERENCE if "2s" in networks else None
-    before = save_all(rows, comparisons, reference, folder)
-    assert len(before) == len(set(before)) == 4
-    assert all(content.startswith(b"<?xml") for content in before)
-    assert save_all(rows.copy(), comparisons, reference, folder) == before
-
-
-def test_figures_where_links_cannot_be_emulated(folder):
-    """Then everything is timed on loopback, splits too."""
-    here = [row | {"link": "loopback", "emulated": False} for row in TWO["live"] if row["link"] == FAST]
-    results = {"solo": SOLO, "2s": TWO | {"live": here}}
-    rows = join_rows(results, {"2s": 2})
-    assert collect_ratios(rows, COMPARISONS[:1])["total_latency"]["link"] == "loopback"
-    assert len(save_all(rows, COMPARISONS[:1], REFERENCE, folder)) == 4
-
-
-def test_a_ratio_below_one_is_seen(rows):
-    """Where NoNN needs more than the baseline, its bar shows it, to the left of 1."""
-    ratios = collect_ratios(rows, COMPARISONS)
-    ratios["total_latency_rows"]["ratio"] = 0.5
-    with drawing_style():
-        (axis,) = deployment_plots.draw_ratios(ratios, list_ratios(rows, COMPARISONS)).axes
-    assert axis.get_xlim()[0] < 0.5
-    assert axis.get_xlim()[1] > max(PAPER.values())
-
-
-def test_the_largest_ratios_are_of_those_that_are_listed(rows):
-    listed = list_ratios(rows, COMPARISONS)
-    largest = listed.groupby("claim")["ratio"].max()
-    ratios = collect_ratios(rows, COMPARISONS)
-    for claim in ("memory", "performance", "energy_per_node", "total_latency"):
-        assert ratios[claim]["ratio"] == pytest.approx(largest[claim])
-    assert (listed["claim"] == "memory").sum() == len(COMPARISONS)
-    assert not ((listed["claim"] == "total_latency") & (listed["badge"] == "modelled")).any()
-
-
-def test_nothing_leads_from_the_teacher_to_the_networks(rows):
-    """The teacher is no network of one device, so a line from it would be a trend that is not there."""
-    with drawing_style():
-        speed, _ = deployment_plots.draw_scaling(rows, COMPARISONS, "cortex_m7").axes
-    (level,) = [line for line in speed.lines if line.get_linestyle() == "--"]
-    assert set(level.get_ydata()) == {1}
-    points = [container.lines[0] for container in speed.containers]
-    assert [point.get_xydata().tolist() for point in points] == [[[2, 4.0]], [[4, 3.0]]]
-    ((bar,),) = [container.lines[2] for container in speed.containers][:1]
-    assert bar.get_segments()[0][:, 1].tolist() == [3.5, 4.5]
-
-
-def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
-    with drawing_style():
-        figure = deployment_plots.draw_latency(rows, "cortex_m7")
-    bars = [bar for axis in figure.axes for container in axis.containers for bar in container.lines[2]]
-    ends = [tuple(segment[:, 1]) for bar in bars for segment in bar.get_segments()]
-    assert (5.0, 6.0) in ends
-    (legend,) = figure.legends
-    assert "composed for another processor, Cortex-M7, teacher on Raspberry Pi 3B" in labels_of(legend)
-
-
-@pytest.mark.parametrize(("board", "named"), [("cortex_m7", False), ("pi3b", True)])
-def test_a_teacher_on_another_board_is_labelled(board, named):
-    teacher = [row | {"boards": [board]} for row in SOLO["composed"] if row["method"] == "teacher"]
-    rows = join_rows({"solo": SOLO | {"composed": teacher}, "2s": TWO}, {"2s": 2})
-    with drawing_style():
-        (legend,) = deployment_plots.draw_scaling(rows, COMPARISONS[:1], "cortex_m7").legends
-    assert any(label.endswith("on Raspberry Pi 3B") for label in labels_of(legend)) is named

@@ -27,7 +27,7 @@ from nonn.stages import distributed as distributed_stage
 from nonn.stages.distributed import network_deployments, solo_deployments
 from nonn.testbed import composed, distributed
 from nonn.testbed.composed import Workload, compose, payload_bytes
-from nonn.testbed.deployments import Deployment, as_network
+from nonn.testbed.deployments import Deployment, as_network, sent_once
 from nonn.testbed.distributed import LOOPBACK, compose_all, echo_sizes, framing_of, measure_live, overhead
 from nonn.testbed.emulation import Counters, EmulatedNetwork, missing_privileges
 from nonn.testbed.trial import Measured
@@ -166,6 +166,12 @@ def test_framing_is_that_of_the_deployment_in_the_scenario_or_the_nearest_to_it(
     cases |= {("reference_rows", "sensor"): 3.0, ("kd", "sensor"): 1}
     for (method, scenario), framing in cases.items():
         assert framing_of(deployment(method, WORKLOAD), scenario, live) == framing
+
+
+def test_only_on_a_shared_medium_is_a_map_sent_once(section):
+    links = section.model_copy(update={"links": ["ieee802154", "ethernet100"]})
+    rows = list(compose_all([sent_once(deployment("channels", WORKLOAD))], [], links))
+    assert {(row["method"], row["link"]) for row in rows} == {("channels_multicast", "ieee802154")}
 
 
 def test_a_composed_row_for_every_deployment_link_and_scenario(section):

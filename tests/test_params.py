@@ -238,6 +238,12 @@ def test_baselines_and_the_pool_of_ensembles_by_hand(params):
     more = {name: network.model_copy(update={"baselines": {"kd": n}}) for name, n in (("2s", 2), ("4s", 3), ("8s", 3))}
     assert params.pool == ("2s", "kd")
     assert params.model_copy(update={"networks": more}).pool == ("4s", "kd"), "most seeds, the first of equals"
+    alike = params.model_copy(update={"networks": more})
+    assert [alike.pool_of(name) for name in more] == [("4s", "kd")] * 3
+    other = network.model_copy(update={"devices": ["larger", "larger"], "baselines": {}})
+    unlike = params.model_copy(update={"networks": more | {"other": other}})
+    assert unlike.pool_of("other") is None, "students for other devices are no rivals"
+    assert unlike.pool_of("8s") == ("4s", "kd")
     none = {"2s": network.model_copy(update={"baselines": {}})}
     assert params.model_copy(update={"networks": none}).pool is None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ruamel.yaml import YAML
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.params import Params
+from nonn.core.schema import Section
 
 MEANINGS = Path("workflow/params.meaning.yaml")
 SCHEMA = Path("workflow/params.schema.json")
@@ -101,17 +103,18 @@ def generated() -> dict[Path, str]:
 
 def _meaning(meanings: dict[str, dict[str, str]], section: str, key: str) -> str:
     """What a key means, said of its own section or of the one that this extends."""
-    model = next(model for model in _models(Params) if model.__name__ == section)
+    model = next(model for model in _models(Section) if model.__name__ == section)
     for ancestor in model.__mro__:
         if text := meanings.get(ancestor.__name__, {}).get(key):
             return text
     raise UserError(f"{MEANINGS}: {section}.{key}: missing; say what the key means")
 
 
-def _models(model: type[BaseModel]) -> list[type[BaseModel]]:
-    """A model and all of the module that it is made in."""
-    module = __import__(model.__module__, fromlist=["_"])
-    return [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
+def _models(base: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """A model and all that extend it."""
+    yield base
+    for kind in base.__subclasses__():
+        yield from _models(kind)
 
 
 def _without_titles(node: Any) -> Any:

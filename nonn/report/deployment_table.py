@@ -316,15 +316,14 @@ def format_energies(ratios: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def format_splits(ratios: Mapping[str, Any], budgets: Mapping[str, Sequence[float]]) -> pd.DataFrame:
-    """The ratio of total latency by what is assumed, and whether the split would fit, for readers.
+    """The ratio of total latency by what is assumed, and the memory that the split would need, for readers.
 
     `budgets` are the memories, in KiB, that the devices of each network have.
     """
     lines = []
     for name, entry in ratios.get("latencies", {}).items():
         least = min(budgets[ratios["total_latency"]["network"]])
-        fits = "fits" if entry["memory_kib"] <= least else f"does not fit {least:,.0f}"
-        memory = f"{entry['memory_kib']:,.0f} ({fits})"
+        memory = f"{entry['memory_kib']:,.0f} of {least:,.0f}"
         lines.append({"Assumed": LATENCIES[name][0], "Memory (KiB)": memory, "Ratio": f"{entry['ratio']:.1f}×"})
     return pd.DataFrame(lines, columns=["Assumed", "Memory (KiB)", "Ratio"])
 
