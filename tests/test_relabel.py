@@ -71,7 +71,7 @@ def test_the_command_compares_what_devices_send(experiment, folder_of_labels):
     with (experiment / "relabel_kinds.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    methods = ["nonn", "ensemble", "ensemble_logits", "kd", "teacher"]
+    methods = ["nonn", "random", "ensemble", "ensemble_logits", "kd", "teacher"]
     assert [row["method"] for row in rows] == [method for method in methods for _ in range(2)]
     by_method = {row["method"]: row for row in rows}
     assert int(by_method["nonn"]["values"]) == 32  # all filters of the teacher

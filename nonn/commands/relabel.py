@@ -1,6 +1,6 @@
 """The command ``nonn relabel``: new labels for a trained network, from few labelled images, by a new final layer alone.
 
-Students stay as they are. What they send is compared with what as many KD students send.
+Students stay as they are. What they send is compared with what students on other partitions send, and KD students.
 """
 
 from __future__ import annotations
@@ -27,6 +27,12 @@ COLUMNS = (
 )
 LABELS = {
     "nonn": "NoNN, features",
+    **{
+        "random": "random sets of filters, features",
+        "contiguous": "contiguous sets of filters, features",
+        "classwise": "classwise sets of filters, features",
+        "full": "all filters each, features",
+    },
     "ensemble": "KD students, features",
     "ensemble_logits": "KD students, logits",
     "kd": "one KD student, features",
@@ -82,7 +88,7 @@ def measure(params: Params, options: Any) -> list[dict]:
     import torch
 
     from nonn.data.dataset import load_dataset
-    from nonn.method.relabelling import draw, new_labels, score, what_is_sent
+    from nonn.method.relabelling import draw, new_labels, other_partitions, score, what_is_sent
     from nonn.teachers.store import load_teacher
 
     torch.set_num_threads(1)
@@ -113,9 +119,9 @@ def measure(params: Params, options: Any) -> list[dict]:
     shared |= {"labelling": options.labels.stem if options.labels else options.images, "images": source.experiment}
     shared |= {"labels": len(labels), "test_images": len(data.test)}
     rows = []
-    for sent in track(
-        what_is_sent(params, paths, options.network, taught, data, teacher), "relabel", 4 + bool(teacher)
-    ):
+    sources = what_is_sent(params, paths, options.network, taught, data, teacher)
+    n_sources = 4 + len(other_partitions(params, paths, options.network)) + bool(teacher)
+    for sent in track(sources, "relabel", n_sources):
         for per_class in options.per_class:
             found = score(sent, positions, per_class, data.labels[data.test])
             by_draw = found.mean(0)

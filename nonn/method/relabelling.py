@@ -1,20 +1,22 @@
 """A new final layer for new labels, from few labelled images, on features that stay as they are.
 
 Devices go on sending what they send, and only the layer that joins them is fitted anew. What the features of a NoNN are
-worth for that is compared with what as many KD students could send: their features, or their logits.
+worth for that is compared with what students on another partition send, where those were trained, and with what as many
+KD students could send: their features, or their logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.params import Params
+from nonn.core.params import PARTITION_METHODS, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.joining import FeatureCache
@@ -88,6 +90,13 @@ def draw(data: Dataset, n_classes: int, most: int, draws: int, n_test: int) -> t
     return replace(data, train=train, test=test), positions
 
 
+def other_partitions(params: Params, paths: Paths, network: str) -> dict[str, list[Path]]:
+    """The trainings of a network's baselines on other partitions, where they are there: what the partition is worth."""
+    counts = {name: n for name, n in params.networks[network].baselines.items() if name in PARTITION_METHODS}
+    files = {name: [paths.baseline(network, name, seed) for seed in range(n)] for name, n in counts.items()}
+    return {name: found for name, found in files.items() if all(file.is_file() for file in found)}
+
+
 def what_is_sent(
     params: Params, paths: Paths, network: str, taught: Dataset, data: Dataset, teacher: torch.nn.Module | None
 ) -> Iterator[Sent]:
@@ -100,6 +109,10 @@ def what_is_sent(
     seeds = range(params.networks[network].seeds)
     own = [load_students(params, paths, taught, network, seed)[0] for seed in seeds]
     yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))
+    for method, files in other_partitions(params, paths, network).items():
+        others = [load_baseline(file, taught) for file in files]
+        width = max(student.n_features for student in others[0])
+        yield _sent(method, [_joined(students, features) for students in others], width)
     where, method = pool_name
     files = [paths.baseline(where, method, seed) for seed in range(params.networks[where].baselines["kd"])]
     pool = [student for file in files for student in load_baseline(file, taught)]
