@@ -27,11 +27,13 @@ CARRIERS = {
         "errors",
         "files",
         "jobs",
+        "names",
         "options",
         "params",
         "paths",
         "progress",
         "schema",
+        "teacher_source",
         "yaml_text",
     )
 }

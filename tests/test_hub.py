@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from pictures import load_images, make_params, save, seeds_of, write_folder
+from pictures import load_images, save, seeds_of, write_folder
 
 from nonn.core.errors import UserError
-from nonn.core.jobs import named_source
+from nonn.core.image_source import named_source
 from nonn.data import hub
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -39,7 +39,7 @@ def test_parquet_files_of_splits_are_read(pyarrow, tmp_path):
     assert loaded.is_test.tolist() == [False] * 3 + [True] * 2
     assert loaded.is_validation is None
     assert load_images(source, sha256=loaded.sha256).sha256 == loaded.sha256
-    assert named_source(make_params(source)) == str(tmp_path / "pets"), "DVC watches it"
+    assert named_source(source) == str(tmp_path / "pets"), "DVC watches it"
 
 
 def test_columns_are_found_or_named(pyarrow, tmp_path):
@@ -100,7 +100,7 @@ def test_what_the_hub_lacks_is_one_line(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: hf:nobody/pets cannot be loaded \(.*Hub\)"):
         load_images("hf:nobody/pets")
-    assert named_source(make_params("hf:nobody/pets")) is None
+    assert named_source("hf:nobody/pets") is None
 
 
 def test_a_missing_package_is_one_line(monkeypatch):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from nonn.core.families import LAST_EXPANSION
 from nonn.core.schema import Section
 
 #: Channels of a layer at most.
@@ -19,12 +20,6 @@ Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
 
 #: Stages of a family that is described by the widths of its stages. Each stage halves its maps once.
 FEWEST_STAGES, MOST_STAGES = 3, 6
-#: Channels of a MobileNetV2's last convolution in units of those before it: 1280 to 320 in the paper.
-LAST_EXPANSION = 4
-#: Channels inside an inverted residual of a MobileNetV2, in units of those that enter it.
-EXPANSION = 6
-#: Side of the patches that the first layer of family airbench whitens, in pixels.
-WHITENED = 2
 
 
 class Architecture(Section):

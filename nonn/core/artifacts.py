@@ -52,7 +52,7 @@ class Sizes(TypedDict):
     sizes: Annotated[list[Count], Field(min_length=1)]
 
 
-class Cost(TypedDict):
+class CostInfo(TypedDict):
     """Of a model on a device."""
 
     params: Index
@@ -61,15 +61,15 @@ class Cost(TypedDict):
     peak_activation_bytes: Index
 
 
-class Design(TypedDict):
+class DesignInfo(TypedDict):
     """One student of those in a file below ``design/NETWORK``."""
 
     architecture: Architecture
     n_filters: Count | None
-    cost: NotRequired[Cost]
+    cost: NotRequired[CostInfo]
 
 
-Designs = list[Design]
+Designs = list[DesignInfo]
 
 
 class Filters(TypedDict):
@@ -115,7 +115,7 @@ class ModelFile(TypedDict):
     """One model in a manifest of the stage `export`."""
 
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.onnx$")]
-    cost: Cost
+    cost: CostInfo
 
 
 class ModelManifest(TypedDict):
@@ -133,14 +133,14 @@ class Latency(TypedDict):
     latency_p50_ms: float
 
 
-class Benchmark(TypedDict):
+class BenchmarkInfo(TypedDict):
     """``benchmark/NAME.json``."""
 
     system: NotRequired[dict[str, Any]]
     models: Annotated[dict[str, Latency], Field(min_length=1)]
 
 
-class Distributed(TypedDict):
+class DistributedInfo(TypedDict):
     """``distributed/NAME.json``."""
 
     system: dict[str, Any]

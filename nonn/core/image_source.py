@@ -1,7 +1,8 @@
-"""The key ``dataset.source`` of ``params.yaml``: what it may name beside folders and archives."""
+"""The key ``dataset.source`` of ``params.yaml``: what it may name beside folders and archives, and where that lies."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator
@@ -29,3 +30,18 @@ def _is_known(source: str) -> str:
 
 #: See `nonn.data.sources.load_images`.
 ImageSource = Annotated[str, AfterValidator(_is_known)]
+
+
+def named_source(source: str) -> str | None:
+    """Folder or archive that the pictures come from; None if a package brings or downloads them."""
+    kind, _, name = source.partition(":")
+    if kind == "hf":
+        return str(path) if (path := hub_path(name)) else None
+    return None if source == "mnist5k" or kind == "torchvision" else source
+
+
+def hub_path(name: str) -> Path | None:
+    """The folder or file on this machine that the source ``hf:NAME`` means; None where it means one of the Hub."""
+    path = Path(name)
+    is_local = name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".parquet" or path.exists()
+    return path if is_local else None

@@ -14,6 +14,7 @@ from nonn.core.boards import Board, all_boards, find_board
 from nonn.core.chips import CHIPS, FAMILIES
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, write_text
+from nonn.core.image_source import named_source
 from nonn.core.params import SOLO, Params
 from nonn.core.teacher_source import WHOLE_FILES
 
@@ -44,7 +45,7 @@ def list_jobs(params: Params) -> dict[str, Any]:
     }
     teacher = [str(path) for path in params.teacher.files]
     return {
-        "source": named_source(params) or "nonn/data/packaged.py",
+        "source": named_source(params.dataset.source) or "nonn/data/packaged.py",
         "weights": params.teacher.weights or reader,
         "teacher": (teacher or [reader])[0],
         "teacher_data": (teacher[1:] or [reader])[0],
@@ -117,8 +118,9 @@ def check_named_files(params: Params) -> None:
     """Refuse pictures, weights or a teacher that are not there, before anything runs."""
     teacher = params.teacher
     without = "null for the library's own" if teacher.is_foreign else "null to train"
+    source = named_source(params.dataset.source)
     for key, name, remedy in (
-        ("dataset.source", named_source(params), "Name a folder or archive, mnist5k, torchvision:NAME or hf:NAME."),
+        ("dataset.source", source, "Name a folder or archive, mnist5k, torchvision:NAME or hf:NAME."),
         ("teacher.weights", teacher.weights, f"Name a file, or {without}."),
         ("teacher.source", teacher.target if teacher.kind in WHOLE_FILES else None, "Name a file."),
     ):
@@ -138,22 +140,6 @@ def _refuse_own_folder(name: str) -> None:
     """Refuse pictures from the project's folder, or one around it: its results would be pictures, and all be hashed."""
     if Path.cwd().is_relative_to(Path(name).resolve()):
         raise UserError(f"{name!r} holds the whole project. Put the pictures into a folder of their own.")
-
-
-def named_source(params: Params) -> str | None:
-    """Folder or archive that the pictures come from; None if a package brings or downloads them."""
-    source = params.dataset.source
-    kind, _, name = source.partition(":")
-    if kind == "hf":
-        return str(path) if (path := hub_path(name)) else None
-    return None if source == "mnist5k" or kind == "torchvision" else source
-
-
-def hub_path(name: str) -> Path | None:
-    """The folder or file on this machine that the source ``hf:NAME`` means; None where it means one of the Hub."""
-    path = Path(name)
-    is_local = name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".parquet" or path.exists()
-    return path if is_local else None
 
 
 def write_jobs(params: Params) -> bool:

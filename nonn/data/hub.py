@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nonn.core.errors import UserError, printable
-from nonn.core.jobs import hub_path
+from nonn.core.image_source import hub_path
 from nonn.core.progress import log
 from nonn.data.folders import SPLIT_NAMES
 from nonn.data.packaged import DOWNLOADS

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nonn.core.architecture import EXPANSION, WHITENED, Architecture
+from nonn.core.architecture import Architecture
+from nonn.core.families import EXPANSION, WHITENED
 from nonn.core.params import Precision
 
 #: Bytes of an activation.

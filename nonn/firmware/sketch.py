@@ -14,8 +14,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import DTypeLike
 
-from nonn.core.architecture import WHITENED, Architecture
+from nonn.core.architecture import Architecture
 from nonn.core.chips import FAMILIES
+from nonn.core.families import WHITENED
 from nonn.firmware.arena import plan_arena
 from nonn.firmware.source import buffers_of
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nonn.core.artifacts import Benchmark, DatasetInfo, SoloManifest
+from nonn.core.artifacts import BenchmarkInfo, DatasetInfo, SoloManifest
 from nonn.core.files import read_json, write_json
 from nonn.core.params import SOLO, Params, Precision
 from nonn.core.paths import Paths
@@ -31,7 +31,8 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     """A network of networks, the student of its total budget split over its devices, and the reference split."""
     folder, solo = paths.export(name), paths.export(SOLO)
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
-    workload = network_workload(folder, read_json(paths.benchmark(name), Benchmark)["models"], params.design.precision)
+    benchmark = read_json(paths.benchmark(name), BenchmarkInfo)["models"]
+    workload = network_workload(folder, benchmark, params.design.precision)
     yield Deployment("nonn", folder, False, workload, time_final(folder))
     total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
@@ -51,7 +52,7 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
 
 def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[Deployment]:
     """The teachers, and one KD student, each on a single device."""
-    benchmark, precision = read_json(paths.benchmark(SOLO), Benchmark)["models"], params.design.precision
+    benchmark, precision = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"], params.design.precision
     alone: dict[str, tuple[str, Precision]] = {"teacher": ("teacher", "float32")}
     if "teacher_int8" in benchmark:
         alone["teacher_int8"] = "teacher_int8", "int8"

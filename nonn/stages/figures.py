@@ -16,10 +16,10 @@ import pandas as pd
 
 from nonn.core.architecture import Architecture
 from nonn.core.artifacts import (
-    Benchmark,
+    BenchmarkInfo,
     DatasetInfo,
     Designs,
-    Distributed,
+    DistributedInfo,
     Evaluation,
     Filters,
     GraphInfo,
@@ -47,7 +47,7 @@ from nonn.report.summary import format_csv, format_report, format_tex
 def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[dict]]:
     """Students of every method on every network, as `summarise_methods` takes them."""
     int8 = params.design.precision == "int8"
-    alone = read_json(paths.benchmark(SOLO), Benchmark)["models"]
+    alone = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"]
     teachers = [name for name in ("teacher", "teacher_int8") if name in alone]
     designs = {("", name): [{"n_filters": None, "cost": alone[name]}] for name in teachers}
     for network, students in load_student_designs(params, paths).items():
@@ -74,10 +74,10 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
 
 def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]:
     """What was measured of the slowest student of every method that was benchmarked."""
-    solo = read_json(paths.benchmark(SOLO), Benchmark)["models"]
+    solo = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"]
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:
-        students = read_json(paths.benchmark(network), Benchmark)["models"].values()
+        students = read_json(paths.benchmark(network), BenchmarkInfo)["models"].values()
         slowest = max(students, key=itemgetter("latency_p50_ms"))
         latencies |= dict.fromkeys(((network, "nonn"), (network, "nonn_averaged")), slowest)
         if pool := params.pool_of(network):
@@ -104,7 +104,7 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
 
     Of students that differ in their bridge alone, the one of the widest.
     """
-    cost = read_json(paths.benchmark(SOLO), Benchmark)["models"]["teacher"]
+    cost = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"]["teacher"]
     info = read_json(paths.teacher_info, TeacherInfo)
     own = {"architecture": info["architecture"] or info["source"], "cost": cost, "size": params.sizes["teacher"]}
     listed = [("teacher", "", own)]
@@ -167,7 +167,7 @@ def load_validation(params: Params, paths: Paths) -> dict[str, float]:
 
 def load_deployment(params: Params, paths: Paths) -> pd.DataFrame:
     """Rows of the stage `distributed`, of all networks and of what runs on a single device."""
-    results = {name: read_json(paths.distributed(name), Distributed) for name in [*params.networks, SOLO]}
+    results = {name: read_json(paths.distributed(name), DistributedInfo) for name in [*params.networks, SOLO]}
     return deployment_table.join_rows(
         results, {name: len(network.devices) for name, network in params.networks.items()}
     )
@@ -217,7 +217,7 @@ def run(params: Params, paths: Paths) -> None:
         latencies=deployment_table.format_latencies(deployed),
         missing=missing_table.format_missing(strategies),
         n_test=n_test,
-        system=read_json(paths.benchmark(SOLO), Benchmark)["system"],
+        system=read_json(paths.benchmark(SOLO), BenchmarkInfo)["system"],
     )
     write_text(paths / "summary.md", report)
     write_text(paths / "summary.tex", format_tex(methods))

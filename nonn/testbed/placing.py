@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from nonn.core.artifacts import Cost, SoloManifest
+from nonn.core.artifacts import CostInfo, SoloManifest
 from nonn.core.boards import Board, find_board, most_frugal
 from nonn.core.files import read_json
 from nonn.core.params import SOLO, Params, Precision
@@ -35,7 +35,7 @@ def own_board(params: Params, precision: Precision) -> Board:
     return board
 
 
-def home_of(cost: Cost, precision: Precision, params: Params) -> Board | None:
+def home_of(cost: CostInfo, precision: Precision, params: Params) -> Board | None:
     """The board that a model of some cost runs on: the students' own, or else the most frugal that holds it.
 
     None, and a line that says so, where no board of known power and speed holds it.

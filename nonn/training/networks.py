@@ -42,7 +42,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nonn.core.architecture import EXPANSION, WHITENED, Architecture
+from nonn.core.architecture import Architecture
+from nonn.core.families import EXPANSION, WHITENED
 from nonn.data.canvas import Images
 
 #: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
