@@ -16,43 +16,43 @@ from nonn.method.sizing import design_network
 from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
-from nonn.stages.baseline import plan_lessons
+from nonn.stages.baseline import plan_students
 from nonn.teachers.signals import signals_of
 from nonn.teachers.store import load_teacher
 from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.distillation import StudentSpec, TransferSet, distill_student
 from nonn.training.networks import ConvNet, predict
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
 
 
 @pytest.fixture
-def classroom(params, experiment) -> Classroom:
-    return Classroom(load_dataset(experiment), read_tensors(experiment.signals), params.signals)
+def transfer_set(params, experiment) -> TransferSet:
+    return TransferSet(load_dataset(experiment), read_tensors(experiment.signals), params.signals)
 
 
 @pytest.fixture
 def teach(params):
     """A function that trains one student for two epochs and returns weights and log."""
 
-    def train(classroom, seed=0, epochs=2, **lesson):
-        lesson = Lesson(**{"architecture": STUDENT, "filters": [1, 4, 9], "kd_weight": 0.9} | lesson)
+    def train(transfer_set, seed=0, epochs=2, **spec):
+        spec = StudentSpec(**{"architecture": STUDENT, "filters": [1, 4, 9], "kd_weight": 0.9} | spec)
         schedule = params.distill.model_copy(update={"epochs": epochs})
         checkpoint = Checkpoint.of("test", [])
         checkpoint.discard()
-        student, log = distill_student(classroom, lesson, schedule, seed=seed, checkpoint=checkpoint, label="test")
+        student, log = distill_student(transfer_set, spec, schedule, seed=seed, checkpoint=checkpoint, label="test")
         return student.state_dict(), log
 
     return train
 
 
-def changed(classroom: Classroom, name: str, change) -> Classroom:
-    """A classroom in which the teacher says something else."""
-    signals = dict(classroom.signals)
+def changed(transfer_set: TransferSet, name: str, change) -> TransferSet:
+    """A transfer_set in which the teacher says something else."""
+    signals = dict(transfer_set.signals)
     signals[name] = change(signals[name])
-    return Classroom(classroom.data, signals, classroom.params)
+    return TransferSet(transfer_set.data, signals, transfer_set.params)
 
 
 def same(a: dict, b: dict) -> bool:
@@ -62,96 +62,96 @@ def same(a: dict, b: dict) -> bool:
 # What a student learns
 
 
-def test_a_student_learns(teach, classroom):
-    weights, log = teach(classroom, epochs=6, transfer_weight=1.0)
+def test_a_student_learns(teach, transfer_set):
+    weights, log = teach(transfer_set, epochs=6, transfer_weight=1.0)
     assert log[-1]["train_loss"] < 0.5 * log[0]["train_loss"]
     assert log[-1]["validation_accuracy"] > 0.6
     assert weights["bridge.0.weight"].shape == (3, 12, 1, 1)
 
 
-def test_the_seed_decides(teach, classroom):
-    first, log = teach(classroom)
-    again, log_again = teach(classroom)
-    other, _ = teach(classroom, seed=1)
+def test_the_seed_decides(teach, transfer_set):
+    first, log = teach(transfer_set)
+    again, log_again = teach(transfer_set)
+    other, _ = teach(transfer_set, seed=1)
     assert same(first, again)
     assert log == log_again
     assert not same(first, other)
 
 
-def test_without_kd_the_teacher_is_not_heard(teach, classroom):
-    silent = changed(classroom, "logits", torch.zeros_like)
-    lesson = {"filters": None, "kd_weight": 0.0}
-    assert same(teach(classroom, **lesson)[0], teach(silent, **lesson)[0])
-    assert not same(teach(classroom)[0], teach(silent)[0])
+def test_without_kd_the_teacher_is_not_heard(teach, transfer_set):
+    silent = changed(transfer_set, "logits", torch.zeros_like)
+    spec = {"filters": None, "kd_weight": 0.0}
+    assert same(teach(transfer_set, **spec)[0], teach(silent, **spec)[0])
+    assert not same(teach(transfer_set)[0], teach(silent)[0])
 
 
-def test_with_kd_alone_the_labels_are_not_read(teach, classroom):
-    relabelled = Classroom(classroom.data, classroom.signals, classroom.params)
-    relabelled.labels = (classroom.labels + 1) % 3
-    lesson = {"filters": None, "kd_weight": 1.0}
-    assert same(teach(classroom, **lesson)[0], teach(relabelled, **lesson)[0])
-    assert not same(teach(classroom)[0], teach(relabelled)[0])
+def test_with_kd_alone_the_labels_are_not_read(teach, transfer_set):
+    relabelled = TransferSet(transfer_set.data, transfer_set.signals, transfer_set.params)
+    relabelled.labels = (transfer_set.labels + 1) % 3
+    spec = {"filters": None, "kd_weight": 1.0}
+    assert same(teach(transfer_set, **spec)[0], teach(relabelled, **spec)[0])
+    assert not same(teach(transfer_set)[0], teach(relabelled)[0])
 
 
-def test_only_the_student_s_own_filters_are_transferred(teach, classroom):
+def test_only_the_student_s_own_filters_are_transferred(teach, transfer_set):
     def silence(filters):
-        return changed(classroom, "pooled", lambda t: t.clone().index_fill_(2, torch.tensor(filters), 0.5))
+        return changed(transfer_set, "pooled", lambda t: t.clone().index_fill_(2, torch.tensor(filters), 0.5))
 
-    lesson = {"transfer_weight": 1.0}
-    reference, _ = teach(classroom, **lesson)
-    assert same(reference, teach(silence([0, 2, 3, 5, 8, 31]), **lesson)[0])
-    assert not same(reference, teach(silence([4]), **lesson)[0])
+    spec = {"transfer_weight": 1.0}
+    reference, _ = teach(transfer_set, **spec)
+    assert same(reference, teach(silence([0, 2, 3, 5, 8, 31]), **spec)[0])
+    assert not same(reference, teach(silence([4]), **spec)[0])
 
 
-def test_attention_is_transferred_where_sizes_agree(teach, classroom):
-    lesson = {"filters": None, "attention_weight": 100.0}
-    reference, _ = teach(classroom, **lesson)
-    assert not same(reference, teach(classroom, filters=None)[0])
-    uniform = changed(classroom, "attention.1", lambda t: torch.full_like(t, 1 / 7))
-    assert not same(reference, teach(uniform, **lesson)[0])
+def test_attention_is_transferred_where_sizes_agree(teach, transfer_set):
+    spec = {"filters": None, "attention_weight": 100.0}
+    reference, _ = teach(transfer_set, **spec)
+    assert not same(reference, teach(transfer_set, filters=None)[0])
+    uniform = changed(transfer_set, "attention.1", lambda t: torch.full_like(t, 1 / 7))
+    assert not same(reference, teach(uniform, **spec)[0])
     # A WRN halves its maps later than the teacher: 28, 14, 7 against 14, 7, 3.
-    lesson["architecture"] = Architecture(family="wrn", depth=10)
-    reference, _ = teach(classroom, epochs=1, **lesson)
+    spec["architecture"] = Architecture(family="wrn", depth=10)
+    reference, _ = teach(transfer_set, epochs=1, **spec)
     for stage, is_shared in ((0, True), (1, True), (2, False)):
-        other = changed(classroom, f"attention.{stage}", lambda t: t.roll(1, 2))
-        assert same(reference, teach(other, epochs=1, **lesson)[0]) == (not is_shared)
+        other = changed(transfer_set, f"attention.{stage}", lambda t: t.roll(1, 2))
+        assert same(reference, teach(other, epochs=1, **spec)[0]) == (not is_shared)
 
 
-def test_attention_without_a_common_size_is_refused(teach, classroom):
+def test_attention_without_a_common_size_is_refused(teach, transfer_set):
     for stage in range(3):
-        classroom = changed(classroom, f"attention.{stage}", lambda t: t[:, :, :5])
+        transfer_set = changed(transfer_set, f"attention.{stage}", lambda t: t[:, :, :5])
     with pytest.raises(UserError, match=r"params\.yaml: the baseline at_kd: no stage"):
-        teach(classroom, filters=None, attention_weight=1.0)
+        teach(transfer_set, filters=None, attention_weight=1.0)
 
 
-def test_epochs_see_the_views_in_turn(classroom):
-    assert [classroom.view(epoch)[0] for epoch in range(5)] == [0, 1, 0, 1, 0]
-    expected = draw_view(60, 1, classroom.params.augment, classroom.params.seed)
-    _, view = classroom.view(3)
+def test_epochs_see_the_views_in_turn(transfer_set):
+    assert [transfer_set.view(epoch)[0] for epoch in range(5)] == [0, 1, 0, 1, 0]
+    expected = draw_view(60, 1, transfer_set.params.augment, transfer_set.params.seed)
+    _, view = transfer_set.view(3)
     assert torch.equal(view.top, expected.top)
     assert torch.equal(view.left, expected.left)
 
 
-def test_an_epoch_reads_the_signals_of_its_own_view(teach, classroom):
-    other = changed(classroom, "logits", lambda t: torch.stack([t[0], t[1].roll(1, 1)]))
-    assert same(teach(classroom, epochs=1)[0], teach(other, epochs=1)[0])
-    assert not same(teach(classroom, epochs=2)[0], teach(other, epochs=2)[0])
+def test_an_epoch_reads_the_signals_of_its_own_view(teach, transfer_set):
+    other = changed(transfer_set, "logits", lambda t: torch.stack([t[0], t[1].roll(1, 1)]))
+    assert same(teach(transfer_set, epochs=1)[0], teach(other, epochs=1)[0])
+    assert not same(teach(transfer_set, epochs=2)[0], teach(other, epochs=2)[0])
 
 
-def test_a_student_sees_the_pixels_that_the_teacher_saw(params, classroom, teach):
+def test_a_student_sees_the_pixels_that_the_teacher_saw(params, transfer_set, teach):
     other = params.signals.model_copy(update={"augment": Augment(pad=2, flip=True)})
-    assert not same(teach(classroom)[0], teach(Classroom(classroom.data, classroom.signals, other))[0])
+    assert not same(teach(transfer_set)[0], teach(TransferSet(transfer_set.data, transfer_set.signals, other))[0])
 
 
-class TaughtLive(Classroom):
+class TaughtLive(TransferSet):
     """The teacher looks at every batch itself, as in the authors' code: nothing is cached."""
 
-    def __init__(self, classroom: Classroom, teacher: ConvNet):
-        super().__init__(classroom.data, {}, classroom.params)
+    def __init__(self, transfer_set: TransferSet, teacher: ConvNet):
+        super().__init__(transfer_set.data, {}, transfer_set.params)
         self.teacher = teacher
 
-    def signals_for(self, lesson):
-        self.filters = lesson.filters
+    def signals_for(self, spec):
+        self.filters = spec.filters
         return dict.fromkeys(("logits", "pooled"))
 
     def batch(self, index, epoch, _):
@@ -160,15 +160,15 @@ class TaughtLive(Classroom):
         return images, labels, said["logits"], said["pooled"][:, self.filters]
 
 
-def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, classroom, experiment):
-    def losses(room: Classroom):
+def test_cached_signals_teach_what_a_teacher_inside_the_step_would(teach, transfer_set, experiment):
+    def losses(room: TransferSet):
         return [
             row["train_loss"] for row in teach(room, epochs=3, transfer_weight=10.0)[1]
         ]  # two views, the first again
 
-    cached = losses(classroom)
-    assert losses(TaughtLive(classroom, load_teacher(experiment))) == pytest.approx(cached, rel=1e-2)
-    untaught = changed(changed(classroom, "logits", torch.zeros_like), "pooled", torch.zeros_like)
+    cached = losses(transfer_set)
+    assert losses(TaughtLive(transfer_set, load_teacher(experiment))) == pytest.approx(cached, rel=1e-2)
+    untaught = changed(changed(transfer_set, "logits", torch.zeros_like), "pooled", torch.zeros_like)
     assert losses(untaught) != pytest.approx(cached, rel=1e-2)
 
 
@@ -234,47 +234,47 @@ def test_a_killed_stage_resumes_to_the_same_bytes(params, experiment, monkeypatc
 
 
 @pytest.fixture
-def lessons(params, experiment):
-    """A function that plans the lessons of a method."""
-    return lambda method, seed=0: plan_lessons(params, experiment, "2s", method, seed)
+def specs(params, experiment):
+    """A function that plans the specs of a method."""
+    return lambda method, seed=0: plan_students(params, experiment, "2s", method, seed)
 
 
-def test_single_students_have_no_filters(params, lessons):
+def test_single_students_have_no_filters(params, specs):
     weight = params.distill.kd_weight
     for method in SINGLE_METHODS:
-        (lesson,) = lessons(method)
-        assert lesson.filters is None
-        assert lesson.transfer_weight == 0
-        assert lesson.kd_weight == (0 if method == "labels" else weight)
-        assert lesson.attention_weight == (params.baseline.attention_weight if method == "at_kd" else 0)
-    (alone,), (total,) = lessons("kd"), lessons("total")
+        (spec,) = specs(method)
+        assert spec.filters is None
+        assert spec.transfer_weight == 0
+        assert spec.kd_weight == (0 if method == "labels" else weight)
+        assert spec.attention_weight == (params.baseline.attention_weight if method == "at_kd" else 0)
+    (alone,), (total,) = specs("kd"), specs("total")
     assert max(total.architecture.widths) > max(alone.architecture.widths)
 
 
-def test_partition_ablations_learn_like_the_network(params, experiment, lessons):
+def test_partition_ablations_learn_like_the_network(params, experiment, specs):
     sizes, live = read_json(experiment.sizes("2s"))["sizes"], read_json(experiment.partition("2s", "full"))["sets"][0]
     for method in PARTITION_METHODS:
-        for lesson, size in zip(lessons(method), sizes, strict=True):
-            assert (lesson.kd_weight, lesson.transfer_weight) == (
+        for spec, size in zip(specs(method), sizes, strict=True):
+            assert (spec.kd_weight, spec.transfer_weight) == (
                 params.distill.kd_weight,
                 params.distill.transfer_weight,
             )
-            assert lesson.attention_weight == 0
-            assert len(lesson.filters) == (len(live) if method == "full" else size)
+            assert spec.attention_weight == 0
+            assert len(spec.filters) == (len(live) if method == "full" else size)
         if method != "full":
-            assert sorted(f for lesson in lessons(method) for f in lesson.filters) == live
-    assert [lesson.filters for lesson in lessons("full")] == [live, live]
+            assert sorted(f for spec in specs(method) for f in spec.filters) == live
+    assert [spec.filters for spec in specs("full")] == [live, live]
 
 
-def test_every_seed_has_a_random_partition_of_its_own(lessons):
-    drawn = [[lesson.filters for lesson in lessons("random", seed)] for seed in range(3)]
+def test_every_seed_has_a_random_partition_of_its_own(specs):
+    drawn = [[spec.filters for spec in specs("random", seed)] for seed in range(3)]
     assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
-    assert drawn[1] == [lesson.filters for lesson in lessons("random", 1)]
-    fixed = [[lesson.filters for lesson in lessons("contiguous", seed)] for seed in range(2)]
+    assert drawn[1] == [spec.filters for spec in specs("random", 1)]
+    fixed = [[spec.filters for spec in specs("contiguous", seed)] for seed in range(2)]
     assert fixed[0] == fixed[1]
 
 
-def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
+def test_dead_filters_are_left_to_nobody(params, experiment, specs):
     """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
     devices = params.budgets_of("2s")
     info = read_json(experiment.dataset_info)
@@ -282,8 +282,8 @@ def test_dead_filters_are_left_to_nobody(params, experiment, lessons):
     live = [f for f in range(32) if f not in (3, 17)]
     write_json(experiment.design("2s", "full"), designs["full"])
     write_json(experiment.partition("2s", "full"), {"sets": [live, live]})
-    for lesson, design in zip(lessons("full"), designs["full"], strict=True):
-        assert len(lesson.filters) == design["n_filters"] == 30
+    for spec, design in zip(specs("full"), designs["full"], strict=True):
+        assert len(spec.filters) == design["n_filters"] == 30
 
 
 def test_the_stage_writes_students_that_can_be_read(params, data, experiment):

@@ -18,9 +18,9 @@ from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.schema import load_yaml
 from nonn.method import regimes
-from nonn.method.regimes import Point, Training, classroom_of, lesson_of, points_of, rows_of
+from nonn.method.regimes import Point, Training, points_of, rows_of, spec_of, transfer_set_of
 from nonn.report.map_plots import draw_map
-from nonn.training.lessons import Lesson
+from nonn.training.distillation import StudentSpec
 
 FACTORS = {"epochs": [1, 2], "images": [0.5], "classes": [0.67]}
 PLAN = {"networks": ["2s"], "seeds": 1, "factors": FACTORS, "most_repeats": 10}
@@ -68,7 +68,7 @@ def test_a_plan_that_cannot_be_followed_is_refused(text, named, tmp_path):
 
 @pytest.mark.usefixtures("experiment")
 def test_a_share_of_the_images_has_every_class_and_its_own_signals(params):
-    whole, half = classroom_of(params), classroom_of(params, images=0.5)
+    whole, half = transfer_set_of(params), transfer_set_of(params, images=0.5)
     assert len(half.labels) == len(whole.labels) // 2
     assert sorted(set(half.labels.tolist())) == sorted(set(whole.labels.tolist()))
     assert (half.data.test == whole.data.test).all()
@@ -77,7 +77,7 @@ def test_a_share_of_the_images_has_every_class_and_its_own_signals(params):
 
 @pytest.mark.usefixtures("experiment")
 def test_a_share_of_the_classes_has_their_images_and_the_teacher_s_logits_for_them(params):
-    whole, part = classroom_of(params), classroom_of(params, classes=0.67)
+    whole, part = transfer_set_of(params), transfer_set_of(params, classes=0.67)
     assert len(part.data.classes) == 2 < len(whole.data.classes)
     own = [whole.data.classes.index(name) for name in part.data.classes]
     for name in ("train", "validation", "test"):
@@ -89,19 +89,19 @@ def test_a_share_of_the_classes_has_their_images_and_the_teacher_s_logits_for_th
 
 @pytest.mark.usefixtures("experiment")
 def test_shares_of_both_are_images_of_some_classes(params):
-    whole, part = classroom_of(params), classroom_of(params, images=0.5, classes=0.67)
-    assert len(part.labels) == len(classroom_of(params, classes=0.67).labels) // 2
+    whole, part = transfer_set_of(params), transfer_set_of(params, images=0.5, classes=0.67)
+    assert len(part.labels) == len(transfer_set_of(params, classes=0.67).labels) // 2
     assert_seen_alike(part, whole, [whole.data.classes.index(name) for name in part.data.classes])
 
 
 def assert_seen_alike(part, whole, classes=slice(None)):
     """In every view, an image of a part has the pixels and the signals that it has among all images."""
-    lesson = Lesson(None, filters=[0, 1, 2], kd_weight=0.5, transfer_weight=1.0)
+    spec = StudentSpec(None, filters=[0, 1, 2], kd_weight=0.5, transfer_weight=1.0)
     kept = np.flatnonzero(np.isin(whole.data.train, part.data.train))
     for epoch in range(whole.params.views):
-        seen = part.batch(torch.arange(len(kept)), epoch, list(part.signals_for(lesson).values()))
+        seen = part.batch(torch.arange(len(kept)), epoch, list(part.signals_for(spec).values()))
         images, labels, logits, pooled = whole.batch(
-            torch.from_numpy(kept), epoch, list(whole.signals_for(lesson).values())
+            torch.from_numpy(kept), epoch, list(whole.signals_for(spec).values())
         )
         assert_close(seen[0], images, rtol=0, atol=0)
         assert part.data.classes[seen[1][0]] == whole.data.classes[labels[0]]
@@ -112,16 +112,16 @@ def assert_seen_alike(part, whole, classes=slice(None)):
 @pytest.mark.usefixtures("experiment")
 def test_one_class_is_nothing_to_tell_apart(params):
     with pytest.raises(UserError, match=r"factors\.classes: 0\.4 of 3 classes is 1; give a larger part"):
-        lesson_of(params, Training(Point("classes", 0.4, 1, classes=0.4), "2s", 0, 0))
+        spec_of(params, Training(Point("classes", 0.4, 1, classes=0.4), "2s", 0, 0))
 
 
 @pytest.mark.usefixtures("experiment")
 def test_a_budget_decides_the_architecture_and_not_the_filters(params):
-    large = lesson_of(params, Training(Point("", 0, 1), "2s", 1, 0))
-    small = lesson_of(params, Training(Point("", 0, 1, budget=0.7), "2s", 1, 0))
+    large = spec_of(params, Training(Point("", 0, 1), "2s", 1, 0))
+    small = spec_of(params, Training(Point("", 0, 1, budget=0.7), "2s", 1, 0))
     assert small.filters == large.filters
     assert small.architecture.widths < large.architecture.widths
-    by_chance = lesson_of(params, Training(Point("", 0, 1), "2s", 1, 0, random=True))
+    by_chance = spec_of(params, Training(Point("", 0, 1), "2s", 1, 0, random=True))
     assert len(by_chance.filters) == len(large.filters)
     assert by_chance.filters != large.filters
 

@@ -18,7 +18,7 @@ from nonn.stages import distributed
 from nonn.teachers.signals import compute_signals
 from nonn.teachers.teacher import train_teacher
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.lessons import Classroom, Lesson, distill_student
+from nonn.training.distillation import StudentSpec, TransferSet, distill_student
 from nonn.training.networks import accuracy, predict
 
 NETWORK = Architecture(family="mobilenet", widths=[4, 6, 8, 16], depth=2)
@@ -71,15 +71,15 @@ def test_a_file_answers_as_the_trained_network_does(precision, trained, images, 
 
 def test_a_student_learns_from_filters_and_attention(trained, images, params, tmp_path):
     signals = compute_signals(trained[0], images, params.signals)
-    classroom = Classroom(images, signals, params.signals)
+    transfer_set = TransferSet(images, signals, params.signals)
     schedule = params.distill.model_copy(update={"epochs": 2})
     weights = []
     for number, attention in enumerate((0.0, 100.0)):
-        lesson = Lesson(
+        spec = StudentSpec(
             architecture=NETWORK, filters=[1, 5, 40], kd_weight=0.9, transfer_weight=1.0, attention_weight=attention
         )
         checkpoint = Checkpoint(tmp_path / f"{number}.safetensors")
-        student, log = distill_student(classroom, lesson, schedule, seed=0, checkpoint=checkpoint, label="test")
+        student, log = distill_student(transfer_set, spec, schedule, seed=0, checkpoint=checkpoint, label="test")
         assert log[-1]["train_loss"] < log[0]["train_loss"]
         weights.append(student.state_dict()["stages.1.0.layers.0.weight"])
     assert not torch.equal(*weights)

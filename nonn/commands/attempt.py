@@ -44,7 +44,7 @@ COLUMNS = (
 )
 #: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
 OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
-VIEWS = "signals.views"
+VIEWS_KEY = "signals.views"
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,13 @@ def run(options) -> None:
     changes = parse_changes(settings)
     params = load_params(changes=changes)
     set_numerics(params.numerics)  # of the precision alone: torch is loaded
-    if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS]:
+    if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS_KEY]:
         raise UserError(
             f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "
-            f"students; change params.yaml instead. What can be tried: {VIEWS}, {', '.join(OPEN)}"
+            f"students; change params.yaml instead. What can be tried: {VIEWS_KEY}, {', '.join(OPEN)}"
         )
     if params.signals.views > (there := load_params().signals.views):
-        raise UserError(f"{VIEWS}: the experiment's signals have {there}, of which an attempt may take fewer")
+        raise UserError(f"{VIEWS_KEY}: the experiment's signals have {there}, of which an attempt may take fewer")
     if item.endswith("/at_kd") and not params.signals.attention:
         raise UserError(f"{item}: needs attention maps; set signals.attention to true in params.yaml")
     if table and (table.is_dir() or any(folder.is_file() for folder in table.parents)):

@@ -102,7 +102,7 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
             wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
         wanted |= {training.same: None for training in regimes.pool_of(params, point, name, seed, largest)}
     for training in wanted:
-        regimes.lesson_of(params, training)  # what no device can hold is refused before anything is trained
+        regimes.spec_of(params, training)  # what no device can hold is refused before anything is trained
     finished = _finished(params, wanted)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         trainings: list[Future] = [pool.submit(_train, params, each, finished.get(each)) for each in wanted]

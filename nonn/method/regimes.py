@@ -33,7 +33,7 @@ from nonn.method.sizing import design_student, smallest_device
 from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
-from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
+from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
 from nonn.training.networks import ConvNet, predict
 from nonn.training.store import cut, load_design, load_filters, load_signals
 
@@ -87,25 +87,25 @@ class Training:
         return replace(self, point=replace(self.point, factor="", value=0.0))
 
 
-def classroom_of(params: Params, images: float = 1.0, classes: float = 1.0) -> Classroom:
+def transfer_set_of(params: Params, images: float = 1.0, classes: float = 1.0) -> TransferSet:
     """The experiment's images and signals, or shares of them: of its classes, and of the training images of each."""
-    return _classroom(params.experiment, params.signals.model_dump_json(), images, classes)
+    return _transfer_set(params.experiment, params.signals.model_dump_json(), images, classes)
 
 
 @lru_cache(maxsize=2)
-def _classroom(experiment: str, section: str, share: float, of_classes: float) -> Classroom:
+def _transfer_set(experiment: str, section: str, share: float, of_classes: float) -> TransferSet:
     paths = Paths(experiment)
     data = load_dataset(paths)
     signals, views = load_signals(paths, data), Signals.model_validate_json(section)
     if share == of_classes == 1:
-        return Classroom(data, signals, views)
+        return TransferSet(data, signals, views)
     kept = torch.arange(len(data.train))
     if of_classes < 1:
         data, signals["logits"], kept = _keep_classes(data, signals["logits"], of_classes)
     if share < 1:
         drawn = _draw_images(data.labels[data.train], share)
         data, kept = replace(data, train=data.train[drawn]), kept[drawn]
-    return Classroom(data, signals, views, kept)
+    return TransferSet(data, signals, views, kept)
 
 
 def _keep_classes(data: Dataset, logits: Tensor, share: float) -> tuple[Dataset, Tensor, Tensor]:
@@ -149,7 +149,7 @@ def _draw_images(labels: Tensor, share: float) -> Tensor:
     return torch.from_numpy(np.sort(np.concatenate(chosen)))
 
 
-def lesson_of(params: Params, training: Training) -> Lesson:
+def spec_of(params: Params, training: Training) -> StudentSpec:
     """What the student is to learn; its architecture is the largest for the point's budget."""
     paths, section = Paths(params.experiment), params.distill
     info = read_json(paths.dataset_info, DatasetInfo)
@@ -158,7 +158,7 @@ def lesson_of(params: Params, training: Training) -> Lesson:
     device = training.device or params.budgets_of(str(training.network))[training.student]
     budget = _scaled(device, training.point.budget)
     architecture, _ = design_student(params.design, budget, info, len(filters) if filters else None)
-    return Lesson(
+    return StudentSpec(
         architecture=architecture,
         filters=filters,
         kd_weight=section.kd_weight,
@@ -172,7 +172,7 @@ def _scaled(budget: Budget, factor: float) -> Budget:
 
 
 def _filters(params: Params, training: Training) -> list[int]:
-    paths, signals = Paths(params.experiment), classroom_of(params).signals
+    paths, signals = Paths(params.experiment), transfer_set_of(params).signals
     n = len(params.networks[str(training.network)].devices)
     sets = [load_filters(paths.partition(str(training.network), i), signals) for i in range(n)]
     if training.random:
@@ -186,7 +186,7 @@ def of_pipeline(params: Params, training: Training) -> tuple[str, Path] | None:
     paths, point, seed = Paths(params.experiment), training.point, training.seed
     if (point.epochs, point.budget, point.images, point.classes) != (params.distill.epochs, 1, 1, 1):
         return None
-    architecture = lesson_of(params, training).architecture
+    architecture = spec_of(params, training).architecture
     for network in [training.network] if training.network else params.networks:
         if training.network and not training.random:
             stage, weights, position = "distill", paths.student(network, training.student, seed), 0
@@ -207,33 +207,33 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
     """
     training = training.same
     paths, point = Paths(params.experiment), training.point
-    lesson = lesson_of(params, training)
+    spec = spec_of(params, training)
     schedule = params.distill.model_copy(update={"epochs": point.epochs})
     own_seed = training.seed * 1000 + training.student  # as in the pipeline
-    settings: list[Any] = [repr(lesson), schedule.model_dump(), params.signals.model_dump(include=VIEWS)]
+    settings: list[Any] = [repr(spec), schedule.model_dump(), params.signals.model_dump(include=VIEW_KEYS)]
     settings += [own_seed, point.images, point.classes]
     checkpoint = Checkpoint.of(["map", *settings], [paths.dataset, paths.signals, Path(__file__)])
     target = STATE / "map" / checkpoint.path.name
     if target.is_file():
         return target
-    classroom = classroom_of(params, point.images, point.classes)
+    transfer_set = transfer_set_of(params, point.images, point.classes)
     name = f"{training.network or 'kd'}/{training.student} seed {training.seed}, {point.epochs} epochs"
     if weights:
-        student = _trained(weights, training, lesson, classroom.data)
+        student = _trained(weights, training, spec, transfer_set.data)
     else:
-        student, _ = distill_student(classroom, lesson, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
+        student, _ = distill_student(transfer_set, spec, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
     for part in ("train", "validation", "test"):
-        tensors[part] = predict(student, classroom.data.part(part)[0], classroom.device)[0].half()
+        tensors[part] = predict(student, transfer_set.data.part(part)[0], transfer_set.device)[0].half()
     write_tensors(target, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     checkpoint.discard()
     return target
 
 
-def _trained(weights: Path, training: Training, lesson: Lesson, data: Dataset) -> ConvNet:
-    if training.random or not lesson.filters:
+def _trained(weights: Path, training: Training, spec: StudentSpec, data: Dataset) -> ConvNet:
+    if training.random or not spec.filters:
         return load_baseline(weights, data)[training.student]
-    student = ConvNet(lesson.architecture, data.channels, data.n_classes, len(lesson.filters))
+    student = ConvNet(spec.architecture, data.channels, data.n_classes, len(spec.filters))
     with intact(weights):
         student.load_state_dict(read_tensors(weights))
     return student.eval()
@@ -291,7 +291,7 @@ def score(params: Params, point: Point, network: str, seed: int, size: int, rand
     """
     torch.set_num_threads(1)
     n = len(params.networks[network].devices)
-    data = classroom_of(params, point.images, point.classes).data
+    data = transfer_set_of(params, point.images, point.classes).data
     labels = data.labels[data.test]
 
     def right(logits: Tensor) -> np.ndarray:

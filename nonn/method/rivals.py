@@ -27,15 +27,15 @@ from nonn.method import pruning, splitnet
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache
 from nonn.method.pruning import prune_to_budget
-from nonn.method.regimes import classroom_of
+from nonn.method.regimes import transfer_set_of
 from nonn.method.scoring import permutation_test
 from nonn.method.sizing import smallest_device
 from nonn.method.splitnet import build, group_classes, join_logits
 from nonn.method.store import load_network
 from nonn.teachers.store import load_teacher
 from nonn.training.checkpoint import Checkpoint
+from nonn.training.distillation import VIEW_KEYS, TransferSet
 from nonn.training.hardware import mixed_precision
-from nonn.training.lessons import VIEWS, Classroom
 from nonn.training.loop import train
 from nonn.training.losses import kd_loss
 from nonn.training.networks import ConvNet
@@ -53,18 +53,18 @@ class Rival:
 def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     """Train a rival unless that was done before; what is kept of it lies under ``.nonn/rivals``."""
     paths = Paths(params.experiment)
-    classroom = classroom_of(params, 1.0)
+    transfer_set = transfer_set_of(params)
     torch.manual_seed(seed)
-    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, classroom)
+    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, transfer_set)
     settings = [method, network, seed, str(model), rival.note]
-    settings += [params.distill.model_dump(), params.signals.model_dump(include=VIEWS)]
+    settings += [params.distill.model_dump(), params.signals.model_dump(include=VIEW_KEYS)]
     code = [Path(file) for file in (__file__, pruning.__file__, splitnet.__file__)]
     checkpoint = Checkpoint.of(["rivals", *settings], [paths.dataset, paths.signals, paths.teacher, *code])
     target = STATE / "rivals" / checkpoint.path.name
     if target.is_file():
         model.load_state_dict(read_tensors(target))
     else:
-        distill(model, params, classroom, seed, checkpoint, f"{network}/{method} seed {seed}")
+        distill(model, params, transfer_set, seed, checkpoint, f"{network}/{method} seed {seed}")
         write_tensors(target, model.state_dict())
         checkpoint.discard()
     for part in rival.parts:
@@ -72,22 +72,22 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     return rival
 
 
-def _splitnet(params: Params, paths: Paths, network: str, classroom: Classroom) -> tuple[nn.Module, Rival]:
-    data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
+def _splitnet(params: Params, paths: Paths, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
+    data, info = transfer_set.data, read_json(paths.dataset_info, DatasetInfo)
     n = len(params.networks[network].devices)
     if n > data.n_classes:
         raise UserError(
             f"networks.{network}: {n} devices cannot share {data.n_classes} classes; SplitNet needs one each"
         )
     labels = data.labels[data.train]
-    groups = group_classes(classroom.signals["pooled"][0], labels, data.n_classes, n)
+    groups = group_classes(transfer_set.signals["pooled"][0], labels, data.n_classes, n)
     model, parts = build(params, network, data, dict(info), groups)
     named = " | ".join(" ".join(data.classes[class_] for class_ in group) for group in groups)
     return model, Rival(parts, groups, named)
 
 
-def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom) -> tuple[nn.Module, Rival]:
-    data, info = classroom.data, read_json(paths.dataset_info, DatasetInfo)
+def _pruned(params: Params, paths: Paths, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
+    data, info = transfer_set.data, read_json(paths.dataset_info, DatasetInfo)
     teacher = load_teacher(paths)
     if not isinstance(teacher, ConvNet) or params.sizes["teacher"] != data.size:
         raise UserError(
@@ -99,17 +99,17 @@ def _pruned(params: Params, paths: Paths, network: str, classroom: Classroom) ->
 
 
 def distill(
-    model: nn.Module, params: Params, classroom: Classroom, seed: int, checkpoint: Checkpoint, label: str
+    model: nn.Module, params: Params, transfer_set: TransferSet, seed: int, checkpoint: Checkpoint, label: str
 ) -> None:
     """Train a network in place by the students' loss without transfer: cross-entropy, and KD from the signals."""
     section = params.distill
-    wanted = [classroom.signals["logits"].to(classroom.place)]
+    wanted = [transfer_set.signals["logits"].to(transfer_set.storage)]
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        return classroom.batch(index, epoch, wanted)
+        return transfer_set.batch(index, epoch, wanted)
 
     def loss_of(images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
-        with mixed_precision(classroom.device):
+        with mixed_precision(transfer_set.device):
             _, logits = model(images)
         logits = logits.float()
         loss = (1 - section.kd_weight) * F.cross_entropy(logits, labels)
@@ -119,12 +119,12 @@ def distill(
         model,  # type: ignore[arg-type]  # the loop asks for no more than a module has
         batch_of,
         loss_of,
-        len(classroom.images),
+        len(transfer_set.images),
         section,
         seed=seed,
-        validation=classroom.data.part("validation"),
+        validation=transfer_set.data.part("validation"),
         checkpoint=checkpoint,
-        device=classroom.device,
+        device=transfer_set.device,
         label=label,
     )
 
@@ -158,7 +158,7 @@ def nonn_right(params: Params, paths: Paths, network: str, features: FeatureCach
 def rows_of(params: Params, network: str, methods: Sequence[str], n_seeds: int) -> Iterator[Mapping[str, Any]]:
     """Rows of a table: NoNN where there is one, and each rival, with a paired permutation test against NoNN."""
     paths = Paths(params.experiment)
-    data = classroom_of(params, 1.0).data
+    data = transfer_set_of(params).data
     features = FeatureCache(data, params.design.precision)
     reference = nonn_right(params, paths, network, features)
     if reference is not None:

@@ -29,22 +29,22 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
+from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
 from nonn.training.hardware import keep_freed_memory
-from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
 from nonn.training.store import load_baseline_sets, load_design, load_signals
 
 
-def plan_lessons(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[Lesson]:
-    """What the students of a baseline are to learn: one lesson for each."""
+def plan_students(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[StudentSpec]:
+    """What the students of a baseline are to learn: one spec for each."""
     section = params.distill
     designs = load_design(paths.design(network, method))
     filter_sets = load_baseline_sets(paths.partition(network, method), seed)
     if len(designs) != len(filter_sets):
         raise damaged(paths.partition(network, method), f"{len(filter_sets)} sets for {len(designs)} students")
     return [
-        Lesson(
+        StudentSpec(
             architecture=architecture,
             filters=filters,
             kd_weight=0.0 if method == "labels" else section.kd_weight,
@@ -64,19 +64,19 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     torch.set_num_threads(1)
     keep_freed_memory()
     name = f"{network}/{method} seed {seed}"
-    lessons = plan_lessons(params, paths, network, method, seed)
-    settings = [name, repr(lessons), params.distill.model_dump(), params.signals.model_dump(include=VIEWS)]
+    specs = plan_students(params, paths, network, method, seed)
+    settings = [name, repr(specs), params.distill.model_dump(), params.signals.model_dump(include=VIEW_KEYS)]
     data = load_dataset(paths)
     signals = load_signals(paths, data)
     n_filters = signals["pooled"].shape[-1]
-    if any(filter >= n_filters for lesson in lessons for filter in lesson.filters or ()):
+    if any(filter >= n_filters for spec in specs for filter in spec.filters or ()):
         raise damaged(paths.partition(network, method), f"a filter beyond the {n_filters} of the teacher")
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
-    classroom = Classroom(data, signals, params.signals)
+    transfer_set = TransferSet(data, signals, params.signals)
     students, logs = [], []
-    for position, lesson in enumerate(lessons):
+    for position, spec in enumerate(specs):
         own_seed, part, label = seed * 1000 + position, checkpoint.part(position), f"{name} student {position}"
-        student, log = distill_student(classroom, lesson, params.distill, seed=own_seed, checkpoint=part, label=label)
+        student, log = distill_student(transfer_set, spec, params.distill, seed=own_seed, checkpoint=part, label=label)
         students.append(student)
         logs += [row | {"student": position} for row in log]
     target = paths.baseline(network, method, seed)

@@ -1,4 +1,4 @@
-"""Stage `distill`: train one student of a network with one seed, see `nonn.training.lessons`."""
+"""Stage `distill`: train one student of a network with one seed, see `nonn.training.distillation`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
+from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
 from nonn.training.hardware import keep_freed_memory
-from nonn.training.lessons import VIEWS, Classroom, Lesson, distill_student
 from nonn.training.loop import write_log
 from nonn.training.store import load_design, load_filters, load_signals
 
@@ -23,18 +23,18 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     data = load_dataset(paths)
     signals = load_signals(paths, data)
     architecture, _ = load_design(paths.design(network, student))[0]
-    lesson = Lesson(
+    spec = StudentSpec(
         architecture=architecture,
         filters=load_filters(paths.partition(network, student), signals),
         kd_weight=section.kd_weight,
         transfer_weight=section.transfer_weight,
     )
     name = f"{network}/{student} seed {seed}"
-    settings = [name, repr(lesson), section.model_dump(), params.signals.model_dump(include=VIEWS)]
+    settings = [name, repr(spec), section.model_dump(), params.signals.model_dump(include=VIEW_KEYS)]
     checkpoint = Checkpoint.of(settings, [paths.dataset, paths.signals])
-    classroom = Classroom(data, signals, params.signals)
+    transfer_set = TransferSet(data, signals, params.signals)
     own_seed = seed * 1000 + student  # students of one network differ in their initial weights, too
-    model, log = distill_student(classroom, lesson, section, seed=own_seed, checkpoint=checkpoint, label=name)
+    model, log = distill_student(transfer_set, spec, section, seed=own_seed, checkpoint=checkpoint, label=name)
     target = paths.student(network, student, seed)
     write_tensors(target, model.state_dict())
     write_log(paths.log(target), log)

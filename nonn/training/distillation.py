@@ -1,4 +1,4 @@
-"""Training one student of a network, with one seed, against the teacher's signals.
+"""Knowledge distillation: training one student of a network, with one seed, against the teacher's signals.
 
 Each job is independent of every other: it knows its architecture, its filters and its seed. The student's head is used
 in training and as the start of the final layer; only the feature vector leaves the device.
@@ -26,12 +26,12 @@ from nonn.training.losses import attention_loss, kd_loss, transfer_loss
 from nonn.training.networks import ConvNet, whiten
 
 #: Of the parameters `signals`, those that decide how a training sees its images; ``dvc.yaml`` names the same.
-VIEWS = {"augment", "seed", "views"}
+VIEW_KEYS = {"augment", "seed", "views"}
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What a student is to learn: its architecture, and the weight of each term of its loss."""
+class StudentSpec:
+    """What a student is and learns: its architecture, its filters, and the weight of each term of its loss."""
 
     architecture: Architecture
     filters: list[int] | None  # the teacher's P_i to imitate through a bridge; None for no bridge
@@ -40,18 +40,19 @@ class Lesson:
     attention_weight: float = 0.0  # of attention transfer (a baseline)
 
 
-class Classroom:
+class TransferSet:
     """Training images and the teacher's signals, view by view, shared by the students of a job.
 
-    `signals` are those of all images that the teacher saw. Where `data` has a part of them for training, `kept` are the
-    positions of these, for students have to see each image as the teacher did.
+    The term is that of https://arxiv.org/abs/1503.02531. `signals` are those of all images that the teacher saw. Where
+    `data` has a part of them for training, `kept` are the positions of these, for students have to see each image as
+    the teacher did.
     """
 
     def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals, kept: Tensor | None = None):
         self.data, self.params, self.kept, self.device = data, params, kept, pick_device()
         stored, labels = data.part("train")
-        self.images, self.place = resident(stored, self.device)
-        self.labels = labels.to(self.place)
+        self.images, self.storage = resident(stored, self.device)
+        self.labels = labels.to(self.storage)
         self.signals = signals
         self.stages = [name for name in sorted(signals) if name.startswith("attention.")]
         self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
@@ -61,32 +62,32 @@ class Classroom:
         number = epoch % self.params.views
         n_drawn = len(self.images) if self.kept is None else self.signals["logits"].shape[1]
         view = draw_view(n_drawn, number, self.params.augment, self.params.seed)
-        return number, (view if self.kept is None else view.of(self.kept)).to(self.place)
+        return number, (view if self.kept is None else view.of(self.kept)).to(self.storage)
 
-    def signals_for(self, lesson: Lesson) -> dict[str, Tensor]:
-        """The signals that a lesson's loss is made of, by name; of the pooled activations its own filters."""
+    def signals_for(self, spec: StudentSpec) -> dict[str, Tensor]:
+        """The signals that a student's loss is made of, by name; of the pooled activations its own filters."""
         wanted = {}
-        if lesson.kd_weight:
+        if spec.kd_weight:
             wanted["logits"] = self.signals["logits"]
-        if lesson.transfer_weight:
-            wanted["pooled"] = self.signals["pooled"][..., lesson.filters]
-        if lesson.attention_weight:
+        if spec.transfer_weight:
+            wanted["pooled"] = self.signals["pooled"][..., spec.filters]
+        if spec.attention_weight:
             wanted |= {name: self.signals[name] for name in self.stages}
         if self.kept is not None:
             wanted = {name: signal[:, self.kept] for name, signal in wanted.items()}
-        return {name: signal.to(self.place) for name, signal in wanted.items()}
+        return {name: signal.to(self.storage) for name, signal in wanted.items()}
 
     def batch(self, index: Tensor, epoch: int, signals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Images (B, channels, H, W) as an epoch sees them, labels (B,), and those of `signals` (K, N, …)."""
         number, view = self._view(epoch)
-        index = index.to(self.place)
+        index = index.to(self.storage)
         images = apply_view(self.images, view, index, self.params.augment)
         parts = (images, self.labels[index], *(signal[number][index] for signal in signals))
         return tuple(part.to(self.device) for part in parts)
 
 
 def distill_student(
-    classroom: Classroom, lesson: Lesson, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
+    transfer_set: TransferSet, spec: StudentSpec, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
 ) -> tuple[ConvNet, Log]:
     """Train one student; return it with its log, one row an epoch.
 
@@ -96,19 +97,21 @@ def distill_student(
         L = (1−w)·CE(z, y) + w·T²·KL(softmax(z_t/T) ‖ softmax(z/T)) + β·‖f/‖f‖ − t/‖t‖‖².
 
     After the loss of https://arxiv.org/abs/1907.11804, section 4. *Deviations* from the authors' later code,
-    https://github.com/SLDGroup/NoNN_framework: students share no layers, the divergence is a sum over classes, and the
-    last epoch is kept, not the one that is best on test images. `seed` decides the initial weights and the order of the
+    https://github.com/SLDGroup/NoNN_framework: each student is trained alone and has a head of its own, where theirs
+    are trained together by the logits of one layer over all features; so the transfer normalises each student's
+    vector, not that of all side by side. Students share no layers, the divergence is a sum over classes, and the last
+    epoch is kept, not the one that is best on test images. `seed` decides the initial weights and the order of the
     images.
     """
     torch.manual_seed(seed)
-    data, device = classroom.data, classroom.device
-    n_filters = len(lesson.filters) if lesson.filters else None
-    student = ConvNet(lesson.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
+    data, device = transfer_set.data, transfer_set.device
+    n_filters = len(spec.filters) if spec.filters else None
+    student = ConvNet(spec.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
     whiten(student, data.part("train")[0])
-    wanted = classroom.signals_for(lesson)
+    wanted = transfer_set.signals_for(spec)
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        return classroom.batch(index, epoch, list(wanted.values()))
+        return transfer_set.batch(index, epoch, list(wanted.values()))
 
     def loss_of(images: Tensor, labels: Tensor, *signals: Tensor) -> Tensor:
         taught = dict(zip(wanted, (signal.float() for signal in signals), strict=True))
@@ -116,28 +119,28 @@ def distill_student(
             maps = student.stage_maps(images)
             features, logits = student.read_out(maps[-1])
         logits = logits.float()
-        loss = (1 - lesson.kd_weight) * F.cross_entropy(logits, labels)
-        if lesson.kd_weight:
-            loss = loss + lesson.kd_weight * kd_loss(logits, taught["logits"], schedule.temperature)
-        if lesson.transfer_weight:
-            loss = loss + lesson.transfer_weight * transfer_loss(features.float(), taught["pooled"])
-        if lesson.attention_weight:
+        loss = (1 - spec.kd_weight) * F.cross_entropy(logits, labels)
+        if spec.kd_weight:
+            loss = loss + spec.kd_weight * kd_loss(logits, taught["logits"], schedule.temperature)
+        if spec.transfer_weight:
+            loss = loss + spec.transfer_weight * transfer_loss(features.float(), taught["pooled"])
+        if spec.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
-            attention = {taught[name].shape[1]: taught[name] for name in classroom.stages}
+            attention = {taught[name].shape[1]: taught[name] for name in transfer_set.stages}
             shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
             if not shared:
                 raise UserError(
                     "params.yaml: the baseline at_kd: no stage of the student has the size of one of the teacher's; "
                     "set dataset.size to a multiple of 4, or remove at_kd."
                 )
-            loss = loss + lesson.attention_weight * attention_loss(*zip(*shared, strict=True))
+            loss = loss + spec.attention_weight * attention_loss(*zip(*shared, strict=True))
         return loss
 
     log = train(
         student,
         batch_of,
         loss_of,
-        len(classroom.images),
+        len(transfer_set.images),
         schedule,
         seed=seed,
         validation=data.part("validation"),
