@@ -10,7 +10,7 @@ from nonn.core.files import read_json
 from nonn.core.params import Assemble
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
-from nonn.method.exporting import joined
+from nonn.method.exporting import as_linear
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import NetworkOfNetworks, features_of, fit_layer
 from nonn.method.store import load_network
@@ -62,7 +62,7 @@ def test_contributions_add_up_to_the_logits(heads, features):
 @torch.no_grad()
 def test_one_linear_layer_over_concatenated_features_is_the_same(heads, features):
     layer = averaged_layer(heads)
-    linear = joined(layer.blocks)
+    linear = as_linear(layer.blocks)
     assert linear.weight.shape == (4, sum(LENGTHS))
     torch.testing.assert_close(linear(torch.cat(features, dim=1)), logits_of(layer, features).float())
 
@@ -125,7 +125,7 @@ def test_the_network_is_its_students_and_a_linear_layer(data, experiment):
     network = load_network(experiment.network("2s", 0), data)
     concatenated = torch.cat([predict(student, images)[0] for student in network.students], dim=1)
     logits = logits_of(network.final, features_of(network.students, images))
-    torch.testing.assert_close(joined(network.final.whole)(concatenated).double(), logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(as_linear(network.final.whole)(concatenated).double(), logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(network(images), logits)
 
 

@@ -26,7 +26,7 @@ from nonn.data.tensors import read_tensors
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import FORM
 from nonn.deploy.onnx_files import Features, export_onnx
-from nonn.method.exporting import FEATURE_MARGIN, check_same, export_solo, joined
+from nonn.method.exporting import FEATURE_MARGIN, as_linear, check_same, export_solo
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network
 from nonn.runtime.exported import read_manifest
@@ -127,7 +127,7 @@ def test_outputs_that_differ_are_refused():
 
 
 def test_joined_layer_has_the_sum_of_the_biases(network):
-    linear = joined(network.final.whole)
+    linear = as_linear(network.final.whole)
     _, biases = zip(*network.final.whole.values(), strict=True)
     np.testing.assert_allclose(linear.bias.detach(), sum(biases), rtol=1e-6)
     assert linear.in_features == sum(student.n_features for student in network.students)

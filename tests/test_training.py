@@ -58,6 +58,7 @@ def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
         checkpoint=checkpoint,
         device=CPU,
         label="test",
+        section="distill",
     )
     return model, log
 

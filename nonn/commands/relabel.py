@@ -89,6 +89,7 @@ def measure(params: Params, options: Any) -> list[dict]:
 
     from nonn.data.dataset import load_dataset
     from nonn.method.relabelling import draw, new_labels, other_partitions, score, what_is_sent
+    from nonn.method.scoring import sd
     from nonn.teachers.store import load_teacher
 
     torch.set_num_threads(1)
@@ -128,7 +129,7 @@ def measure(params: Params, options: Any) -> list[dict]:
             row = {"method": sent.method, "seeds": len(found), "values": sent.train[0].shape[1]}
             row |= {"bytes_sent": sent.bytes_sent, "per_class": per_class, "draws": options.draws}
             row["accuracy_mean"] = float(by_draw.mean())
-            row["accuracy_sd"] = float(by_draw.std(ddof=1)) if options.draws > 1 else None
+            row["accuracy_sd"] = sd(by_draw)
             rows.append(shared | row)
     return rows
 

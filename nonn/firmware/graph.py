@@ -96,9 +96,9 @@ class _Reader:
         features = graph.output[0].name
         if len(graph.output) != 1 or features not in self.vectors:
             raise self.refuse("its output is not one vector of features")
-        shape, joined = self.shapes[image.name], self.joined(steps)
-        in_pairs(joined)
-        return Student(image.name, shape, features, self.vectors[features], joined)
+        shape, fused = self.shapes[image.name], self.fused(steps)
+        in_pairs(fused)
+        return Student(image.name, shape, features, self.vectors[features], fused)
 
     def step(self, node: NodeProto, image: str) -> list[Step]:
         """The steps of one node: none where it is part of a later one."""
@@ -251,7 +251,7 @@ class _Reader:
         values = np.tile(np.arange(256, dtype=np.uint8), channels).reshape(1, channels, 16, 16)
         return session.run([name], {source: values})[0].reshape(channels, 256)
 
-    def joined(self, steps: list[Step]) -> list[Step]:
+    def fused(self, steps: list[Step]) -> list[Step]:
         """Poolings and tables become part of the convolution before them."""
         readers = Counter(name for step in steps for name in step.reads)
         result: list[Step] = []

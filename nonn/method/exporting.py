@@ -44,7 +44,7 @@ FEATURE_MARGIN = 4.0
 TEACHERS = ("teacher", "teacher_int8")
 
 
-def joined(blocks: Blocks) -> nn.Linear:
+def as_linear(blocks: Blocks) -> nn.Linear:
     """A final layer as one linear layer over the concatenated feature vectors."""
     weights, biases = as_tensors(blocks)
     weight = torch.cat(weights, dim=1)
@@ -109,7 +109,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
         entry = {"n_features": student.n_features, "feature_limit": feature_limit(student, data)}
         students.append(_entry(path, student, data, precision) | entry)
     path, joint = folder / "final.onnx", np.concatenate(features, axis=1)
-    export_onnx(joined(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
+    export_onnx(as_linear(model.final.whole), torch.from_numpy(joint[:1]), path, "features", "logits")
     logits = run_onnx(path, joint)
     check_same(path, logits, logits_of(model.final, expected))
     blocks = folder / "final.safetensors"

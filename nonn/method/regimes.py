@@ -28,7 +28,7 @@ from nonn.data.dataset import SPLITS, Dataset, load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
-from nonn.method.scoring import paired_difference, permutation_test
+from nonn.method.scoring import paired_difference, permutation_test, sd
 from nonn.method.sizing import design_student, smallest_device
 from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
@@ -343,6 +343,6 @@ def rows_of(params: Params, point: Point, network: str, by_seed: Sequence[Mappin
             "method": name,
             "n_seeds": len(right),
             "accuracy_mean": means.mean(),
-            "accuracy_sd": means.std(ddof=1) if len(means) > 1 else None,
+            "accuracy_sd": sd(means),
             **compared,
         }

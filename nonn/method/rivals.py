@@ -28,7 +28,7 @@ from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache
 from nonn.method.pruning import prune_to_budget
 from nonn.method.regimes import transfer_set_of
-from nonn.method.scoring import permutation_test
+from nonn.method.scoring import permutation_test, sd
 from nonn.method.sizing import smallest_device
 from nonn.method.splitnet import build, group_classes, join_logits
 from nonn.method.store import load_network
@@ -126,6 +126,7 @@ def distill(
         checkpoint=checkpoint,
         device=transfer_set.device,
         label=label,
+        section="distill",
     )
 
 
@@ -189,5 +190,4 @@ def rows_of(params: Params, network: str, methods: Sequence[str], n_seeds: int) 
 
 def _accuracy(right: np.ndarray) -> dict[str, Any]:
     means = right.mean(1)
-    spread = float(means.std(ddof=1)) if len(means) > 1 else None
-    return {"n_seeds": len(right), "accuracy_mean": float(means.mean()), "accuracy_sd": spread}
+    return {"n_seeds": len(right), "accuracy_mean": float(means.mean()), "accuracy_sd": sd(means)}

@@ -121,7 +121,7 @@ def missing_devices(answers: Sequence[Answers], n_devices: int, labels: Tensor, 
         scores = np.array([[accuracy(answer(subset), labels) for subset in subsets] for answer in answers])
         row: dict[str, float | None] = {"missing": missing, "n_subsets": len(subsets)}
         for name, over_subsets in (("mean", scores.mean(1)), ("worst", scores.min(1))):
-            row |= {name: float(over_subsets.mean()), f"{name}_sd": _sd(over_subsets)}
+            row |= {name: float(over_subsets.mean()), f"{name}_sd": sd(over_subsets)}
         rows.append(row)
     return rows
 
@@ -148,7 +148,7 @@ def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
         reference = references.get(s.network) if s.method != "nonn" else None
         row = {"method": s.method, "network": s.network, "n_students": s.n_students, "n_seeds": len(s.correct)}
         row |= {"accuracies": s.accuracies, "accuracy_mean": float(np.mean(s.accuracies))}
-        row |= {"accuracy_sd": _sd(s.accuracies), "p_value_vs_nonn": None, "p_value_vs_nonn_seeds": None}
+        row |= {"accuracy_sd": sd(s.accuracies), "p_value_vs_nonn": None, "p_value_vs_nonn_seeds": None}
         if reference:
             paired = permutation_test(reference.correct, s.correct, params.resamples, params.seed)
             by_seed = seed_test(reference.accuracies, s.accuracies)
@@ -157,7 +157,8 @@ def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
     return rows
 
 
-def _sd(values: Sequence[float]) -> float | None:
+def sd(values: Sequence[float] | np.ndarray) -> float | None:
+    """Standard deviation of a sample; None of one value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from nonn.core.architecture import MOST_STAGES, Architecture
+from nonn.core.artifacts import memory_bytes
 from nonn.core.budgets import Budget
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
@@ -67,7 +68,7 @@ def draw_student_selection(
 def _costs(students: Sequence[Mapping]) -> tuple[list[float], list[float]]:
     """Memory (KiB) and multiply-accumulates (millions)."""
     costs = [student["cost"] for student in students]
-    memory = [(cost["weight_bytes"] + cost["peak_activation_bytes"]) / 1024 for cost in costs]
+    memory = [memory_bytes(cost) / 1024 for cost in costs]
     return memory, [cost["macs"] / 1e6 for cost in costs]
 
 
@@ -163,7 +164,7 @@ def draw_architectures(networks: Sequence[Mapping], channels: int, size: int) ->
             note = f"{width} × {side}²"
             axis.text(left, middle + 0.37, note, size=7.5, ha="left", va="center")
         cost = network["cost"]
-        memory = (cost["weight_bytes"] + cost["peak_activation_bytes"]) / 1024
+        memory = memory_bytes(cost) / 1024
         ends = "features" if network["n_filters"] else "classes"
         axis.text(end + 0.4, middle, ends, size=8, va="center")
         built = network["architecture"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from nonn.core.artifacts import memory_bytes
 from nonn.report.plots import METHODS
 
 #: Columns of ``summary.csv`` and how each is written; pandas' own formatting may change.
@@ -71,7 +72,7 @@ def summarise_methods(
         entry["params_total"] = sum(cost["params"] for cost in costs)
         entry["feature_bytes"] = 4 * max(student["n_filters"] or n_classes for student in students)
         entry |= {key: latencies.get((row["network"], row["method"]), {}).get(key) for key in LATENCIES}
-        entry["memory_bytes_per_device"] = max(cost["weight_bytes"] + cost["peak_activation_bytes"] for cost in costs)
+        entry["memory_bytes_per_device"] = max(map(memory_bytes, costs))
         table.append(entry)
     networks, methods = list(dict.fromkeys(["", *(network for network, _ in designs)])), list(METHODS)
     table.sort(key=lambda entry: (networks.index(entry["network"]), methods.index(entry["method"])))

@@ -18,7 +18,7 @@ from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.losses import attention_map
-from nonn.training.networks import ConvNet, batch_of, joined
+from nonn.training.networks import ConvNet, batch_of, concatenated
 
 BATCH_SIZE = 500
 
@@ -50,11 +50,11 @@ def compute_signals(
     indices = torch.arange(len(images), device=place)
     jobs = [(view, index) for view in views for index in indices.split(batch_size)]
     seen = (apply_view(images, view, index, params.augment, student_size) for view, index in track(jobs, "signals"))
-    signals = joined((signals_of(teacher, batch, params.attention) for batch in seen), params.views * len(images))
+    signals = concatenated((signals_of(teacher, batch, params.attention) for batch in seen), params.views * len(images))
     signals = {name: tensor.unflatten(0, (params.views, len(images))) for name, tensor in signals.items()}
     validation, _ = data.part("validation")
     batches = (signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size))
-    return signals | {f"validation_{name}": tensor for name, tensor in joined(batches, len(validation)).items()}
+    return signals | {f"validation_{name}": tensor for name, tensor in concatenated(batches, len(validation)).items()}
 
 
 @torch.inference_mode()

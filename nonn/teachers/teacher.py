@@ -79,6 +79,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         checkpoint=checkpoint,
         device=device,
         label="teacher",
+        section="teacher",
         proxy=proxy,
         proxy_optimizers=proxy.optimizers if proxy else (),
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
+from nonn.core import artifacts
 from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
 from nonn.core.names import COORDINATOR
@@ -130,7 +131,7 @@ def network_workload(export: Path, benchmark: Mapping, precision: Precision) -> 
     return Workload(
         seconds=np.array([[student["latency_p50_ms"] / 1e3 for student in students]]),
         macs=np.array([[student["macs"] for student in students]]),
-        memory_bytes=max(student["weight_bytes"] + student["peak_activation_bytes"] for student in students),
+        memory_bytes=max(map(artifacts.memory_bytes, students)),
         payload=[],
         image_bytes=image.channels * image.size**2,
         answer_bytes=[4 * student.n_features for student in manifest.students],

@@ -147,5 +147,6 @@ def distill_student(
         checkpoint=checkpoint,
         device=device,
         label=label,
+        section="distill",
     )
     return student, log

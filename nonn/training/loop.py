@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ def train(
     checkpoint: Checkpoint,
     device: torch.device,
     label: str,
+    section: Literal["teacher", "distill"],
     proxy: nn.Module | None = None,
     proxy_optimizers: Sequence[torch.optim.Optimizer] = (),
 ) -> Log:
@@ -56,9 +58,9 @@ def train(
     ``loss_of(*batch_of(index, epoch))`` is the loss of the training images `index`, int64 of shape (B,) on `device`;
     ``batch_of`` makes tensors of one shape, ``loss_of`` alone reaches the model's parameters. `seed` decides the order;
     a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored after each
-    epoch, for the log only: nothing is selected. The checkpoint is written after each epoch, on a GPU after every
-    `EVERY_ON_GPU`, and the caller discards it once the outputs are in place. A `proxy` that `batch_of` selects images
-    with is on the same schedule and in the same checkpoint.
+    epoch, for the log only: nothing is selected. `schedule` is that `section` of ``params.yaml``. The checkpoint is
+    written after each epoch, on a GPU after every `EVERY_ON_GPU`, and the caller discards it once the outputs are in
+    place. A `proxy` that `batch_of` selects images with is on the same schedule and in the same checkpoint.
     """
     trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, schedule)
@@ -84,7 +86,7 @@ def train(
         if not all(map(math.isfinite, rows[-1])):
             raise UserError(
                 f"{label}: its training has diverged: the loss of epoch {epoch + 1} is no number. Lower the learning "
-                f"rate, {'teacher' if label == 'teacher' else 'distill'}.lr in params.yaml."
+                f"rate, {section}.lr in params.yaml."
             )
         if len(rows) % every == 0 or len(rows) == schedule.epochs:
             checkpoint.save(trained, every_optimizer, rows)

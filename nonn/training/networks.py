@@ -341,11 +341,11 @@ def predict(
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = images.split(batch_of(batch_size, images.shape[-1]))
     outputs = (dict(zip(("features", "logits"), model(batch.to(device)), strict=True)) for batch in batches)
-    found = joined(outputs, len(images))
+    found = concatenated(outputs, len(images))
     return found["features"].float().cpu(), found["logits"].float().cpu()
 
 
-def joined(batches: Iterable[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
+def concatenated(batches: Iterable[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
     """The tensors of all batches, of `count` images together, each as one.
 
     Written in place: small tensors that stay between large ones that go would keep the memory of these from being used

@@ -5,6 +5,7 @@ import re
 import time
 from collections import defaultdict
 from functools import cache
+from graphlib import TopologicalSorter
 
 from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
@@ -55,19 +56,11 @@ class Plan:
 
     def in_order(self):
         """Jobs, each after those whose outputs it reads."""
-        done, order = set(), []
-
-        def visit(address):
-            if address not in done:
-                done.add(address)
-                for dependency in files(self.jobs[address]):
-                    for _, writer in self.written(dependency):
-                        visit(writer)
-                order.append(self.jobs[address])
-
-        for address in self.jobs:
-            visit(address)
-        return order
+        writers = {
+            address: {writer for dependency in files(job) for _, writer in self.written(dependency)}
+            for address, job in self.jobs.items()
+        }
+        return [self.jobs[address] for address in TopologicalSorter(writers).static_order()]
 
     @cache
     def written(self, dependency):
