@@ -15,7 +15,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.firmware.build import missing_program
 from nonn.firmware.energy import nanojoules_per_mac
-from nonn.firmware.plots import draw_firmware
+from nonn.report.firmware_plots import draw_firmware
 from nonn.stages import emulate
 
 MIXED = {

@@ -17,9 +17,9 @@ from nonn.core.install import LITERT
 from nonn.core.paths import Paths
 from nonn.deploy.int8 import fold_norms
 from nonn.deploy.onnx_files import write_student
-from nonn.firmware.plots import draw_accuracies
 from nonn.method.litert import PlainFeatures, check_litert, normalised, without_gelu, write_litert
 from nonn.method.litert_integers import Quantised, convolutions_of
+from nonn.report.firmware_plots import draw_accuracies
 from nonn.runtime.session import run_onnx
 from nonn.training.networks import ConvNet, single_pass
 

@@ -41,7 +41,7 @@ def add_arguments(parser) -> None:
 def run(options) -> None:
     from nonn.core.files import write_json
     from nonn.firmware.build import EMULATOR, require
-    from nonn.firmware.making import build, figures, read_images, run_and_compare, students_of
+    from nonn.firmware.making import build, firmware_entry, read_images, run_and_compare, students_of
     from nonn.firmware.targets import find_target
 
     target = find_target(options.device, options.flash_kib, options.ram_kib)
@@ -55,7 +55,7 @@ def run(options) -> None:
         firmware = build(student, target, options.out / path.stem)
         images = read_images(options.images, firmware.student, options.run)
         first, identical = run_and_compare(firmware, images)
-        entries.append(figures(firmware, first, len(images), identical))
+        entries.append(firmware_entry(firmware, first, len(images), identical))
         print("\n".join(describe(entries[-1], options.layers)))
         write_json(options.out / "firmware.json", entries)
     if wrong := [entry for entry in entries if entry["images_identical"] < entry["images_checked"]]:

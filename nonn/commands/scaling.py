@@ -179,34 +179,6 @@ def even_numbers(text: str) -> list[int]:
     return found
 
 
-def draw(rows: Sequence[dict[str, str]]):
-    """Overhead of a job, seconds of a dry run, and kilobytes of ``dvc.lock``, by the number of jobs."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    from nonn.report.plots import STUDENT_COLOURS, panels
-
-    shown = {
-        "overhead_per_job_s": ("overhead of a job (s)", 1),
-        "dag_s": ("dry run (s)", 1),
-        "lock_bytes": ("size of dvc.lock (KB)", 1000),
-    }
-    figure, axes = panels(len(shown), 3.2, 2.8)
-    for axis, (column, (label, unit)) in zip(axes, shown.items(), strict=True):
-        for engine, colour in zip(ENGINES, STUDENT_COLOURS, strict=False):
-            points = [(int(r["n_jobs"]), float(r[column]) / unit) for r in rows if r["engine"] == engine and r[column]]
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=colour, label=engine)
-        axis.set(xlabel="jobs", ylabel=label, xscale="log", yscale="log")
-        axis.yaxis.set(
-            major_locator=LogLocator(subs=(1, 2, 5)),
-            major_formatter=StrMethodFormatter("{x:g}"),
-            minor_formatter=NullFormatter(),
-        )
-        axis.xaxis.set(major_formatter=StrMethodFormatter("{x:,.0f}"), minor_formatter=NullFormatter())
-    axes[0].legend()
-    return figure
-
-
 def add_arguments(parser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="(default: %(default)s)")
     parser.add_argument(
@@ -229,6 +201,7 @@ def run(options) -> None:
     """The command ``nonn scaling``; each row is written as soon as it is measured."""
     from nonn.core.params import Figures
     from nonn.report.plots import drawing_style, save_figure
+    from nonn.report.scaling_plots import draw_job_scaling
 
     if options.at_once < 1:
         raise UserError("--at-once: give at least 1")
@@ -245,4 +218,4 @@ def run(options) -> None:
             log(", ".join(f"{column} {value}" for column, value in written(row).items() if value))
             shutil.rmtree(scratch.folder)
     with drawing_style():
-        save_figure(draw(rows), options.output.with_suffix(""), Figures(dpi=DPI))
+        save_figure(draw_job_scaling(rows, ENGINES), options.output.with_suffix(""), Figures(dpi=DPI))

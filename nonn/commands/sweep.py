@@ -25,8 +25,6 @@ from typing import Any
 import pandas as pd
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from nonn.commands.git import content_at
 from nonn.commands.project import LINK, is_project
@@ -38,7 +36,8 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.schema import parse_changes
 from nonn.core.yaml_text import parse_yaml
-from nonn.report.plots import STUDENT_COLOURS, drawing_style, panels, save_figure
+from nonn.report.plots import drawing_style, save_figure
+from nonn.report.sweep_plots import draw_sweep
 
 #: What a network is judged by: column of the table, what it is, and whether more of it is better.
 CRITERIA = {
@@ -200,27 +199,6 @@ def failed_experiments() -> set[str]:
     return {str(entry.name) for entry, _ in Repo(".").experiments.celery_queue.iter_failed()}
 
 
-def draw(table: pd.DataFrame, networks: Sequence[str]) -> Figure:
-    """Accuracy against each other criterion; what no other beats in all of them together is filled."""
-    goal, *costs = CRITERIA
-    figure, axes = panels(len(costs), 3.4, 3.2, sharey=True)
-    for axis, cost in zip(axes, costs, strict=True):
-        for network, colour in zip(networks, STUDENT_COLOURS, strict=False):
-            points = table[table["network"] == network].sort_values(cost)
-            for efficient, group in points.groupby("efficient"):
-                face = colour if efficient else "none"
-                axis.scatter(group[cost], group[goal], 28, edgecolors=colour, facecolors=face, label=network)
-        axis.set_xlabel(CRITERIA[cost][0])
-    axes[0].set_ylabel(CRITERIA[goal][0])
-    axes[0].yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
-    handles = [
-        axes[0].scatter([], [], 28, color=colour, label=network)
-        for network, colour in zip(networks, STUDENT_COLOURS, strict=False)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=5, title="filled: no other is as good in all")
-    return figure
-
-
 def render(table: pd.DataFrame) -> str:
     """The table as text, the efficient rows marked."""
     shown = table.assign(
@@ -254,6 +232,7 @@ def run(options) -> None:
     table, paths = compare(experiments()), Paths(params.experiment)
     write_text(paths / "sweep.csv", table.to_csv(index=False, float_format="%.6g"))
     with drawing_style():
-        save_figure(draw(table, sorted(set(table["network"]))), paths / "figures/sweep", params.figures)
+        figure = draw_sweep(table, {name: label for name, (label, _) in CRITERIA.items()})
+        save_figure(figure, paths / "figures/sweep", params.figures)
     print(render(table))
     log(f"{paths / 'sweep.csv'} and {paths / 'figures/sweep.png'}: written")

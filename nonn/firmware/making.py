@@ -97,7 +97,7 @@ def run_and_compare(firmware: Firmware, images: np.ndarray) -> tuple[Run | None,
     return first, identical
 
 
-def figures(firmware: Firmware, run: Run | None, checked: int, identical: int) -> dict[str, Any]:
+def firmware_entry(firmware: Firmware, run: Run | None, checked: int, identical: int) -> dict[str, Any]:
     """The entry of a student in ``firmware.json``; what only a run can tell is null without one."""
     student, scale = firmware.student, scale_of(firmware.student)
     weights, tables = _constant_bytes(student)

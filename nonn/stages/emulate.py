@@ -24,9 +24,9 @@ from nonn.core.progress import log
 from nonn.data.dataset import load_dataset
 from nonn.firmware.build import missing_program
 from nonn.firmware.graph import NoKernelError
-from nonn.firmware.making import build, figures, run_and_compare
-from nonn.firmware.plots import draw_firmware
+from nonn.firmware.making import build, firmware_entry, run_and_compare
 from nonn.firmware.targets import Target, find_target
+from nonn.report.firmware_plots import draw_firmware
 from nonn.report.plots import drawing_style, save_figure
 
 #: Test images on which the features of each student are compared, evenly spaced.
@@ -66,7 +66,7 @@ def _entries(params: Params, paths: Paths, images: np.ndarray, folder: Path) -> 
                 log(f"note: {error}")
                 continue
             first, identical = run_and_compare(firmware, images)
-            yield figures(firmware, first, len(images), identical)
+            yield firmware_entry(firmware, first, len(images), identical)
 
 
 def _target(chip: str, budget: Budget) -> Target:
