@@ -34,6 +34,7 @@ def run(options) -> None:
     import torch
 
     from nonn.core.files import write_json
+    from nonn.data.canvas import spaced
     from nonn.data.dataset import load_dataset
     from nonn.method.final_layer import logits_of
     from nonn.method.joining import features_of
@@ -47,8 +48,8 @@ def run(options) -> None:
     paths = Paths(params.experiment)
     data = load_dataset(paths)
     test, labels = data.part("test")
-    spaced = slice(None, None, -(-len(test) // options.images))  # a source may list its images class by class
-    images, labels = test[spaced].numpy(), labels[spaced]
+    few = spaced(len(test), options.images)
+    images, labels = test[few].numpy(), labels[few]
     network = load_network(paths.network(options.network, seed=0), data)
     folder, entries = options.out / options.network, []
     folder.mkdir(parents=True, exist_ok=True)

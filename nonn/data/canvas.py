@@ -7,6 +7,7 @@ them back when they are asked for.
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,11 @@ HELD = 1 << 28
 
 #: Types of tensors as safetensors calls them, in the order in which it stores them.
 TYPES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
+
+
+def spaced(count: int, most: int) -> slice:
+    """`most` at most of `count` images, evenly spaced, for a source may list its images class by class."""
+    return slice(None, None, max(1, math.ceil(count / most)))
 
 
 class Canvas:

@@ -16,6 +16,7 @@ import torch
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
+from nonn.data.canvas import spaced
 from nonn.deploy.int8 import CALIBRATION_IMAGES, check_close, quantise
 from nonn.runtime.session import open_session, run_onnx
 
@@ -41,7 +42,7 @@ def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], targ
     if any(node.op_type == "QuantizeLinear" for node in onnx.load(source).graph.node):
         raise UserError(f"{source}: is in int8 already. Leave out --calibrate.")
     images = load(tuple(session.get_inputs()[0].shape[1:]))
-    images = np.ascontiguousarray(images[:: -(-len(images) // CALIBRATION_IMAGES)])
+    images = np.ascontiguousarray(images[spaced(len(images), CALIBRATION_IMAGES)])
     some = images[:COMPARED]
     with replacing(target) as temporary:
         _fold_norms(source, temporary)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nonn.core.errors import UserError
+from nonn.data.canvas import spaced
 from nonn.data.dataset import Dataset
 from nonn.training.networks import ConvNet
 
@@ -79,7 +80,7 @@ def _folds_into(layers: list[nn.Module], norm: nn.BatchNorm2d) -> int | None:
 def calibration_images(data: Dataset) -> np.ndarray:
     """The training images to calibrate on, uint8 of shape (≤ `CALIBRATION_IMAGES`, channels, H, W)."""
     images, _ = data.part("train")
-    return images[:: -(-len(images) // CALIBRATION_IMAGES)].numpy()
+    return images[spaced(len(images), CALIBRATION_IMAGES)].numpy()
 
 
 def quantise(path: Path, images: np.ndarray) -> None:

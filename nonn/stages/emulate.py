@@ -21,6 +21,7 @@ from nonn.core.jobs import chips_of
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
+from nonn.data.canvas import spaced
 from nonn.data.dataset import load_dataset
 from nonn.firmware.build import missing_program
 from nonn.firmware.graph import NoKernelError
@@ -43,7 +44,7 @@ def run(params: Params, paths: Paths) -> None:
             f"{' or '.join(FAMILIES)}, and give a device one of the boards {', '.join(CHIPS)}."
         )
     test, _ = load_dataset(paths).part("test")
-    images = test[:: -(-len(test) // IMAGES)].numpy()
+    images = test[spaced(len(test), IMAGES)].numpy()
     with tempfile.TemporaryDirectory() as folder:
         entries = list(_entries(params, paths, images, Path(folder)))
     wrong = [entry for entry in entries if entry["images_identical"] < entry["images_checked"]]

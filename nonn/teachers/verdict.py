@@ -15,6 +15,7 @@ from nonn.core.errors import UserError
 from nonn.core.params import Teacher
 from nonn.core.progress import log
 from nonn.core.teacher_source import Normalization
+from nonn.data.canvas import spaced
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.preprocessing import IMAGENET, Preprocess, Preprocessing
@@ -74,7 +75,7 @@ def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
         indices = getattr(data, split)
         if not len(indices):
             return None
-        indices = indices[:: -(-len(indices) // TRIED)]
+        indices = indices[spaced(len(indices), TRIED)]
         tried[split] = len(indices)
         with torch.inference_mode():
             scores[split] = accuracy(predict(model, data.images[indices])[1], data.labels[indices])
@@ -125,7 +126,7 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
         yield f"the order of classes; with teacher.classes: [{listed}] it is right on {assigned:.1%}"
     if not isinstance(model, ForeignTeacher):
         return
-    few = slice(None, None, -(-len(labels) // TRIED))
+    few = spaced(len(labels), TRIED)
     own = model.preprocess
     tried: dict[str, float] = {}
     for name, settings in _readings(params, own.settings):

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from nonn.core.architecture import Architecture
 from nonn.core.families import EXPANSION, WHITENED
-from nonn.data.canvas import Images
+from nonn.data.canvas import Images, spaced
 
 #: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
 BATCHED = 32
@@ -297,8 +297,7 @@ def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000, eps: f
     """
     if model.family != "airbench":
         return
-    # Evenly spaced: a source may list its images class by class.
-    pixels = model.normalize(images[:: -(-len(images) // n_images)])
+    pixels = model.normalize(images[spaced(len(images), n_images)])
     patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (directions / (variances + eps).sqrt()).T
