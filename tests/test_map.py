@@ -1,6 +1,9 @@
 """`nonn map`: which trainings a plan asks for, what it compares, and that nothing is trained twice."""
 
+import contextlib
 import shutil
+import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -157,6 +160,17 @@ def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
     draw_map(rows)  # which raises where a row is not as it expects
     write_rows(tmp_path / "map.csv", COLUMNS, rows)
     assert (tmp_path / "map.csv").read_text().splitlines()[0] == ",".join(COLUMNS)
+
+
+@pytest.mark.parametrize("why", [KeyboardInterrupt, UserError])
+def test_an_interrupted_map_trains_nothing_more(why, tmp_path):
+    with contextlib.suppress(why), map_command._workers(1) as pool:
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() is signal.SIG_IGN
+        pool.submit(time.sleep, 20)
+        for number in range(5):
+            pool.submit((tmp_path / str(number)).touch)
+        raise why
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("experiment")

@@ -6,12 +6,14 @@ it was, and a further value of a factor trains what is new. Students of the pipe
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import product
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,7 +106,7 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
     for training in wanted:
         regimes.spec_of(params, training)  # what no device can hold is refused before anything is trained
     finished = _finished(params, wanted)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with _workers(jobs) as pool:
         trainings: list[Future] = [pool.submit(_train, params, each, finished.get(each)) for each in wanted]
         for done in track(as_completed(trainings), "map", total=len(trainings)):
             done.result()
@@ -121,8 +123,22 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
                 yield {"experiment": params.experiment, **row}
 
 
+@contextlib.contextmanager
+def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once where the block fails or is interrupted: their trainings have checkpoints."""
+    with ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()
+            raise
+
+
 def _end_with_parent() -> None:
     """In a process of its own: a map that is killed leaves nobody behind who trains on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which its parent gets, too
 
     def wait() -> None:
         if parent := parent_process():
