@@ -138,7 +138,7 @@ def test_keys_that_a_killed_process_left_are_removed(tmp_path):
     write_certificates(tmp_path, ["node-0"])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    left = tmp_path / f"{TEMPORARY}{files._HOST}-{child.pid}-0.key"
+    left = tmp_path / f"{TEMPORARY}{files._HOST}-{child.pid}-1-0.key"
     left.write_text("secret")
     write_certificates(tmp_path, ["node-1"])
     assert not left.exists()

@@ -1,5 +1,6 @@
 """Artifacts: never half-written, the same bytes for the same content, and none left that nobody names."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nonn.core.files import (
     write_json,
     write_text,
 )
+from nonn.core.paths import Paths, remove_unfinished
 from nonn.core.progress import track
 from nonn.data.tensors import read_tensors, write_tensors
 
@@ -67,6 +69,55 @@ def test_a_folder_replaces_a_folder_as_a_whole():
                 write_text(temporary / f"{name}.txt", name)
         assert files_below(target) == [f"{name}.txt" for name in names]
     assert not temporaries()
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_former_one(monkeypatch):
+    target, rename = Path("results/folder"), Path.rename
+    write_text(target / "old.txt", "old")
+
+    def refuse(path: Path, goal: Path) -> Path:
+        if (path / "new.txt").exists():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match=r"^results/folder: device or resource busy"), replacing(target) as temporary:
+        write_text(temporary / "new.txt", "new")
+    assert files_below(Path()) == ["results/folder/old.txt"]
+
+
+def test_a_former_folder_is_never_half_deleted(monkeypatch):
+    target, removed = Path("results/folder"), []
+    write_text(target / "old.txt", "old")
+    monkeypatch.setattr(files, "remove", removed.append)
+    with replacing(target) as temporary:
+        write_text(temporary / "new.txt", "new")
+    assert files_below(target) == ["new.txt"]
+    assert target not in removed
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_what_the_disk_refuses_when_it_is_flushed_leaves_the_former_one(number, monkeypatch):
+    target = Path("results/a")
+    write_text(target, "old")
+
+    def refuse(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"^results/a: {os.strerror(number).lower()}"):
+        write_text(target, "new")
+    assert target.read_text() == "old"
+    assert not temporaries()
+
+
+def test_what_cannot_be_flushed_is_written_all_the_same(monkeypatch):
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_text(Path("results/a"), "new")
+    assert Path("results/a").read_text() == "new"
 
 
 def test_of_two_that_belong_together_none_is_replaced_before_both_are_written():
@@ -176,10 +227,51 @@ def test_remove_orphans_removes_what_a_dead_process_left_whose_parent_has_not_no
 def test_remove_orphans_is_not_fooled_by_another_process_of_that_number(monkeypatch):
     with replacing(Path("results/a")) as temporary:
         temporary.touch()
-        monkeypatch.setattr(files.time, "time", lambda: 1 + 1e9 + temporary.stat().st_ctime)  # long before it began
+        _, began = files._state(os.getpid())
+        monkeypatch.setattr(files, "_state", lambda _: ("R", began + 1))
         remove_orphans(Path("results"))
         assert not temporaries()
         temporary.touch()
+
+
+def test_without_proc_every_process_of_that_number_counts(monkeypatch):
+    monkeypatch.setattr(files, "_state", lambda _: ("", 0))
+    with replacing(Path("results/a")) as temporary:
+        temporary.touch()
+        remove_orphans(Path("results"))
+        assert temporaries() == [temporary]
+
+
+def test_remove_orphans_bears_another_job_that_is_faster(monkeypatch):
+    orphan = Path(f"results/{TEMPORARY}{files._HOST}-{2**22 + 1}-1-0")
+    for name in "ab":
+        write_text(orphan / name, name)
+    unlink = os.unlink
+
+    def too_late(path, **options):
+        unlink(path, **options)
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", too_late)
+    remove_orphans(Path("results"))
+    assert not temporaries()
+
+
+def test_what_is_below_stays_where_one_folder_alone_is_swept():
+    name = f"{TEMPORARY}{files._HOST}-{2**22 + 1}-1-0"
+    for folder in ("results", "results/below"):
+        write_text(Path(folder, f"{name}.txt"), "half")
+    remove_orphans(Path("results"), below=False)
+    assert temporaries() == [Path("results/below") / f"{name}.txt"]
+
+
+@pytest.mark.parametrize(
+    "folder", ["", "workflow", "workflow/experiments", "results/x/deep", str(STATE), f"{STATE}/map"]
+)
+def test_the_half_written_is_swept_wherever_commands_write(folder):
+    write_text(Path(folder, f"{TEMPORARY}{files._HOST}-{2**22 + 1}-1-0.txt"), "half")
+    remove_unfinished(Paths("x"))
+    assert not temporaries()
 
 
 def test_remove_orphans_bears_that_there_is_nothing():

@@ -24,7 +24,7 @@ from nonn.core.errors import UserError
 from nonn.core.numerics import set_numerics
 from nonn.core.options import natural, refuse_missing
 from nonn.core.params import Params, load_params
-from nonn.core.paths import Paths
+from nonn.core.paths import Paths, remove_unfinished
 from nonn.core.progress import track
 from nonn.core.schema import Section, load_yaml
 from nonn.project import WORKFLOW
@@ -83,6 +83,7 @@ def run(options) -> None:
     paths = Paths(params.experiment)
     needed = [paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])]
     refuse_missing(needed, "partition")
+    remove_unfinished(paths)
     rows = list(make_map(params, plan, max(1, options.jobs)))
     write_rows(paths / "map.csv", COLUMNS, rows)
     if plan["factors"]:

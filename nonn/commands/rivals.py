@@ -16,7 +16,7 @@ from nonn.core.options import (
     refuse_missing,
     refuse_unknown_networks,
 )
-from nonn.core.paths import Paths
+from nonn.core.paths import Paths, remove_unfinished
 
 COLUMNS = (
     *("experiment", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd", "p_vs_nonn", "one_missing"),
@@ -44,6 +44,7 @@ def run(options) -> None:
         import torch_pruning  # noqa: F401  # before anything is trained: not every installation has it
     paths = Paths(params.experiment)
     refuse_missing([paths.dataset, paths.signals, paths.teacher], "signals")
+    remove_unfinished(paths)
     import torch
 
     from nonn.method.rivals import rows_of

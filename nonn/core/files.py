@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ TEMPORARY = ".nonn-tmp-"
 
 _HOST = platform.node().replace("-", "_")[:64] or "localhost"
 _NUMBERS = itertools.count()
+#: Of fsync(2), where a file system has no such thing, some for folders alone; any other means that content is lost.
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 
 
 @contextlib.contextmanager
@@ -38,7 +41,8 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary paths that become `targets`, if the block succeeds, one right after the other.
 
     All is written by then, so that a full disk or a killed process leaves the former ones; only where it is killed
-    between two renames is one of them new and the other old.
+    between two renames is one of them new and the other old. A former folder is renamed, too, before it is deleted: so
+    the target is never half of it, but may be missing after such a kill.
 
     A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
     process, so that `remove_orphans` knows what a killed stage has left, and that an orphan that outlives its
@@ -51,8 +55,7 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """
     # Of "." the parent is not ".".
     parents = [target.parent if target.name else target.absolute().parent for target in targets]
-    names = [f"{TEMPORARY}{_HOST}-{os.getpid()}-{next(_NUMBERS)}{target.suffix}" for target in targets]
-    temporaries = tuple(parent / name for parent, name in zip(parents, names, strict=True))
+    temporaries = tuple(_temporary(parent, target.suffix) for parent, target in zip(parents, targets, strict=True))
     pairs = list(zip(temporaries, targets, strict=True))
     try:
         for parent in parents:
@@ -63,9 +66,7 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
             if temporary.is_dir() and Path.cwd().is_relative_to(target.resolve()):
                 raise UserError(f"{target}: is the working directory, or around it. Name another folder.")
         for temporary, target in pairs:
-            if temporary.is_dir():
-                remove(target)  # a directory cannot be renamed over a full one
-            temporary.replace(target)
+            _rename(temporary, target)
         for parent in dict.fromkeys(parents):
             _flush(parent, below=False)
     except OSError as error:
@@ -79,6 +80,39 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
         for temporary in temporaries:
             with contextlib.suppress(OSError):
                 remove(temporary)
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """Yield a folder inside another one for what is deleted after the block; `remove_orphans` knows it, too."""
+    folder = _temporary(parent)
+    try:
+        folder.mkdir(parents=True)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(parent: Path, suffix: str = "") -> Path:
+    """A path that no other process uses, nor this one once more."""
+    pid = os.getpid()
+    return parent / f"{TEMPORARY}{_HOST}-{pid}-{_state(pid)[1]}-{next(_NUMBERS)}{suffix}"
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    """Put a file or folder into the place of a former one."""
+    if not (temporary.is_dir() and os.path.lexists(target)):
+        temporary.replace(target)
+        return
+    former = _temporary(temporary.parent)  # a folder cannot be renamed over a full one
+    target.rename(former)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        former.rename(target)
+        raise
+    with contextlib.suppress(OSError):
+        remove(former)
 
 
 @contextlib.contextmanager
@@ -103,8 +137,11 @@ def _flush(path: Path, below: bool = True) -> None:
     for file in (*inner, path):
         descriptor = os.open(file, os.O_RDONLY)
         try:
-            with contextlib.suppress(OSError):  # some file systems cannot do it for folders
-                os.fsync(descriptor)
+            os.fsync(descriptor)
+        except OSError as error:  # NFS and quotas refuse here what they took before
+            if error.errno not in _CANNOT_SYNC:
+                error.filename = str(file)
+                raise
         finally:
             os.close(descriptor)
 
@@ -117,35 +154,44 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_orphans(*roots: Path) -> None:
-    """Delete below these folders the temporaries of processes of this machine that were killed before they could."""
-    prefix = f"{TEMPORARY}{_HOST}-"
+def remove_orphans(*roots: Path, below: bool = True) -> None:
+    """Delete in these folders the temporaries of processes of this machine that were killed before they could."""
+    pattern = re.compile(rf"{re.escape(f'{TEMPORARY}{_HOST}')}-(\d+)-(\d+)")
     for root in roots:
         for folder, folders, files in os.walk(root):
             for name in [*folders, *files]:
-                path = Path(folder, name)
-                if name.startswith(prefix) and not _writes(int(name[len(prefix) :].partition("-")[0]), path):
-                    remove(path)
-            folders[:] = [name for name in folders if not name.startswith(TEMPORARY)]
+                if (found := pattern.match(name)) and not _is_running(*map(int, found.groups())):
+                    path = Path(folder, name)
+                    shutil.rmtree(path, ignore_errors=True)  # another job may do so at the same time
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            folders[:] = [name for name in folders if below and not name.startswith(TEMPORARY)]
 
 
-def _writes(pid: int, temporary: Path) -> bool:
+def _is_running(pid: int, began: int) -> bool:
     """Whether the process that a temporary is named by is still at it.
 
-    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now, which then
-    began after the temporary was last changed. Where there is no ``/proc``, every process of that number counts.
+    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now. Where there is
+    no ``/proc``, every process of that number counts.
     """
     try:
         os.kill(pid, 0)  # sends nothing, only asks
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        state, *fields = text.rpartition(")")[2].split()
-        running_s = float(Path("/proc/uptime").read_text(encoding="ascii").split()[0])
-        age_s = running_s - int(fields[18]) / os.sysconf("SC_CLK_TCK")
-        return state not in "ZX" and time.time() - temporary.stat().st_ctime <= age_s + 1
     except ProcessLookupError:
         return False
-    except (OSError, ValueError, IndexError):  # another user's, or no /proc
-        return True
+    except OSError:  # another user's
+        pass
+    state, own = _state(pid)
+    return state not in ("Z", "X") and own in (began, 0)
+
+
+def _state(pid: int) -> tuple[str, int]:
+    """Letter of a process's state, and the time when it began, in ticks since the machine did; "", 0 if unknown."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = text.rpartition(")")[2].split()
+        return state, int(fields[18])
+    except (OSError, ValueError, IndexError):
+        return "", 0
 
 
 def regular(path: Path) -> Path:

@@ -117,6 +117,14 @@ def _file_of(name: str | int) -> str:
     return f"students/{name}.json" if str(name).isdigit() else f"baselines/{name}.json"
 
 
+def remove_unfinished(paths: Paths) -> None:
+    """Delete what killed processes have left half-written, in all folders that commands write into by themselves."""
+    remove_orphans(paths.root)
+    workflow = Path("workflow")
+    kept = (Path(), paths.root.parent, workflow, workflow / "experiments", STATE, *STATE.glob("*/"))
+    remove_orphans(*kept, below=False)
+
+
 def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     """Delete artifacts of networks, students, baselines and seeds that the parameters no longer name, and list them.
 
@@ -126,7 +134,7 @@ def remove_leftovers(params: Params, paths: Paths) -> list[Path]:
     DVC forgets a stage that has gone, but leaves its outputs, and a stage that reads a whole folder (all baselines, all
     networks) would take them for inputs.
     """
-    remove_orphans(paths.root, STATE / "checkpoints")
+    remove_unfinished(paths)
     jobs = list_jobs(params)
     named = [*jobs["networks"], SOLO]
     kept = dict.fromkeys(("design", "partition", "export", "cluster", "benchmark", "distributed"), named)
