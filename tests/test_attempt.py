@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -10,7 +11,7 @@ from nonn.cli import main
 from nonn.commands import attempt
 from nonn.commands.attempt import COLUMNS
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json
+from nonn.core.files import _HOST, STATE, TEMPORARY, read_json
 
 
 def run(item: str, settings: list[str], seed: int, table: Path | None) -> None:
@@ -66,6 +67,39 @@ def test_fewer_views_than_there_are_can_be_tried(tmp_path):
     both, one = rows_of(table)
     assert one["changes"] == "signals.views=1"
     assert one["validation_loss"] != both["validation_loss"]
+
+
+@pytest.mark.parametrize(("item", "n_students"), [("2s", 2), ("2s/kd", 1)])
+@pytest.mark.usefixtures("experiment")
+def test_what_was_trained_before_an_interruption_is_not_trained_again(item, n_students, monkeypatch, tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(attempt, "score", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(item, [], 1, table)
+    capsys.readouterr()
+    run(item, [], 1, table)
+    assert capsys.readouterr().err.count("resumed at 5 of 5") == n_students
+    assert not list((STATE / "checkpoints").iterdir())
+    assert len(rows_of(table)) == 1
+
+
+@pytest.mark.usefixtures("experiment")
+def test_an_attempt_leaves_an_equal_one_beside_it_alone_and_sweeps_up_after_the_killed(tmp_path):
+    theirs, dead = (STATE / "attempts" / f"{TEMPORARY}{name}-1-0" for name in ("elsewhere-1", f"{_HOST}-{2**22 + 1}"))
+    for folder in (theirs, dead):
+        folder.mkdir(parents=True)
+    run("2s/kd", ["distill.epochs=1"], 0, tmp_path / "table.csv")
+    assert list((STATE / "attempts").iterdir()) == [theirs]
+
+
+def test_a_row_that_was_cut_off_does_not_swallow_the_next(tmp_path):
+    table, row = tmp_path / "table.csv", dict.fromkeys(COLUMNS, "1")
+    attempt.append_row(table, row)
+    with table.open("a") as file:
+        file.write("2s,,")
+    attempt.append_row(table, row)
+    assert [tuple(found.values())[:2] for found in rows_of(table)] == [("1", "1"), ("2s", ""), ("1", "1")]
 
 
 @pytest.mark.parametrize(

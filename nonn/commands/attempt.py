@@ -6,8 +6,9 @@ their own, on the dataset and the signals of the experiment, whose results stay 
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import hashlib
+import fcntl
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +19,11 @@ import torch.nn.functional as F
 
 from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json, remove
+from nonn.core.files import STATE, read_json, scratch_folder
 from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, complete_from, refuse_missing, seed_number
 from nonn.core.params import BASELINE_METHODS, Params, load_params
-from nonn.core.paths import Paths
+from nonn.core.paths import Paths, remove_unfinished
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.cost import measure_cost
@@ -31,6 +32,7 @@ from nonn.method.store import load_baseline, load_students
 from nonn.runtime.final import FinalLayer
 from nonn.stages import baseline, design, distill, graph, partition
 from nonn.teachers.store import load_teacher
+from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import pick_device
 from nonn.training.networks import ConvNet, accuracy, predict
 
@@ -51,11 +53,11 @@ VIEWS_KEY = "signals.views"
 class AttemptPaths(Paths):
     """Where an attempt reads and writes: the experiment's dataset and signals, and all else apart."""
 
-    key: str = ""
+    folder: Path = STATE / "attempts"
 
     @property
     def root(self) -> Path:
-        return STATE / "attempts" / self.key
+        return self.folder
 
     @property
     def dataset(self) -> Path:
@@ -70,10 +72,12 @@ class AttemptPaths(Paths):
         return Paths(self.experiment).signals
 
 
-def train_item(params: Params, paths: Paths, item: str, seed: int) -> tuple[list[ConvNet], list[list[int]]]:
+def train_item(
+    params: Params, paths: Paths, item: str, seed: int
+) -> tuple[list[ConvNet], list[list[int]], list[Checkpoint]]:
     """Run the stages from `graph` on for a network, such as ``2s``, or a baseline, such as ``2s/kd``.
 
-    Returns the students, and the filters of each; the latter of a network alone.
+    Returns the students, the filters of each (of a network alone), and checkpoints at the end of their trainings.
     """
     network, _, method = item.partition("/")
     if network not in params.networks:
@@ -85,13 +89,12 @@ def train_item(params: Params, paths: Paths, item: str, seed: int) -> tuple[list
     partition.run(params, paths, network)
     data = load_dataset(paths)
     if method:
-        baseline.run(params, paths, network, method, seed)
-        return load_baseline(paths.baseline(network, method, seed), data), []
+        checkpoint = baseline.train(params, paths, network, method, seed)
+        return load_baseline(paths.baseline(network, method, seed), data), [], [checkpoint]
     students = range(len(params.networks[network].devices))
-    for student in students:
-        distill.run(params, paths, network, student, seed)
+    checkpoints = [distill.train(params, paths, network, student, seed) for student in students]
     sets = [read_json(paths.partition(network, student), Filters)["filters"] for student in students]
-    return load_students(params, paths, data, network, seed)[0], sets
+    return load_students(params, paths, data, network, seed)[0], sets, checkpoints
 
 
 def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Sequence[list[int]], seed: int) -> dict:
@@ -138,12 +141,17 @@ def _classifier(teacher: Any, sets: Sequence[list[int]]) -> FinalLayer | None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a table of attempts, which is begun if there is none."""
+    """Add a row to a table of attempts, which is begun if there is none; others may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS)
-        if file.tell() == 0:
+    with path.open("a+", encoding="utf-8", newline="") as file:
+        with contextlib.suppress(OSError):  # of a file system that knows no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        table, content = csv.DictWriter(file, COLUMNS), file.read()
+        if not content:
             table.writeheader()
+        elif not content.endswith("\n"):  # a row was cut off
+            file.write("\r\n")
         table.writerow(row)
 
 
@@ -176,18 +184,19 @@ def run(options) -> None:
     header = table.read_text(encoding="utf-8").splitlines()[:1] if table and table.is_file() else []
     if header and header != [",".join(COLUMNS)]:
         raise UserError(f"--table: {table} has other columns than those of attempts. Name another file.")
-    content = f"{item} {seed} {params.model_dump_json()}"
-    paths = AttemptPaths(params.experiment, hashlib.sha256(content.encode()).hexdigest()[:16])
+    paths = AttemptPaths(params.experiment)
     refuse_missing([paths.dataset, paths.signals], "signals")
+    remove_unfinished(paths)
     start = time.process_time()
-    try:
-        students, sets = train_item(params, paths, item, seed)
+    with scratch_folder(paths.root) as folder:  # an interrupted attempt goes on from checkpoints, which are elsewhere
+        paths = AttemptPaths(params.experiment, folder)
+        students, sets, checkpoints = train_item(params, paths, item, seed)
         scores = score(students, params, paths, sets, seed)
-    finally:
-        remove(paths.root)  # an interrupted training goes on from its checkpoint, which is elsewhere
     minutes = (time.process_time() - start) / 60
     row = {"item": item, "changes": " ".join(settings), "epochs": params.distill.epochs, "seed": seed}
     row |= scores | {"cpu_minutes": round(minutes, 1)}
     print("\n".join(f"{name:<20} {row[name]}" for name in COLUMNS))
     if table:
         append_row(table, row)
+    for checkpoint in checkpoints:
+        checkpoint.discard()

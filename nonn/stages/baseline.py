@@ -61,6 +61,11 @@ def pack(students: Sequence[ConvNet]) -> dict[str, Tensor]:
 
 
 def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> None:
+    train(params, paths, network, method, seed).discard()
+
+
+def train(params: Params, paths: Paths, network: str, method: str, seed: int) -> Checkpoint:
+    """Write the students of a baseline and their log; give back their checkpoint, of use until they are safe."""
     torch.set_num_threads(1)
     keep_freed_memory()
     name = f"{network}/{method} seed {seed}"
@@ -83,4 +88,4 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
     write_tensors(target, pack(students))
     write_json(target.with_suffix(".json"), read_json(paths.design(network, method), Designs))
     write_log(paths.log(target), logs)
-    checkpoint.discard()
+    return checkpoint

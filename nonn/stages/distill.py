@@ -16,6 +16,11 @@ from nonn.training.store import load_design, load_filters, load_signals
 
 
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:
+    train(params, paths, network, student, seed).discard()
+
+
+def train(params: Params, paths: Paths, network: str, student: int, seed: int) -> Checkpoint:
+    """Write a student and its log; give back its checkpoint, of use until they are safe."""
     # One thread a student: students are trained side by side, and the sums come out the same anywhere.
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -38,4 +43,4 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
     target = paths.student(network, student, seed)
     write_tensors(target, model.state_dict())
     write_log(paths.log(target), log)
-    checkpoint.discard()
+    return checkpoint
