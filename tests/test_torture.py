@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dvc.lock import make_lock
 from experiments import REPOSITORY
 
 from nonn.commands import torture
@@ -82,6 +83,7 @@ def test_objects_are_not_trusted_for_being_read_only(tmp_path):
     path.parent.mkdir()
     path.write_bytes(b"content")
     path.chmod(0o444)
+    (path.parent / "gone").symlink_to("nowhere")  # as one that is deleted meanwhile
     distrust(tmp_path)
     assert path.stat().st_mode & 0o777 == 0o644
 
@@ -105,6 +107,18 @@ def test_what_dvc_has_half_written_is_deleted_and_what_is_whole_stays(tmp_path, 
     assert not (tmp_path / name).exists()
     assert f"{name}: DVC was killed while it wrote this" in capsys.readouterr().err
     mend_state(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "lock"), [(".dvc/tmp/rwlock", "rwlock.lock"), ("dvc.lock", "lock")])
+def test_what_dvc_may_be_writing_now_is_not_deleted(tmp_path, name, lock):
+    temporary, path = tmp_path / ".dvc/tmp", tmp_path / name
+    temporary.mkdir(parents=True)
+    path.write_text("{")
+    with make_lock(str(temporary / lock)):
+        mend_state(tmp_path)
+        assert path.exists()
+    mend_state(tmp_path)
+    assert not path.exists()
 
 
 def test_a_merge_in_conflict_is_not_deleted(tmp_path):

@@ -62,8 +62,8 @@ def mend_cache(cache: Path, results: Path) -> list[Path]:
 def distrust(cache: Path) -> None:
     """Make objects writable: DVC then compares those that it needs with their names, unless it knows their times."""
     for path in cache.glob("??/*"):
-        if not path.stat().st_mode & 0o200:
-            with contextlib.suppress(OSError):  # somebody else's, in a cache that is shared
+        with contextlib.suppress(OSError):  # somebody else's, in a cache that is shared, or deleted meanwhile
+            if not path.stat().st_mode & 0o200:
                 path.chmod(0o644)
 
 
@@ -73,16 +73,25 @@ def mend_state(folder: Path = Path()) -> None:
     That is the list of who reads and writes what, which is empty when nobody does, and ``dvc.lock``: what had run is
     found again in DVC's cache.
     """
-    from dvc.lock import make_lock
+    from dvc.config import Config
+    from dvc.lock import LockError, make_lock
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
     temporary = folder / ".dvc/tmp"
-    users, stages = temporary / RWLOCK_FILE, folder / "dvc.lock"
-    if users.is_file():
-        with make_lock(str(temporary / RWLOCK_LOCK), tmp_dir=str(temporary)):
-            _remove_unreadable(users, json.loads)
-    if stages.is_file():
-        _remove_unreadable(stages, _check_lock_file)
+    users, stages = (temporary / RWLOCK_FILE, RWLOCK_LOCK, json.loads), (folder / "dvc.lock", "lock", _check_lock_file)
+    for path, lock, read in (users, stages):
+        if not path.is_file() or _is_readable(path, read):
+            continue
+        temporary.mkdir(parents=True, exist_ok=True)
+        is_linked = Config(str(folder / ".dvc"))["core"].get("hardlink_lock", False)
+        # Whoever holds the lock may be writing right now.
+        with (
+            contextlib.suppress(LockError),
+            make_lock(str(temporary / lock), tmp_dir=str(temporary), hardlink_lock=is_linked),
+        ):
+            if path.is_file() and not _is_readable(path, read):
+                log(f"{path}: DVC was killed while it wrote this; deleted. What had run is found in DVC's cache.")
+                remove(path)
 
 
 def _check_lock_file(text: str) -> None:
@@ -91,15 +100,15 @@ def _check_lock_file(text: str) -> None:
     COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
 
 
-def _remove_unreadable(path: Path, read: Callable[[str], object]) -> None:
+def _is_readable(path: Path, read: Callable[[str], object]) -> bool:
     try:
         text = path.read_text(encoding="utf-8")
         if re.search(r"^(<<<<<<<|>>>>>>>) ", text, re.MULTILINE):
             raise UserError(f"{path}: is in conflict after a merge. Resolve it, or run `git checkout HEAD {path}`.")
         read(text)
     except (ValueError, YAMLError, Invalid):
-        log(f"{path}: DVC was killed while it wrote this; deleted. What had run is found in DVC's cache.")
-        remove(path)
+        return False
+    return True
 
 
 def add_arguments(parser) -> None:
