@@ -161,8 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether memory was refused: PyTorch, which is not imported here, says so in an error of another type."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    """Whether memory was refused: PyTorch, which is not imported here, says so in an error of another type.
+
+    Where the system ends a process of a pool instead, nothing is said but that it has gone.
+    """
+    from concurrent.futures import BrokenExecutor
+
+    return isinstance(error, MemoryError | BrokenExecutor) or "can't allocate memory" in str(error)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ import resource
 import shutil
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from nonn.method.store import load_baseline, load_network, load_students
 from nonn.runtime.session import open_session
 from nonn.stages import baseline, benchmark, design, distill, graph, partition
 from nonn.teachers.store import load_teacher
+from nonn.testbed.distributed import TrialBed
 from nonn.training.store import load_signals
 
 # The operating system
@@ -50,13 +53,31 @@ def test_faults_of_the_program_stay_tracebacks(fault, monkeypatch):
         cli.main(["check"])
 
 
-@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")])
+SHORTAGES = (
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+    BrokenProcessPool("A process in the process pool was terminated abruptly"),
+)
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
 def test_too_little_memory_is_one_line(error, monkeypatch):
     def fail(_):
         raise error
 
     monkeypatch.setattr("nonn.commands.check.run", fail)
     with pytest.raises(SystemExit, match=r"^nonn check: this machine has too little memory"):
+        cli.main(["check"])
+
+
+def test_a_full_folder_for_temporary_files_is_one_line(monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOENT, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr("nonn.commands.check.run", fail)
+    with pytest.raises(
+        SystemExit, match=r"^nonn check: no folder for temporary files can be written\. Free some space"
+    ):
         cli.main(["check"])
 
 
@@ -89,6 +110,20 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_nothing_behind(write, folder
     with pytest.raises(UserError, match=r"^results/x: file too large\. Raise the limit"):
         write(Path("results/x"), "x" * 100_000)
     assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.usefixtures("small_files")
+def test_what_is_written_for_a_while_names_its_place_too(tmp_path):
+    def write():
+        with files.scratch_folder() as folder:
+            (folder / "x").write_bytes(bytes(100_000))
+
+    with pytest.raises(UserError, match=r"/nonn-\w+: file too large\. Raise the limit"):
+        write()
+    bed = TrialBed(tmp_path, None, (3, 100, 100))
+    with pytest.raises(OSError, match="File too large") as refused:
+        bed.sensor(SimpleNamespace(is_split=True))
+    assert refusal(refused.value)
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json, scratch_folder
+from nonn.core.files import STATE, named, read_json, scratch_folder
 from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, complete_from, refuse_missing, seed_number
 from nonn.core.params import BASELINE_METHODS, Params, load_params
@@ -143,7 +143,7 @@ def _classifier(teacher: Any, sets: Sequence[list[int]]) -> FinalLayer | None:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row to a table of attempts, which is begun if there is none; others may do so at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8", newline="") as file:
+    with named(path), path.open("a+", encoding="utf-8", newline="") as file:
         with contextlib.suppress(OSError):  # of a file system that knows no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -7,6 +7,7 @@ teacher and takes a GPU; this takes one pass over the images.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def run(options) -> None:
     body: Any = model.body
     body.network.set_submodule(body.classifier, layer)
     with replacing(target) as temporary:
-        torch.save(body.network.state_dict(), temporary)
+        content = io.BytesIO()  # PyTorch does not say which errors of the operating system it meets
+        torch.save(body.network.state_dict(), content)
+        temporary.write_bytes(content.getvalue())
     log(
         f"{target}: {params.teacher.source} for {data.n_classes} classes, right on {score:.1%} of the validation images"
     )

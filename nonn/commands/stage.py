@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nonn.core.errors import UserError
-from nonn.core.files import STATE
+from nonn.core.files import STATE, named
 from nonn.core.jobs import check_jobs
 from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, complete_from, refuse_settings
@@ -111,7 +111,7 @@ def note(entry: dict[str, Any]) -> None:
     """Append a line to the journal."""
     JOURNAL.parent.mkdir(exist_ok=True)
     is_cut_off = JOURNAL.exists() and not JOURNAL.read_bytes().endswith(b"\n")  # by a crash
-    with JOURNAL.open("a") as journal:
+    with named(JOURNAL), JOURNAL.open("a") as journal:
         journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")
 
 

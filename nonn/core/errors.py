@@ -50,6 +50,8 @@ def refusal(error: OSError, path: Path | None = None) -> UserError | None:
     """
     if error.errno not in REMEDIES:
         return None
+    if error.filename is None and str(error.strerror).startswith("No usable temporary directory"):  # of `tempfile`
+        return UserError("no folder for temporary files can be written. Free some space, or set TMPDIR to a folder.")
     name = error.filename if isinstance(error.filename, str | bytes | os.PathLike) else path
     where = f"{printable(name)}: " if name is not None else ""
     return UserError(f"{where}{os.strerror(error.errno).lower()}. {REMEDIES[error.errno]}")

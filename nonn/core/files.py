@@ -12,6 +12,7 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -83,14 +84,26 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
 
 
 @contextlib.contextmanager
-def scratch_folder(parent: Path) -> Iterator[Path]:
-    """Yield a folder inside another one for what is deleted after the block; `remove_orphans` knows it, too."""
-    folder = _temporary(parent)
+def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
+    """Yield a folder for what is deleted after the block: that of the system, or one that `remove_orphans` finds."""
+    folder = _temporary(parent) if parent else Path(tempfile.mkdtemp(prefix="nonn-"))
     try:
-        folder.mkdir(parents=True)
-        yield folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with named(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses in the block into a UserError, of this path where it names none."""
+    try:
+        yield
+    except OSError as error:
+        if told := refusal(error, path):
+            raise told from None
+        raise
 
 
 def _temporary(parent: Path, suffix: str = "") -> Path:
@@ -275,11 +288,8 @@ def existing(path: Path) -> Path:
 def intact(path: Path) -> Iterator[None]:
     """Turn what damaged or foreign content of an artifact raises, where the block looks into it, into a UserError."""
     try:
-        yield
-    except OSError as error:
-        if told := refusal(error, path):
-            raise told from None
-        raise
+        with named(path):
+            yield
     except (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError) as error:
         raise damaged(path, error) from None
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import tempfile
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nonn.core.errors import UserError
+from nonn.core.files import replacing
 from nonn.data.canvas import spaced
 from nonn.data.dataset import Dataset
 from nonn.training.networks import ConvNet
@@ -101,8 +101,7 @@ def quantise(path: Path, images: np.ndarray) -> None:
     level = root.level
     root.setLevel(logging.ERROR)  # it advises to fold batch norms, which is done
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            quantised = Path(folder, "int8.onnx")
+        with replacing(path) as quantised:
             quantize_static(
                 path,
                 quantised,
@@ -114,7 +113,6 @@ def quantise(path: Path, images: np.ndarray) -> None:
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
-            path.write_bytes(quantised.read_bytes())
     finally:
         root.setLevel(level)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from nonn.core.files import scratch_folder
 from nonn.core.params import Precision
 from nonn.data.dataset import Dataset
 from nonn.deploy.int8 import calibration_images, fold_norms, quantise
@@ -88,7 +88,7 @@ def _write(
 
 def student_content(student: ConvNet, data: Dataset, precision: Precision) -> bytes:
     """Content of the file that `write_student` would write."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "student.onnx")
+    with scratch_folder() as folder:
+        path = folder / "student.onnx"
         write_student(student, data, path, precision)
         return path.read_bytes()

@@ -12,7 +12,6 @@ import functools
 import os
 import selectors
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
+from nonn.core.files import scratch_folder
 from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
@@ -143,8 +143,8 @@ def run(options) -> None:
     """The command ``nonn board``."""
     identity = identity_from(options)
     allowed = callers_from(options, identity)
-    with tempfile.TemporaryDirectory() as folder:
-        board = EmulatedBoard(options.model, find_target(options.device), Path(folder), options.sensor)
+    with scratch_folder() as folder:
+        board = EmulatedBoard(options.model, find_target(options.device), folder, options.sensor)
         try:
             with relayed_stderr():
                 asyncio.run(serve(board, options.address, identity, allowed, None, options.attached))

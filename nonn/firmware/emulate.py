@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from nonn.core.errors import UserError
+from nonn.core.files import scratch_folder
 from nonn.firmware.build import CALIBRATION, EMULATOR, require
 from nonn.firmware.targets import CORES
 
@@ -37,8 +37,8 @@ def run_firmware(elf: Path, core: str, images: np.ndarray, n_features: int) -> R
         The emulator is missing, or the firmware stopped.
     """
     emulator = require(EMULATOR, "running a firmware")
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "images.bin").write_bytes(np.ascontiguousarray(images, np.uint8).tobytes())
+    with scratch_folder() as folder:
+        (folder / "images.bin").write_bytes(np.ascontiguousarray(images, np.uint8).tobytes())
         command = [emulator, "-M", CORES[core].machine, "-cpu", core, "-nographic", "-monitor", "none"]
         command += ["-serial", "none", "-semihosting-config", "enable=on,target=native", "-icount", "shift=0"]
         command += ["-kernel", str(elf.resolve())]

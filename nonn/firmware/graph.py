@@ -9,7 +9,6 @@ entries. ONNX Runtime itself fills it in, and no such function has to be written
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError
-from nonn.core.files import regular
+from nonn.core.files import regular, scratch_folder
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student, in_pairs
 from nonn.runtime.session import REFUSALS
 
@@ -52,8 +51,8 @@ def _optimised(path: Path) -> onnx.ModelProto:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
-    with tempfile.TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder, "optimised.onnx"))
+    with scratch_folder() as folder:
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         try:
             onnxruntime.InferenceSession(regular(path), options, providers=["CPUExecutionProvider"])
         except FileNotFoundError:

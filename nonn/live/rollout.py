@@ -23,13 +23,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nonn.core.errors import UserError
-from nonn.core.files import restored_on_error, write_json
+from nonn.core.files import restored_on_error, scratch_folder, write_json
 from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
@@ -232,11 +231,11 @@ def roll_out(
     assert rollout.cluster.tls, "a rollout has certificates"
     with (
         only_one(rollout.cluster.tls.folder) as lock,
-        tempfile.TemporaryDirectory(prefix="nonn-deploy-") as name,
+        scratch_folder() as folder,
         restored_on_error(cluster_file),
     ):
-        inventory = Path(name) / "inventory.json"
-        write_json(inventory, rollout.inventory(boards, Path(name)))
+        inventory = folder / "inventory.json"
+        write_json(inventory, rollout.inventory(boards, folder))
         write_cluster(cluster_file, rollout.cluster)  # from here on, a coordinator that follows it knows both exports
         settings = {"cluster": cluster_file.resolve(), "wait": wait}
         is_done = False

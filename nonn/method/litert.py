@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
-from nonn.core.files import sha256_of
+from nonn.core.files import replacing, scratch_folder, sha256_of
 from nonn.data.dataset import Dataset
 from nonn.deploy.int8 import calibration_images, check_close, fold_norms
 from nonn.method.litert_integers import Quantised, convolutions_of, with_integers
@@ -61,8 +61,8 @@ def write_litert(student: ConvNet, data: Dataset, path: Path, exported: Path) ->
 
     images = _passes(student, calibration_images(data))
     model = PlainFeatures(without_gelu(fold_norms(single_pass(student)))).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder, "float32.tflite")
+    with scratch_folder() as folder:
+        whole, quantised = folder / "float32.tflite", folder / "int8.tflite"
         litert_torch.convert(model, (torch.from_numpy(images[:1]),)).export(str(whole))
         rules, manager = recipe.static_wi8_ai8(), recipe_manager.RecipeManager()
         manager.load_quantization_recipe(rules)
@@ -71,14 +71,15 @@ def write_litert(student: ConvNet, data: Dataset, path: Path, exported: Path) ->
         name, inputs = _signature(whole)
         calibrating.calibrate({name: [{inputs[0]: image[None]} for image in images]}, manager)
         quantising = quantizer.Quantizer(str(whole), rules)
-        quantising.quantize(calibrating.get_model_qsvs()).export_model(str(path), overwrite=True)
-    content = _in_one_piece(path.read_bytes())
+        quantising.quantize(calibrating.get_model_qsvs()).export_model(str(quantised), overwrite=True)
+        content = _in_one_piece(quantised.read_bytes())
     if student.family in CHAINS:
         try:
             content = with_integers(content, convolutions_of(exported), GELU_SLOPE)
         except ValueError as error:
             raise UserError(f"{exported}: is not of this student ({error}). Run the stage export again.") from None
-    path.write_bytes(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _in_one_piece(content: bytes) -> bytes:

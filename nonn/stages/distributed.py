@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from nonn.core.artifacts import BenchmarkInfo, DatasetInfo, SoloManifest
-from nonn.core.files import read_json, write_json
+from nonn.core.files import read_json, scratch_folder, write_json
 from nonn.core.params import SOLO, Params, Precision
 from nonn.core.paths import Paths
 from nonn.core.progress import log
@@ -105,8 +104,8 @@ def placed(deployments: list[Deployment], params: Params, paths: Paths, name: st
 
 def run(params: Params, paths: Paths, name: str) -> None:
     info = read_json(paths.dataset_info, DatasetInfo)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch, reference = Path(folder), []
+    with scratch_folder() as scratch:
+        reference = []
         if name == SOLO:
             deployments = list(solo_deployments(params, paths, scratch))
         else:

@@ -6,7 +6,6 @@ missing, and says so.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from nonn.core.budgets import Budget
 from nonn.core.chips import CHIPS, FAMILIES
 from nonn.core.errors import UserError
-from nonn.core.files import write_json
+from nonn.core.files import scratch_folder, write_json
 from nonn.core.jobs import chips_of
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -45,8 +44,8 @@ def run(params: Params, paths: Paths) -> None:
         )
     test, _ = load_dataset(paths).part("test")
     images = test[spaced(len(test), IMAGES)].numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        entries = list(_entries(params, paths, images, Path(folder)))
+    with scratch_folder() as folder:
+        entries = list(_entries(params, paths, images, folder))
     wrong = [entry for entry in entries if entry["images_identical"] < entry["images_checked"]]
     if wrong:
         names = ", ".join(f"{entry['network']}/{entry['student']}" for entry in wrong)

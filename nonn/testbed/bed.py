@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nonn.core.files import scratch_folder
 from nonn.core.names import COORDINATOR
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, local_cluster
@@ -33,8 +33,7 @@ class RunningCluster:
 @contextlib.asynccontextmanager
 async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[RunningCluster]:
     """Run all nodes of an exported network while the block runs."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         cluster = local_cluster(export, folder, 0, deadline_ms)
         write_certificates(folder, [COORDINATOR, STRANGER, *(node.name for node in cluster.nodes)])
         write_certificates(folder / OTHER, [COORDINATOR])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from nonn.core.artifacts import SoloManifest
 from nonn.core.boards import find_board
@@ -36,7 +36,7 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
     path, blocks, n_classes = folder / "0.onnx", folder / "final.safetensors", len(manifest["classes"])
     onnx.save(model, path)
-    save_file(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors(), blocks)
+    blocks.write_bytes(save(FinalLayer({0: (np.eye(n_classes), np.zeros(n_classes))}).tensors()))
     student = {"file": path.name, "sha256": sha256_of(path), "n_features": n_classes, "feature_limit": None}
     final = {
         "file": blocks.name,

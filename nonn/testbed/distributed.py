@@ -22,6 +22,7 @@ image to each (``broadcast``).
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import shutil
 import socket
@@ -98,7 +99,9 @@ class TrialBed:
             shape = read_manifest(deployment.folder).image.shape
         path = self.scratch / f"images-{shape[-1]}.npy"
         if not path.exists():
-            np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, *shape), dtype=np.uint8))
+            content = io.BytesIO()  # NumPy does not say why a file cannot be written
+            np.save(content, np.random.default_rng(0).integers(0, 256, (N_IMAGES, *shape), dtype=np.uint8))
+            path.write_bytes(content.getvalue())
         return path
 
     def measure(
