@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import socket
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,6 +87,23 @@ def test_a_network_on_loopback_is_timed_and_not_counted(trial):
     assert (measured.latencies_ms > 0).all()
     assert (measured.absent, measured.traffic, measured.wire_bytes()) == (0, {}, None)
     assert children() <= before
+    assert nobody_listens(trial.addresses)
+
+
+def test_a_trial_ends_with_whoever_has_started_it(trial):
+    code = "import sys; from nonn.testbed import trial; from nonn.testbed.emulation import EmulatedNetwork; "
+    code += "say = trial._say; trial._say = lambda process, line: (say(process, line), print(line[:2], flush=True)); "
+    code += "trial.measure(trial.Trial.model_validate_json(sys.argv[1]), EmulatedNetwork(('coordinator',)))"
+    endless = changed(trial, runs=10**9, seconds=10**6).model_dump_json()
+    process = subprocess.Popen([sys.executable, "-c", code, endless], stdout=subprocess.PIPE, text=True)
+    try:
+        assert "go\n" in iter(process.stdout.readline, "")
+    finally:
+        process.kill()
+        process.wait()
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end and not nobody_listens(trial.addresses):
+        time.sleep(0.1)
     assert nobody_listens(trial.addresses)
 
 

@@ -24,6 +24,7 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.names import COORDINATOR
+from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.cluster import Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import Record, read_manifest
@@ -172,13 +173,17 @@ def measure(trial: Trial, network: EmulatedNetwork) -> list[Measured]:
     UserError
         It failed, or took far longer than it was given.
     """
-    command = [*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"]
+    command = ending_with_parent([*network.prefix(COORDINATOR), sys.executable, "-m", "nonn.testbed.trial"])
     watchdog = threading.Timer(len(trial.exchanges) * trial.seconds + SLACK, lambda: process.kill())
     try:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             watchdog.start()
-            _say(process, trial.model_dump_json())
-            return [_count(process, trial, network) for _ in trial.exchanges]
+            try:
+                _say(process, trial.model_dump_json())
+                return [_count(process, trial, network) for _ in trial.exchanges]
+            except KeyboardInterrupt:
+                process.kill()  # its devices end when it has
+                raise
     except BrokenPipeError:
         raise _failure(trial) from None
     finally:
