@@ -20,6 +20,7 @@ from itertools import groupby
 from nonn import __version__
 from nonn.core.errors import UserError, refusal
 from nonn.core.install import how_to_install, require_64_bit
+from nonn.core.system import tidied_up
 
 INTRODUCTION = """\
 Network of Neural Networks: one small student a device, in place of one large
@@ -138,15 +139,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with ended_by_interrupts():
             own, run = parser_of(command)
             options = own.parse_args(arguments[1:])
-        run(options)
+        with tidied_up():
+            run(options)
     except UserError as error:
         sys.exit(f"nonn {command}: {error}")
     except ModuleNotFoundError as error:
         if (remedy := how_to_install(error.name)) is None:
             raise
         sys.exit(f"nonn {command}: {remedy}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        sys.exit(128 + next(iter(error.args), signal.SIGINT))
     except BrokenPipeError:  # of whoever reads what is printed, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)

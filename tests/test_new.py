@@ -11,7 +11,7 @@ from experiments import REPOSITORY
 from pictures import write_photos
 
 from nonn.cli import main
-from nonn.commands import project
+from nonn.commands import new, project
 from nonn.core.jobs import check_jobs
 from nonn.core.params import load_params
 
@@ -110,6 +110,17 @@ def test_a_project_that_is_told_to_stop_leaves_nothing(folder, monkeypatch):
         main(["new", "half"])
     assert not list(folder.iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.usefixtures("clone")
+def test_an_experiment_that_is_told_to_stop_is_not_made_the_active_one(monkeypatch):
+    before = Path("params.yaml").read_bytes()
+    monkeypatch.setattr(new, "check_all", lambda *_: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        main(["new", "half"])
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert Path("params.yaml").read_bytes() == before
+    assert not Path("workflow/experiments/half.yaml").exists()
 
 
 @pytest.mark.usefixtures("clone")

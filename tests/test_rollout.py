@@ -1,13 +1,16 @@
 """Networks travel to boards, one after another, and back again if one of them fails."""
 
+import errno
 import getpass
 import io
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -210,10 +213,68 @@ def test_a_rollout_that_is_told_to_stop_goes_back(network_folder, folder, monkey
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
-    assert error.value.code == 130
+    assert error.value.code == 128 + number
     assert [name for name, _ in played] == ["replace.yaml", "restore.yaml"]
     assert (folder / "cluster.yaml").read_text() == "former"
     assert not played[0][1].parent.exists(), "keys of boards are left behind"
+
+
+INTERRUPTED = """\
+import signal, sys, time
+from pathlib import Path
+if "restore.yaml" in sys.argv[-1]:
+    Path("restored").write_text(f"{Path('ended').exists()} {signal.getsignal(signal.SIGINT) == signal.SIG_IGN}")
+    sys.exit(1)
+try:
+    Path("begun").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    Path("ended").touch()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_boards_go_back_once_ansible_has_ended_and_it_is_said_if_they_cannot(network_folder, folder, number):
+    (folder / "ansible.py").write_text(INTERRUPTED)
+    code = "import sys; from nonn import cli; from nonn.live import rollout; "
+    code += "rollout.find_ansible = lambda: 'ansible-playbook'; cli.main(sys.argv[1:])"
+    program = folder / "ansible-playbook"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} ansible.py "$@"\n')
+    program.chmod(0o700)
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "deploy", str(network_folder), "--to", *BOARDS],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while process.poll() is None and not (folder / "begun").exists():
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (folder / "restored").read_text() == "True True"
+    assert "Not all boards could be put back." in said
+    assert process.returncode == 128 + number
+    assert not (folder / "cluster.yaml").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.usefixtures("folder")
+def test_a_file_system_without_locks_is_one_line(monkeypatch, number):
+    write_certificates(Path("certs"), ["coordinator"])
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(rollout.fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"^certs/ca\.pem: cannot be locked \("), only_one(Path("certs")):
+        pytest.fail("locked")
+    write_certificates(Path("certs"), ["node-0"])
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ import nonn
 from nonn import project
 from nonn.core.errors import UserError
 from nonn.core.files import remove, write_text
-from nonn.core.system import tidied_up
 
 #: Beside the profiles, which are the user's to edit.
 SNAKEFILE = Path("workflow/Snakefile")
@@ -58,15 +57,14 @@ def created(folder: Path) -> Iterator[None]:
     if was_there and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already. Choose another name, or an empty folder.")
 
-    with tidied_up():
-        try:
-            create(folder)
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # what had failed is what a reader has to know
-                for path in folder.iterdir() if was_there else [folder]:
-                    remove(path)
-            raise
+    try:
+        create(folder)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what had failed is what a reader has to know
+            for path in folder.iterdir() if was_there else [folder]:
+                remove(path)
+        raise
 
 
 def create(folder: Path) -> None:

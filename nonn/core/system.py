@@ -6,8 +6,8 @@ import contextlib
 import os
 import platform
 import signal
+import threading
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nonn.core.errors import UserError
@@ -15,13 +15,30 @@ from nonn.core.errors import UserError
 
 @contextlib.contextmanager
 def tidied_up() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is ended and deleted."""
+    """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is ended and deleted.
 
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
+    The number of the signal is what its `KeyboardInterrupt` holds. Outside of the main thread, nothing is changed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
 
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     former = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Ignore Ctrl-C, SIGTERM and SIGHUP while the block runs, also in what it starts."""
+    former = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -63,6 +80,8 @@ def describe_system() -> dict:
 
 
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version  # not for help, which is instant
+
     try:
         return version(package)
     except PackageNotFoundError:  # torch, on a device

@@ -20,6 +20,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -33,7 +34,7 @@ from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.core.system import tidied_up
+from nonn.core.system import undisturbed
 from nonn.live.following import FILE_ATTENTION
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
@@ -179,7 +180,8 @@ def only_one(folder: Path) -> Iterator[int]:
     UserError
         Somebody holds it.
     """
-    lock = os.open(folder / CA, os.O_RDONLY)
+    is_ours = os.access(folder / CA, os.W_OK)
+    lock = os.open(folder / CA, os.O_RDWR if is_ours else os.O_RDONLY)  # NFS locks only what may be written
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,6 +189,9 @@ def only_one(folder: Path) -> Iterator[int]:
             raise UserError(
                 f"{folder}: another rollout with these certificates is under way. Wait until it ends."
             ) from None
+        except OSError as error:
+            reason = os.strerror(error.errno or 0).lower()
+            raise UserError(f"{folder / CA}: cannot be locked ({reason}). Keep it on a disk of this machine.") from None
         yield lock
     finally:
         os.close(lock)
@@ -215,7 +220,24 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: i
     environment = {**quiet, "ANSIBLE_PIPELINING": "1", **os.environ}
     stderr = 2
     command.append(str(PARTS / name))
-    return not subprocess.run(command, stdout=stderr, env=environment, check=False, pass_fds=[lock]).returncode
+    with subprocess.Popen(command, stdout=stderr, env=environment, pass_fds=[lock]) as process:
+        try:
+            return not process.wait()
+        except BaseException:
+            with undisturbed():
+                process.send_signal(signal.SIGINT)  # on which Ansible ends what it does on boards
+                process.wait()
+            raise
+
+
+def go_back(inventory: Path, ssh_arguments: str, lock: int) -> str:
+    """Have boards serve what they served before, whatever signals come; what came of it, in a sentence."""
+    log("going back to what was served before")
+    with undisturbed():
+        is_restored = play("restore.yaml", inventory, {}, ssh_arguments, lock)
+    if is_restored:
+        return "All boards that can be reached serve again what they served before."
+    return "Not all boards could be put back."
 
 
 def roll_out(
@@ -238,17 +260,13 @@ def roll_out(
         write_json(inventory, rollout.inventory(boards, folder))
         write_cluster(cluster_file, rollout.cluster)  # from here on, a coordinator that follows it knows both exports
         settings = {"cluster": cluster_file.resolve(), "wait": wait}
-        is_done = False
         try:
             is_done = play("replace.yaml", inventory, settings, ssh_arguments, lock)
-        finally:
-            if not is_done:
-                log("going back to what was served before")
-                is_restored = play("restore.yaml", inventory, {}, ssh_arguments, lock)
+        except BaseException:
+            log(go_back(inventory, ssh_arguments, lock))
+            raise
         if not is_done:
-            then = "All boards that can be reached serve again what they served before."
-            if not is_restored:
-                then = "Not all boards could be put back."
+            then = go_back(inventory, ssh_arguments, lock)
             raise UserError(f"{rollout.export}: not deployed, for the reason that Ansible gives above. {then}")
 
 
@@ -296,7 +314,6 @@ def run(options) -> None:
     complete_certificates(cluster)
     release = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}"
     rollout = Rollout(export, cluster, folder, options.python, release)
-    with tidied_up():  # boards go back to what they served
-        roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)
+    roll_out(rollout, boards, options.cluster, options.wait, options.ssh_args)
     log(f"{options.cluster}: {len(boards)} boards serve {export}")
     log(f"then: nonn coordinate --follow --cluster {options.cluster}")

@@ -79,7 +79,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Wait until nobody else makes certificates there: two would make an authority each."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a file system that has no locks, or none of folders, as NFS
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
