@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 from dvc.exceptions import CacheLinkError
@@ -14,7 +14,7 @@ from experiments import REPOSITORY, tiny_params
 from ruamel.yaml import YAML
 
 from nonn.cli import main
-from nonn.commands import stage
+from nonn.commands import job, stage
 from nonn.commands.job import ENTRIES, merge_entries, run_job, say_what_is_left
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, write_json
@@ -55,6 +55,22 @@ def run_jobs(*names):
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     for name in names:
         subprocess.run([sys.executable, "-m", "nonn", "job", name], env=environment, check=True)
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_entry_that_is_noted_while_others_wait_for_the_lock_is_merged_too(monkeypatch):
+    def note(name: str) -> None:
+        write_json(ENTRIES / f"{name}.json", {name: {"cmd": name}})
+
+    def end(*_) -> None:
+        assert not list(ENTRIES.iterdir()), "what another merges would be deleted unread"
+
+    note("both")
+    lock = MagicMock()
+    lock.__enter__.side_effect, lock.__exit__.side_effect = lambda *_: note("letters@a"), end
+    monkeypatch.setattr(job, "Repo", lambda *_, **__: Mock(lock=lock))
+    assert merge_entries(ORDER)
+    assert list(YAML(typ="safe").load(Path("dvc.lock"))["stages"]) == ["letters@a", "both"]
 
 
 @pytest.mark.usefixtures("repository")

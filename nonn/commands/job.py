@@ -105,10 +105,10 @@ def merge_entries(order: Iterable[str]) -> bool:
 
     Entries of jobs that are not in the order have gone from ``dvc.yaml``, and go from ``dvc.lock``.
     """
-    files = sorted(ENTRIES.glob("*.json"))
-    if not files:
+    if not any(ENTRIES.glob("*.json")):
         return False
     with Repo(".", _wait_for_lock=True).lock:
+        files = sorted(ENTRIES.glob("*.json"))
         old = loads_yaml(LOCK_FILE.read_text(encoding="utf-8")) if LOCK_FILE.is_file() else None
         stages = (old or {}).get("stages", {})
         for file in files:
@@ -116,9 +116,9 @@ def merge_entries(order: Iterable[str]) -> bool:
         text = StringIO()
         _dump({"schema": "2.0", "stages": {name: stages[name] for name in order if name in stages}}, text)
         write_text(LOCK_FILE, text.getvalue())
-    for file in files:
-        remove(file)
-    return True
+        for file in files:
+            remove(file)
+    return bool(files)
 
 
 def begin_run(expected: dict[str, float]) -> None:
