@@ -4,8 +4,10 @@ import copy
 import ctypes
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -20,6 +22,7 @@ from nonn import cli
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.files import TEMPORARY
+from nonn.firmware import emulate
 from nonn.firmware.arena import ALIGNMENT, Buffer, plan_arena
 from nonn.firmware.build import COMPILER, EMULATOR, compile_sources, copy_sources, link
 from nonn.firmware.emulate import run_firmware
@@ -163,6 +166,26 @@ def test_two_runs_count_the_same_instructions(firmware):
     assert runs[0].step_instructions == runs[1].step_instructions
     assert runs[0].instructions == runs[1].instructions
     assert sum(runs[0].step_instructions) == pytest.approx(runs[0].instructions, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        (
+            "printf 'images 1\\ncalibration 1\\nticks 1\\nstack 1\\n'; printf 1234 >features.bin",
+            "has too few features of x.elf",
+        ),
+        ("exec sleep 60", "x.elf: the firmware has not ended in 0.1 s"),
+    ],
+)
+def test_an_emulator_that_hangs_or_cannot_write_is_one_line(script, said, tmp_path, monkeypatch):
+    program = tmp_path / "emulator"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(emulate, "require", lambda *_: str(program))
+    monkeypatch.setattr(emulate, "LONGEST", 0.1 if "sleep" in script else 60.0)
+    with pytest.raises(UserError, match=re.escape(said)):
+        run_firmware(Path("x.elf"), "cortex-m7", noise((1, 2, 2), 1), 2)
 
 
 @needs_toolchain

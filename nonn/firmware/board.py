@@ -23,6 +23,7 @@ from nonn.core.files import scratch_folder
 from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
+from nonn.firmware.emulate import LONGEST
 from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
@@ -33,8 +34,8 @@ from nonn.runtime.serving import serve
 
 #: What the firmware says as soon as it listens.
 READY = b"R"
-#: Seconds in which it says so, and in which it has answered an image, on a busy machine.
-START, LONGEST = 30.0, 120.0
+#: Seconds in which it says so, on a busy machine.
+START = 30.0
 
 
 class Emulator:

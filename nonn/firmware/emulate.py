@@ -6,6 +6,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from nonn.core.errors import UserError
 from nonn.core.files import scratch_folder
 from nonn.firmware.build import CALIBRATION, EMULATOR, require
 from nonn.firmware.targets import CORES
+from nonn.runtime.attached import ending_with_parent
+
+#: Seconds in which an image is answered, on a busy machine.
+LONGEST = 120.0
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ def run_firmware(elf: Path, core: str, images: np.ndarray, n_features: int) -> R
     Raises
     ------
     UserError
-        The emulator is missing, or the firmware stopped.
+        The emulator is missing, or the firmware stopped, takes too long or cannot write its features.
     """
     emulator = require(EMULATOR, "running a firmware")
     with scratch_folder() as folder:
@@ -42,13 +47,20 @@ def run_firmware(elf: Path, core: str, images: np.ndarray, n_features: int) -> R
         command = [emulator, "-M", CORES[core].machine, "-cpu", core, "-nographic", "-monitor", "none"]
         command += ["-serial", "none", "-semihosting-config", "enable=on,target=native", "-icount", "shift=0"]
         command += ["-kernel", str(elf.resolve())]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        limit = LONGEST * max(len(images), 1)
+        silent: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+        try:
+            done = subprocess.run(ending_with_parent(command), cwd=folder, timeout=limit, check=False, **silent)
+        except subprocess.TimeoutExpired:
+            raise UserError(f"{elf}: the firmware has not ended in {limit:g} s. Build it again.") from None
         report = re.findall(r"^(\w+) (\d+)$", done.stdout + done.stderr, re.MULTILINE)
         values = {name: int(value) for name, value in report}
         if done.returncode or values.get("images") != len(images):
             last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no message"]
             raise UserError(f"{elf}: the firmware stopped in the emulator ({last[0]}). Build it again.")
-        features = np.fromfile(Path(folder, "features.bin"), np.float32).reshape(len(images), n_features)
+        features = np.fromfile(folder / "features.bin", np.float32)
+        if features.size != len(images) * n_features:
+            raise UserError(f"{folder}: has too few features of {elf}. Free some space there, then run this again.")
     steps = [round(int(value) * CALIBRATION / values["calibration"]) for name, value in report if name == "step"]
     total = round(values["ticks"] * CALIBRATION / values["calibration"])
-    return Run(features, total, steps, values["stack"])
+    return Run(features.reshape(len(images), n_features), total, steps, values["stack"])
