@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -287,3 +288,22 @@ def test_an_interrupted_command_exits_as_the_shell_expects(monkeypatch):
 
     monkeypatch.setattr("nonn.commands.check.run", interrupt)
     assert stop("check") == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_stop_tidies_up_and_exits_as_the_shell_expects(number, monkeypatch):
+    before, tidied = signal.signal(number, signal.SIG_DFL), []
+
+    def wait(_):
+        try:
+            signal.raise_signal(number)
+        finally:
+            tidied.append(True)
+
+    monkeypatch.setattr("nonn.commands.check.run", wait)
+    try:
+        assert stop("check") == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert tidied
