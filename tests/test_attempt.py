@@ -137,7 +137,7 @@ def test_what_would_be_lost_after_the_training_is_refused_before(tmp_path):
         with pytest.raises(UserError, match=r"--table: .* cannot be written"):
             run("2s/kd", [], 0, table)
     (tmp_path / "file").write_text("x,y\n1,2\n")
-    with pytest.raises(UserError, match=r"--table: .*file has other columns than those of attempts"):
+    with pytest.raises(UserError, match=r"--table: .*file has other columns than this table"):
         run("2s/kd", [], 0, tmp_path / "file")
 
 

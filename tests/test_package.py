@@ -17,7 +17,7 @@ from test_pipeline import BIN, PIPELINE, Clone
 import nonn
 from nonn.cli import main
 from nonn.commands import project
-from nonn.commands.torture import copy_repository
+from nonn.commands.scratch import copy_repository
 from nonn.commands.verify import md5_of
 from nonn.core.errors import UserError
 from nonn.core.params import load_params

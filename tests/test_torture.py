@@ -1,6 +1,5 @@
 """Stages that are killed, starved of disk or fed damaged files leave, in the end, the bytes of an undisturbed run."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -19,10 +18,11 @@ DESIGN = [sys.executable, "-m", "nonn", "design", "2s"]
 
 
 @pytest.fixture
-def ground(experiment) -> Ground:
+def ground(experiment, monkeypatch) -> Ground:
     """The tiny experiment, in the working directory."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    ground = Ground(Path().absolute(), environment)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    Path("nonn").symlink_to(REPOSITORY / "nonn")
+    ground = Ground(Path().absolute())
     ground.expected = ground.digests()
     assert len(ground.expected) > 20
     assert experiment.root.is_dir()
@@ -49,6 +49,14 @@ def test_what_hangs_is_seen(ground):
     assert ground.again(["sleep", "60"]) == "exit -1: it did not end within 0 s"
 
 
+def test_what_a_killed_stage_leaves_elsewhere_is_inside_and_swept(ground):
+    code, output = ground.call(["sh", "-c", "mktemp -d .nonn-tmp-XXXXXX --tmpdir"])
+    assert (code, Path(output.strip()).parent) == (0, ground.temporary)
+    assert ground.differences() == ""
+    assert ground.again(["true"]) == ""
+    assert not Path(output.strip()).exists()
+
+
 def test_what_differs_is_seen(ground):
     path = sorted((ground.folder / "results").rglob("*.safetensors"))[0]
     torture.flip(ground, path)
@@ -66,7 +74,7 @@ def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_th
         (cache / name[:2]).mkdir(parents=True)
         (cache / name[:2] / name[2:]).write_bytes(content)
     assert list(damaged_objects(cache)) == []
-    torture.flip(Ground(folder, {}), cache / name[:2] / name[2:])
+    torture.flip(Ground(folder), cache / name[:2] / name[2:])
     restored = Path("results/restored")
     restored.parent.mkdir()
     restored.write_bytes((cache / name[:2] / name[2:]).read_bytes())

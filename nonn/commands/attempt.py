@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
+from nonn.commands.tables import refuse_other_table
 from nonn.core.artifacts import Filters
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, named, read_json, scratch_folder
@@ -179,11 +180,8 @@ def run(options) -> None:
         raise UserError(f"{VIEWS_KEY}: the experiment's signals have {there}, of which an attempt may take fewer")
     if item.endswith("/at_kd") and not params.signals.attention:
         raise UserError(f"{item}: needs attention maps; set signals.attention to true in params.yaml")
-    if table and (table.is_dir() or any(folder.is_file() for folder in table.parents)):
-        raise UserError(f"--table: {table} cannot be written; give the path of a file")
-    header = table.read_text(encoding="utf-8").splitlines()[:1] if table and table.is_file() else []
-    if header and header != [",".join(COLUMNS)]:
-        raise UserError(f"--table: {table} has other columns than those of attempts. Name another file.")
+    if table:
+        refuse_other_table("--table", table, COLUMNS)
     paths = AttemptPaths(params.experiment)
     refuse_missing([paths.dataset, paths.signals], "signals")
     remove_unfinished(paths)

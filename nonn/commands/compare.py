@@ -17,11 +17,11 @@ from nonn.commands.git import content_at
 from nonn.core.errors import UserError
 from nonn.core.files import existing, intact, read_json
 from nonn.core.params import load_params
-from nonn.core.paths import Paths
+from nonn.core.paths import TIMED, Paths
 
 LOCK = Path("dvc.lock")
-#: Stages whose outputs hold measured times.
-MEASURED = ("benchmark", "distributed", "figures")
+#: Stages whose outputs hold measured times; the last one's are summaries of all.
+MEASURED = (*TIMED, "figures")
 WHY = {
     "portable": "numerics: portable promises the same bytes with the same code, parameters, versions of the packages, "
     "and an x86-64 processor with AVX2.",

@@ -15,16 +15,13 @@ before the trainings is run once and not counted. For each number of jobs:
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
-import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,12 +29,12 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from nonn.commands.tables import write_rows
-from nonn.commands.torture import copy_repository
+from nonn.commands.scratch import ScratchRepository, copy_repository, end_all
+from nonn.commands.tables import refuse_other_table, write_rows
 from nonn.commands.use import merge, merge_experiment
 from nonn.core.errors import UserError
+from nonn.core.files import scratch_folder
 from nonn.core.progress import log
-from nonn.core.system import tidied_up
 
 NETWORK, EXPERIMENT = "many", "scaling"
 #: The training that is looked at once more.
@@ -61,23 +58,16 @@ COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_by
 ENGINES = {"local": ("--cores", "{}"), "slurm": ("--workflow-profile", "workflow/profiles/slurm")}
 
 
-class Scratch:
-    """A scratch copy of the repository with a network of so many jobs."""
+class Scratch(ScratchRepository):
+    """One with a network of so many jobs."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        self.environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-
-    def call(self, *command: str, at_once: int = 1) -> float:
+    def timed(self, *command: str, at_once: int = 1) -> float:
         """Seconds until a command, or several copies of it at once, have ended; a `UserError` if one fails."""
         begun = time.monotonic()
-        silent: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        options: dict[str, Any] = {"cwd": self.folder, "env": self.environment, "start_new_session": True, **silent}
         processes: list[subprocess.Popen] = []
         try:
             for _ in range(at_once):
-                processes.append(subprocess.Popen(command, **options))
+                processes.append(self.start(command))
             outputs = [process.communicate()[0] for process in processes]
         except BaseException:  # nothing goes on in a folder that will be deleted
             for number, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, None)):  # Snakemake cancels its jobs
@@ -112,23 +102,13 @@ class Scratch:
         return sum(entry["end"] - entry["start"] for entry in entries if entry.get("stage") == "distill")
 
 
-def end_all(processes: Sequence[subprocess.Popen], number: int, seconds: float | None) -> None:
-    """Send a signal to processes and all that they have started, and wait until they have ended, or so long."""
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-
-
 def prepared(folder: Path) -> Scratch:
     """A copy in which everything before the trainings is done."""
     folder.mkdir()
     copy_repository(folder)
     scratch = Scratch(folder)
     scratch.ask_for(2)
-    scratch.call("snakemake", "--cores", "all", f"results/{EXPERIMENT}/partition/{NETWORK}")
+    scratch.timed("snakemake", "--cores", "all", f"results/{EXPERIMENT}/partition/{NETWORK}")
     return scratch
 
 
@@ -140,17 +120,17 @@ def measure(scratch: Scratch, engine: str, n_jobs: int, at_once: int, more: Sequ
     row: dict[str, Any] = {
         "engine": engine,
         "n_jobs": n_jobs,
-        "dag_s": scratch.call(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
+        "dag_s": scratch.timed(*command[:1], "--dry-run", "--quiet", "all", *command[1:]),
     }
     job = (sys.executable, "-m", "nonn", "job", FIRST)
     if dry:
-        scratch.call(*job)
+        scratch.timed(*job)
     else:
-        row["wall_s"] = scratch.call(*command)
+        row["wall_s"] = scratch.timed(*command)
         row["overhead_per_job_s"] = (at_once * row["wall_s"] - scratch.trainings()) / n_jobs
-        scratch.call("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
+        scratch.timed("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
         row["lock_bytes"] = (scratch.folder / "dvc.lock").stat().st_size
-    row["stage_1_s"], row["stage_4_s"] = scratch.call(*job), scratch.call(*job, at_once=4) / 4
+    row["stage_1_s"], row["stage_4_s"] = scratch.timed(*job), scratch.timed(*job, at_once=4) / 4
     return row
 
 
@@ -207,11 +187,12 @@ def run(options) -> None:
         raise UserError("--at-once: give at least 1")
     if not (options.jobs or options.dry):
         raise UserError("--jobs and --dry: both name no number of jobs; give one of them some")
-    with tidied_up(), tempfile.TemporaryDirectory(prefix="nonn-scaling-") as name:
-        base = prepared(Path(name) / "base")
+    refuse_other_table("--output", options.output, COLUMNS)
+    with scratch_folder() as folder:
+        base = prepared(folder / "base")
         more = shlex.split(options.snakemake)
         for n_jobs, dry in [*((n, False) for n in options.jobs), *((n, True) for n in options.dry)]:
-            scratch = base.copied(Path(name) / f"{n_jobs}{'-dry' * dry}")
+            scratch = base.copied(folder / f"{n_jobs}{'-dry' * dry}")
             row = measure(scratch, options.engine, n_jobs, options.at_once, more, dry)
             rows = merged(options.output, [written(row)])
             write_rows(options.output, COLUMNS, rows)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nonn.core.errors import UserError
 from nonn.core.files import replacing
 
 
@@ -17,3 +18,12 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
         table.writeheader()
         for row in rows:
             table.writerow({name: round(float(v), 6) if isinstance(v, float) else v for name, v in row.items()})
+
+
+def refuse_other_table(option: str, path: Path, columns: Sequence[str]) -> None:
+    """Raise a UserError where no row can be added to a table, before there is one."""
+    if path.is_dir() or any(folder.is_file() for folder in path.parents):
+        raise UserError(f"{option}: {path} cannot be written; give the path of a file")
+    header = path.read_text(encoding="utf-8", errors="replace").splitlines()[:1] if path.is_file() else []
+    if header and header != [",".join(columns)]:
+        raise UserError(f"{option}: {path} has other columns than this table. Name another file.")

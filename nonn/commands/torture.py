@@ -13,29 +13,27 @@ import os
 import random
 import resource
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nonn.commands.scratch import ScratchRepository, copy_repository
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, TEMPORARY, remove
+from nonn.core.files import STATE, TEMPORARY, remove, scratch_folder
 from nonn.core.options import amount, natural, seed_number
 from nonn.core.params import load_params
+from nonn.core.paths import TIMED, TIMED_SUMMARIES
 from nonn.core.progress import log, track
-from nonn.core.system import tidied_up
 
 #: Stages that have checkpoints.
 TRAINED = ("teacher", "distill", "baseline")
-#: Artifacts that hold measured times, or follow from them: folders, and names at the top and of figures.
-TIMED_FOLDERS = ("benchmark", "distributed")
-TIMED_FILES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
+#: What makes all artifacts, in this order.
+JOBS, REPRO = [sys.executable, "-m", "nonn", "jobs"], ["dvc", "repro", "-q"]
 #: What is run again may take so many times as long as the undisturbed run, and a minute, before it counts as hanging.
 SLOWER, MINUTE = 10.0, 60.0
 
@@ -51,38 +49,11 @@ class Outcome:
 
 
 @dataclass
-class Ground:
-    """A folder in which one experiment was run undisturbed, and may be disturbed."""
+class Ground(ScratchRepository):
+    """One in which an experiment was run undisturbed, and may be disturbed."""
 
-    folder: Path
-    environment: Mapping[str, str]
     expected: dict[str, str] = field(default_factory=dict)
-    longest: float | None = None  # seconds that a command may take; None: for ever
     generator: random.Random = field(default_factory=lambda: random.Random(0))
-
-    def start(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen:
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            preexec_fn=prepare,
-        )
-
-    def call(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> tuple[int, str]:
-        process = self.start(command, prepare)
-        try:
-            output, _ = process.communicate(timeout=self.longest)
-        except BaseException as error:  # nothing goes on in a folder that will be deleted
-            os.killpg(process.pid, signal.SIGKILL)
-            if isinstance(error, subprocess.TimeoutExpired):
-                return -1, f"it did not end within {self.longest:.0f} s"
-            raise
-        return process.returncode, output
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every artifact that holds no times."""
@@ -98,11 +69,13 @@ class Ground:
         """What is not as an undisturbed run leaves it; empty if all is."""
         found = self.digests()
         names = sorted(n for n in {*found, *self.expected} if found.get(n) != self.expected.get(n))
-        left = [str(path.relative_to(self.folder)) for path in self.folder.rglob(f"{TEMPORARY}*")]
+        found_left = (path for path in self.folder.rglob(f"{TEMPORARY}*") if self.temporary not in path.parents)
+        left = [str(path.relative_to(self.folder)) for path in found_left]
         return ", ".join([*(f"{name} differs" for name in names[:3]), *(f"{name} is left" for name in left[:3])])
 
     def again(self, command: Sequence[str]) -> str:
         """Run a command to its end; what went wrong, or differs then."""
+        remove(self.temporary)  # of what was killed
         code, output = self.call(command)
         return f"exit {code}: {output[-500:]}" if code else self.differences()
 
@@ -110,7 +83,7 @@ class Ground:
 def is_timed(path: Path) -> bool:
     """Whether an artifact, named from its experiment's folder, holds measured times or is no result at all."""
     summary = path.parts[0] == "figures" or len(path.parts) == 1
-    is_measured = path.parts[0] in TIMED_FOLDERS or (summary and path.stem in TIMED_FILES)
+    is_measured = path.parts[0] in TIMED or (summary and path.stem in TIMED_SUMMARIES)
     return is_measured or path.name == ".snakemake_timestamp"
 
 
@@ -184,6 +157,26 @@ def damage_checkpoint(ground: Ground, job: str, disturbed: Sequence[str], undist
     return Outcome("damaged checkpoint", job, bool(found), ground.again(undisturbed))
 
 
+def trials(ground: Ground, addresses: Sequence[str], tries: int) -> Iterator[Outcome]:
+    """What comes of each disturbance: so many kills of each stage, and so many damaged artifacts and objects."""
+    usual_way = ["sh", "-c", f"{shlex.join(JOBS)} && {shlex.join(REPRO)}"]
+    largest = max(path.stat().st_size for path in (ground.folder / "results").rglob("*") if path.is_file())
+    for address in addresses:
+        forced = [*REPRO, "--force", "--single-item", address]
+        start = time.monotonic()
+        if problem := ground.again(forced):
+            yield Outcome("run again", address, False, problem)
+        usual = time.monotonic() - start
+        for _ in range(tries):
+            yield kill(ground, address, forced, usual_way, usual)
+        yield fill(ground, address, forced, usual_way, largest)
+        if address.startswith(TRAINED):
+            yield damage_checkpoint(ground, address, forced, usual_way)
+    for _ in range(tries):
+        yield damage_artifact(ground, usual_way)
+        yield damage_cache(ground, usual_way)
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """Counts by kind, and a line for each outcome that is wrong."""
     lines = [f"{'disturbance':<20}{'tries':>6}{'hit':>6}{'same bytes':>12}"]
@@ -194,20 +187,6 @@ def table(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"{kind:<20}{tries:>6}{hits:>6}{same:>12}")
     lines += [f"{o.kind}, {o.job}: {o.problem}" for o in outcomes if o.problem]
     return "\n".join(lines)
-
-
-def copy_repository(folder: Path, source: Path = Path()) -> None:
-    """What git knows in the top folder of a clone, without results, into a new repository."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError("git ls-files: failed. Run nonn torture from the top folder of a clone.")
-    for name in filter(None, done.stdout.split("\0")):
-        is_there = (source / name).is_file() or (source / name).is_symlink()
-        if is_there and not name.startswith(("results/", "dvc.lock")):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(source / name, folder / name, follow_symlinks=False)
-    subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
 
 
 def add_arguments(parser) -> None:
@@ -221,49 +200,25 @@ def run(options) -> None:
     """Disturb every stage, print the table, and end with 1 if a byte differs."""
     load_params()
     begun = time.monotonic()
-    with tidied_up(), tempfile.TemporaryDirectory(prefix="nonn-torture-") as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         copy_repository(folder)
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        ground = Ground(folder, environment, generator=random.Random(options.seed))
-        jobs, repro = [sys.executable, "-m", "nonn", "jobs"], ["dvc", "repro", "-q"]
-        usual_way = ["sh", "-c", f"{shlex.join(jobs)} && {shlex.join(repro)}"]
+        ground = Ground(folder, generator=random.Random(options.seed))
         log("an undisturbed run first, as long as the pipeline takes; its bytes are what others are compared with")
-        for command in (jobs, repro):
+        for command in (JOBS, REPRO):
             code, output = ground.call(command)
             if code:
                 raise UserError(f"the undisturbed run failed, so there is nothing to compare with: {output[-500:]}")
         ground.longest = MINUTE + SLOWER * (time.monotonic() - begun)
         ground.expected = ground.digests()
-        outcomes: list[Outcome] = []
-        listed = subprocess.check_output(
-            ["dvc", "stage", "list", "--name-only"], cwd=folder, env=environment, text=True
-        )
+        listing = ["dvc", "stage", "list", "--name-only"]
+        listed = subprocess.check_output(listing, cwd=folder, env=ground.environment, text=True)
         first: dict[str, str] = {}
         for address in listed.split():
             first.setdefault(address.partition("@")[0], address)
-        largest = max(path.stat().st_size for path in (folder / "results").rglob("*") if path.is_file())
-
-        def trials():
-            for address in first.values():
-                forced = [*repro, "--force", "--single-item", address]
-                start = time.monotonic()
-                if problem := ground.again(forced):
-                    yield Outcome("run again", address, False, problem)
-                usual = time.monotonic() - start
-                for _ in range(options.tries):
-                    yield kill(ground, address, forced, usual_way, usual)
-                yield fill(ground, address, forced, usual_way, largest)
-                if address.startswith(TRAINED):
-                    yield damage_checkpoint(ground, address, forced, usual_way)
-            for _ in range(options.tries):
-                yield damage_artifact(ground, usual_way)
-                yield damage_cache(ground, usual_way)
-
         trained = sum(address.startswith(TRAINED) for address in first.values())
         total = len(first) * (options.tries + 1) + trained + 2 * options.tries
-        for outcome in track(trials(), "disturbances", total=total):
+        outcomes: list[Outcome] = []
+        for outcome in track(trials(ground, [*first.values()], options.tries), "disturbances", total=total):
             outcomes.append(outcome)
             log(f"{outcome.kind}, {outcome.job}: {outcome.problem or 'the same bytes'}")
             if time.monotonic() - begun > options.seconds:

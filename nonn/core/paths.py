@@ -9,6 +9,11 @@ from nonn.core.files import STATE, TEMPORARY, remove, remove_orphans
 from nonn.core.jobs import list_jobs
 from nonn.core.params import SOLO, Params
 
+#: Stages that measure times, which differ from run to run, and the folders that they write into.
+TIMED = ("benchmark", "distributed")
+#: Summaries that hold such times, or what follows from them, by their names at the top and among the figures.
+TIMED_SUMMARIES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
+
 
 @dataclass(frozen=True)
 class Paths:
