@@ -73,13 +73,17 @@ def save(weights, name: str = "w.pt") -> str:
     return name
 
 
-def write_onnx(path: Path, model: nn.Module, batch: int | str = "N", tail: list | None = None) -> None:
+def write_onnx(
+    path: Path, model: nn.Module, batch: int | str = "N", tail: list | None = None, training: bool = False
+) -> None:
     """The user's network as an ONNX file, made by hand: the exporter takes seconds."""
     weights = {name: t.numpy() for name, t in model.state_dict().items() if t.dim()}
     norm = [f"more.0.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
     nodes = [
         helper.make_node("Conv", ["x", "conv.weight", "conv.bias"], ["a"], strides=[2, 2]),
-        helper.make_node("BatchNormalization", ["a", *norm], ["b"]),
+        helper.make_node(
+            "BatchNormalization", ["a", *norm], ["b", "m", "v"][: 3 if training else 1], training_mode=training
+        ),
         helper.make_node("Sigmoid", ["b"], ["c"]),
         helper.make_node("Mul", ["b", "c"], ["d"]),
         helper.make_node("Conv", ["d", "more.2.weight", "more.2.bias"], ["e"]),

@@ -46,6 +46,8 @@ def bad(name: str, model: nn.Module) -> Teacher:
             "    return nn.Sequential(nn.Flatten(), nn.LazyLinear(3))",
             "without values": f"{CODE}\ndef make():\n    return Small().to('meta')",
             "with more than tensors": f"{CODE}\n\nclass make(Small):\n    def get_extra_state(self):\n        return 1",
+            "drops out": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        return super().forward(nn.functional.dropout(x))\n",
             "fixed size": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))",
         }[name.removeprefix("code ")]
         Path("nets/wrong.py").write_text(body)
@@ -53,6 +55,12 @@ def bad(name: str, model: nn.Module) -> Teacher:
     if name == "ONNX with softmax":
         write_onnx(Path("a.onnx"), model, tail=[helper.make_node("Softmax", ["y"], ["z"])])
         return section("onnx:a.onnx")
+    if name == "ONNX in training mode":
+        write_onnx(Path("a.onnx"), model, training=True)
+        return section("onnx:a.onnx")
+    if name == "program in training mode":
+        write_program(Path("a.pt2"), model.train())
+        return section("export:a.pt2")
     if name in ("ONNX cut off", "ONNX with its weights elsewhere"):
         write_onnx(Path("a.onnx"), model)
         if name == "ONNX cut off":
@@ -196,6 +204,9 @@ BAD = {
     "code tuple": r"answers with a tuple, not with the logits",
     "code no linear layer": r"runs no linear layer of 3 outputs",
     "code maps": r"answers 16 images with shape \(16, 3, 30, 30\)",
+    "code drops out": r"answers differently when asked again, or in another batch\. Export it in evaluation mode",
+    "ONNX in training mode": r"answers differently when asked again, or in another batch",
+    "program in training mode": r"answers differently when asked again, or in another batch",
     "code fixed size": r"fails on images of 3 channels and 32 x 32 pixels",
 }
 

@@ -187,7 +187,8 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
     Raises
     ------
     UserError
-        They do not, to `TOLERANCE`, or the network answers with something else than features and logits.
+        They do not, to `TOLERANCE`; the network answers with something else than features and logits; or what it says
+        of an image is random, or depends on the others of its batch.
     """
     features, logits = run_network(body, pixels, source)
     check_logits(logits, len(pixels), n_outputs, source)
@@ -202,9 +203,15 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
             f"params.yaml: teacher.source: {source} answers with NaN or infinite logits on images of the data set. "
             "Look at its weights, and at teacher.pixels and teacher.normalization."
         )
-    own = body.classify(features)
-    difference = float((own - logits).abs().max()) if own.shape == logits.shape else float("inf")
-    if not difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
+    limit = TOLERANCE * max(1.0, float(logits.abs().max()))
+    halves = [run_network(body, half, source)[1] for half in pixels.chunk(2)]
+    if not _difference(torch.cat(halves), logits) <= limit:
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers differently when asked again, or in another batch. Export "
+            "it in evaluation mode (`model.eval()`); in code, say `training=self.training` to F.dropout and the like."
+        )
+    difference = _difference(body.classify(features), logits)
+    if not difference <= limit:
         sums = logits.sum(1)
         softmax = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
         reason = "a softmax follows it" if softmax else "something follows it, or it is not the last layer"
@@ -213,3 +220,8 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
             f"logits to {TOLERANCE:g}, and differ by {difference:.2g}: {reason}. Let it return the logits "
             "themselves, or name the last layer in teacher.classifier."
         )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Of the largest element; infinite for another shape."""
+    return float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
