@@ -70,9 +70,17 @@ def test_lists_that_do_not_fit_the_pictures_are_refused(tmp_path):
     (scenes / "Images/pub/a.jpg").unlink()
     with pytest.raises(UserError, match=r"its lists name Images/pub/a\.jpg, which is not there\. Unpack"):
         load_images(scenes)
+    scenes = write_scenes(tmp_path / "twice")
+    (scenes / "TestImages.txt").write_text("attic/a.jpg\npub/a.jpg\n")
+    with pytest.raises(UserError, match=r"its lists name Images/pub/a\.jpg for training and for the test\. Take it"):
+        load_images(scenes)
     birds = write_birds(tmp_path / "birds/CUB_200_2011")
     (tmp_path / "birds/CUB_200_2011/image_class_labels.txt").write_text("1 2\n2 1\n3 7\n4 1\n")
     with pytest.raises(UserError, match="its lists do not agree on image 3"):
+        load_images(birds)
+    (tmp_path / "birds/CUB_200_2011/image_class_labels.txt").write_text("1 2\n2 1\n3 2\n4 1\n")
+    (tmp_path / "birds/CUB_200_2011/images.txt").write_text("1 002.Auk/b.jpg\n2 001.Wren/a.jpg\n3 002.Auk/b.jpg\n")
+    with pytest.raises(UserError, match=r"name CUB_200_2011/images/002\.Auk/b\.jpg for training and for the test"):
         load_images(birds)
     (tmp_path / "birds/CUB_200_2011/image_class_labels.txt").write_text("1\n")
     with pytest.raises(UserError, match=r"image_class_labels\.txt: line 1 has not two columns"):

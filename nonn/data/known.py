@@ -63,6 +63,10 @@ def _arranged(train: Listed, test: Listed, classes: Sequence[str], files: set[st
         )
     if strange := sorted({*train.values(), *test.values()} - set(position)):
         raise UserError(f"{KEY}: {path}: class {strange[0]!r} of its lists has no training pictures. Fetch it again.")
+    if twice := sorted(set(train) & set(test)):
+        raise UserError(
+            f"{KEY}: {path}: its lists name {printable(twice[0])} for training and for the test. Take it off one."
+        )
     rows = [(split, position[kind], name) for split, part in enumerate((train, test)) for name, kind in part.items()]
     rows.sort()
     return FolderLayout(
