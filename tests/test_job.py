@@ -125,6 +125,10 @@ def test_a_job_whose_inputs_are_not_there_says_what_makes_them():
     done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "nonn job: both: a.txt is not there. Run `dvc repro both`, which makes it.\n"
+    Path("input.txt").unlink()
+    job[-1] = "letters@a"
+    done = subprocess.run(job, env=environment, capture_output=True, text=True, check=False)
+    assert done.stderr == "nonn job: letters@a: input.txt is not there. Put it there: no stage makes it.\n"
 
 
 def test_a_job_of_another_experiment_than_the_run_s_is_refused(folder):

@@ -61,13 +61,17 @@ def run_job(address: str) -> None:
     dvcfile.Lockfile = EntryFile
     logging.getLogger("dvc").setLevel(logging.ERROR)
     try:
-        Repo(".", _wait_for_lock=True).reproduce(address, single_item=True)
+        repo = Repo(".", _wait_for_lock=True)
+        repo.reproduce(address, single_item=True)
     except DvcException as error:
         cause = error.__cause__ or error
         if isinstance(cause, StageCmdFailedError):
             raise SystemExit(1) from None  # the stage has said why
         if absent := _missing_file(cause):
-            raise UserError(f"{address}: {absent} is not there. Run `dvc repro {address}`, which makes it.") from None
+            path = Path(absent).absolute()
+            is_made = any(path.is_relative_to(out.fs_path) for out in repo.index.outs)
+            remedy = f"Run `dvc repro {address}`, which makes it." if is_made else "Put it there: no stage makes it."
+            raise UserError(f"{address}: {absent} is not there. {remedy}") from None
         if told := _refused(cause):
             raise told from None
         raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None

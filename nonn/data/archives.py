@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import lzma
 import os
+import stat
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from posixpath import dirname, join, normpath
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular
+from nonn.data.clutter import sort_out
 
 ZIP = (".zip",)
 TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
@@ -27,20 +30,62 @@ def is_archive(path: Path) -> bool:
 
 
 def list_names(path: Path) -> Iterator[str]:
-    """Yield the names of all files and, with a slash at the end, folders."""
+    """Yield the names of all files and, with a slash at the end, folders.
+
+    Raises
+    ------
+    UserError
+        A folder may not be listed, or a link leads to nothing, in an archive also to a folder: all that is in there
+        would be left out.
+    """
     if path.is_dir():
-        for folder, subfolders, files in os.walk(path, followlinks=True):
-            relative = Path(folder).relative_to(path)
-            if relative.parts and Path(folder).is_symlink() and _is_around(Path(folder)):
-                raise UserError(f"{folder}: is a link to a folder around it. Remove it.")
-            yield from ((relative / name).as_posix() + "/" for name in subfolders)
-            yield from ((relative / name).as_posix() for name in files)
+        yield from _walk(path)
     elif _is_zip(path):
         with zipfile.ZipFile(path) as archive:
-            yield from map(_with_slashes, archive.namelist())
+            for info in archive.infolist():
+                name = _with_slashes(info.filename)
+                if stat.S_ISLNK(info.external_attr >> 16):
+                    _refuse_link(path, name, "Pack what it leads to in its place (`zip` without `-y`).")
+                yield name
     else:
         with tarfile.open(path) as archive:
-            yield from (member.name + "/" * member.isdir() for member in archive)
+            members = archive.getmembers()
+            files = {normpath(member.name) for member in members if not member.isdir()}
+            for member in members:
+                if member.issym() and normpath(join(dirname(member.name), member.linkname)) not in files:
+                    _refuse_link(path, member.name, "Pack what it leads to in its place (`tar -h`).")
+                yield member.name + "/" * member.isdir()
+
+
+def _walk(path: Path, within: str = "") -> Iterator[str]:
+    """Names in a folder of `path` and below; links are followed."""
+    folder = path / within
+    if within and folder.is_symlink() and _is_around(folder):
+        raise UserError(f"{folder}: is a link to a folder around it. Remove it.")
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError as error:
+        if within and _is_clutter(within):
+            return
+        raise (refusal(error) or error) from None
+    for entry in entries:
+        name = within + entry.name
+        if entry.is_dir():
+            yield f"{name}/"
+            yield from _walk(path, f"{name}/")
+        else:
+            if entry.is_symlink() and not Path(entry.path).exists():
+                _refuse_link(path, name, "Mend or remove it.")
+            yield name
+
+
+def _refuse_link(path: Path, name: str, remedy: str) -> None:
+    if not _is_clutter(name):
+        raise UserError(f"{path}: {printable(name)} is a link that leads to no file there. {remedy}")
+
+
+def _is_clutter(name: str) -> bool:
+    return name not in sort_out([name])[0]
 
 
 def _is_around(link: Path) -> bool:

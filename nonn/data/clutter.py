@@ -15,7 +15,9 @@ CLUTTER_SUFFIXES = frozenset(
     )
 )
 #: Folders that operating systems and network drives leave among pictures.
-CLUTTER_FOLDERS = frozenset(("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"))
+CLUTTER_FOLDERS = frozenset(
+    ("__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information")
+)
 #: What files in a folder whose name begins with a dot are counted as.
 HIDDEN = "in hidden folders"
 CLUTTER_NAMES = frozenset(("desktop.ini", "license", "licence", "makefile", "readme", "thumbs.db"))
