@@ -56,6 +56,16 @@ def test_split_is_disjoint_covering_and_stratified(own_test, validation, test):
             assert (labels[split["test"]] == label).sum() == max(1, round(test * members.sum()))
 
 
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_a_split_of_the_source_s_own_without_images_is_refused(name, tmp_path):
+    """As `broken: skip` leaves it where none of its pictures can be read, and lists that name none."""
+    folder = write_folder(tmp_path / "pets", ["train/cat", "train/dog", f"{name}/cat", f"{name}/dog"])
+    for path in folder.glob(f"{name}/*/*.png"):
+        path.write_bytes(b"no picture")
+    with pytest.raises(UserError, match=rf"dataset\.source: its {name} split has no image that can be read\. Mend its"):
+        run(make_params(folder, broken="skip"), PATHS)
+
+
 def test_split_depends_on_the_seed_only():
     labels = make_labels([50, 50])
     first, again, other = (split_dataset(labels, "ab", None, 0.2, 0.2, seed) for seed in (0, 0, 1))

@@ -129,7 +129,7 @@ def split_dataset(
     images that the source does not set aside for testing itself. `is_test` (N,) bool is the source's own test split,
     which is kept; None draws one of the fraction `test`. `is_validation` is its own
     validation split, in the same way. Test images do not depend on `validation`. A class with too few images to train
-    with is a UserError.
+    with is a UserError, and so is a split of the source's own without images.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -156,7 +156,13 @@ def split_dataset(
         parts["test"].append(held)
     if too_few:
         raise _too_few_images(too_few, needed)
-    return {name: np.sort(np.concatenate(indices)) for name, indices in parts.items()}
+    splits = {name: np.sort(np.concatenate(indices)) for name, indices in parts.items()}
+    if empty := [name for name, indices in splits.items() if not len(indices)]:
+        raise UserError(
+            f"params.yaml: dataset.source: its {empty[0]} split has no image that can be read. Mend its pictures or "
+            "lists, or take that split out of it."
+        )
+    return splits
 
 
 def _too_few_images(counts: dict[str, int], needed: int) -> UserError:
