@@ -69,6 +69,25 @@ def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):
         load_images(source)
 
 
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"label_column": "uneven"}, r"label_column: .*: column 'uneven' holds values of type list, not numbers"),
+        ({"label_column": "even"}, r"label_column: .*: column 'even' holds values of type list"),
+        ({"label_column": "image"}, r"label_column: .*: column 'image' holds values of type dict"),
+        ({"label_column": "raw"}, r"label_column: .*: column 'raw' holds values of type bytes"),
+        ({"image_column": "label"}, r"image_column: .*: column 'label' holds values of type int, not files"),
+        ({"image_column": "even"}, r"image_column: .*: column 'even' holds values of type list"),
+        ({"image_column": "box"}, r"image_column: .*: column 'box' holds values of type dict"),
+    ],
+)
+def test_columns_of_another_kind_are_refused_by_their_names(columns, told, pyarrow, tmp_path):
+    more = {"uneven": [[0], [1, 2]], "even": [[0, 1], [1, 2]], "raw": [b"a", b"b"], "box": [{"x": 1}, {"x": 2}]}
+    write_parquet(pyarrow, tmp_path / "pets.parquet", [0, 1], **more)
+    with pytest.raises(UserError, match=rf"^params\.yaml: dataset\.{told}"):
+        load_images(f"hf:{tmp_path / 'pets.parquet'}", **{"image_column": "image"} | columns)
+
+
 @pytest.mark.usefixtures("pyarrow")
 def test_two_splits_of_one_meaning_are_refused(monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: dict.fromkeys(("train", "val", "validation")))

@@ -39,6 +39,8 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
         raise UserError(
             f"{KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another label_column."
         )
+    if strange := next((value for value in given if not isinstance(value, str | int | float)), None):
+        raise _other_kind(name, "label_column", label_column, strange, "numbers or names of classes")
     labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
     decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
@@ -142,16 +144,25 @@ def _pictures(name: str, parts: Mapping[str, Any], column: str, labels: np.ndarr
         if isinstance(part.features[column], datasets.Image):
             part = part.cast_column(column, datasets.Image(decode=False))  # threads decode
         for number, row in enumerate(part):
-            value = row[column]
-            content = _content_of(value)
+            content = _content_of(row[column])
+            if content is None:
+                raise _other_kind(name, "image_column", column, row[column], "files of pictures")
             digest.update(f"{labels[index]} {len(content)} ".encode())
             digest.update(content)
             yield index, f"hf:{name}: image {number} of {split}", content
             index += 1
 
 
-def _content_of(value: Any) -> bytes:
-    """Of a picture; empty, and so broken, for a row without one."""
-    if value is None or isinstance(value, bytes):
-        return value or b""
-    return value["bytes"] or (Path(value["path"]).read_bytes() if value["path"] else b"")
+def _content_of(value: Any) -> bytes | None:
+    """Of a picture; empty, and so broken, for a row without one; None of what is none."""
+    if isinstance(value, Mapping) and "bytes" in value:
+        path = value.get("path")
+        value = value["bytes"] or (Path(path).read_bytes() if path else b"")
+    return value or b"" if value is None or isinstance(value, bytes) else None
+
+
+def _other_kind(name: str, key: str, column: str, value: Any, wanted: str) -> UserError:
+    return UserError(
+        f"params.yaml: dataset.{key}: hf:{name}: column {column!r} holds values of type {type(value).__name__}, not "
+        f"{wanted}. Name another column."
+    )
