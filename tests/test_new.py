@@ -1,5 +1,6 @@
 """`nonn new`: an experiment for one's own images, teacher and devices that is sound, or one line for each mistake."""
 
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from experiments import REPOSITORY
+from foreign import CODE
 from pictures import write_photos
 
 from nonn.cli import main
@@ -167,6 +169,17 @@ def test_a_teacher_of_other_classes_is_refused(small_teacher, clone):
     shutil.copytree(clone / "photos/cats", clone / "photos/eels")
     assert "3 classes" in refusal(*small_teacher)
     assert not Path("workflow/experiments/pets.yaml").exists()
+
+
+@pytest.mark.usefixtures("code")
+def test_a_teacher_that_cannot_be_exported_is_refused_before_anything_is_trained(clone):
+    Path("nets/branch.py").write_text(
+        f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+        "        return super().forward(x if x.sum() > 0 else -x)\n"
+    )
+    shutil.copytree(clone / "photos/cats", clone / "photos/eels")
+    teacher = ("--devices", "2×stm32f7", "--size", "64", "--teacher", "module:nets.branch:make")
+    assert re.search(r"the teacher cannot be exported to ONNX \(.*Export it yourself", refusal(*teacher))
 
 
 @pytest.mark.usefixtures("clone")

@@ -14,6 +14,7 @@ import json
 import operator
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -214,26 +215,29 @@ def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
 
 
 def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
-    """Load a foreign teacher and examine it on noise: a UserError says why it cannot be one."""
+    """Load a foreign teacher, examine it on noise and export it: a UserError says why it cannot be one."""
     import torch
 
     from nonn.data.dataset import Dataset
-    from nonn.teachers.foreign import PROBES, import_foreign
+    from nonn.deploy.teacher_files import write_teacher
+    from nonn.teachers.foreign import PROBES, ForeignTeacher, import_foreign
 
-    def examine(channels: int) -> None:
+    def examine(channels: int) -> tuple[ForeignTeacher, Dataset]:
         shape = PROBES, channels, *2 * [params.sizes["teacher"]]
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         index, middle = torch.arange(PROBES), torch.full((channels,), 128.0)
         data = Dataset(noise, index % len(classes), index, index, index, middle, middle, classes)
-        import_foreign(data, params.teacher)
+        return import_foreign(data, params.teacher)[0], data
 
     try:
-        examine(channels=3)
+        model, data = examine(channels=3)
     except UserError as error:
         try:
-            examine(channels=1)  # pictures are not opened, and may be grey
+            model, data = examine(channels=1)  # pictures are not opened, and may be grey
         except UserError:
             raise error from None
+    with tempfile.TemporaryDirectory() as folder:  # the stage that exports comes after all trainings
+        write_teacher(model, data, Path(folder, "teacher.onnx"))
 
 
 def add_arguments(parser) -> None:
