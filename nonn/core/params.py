@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
-from nonn.core.boards import Board, all_boards, find_board, in_device, shipped_boards
+from nonn.core.boards import Board, find_board, in_device
 from nonn.core.budgets import Budget
-from nonn.core.devices import Device, Limit, NonNegative, Positive, check_board
+from nonn.core.devices import Device, NonNegative, Positive
+from nonn.core.distributed import Distributed
 from nonn.core.image_source import ImageSource
-from nonn.core.links import PRESETS
 from nonn.core.names import Name
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
@@ -234,33 +234,6 @@ class Benchmark(Section):
     windows: Count
     pairs: Count
     core: Annotated[int, Field(ge=0, le=4_095)]
-
-
-class Distributed(Section):
-    """Devices at once over emulated links, and what a split network takes there."""
-
-    links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]
-    board: Annotated[str, Field(json_schema_extra={"enum": [n for n, b in shipped_boards().items() if b.has_energy]})]
-    slowdown: Positive
-    reference: Architecture | None
-    images: Annotated[int, Field(ge=2, le=1_000_000)]
-    seconds: Positive
-    longest: Limit
-
-    @field_validator("links")
-    @classmethod
-    def _are_known(cls, links: list[str]) -> list[str]:
-        for link in links:
-            if link not in PRESETS:
-                raise ValueError(f"no link {link!r}; choose of {', '.join(PRESETS)}")
-        if len(set(links)) < len(links):
-            raise ValueError("a link is listed twice; remove one")
-        return links
-
-    @field_validator("board")
-    @classmethod
-    def _is_a_board(cls, board: str) -> str:
-        return check_board(board, [name for name, facts in all_boards().items() if facts.has_energy])
 
 
 class Figures(Section):

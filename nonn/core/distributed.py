@@ -1,0 +1,40 @@
+"""The section ``distributed`` of ``params.yaml``: devices at once over emulated links."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, field_validator
+
+from nonn.core.architecture import Architecture
+from nonn.core.boards import all_boards, shipped_boards
+from nonn.core.devices import Limit, Positive, check_board
+from nonn.core.links import PRESETS
+from nonn.core.schema import Section
+
+
+class Distributed(Section):
+    """Devices at once over emulated links, and what a split network takes there."""
+
+    links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]
+    board: Annotated[str, Field(json_schema_extra={"enum": [n for n, b in shipped_boards().items() if b.has_energy]})]
+    slowdown: Positive
+    reference: Architecture | None
+    images: Annotated[int, Field(ge=2, le=1_000_000)]
+    seconds: Positive
+    longest: Limit
+
+    @field_validator("links")
+    @classmethod
+    def _are_known(cls, links: list[str]) -> list[str]:
+        for link in links:
+            if link not in PRESETS:
+                raise ValueError(f"no link {link!r}; choose of {', '.join(PRESETS)}")
+        if len(set(links)) < len(links):
+            raise ValueError("a link is listed twice; remove one")
+        return links
+
+    @field_validator("board")
+    @classmethod
+    def _is_a_board(cls, board: str) -> str:
+        return check_board(board, [name for name, facts in all_boards().items() if facts.has_energy])
