@@ -81,6 +81,17 @@ def test_the_stages_run_with_a_foreign_teacher(kind, colour, model):
     assert load_teacher(paths).n_features == 16
 
 
+def test_what_asks_for_more_filters_is_refused_once_the_teacher_is_loaded(colour, model):
+    raw = tiny_params({"signals": {"attention": False}, "graph": {"top_k": 17}})
+    raw["networks"]["2s"]["baselines"] = {}
+    raw["teacher"] = write_source("module", model).model_dump(exclude_unset=True)
+    params = Params.model_validate(raw)
+    paths = Paths(params.experiment)
+    write_dataset(colour, paths)
+    with pytest.raises(UserError, match=r"^params\.yaml: graph\.top_k: is 17, but the teacher has only 16 filters"):
+        teacher_stage.run(params, paths)
+
+
 @pytest.mark.slow
 def test_a_foreign_teacher_teaches_a_network(colour, model):
     """From the teacher to the scores and the exported files: students learn, and the teacher is among the rows."""

@@ -52,6 +52,14 @@ WRONG = [
     ({"teacher.muon": {"lr": 0, "momentum": 0.6}}, "teacher.muon.lr: input should be greater than 0 (it is 0)"),
     ({"devices.stm32f4.memory_kib": float("inf")}, "devices.stm32f4.memory_kib: input should be a finite number"),
     (
+        {"graph.top_k": 4096},
+        "graph.top_k: is 4096, but the teacher has only 192 filters; lower it, or set it to null for all filters",
+    ),
+    (
+        {"teacher.architecture.widths": [8, 8, 2], "graph.top_k": None},
+        "networks.4s.devices: 4 devices share 2 filters of the teacher; take fewer devices or a wider teacher",
+    ),
+    (
         {"teacher.normalization": {"mean": [0.5], "std": [0.5]}},
         "teacher: normalization: is that of imported `weights`, and they are null; set it to null too",
     ),

@@ -18,6 +18,7 @@ from nonn.core.boards import Board, find_board, in_device
 from nonn.core.budgets import Budget
 from nonn.core.devices import Device, NonNegative, Positive
 from nonn.core.distributed import Distributed
+from nonn.core.errors import UserError
 from nonn.core.image_source import ImageSource
 from nonn.core.names import Name
 from nonn.core.numerics import Numerics
@@ -344,8 +345,29 @@ class Params(Section):
             if augment.cutout >= size:
                 yield f"{name}.augment.cutout: hides all of an image of {size} pixels; give less than that"
 
+    def check_filters(self, n_filters: int) -> None:
+        """Raise UserError if more filters are asked for than a teacher of so many has."""
+        if problems := list(self._missing_filters(n_filters)):
+            raise UserError("\n".join(f"{PARAMS_FILE}: {problem}." for problem in problems))
+
+    def _missing_filters(self, n_filters: int) -> Iterator[str]:
+        top_k = self.graph.top_k
+        if top_k is not None and top_k > n_filters:
+            yield (
+                f"graph.top_k: is {top_k}, but the teacher has only {n_filters} filters; lower it, or set it to null "
+                "for all filters"
+            )
+        for name, network in self.networks.items():
+            if len(network.devices) > n_filters:
+                yield (
+                    f"networks.{name}.devices: {len(network.devices)} devices share {n_filters} filters of the "
+                    "teacher; take fewer devices or a wider teacher"
+                )
+
     def _disagreements(self) -> Iterator[str]:
         yield from self._disagreements_with_sizes()
+        if not self.teacher.is_foreign:
+            yield from self._missing_filters(self.teacher.own.n_features)
         board, precision = find_board(self.distributed.board), self.design.precision
         if not board.runs_onnx and not board.mmacs[precision]:
             yield f"distributed.board: the speed of {board.name} in {precision} is not known; choose another board"

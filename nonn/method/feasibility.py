@@ -88,7 +88,7 @@ def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_
     else:
         # Of all filters that a teacher has, some are never active: there may be fewer, not more. How many a foreign one
         # has is known once it is loaded.
-        most = max(0 if params.teacher.is_foreign else params.teacher.own.n_features, len(budgets))
+        most = len(budgets) if params.teacher.is_foreign else params.teacher.own.n_features
         sizes = apportion_filters(grid, budgets, images, most)
         for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
             try:

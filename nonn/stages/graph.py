@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from nonn.core.errors import UserError
 from nonn.core.files import damaged, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
@@ -19,12 +18,7 @@ def run(params: Params, paths: Paths) -> None:
     pooled, labels = read_tensors(paths.signals).get("validation_pooled"), data.labels[data.validation]
     if pooled is None or pooled.dim() != 2 or len(pooled) != len(labels):
         raise damaged(paths.signals, "validation_pooled is not of the validation images of this dataset")
-    n_filters = pooled.shape[1]
-    if top_k is not None and top_k > n_filters:
-        raise UserError(
-            f"params.yaml: graph.top_k: is {top_k}, but the teacher has only {n_filters} filters; "
-            f"lower it, or set it to null for all filters"
-        )
+    params.check_filters(pooled.shape[1])
     live = live_filters(pooled)
     pooled = pooled * live  # what every image has alike links no filters
     weights = RULES[rule](normalise_activity(pooled, top_k))

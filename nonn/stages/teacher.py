@@ -34,6 +34,7 @@ def run(params: Params, paths: Paths) -> None:
         model, log = train_teacher(data, section, checkpoint)
     else:
         model, record = import_teacher(data, section)
+        params.check_filters(model.n_features)
         log = score_teacher(model, data, section)
     write_tensors(paths.teacher, tensors_of(model))
     write_log(paths.log(paths.teacher), log)
