@@ -9,8 +9,10 @@ import pytest
 import torch
 from experiments import make_dataset
 from foreign import save, section, taught, write_onnx
+from safetensors.torch import save_file
 from torch import nn
 
+from nonn.commands.head import load_pretrained
 from nonn.core.errors import UserError
 from nonn.core.teacher_source import Normalization
 from nonn.data.dataset import Dataset
@@ -48,6 +50,17 @@ def test_checkpoints_are_read_as_people_have_them(name, colour, model):
     teacher, _ = import_teacher(colour, section(weights=path))
     for key, tensor in teacher.body.network.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_new_last_layer_starts_from_weights_in_any_order(prefix, colour):
+    """As .safetensors files have them, sorted: layers after ``head`` in the alphabet are not the last."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    weights = wrapped(prefix, timm.create_model("test_convnext", num_classes=7).state_dict())
+    save_file(weights, "start.safetensors")
+    model = load_pretrained(colour, section("timm:test_convnext", weights="start.safetensors"))
+    assert (model.body.classifier, model.body.n_outputs) == ("head.fc", 7)
 
 
 @pytest.mark.parametrize("averaged", ["model_ema", "ema", "state_dict_ema"])

@@ -87,21 +87,27 @@ def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
     from nonn.teachers.bodies import ModuleBody, find_classifier
     from nonn.teachers.checkpoints import fill, read_weights
     from nonn.teachers.foreign import PROBES, ForeignTeacher, examine
-    from nonn.teachers.libraries import build_network, input_channels
+    from nonn.teachers.libraries import Built, build_network, input_channels
     from nonn.teachers.preprocessing import Preprocess, Preprocessing
 
     weights = read_weights(params)[0] if params.weights else None
-    # The last matrix is the last layer; where the library's own weights come, the number is theirs.
-    matrices = [tensor for tensor in (weights or {}).values() if tensor.dim() == 2]
-    n_outputs = len(matrices[-1]) if matrices else data.n_classes
-    built = build_network(params, data.channels, data.size, n_outputs, weights, download=weights is None)
+
+    def build(n_outputs: int) -> Built:
+        return build_network(params, data.channels, data.size, n_outputs, weights, download=weights is None)
+
+    n_outputs = data.n_classes
+    built = build(n_outputs)
     network = built.network.eval()
-    if weights is not None:
-        fill(network, weights, Path(str(params.weights)), f"teacher.source {params.source}", None, n_outputs)
     settings = Preprocessing.of(params, input_channels(network) or data.channels, data.channels, built.moments)
     pixels = Preprocess(settings)(data.part("validation")[0][:PROBES])
     if weights is None:
-        n_outputs = _count_outputs(network, pixels)
+        n_outputs = _count_outputs(network, pixels)  # of the library's own weights
+    else:
+        name = find_classifier(network, pixels, params.classifier, n_outputs, params.source)
+        ends = [n for n in weights if f".{n}".endswith(f".{name}.weight")]  # after what wrappers put before it
+        n_outputs = len(weights[min(ends, key=len)]) if ends else n_outputs
+        network = build(n_outputs).network.eval()
+        fill(network, weights, Path(str(params.weights)), f"teacher.source {params.source}", None, n_outputs)
     body = ModuleBody(network, find_classifier(network, pixels, params.classifier, n_outputs, params.source))
     examine(body, pixels, n_outputs, params.source)
     return ForeignTeacher(body, settings, None).eval()
