@@ -168,7 +168,7 @@ def test_a_damaged_list_of_classes_is_one_line(tmp_path):
 
 
 def write_idx(folder: Path, packed: bool = True, train: int = 12, test: int = 6) -> tuple[np.ndarray, np.ndarray]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     images, labels = noise(0, (train + test, 28, 28)), (np.arange(train + test) % 3).astype(np.uint8)
     for name, part in (("train", slice(train)), ("t10k", slice(train, None))):
         for kind, array in (("images-idx3", images[part]), ("labels-idx1", labels[part])):
@@ -186,6 +186,28 @@ def test_a_folder_of_idx_files_is_read(packed, tmp_path):
     np.testing.assert_array_equal(loaded.labels, labels)
     assert loaded.is_test.tolist() == [False] * 12 + [True] * 6
     assert loaded.classes == ("0", "1", "2")
+
+
+def test_one_of_several_sets_of_idx_files_is_asked_for(tmp_path):
+    write_idx(tmp_path / "emnist")
+    write_idx(tmp_path / "emnist", packed=False)
+    assert len(load_images(tmp_path / "emnist").labels) == 18, "packed and unpacked, they are one set"
+    for path in list((tmp_path / "emnist").iterdir()):
+        path.rename(path.with_name(f"emnist-letters-{path.name}"))
+    write_idx(tmp_path / "emnist")
+    told = r"several sets of idx files \(emnist-letters-train-images-idx3-ubyte, train-images-idx3-ubyte\)\. Give"
+    with pytest.raises(UserError, match=told):
+        load_images(tmp_path / "emnist")
+
+
+def test_labels_of_idx_files_may_begin_at_one(tmp_path):
+    _, labels = write_idx(tmp_path / "letters", packed=False)
+    for name, part in (("train", labels[:12]), ("t10k", labels[12:])):
+        path = tmp_path / f"letters/{name}-labels-idx1-ubyte"
+        path.write_bytes(path.read_bytes()[:8] + (part + 1).astype(np.uint8).tobytes())
+    loaded = load_images(tmp_path / "letters")
+    assert loaded.classes == ("1", "2", "3")
+    np.testing.assert_array_equal(loaded.labels, labels)
 
 
 def test_idx_files_that_are_cut_off_or_missing_are_named(tmp_path):

@@ -168,7 +168,7 @@ def split_dataset(
 def _too_few_images(counts: dict[str, int], needed: int) -> UserError:
     """What helps depends on the number: of one image no fraction leaves anything."""
     if hopeless := {name: count for name, count in counts.items() if count < needed}:
-        problem, remedy = hopeless, f"A class needs {needed} at least. Add images to each, or take its folder away"
+        problem, remedy = hopeless, f"A class needs {needed} at least. Add images to each, or take it out"
     else:
         problem, remedy = counts, "Lower dataset.validation and dataset.test, or add images to each"
     shown = [f"{printable(name)!r} has {count} image{'s' * (count != 1)}" for name, count in problem.items()]

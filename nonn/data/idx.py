@@ -21,17 +21,32 @@ SPLITS = {"train": "train", "test": "t10k"}
 
 
 def find_idx(folder: Path) -> dict[str, Path]:
-    """The four files of a folder, by ``train-images``, ``train-labels``, ``test-images`` and ``test-labels``."""
-    found = {}
+    """The four files of a folder, by ``train-images``, ``train-labels``, ``test-images`` and ``test-labels``.
+
+    Raises
+    ------
+    UserError
+        There are those of several sets, such as EMNIST has them.
+    """
+    found: dict[str, Path] = {}
     for split, name in SPLITS.items():
         for kind, dimensions in (("images", 3), ("labels", 1)):
             pattern = f"*{name}-{kind}[-.]idx{dimensions}-ubyte*"
-            files = sorted(f for f in folder.glob(pattern) if f.name.endswith(("ubyte", "ubyte.gz")))
+            files = _find_files(folder, pattern)
             if split == "test" and not files:
-                files = sorted(folder.glob(pattern.replace(name, "test")))
+                files = _find_files(folder, pattern.replace(name, "test"))
+            if len(names := {file.name.removesuffix(".gz").replace(".idx", "-idx") for file in files}) > 1:
+                raise UserError(
+                    f"{KEY}: {folder}: has several sets of idx files ({', '.join(sorted(names))}). Give the one you "
+                    "mean a folder of its own."
+                )
             if files:  # packed and unpacked, they are the same
                 found[f"{split}-{kind}"] = files[0]
     return found
+
+
+def _find_files(folder: Path, pattern: str) -> list[Path]:
+    return sorted(f for f in folder.glob(pattern) if f.name.endswith(("ubyte", "ubyte.gz")) and not f.is_dir())
 
 
 def load_idx(folder: Path, decoder: Decoder) -> RawImages:
@@ -48,8 +63,9 @@ def load_idx(folder: Path, decoder: Decoder) -> RawImages:
     labels = np.concatenate([arrays["train-labels"], arrays["test-labels"]])
     images = (image for split in SPLITS for image in arrays[f"{split}-images"])
     pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)
-    found, sha256 = decode_pairs(pairs, len(labels), decoder)
-    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    given, sha256 = decode_pairs(pairs, len(labels), decoder)
+    numbers, found = np.unique(given, return_inverse=True)  # some begin at 1
+    classes = tuple(map(str, numbers.tolist()))
     if hashlib.sha256(arrays["train-labels"].tobytes()).hexdigest() == FASHION:
         from torchvision.datasets import FashionMNIST
 
