@@ -174,6 +174,16 @@ def test_damaged_image_is_named(tmp_path, keep, reason):
             load_images(str(source), SIZE)
 
 
+@pytest.mark.parametrize("name", ["pets", "a.tar", "a.zip"])
+def test_files_too_large_for_a_picture_are_broken_ones_and_not_read(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("nonn.data.archives.LARGEST", 5000)
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=2)
+    (folder / "dog/1.png").write_bytes(bytes(5001))
+    source = folder if name == "pets" else pack(folder, tmp_path / name)
+    with pytest.raises(UserError, match=r"dog/1\.png cannot be read \(0\.0 GiB, too large for a picture\)"):
+        load_images(str(source), SIZE)
+
+
 def test_unknown_sources(tmp_path):
     with pytest.raises(UserError, match=r"dataset\.source: nowhere\.zip does not exist"):
         load_images("nowhere.zip", SIZE)

@@ -21,6 +21,9 @@ TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZSTANDARD = (".tar.zst", ".tzst")  # Python reads it from 3.14 on
 ARCHIVES = (*ZIP, *TAR, *(ZSTANDARD if "zst" in tarfile.TarFile.OPEN_METH else ()))
 
+#: Bytes of the largest file that is read, for it is read whole.
+LARGEST = 1 << 30
+
 #: What a file holds, or what reads it: a thread that decodes reads beside others.
 Content = bytes | Callable[[], bytes]
 
@@ -107,7 +110,7 @@ def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Cont
                 if member.name in wanted:
                     if (file := archive.extractfile(member)) is None:
                         raise tarfile.ReadError(f"{member.name} is not a file")
-                    yield member.name, file.read()
+                    yield member.name, _too_large(member.size) or file.read()
             while archive.fileobj and archive.fileobj.read(1 << 20):
                 pass  # checksums stand at the end of what is compressed
 
@@ -137,15 +140,24 @@ def _with_slashes(name: str) -> str:
 
 
 def _reader(path: Path) -> Callable[[], bytes]:
-    return lambda: regular(path).read_bytes()
+    def read() -> bytes:
+        fail = _too_large(regular(path).stat().st_size)
+        return fail() if fail else path.read_bytes()
+
+    return read
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Content:
     """A file of a zip; if it is damaged, whoever decodes it is told, and the others are read all the same."""
     try:
-        return archive.read(name)
+        return _too_large(archive.getinfo(name).file_size) or archive.read(name)
     except (zipfile.BadZipFile, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         return _failing(error)
+
+
+def _too_large(size: int) -> Callable[[], bytes] | None:
+    """What tells whoever decodes a file that nothing of that size is a picture; None where it may be one."""
+    return _failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > LARGEST else None
 
 
 def _failing(error: Exception) -> Callable[[], bytes]:
