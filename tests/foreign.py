@@ -104,6 +104,17 @@ def write_onnx(
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
 
 
+def write_half(path: Path, model: nn.Module) -> None:
+    """The same in float16, inputs and outputs too."""
+    write_onnx(path, model)
+    file = onnx.load(path)
+    for tensor in file.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype("float16"), tensor.name))
+    for value in (*file.graph.input, *file.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    onnx.save(file, path)
+
+
 def write_program(path: Path, model: nn.Module, batch: bool = True) -> None:
     """The network as an exported program, for any number of images or for one alone."""
     example = torch.zeros(4 if batch else 1, 3, 32, 32)

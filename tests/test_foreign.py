@@ -1,12 +1,13 @@
 """Foreign teachers: torchvision, timm, code of the user's own, ONNX files and exported programs."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from experiments import tiny_params, train_network, write_dataset
-from foreign import save, section, taught, write_onnx, write_source
+from foreign import CODE, save, section, taught, write_half, write_onnx, write_program, write_source
 from torch import Tensor, nn
 from torchvision import models
 
@@ -59,6 +60,39 @@ def test_a_network_is_the_same_teacher_whatever_it_comes_as(kind, colour, model)
         write_teacher(teacher, colour, Path("teacher.onnx"))
         exported = run_onnx(Path("teacher.onnx"), images.numpy())
         np.testing.assert_allclose(exported, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["module", "onnx", "export"])
+def test_weights_of_16_bits_make_a_teacher_too(kind, colour, model):
+    """To the precision that they have; a module becomes one of float32."""
+    if kind == "module":
+        Path("nets/small.py").write_text(f"{CODE}\n\ndef half():\n    return Small().half()\n")
+        params = section("module:nets.small:half", weights=save(model.state_dict()))
+    elif kind == "onnx":
+        write_half(Path("small.onnx"), model)
+        params = section("onnx:small.onnx")
+    else:
+        write_program(Path("small.pt2"), Half(model).eval())
+        params = section("export:small.pt2")
+    teacher, record = import_teacher(colour, params)
+    images = colour.images[:40]
+    with torch.no_grad():
+        expected = model(images.float() / 255)
+    for own in (teacher, load_foreign(record, tensors_of(teacher), colour)):
+        features, logits = predict(own, images)
+        assert features.dtype == logits.dtype == torch.float32
+        assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
+class Half(nn.Module):
+    """Computes in 16 bits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = copy.deepcopy(model).bfloat16()
+
+    def forward(self, x):
+        return self.model(x.bfloat16()).float()
 
 
 @pytest.mark.parametrize("kind", ["module", "onnx"])

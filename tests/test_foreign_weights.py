@@ -63,6 +63,13 @@ def test_a_new_last_layer_starts_from_weights_in_any_order(prefix, colour):
     assert (model.body.classifier, model.body.n_outputs) == ("head.fc", 7)
 
 
+def test_weights_of_another_size_of_images_say_so(colour):
+    timm = pytest.importorskip("timm")
+    weights = timm.create_model("test_vit", num_classes=3, img_size=64).state_dict()
+    with pytest.raises(UserError, match=r"pos_embed is for images of another size\. Set teacher\.size to what these"):
+        import_teacher(colour, section("timm:test_vit", weights=save(weights)))
+
+
 @pytest.mark.parametrize("averaged", ["model_ema", "ema", "state_dict_ema"])
 def test_averaged_weights_are_chosen_on_purpose(averaged, colour, model, capsys):
     own = dict(model.state_dict())

@@ -61,6 +61,24 @@ def bad(name: str, model: nn.Module) -> Teacher:
     if name == "program in training mode":
         write_program(Path("a.pt2"), model.train())
         return section("export:a.pt2")
+    if name == "decomposed program":
+        program = torch.export.export(model, (torch.zeros(1, 3, 32, 32),)).run_decompositions()
+        torch.export.save(program, "a.pt2")
+        return section("export:a.pt2")
+    if name in ("quantised ONNX", "ONNX with channels last"):
+        write_onnx(Path("a.onnx"), model)
+        changed = onnx.load("a.onnx")
+        if name == "quantised ONNX":
+            whole = numpy_helper.from_array(np.zeros((3, 16), np.int8), "fc.whole")
+            changed.graph.initializer.extend([whole, numpy_helper.from_array(np.float32(0.1), "fc.scale")])
+            next(node for node in changed.graph.node if node.name == "fc").input[1] = "fc.dequantised"
+            node = helper.make_node("DequantizeLinear", ["fc.whole", "fc.scale"], ["fc.dequantised"])
+            changed.graph.node.insert(0, node)
+        else:
+            sides = changed.graph.input[0].type.tensor_type.shape.dim
+            sides[1].dim_param, sides[2].dim_param, sides[3].dim_value = "h", "w", 3
+        onnx.save(changed, "a.onnx")
+        return section("onnx:a.onnx")
     if name in ("ONNX cut off", "ONNX with its weights elsewhere"):
         write_onnx(Path("a.onnx"), model)
         if name == "ONNX cut off":
@@ -207,6 +225,9 @@ BAD = {
     "code drops out": r"answers differently when asked again, or in another batch\. Export it in evaluation mode",
     "ONNX in training mode": r"answers differently when asked again, or in another batch",
     "program in training mode": r"answers differently when asked again, or in another batch",
+    "decomposed program": r"has no linear layer of 3 outputs\. .* exported without `run_decompositions`",
+    "quantised ONNX": r"is quantised, and its last linear layer has to be one of floating point\. Export it in float32",
+    "ONNX with channels last": r"takes images \(B, H, W, C\), with the channels last",
     "code fixed size": r"fails on images of 3 channels and 32 x 32 pixels",
 }
 
@@ -221,6 +242,16 @@ def test_wrong_teachers_are_refused_in_one_line(name, colour, model, caplog):
     assert len(str(told.value).splitlines()) == 1, told.value
     assert str(told.value).endswith((".", "`")), told.value
     assert not caplog.records  # nor does a library say more
+
+
+@pytest.mark.parametrize("kind", ["module", "onnx"])
+def test_one_output_for_two_classes_gets_its_own_remedy(kind, colour, model):
+    model.fc = nn.Linear(16, 1)
+    Path("nets/one.py").write_text(f"{CODE}\n\ndef make():\n    return Small(n_classes=1)\n")
+    write_onnx(Path("a.onnx"), model)
+    source = {"module": "module:nets.one:make", "onnx": "onnx:a.onnx"}[kind]
+    with pytest.raises(UserError, match=r"Give its last layer two outputs, one for each class: a row of zeros, and"):
+        import_teacher(colour, section(source, classes=["across", "down"]))
 
 
 def test_weights_of_torchvision_in_our_families_are_told_apart(colour):

@@ -1,14 +1,14 @@
 """Foreign networks, each as a module that gives the feature vectors that its classifier sees, and the logits.
 
 The interface of all bodies: a module of ``n_features`` and ``n_outputs`` that takes preprocessed images (B, C, H, W),
-float32, and returns features (B, n_features) and logits (B, n_outputs); ``classify`` gives the logits of features; and
-``tensors`` are what is stored of it.
+float32, and returns features (B, n_features) and logits (B, n_outputs), float32; ``classify`` gives the logits of
+features, to ``tolerance``; and ``tensors`` are what is stored of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, Protocol
@@ -21,12 +21,17 @@ from nonn.core.errors import UserError
 from nonn.core.schema import did_you_mean
 from nonn.teachers.checkpoints import other_classes
 
+#: Largest difference of the logits from those of the features through the classifier, relative to the largest: of
+#: weights in float32, and in 16 bits.
+TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
+
 
 class Body(Protocol):
     """What a foreign network is turned into: see the module."""
 
     n_features: int
     n_outputs: int
+    tolerance: float
 
     def __call__(self, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -42,7 +47,9 @@ def first_line(error: BaseException) -> str:
 
 
 class ModuleBody(nn.Module):
-    """A module of the user's or of a library, whose classifier is listened to."""
+    """A module of the user's or of a library, in float32, whose classifier is listened to."""
+
+    tolerance = TOLERANCE
 
     def __init__(self, network: nn.Module, classifier: str):
         super().__init__()
@@ -153,7 +160,9 @@ class GraphBody(nn.Module):
         self.content = content
         self.pixels = _placeholder(module.graph, source)
         self.graph_module, self.weight_name, self.bias_name = _cut_open(module, n_outputs, source)
-        self.n_outputs, self.n_features = map(int, self._parameter(self.weight_name).shape)  # type: ignore[union-attr]
+        weight: Any = self._parameter(self.weight_name)
+        self.n_outputs, self.n_features = map(int, weight.shape)
+        self.tolerance = HALF_TOLERANCE if weight.itemsize == 2 else TOLERANCE
 
     def _parameter(self, name: str | None) -> Tensor | None:
         if name is None:
@@ -162,15 +171,13 @@ class GraphBody(nn.Module):
         return getattr(self.graph_module.get_submodule(owner), last)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pixels[0] != 1:
-            return self.graph_module(pixels)
-        pairs = [self.graph_module(image[None]) for image in pixels]  # exported for one image at a time
-        features, logits = zip(*pairs, strict=True)
-        return torch.cat(features), torch.cat(logits)
+        batches = pixels.split(1) if self.pixels[0] == 1 else [pixels]  # some are exported for one image at a time
+        features, logits = zip(*map(self.graph_module, batches), strict=True)
+        return torch.cat(features).float(), torch.cat(logits).float()
 
     def classify(self, features: Tensor) -> Tensor:
         weight, bias = self._parameter(self.weight_name), self._parameter(self.bias_name)
-        return F.linear(features, weight, bias)  # type: ignore[arg-type]
+        return F.linear(features, weight.float(), None if bias is None else bias.float())  # type: ignore[union-attr]
 
     def weights(self) -> dict[str, Tensor]:
         return self.graph_module.state_dict()
@@ -187,23 +194,28 @@ def _placeholder(graph: fx.Graph, source: str) -> list[Any]:
     """Shape of the only input: whole numbers, and None where any number will do."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     shape = inputs[0].meta["val"].shape if inputs and "val" in inputs[0].meta else ()
-    if len(inputs) != 1 or len(shape) != 4:
-        raise UserError(
-            f"params.yaml: teacher.source: {source} takes {len(inputs)} inputs, the first with {len(shape)} "
-            "dimensions; expected is one, of images (B, C, H, W)."
-        )
+    sizes = [size if isinstance(size, int) else None for size in shape]
+    check_input(len(inputs), sizes, source)
     if (dtype := inputs[0].meta["val"].dtype) != torch.float32:
         raise UserError(
             f"params.yaml: teacher.source: {source} takes images of type {str(dtype).removeprefix('torch.')}, and "
             "float32 is expected. Export it from float32 images."
         )
-    sizes = [size if isinstance(size, int) else None for size in shape]
-    if sizes[0] not in (None, 1):
+    return sizes
+
+
+def check_input(n_inputs: int, shape: Sequence[int | None], source: str) -> None:
+    """Refuse what does not take one image or any number; `shape` is that of the first of `n_inputs` inputs."""
+    if n_inputs != 1 or len(shape) != 4:
         raise UserError(
-            f"params.yaml: teacher.source: {source} takes batches of {sizes[0]} images alone. Export it for one image, "
+            f"params.yaml: teacher.source: {source} takes {n_inputs} inputs, the first with {len(shape)} dimensions; "
+            "expected is one, of images (B, C, H, W)."
+        )
+    if shape[0] not in (None, 1):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} takes batches of {shape[0]} images alone. Export it for one image, "
             "or with a dynamic batch."
         )
-    return sizes
 
 
 def _cut_open(module: Any, n_outputs: int | None, source: str) -> tuple[fx.GraphModule, str, str | None]:
@@ -224,7 +236,7 @@ def _cut_open(module: Any, n_outputs: int | None, source: str) -> tuple[fx.Graph
     if classifier is None:
         raise UserError(
             f"params.yaml: teacher.source: {source} has no linear layer of {n_outputs} outputs. Its last layer has to "
-            "be an nn.Linear with an output for each class."
+            "be an nn.Linear with an output for each class, exported without `run_decompositions`."
         )
     outputs = _flat(result)
     if len(outputs) != 1:

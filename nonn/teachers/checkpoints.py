@@ -29,6 +29,8 @@ AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_di
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "shadow_params")
 #: What wrappers put before each name: DataParallel, torch.compile, AveragedModel, Lightning and their like.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
+#: Of names of tensors whose shape depends on the size of images, as transformers have them.
+OF_THE_SIZE = ("pos_embed", "relative_position", "attn_mask")
 #: Of averaged models, a number and no weight.
 COUNTERS = ("n_averaged", "module.n_averaged")
 
@@ -55,12 +57,7 @@ def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(str(params.weights))
     if not path.exists():
         raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
-    regular(path)
-    if params.weights_sha256 not in (None, found := sha256_of(path)):
-        raise UserError(
-            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
-            "Fetch the right file, or correct the key."
-        )
+    check_sum(path, params)
     if path.suffix == ".safetensors":
         try:
             content: Any = read_tensors(path)
@@ -73,6 +70,15 @@ def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
     check_finite(weights, path)
     options = content.get("args") if isinstance(content, dict) else None
     return weights, dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
+
+
+def check_sum(path: Path, params: Teacher) -> None:
+    """Refuse another file than ``weights_sha256`` says, and what is no regular one; FileNotFoundError without any."""
+    if params.weights_sha256 not in (None, found := sha256_of(regular(path))):
+        raise UserError(
+            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
+            "Fetch the right file, or correct the key."
+        )
 
 
 def _load(path: Path) -> Any:
@@ -232,6 +238,11 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
         and all(weights[n].dim() for n in misfits)
     ):
         raise other_classes(path, len(weights[misfits[0]]), n_classes)
+    if misfits and not (missing or surplus or [n for n in misfits if not any(part in n for part in OF_THE_SIZE)]):
+        raise UserError(
+            f"{path}: does not fit {what}: {printable(misfits[0])} is for images of another size. Set teacher.size to "
+            "what these weights were trained with."
+        )
     if missing or surplus or misfits:
         example = (missing + surplus + misfits)[0]
         raise UserError(
@@ -255,6 +266,16 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path | str | N
 def other_classes(where: Path | str, found: int, n_classes: int) -> UserError:
     """The teacher tells other classes than the data set has."""
     return UserError(
-        f"{where}: the teacher has {found} outputs, and {n_classes} classes are expected. Fine-tune its last layer on "
-        "the classes of the data set, or list the names of all its outputs, in order, in teacher.classes."
+        f"{where}: the teacher has {found} outputs, and {n_classes} classes are expected. "
+        f"{remedy_of_outputs(found, n_classes)}"
+    )
+
+
+def remedy_of_outputs(found: int | None, n_classes: int | None) -> str:
+    """What to do about a last layer of another number of outputs."""
+    if (found, n_classes) == (1, 2):
+        return "Give its last layer two outputs, one for each class: a row of zeros, and the one that it has."
+    return (
+        "Fine-tune its last layer on the classes of the data set, or list the names of all its outputs, in order, in "
+        "teacher.classes."
     )

@@ -16,19 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError, printable
-from nonn.core.files import regular, sha256_of
 from nonn.core.params import Teacher
 from nonn.core.progress import log
 from nonn.core.schema import did_you_mean
 from nonn.data.dataset import Dataset
 from nonn.teachers.bodies import Body, GraphBody, ModuleBody, check_logits, find_classifier, full_precision, run_network
-from nonn.teachers.checkpoints import check_finite, check_kinds, fill, read_weights
+from nonn.teachers.checkpoints import check_finite, check_kinds, check_sum, fill, read_weights
 from nonn.teachers.libraries import Built, build_network, digest_code, input_channels
 from nonn.teachers.onnx_body import OnnxBody, read_onnx
 from nonn.teachers.preprocessing import Preprocess, Preprocessing
 
-#: Largest difference of the logits from those of the features through the classifier, relative to the largest.
-TOLERANCE = 1e-4
 #: Images on which a teacher is examined.
 PROBES = 16
 
@@ -71,7 +68,7 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
         classes = classes or built.classes
         wanted = len(classes) if classes else wanted
         network, origin = built.network, params.weights or params.source
-        network.eval()
+        network.eval().float()
         check_kinds(network.state_dict(), origin)
         check_finite(network.state_dict(), origin)
         pixels = Preprocess(settings)(images)
@@ -109,7 +106,7 @@ def load_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], data:
         weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
         params = Teacher(source=source, threads=1)
         network = build_network(params, settings.channels, data.size, n_outputs, weights, download=False).network
-        network.load_state_dict(weights)
+        network.float().load_state_dict(weights)
         body = ModuleBody(network, record["classifier"])
     return ForeignTeacher(body, settings, record["outputs"]).eval()
 
@@ -138,14 +135,9 @@ def _are_numbers(values: Any) -> TypeGuard[Sequence[float]]:
 def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Preprocessing]:
     path = Path(params.target)
     try:
-        found = sha256_of(regular(path))
+        check_sum(path, params)
     except FileNotFoundError:
         raise UserError(f"params.yaml: teacher.source: {printable(path)} does not exist. Name a file.") from None
-    if params.weights_sha256 not in (None, found):
-        raise UserError(
-            f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
-            "Fetch the right file, or correct the key."
-        )
     body: Any
     if params.kind == "onnx":
         body = OnnxBody(read_onnx(path), wanted, params.classifier, params.source)
@@ -187,8 +179,8 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
     Raises
     ------
     UserError
-        They do not, to `TOLERANCE`; the network answers with something else than features and logits; or what it says
-        of an image is random, or depends on the others of its batch.
+        They do not, to the tolerance of the body; the network answers with something else than features and logits; or
+        what it says of an image is random, or depends on the others of its batch.
     """
     features, logits = run_network(body, pixels, source)
     check_logits(logits, len(pixels), n_outputs, source)
@@ -203,7 +195,7 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
             f"params.yaml: teacher.source: {source} answers with NaN or infinite logits on images of the data set. "
             "Look at its weights, and at teacher.pixels and teacher.normalization."
         )
-    limit = TOLERANCE * max(1.0, float(logits.abs().max()))
+    limit = body.tolerance * max(1.0, float(logits.abs().max()))
     halves = [run_network(body, half, source)[1] for half in pixels.chunk(2)]
     if not _difference(torch.cat(halves), logits) <= limit:
         raise UserError(
@@ -217,7 +209,7 @@ def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
         reason = "a softmax follows it" if softmax else "something follows it, or it is not the last layer"
         raise UserError(
             f"params.yaml: teacher.source: {source}: the features through its last linear layer should give its "
-            f"logits to {TOLERANCE:g}, and differ by {difference:.2g}: {reason}. Let it return the logits "
+            f"logits to {body.tolerance:g}, and differ by {difference:.2g}: {reason}. Let it return the logits "
             "themselves, or name the last layer in teacher.classifier."
         )
 

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from nonn.core.errors import UserError
 from nonn.core.schema import did_you_mean
 from nonn.runtime.session import REFUSALS
-from nonn.teachers.bodies import first_line
+from nonn.teachers.bodies import HALF_TOLERANCE, TOLERANCE, check_input, first_line
+from nonn.teachers.checkpoints import remedy_of_outputs
 from nonn.teachers.preprocessing import Preprocessing
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
+
+#: Operations of files whose weights are integers.
+QUANTISED = {"DequantizeLinear", "MatMulInteger", "QGemm", "QLinearMatMul"}
 
 
 def read_onnx(path: Path) -> bytes:
@@ -62,6 +66,8 @@ class OnnxBody(nn.Module):
                 f"({first_line(error)}). Export it again."
             ) from None
         self.n_features, self.n_outputs = self.weight.shape
+        is_half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
+        self.tolerance = HALF_TOLERANCE if is_half else TOLERANCE
         if len(model.graph.output) != 1:
             names = ", ".join(value.name for value in model.graph.output)
             raise UserError(
@@ -154,26 +160,17 @@ def _describe_input(model: onnx.ModelProto, source: str) -> tuple[str, list[int 
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     shape = [d.dim_value or None for d in inputs[0].type.tensor_type.shape.dim] if inputs else []
-    if len(inputs) != 1 or len(shape) != 4:
-        raise UserError(
-            f"params.yaml: teacher.source: {source} takes {len(inputs)} inputs, the first with {len(shape)} "
-            "dimensions; expected is one, of images (B, C, H, W)."
-        )
+    check_input(len(inputs), shape, source)
     kind = inputs[0].type.tensor_type.elem_type
     if kind not in FLOATS:
         raise UserError(
             f"params.yaml: teacher.source: {source} takes images of type {TensorProto.DataType.Name(kind).lower()}, "
             "and float is expected. Export it from float32 images."
         )
-    if shape[3] in (1, 3) and shape[1] not in (None, 1, 3):
+    if shape[3] in (1, 3) and shape[1] not in (1, 3):
         raise UserError(
             f"params.yaml: teacher.source: {source} takes images (B, H, W, C), with the channels last. Export it for "
             "images (B, C, H, W)."
-        )
-    if shape[0] not in (None, 1):
-        raise UserError(
-            f"params.yaml: teacher.source: {source} takes batches of {shape[0]} images alone. Export it for one image, "
-            "or with a dynamic batch."
         )
     return inputs[0].name, shape, FLOATS[kind]
 
@@ -206,12 +203,16 @@ def _find_layer(
             )
         layers = named
     fitting = [layer for layer in layers if n_outputs is None or layer[1].shape[1] == n_outputs]
+    if not fitting and any(node.op_type in QUANTISED for node in model.graph.node):
+        raise UserError(
+            f"params.yaml: teacher.source: {source} is quantised, and its last linear layer has to be one of floating "
+            "point. Export it in float32."
+        )
     if not fitting:
         found = ", ".join(f"{node.name or node.output[0]} ({w.shape[1]})" for node, w, _ in layers[-3:]) or "none"
         raise UserError(
             f"params.yaml: teacher.source: {source} has no linear layer of {n_outputs} outputs; its last, with their "
-            f"outputs: {found}. Fine-tune its last layer on the classes of the data set, or list the names of all its "
-            "outputs, in order, in teacher.classes."
+            f"outputs: {found}. {remedy_of_outputs(layers[-1][1].shape[1] if layers else None, n_outputs)}"
         )
     node, weight, bias = fitting[-1]
     return node.input[0], weight, bias
