@@ -68,6 +68,21 @@ WRONG = [
         "teacher.architecture: `width` belongs to families wrn and resnet; family fast takes `widths`",
     ),
     ({"devices.stm32f4.memory_kib": 0}, "devices.stm32f4.memory_kib: input should be greater than 0 (it is 0)"),
+    (
+        {"devices.stm32f4.memory_kb": 96},
+        "devices.stm32f4.memory_kb: unknown key; remove it (did you mean 'memory_kib'?)",
+    ),
+    ({"networks.2s.latency": 5.0}, "networks.2s.latency: unknown key; remove it (did you mean 'latency_ms'?)"),
+    ({"devices.stm32f4.mmacs_per_s": 1e-305}, "devices.stm32f4.mmacs_per_s: is 1e-305; give at least 1e-09"),
+    ({"devices.stm32f4.mmacs": 1e-305}, "devices.stm32f4.mmacs: is 1e-305; give at least 1e-09"),
+    (
+        {"design.widths": [1] * 4, "distill.batch_size": 1},
+        "distill.batch_size: is 1, and 4 stages leave one pixel of an image of 28, of which batch norm learns nothing",
+    ),
+    (
+        {"teacher.architecture.widths": [64] * 4, "teacher.batch_size": 1},
+        "teacher.batch_size: is 1, and 4 stages leave one pixel of an image of 28, of which batch norm learns nothing",
+    ),
     ({"distill.kd_weight": 1.5}, "distill.kd_weight: input should be less than or equal to 1 (it is 1.5)"),
     ({"teacher.epochs": "many"}, "teacher.epochs: input should be a valid integer"),
     ({"teacher.epochs": 1.5}, "teacher.epochs: input should be a valid integer"),

@@ -26,7 +26,7 @@ from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
 from nonn.core.links import PRESETS
-from nonn.core.schema import VALUES, Section, did_you_mean, explain
+from nonn.core.schema import VALUES, NotTiny, Section, did_you_mean, explain
 from nonn.core.yaml_text import read_yaml
 
 #: What a project adds to the catalogue, beside its ``params.yaml``.
@@ -35,7 +35,7 @@ OWN_FILE = Path("devices.yaml")
 #: Joules a bit of a Bluetooth Low Energy class radio, from the best to the worst published.
 RADIO_J_PER_BIT = (10e-9, 50e-9)
 
-Amount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(gt=0, allow_inf_nan=False), NotTiny]
 
 
 class Figure(Section):

@@ -8,13 +8,14 @@ from pydantic import Field, field_validator, model_validator
 
 from nonn.core.boards import OWN_FILE, all_boards
 from nonn.core.budgets import Budget
-from nonn.core.schema import Section, did_you_mean
+from nonn.core.schema import NotTiny, Section, did_you_mean
 
 #: Far more than any key needs, and little enough for arithmetic in float32.
 HUGE = 1e12
-Positive = Annotated[float, Field(gt=0, le=HUGE, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=HUGE, allow_inf_nan=False), NotTiny]
 NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
-Limit = Annotated[float, Field(gt=0)]  # `.inf`: none
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Limit = Annotated[float, Field(gt=0), NotTiny]  # `.inf`: none
 
 
 def check_board(name: str, known: list[str]) -> str:
@@ -37,7 +38,7 @@ class Device(Section):
     mmacs: Limit | None = None
     mmacs_per_s: Positive | None = None
     board: str | None = None
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    share: Annotated[float, Field(gt=0, le=1), NotTiny] | None = None
 
     @field_validator("board")
     @classmethod

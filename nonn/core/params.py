@@ -16,10 +16,10 @@ from pydantic import Field, model_validator
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
 from nonn.core.boards import Board, find_board, in_device
 from nonn.core.budgets import Budget
-from nonn.core.devices import Device, NonNegative, Positive
-from nonn.core.distributed import Distributed
+from nonn.core.devices import Count, Device, NonNegative, Positive
 from nonn.core.errors import UserError
 from nonn.core.image_source import ImageSource
+from nonn.core.measuring import Benchmark, Distributed
 from nonn.core.names import Name
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
@@ -48,7 +48,6 @@ FEWEST_DEVICES, MOST_DEVICES = 2, 16
 Precision = Literal["float32", "int8"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -229,14 +228,6 @@ class Evaluate(Section):
     threads: Threads = 1
 
 
-class Benchmark(Section):
-    warmup: Annotated[int, Field(ge=0, le=1_000_000)]
-    runs: Annotated[int, Field(ge=10, le=1_000_000)]
-    windows: Count
-    pairs: Count
-    core: Annotated[int, Field(ge=0, le=4_095)]
-
-
 class Figures(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
 
@@ -327,17 +318,22 @@ class Params(Section):
 
     def _disagreements_with_sizes(self) -> Iterator[str]:
         small, large, teacher = self.sizes["students"], self.sizes["teacher"], self.teacher
-        networks: list[tuple[str, Architecture | None, int]] = [
-            ("distributed.reference", self.distributed.reference, small)
-        ]
+        networks = [("distributed.reference", self.distributed.reference, small)]
         if not teacher.is_foreign:
             networks.append(("teacher.architecture", teacher.architecture, large))
         if teacher.selection:
             networks.append(("teacher.selection.proxy", teacher.selection.proxy, large))
+        trained = {"design": "distill"} | ({"teacher": "teacher"} if teacher.is_trained else {})
         stages = [(key, own.family, own.widths, size) for key, own, size in networks if own]
         for key, family, widths, size in [("design.widths", self.design.family, self.design.widths, small), *stages]:
-            if line := say_if_too_deep(family, len(widths or ()), size):
+            section, n_stages = trained.get(key.partition(".")[0]), len(widths or ())
+            if line := say_if_too_deep(family, n_stages, size):
                 yield f"{key}: {line}"
+            elif section and getattr(self, section).batch_size == 1 and size >> n_stages <= 1:
+                yield (
+                    f"{section}.batch_size: is 1, and {n_stages} stages leave one pixel of an image of {size}, of "
+                    "which batch norm learns nothing; give at least 2"
+                )
         seen = {"signals": (self.signals.augment, small)} | (
             {"teacher": (teacher.augment, large)} if teacher.is_trained else {}
         )

@@ -6,9 +6,9 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from nonn.core.errors import UserError, printable
 from nonn.core.yaml_text import parse_yaml, read_yaml
@@ -22,6 +22,18 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+
+#: Least of numbers that others are divided by: quotients by less may be more than a float holds.
+TINY = 1e-9
+
+
+def _is_not_tiny(value: float) -> float:
+    if value < TINY:
+        raise ValueError(f"is {value:g}; give at least {TINY:g}")
+    return value
+
+
+NotTiny = AfterValidator(_is_not_tiny)
 
 #: How values are shown in messages.
 VALUES = reprlib.Repr()
@@ -99,15 +111,22 @@ def _shown(value: Any) -> str:
 
 def _fields_at(location: list[str], schema: type[Section]) -> list[str]:
     """Names of the keys that the schema knows in a section."""
-    model: Any = schema
+    kind: Any = schema
     for part in location:
-        field = model.model_fields.get(part)
-        annotation = field.annotation if field else None
+        if get_origin(kind) is dict:  # of names that users give
+            annotation = get_args(kind)[1]
+        else:
+            field = kind.model_fields.get(part)
+            annotation = field.annotation if field else None
         kinds = (annotation, *get_args(annotation))  # a section, or one that may be null
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if model is None:
+        kind = next((kind for kind in kinds if get_origin(kind) is dict or _is_section(kind)), None)
+        if kind is None:
             return []
-    return list(model.model_fields)
+    return list(kind.model_fields) if _is_section(kind) else []
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The section ``distributed`` of ``params.yaml``: devices at once over emulated links."""
+"""The sections ``benchmark`` and ``distributed`` of ``params.yaml``: how devices are timed, alone and at once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from pydantic import Field, field_validator
 
 from nonn.core.architecture import Architecture
 from nonn.core.boards import all_boards, shipped_boards
-from nonn.core.devices import Limit, Positive, check_board
+from nonn.core.devices import Count, Limit, Positive, check_board
 from nonn.core.links import PRESETS
 from nonn.core.schema import Section
+
+
+class Benchmark(Section):
+    warmup: Annotated[int, Field(ge=0, le=1_000_000)]
+    runs: Annotated[int, Field(ge=10, le=1_000_000)]
+    windows: Count
+    pairs: Count
+    core: Annotated[int, Field(ge=0, le=4_095)]
 
 
 class Distributed(Section):
