@@ -122,6 +122,16 @@ def test_what_the_hub_lacks_is_one_line(monkeypatch):
     assert named_source("hf:nobody/pets") is None
 
 
+def test_what_fails_while_a_data_set_is_prepared_is_told_by_its_cause(monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("An error occurred while generating the dataset") from ValueError("column of unequal length")
+
+    pytest.importorskip("datasets")
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(UserError, match=r"hf:nobody/pets cannot be loaded \(column of unequal length\)"):
+        load_images("hf:nobody/pets")
+
+
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(UserError, match=r"needs the package datasets\. Run `pip install datasets`"):

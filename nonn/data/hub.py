@@ -71,7 +71,10 @@ def _load_splits(name: str) -> dict[str, Any]:
         else:
             found = datasets.load_dataset(str(path), cache_dir=cache)
     except Exception as error:  # of the network, the Hub, and readers of many formats
-        reason = printable(next(iter(str(error).splitlines()), type(error).__name__))
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = printable(next(iter(str(cause).splitlines()), type(cause).__name__))
         raise UserError(
             f"{KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images by "
             "other means and name their folder or archive."
