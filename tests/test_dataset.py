@@ -6,6 +6,8 @@ import io
 import os
 import socket
 import stat
+import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torchvision
 from experiments import REPOSITORY
+from foreign import section
 from pictures import SIZE, SPLIT_FOLDERS, decode_images, fit_image, load_images, make_params, noise, pack, write_folder
 from PIL import Image
 
@@ -24,6 +27,7 @@ from nonn.data.dataset import load_dataset
 from nonn.data.folders import read_layout
 from nonn.data.packaged import DOWNLOADS
 from nonn.stages.dataset import run
+from nonn.teachers.foreign import order_of
 
 CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
 PATHS = Paths("test")
@@ -405,6 +409,35 @@ def test_folders_that_may_not_be_listed_are_refused(tmp_path, monkeypatch):
     denied = {"dog"}
     with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: \S+images/dog: permission denied\. Change"):
         load_images(str(folder), SIZE)
+
+
+def test_a_class_has_one_name_however_its_accents_are_encoded(tmp_path):
+    whole, apart = "caf\u00e9", "cafe\u0301"
+    folder = write_folder(tmp_path / "images", [f"train/{whole}", "train/th\u00e9", f"test/{apart}", "test/th\u00e9"])
+    raw = load_images(str(folder), SIZE)
+    assert raw.classes == (whole, "th\u00e9")
+    assert raw.is_test.sum() == 16
+    params = section(classes=["th\u00e9", apart])
+    assert order_of(params.classes, raw.classes, params) == [1, 0]
+
+
+def test_heic_pictures_are_called_so(tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=1)
+    (folder / "dog/0.png").write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1MiHE" + bytes(100))
+    with pytest.raises(
+        UserError, match=r"dog/0\.png cannot be read \(a HEIC picture, which Pillow does not read; save"
+    ):
+        load_images(str(folder), SIZE)
+
+
+def test_damaged_exif_is_no_warning_of_a_library(tmp_path):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"  # five entries, and the file ends in the first
+    Image.fromarray(noise(0)).save(tmp_path / "a.jpg", exif=exif)
+    program = "from PIL import Image, ImageOps\nimport nonn.data.raw\nImageOps.exif_transpose(Image.open('a.jpg'))\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
 
 
 def test_names_that_are_not_utf8_are_read(tmp_path):

@@ -25,6 +25,12 @@ def test_images_of_no_group_are_left_out(data):
     assert (data.labels[labelled.test] != 1).all()
 
 
+def test_names_of_classes_match_however_their_accents_are_encoded(data):
+    named = replace(data, classes=("caf\u00e9", "down", "chequered"))
+    labelled, _ = new_labels(named, {"first": ["cafe\u0301"], "second": ["down"]})
+    assert set(labelled.labels[labelled.train].tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [

@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from unicodedata import normalize
 
 import numpy as np
 
@@ -99,7 +100,9 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     names, passed = sort_out(names)
     for name in names:
         parts = PurePosixPath(name).parts
-        folder = parts if name.endswith("/") else parts[:-1]
+        # A class has one name, whichever way its accents are encoded: macOS writes them as characters of their own.
+        folder = tuple(normalize("NFC", part) for part in (parts if name.endswith("/") else parts[:-1]))
+        parts = (*folder, *parts[len(folder) :])
         within = "/".join(folder)
         if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text
             raise UserError(f"{KEY}: {path}: the name of the folder {printable(within)} is no UTF-8. Rename it.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,12 @@ BATCH, BATCH_BYTES, BATCHES = 64, 1 << 23, 16
 MANY = 20
 #: Largest grey level of a data set of deep pictures that is nearly black: theirs is a quarter of the range at most.
 NEARLY_BLACK = 64
+
+#: What stands at the fifth byte of HEIC pictures, as iPhones take them.
+HEIC = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")
+
+# Of damage beside the pixels, such as in EXIF: it names no file, and the picture is read all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 #: Index of an image in the result, its name for the reader, and the image, its file's bytes, or what reads these.
 Picture = tuple[int, str, Image.Image | bytes | Callable[[], bytes]]
@@ -102,7 +109,13 @@ class Decoder:
     def _open(self, content: Image.Image | bytes | Callable[[], bytes]) -> Image.Image:
         if isinstance(content, Image.Image):
             return content
-        return open_image(content() if callable(content) else content, max(canvas.size for canvas in self.canvases))
+        data = content() if callable(content) else content
+        try:
+            return open_image(data, max(canvas.size for canvas in self.canvases))
+        except UnidentifiedImageError:
+            if data[4:12].startswith(HEIC):
+                raise ValueError("a HEIC picture, which Pillow does not read; save it as JPEG") from None
+            raise
 
     def _note(self, index: int, name: str, channels: int, levels: float | None, reason: str | None) -> None:
         self.channels = max(self.channels, channels)

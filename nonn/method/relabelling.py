@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -51,14 +52,14 @@ def new_labels(data: Dataset, groups: Mapping[str, Sequence[str]] | None) -> tup
         return data, data.classes
     of = torch.full((data.n_classes,), -1)
     for number, (name, members) in enumerate(groups.items()):
-        for member in members:
-            if str(member) not in data.classes:
-                raise UserError(f"{name}: no class {str(member)!r}; the images have {', '.join(data.classes[:10])} …")
-            place = data.classes.index(str(member))
+        for member in (normalize("NFC", str(member)) for member in members):
+            if member not in data.classes:
+                raise UserError(f"{name}: no class {member!r}; the images have {', '.join(data.classes[:10])} …")
+            place = data.classes.index(member)
             if of[place] == number:
-                raise UserError(f"{name}: class {str(member)!r} is listed twice; take one out")
+                raise UserError(f"{name}: class {member!r} is listed twice; take one out")
             if of[place] >= 0:
-                raise UserError(f"{name}: class {str(member)!r} is in two groups; take it out of one")
+                raise UserError(f"{name}: class {member!r} is in two groups; take it out of one")
             of[place] = number
     if len(groups) < 2:
         raise UserError("one group leaves nothing to tell apart; give two or more")

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeGuard
+from unicodedata import normalize
 
 import torch
 from torch import Tensor, nn
@@ -160,6 +161,7 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Prepro
 
 def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> list[int] | None:
     """Positions among the teacher's `classes` of those of the data set; None if they are the same in the same order."""
+    classes, wanted = ([normalize("NFC", name) for name in names] for names in (classes, wanted))
     absent = [name for name in wanted if name not in classes]
     if absent:
         key = "teacher.classes" if params.classes else f"teacher.source: {params.source}"
@@ -168,7 +170,7 @@ def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> 
             f"classes{did_you_mean(absent[0], classes)}. List the names of all its outputs, in order, in "
             "teacher.classes, with the names of the data set's folders."
         )
-    order = [list(classes).index(name) for name in wanted]
+    order = [classes.index(name) for name in wanted]
     return None if order == list(range(len(classes))) else order
 
 
