@@ -39,8 +39,8 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
         raise UserError(
             f"{KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another label_column."
         )
-    if strange := next((value for value in given if not isinstance(value, str | int | float)), None):
-        raise _other_kind(name, "label_column", label_column, strange, "numbers or names of classes")
+    if strange := [value for value in given if not isinstance(value, str | int | float)]:
+        raise _other_kind(name, "label_column", label_column, strange[0], "numbers or names of classes")
     labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
     decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
