@@ -234,8 +234,15 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_boards_go_back_once_ansible_has_ended_and_it_is_said_if_they_cannot(network_folder, folder, number):
+@pytest.mark.parametrize(
+    ("number", "handler"),
+    [
+        (signal.SIGTERM, signal.default_int_handler),
+        (signal.SIGTERM, signal.SIG_IGN),  # of a script, in its background
+        (signal.SIGINT, signal.default_int_handler),
+    ],
+)
+def test_boards_go_back_once_ansible_has_ended_and_it_is_said_if_they_cannot(network_folder, folder, number, handler):
     (folder / "ansible.py").write_text(INTERRUPTED)
     code = "import sys; from nonn import cli; from nonn.live import rollout; "
     code += "rollout.find_ansible = lambda: 'ansible-playbook'; cli.main(sys.argv[1:])"
@@ -248,12 +255,16 @@ def test_boards_go_back_once_ansible_has_ended_and_it_is_said_if_they_cannot(net
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
+        start_new_session=True,
     )
     try:
         while process.poll() is None and not (folder / "begun").exists():
             time.sleep(0.05)
-        process.send_signal(number)
+        if number == signal.SIGINT:  # which a terminal sends to Ansible, too
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -47,6 +47,22 @@ def undisturbed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Have what the block starts end on SIGINT, even if a shell has this process, in its background, ignore that.
+
+    Within `undisturbed`, nothing is changed.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or signal.getsignal(signal.SIGTERM) is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: None)  # unlike what is ignored, a handler is not inherited
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
 def pinned_to(core: int) -> Iterator[None]:
     """Keep this process on one core while the block runs, where the system can."""
     if not hasattr(os, "sched_setaffinity"):

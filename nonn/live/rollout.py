@@ -34,7 +34,7 @@ from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.core.system import undisturbed
+from nonn.core.system import stoppable, undisturbed
 from nonn.live.following import FILE_ATTENTION
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
@@ -49,6 +49,8 @@ FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
 WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + FILE_ATTENTION)  # Ansible waits whole seconds only
+#: Seconds that Ansible has to end by itself once Ctrl-C has interrupted it, too.
+GRACE = 10.0
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.
 TARGET = re.compile(r"(?:([A-Za-z0-9_.-]+)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
 NODE_SCRIPT = """\
@@ -220,11 +222,18 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: i
     environment = {**quiet, "ANSIBLE_PIPELINING": "1", **os.environ}
     stderr = 2
     command.append(str(PARTS / name))
-    with subprocess.Popen(command, stdout=stderr, env=environment, pass_fds=[lock]) as process:
+    with stoppable():
+        process = subprocess.Popen(command, stdout=stderr, env=environment, pass_fds=[lock])
+    with process:
         try:
             return not process.wait()
-        except BaseException:
+        except BaseException as error:
             with undisturbed():
+                log("waiting until Ansible has ended")
+                # A terminal sends Ctrl-C to Ansible, too; once more would break off how that ends.
+                if isinstance(error, KeyboardInterrupt) and not error.args:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(GRACE)
                 process.send_signal(signal.SIGINT)  # on which Ansible ends what it does on boards
                 process.wait()
             raise
