@@ -298,6 +298,7 @@ def test_a_command_that_is_told_to_stop_tidies_up_and_exits_as_the_shell_expects
         try:
             signal.raise_signal(number)
         finally:
+            signal.raise_signal(number)  # a terminal sends it twice
             tidied.append(True)
 
     monkeypatch.setattr("nonn.commands.check.run", wait)
@@ -307,3 +308,73 @@ def test_a_command_that_is_told_to_stop_tidies_up_and_exits_as_the_shell_expects
     finally:
         signal.signal(number, before)
     assert tidied
+
+
+#: A command of several tasks, each of which has to tidy up; `nonn.commands.check` stands in for those of asyncio.
+OF_TASKS = """\
+import asyncio
+from nonn import cli
+from nonn.commands import check
+
+async def work():
+    try:
+        while True:
+            await asyncio.sleep(0)
+    finally:
+        await asyncio.sleep(0.1)
+        print("tidied", flush=True)
+
+async def scenario():
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(work())
+        await asyncio.sleep(0.1)
+        print("begun", flush=True)
+
+check.run = lambda _: asyncio.run(scenario())
+cli.main(["check"])
+"""
+
+
+#: A server, which ends well once it is told to stop.
+SERVER = """\
+import asyncio
+from nonn import cli
+from nonn.commands import check
+from nonn.runtime.attached import told_to_stop
+
+async def scenario():
+    stopped = told_to_stop(False)
+    print("begun", flush=True)
+    await stopped.wait()
+    print("stopped", flush=True)
+
+check.run = lambda _: asyncio.run(scenario())
+cli.main(["check"])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("code", "said", "ends_well"), [(OF_TASKS, "tidied\n" * 3, False), (SERVER, "stopped\n", True)]
+)
+def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, said, ends_well):
+    def as_in_a_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_in_a_terminal,
+    )
+    try:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        process.send_signal(number)
+        assert process.communicate(timeout=60) == (said, "")
+    finally:
+        process.kill()
+    assert process.returncode == (0 if ends_well else 128 + number)

@@ -17,19 +17,31 @@ from nonn.core.errors import UserError
 def tidied_up() -> Iterator[None]:
     """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is ended and deleted.
 
-    The number of the signal is what its `KeyboardInterrupt` holds. Outside of the main thread, nothing is changed.
+    The number of the signal is what the block's `KeyboardInterrupt` holds. Another such signal changes nothing, since a
+    terminal may send SIGHUP twice; Ctrl-C breaks off. Outside of the main thread, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    got: list[int] = []
+
     def stop(number: int, _: object) -> None:
-        raise KeyboardInterrupt(number)
+        got.append(number)
+        if len(got) > 1:
+            return
+        if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN, None):
+            raise KeyboardInterrupt(number)
+        signal.raise_signal(signal.SIGINT)  # asyncio's: an exception from here would end only whichever task runs
 
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
     former = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
+    except KeyboardInterrupt as error:
+        if got and not error.args:
+            raise KeyboardInterrupt(got[0]) from None
+        raise
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
