@@ -356,7 +356,9 @@ cli.main(["check"])
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    ("code", "said", "ends_well"), [(OF_TASKS, "tidied\n" * 3, False), (SERVER, "stopped\n", True)]
+    ("code", "said", "ends_well"),
+    [(OF_TASKS, "tidied\n" * 3, False), (SERVER, "stopped\n", True)],
+    ids=["tasks", "server"],
 )
 def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, said, ends_well):
     def as_in_a_terminal() -> None:

@@ -6,7 +6,7 @@ import shutil
 
 from clusters import cluster_of, make_image, until
 
-from nonn.runtime import coordinator, serving, tls
+from nonn.runtime import channel, coordinator, serving, tls
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import Student
@@ -39,7 +39,23 @@ def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monk
     asyncio.run(scenario())
 
 
-def test_a_coordinator_keeps_connections_that_new_certificates_would_end(network_folder, tmp_path, monkeypatch):
+def test_a_coordinator_takes_renewed_certificates_by_slow_links(network_folder, tmp_path, monkeypatch):
+    """Over which a handshake takes longer than the first image would wait for it."""
+    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    monkeypatch.setattr(channel, "CONNECT_TIMEOUT", 0.0)
+    write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
+
+    async def scenario():
+        async with coordinator_of(network_folder, tmp_path, tmp_path) as network:
+            await until(lambda: all(c.channel.get_state() == channel.READY for c in network.connections))
+            former = [connection.channel for connection in network.connections]
+            write_certificates(tmp_path, ["coordinator"])
+            await until(lambda: all(c.channel is not f for c, f in zip(network.connections, former, strict=True)))
+
+    asyncio.run(scenario())
+
+
+def test_a_coordinator_keeps_connections_that_new_certificates_would_end(network_folder, tmp_path, monkeypatch, capfd):
     """Nodes get those of another authority later than the coordinator."""
     monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
     monkeypatch.setattr(coordinator, "LONGEST_ATTENTION", 0.1)
@@ -57,6 +73,7 @@ def test_a_coordinator_keeps_connections_that_new_certificates_would_end(network
             network._reopen = lambda connections: tried.append(connections) or reopen(connections)
             shutil.copytree(new, own, dirs_exist_ok=True)
             await until(lambda: len(tried) > 3)
+            assert capfd.readouterr().err.count("node-0, node-1, node-2: not to be reached") == 1
             assert [connection.channel for connection in network.connections] == former
             assert not (await network.classify(make_image())).absent
             for name in ("ca.pem", "node-1.key", "node-1.pem"):

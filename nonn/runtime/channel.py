@@ -18,6 +18,8 @@ READY = ChannelConnectivity.READY
 
 #: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
 CONNECT_TIMEOUT = 1.0
+#: Seconds that one attempt to connect may take: a dozen TLS handshakes at once need several at 250 kbit/s.
+ATTEMPT = 15.0
 
 LATE = "no answer by the deadline"
 #: Metadata of a coordinator's call: milliseconds that it was given when it was sent. gRPC's own time-out counts from
@@ -28,8 +30,7 @@ CHANNEL_OPTIONS = {
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
     "grpc.service_config_disable_resolution": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
-    # What an attempt may take, despite the name: a dozen TLS handshakes at once need seconds at 250 kbit/s.
-    "grpc.min_reconnect_backoff_ms": 15_000,
+    "grpc.min_reconnect_backoff_ms": round(1000 * ATTEMPT),  # what an attempt may take, despite the name
     "grpc.max_reconnect_backoff_ms": 1000,
     # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
     # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
@@ -55,10 +56,12 @@ def open_channel(node: Node, message_limit: int, identity: Identity | None, own:
     return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
 
 
-async def settle_all(channels: Iterable[aio.Channel]) -> None:
-    """Wait until each channel is connected or has failed once, but not for long."""
+async def settle_all(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT) -> None:
+    """Wait until each channel is connected or has failed once, but no longer than so many seconds."""
     connecting = [asyncio.create_task(settle(channel)) for channel in channels]
-    _, waiting = await asyncio.wait(connecting, timeout=CONNECT_TIMEOUT)
+    if not connecting:
+        return
+    _, waiting = await asyncio.wait(connecting, timeout=timeout)
     for task in waiting:
         task.cancel()
 

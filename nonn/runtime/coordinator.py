@@ -24,7 +24,17 @@ from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.batches import Batches
-from nonn.runtime.channel import GIVEN, LATE, MODEL_INFER, READY, busy_seconds, open_channel, reason_of, settle_all
+from nonn.runtime.channel import (
+    ATTEMPT,
+    GIVEN,
+    LATE,
+    MODEL_INFER,
+    READY,
+    busy_seconds,
+    open_channel,
+    reason_of,
+    settle_all,
+)
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
@@ -243,14 +253,19 @@ class Coordinator:
         """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
         loop = asyncio.get_running_loop()
         former: list[NodeConnection] = []  # those by certificates from before
-        pause = next_attempt = 0.0
+        said, pause, next_attempt = "", 0.0, 0.0
         while True:
             await asyncio.sleep(ATTENTION)
             if self.identity and (newest := self.identity.stamp()) != stamp:
-                stamp, former, pause, next_attempt = newest, self.connections, ATTENTION, 0.0
+                stamp, former, said, pause, next_attempt = newest, self.connections, "", ATTENTION, 0.0
             if former and loop.time() >= next_attempt:
                 try:
                     former = await self._reopen(former)
+                    names = ", ".join(connection.name for connection in former)
+                    if names not in ("", said):
+                        problem = "not to be reached with the new certificates so far"
+                        log(f"{names}: {problem}. Those from before stay in use.")
+                    said = names
                 except UserError as error:  # perhaps only some of the files have been replaced so far
                     log(f"{error} The certificates from before stay in use.")
                 next_attempt, pause = loop.time() + pause, min(2 * pause, LONGEST_ATTENTION)
@@ -263,7 +278,8 @@ class Coordinator:
         Calls that are under way end where they began.
         """
         opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in connections]
-        await settle_all(opened)
+        works = [connection.channel.get_state() == READY for connection in connections]
+        await settle_all((channel for channel, waits in zip(opened, works, strict=True) if waits), ATTEMPT)
         kept, closed = [], []
         for connection, channel in zip(connections, opened, strict=True):
             if connection.channel.get_state() == READY != channel.get_state():
@@ -272,9 +288,6 @@ class Coordinator:
             else:
                 closed.append(connection.channel)
                 connection.use(channel)
-        if kept:
-            names = ", ".join(connection.name for connection in kept)
-            log(f"{names}: not to be reached with the new certificates so far. Those from before stay in use.")
         await asyncio.gather(*(channel.close(self.patience) for channel in closed))
         return kept
 
