@@ -86,6 +86,41 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_former_one(monkeypatch)
     assert files_below(Path()) == ["results/folder/old.txt"]
 
 
+@pytest.mark.parametrize("renames", [1, 2])
+def test_an_interrupt_between_renames_loses_no_folder(monkeypatch, renames):
+    target, rename, done = Path("results/folder"), Path.rename, []
+    write_text(target / "old.txt", "old")
+
+    def rename_and_stop(path: Path, goal: Path) -> Path:
+        rename(path, goal)
+        done.append(goal)
+        if len(done) == renames:
+            raise KeyboardInterrupt
+        return goal
+
+    monkeypatch.setattr(Path, "rename", rename_and_stop)
+    with pytest.raises(KeyboardInterrupt), replacing(target) as temporary:
+        write_text(temporary / "new.txt", "new")
+    assert files_below(target) == ["old.txt" if renames == 1 else "new.txt"]
+
+
+@pytest.mark.parametrize("target", [Path("a"), Path("results/a")])
+def test_what_is_replaced_within_what_is_replaced_bears_the_name_of_that(target, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"^{target}/b: no space left"), replacing(target) as temporary:
+        write_text(temporary / "b", "b")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ECHILD, errno.EPERM])
+def test_a_scratch_folder_bears_the_blame_of_its_file_system_alone(number):
+    with pytest.raises((UserError, OSError)) as raised, files.scratch_folder():
+        raise OSError(number, os.strerror(number))
+    assert isinstance(raised.value, UserError) == (number == errno.ENOSPC)
+
+
 def test_a_former_folder_is_never_half_deleted(monkeypatch):
     target, removed = Path("results/folder"), []
     write_text(target / "old.txt", "old")
@@ -111,9 +146,10 @@ def test_what_the_disk_refuses_when_it_is_flushed_leaves_the_former_one(number, 
     assert not temporaries()
 
 
-def test_what_cannot_be_flushed_is_written_all_the_same(monkeypatch):
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_what_cannot_be_flushed_is_written_all_the_same(number, monkeypatch):
     def refuse(_):
-        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
     write_text(Path("results/a"), "new")
@@ -232,6 +268,14 @@ def test_remove_orphans_is_not_fooled_by_another_process_of_that_number(monkeypa
         remove_orphans(Path("results"))
         assert not temporaries()
         temporary.touch()
+
+
+def test_a_temporary_of_a_version_before_stays_while_its_process_runs():
+    own, dead = (Path(f"results/{TEMPORARY}{files._HOST}-{pid}-7.json") for pid in (os.getpid(), 2**22 + 1))
+    for path in (own, dead):
+        write_text(path, "half")
+    remove_orphans(Path("results"))
+    assert temporaries() == [own]
 
 
 def test_without_proc_every_process_of_that_number_counts(monkeypatch):

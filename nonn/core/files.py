@@ -27,7 +27,9 @@ TEMPORARY = ".nonn-tmp-"
 _HOST = platform.node().replace("-", "_")[:64] or "localhost"
 _NUMBERS = itertools.count()
 #: Of fsync(2), where a file system has no such thing, some for folders alone; any other means that content is lost.
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+#: What a file system refuses as a whole: such an error, where it names no file, is of the folder that is written to.
+_OF_FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
@@ -77,6 +79,12 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
         if told := refusal(error, own or targets[0]):
             raise told from None
         raise
+    except UserError as error:  # of a file that was to become the temporary
+        said = str(error)
+        for temporary, target in pairs:
+            said = said.replace(printable(temporary), printable(target))
+        error.args = (said,)
+        raise
     finally:
         for temporary in temporaries:
             with contextlib.suppress(OSError):
@@ -89,8 +97,11 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
     folder = _temporary(parent) if parent else Path(tempfile.mkdtemp(prefix="nonn-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with named(folder):
-            yield folder
+        yield folder
+    except OSError as error:
+        if error.errno in _OF_FILE_SYSTEM and (told := refusal(error, folder)):
+            raise told from None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -118,11 +129,12 @@ def _rename(temporary: Path, target: Path) -> None:
         temporary.replace(target)
         return
     former = _temporary(temporary.parent)  # a folder cannot be renamed over a full one
-    target.rename(former)
     try:
+        target.rename(former)
         temporary.rename(target)
     except BaseException:
-        former.rename(target)
+        if os.path.lexists(former) and not os.path.lexists(target):
+            former.rename(target)
         raise
     with contextlib.suppress(OSError):
         remove(former)
@@ -169,11 +181,12 @@ def remove(path: Path) -> None:
 
 def remove_orphans(*roots: Path, below: bool = True) -> None:
     """Delete in these folders the temporaries of processes of this machine that were killed before they could."""
-    pattern = re.compile(rf"{re.escape(f'{TEMPORARY}{_HOST}')}-(\d+)-(\d+)")
+    # Versions before named a temporary by process and number alone.
+    pattern = re.compile(rf"{re.escape(f'{TEMPORARY}{_HOST}')}-(\d+)(?:-(\d+))?-\d+")
     for root in roots:
         for folder, folders, files in os.walk(root):
             for name in [*folders, *files]:
-                if (found := pattern.match(name)) and not _is_running(*map(int, found.groups())):
+                if (found := pattern.match(name)) and not _is_running(int(found[1]), int(found[2] or 0)):
                     path = Path(folder, name)
                     shutil.rmtree(path, ignore_errors=True)  # another job may do so at the same time
                     with contextlib.suppress(OSError):
@@ -184,8 +197,8 @@ def remove_orphans(*roots: Path, below: bool = True) -> None:
 def _is_running(pid: int, began: int) -> bool:
     """Whether the process that a temporary is named by is still at it.
 
-    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now. Where there is
-    no ``/proc``, every process of that number counts.
+    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now. Where it is not
+    known when one of them began, as without ``/proc``, every process of that number counts.
     """
     try:
         os.kill(pid, 0)  # sends nothing, only asks
@@ -194,7 +207,7 @@ def _is_running(pid: int, began: int) -> bool:
     except OSError:  # another user's
         pass
     state, own = _state(pid)
-    return state not in ("Z", "X") and own in (began, 0)
+    return state not in ("Z", "X") and (own == began or 0 in (own, began))
 
 
 def _state(pid: int) -> tuple[str, int]:
