@@ -157,19 +157,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         sys.exit(f"nonn {command}: {told}")
     except Exception as error:
-        if not is_shortage(error):
+        if (problem := shortage(error)) is None:
             raise
-        sys.exit(f"nonn {command}: this machine has too little memory for it. Close other programs, or lower {GREEDY}.")
+        sys.exit(f"nonn {command}: {problem}. Close other programs, or lower {GREEDY}.")
 
 
-def is_shortage(error: BaseException) -> bool:
-    """Whether memory was refused: PyTorch, which is not imported here, says so in an error of another type.
+def shortage(error: BaseException) -> str | None:
+    """What an error says about memory, if that was refused: PyTorch, not imported here, does so by another type.
 
     Where the system ends a process of a pool instead, nothing is said but that it has gone.
     """
-    from concurrent.futures import BrokenExecutor
+    from concurrent.futures.process import BrokenProcessPool
 
-    return isinstance(error, MemoryError | BrokenExecutor) or "can't allocate memory" in str(error)
+    if isinstance(error, BrokenProcessPool):
+        return "a process of it ended by itself: most often for lack of memory (see `dmesg`)"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "this machine has too little memory for it"
+    return None
 
 
 @contextlib.contextmanager

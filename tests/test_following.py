@@ -233,6 +233,28 @@ def test_encryption_neither_begins_nor_ends_while_a_file_is_followed(exports, tm
     asyncio.run(scenario())
 
 
+def test_other_certificates_are_refused_once_the_export_is_there(exports, tmp_path, certificates, capfd, monkeypatch):
+    """It is read again and again until then."""
+    monkeypatch.setattr(following, "FILE_ATTENTION", 3600.0)
+    said, addresses = "tls: is read at the start alone", [f"127.0.0.1:{port}" for port in free_ports(3)]
+    others, half = shutil.copytree(certificates, tmp_path / "others"), shutil.copytree(exports[0], tmp_path / "half")
+    (half / read_manifest(half).final.blocks).unlink()
+    file = tmp_path / "cluster.yaml"
+    write_cluster(file, cluster_of(exports[0], addresses, tls=certificates))
+
+    async def scenario():
+        async with FollowedNetwork(file) as network:
+            write_cluster(file, cluster_of(half, addresses, tls=others))
+            with pytest.raises(UserError):
+                await network._read_again()
+            assert said not in capfd.readouterr().err
+            write_cluster(file, cluster_of(exports[0], addresses, tls=others))
+            await network._read_again()
+            assert capfd.readouterr().err.count(said) == 1
+
+    asyncio.run(scenario())
+
+
 def test_plain_text_stays_on_this_machine():
     node = Node(name="node-0", address="192.0.2.1:7100", model="0")
     with pytest.raises(UserError, match=r"node-0: 192\.0\.2\.1:7100 is not on this machine"):

@@ -175,8 +175,11 @@ class FollowedNetwork:
         UserError
             It or its export cannot be used, or the export is of other classes or images, or encryption begins or ends.
         """
-        cluster, network = await asyncio.to_thread(self._load)
+        read, network = await asyncio.to_thread(self._load)
+        cluster = network.coordinator.cluster
         refuse_other_tasks(cluster, self.current.coordinator.manifest, network.coordinator.manifest)
+        if read.tls != cluster.tls:
+            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
         network.contract = replace(network.contract, model=self.current.contract.model)
         network.admission, network.absences = self.admission, self.absences
         self._cluster, former = cluster, self.next
@@ -195,14 +198,14 @@ class FollowedNetwork:
         self.admission.patience = network.coordinator.patience
 
     def _load(self) -> tuple[Cluster, ServedNetwork]:
-        """What the file says now, and its network: files are read and compared with their checksums."""
+        """What the file says now, and its network, by the certificates of the start.
+
+        Files are read and compared with their checksums.
+        """
         cluster = load_cluster(self.path)
         if (cluster.tls is None) != (self._cluster.tls is None):
             raise UserError(f"{self.path}: tls: is read at the start alone. Start the coordinator again.")
-        if cluster.tls != self._cluster.tls:
-            log(f"{self.path}: tls: is read at the start alone. Start the coordinator again for other certificates.")
-            cluster = cluster.model_copy(update={"tls": self._cluster.tls})
-        return cluster, ServedNetwork(Coordinator(cluster))
+        return cluster, ServedNetwork(Coordinator(cluster.model_copy(update={"tls": self._cluster.tls})))
 
 
 def leave_alone(connection: NodeConnection, reason: str) -> None:
