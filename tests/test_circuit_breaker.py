@@ -21,6 +21,7 @@ from clusters import (
 )
 
 from nonn.runtime import coordinator as coordination
+from nonn.runtime.coordinator import NobodyAnsweredError
 
 #: Milliseconds that a test waits for in vain.
 FEW = 500.0
@@ -103,11 +104,15 @@ def test_callers_in_a_hurry_find_out_which_node_hangs(network_folder):
         async with rogue_node(behave) as (third, _), two_and(network_folder, third, deadline_ms) as coordinator:
             connection = coordinator.connections[2]
 
+            async def classify_in_a_hurry() -> None:
+                with contextlib.suppress(NobodyAnsweredError):  # on a busy machine
+                    await coordinator.classify(make_image(), 0.02)
+
             async def is_suspected() -> None:
                 for _ in range(coordination.TOLERATED_FAILURES):
-                    await coordinator.classify(make_image(), 0.02)
+                    await classify_in_a_hurry()
                 while connection.suspecting:
-                    await coordinator.classify(make_image(), 0.02)  # requests go on
+                    await classify_in_a_hurry()  # requests go on
 
             async with asyncio.timeout(PATIENCE):
                 for count in range(1, coordination.TOLERATED_FAILURES + 1):

@@ -68,6 +68,7 @@ def test_calls_without_a_message_are_few_on_all_connections_together(network_fol
             stub = await stack.enter_async_context(stub_of(f"127.0.0.1:{port}"))
             for _ in range(3):
                 assert (await stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE)).outputs
+            await until(lambda: sum(code.done() for code in ended) == 6)
             codes = {code.result() for code in ended if code.done()}
             assert codes == {StatusCode.RESOURCE_EXHAUSTED}
             assert meters.rejections._value.get() == sum(code.done() for code in ended) == 6
