@@ -66,6 +66,9 @@ def test_a_map_that_all_hear_is_transmitted_once(section):
     apart, once = (replace(workload, sent_once=flag) for flag in (False, True))
     link = [1e-3 * compose(each, SHARED, "sensor", 1.0, 0.0, section)["link_ms"] for each in (apart, once)]
     assert link == pytest.approx([(3 * 8 + 6 * 1000 + 300) * 1e-6, (8 + 3 * 1000 + 300) * 1e-6])
+    # A device sends its map once in place of twice, and its answer; it hears all that it heard before.
+    energies = [compose(each, SHARED, "sensor", 1.0, 0.0, section)["energy_node_mj"][1] for each in (apart, once)]
+    assert energies[0] / energies[1] == pytest.approx((8 + 4000 + 100) / (8 + 3000 + 100))
 
 
 # Latency and energy, by hand

@@ -19,7 +19,7 @@ from nonn.core.paths import Paths
 from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import write_classifier
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
-from nonn.method.exporting import export_solo
+from nonn.method.exporting import check_outputs, export_solo
 from nonn.method.filter_graph import activation_hub_graph, live_filters, normalise_activity
 from nonn.report.design_plots import draw_architectures
 from nonn.runtime.session import run_onnx
@@ -72,7 +72,7 @@ def test_weights_of_16_bits_make_a_teacher_too(kind, colour, model):
         write_half(Path("small.onnx"), model)
         params = section("onnx:small.onnx")
     else:
-        write_program(Path("small.pt2"), Half(model).eval())
+        write_program(Path("small.pt2"), In16Bits(model, torch.float16).eval())
         params = section("export:small.pt2")
     teacher, record = import_teacher(colour, params)
     images = colour.images[:40]
@@ -82,17 +82,24 @@ def test_weights_of_16_bits_make_a_teacher_too(kind, colour, model):
         features, logits = predict(own, images)
         assert features.dtype == logits.dtype == torch.float32
         assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    write_teacher(teacher, colour, Path("teacher.onnx"))
+    found = run_onnx(Path("teacher.onnx"), images.numpy())
+    check_outputs(Path("teacher.onnx"), found, logits, "float32", teacher.body.tolerance)
 
 
-class Half(nn.Module):
-    """Computes in 16 bits."""
+def test_what_onnx_runtime_does_not_calculate_in_is_refused(colour, model):
+    write_program(Path("small.pt2"), In16Bits(model, torch.bfloat16).eval())
+    with pytest.raises(UserError, match=r"small\.pt2 computes in bfloat16, which ONNX Runtime does not"):
+        import_teacher(colour, section("export:small.pt2"))
 
-    def __init__(self, model: nn.Module):
+
+class In16Bits(nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model = copy.deepcopy(model).bfloat16()
+        self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
 
     def forward(self, x):
-        return self.model(x.bfloat16()).float()
+        return self.model(x.to(self.dtype)).float()
 
 
 @pytest.mark.parametrize("kind", ["module", "onnx"])

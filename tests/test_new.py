@@ -178,7 +178,16 @@ def test_a_teacher_that_cannot_be_exported_is_refused_before_anything_is_trained
         "        return super().forward(x if x.sum() > 0 else -x)\n"
     )
     shutil.copytree(clone / "photos/cats", clone / "photos/eels")
-    teacher = ("--devices", "2×stm32f7", "--size", "64", "--teacher", "module:nets.branch:make")
+    teacher = (
+        "--devices",
+        "2×stm32f7",
+        "--size",
+        "64",
+        "--set",
+        "graph.top_k=8",
+        "--teacher",
+        "module:nets.branch:make",
+    )
     assert re.search(r"the teacher cannot be exported to ONNX \(.*Export it yourself", refusal(*teacher))
 
 

@@ -25,9 +25,10 @@ def test_images_of_no_group_are_left_out(data):
     assert (data.labels[labelled.test] != 1).all()
 
 
-def test_names_of_classes_match_however_their_accents_are_encoded(data):
-    named = replace(data, classes=("caf\u00e9", "down", "chequered"))
-    labelled, _ = new_labels(named, {"first": ["cafe\u0301"], "second": ["down"]})
+@pytest.mark.parametrize(("own", "given"), [("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")])
+def test_names_of_classes_match_however_their_accents_are_encoded(own, given, data):
+    named = replace(data, classes=(own, "down", "chequered"))
+    labelled, _ = new_labels(named, {"first": [given], "second": ["down"]})
     assert set(labelled.labels[labelled.train].tolist()) == {0, 1}
 
 

@@ -10,6 +10,7 @@ import torch
 from experiments import tiny_params
 from foreign import CODE, save, section, write_onnx, write_program
 from onnx import helper, numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
 from nonn.core.errors import UserError
@@ -65,6 +66,10 @@ def bad(name: str, model: nn.Module) -> Teacher:
         program = torch.export.export(model, (torch.zeros(1, 3, 32, 32),)).run_decompositions()
         torch.export.save(program, "a.pt2")
         return section("export:a.pt2")
+    if name == "dynamically quantised ONNX":
+        write_onnx(Path("b.onnx"), model)
+        quantize_dynamic("b.onnx", "a.onnx", op_types_to_quantize=["Conv"])
+        return section("onnx:a.onnx")
     if name in ("quantised ONNX", "ONNX with channels last"):
         write_onnx(Path("a.onnx"), model)
         changed = onnx.load("a.onnx")
@@ -226,6 +231,7 @@ BAD = {
     "ONNX in training mode": r"answers differently when asked again, or in another batch",
     "program in training mode": r"answers differently when asked again, or in another batch",
     "decomposed program": r"has no linear layer of 3 outputs\. .* exported without `run_decompositions`",
+    "dynamically quantised ONNX": r"is quantised by what each batch holds, .* Export it in float32",
     "quantised ONNX": r"is quantised, and its last linear layer has to be one of floating point\. Export it in float32",
     "ONNX with channels last": r"takes images \(B, H, W, C\), with the channels last",
     "code fixed size": r"fails on images of 3 channels and 32 x 32 pixels",

@@ -40,6 +40,7 @@ from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, check_named_files
 from nonn.core.options import add_settings
 from nonn.core.params import PARAMS_FILE, Design, Params, load_params
+from nonn.core.progress import log
 from nonn.core.schema import change, parse_changes
 from nonn.core.teacher_source import WHOLE_FILES
 
@@ -74,7 +75,7 @@ networks:
 dataset:
   source: {source}
   size: {size}{size_comment}
-  validation: 0.1             # of the training images, on which every choice is made
+  validation: 0.1             # of the images, on which every choice is made
   test: 0.2                   # where the source has no test images of its own
 {teacher}
 signals:
@@ -220,7 +221,10 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
 
     from nonn.data.dataset import Dataset
     from nonn.deploy.teacher_files import write_teacher
+    from nonn.method.exporting import check_outputs
+    from nonn.runtime.session import run_onnx
     from nonn.teachers.foreign import PROBES, ForeignTeacher, import_foreign
+    from nonn.training.networks import predict
 
     def examine(channels: int) -> tuple[ForeignTeacher, Dataset]:
         shape = PROBES, channels, *2 * [params.sizes["teacher"]]
@@ -236,8 +240,13 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
             model, data = examine(channels=1)  # pictures are not opened, and may be grey
         except UserError:
             raise error from None
-    with tempfile.TemporaryDirectory() as folder:  # the stage that exports comes after all trainings
-        write_teacher(model, data, Path(folder, "teacher.onnx"))
+    params.check_filters(model.n_features)
+    log("exporting the teacher to ONNX, since the stage that does so comes after all trainings")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "teacher.onnx")
+        write_teacher(model, data, path)
+        logits = run_onnx(path, data.images.numpy())
+        check_outputs(path, logits, predict(model, data.images)[1], "float32", model.body.tolerance)
 
 
 def add_arguments(parser) -> None:

@@ -5,7 +5,6 @@ A file may hold more. What is not here, the stage that reads it shows as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired
 
 from pydantic import Field
@@ -60,11 +59,6 @@ class CostInfo(TypedDict):
     macs: Index
     weight_bytes: Index
     peak_activation_bytes: Index
-
-
-def memory_bytes(cost: Mapping[str, int]) -> int:
-    """What must fit a device of one memory: weights and the largest set of activations alive at once."""
-    return cost["weight_bytes"] + cost["peak_activation_bytes"]
 
 
 class DesignInfo(TypedDict):

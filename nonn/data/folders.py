@@ -94,6 +94,7 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     """
     files: dict[tuple[str, ...], str] = {}
     folders: set[tuple[str, ...]] = set()
+    encodings: dict[tuple[str, ...], tuple[str, ...]] = {}
     names = list(names)
     if outside := [name for name in names if ".." in PurePosixPath(name).parts]:
         raise UserError(f"{KEY}: {path}: holds {printable(outside[0])}, which leads out of it. Pack it again.")
@@ -102,6 +103,12 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
         parts = PurePosixPath(name).parts
         # A class has one name, whichever way its accents are encoded: macOS writes them as characters of their own.
         folder = tuple(normalize("NFC", part) for part in (parts if name.endswith("/") else parts[:-1]))
+        encoded = encodings.setdefault(folder, parts[: len(folder)])
+        if encoded != parts[: len(folder)]:
+            raise UserError(
+                f"{KEY}: {path}: two folders are called {printable('/'.join(folder))}, with accents encoded in two "
+                "ways. Move the files of one to the other."
+            )
         parts = (*folder, *parts[len(folder) :])
         within = "/".join(folder)
         if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
         raise UserError(
             f"{KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another label_column."
         )
-    if strange := [value for value in given if not isinstance(value, str | int | float)]:
+    if strange := [value for value in given if not isinstance(value, str | int | float | Decimal)]:
         raise _other_kind(name, "label_column", label_column, strange[0], "numbers or names of classes")
     labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
@@ -167,5 +168,5 @@ def _content_of(value: Any) -> bytes | None:
 def _other_kind(name: str, key: str, column: str, value: Any, wanted: str) -> UserError:
     return UserError(
         f"params.yaml: dataset.{key}: hf:{name}: column {column!r} holds values of type {type(value).__name__}, not "
-        f"{wanted}. Name another column."
+        f"{wanted}. Name another column, or convert it."
     )

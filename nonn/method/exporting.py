@@ -55,21 +55,23 @@ def as_linear(blocks: Blocks) -> nn.Linear:
     return linear
 
 
-def check_same(path: Path, exported: np.ndarray, original: Tensor) -> None:
+def check_same(path: Path, exported: np.ndarray, original: Tensor, tolerance: float = TOLERANCE) -> None:
     """Refuse an exported file whose outputs differ from the model's."""
     trained = original.numpy()
     difference = np.abs(exported - trained).max() / max(np.abs(trained).max(), 1e-9)
-    if not difference <= TOLERANCE:
+    if not difference <= tolerance:
         raise UserError(
             f"{path.name}: outputs differ from the trained model by {difference:.1e} of the largest output. "
             "This is a fault of the exporter: try the versions in requirements.lock."
         )
 
 
-def check_outputs(path: Path, exported: np.ndarray, original: Tensor, precision: Precision) -> None:
+def check_outputs(
+    path: Path, exported: np.ndarray, original: Tensor, precision: Precision, tolerance: float = TOLERANCE
+) -> None:
     """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8."""
     if precision == "float32":
-        check_same(path, exported, original)
+        check_same(path, exported, original, tolerance)
     else:
         check_close(path.name, exported, original)
 
@@ -137,12 +139,14 @@ def export_solo(
         data = teacher if teacher and name in TEACHERS else students
         images, labels = data.part("test")
         path, own = folder / f"{name}.onnx", "float32" if name == "teacher" else precision
+        tolerance = TOLERANCE
         if isinstance(model, ForeignTeacher):
             write_teacher(model, data, path)
+            tolerance = model.body.tolerance
         else:
             write_classifier(model, data, path, own)
         logits = run_onnx(path, images.each())
-        check_outputs(path, logits, predict(model, images)[1], own)
+        check_outputs(path, logits, predict(model, images)[1], own, tolerance)
         entry = _entry(path, model, data, own)
         if isinstance(model, ConvNet) and model.mirrors and (precision == "float32" or name not in TEACHERS):
             # `distributed` splits a network only as a single pass.

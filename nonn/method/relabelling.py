@@ -50,12 +50,13 @@ def new_labels(data: Dataset, groups: Mapping[str, Sequence[str]] | None) -> tup
     """
     if groups is None:
         return data, data.classes
+    known = [normalize("NFC", name) for name in data.classes]
     of = torch.full((data.n_classes,), -1)
     for number, (name, members) in enumerate(groups.items()):
         for member in (normalize("NFC", str(member)) for member in members):
-            if member not in data.classes:
+            if member not in known:
                 raise UserError(f"{name}: no class {member!r}; the images have {', '.join(data.classes[:10])} …")
-            place = data.classes.index(member)
+            place = known.index(member)
             if of[place] == number:
                 raise UserError(f"{name}: class {member!r} is listed twice; take one out")
             if of[place] >= 0:
@@ -106,7 +107,10 @@ def what_is_sent(
     n = len(params.networks[network].devices)
     pool_name = params.pool_of(network)
     if pool_name is None or params.networks[pool_name[0]].baselines["kd"] < n:
-        raise UserError(f"params.yaml: networks.*.baselines.kd: an ensemble for {network} takes {n} of them, or more")
+        raise UserError(
+            f"params.yaml: networks.{network}.baselines.kd: an ensemble takes {n} of them or more, there or at a "
+            "network of the same devices"
+        )
     seeds = range(params.networks[network].seeds)
     own = [load_students(params, paths, taught, network, seed)[0] for seed in seeds]
     yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))

@@ -58,7 +58,12 @@ PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_la
 ENERGIES = {
     "holds": ("teacher on the board that holds it", "teacher", "nonn", "node_computing"),
     "above_idle": ("the same, without what a board draws anyway", "teacher", "nonn", "node"),
-    "all_cores": ("the same on all cores of that board", "teacher_all_cores", "nonn", "node_computing"),
+    "all_cores": (
+        "teacher on all cores of that board",
+        "teacher_all_cores",
+        "nonn",
+        "node_computing",
+    ),
     "int8": ("int8 teacher on the board that holds it", "teacher_int8", "nonn", "node_computing"),
     "same_board": ("students, too, on the teacher's board", "teacher", "nonn_teacher_board", "node_computing"),
     "int8_as_if": (

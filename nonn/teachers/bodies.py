@@ -162,6 +162,11 @@ class GraphBody(nn.Module):
         self.graph_module, self.weight_name, self.bias_name = _cut_open(module, n_outputs, source)
         weight: Any = self._parameter(self.weight_name)
         self.n_outputs, self.n_features = map(int, weight.shape)
+        if weight.dtype == torch.bfloat16:
+            raise UserError(
+                f"params.yaml: teacher.source: {source} computes in bfloat16, which ONNX Runtime does not. Export it "
+                "in float32 or float16."
+            )
         self.tolerance = HALF_TOLERANCE if weight.itemsize == 2 else TOLERANCE
 
     def _parameter(self, name: str | None) -> Tensor | None:

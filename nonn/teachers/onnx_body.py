@@ -65,6 +65,11 @@ class OnnxBody(nn.Module):
                 f"params.yaml: teacher.source: {source} is damaged, or no model that a library has exported "
                 f"({first_line(error)}). Export it again."
             ) from None
+        if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node):
+            raise UserError(
+                f"params.yaml: teacher.source: {source} is quantised by what each batch holds, so its answers depend "
+                "on the batch. Export it in float32."
+            )
         self.n_features, self.n_outputs = self.weight.shape
         is_half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
         self.tolerance = HALF_TOLERANCE if is_half else TOLERANCE

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
-from nonn.core import artifacts
 from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
+from nonn.core.memory import memory_bytes
 from nonn.core.names import COORDINATOR
 from nonn.core.params import Distributed, Precision
 from nonn.core.system import pinned_to
@@ -104,7 +104,14 @@ def compose(
     computing = compute.max(axis=1).sum()
     total = computing + on_link + final_s
     devices = [str(device) for device in range(workload.n_devices)]
-    moved = [framing * sum(n for sent in transfers for pair, n in sent.items() if device in pair) for device in devices]
+    moved = [
+        framing
+        * (
+            sum(n for sent in transmitted for (sender, _), n in sent.items() if sender == device)
+            + sum(n for sent in transfers for (_, receiver), n in sent.items() if receiver == device)
+        )
+        for device in devices
+    ]
     row: dict[str, Any] = {
         "precision": workload.precision,
         "boards": [board.name for board in boards],
@@ -131,7 +138,7 @@ def network_workload(export: Path, benchmark: Mapping, precision: Precision) -> 
     return Workload(
         seconds=np.array([[student["latency_p50_ms"] / 1e3 for student in students]]),
         macs=np.array([[student["macs"] for student in students]]),
-        memory_bytes=max(map(artifacts.memory_bytes, students)),
+        memory_bytes=max(map(memory_bytes, students)),
         payload=[],
         image_bytes=image.channels * image.size**2,
         answer_bytes=[4 * student.n_features for student in manifest.students],
