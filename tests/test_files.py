@@ -71,6 +71,23 @@ def test_a_folder_replaces_a_folder_as_a_whole():
     assert not temporaries()
 
 
+@pytest.fixture
+def cannot_exchange(monkeypatch):
+    """As on file systems that cannot let two paths change places in one step."""
+    monkeypatch.setattr(files, "_exchanged", lambda *_: False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has renameat2")
+def test_folders_change_places_in_one_step(monkeypatch):
+    target = Path("results/folder")
+    write_text(target / "old.txt", "old")
+    monkeypatch.setattr(Path, "rename", None)  # so there is no moment at which the target is missing
+    with replacing(target) as temporary:
+        write_text(temporary / "new.txt", "new")
+    assert files_below(Path()) == ["results/folder/new.txt"]
+
+
+@pytest.mark.usefixtures("cannot_exchange")
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_former_one(monkeypatch):
     target, rename = Path("results/folder"), Path.rename
     write_text(target / "old.txt", "old")
@@ -86,6 +103,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_former_one(monkeypatch)
     assert files_below(Path()) == ["results/folder/old.txt"]
 
 
+@pytest.mark.usefixtures("cannot_exchange")
 @pytest.mark.parametrize("renames", [1, 2])
 def test_an_interrupt_between_renames_loses_no_folder(monkeypatch, renames):
     target, rename, done = Path("results/folder"), Path.rename, []
@@ -121,6 +139,7 @@ def test_a_scratch_folder_bears_the_blame_of_its_file_system_alone(number):
     assert isinstance(raised.value, UserError) == (number == errno.ENOSPC)
 
 
+@pytest.mark.usefixtures("cannot_exchange")
 def test_a_former_folder_is_never_half_deleted(monkeypatch):
     target, removed = Path("results/folder"), []
     write_text(target / "old.txt", "old")

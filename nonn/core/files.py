@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -28,6 +29,8 @@ _HOST = platform.node().replace("-", "_")[:64] or "localhost"
 _NUMBERS = itertools.count()
 #: Of fsync(2), where a file system has no such thing, some for folders alone; any other means that content is lost.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
+#: Of ``renameat2``: relative paths are those of the working directory, and both have to be there.
+_FROM_HERE, _EXCHANGE = -100, 2
 #: What a file system refuses as a whole: such an error, where it names no file, is of the folder that is written to.
 _OF_FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -44,8 +47,9 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary paths that become `targets`, if the block succeeds, one right after the other.
 
     All is written by then, so that a full disk or a killed process leaves the former ones; only where it is killed
-    between two renames is one of them new and the other old. A former folder is renamed, too, before it is deleted: so
-    the target is never half of it, but may be missing after such a kill.
+    between two renames is one of them new and the other old. A former folder changes places with the new one; where the
+    file system cannot do that, it is renamed before it is deleted, so the target may be missing after such a kill, but
+    is never half of it.
 
     A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
     process, so that `remove_orphans` knows what a killed stage has left, and that an orphan that outlives its
@@ -128,6 +132,8 @@ def _rename(temporary: Path, target: Path) -> None:
     if not (temporary.is_dir() and os.path.lexists(target)):
         temporary.replace(target)
         return
+    if _exchanged(temporary, target):
+        return  # the temporary is the former folder now, and is deleted
     former = _temporary(temporary.parent)  # a folder cannot be renamed over a full one
     try:
         target.rename(former)
@@ -138,6 +144,15 @@ def _rename(temporary: Path, target: Path) -> None:
         raise
     with contextlib.suppress(OSError):
         remove(former)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step, where the system and the file system can: see ``man 2 renameat2``."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_FROM_HERE, os.fsencode(one), _FROM_HERE, os.fsencode(other), _EXCHANGE) == 0
 
 
 @contextlib.contextmanager
