@@ -16,6 +16,7 @@ from nonn.core.images import squared, upright
 from nonn.core.params import Params, load_params
 from nonn.data import sources
 from nonn.data.canvas import Canvas
+from nonn.data.packaged import DOWNLOADS
 from nonn.data.raw import Decoder, Picture
 
 SIZE = 28
@@ -108,3 +109,18 @@ def seeds_of(loaded) -> list[int]:
 def fit_image(image: Image.Image, size: int) -> np.ndarray:
     """As the data set does it, with as many channels as the image has."""
     return squared(upright(image), size)
+
+
+def write_fashion_mnist(train: int, test: int) -> list[np.ndarray]:
+    """Write raw files as Zalando's, without the network."""
+    folder = DOWNLOADS / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    images = []
+    for name, count in (("train", train), ("t10k", test)):
+        images.append(noise(count, (count, 28, 28)))
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        header = b"".join(n.to_bytes(4, "big") for n in (0x803, count, 28, 28))
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + images[-1].tobytes())
+        header = b"".join(n.to_bytes(4, "big") for n in (0x801, count))
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return images

@@ -8,7 +8,7 @@ from dvc.lock import make_lock
 from experiments import REPOSITORY
 
 from nonn.commands import torture
-from nonn.commands.torture import Ground, Outcome
+from nonn.commands.torture import DisturbedRepository, Outcome
 from nonn.commands.verify import damaged_objects, distrust, md5_of, mend_cache, mend_state
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, remove_orphans
@@ -18,52 +18,52 @@ DESIGN = [sys.executable, "-m", "nonn", "design", "2s"]
 
 
 @pytest.fixture
-def ground(experiment, monkeypatch) -> Ground:
+def repository(experiment, monkeypatch) -> DisturbedRepository:
     """The tiny experiment, in the working directory."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     Path("nonn").symlink_to(REPOSITORY / "nonn")
-    ground = Ground(Path().absolute())
-    ground.expected = ground.digests()
-    assert len(ground.expected) > 20
+    repository = DisturbedRepository(Path().absolute())
+    repository.expected = repository.digests()
+    assert len(repository.expected) > 20
     assert experiment.root.is_dir()
-    return ground
+    return repository
 
 
-def test_a_killed_stage_leaves_the_same_bytes_in_the_end(ground):
-    outcome = torture.kill(ground, "distill", DISTILL, DISTILL, within=8.0)
+def test_a_killed_stage_leaves_the_same_bytes_in_the_end(repository):
+    outcome = torture.kill(repository, "distill", DISTILL, DISTILL, within=8.0)
     assert outcome.problem == ""
 
 
-def test_a_damaged_checkpoint_costs_time_and_no_bytes(ground):
-    outcome = torture.damage_checkpoint(ground, "distill", DISTILL, DISTILL)
+def test_a_damaged_checkpoint_costs_time_and_no_bytes(repository):
+    outcome = torture.damage_checkpoint(repository, "distill", DISTILL, DISTILL)
     assert outcome == Outcome("damaged checkpoint", "distill", outcome.undone, "")
 
 
-def test_a_full_disk_is_one_line_and_nothing_half_written(ground):
-    outcome = torture.fill(ground, "design", DESIGN, DESIGN, largest=20)
+def test_a_full_disk_is_one_line_and_nothing_half_written(repository):
+    outcome = torture.fill(repository, "design", DESIGN, DESIGN, largest=20)
     assert outcome == Outcome("full disk", "design", True, "")
 
 
-def test_what_hangs_is_seen(ground):
-    ground.longest = 0.1
-    assert ground.again(["sleep", "60"]) == "exit -1: it did not end within 0 s"
+def test_what_hangs_is_seen(repository):
+    repository.longest = 0.1
+    assert repository.again(["sleep", "60"]) == "exit -1: it did not end within 0 s"
 
 
-def test_what_a_killed_stage_leaves_elsewhere_is_inside_and_swept(ground):
-    code, output = ground.call(["sh", "-c", "mktemp -d .nonn-tmp-XXXXXX --tmpdir"])
-    assert (code, Path(output.strip()).parent) == (0, ground.temporary)
-    assert ground.differences() == ""
-    assert ground.again(["true"]) == ""
+def test_what_a_killed_stage_leaves_elsewhere_is_inside_and_swept(repository):
+    code, output = repository.call(["sh", "-c", "mktemp -d .nonn-tmp-XXXXXX --tmpdir"])
+    assert (code, Path(output.strip()).parent) == (0, repository.temporary)
+    assert repository.differences() == ""
+    assert repository.again(["true"]) == ""
     assert not Path(output.strip()).exists()
 
 
-def test_what_differs_is_seen(ground):
-    path = sorted((ground.folder / "results").rglob("*.safetensors"))[0]
-    torture.flip(ground, path)
+def test_what_differs_is_seen(repository):
+    path = sorted((repository.folder / "results").rglob("*.safetensors"))[0]
+    torture.flip(repository, path)
     (path.parent / ".nonn-tmp-elsewhere-1-0").touch()
-    assert "differs" in ground.differences()
-    assert "is left" in ground.differences()
-    assert "1     1           0" in torture.table([Outcome("kill", "x", True, ground.differences())])
+    assert "differs" in repository.differences()
+    assert "is left" in repository.differences()
+    assert "1     1           0" in torture.table([Outcome("kill", "x", True, repository.differences())])
 
 
 def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_them(folder):
@@ -74,7 +74,7 @@ def test_damaged_objects_of_the_cache_are_found_and_deleted_with_what_came_of_th
         (cache / name[:2]).mkdir(parents=True)
         (cache / name[:2] / name[2:]).write_bytes(content)
     assert list(damaged_objects(cache)) == []
-    torture.flip(Ground(folder), cache / name[:2] / name[2:])
+    torture.flip(DisturbedRepository(folder), cache / name[:2] / name[2:])
     restored = Path("results/restored")
     restored.parent.mkdir()
     restored.write_bytes((cache / name[:2] / name[2:]).read_bytes())

@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass
-class Ground(ScratchRepository):
+class DisturbedRepository(ScratchRepository):
     """One in which an experiment was run undisturbed, and may be disturbed."""
 
     expected: dict[str, str] = field(default_factory=dict)
@@ -87,11 +87,13 @@ def is_timed(path: Path) -> bool:
     return is_measured or path.name == ".snakemake_timestamp"
 
 
-def kill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], within: float) -> Outcome:
+def kill(
+    repository: DisturbedRepository, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], within: float
+) -> Outcome:
     """Kill a command and all that it has started, at a random moment; then run the other one to its end."""
-    process = ground.start(disturbed)
+    process = repository.start(disturbed)
     try:
-        time.sleep(ground.generator.uniform(0, within))
+        time.sleep(repository.generator.uniform(0, within))
     finally:
         undone = process.poll() is None
         try:
@@ -99,53 +101,59 @@ def kill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequen
         except ProcessLookupError:
             undone = False
     process.communicate()
-    return Outcome("kill", job, undone, ground.again(undisturbed))
+    return Outcome("kill", job, undone, repository.again(undisturbed))
 
 
-def fill(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], largest: int) -> Outcome:
+def fill(
+    repository: DisturbedRepository, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], largest: int
+) -> Outcome:
     """Let no file become larger than a random size, as when a disk is full; it must say so in one line."""
-    limit = ground.generator.randrange(largest)
-    code, output = ground.call(disturbed, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    limit = repository.generator.randrange(largest)
+    code, output = repository.call(disturbed, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     if "Traceback" in output:
         return Outcome("full disk", job, bool(code), f"a traceback at {limit} bytes: {output[-300:]}")
-    return Outcome("full disk", job, bool(code), ground.again(undisturbed))
+    return Outcome("full disk", job, bool(code), repository.again(undisturbed))
 
 
-def flip(ground: Ground, path: Path) -> None:
+def flip(repository: DisturbedRepository, path: Path) -> None:
     """Change one byte of a file, whoever may write it."""
     content = bytearray(path.read_bytes())
-    content[ground.generator.randrange(len(content))] ^= 1 << ground.generator.randrange(8)
+    content[repository.generator.randrange(len(content))] ^= 1 << repository.generator.randrange(8)
     mode = path.stat().st_mode
     path.chmod(0o644)
     path.write_bytes(content)
     path.chmod(mode)
 
 
-def damage_artifact(ground: Ground, undisturbed: Sequence[str]) -> Outcome:
+def damage_artifact(repository: DisturbedRepository, undisturbed: Sequence[str]) -> Outcome:
     """Damage one of the artifacts."""
-    root = next((ground.folder / "results").iterdir())
-    path = root / ground.generator.choice(sorted(ground.expected))
-    flip(ground, path)
-    return Outcome("damaged artifact", str(path.relative_to(root)), True, ground.again(undisturbed))
+    root = next((repository.folder / "results").iterdir())
+    path = root / repository.generator.choice(sorted(repository.expected))
+    flip(repository, path)
+    return Outcome("damaged artifact", str(path.relative_to(root)), True, repository.again(undisturbed))
 
 
-def damage_cache(ground: Ground, undisturbed: Sequence[str]) -> Outcome:
+def damage_cache(repository: DisturbedRepository, undisturbed: Sequence[str]) -> Outcome:
     """Damage an object of DVC's cache and delete the results."""
-    objects = sorted(p for p in (ground.folder / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.stat().st_size)
-    path = ground.generator.choice(objects)
-    flip(ground, path)
-    for root in (ground.folder / "results").iterdir():
+    objects = sorted(
+        p for p in (repository.folder / ".dvc/cache/files/md5").rglob("*") if p.is_file() and p.stat().st_size
+    )
+    path = repository.generator.choice(objects)
+    flip(repository, path)
+    for root in (repository.folder / "results").iterdir():
         remove(root)
-    return Outcome("damaged cache", path.name[:8], True, ground.again(undisturbed))
+    return Outcome("damaged cache", path.name[:8], True, repository.again(undisturbed))
 
 
-def damage_checkpoint(ground: Ground, job: str, disturbed: Sequence[str], undisturbed: Sequence[str]) -> Outcome:
+def damage_checkpoint(
+    repository: DisturbedRepository, job: str, disturbed: Sequence[str], undisturbed: Sequence[str]
+) -> Outcome:
     """Kill a training once it has a checkpoint, damage that, and train on."""
-    process = ground.start(disturbed)
+    process = repository.start(disturbed)
     found: list[Path] = []
     try:
         while process.poll() is None and not found:
-            found = sorted((ground.folder / STATE / "checkpoints").glob("*.safetensors"))
+            found = sorted((repository.folder / STATE / "checkpoints").glob("*.safetensors"))
             time.sleep(0.01)
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -153,28 +161,28 @@ def damage_checkpoint(ground: Ground, job: str, disturbed: Sequence[str], undist
     process.communicate()
     found = [path for path in found if path.exists()]
     for path in found:
-        flip(ground, path)
-    return Outcome("damaged checkpoint", job, bool(found), ground.again(undisturbed))
+        flip(repository, path)
+    return Outcome("damaged checkpoint", job, bool(found), repository.again(undisturbed))
 
 
-def trials(ground: Ground, addresses: Sequence[str], tries: int) -> Iterator[Outcome]:
+def trials(repository: DisturbedRepository, addresses: Sequence[str], tries: int) -> Iterator[Outcome]:
     """What comes of each disturbance: so many kills of each stage, and so many damaged artifacts and objects."""
     usual_way = ["sh", "-c", f"{shlex.join(JOBS)} && {shlex.join(REPRO)}"]
-    largest = max(path.stat().st_size for path in (ground.folder / "results").rglob("*") if path.is_file())
+    largest = max(path.stat().st_size for path in (repository.folder / "results").rglob("*") if path.is_file())
     for address in addresses:
         forced = [*REPRO, "--force", "--single-item", address]
         start = time.monotonic()
-        if problem := ground.again(forced):
+        if problem := repository.again(forced):
             yield Outcome("run again", address, False, problem)
         usual = time.monotonic() - start
         for _ in range(tries):
-            yield kill(ground, address, forced, usual_way, usual)
-        yield fill(ground, address, forced, usual_way, largest)
+            yield kill(repository, address, forced, usual_way, usual)
+        yield fill(repository, address, forced, usual_way, largest)
         if address.startswith(TRAINED):
-            yield damage_checkpoint(ground, address, forced, usual_way)
+            yield damage_checkpoint(repository, address, forced, usual_way)
     for _ in range(tries):
-        yield damage_artifact(ground, usual_way)
-        yield damage_cache(ground, usual_way)
+        yield damage_artifact(repository, usual_way)
+        yield damage_cache(repository, usual_way)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -202,23 +210,23 @@ def run(options) -> None:
     begun = time.monotonic()
     with scratch_folder() as folder:
         copy_repository(folder)
-        ground = Ground(folder, generator=random.Random(options.seed))
+        repository = DisturbedRepository(folder, generator=random.Random(options.seed))
         log("an undisturbed run first, as long as the pipeline takes; its bytes are what others are compared with")
         for command in (JOBS, REPRO):
-            code, output = ground.call(command)
+            code, output = repository.call(command)
             if code:
                 raise UserError(f"the undisturbed run failed, so there is nothing to compare with: {output[-500:]}")
-        ground.longest = MINUTE + SLOWER * (time.monotonic() - begun)
-        ground.expected = ground.digests()
+        repository.longest = MINUTE + SLOWER * (time.monotonic() - begun)
+        repository.expected = repository.digests()
         listing = ["dvc", "stage", "list", "--name-only"]
-        listed = subprocess.check_output(listing, cwd=folder, env=ground.environment, text=True)
+        listed = subprocess.check_output(listing, cwd=folder, env=repository.environment, text=True)
         first: dict[str, str] = {}
         for address in listed.split():
             first.setdefault(address.partition("@")[0], address)
         trained = sum(address.startswith(TRAINED) for address in first.values())
         total = len(first) * (options.tries + 1) + trained + 2 * options.tries
         outcomes: list[Outcome] = []
-        for outcome in track(trials(ground, [*first.values()], options.tries), "disturbances", total=total):
+        for outcome in track(trials(repository, [*first.values()], options.tries), "disturbances", total=total):
             outcomes.append(outcome)
             log(f"{outcome.kind}, {outcome.job}: {outcome.problem or 'the same bytes'}")
             if time.monotonic() - begun > options.seconds:

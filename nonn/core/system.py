@@ -7,8 +7,9 @@ import os
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from nonn.core.errors import UserError
 
@@ -35,27 +36,31 @@ def tidied_up() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)  # asyncio's: an exception from here would end only whichever task runs
 
     numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
-    former = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        if got and not error.args:
-            raise KeyboardInterrupt(got[0]) from None
-        raise
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+    with _handled(numbers, stop):
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            if got and not error.args:
+                raise KeyboardInterrupt(got[0]) from None
+            raise
 
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Ignore Ctrl-C, SIGTERM and SIGHUP while the block runs, also in what it starts."""
-    former = {n: signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with _handled((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_IGN):
+        yield
+
+
+@contextlib.contextmanager
+def _handled(numbers: Iterable[int], handler: Any) -> Iterator[None]:
+    """Have a handler of its own for each of these signals while the block runs."""
+    former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
     finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
+        for number, before in former.items():
+            signal.signal(number, before)
 
 
 @contextlib.contextmanager
