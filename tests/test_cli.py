@@ -310,9 +310,10 @@ def test_a_command_that_is_told_to_stop_tidies_up_and_exits_as_the_shell_expects
     assert tidied
 
 
-#: A command of several tasks, each of which has to tidy up; `nonn.commands.check` stands in for those of asyncio.
+#: A command of several tasks, each of which tidies up until standard input closes, so that no signal comes too late;
+#: `nonn.commands.check` stands in for those of asyncio.
 OF_TASKS = """\
-import asyncio
+import asyncio, sys
 from nonn import cli
 from nonn.commands import check
 
@@ -321,7 +322,7 @@ async def work():
         while True:
             await asyncio.sleep(0)
     finally:
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(sys.stdin.read)
         print("tidied", flush=True)
 
 async def scenario():
@@ -338,7 +339,7 @@ cli.main(["check"])
 
 #: A server, which ends well once it is told to stop.
 SERVER = """\
-import asyncio
+import asyncio, sys
 from nonn import cli
 from nonn.commands import check
 from nonn.runtime.attached import told_to_stop
@@ -347,6 +348,7 @@ async def scenario():
     stopped = told_to_stop(False)
     print("begun", flush=True)
     await stopped.wait()
+    await asyncio.to_thread(sys.stdin.read)
     print("stopped", flush=True)
 
 check.run = lambda _: asyncio.run(scenario())
@@ -367,6 +369,7 @@ def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, said,
 
     process = subprocess.Popen(
         [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
