@@ -20,7 +20,7 @@ IN_PLACE_FUNCTIONS = (nn.functional.relu,)
 
 
 def measure_cost(model: ConvNet, channels: int, size: int, precision: Precision = "float32") -> Cost:
-    """Count the cost of one image of shape (channels, size, size), in float32 or, with 1 byte a value, in int8.
+    """Count the cost of one image of shape (channels, size, size) through a model deployed in `precision`.
 
     Activations are counted by liveness: a tensor occupies memory from the operation that makes it to the last one that
     reads it. Batch norm and ReLU are fused into the convolution before them. The model stays as it is.

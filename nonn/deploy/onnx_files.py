@@ -68,12 +68,12 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
 
 
 def write_student(student: ConvNet, data: Dataset, path: Path, precision: Precision) -> None:
-    """Write what the device of a student runs; with 1 byte a value in int8."""
+    """Write what the device of a student runs; in int8 if `precision` says so."""
     _write(Features, "features", student, data, path, precision)
 
 
 def write_classifier(model: ConvNet, data: Dataset, path: Path, precision: Precision) -> None:
-    """Write a model that classifies alone; with 1 byte a value in int8."""
+    """Write a model that classifies alone; in int8 if `precision` says so."""
     _write(Logits, "logits", model, data, path, precision)
 
 

@@ -95,8 +95,8 @@ def features_of(students: Sequence[ConvNet], images: Tensor | Images) -> list[Te
 class FeatureCache:
     """Feature vectors of students for whole splits of a dataset, each calculated once.
 
-    They are those that devices calculate: of int8 students with 1 byte a value, by ONNX Runtime. Int8 students are
-    calibrated on the training images of `taught`, None for those of the dataset itself.
+    They are those that devices calculate: in int8, by ONNX Runtime, if `precision` says so. Int8 students are
+    calibrated on the training images of `taught`; None stands for the dataset itself.
     """
 
     def __init__(self, data: Dataset, precision: Precision, taught: Dataset | None = None):
