@@ -16,7 +16,7 @@ from nonn.method.scoring import score_all
 from nonn.stages import signals, teacher
 from nonn.stages.export import solo_models
 from nonn.teachers import store
-from nonn.training.networks import batch_of, predict
+from nonn.training.networks import predict, scaled_batch_size
 
 PATHS = Paths("tiny")
 
@@ -71,4 +71,4 @@ def test_a_network_of_a_fixed_size_is_built_for_the_teacher_s_images(monkeypatch
 
 
 def test_batches_of_larger_images_have_no_more_pixels():
-    assert [batch_of(500, size) for size in (28, 32, 64, 256, 1024)] == [500, 500, 125, 7, 1]
+    assert [scaled_batch_size(500, size) for size in (28, 32, 64, 256, 1024)] == [500, 500, 125, 7, 1]

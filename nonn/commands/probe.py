@@ -105,11 +105,11 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     from nonn.data.dataset import load_teacher_dataset
     from nonn.teachers.signals import BATCH_SIZE, signals_of
     from nonn.teachers.store import load_teacher
-    from nonn.training.networks import batch_of, concatenated
+    from nonn.training.networks import concatenated, scaled_batch_size
 
     data = load_teacher_dataset(paths)
     teacher, images = load_teacher(paths), data.part(on)[0]
-    size = batch_of(BATCH_SIZE, data.size)
+    size = scaled_batch_size(BATCH_SIZE, data.size)
     batches = track(images.split(size), "teacher", total=-(-len(images) // size))
     found = concatenated((signals_of(teacher, batch, attention=False) for batch in batches), len(images))
     return found["pooled"], found["logits"].float()

@@ -18,7 +18,7 @@ from nonn.teachers.foreign import ForeignTeacher
 from nonn.training.augment import apply_view, draw_view
 from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.losses import attention_map
-from nonn.training.networks import ConvNet, batch_of, concatenated
+from nonn.training.networks import ConvNet, concatenated, scaled_batch_size
 
 BATCH_SIZE = 500
 
@@ -45,7 +45,7 @@ def compute_signals(
     activation of a filter is the spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
     """
     images, place = resident(data.part("train")[0], pick_device())
-    batch_size = batch_of(BATCH_SIZE, data.size)
+    batch_size = scaled_batch_size(BATCH_SIZE, data.size)
     views = [draw_view(len(images), view, params.augment, params.seed).to(place) for view in range(params.views)]
     indices = torch.arange(len(images), device=place)
     jobs = [(view, index) for view in views for index in indices.split(batch_size)]

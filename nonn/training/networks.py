@@ -324,7 +324,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def batch_of(batch_size: int, size: int) -> int:
+def scaled_batch_size(batch_size: int, size: int) -> int:
     """How many images of `size` pixels a side have as many pixels as `batch_size` of `BATCHED`; no more than that."""
     return max(1, min(batch_size, batch_size * BATCHED**2 // size**2))
 
@@ -338,7 +338,7 @@ def predict(
     Of a `ConvNet`, or of a teacher that is called as one.
     """
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    batches = images.split(batch_of(batch_size, images.shape[-1]))
+    batches = images.split(scaled_batch_size(batch_size, images.shape[-1]))
     outputs = (dict(zip(("features", "logits"), model(batch.to(device)), strict=True)) for batch in batches)
     found = concatenated(outputs, len(images))
     return found["features"].float().cpu(), found["logits"].float().cpu()
