@@ -158,7 +158,7 @@ class GraphBody(nn.Module):
                 f"({first_line(error)}). Write it with `torch.export.save`."
             ) from None
         self.content = content
-        self.pixels = _placeholder(module.graph, source)
+        self.input_shape = _placeholder(module.graph, source)
         self.graph_module, self.weight_name, self.bias_name = _cut_open(module, n_outputs, source)
         weight: Any = self._parameter(self.weight_name)
         self.n_outputs, self.n_features = map(int, weight.shape)
@@ -176,7 +176,7 @@ class GraphBody(nn.Module):
         return getattr(self.graph_module.get_submodule(owner), last)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        batches = pixels.split(1) if self.pixels[0] == 1 else [pixels]  # some are exported for one image at a time
+        batches = pixels.split(1) if self.input_shape[0] == 1 else [pixels]  # some are exported for one image at a time
         features, logits = zip(*map(self.graph_module, batches), strict=True)
         return torch.cat(features).float(), torch.cat(logits).float()
 

@@ -144,7 +144,7 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Prepro
         body = OnnxBody(read_onnx(path), wanted, params.classifier, params.source)
     else:
         body = GraphBody(path.read_bytes(), wanted, params.source)
-    _, channels, *sides = body.pixels
+    _, channels, *sides = body.input_shape
     if None not in sides and sides[0] != sides[1]:
         raise UserError(
             f"params.yaml: teacher.source: {params.source} takes images of {sides[0]} x {sides[1]} pixels, and those "

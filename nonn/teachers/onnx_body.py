@@ -57,7 +57,7 @@ class OnnxBody(nn.Module):
         super().__init__()
         self.content = content
         model = onnx.load_from_string(content)
-        self.input_name, self.pixels, self.dtype = _describe_input(model, source)
+        self.input_name, self.input_shape, self.dtype = _describe_input(model, source)
         try:
             self.features, self.weight, self.bias = _find_layer(model, n_outputs, classifier, source)
         except (LookupError, TypeError, ValueError) as error:
@@ -97,7 +97,7 @@ class OnnxBody(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         array: np.ndarray = pixels.cpu().numpy().astype(self.dtype)
-        batches = np.split(array, len(array)) if self.pixels[0] == 1 else [array]
+        batches = np.split(array, len(array)) if self.input_shape[0] == 1 else [array]
         names = [self.features, self.logits]
         pairs = [self.session.run(names, {self.input_name: batch}) for batch in batches]
         features, logits = (torch.from_numpy(np.concatenate(parts)).float() for parts in zip(*pairs, strict=True))
