@@ -21,7 +21,7 @@ from nonn.core.progress import log
 from nonn.data.archives import ARCHIVES, ZSTANDARD, Content, is_archive, list_names, read_contents
 from nonn.data.clutter import HIDDEN, sort_out
 from nonn.data.known import FolderLayout, read_known_layout
-from nonn.data.raw import KEY, Decoder, RawImages, check_sha256
+from nonn.data.raw import SOURCE_KEY, Decoder, RawImages, check_sha256
 
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
 #: What folders of splits are called, in small letters, and which split each is.
@@ -74,16 +74,18 @@ def find_images(path: Path) -> FolderLayout:
 def _check_kind(path: Path) -> None:
     if not path.exists():
         raise UserError(
-            f"{KEY}: {path} does not exist. Name a folder or archive, mnist5k, a torchvision:NAME or an hf:NAME."
+            f"{SOURCE_KEY}: {path} does not exist. Name a folder or archive, mnist5k, a torchvision:NAME or an hf:NAME."
         )
     if path.is_dir():
         return
     with _damage_explained(path):
         regular(path)
     if path.name.lower().endswith(ZSTANDARD) and not is_archive(path):
-        raise UserError(f"{KEY}: {path}: Python reads Zstandard from 3.14 on. Unpack it, or repack it as .tar.xz.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: Python reads Zstandard from 3.14 on. Unpack it, or repack it as .tar.xz."
+        )
     if not is_archive(path):
-        raise UserError(f"{KEY}: {path} is neither a folder nor a {', '.join(ARCHIVES)}. Repack it as one.")
+        raise UserError(f"{SOURCE_KEY}: {path} is neither a folder nor a {', '.join(ARCHIVES)}. Repack it as one.")
 
 
 def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
@@ -97,7 +99,7 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     encodings: dict[tuple[str, ...], tuple[str, ...]] = {}
     names = list(names)
     if outside := [name for name in names if ".." in PurePosixPath(name).parts]:
-        raise UserError(f"{KEY}: {path}: holds {printable(outside[0])}, which leads out of it. Pack it again.")
+        raise UserError(f"{SOURCE_KEY}: {path}: holds {printable(outside[0])}, which leads out of it. Pack it again.")
     names, passed = sort_out(names)
     for name in names:
         parts = PurePosixPath(name).parts
@@ -106,18 +108,18 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
         encoded = encodings.setdefault(folder, parts[: len(folder)])
         if encoded != parts[: len(folder)]:
             raise UserError(
-                f"{KEY}: {path}: two folders are called {printable('/'.join(folder))}, with accents encoded in two "
-                "ways. Move the files of one to the other."
+                f"{SOURCE_KEY}: {path}: two folders are called {printable('/'.join(folder))}, with accents encoded in "
+                "two ways. Move the files of one to the other."
             )
         parts = (*folder, *parts[len(folder) :])
         within = "/".join(folder)
         if any("\ud800" <= letter <= "\udfff" for letter in within):  # of bytes that are no text
-            raise UserError(f"{KEY}: {path}: the name of the folder {printable(within)} is no UTF-8. Rename it.")
+            raise UserError(f"{SOURCE_KEY}: {path}: the name of the folder {printable(within)} is no UTF-8. Rename it.")
         folders.update(folder[:depth] for depth in range(1, len(folder) + 1))
         if name.endswith("/"):
             continue
         if parts in files:
-            raise UserError(f"{KEY}: {path}: holds {name} twice. Pack it again.")
+            raise UserError(f"{SOURCE_KEY}: {path}: holds {name} twice. Pack it again.")
         files[parts] = name
 
     top = 0  # folders around everything
@@ -132,12 +134,16 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     has_splits = "train" in meant and (len(meant) > 1 or is_deep)
     if has_splits and (others := sorted(tops - set(splits))):
         known = " and ".join(sorted(splits))
-        raise UserError(f"{KEY}: {path}: has {', '.join(others)} beside {known}; move its images or remove it.")
+        raise UserError(f"{SOURCE_KEY}: {path}: has {', '.join(others)} beside {known}; move its images or remove it.")
     if has_splits and (twice := sorted(s for s in splits if list(splits.values()).count(splits[s]) > 1)):
-        raise UserError(f"{KEY}: {path}: {' and '.join(twice)} name the same split; move one's images to the other.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: {' and '.join(twice)} name the same split; move one's images to the other."
+        )
     if not has_splits and len(meant) > 1 and is_deep:
         known = ", ".join(sorted(splits))
-        raise UserError(f"{KEY}: {path}: has {known}, but no train. Name the folder of the training images train.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: has {known}, but no train. Name the folder of the training images train."
+        )
 
     def split_of(parts: tuple[str, ...]) -> str:
         return splits[parts[top]] if has_splits else "train"
@@ -147,26 +153,30 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
 
     level = top + 1 + has_splits  # depth of a class folder
     if deeper := sorted(folder for folder in folders if len(folder) > level):
-        raise UserError(f"{KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. Move its images up.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. Move its images up."
+        )
 
     class_folders = {folder for folder in folders if len(folder) == level}
     images = [parts for parts in files if len(parts) == level + 1]
     if empty := sorted(class_folders - {parts[:level] for parts in images}):
-        raise UserError(f"{KEY}: {path}: class folder {'/'.join(empty[0])} is empty. Fill it or remove it.")
+        raise UserError(f"{SOURCE_KEY}: {path}: class folder {'/'.join(empty[0])} is empty. Fill it or remove it.")
     classes = sorted({folder[-1] for folder in class_folders if split_of(folder) == "train"})
     for split in ("test", "validation"):
         held = {folder[-1] for folder in class_folders if split_of(folder) == split}
         name = next((name for name, kind in splits.items() if kind == split), split)
         if unknown := sorted(held - set(classes)):
             raise UserError(
-                f"{KEY}: {path}: class {unknown[0]!r} is in {name} but not in train. Add it there or remove it."
+                f"{SOURCE_KEY}: {path}: class {unknown[0]!r} is in {name} but not in train. Add it there or remove it."
             )
         if has_splits and split in meant and not held:
-            raise UserError(f"{KEY}: {path}: folder {name} has no class folders. Fill it or remove it.")
+            raise UserError(f"{SOURCE_KEY}: {path}: folder {name} has no class folders. Fill it or remove it.")
         if split == "validation" and held and (absent := sorted(set(classes) - held)):
-            raise UserError(f"{KEY}: {path}: class {absent[0]!r} is not in {name}. Add images of it, or remove {name}.")
+            raise UserError(
+                f"{SOURCE_KEY}: {path}: class {absent[0]!r} is not in {name}. Add images of it, or remove {name}."
+            )
     if len(classes) < 2:
-        raise UserError(f"{KEY}: {path}: has {len(classes)} class folders, needs two at least: {LAYOUT}.")
+        raise UserError(f"{SOURCE_KEY}: {path}: has {len(classes)} class folders, needs two at least: {LAYOUT}.")
     images.sort(key=lambda parts: (in_test(parts), parts))  # as ever: sums and seeds go by this order
     position = {name: label for label, name in enumerate(classes)}
     return FolderLayout(
@@ -190,6 +200,8 @@ def _damage_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise error if str(error).startswith(("params.yaml", KEY)) else UserError(f"{KEY}: {error}") from None
+        raise error if str(error).startswith("params.yaml") else UserError(f"{SOURCE_KEY}: {error}") from None
     except (*damage, OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({printable(str(error))}). Fetch or pack it again.") from error
+        raise UserError(
+            f"{SOURCE_KEY}: {path} cannot be read ({printable(str(error))}). Fetch or pack it again."
+        ) from error

@@ -15,7 +15,7 @@ from nonn.core.image_source import hub_path
 from nonn.core.progress import log
 from nonn.data.folders import SPLIT_NAMES
 from nonn.data.packaged import DOWNLOADS
-from nonn.data.raw import KEY, Decoder, Picture, RawImages
+from nonn.data.raw import SOURCE_KEY, Decoder, Picture, RawImages
 
 #: Columns of labels, the most likely first, where none is of the type ClassLabel.
 LABELS = ("label", "labels", "fine_label", "class", "class_label", "target", "category")
@@ -38,7 +38,8 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
     given = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
     if absent := sum(value is None for value in given):
         raise UserError(
-            f"{KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another label_column."
+            f"{SOURCE_KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another "
+            "label_column."
         )
     if strange := [value for value in given if not isinstance(value, str | int | float | Decimal)]:
         raise _other_kind(name, "label_column", label_column, strange[0], "numbers or names of classes")
@@ -58,7 +59,8 @@ def _load_splits(name: str) -> dict[str, Any]:
         import datasets
     except ImportError:
         raise UserError(
-            f"{KEY}: hf:{name} needs the package datasets. Run `pip install datasets`, or name a folder or archive."
+            f"{SOURCE_KEY}: hf:{name} needs the package datasets. Run `pip install datasets`, or name a folder or "
+            "archive."
         ) from None
     datasets.disable_progress_bars()
     cache = str(DOWNLOADS / "huggingface")
@@ -77,16 +79,16 @@ def _load_splits(name: str) -> dict[str, Any]:
             cause = cause.__cause__
         reason = printable(next(iter(str(cause).splitlines()), type(cause).__name__))
         raise UserError(
-            f"{KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images by "
-            "other means and name their folder or archive."
+            f"{SOURCE_KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images "
+            "by other means and name their folder or archive."
         ) from None
     known = [split for split in found if split.lower() in SPLIT_NAMES]
     kinds = [SPLIT_NAMES[split.lower()] for split in known]
     if twice := [split for split, kind in zip(known, kinds, strict=True) if kinds.count(kind) > 1]:
-        raise UserError(f"{KEY}: hf:{name}: {' and '.join(twice)} name the same split. Name another dataset.")
+        raise UserError(f"{SOURCE_KEY}: hf:{name}: {' and '.join(twice)} name the same split. Name another dataset.")
     parts = {kind: found[split] for split, kind in zip(known, kinds, strict=True)}
     if "train" not in parts:
-        raise UserError(f"{KEY}: hf:{name} has no split train, but {', '.join(found)}. Name another dataset.")
+        raise UserError(f"{SOURCE_KEY}: hf:{name} has no split train, but {', '.join(found)}. Name another dataset.")
     if others := [split for split in found if split.lower() not in SPLIT_NAMES]:
         log(f"note: hf:{name}: left out {', '.join(others)}, which is neither train, validation nor test")
     return {split: parts[split] for split in ("train", "validation", "test") if split in parts}
@@ -119,7 +121,7 @@ def _only(name: str, key: str, columns: list[str], features: Mapping[str, Any]) 
         return columns[0]
     kind = key.partition("_")[0]
     problem = f"has several columns of {kind}s" if columns else f"has no column known to hold {kind}s"
-    raise UserError(f"{KEY}: hf:{name} {problem}. Set dataset.{key} to one of {', '.join(columns or features)}.")
+    raise UserError(f"{SOURCE_KEY}: hf:{name} {problem}. Set dataset.{key} to one of {', '.join(columns or features)}.")
 
 
 def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -135,7 +137,7 @@ def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.n
         labels = given.astype(np.int64)
     if len(names) < 2 or (labels < 0).any():
         problem = "images without a label, of number −1" if len(names) > 1 else f"{len(names)} class"
-        raise UserError(f"{KEY}: hf:{name} has {problem}. Name another dataset or dataset.label_column.")
+        raise UserError(f"{SOURCE_KEY}: hf:{name} has {problem}. Name another dataset or dataset.label_column.")
     return labels, tuple(names)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from nonn.core.errors import UserError
 from nonn.core.files import regular
 from nonn.data.packaged import decode_pairs
-from nonn.data.raw import KEY, Decoder, RawImages
+from nonn.data.raw import SOURCE_KEY, Decoder, RawImages
 
 #: SHA-256 of the training labels of Fashion-MNIST: the files say no class names.
 FASHION = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
@@ -37,8 +37,8 @@ def find_idx(folder: Path) -> dict[str, Path]:
                 files = _find_files(folder, pattern.replace(name, "test"))
             if len(names := {file.name.removesuffix(".gz").replace(".idx", "-idx") for file in files}) > 1:
                 raise UserError(
-                    f"{KEY}: {folder}: has several sets of idx files ({', '.join(sorted(names))}). Give the one you "
-                    "mean a folder of its own."
+                    f"{SOURCE_KEY}: {folder}: has several sets of idx files ({', '.join(sorted(names))}). Give the one "
+                    "you mean a folder of its own."
                 )
             if files:  # packed and unpacked, they are the same
                 found[f"{split}-{kind}"] = files[0]
@@ -53,13 +53,13 @@ def load_idx(folder: Path, decoder: Decoder) -> RawImages:
     """Load the training and test images of a folder that has idx files."""
     files = find_idx(folder)
     if absent := sorted({f"{split}-{kind}" for split in SPLITS for kind in ("images", "labels")} - set(files)):
-        raise UserError(f"{KEY}: {folder}: has idx files, but none of {', '.join(absent)}. Fetch all four.")
+        raise UserError(f"{SOURCE_KEY}: {folder}: has idx files, but none of {', '.join(absent)}. Fetch all four.")
     arrays = {name: read_idx(path, 3 if name.endswith("images") else 1) for name, path in files.items()}
     for split in SPLITS:
         if (n := len(arrays[f"{split}-images"])) != (m := len(arrays[f"{split}-labels"])):
-            raise UserError(f"{KEY}: {folder}: has {n} {split} images and {m} labels. Fetch its files again.")
+            raise UserError(f"{SOURCE_KEY}: {folder}: has {n} {split} images and {m} labels. Fetch its files again.")
     if not all(map(len, arrays.values())):
-        raise UserError(f"{KEY}: {folder}: has idx files without images. Fetch them again.")
+        raise UserError(f"{SOURCE_KEY}: {folder}: has idx files without images. Fetch them again.")
     labels = np.concatenate([arrays["train-labels"], arrays["test-labels"]])
     images = (image for split in SPLITS for image in arrays[f"{split}-images"])
     pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)
@@ -86,4 +86,4 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
             raise ValueError(f"its header says {' × '.join(map(str, shape))}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
     except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-        raise UserError(f"{KEY}: {path} cannot be read ({error}). Fetch it again.") from None
+        raise UserError(f"{SOURCE_KEY}: {path} cannot be read ({error}). Fetch it again.") from None

@@ -25,7 +25,7 @@ import numpy as np
 from nonn.core.errors import UserError, printable
 from nonn.data.archives import read_file
 from nonn.data.clutter import sort_out
-from nonn.data.raw import KEY
+from nonn.data.raw import SOURCE_KEY
 
 WNID = r"n\d{8}"
 #: Pictures of a split by name, and the class of each.
@@ -58,14 +58,17 @@ def _arranged(train: Listed, test: Listed, classes: Sequence[str], files: set[st
     position = {name: label for label, name in enumerate(classes)}
     if absent := sorted(set(train) - files) + sorted(set(test) - files):
         raise UserError(
-            f"{KEY}: {path}: its lists name {printable(absent[0])}, which is not there"
+            f"{SOURCE_KEY}: {path}: its lists name {printable(absent[0])}, which is not there"
             f"{f', nor are {len(absent) - 1} others' * (len(absent) > 1)}. Unpack the pictures again."
         )
     if strange := sorted({*train.values(), *test.values()} - set(position)):
-        raise UserError(f"{KEY}: {path}: class {strange[0]!r} of its lists has no training pictures. Fetch it again.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: class {strange[0]!r} of its lists has no training pictures. Fetch it again."
+        )
     if twice := sorted(set(train) & set(test)):
         raise UserError(
-            f"{KEY}: {path}: its lists name {printable(twice[0])} for training and for the test. Take it off one."
+            f"{SOURCE_KEY}: {path}: its lists name {printable(twice[0])} for training and for the test. Take it off "
+            "one."
         )
     rows = [(split, position[kind], name) for split, part in enumerate((train, test)) for name, kind in part.items()]
     rows.sort()
@@ -94,7 +97,7 @@ def _pairs(path: Path, name: str) -> dict[str, str]:
     """A list of two columns."""
     rows = list(_rows(path, name))
     if wrong := next((number for number, row in enumerate(rows, 1) if len(row) != 2), 0):
-        raise UserError(f"{KEY}: {path}: {name}: line {wrong} has not two columns. Fetch the list again.")
+        raise UserError(f"{SOURCE_KEY}: {path}: {name}: line {wrong} has not two columns. Fetch the list again.")
     return dict(rows)
 
 
@@ -119,7 +122,7 @@ def _find_birds(files: set[str], path: Path) -> tuple[Listed, Listed, Sequence[s
     names, labels, in_train, classes = (_pairs(path, folder + name) for name in lists)
     for number in names:
         if labels.get(number) not in classes or in_train.get(number) not in ("0", "1"):
-            raise UserError(f"{KEY}: {path}: its lists do not agree on image {number}. Fetch them again.")
+            raise UserError(f"{SOURCE_KEY}: {path}: its lists do not agree on image {number}. Fetch them again.")
     parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
     for number, name in names.items():
         parts[in_train[number] == "0"][f"{folder}images/{name}"] = classes[labels[number]]
@@ -153,11 +156,13 @@ def _find_imagenet(files: set[str], path: Path) -> tuple[Listed, Listed, Sequenc
         kinds = _devkit_classes(path, truth, sorted(flat))
     else:
         raise UserError(
-            f"{KEY}: {path}: nothing says of which class the pictures of val are. Put LOC_val_solution.csv there, or "
-            "the devkit of ImageNet, or move them into folders val/<wnid>."
+            f"{SOURCE_KEY}: {path}: nothing says of which class the pictures of val are. Put LOC_val_solution.csv "
+            "there, or the devkit of ImageNet, or move them into folders val/<wnid>."
         )
     if unknown := sorted(set(flat) - set(kinds)):
-        raise UserError(f"{KEY}: {path}: {unknown[0]} of val is not on its list of classes. Fetch the list again.")
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: {unknown[0]} of val is not on its list of classes. Fetch the list again."
+        )
     return train, {name: kinds[stem] for stem, name in flat.items()}, ()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.image_source import TORCHVISION
-from nonn.data.raw import KEY, Decoder, Picture, RawImages
+from nonn.data.raw import SOURCE_KEY, Decoder, Picture, RawImages
 
 #: torchvision keeps its downloads here, verified by its own checksums.
 DOWNLOADS = STATE / "downloads"
@@ -38,7 +38,7 @@ def load_torchvision(name: str, decoder: Decoder) -> RawImages:
         labels, sha256 = decode_pairs(pairs, len(train) + len(test), decoder)
     except (OSError, RuntimeError, EOFError, ValueError, AssertionError, http.client.HTTPException) as error:
         raise UserError(
-            f"{KEY}: torchvision cannot provide {name} ({error}). Check the network and delete what is left "
+            f"{SOURCE_KEY}: torchvision cannot provide {name} ({error}). Check the network and delete what is left "
             f"of it in {DOWNLOADS}, or fetch the images by other means and name their folder or archive."
         ) from error
     classes = getattr(train, "classes", None) or range(labels.max() + 1)

@@ -17,7 +17,7 @@ from nonn.core.images import open_image, squared, upright
 from nonn.core.progress import log, track
 from nonn.data.canvas import Canvas
 
-KEY = "params.yaml: dataset.source"
+SOURCE_KEY = "params.yaml: dataset.source"
 
 #: Images that a thread decodes in one go (handing over small ones singly costs more than decoding them), bytes of their
 #: files after which it has enough, and how many such batches wait at once.
@@ -133,9 +133,9 @@ class Decoder:
         if self.n_deep and self.deepest < NEARLY_BLACK and self.white is None:
             share = self.deepest / 255
             raise UserError(
-                f"{KEY}: the brightest pixel of the {self.n_deep} pictures of more than 8 bits is at {share:.1%} of "
-                "their range, so all of them would be nearly black. Set dataset.white to the value that is white, such "
-                "as 4095 for 12 bits; to 65535 if they are meant so."
+                f"{SOURCE_KEY}: the brightest pixel of the {self.n_deep} pictures of more than 8 bits is at "
+                f"{share:.1%} of their range, so all of them would be nearly black. Set dataset.white to the value "
+                "that is white, such as 4095 for 12 bits; to 65535 if they are meant so."
             )
 
     def _list_broken(self) -> str:
@@ -143,8 +143,8 @@ class Decoder:
         rows = [(printable(name), printable(reason)) for (_, name), reason in sorted(self.broken.items())]
         if len(rows) == 1:
             name, reason = rows[0]
-            return f"{KEY}: {name} cannot be read ({reason}). {remedy.format('it')}"
-        lines = [f"{KEY}: {len(rows)} pictures cannot be read. {remedy.format('them')}"]
+            return f"{SOURCE_KEY}: {name} cannot be read ({reason}). {remedy.format('it')}"
+        lines = [f"{SOURCE_KEY}: {len(rows)} pictures cannot be read. {remedy.format('them')}"]
         lines += [f"  {name}: {reason}" for name, reason in rows[:MANY]]
         return "\n".join([*lines, *([f"  and {len(rows) - MANY} more"] if len(rows) > MANY else [])])
 
