@@ -84,10 +84,10 @@ def test_any_text_is_a_list_or_refused(text):
 
 def test_a_plan_is_what_the_design_would_do(planner):
     budgets = [board_budget("rp2350", "int8"), board_budget("pi4b", "int8")]
-    plan = planner.plan(budgets)
+    estimate = planner.estimate(budgets)
     sizes, designs = design_network(GRID, budgets, INFO, 64)
-    assert plan.sizes == sizes
-    for position, device in enumerate(plan.devices):
+    assert estimate.filter_counts == sizes
+    for position, device in enumerate(estimate.devices):
         (student,) = designs[str(position)]
         assert student["architecture"] == device.architecture.model_dump()
         assert student["cost"] == vars(device.cost)
@@ -95,33 +95,36 @@ def test_a_plan_is_what_the_design_would_do(planner):
 
 def test_times_bytes_and_energy_by_hand(planner):
     budgets = [board_budget("nrf52840", "int8"), board_budget("cortex_m7", "int8")]
-    plan = planner.plan(budgets)
-    for device, rate in zip(plan.devices, (29.4e6, 227.5e6), strict=True):
+    estimate = planner.estimate(budgets)
+    for device, rate in zip(estimate.devices, (29.4e6, 227.5e6), strict=True):
         assert device.compute_ms == pytest.approx(1e3 * device.cost.macs / rate)
     # 8 bytes of UDP's header and 20 of IP's; on a shared medium one message goes at a time.
-    answers = [4 * n + 28 for n in plan.sizes]
-    assert plan.answer_wire_bytes == sum(answers)
-    assert plan.link_ms == pytest.approx(1e3 * 8 * (sum(answers) + 2 * 36) / 250e3)
-    assert plan.total_ms == pytest.approx(max(d.compute_ms for d in plan.devices) + plan.link_ms)
-    energy = plan.devices[1].energy_mj
-    computing, radio = 139 * plan.devices[1].compute_ms / 1e3, 8 * (36 + answers[1]) * 1e3
+    answers = [4 * n + 28 for n in estimate.filter_counts]
+    assert estimate.answer_wire_bytes == sum(answers)
+    assert estimate.link_ms == pytest.approx(1e3 * 8 * (sum(answers) + 2 * 36) / 250e3)
+    assert estimate.total_ms == pytest.approx(max(d.compute_ms for d in estimate.devices) + estimate.link_ms)
+    energy = estimate.devices[1].energy_mj
+    computing, radio = 139 * estimate.devices[1].compute_ms / 1e3, 8 * (36 + answers[1]) * 1e3
     assert (energy.low, energy.high) == pytest.approx((computing + 10e-9 * radio, computing + 50e-9 * radio))
-    assert plan.energy_mj == Range(*(sum(getattr(d.energy_mj, k) for d in plan.devices) for k in ("low", "high")))
+    assert estimate.energy_mj == Range(
+        *(sum(getattr(d.energy_mj, k) for d in estimate.devices) for k in ("low", "high"))
+    )
 
 
 def test_what_is_not_known_is_not_made_up(planner):
-    plan = planner.plan([board_budget("rp2040", "float32"), board_budget("cortex_m7", "float32")])
-    assert plan.devices[0].compute_ms is plan.devices[0].energy_mj is plan.total_ms is plan.energy_mj is None
-    assert plan.devices[1].compute_ms > 0
+    estimate = planner.estimate([board_budget("rp2040", "float32"), board_budget("cortex_m7", "float32")])
+    unknown, known = estimate.devices
+    assert unknown.compute_ms is unknown.energy_mj is estimate.total_ms is estimate.energy_mj is None
+    assert known.compute_ms > 0
 
 
 @pytest.mark.parametrize("latency_ms", [30, 60, 200])
 @pytest.mark.parametrize("names", [["rp2350", "rp2350"], ["rp2350", "pi_zero2w", "esp32s3"]])
 def test_a_target_is_met_and_used(planner, names, latency_ms):
     budgets = [board_budget(name, "int8") for name in names]
-    plan = planner.plan(budgets, latency_ms)
-    assert plan.total_ms <= latency_ms
-    for device in plan.devices:
+    estimate = planner.estimate(budgets, latency_ms)
+    assert estimate.total_ms <= latency_ms
+    for device in estimate.devices:
         assert device.budget.fits(device.cost)
         free = design_student(GRID, board_budget(device.budget.name, "int8"), INFO, device.n_filters)[1]
         if device.cost != free:  # the target is what holds it back: the next wider one would miss it
@@ -132,9 +135,9 @@ def test_a_target_is_met_and_used(planner, names, latency_ms):
 def test_the_nearest_target_works_and_a_shorter_one_does_not(planner):
     budgets = [board_budget(name, "int8") for name in ("rp2350", "nrf52840")]
     nearest = planner.nearest_target(budgets)
-    assert planner.plan(budgets, nearest).total_ms <= nearest
+    assert planner.estimate(budgets, nearest).total_ms <= nearest
     with pytest.raises(UserError):
-        planner.plan(budgets, nearest - 0.1)
+        planner.estimate(budgets, nearest - 0.1)
     assert planner.nearest_target([Budget(memory_kib=1, mmacs_per_s=1)] * 2) is None, "memory is short at any time"
 
 
@@ -143,18 +146,18 @@ def test_no_set_of_the_catalogue_s_table_is_beaten(planner):
     budgets = {name: board_budget(name, "int8") for name in names}
     found = pareto(planner, budgets, 60, 3)
     assert found
-    assert all(plan.total_ms <= 60 and 2 <= len(kinds) <= 3 for kinds, plan in found)
-    assert [plan.total_ms for _, plan in found] == sorted(plan.total_ms for _, plan in found)
+    assert all(estimate.total_ms <= 60 and 2 <= len(kinds) <= 3 for kinds, estimate in found)
+    assert [estimate.total_ms for _, estimate in found] == sorted(estimate.total_ms for _, estimate in found)
     best = max(
-        (planner.plan([a, b, c], 60) for a in budgets.values() for b in budgets.values() for c in budgets.values()),
-        key=lambda plan: plan.params,
+        (planner.estimate([a, b, c], 60) for a in budgets.values() for b in budgets.values() for c in budgets.values()),
+        key=lambda estimate: estimate.params,
     )
-    assert max(plan.params for _, plan in found) >= 0.95 * best.params
-    for kinds, plan in found:
+    assert max(estimate.params for _, estimate in found) >= 0.95 * best.params
+    for kinds, estimate in found:
         for other, rival in found:
-            if other != kinds and plan.energy_mj and rival.energy_mj:
-                worse = plan.params < 0.9 * rival.params, plan.total_ms > 1.1 * rival.total_ms
-                assert not all((*worse, plan.energy_mj.high > 1.1 * rival.energy_mj.high)), (kinds, other)
+            if other != kinds and estimate.energy_mj and rival.energy_mj:
+                worse = estimate.params < 0.9 * rival.params, estimate.total_ms > 1.1 * rival.total_ms
+                assert not all((*worse, estimate.energy_mj.high > 1.1 * rival.energy_mj.high)), (kinds, other)
 
 
 # The command

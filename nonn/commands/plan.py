@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # help is instant
     from nonn.core.boards import Range
     from nonn.core.budgets import Budget
     from nonn.core.params import Params
-    from nonn.method.planning import Plan, Planner
+    from nonn.method.planning import DeviceSetEstimate, Planner
 
 #: Where there is no params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
 CLASSES, SIZE, CHANNELS, FILTERS, PRECISION, LINK = 10, 32, 3, 256, "int8", "ieee802154"
@@ -158,31 +158,31 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
             f"--precision, or add it {where}"
         )
     try:
-        plan = planner.plan(budgets, latency_ms)
+        estimate = planner.estimate(budgets, latency_ms)
     except UserError:
         if latency_ms is None or (nearest := planner.nearest_target(budgets)) is None:
             raise
-        link_ms = planner.plan(budgets, nearest).link_ms
+        link_ms = planner.estimate(budgets, nearest).link_ms
         raise UserError(
             f"{latency_ms:g} ms is too short: the link takes {link_ms:,.1f} ms, and the smallest student of the "
             f"slowest device {nearest - link_ms:,.1f} ms. The nearest that works is --latency-ms {nearest:g}."
         ) from None
     print()
-    print(table(_rows(plan)))
+    print(table(_rows(estimate)))
     print()
-    print("\n".join(_summary(plan, len(planner.info["classes"]), latency_ms)))
+    print("\n".join(_summary(estimate, len(planner.info["classes"]), latency_ms)))
     if without := planner.without_link(budgets):
         print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
-    if line := say_if_lopsided(plan.sizes, budgets):
+    if line := say_if_lopsided(estimate.filter_counts, budgets):
         print(line)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
-    print(_as_params([budget for budget in budgets if budget.name not in own], plan))
+    print(_as_params([budget for budget in budgets if budget.name not in own], estimate))
 
 
-def _rows(plan: Plan) -> list[list[str]]:
+def _rows(estimate: DeviceSetEstimate) -> list[list[str]]:
     heading = ["device", "student", "filters", "weights KiB", "activations KiB", "MMACs", "compute ms", "energy mJ"]
     rows = [heading, ["", *["modelled"] * (len(heading) - 1)]]
-    for device in plan.devices:
+    for device in estimate.devices:
         cost = device.cost
         rows.append(
             [
@@ -199,39 +199,39 @@ def _rows(plan: Plan) -> list[list[str]]:
     return rows
 
 
-def _summary(plan: Plan, n_classes: int, latency_ms: float | None) -> list[str]:
-    total = UNKNOWN if plan.total_ms is None else f"{plan.total_ms:,.1f}"
+def _summary(estimate: DeviceSetEstimate, n_classes: int, latency_ms: float | None) -> list[str]:
+    total = UNKNOWN if estimate.total_ms is None else f"{estimate.total_ms:,.1f}"
     target = f" (target {latency_ms:g})" if latency_ms else ""
     lines = [
-        f"sent by all devices        {plan.answer_wire_bytes:,} bytes for one image (modelled)",
-        f"on the link                {plan.link_ms:,.1f} ms (modelled)",
+        f"sent by all devices        {estimate.answer_wire_bytes:,} bytes for one image (modelled)",
+        f"on the link                {estimate.link_ms:,.1f} ms (modelled)",
         f"slowest device + link      {total} ms{target} (modelled)",
-        _energy(plan),
-        f"{plan.params:,} parameters and {sum(plan.sizes)} features for {n_classes} classes; "
+        _energy(estimate),
+        f"{estimate.params:,} parameters and {sum(estimate.filter_counts)} features for {n_classes} classes; "
         "accuracy is known after training.",
     ]
-    if any(device.compute_ms is None or device.energy_mj is None for device in plan.devices):
+    if any(device.compute_ms is None or device.energy_mj is None for device in estimate.devices):
         lines.append(f"{UNKNOWN}: the catalogue has no speed or no power of the device; see `nonn devices NAME`.")
     return lines
 
 
-def _energy(plan: Plan) -> str:
+def _energy(estimate: DeviceSetEstimate) -> str:
     from nonn.method.planning import total
 
-    known, number = plan.known_energies, len(plan.devices)
+    known, number = estimate.known_energies, len(estimate.devices)
     whose = "all" if len(known) == number else f"{len(known)} of {number}"
     amount = f"{_span(total(known))} mJ for one image, without what they draw anyway" if known else "not known"
     return f"{'energy of ' + whose + ' devices':<25}  {amount} (modelled)"
 
 
-def _as_params(new: list[Budget], plan: Plan) -> str:
-    """What params.yaml lacks of a plan; `new` are the devices that it does not describe yet."""
-    names = [device.budget.name for device in plan.devices]
+def _as_params(new: list[Budget], estimate: DeviceSetEstimate) -> str:
+    """What to add to params.yaml for these devices; `new` are those that it does not describe yet."""
+    names = [device.budget.name for device in estimate.devices]
     boards = {budget.name: budget.board for budget in new}
     lines = ["devices:", *(f"  {name}: {{board: {board}}}" for name, board in boards.items())] if boards else []
     lines += ["networks:", f"  {len(names)}d:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
-    if plan.target_ms is not None:
-        lines.append(f"    latency_ms: {_floor(plan.target_ms):g}  # of computing: what the link leaves")
+    if estimate.target_ms is not None:
+        lines.append(f"    latency_ms: {_floor(estimate.target_ms):g}  # of computing: what the link leaves")
     return "\n".join(lines)
 
 
@@ -257,9 +257,9 @@ def _show_catalogue(planner: Planner, options) -> None:
         remedy = f"the nearest that works is --target-latency {nearest:g}" if nearest else "take another --precision"
         raise UserError(f"no set of devices answers within {options.latency_ms:g} ms; {remedy}.")
     rows = [["devices", "parameters", "latency ms", "energy mJ"], ["", *["modelled"] * 3]]
-    for names, plan in found:
+    for names, estimate in found:
         kinds = " + ".join(f"{count}×{name}" for name, count in Counter(names).items())
-        rows.append([kinds, f"{plan.params:,}", f"{plan.total_ms:,.1f}", _span(plan.energy_mj)])
+        rows.append([kinds, f"{estimate.params:,}", f"{estimate.total_ms:,.1f}", _span(estimate.energy_mj)])
     print()
     print(table(rows))
     print(

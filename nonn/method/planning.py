@@ -35,7 +35,7 @@ TARGET_STEP = 0.1
 
 
 @dataclass(frozen=True)
-class Planned:
+class DeviceEstimate:
     """What one device would run; times and energy are None where the catalogue has no speed or power."""
 
     budget: Budget
@@ -47,16 +47,16 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A set of devices on a link."""
+class DeviceSetEstimate:
+    """What a set of devices on a link would run."""
 
-    devices: Sequence[Planned]
+    devices: Sequence[DeviceEstimate]
     answer_wire_bytes: int  # of all devices, on the wire
     link_ms: float
     target_ms: float | None  # of computing: what the link leaves of the target
 
     @property
-    def sizes(self) -> list[int]:
+    def filter_counts(self) -> list[int]:
         return [device.n_filters for device in self.devices]
 
     @property
@@ -80,7 +80,7 @@ class Plan:
 
 
 class Planner:
-    """Plans for one experiment: what students there are, what images, and how many filters they share.
+    """Estimates sets of devices for one experiment: what students there are, what images, and how many filters they share.
 
     `info` describes the images as ``dataset.json`` does; `link` is the name of one.
     """
@@ -89,7 +89,7 @@ class Planner:
         self.grid, self.info, self.n_filters, self.boards = grid, info, n_filters, boards
         self.link_name, self.link = link, find_link(link)
 
-    def plan(self, budgets: Sequence[Budget], latency_ms: float | None = None) -> Plan:
+    def estimate(self, budgets: Sequence[Budget], latency_ms: float | None = None) -> DeviceSetEstimate:
         """Design the students of a set of devices, so that they answer within a target if there is one.
 
         The link takes its time first, and the rest is for computing. What the link takes depends on how filters are
@@ -109,10 +109,10 @@ class Planner:
         found = [design_student(self.grid, b, self.info, n) for b, n in zip(budgets, sizes, strict=True)]
         times = [budget.compute_ms(cost) for budget, (_, cost) in zip(budgets, found, strict=True)]
         devices = [
-            Planned(budget, architecture, n, cost, time, self._energy(budget, n, time))
+            DeviceEstimate(budget, architecture, n, cost, time, self._energy(budget, n, time))
             for budget, n, (architecture, cost), time in zip(budgets, sizes, found, times, strict=True)
         ]
-        return Plan(devices, sum(map(answer_wire_bytes, sizes)), link_ms, target)
+        return DeviceSetEstimate(devices, sum(map(answer_wire_bytes, sizes)), link_ms, target)
 
     def link_ms(self, sizes: Sequence[int]) -> float:
         """Milliseconds on the link for one image: all requests, then all answers."""
@@ -125,7 +125,7 @@ class Planner:
 
         def works(steps: int) -> bool:
             try:
-                self.plan(budgets, steps * TARGET_STEP)
+                self.estimate(budgets, steps * TARGET_STEP)
             except UserError:
                 return False
             return True
@@ -199,7 +199,7 @@ def parse_devices(text: str, known: Sequence[str]) -> list[str]:
 
 def pareto(
     planner: Planner, budgets: Mapping[str, Budget], latency_ms: float, most_devices: int
-) -> list[tuple[list[str], Plan]]:
+) -> list[tuple[list[str], DeviceSetEstimate]]:
     """Sets of devices that answer within a target, without those that another set beats.
 
     One beats another if its students have as many parameters in all, and it takes as little time and energy, and less
@@ -209,13 +209,13 @@ def pareto(
     found = []
     for names in _sets(list(budgets), most_devices):
         try:
-            plan = planner.plan([budgets[name] for name in names], latency_ms)
+            estimate = planner.estimate([budgets[name] for name in names], latency_ms)
         except UserError:
             continue
-        found.append((names, plan, _objectives(plan)))
+        found.append((names, estimate, _objectives(estimate)))
     best = [
-        (names, plan)
-        for names, plan, own in found
+        (names, estimate)
+        for names, estimate, own in found
         if not any(other != own and all(o <= v for o, v in zip(other, own, strict=True)) for _, _, other in found)
     ]
     return sorted(best, key=lambda entry: (entry[1].total_ms, -entry[1].params))
@@ -226,12 +226,12 @@ def _sets(names: Sequence[str], most: int) -> Iterator[list[str]]:
         yield from map(list, combinations_with_replacement(names, count))
 
 
-def _objectives(plan: Plan) -> tuple[int, float, float]:
+def _objectives(estimate: DeviceSetEstimate) -> tuple[int, float, float]:
     """What to minimise, in steps of `ALIKE`."""
-    energy = plan.energy_mj
-    amounts = plan.total_ms, energy.high if energy else None
+    energy = estimate.energy_mj
+    amounts = estimate.total_ms, energy.high if energy else None
     time, energy_step = (round(math.log(amount) / math.log1p(ALIKE)) if amount else math.inf for amount in amounts)
-    return -round(math.log(plan.params) / math.log1p(ALIKE)), time, energy_step
+    return -round(math.log(estimate.params) / math.log1p(ALIKE)), time, energy_step
 
 
 def board_budget(name: str, precision: str) -> Budget:
