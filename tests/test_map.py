@@ -139,7 +139,7 @@ def test_every_device_of_a_network_holds_the_students_that_it_is_compared_with(p
             "networks": {"first": params.networks["2s"].model_copy(update={"devices": ["large"] * 2}), "2s": unlike},
         }
     )
-    pool = regimes.pool_of(params, Point("centre", 1.0, 1), "2s", 1, 4)
+    pool = regimes.kd_trainings(params, Point("centre", 1.0, 1), "2s", 1, 4)
     assert [(kd.seed, kd.device) for kd in pool] == [(4 + i, params.budgets_of("2s")[1]) for i in range(2)]
     half = regimes._scaled(Budget(memory_kib=64, latency_ms=10, mmacs_per_s=5), 0.5)
     assert (half.memory_kib, half.most_mmacs) == (32, 0.025)

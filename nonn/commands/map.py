@@ -97,13 +97,13 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
     from nonn.method import regimes
 
     points, seeds = regimes.points_of(plan, params), range(plan["seeds"])
-    sizes = {name: len(params.networks[name].devices) for name in plan["networks"]}
-    largest = max(sizes.values())
+    n_devices = {name: len(params.networks[name].devices) for name in plan["networks"]}
+    most_devices = max(n_devices.values())
     wanted: dict[Any, None] = {}
-    for point, seed, (name, n) in product(points, seeds, sizes.items()):
+    for point, seed, (name, n) in product(points, seeds, n_devices.items()):
         for random in (False, True) if point.factor == "centre" else (False,):
             wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
-        wanted |= {training.same: None for training in regimes.pool_of(params, point, name, seed, largest)}
+        wanted |= {training.same: None for training in regimes.kd_trainings(params, point, name, seed, most_devices)}
     for training in wanted:
         regimes.spec_of(params, training)  # what no device can hold is refused before anything is trained
     finished = _finished(params, wanted)
@@ -113,11 +113,11 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
             done.result()
         scored = {
             (point, name): [
-                pool.submit(regimes.score, params, point, name, seed, largest, point.factor == "centre")
+                pool.submit(regimes.score, params, point, name, seed, most_devices, point.factor == "centre")
                 for seed in seeds
             ]
             for point in points
-            for name in sizes
+            for name in n_devices
         }
         for (point, name), futures in scored.items():
             for row in regimes.rows_of(params, point, name, [future.result() for future in futures]):

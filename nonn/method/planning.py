@@ -80,7 +80,7 @@ class DeviceSetEstimate:
 
 
 class Planner:
-    """Estimates sets of devices for one experiment: what students there are, what images, and how many filters they share.
+    """Estimates for one experiment: what students there are, what images, and how many filters they share.
 
     `info` describes the images as ``dataset.json`` does; `link` is the name of one.
     """

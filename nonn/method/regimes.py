@@ -273,21 +273,23 @@ class Joined:
         return torch.stack(terms).mean(0)
 
 
-def pool_of(params: Params, point: Point, network: str, seed: int, size: int) -> list[Training]:
-    """The KD students that a network is compared with, as many as it has devices, each of which holds one.
+def kd_trainings(params: Params, point: Point, network: str, seed: int, n_per_seed: int) -> list[Training]:
+    """The KD students that a network is compared with: one for each of its devices.
 
-    A seed has `size` of them, for the largest network that is compared; smaller ones take the first.
+    A seed has `n_per_seed` of them, as many as the largest network needs; smaller networks take the first.
     """
     info = read_json(Paths(params.experiment).dataset_info, DatasetInfo)
     budgets = params.budgets_of(network)
     device = smallest_device(params.design, budgets, dict(info))
-    return [Training(point, None, 0, seed * size + i, device=device) for i in range(len(budgets))]
+    return [Training(point, None, 0, seed * n_per_seed + i, device=device) for i in range(len(budgets))]
 
 
-def score(params: Params, point: Point, network: str, seed: int, size: int, random: bool) -> dict[str, np.ndarray]:
+def score(
+    params: Params, point: Point, network: str, seed: int, n_per_seed: int, random: bool
+) -> dict[str, np.ndarray]:
     """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet.
 
-    `size` as in `pool_of`; with `random`, also the network on a random partition.
+    `n_per_seed` as in `kd_trainings`; with `random`, also the network on a random partition.
     """
     torch.set_num_threads(1)
     n = len(params.networks[network].devices)
@@ -301,7 +303,7 @@ def score(params: Params, point: Point, network: str, seed: int, size: int, rand
         return Joined.of([train(params, Training(point, name, i, seed, by_chance)) for i in range(n)])
 
     nonn = students(network)
-    pool = Joined.of([train(params, kd) for kd in pool_of(params, point, network, seed, size)])
+    pool = Joined.of([train(params, kd) for kd in kd_trainings(params, point, network, seed, n_per_seed)])
     found = {
         "nonn": right(logits_of(nonn.fitted(params, data, seed), nonn.features["test"])),
         "nonn_averaged": right(logits_of(nonn.averaged(), nonn.features["test"])),
