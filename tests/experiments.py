@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from ruamel.yaml import YAML
+from torch import Tensor
 
 from nonn.commands.use import merge
 from nonn.core.files import write_json
@@ -63,6 +64,12 @@ def make_dataset(channels: int = 1, size: int = 28) -> Dataset:
     return Dataset(
         images, labels, train, validation, test, *measure_channels(images[train]), ("across", "down", "chequered")
     )
+
+
+def read_subset(data: Dataset, name: str) -> tuple[Tensor, Tensor]:
+    """All images of ``train``, ``validation`` or ``test``, and their labels."""
+    images, labels = data.subset(name)
+    return images[:], labels
 
 
 def write_dataset(data: Dataset, paths: Paths) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import torch
 import torch.nn.functional as F
+from experiments import read_subset
 from onnx import helper, numpy_helper
 from torch import nn
 
@@ -40,7 +41,7 @@ def taught(data: Dataset) -> nn.Module:
     scope: dict = {}
     exec(CODE, scope)
     model = scope["make"]().eval()
-    images, labels = data.split("train")
+    images, labels = read_subset(data, "train")
     with torch.no_grad():
         features = model.more(model.conv(images.float() / 255)).mean((2, 3))
         inputs = torch.cat([features, torch.ones(len(images), 1)], 1).double()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from experiments import read_subset
 from torch import nn
 
 from nonn.core.architecture import Architecture
@@ -121,7 +122,7 @@ def test_a_layer_that_gets_worse_on_validation_is_not_taken():
 
 @torch.no_grad()
 def test_the_network_is_its_students_and_a_linear_layer(data, experiment):
-    images, _ = data.split("test")
+    images, _ = read_subset(data, "test")
     network = load_network(experiment.network("2s", 0), data)
     concatenated = torch.cat([predict(student, images)[0] for student in network.students], dim=1)
     logits = logits_of(network.final, features_of(network.students, images))
@@ -143,7 +144,7 @@ def test_students_do_not_depend_on_each_other(data):
 def test_the_stage_joins_the_trained_students(data, experiment):
     info = read_json(experiment.network("2s", 0).with_suffix(".json"))
     network = load_network(experiment.network("2s", 0), data)
-    images, labels = data.split("validation")
+    images, labels = read_subset(data, "validation")
     with torch.no_grad():
         right = (network(images).argmax(1) == labels).double().mean().item()
     assert right == info["validation_accuracy"] == max(info["validation_accuracy_by_epoch"]) > 0.6

@@ -1,4 +1,4 @@
-"""Images that are read when they are asked for: as a whole, in batches, in parts."""
+"""Images that are read when they are asked for: as a whole, in batches, in chunks."""
 
 import torch
 
@@ -12,15 +12,15 @@ def first_pixels(images: Images) -> list[int]:
     return [int(image[0, 0, 0]) for image in images.each()]
 
 
-def test_parts_are_all_images_in_their_order():
+def test_chunks_are_all_images_in_their_order():
     for count in (1, 3, 7):
-        parts = CHOSEN.parts(count)
-        assert [pixel for part in parts for pixel in first_pixels(part)] == [1, 2, 4, 5, 7, 9, 0]
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        chunks = CHOSEN.chunks(count)
+        assert [pixel for chunk in chunks for pixel in first_pixels(chunk)] == [1, 2, 4, 5, 7, 9, 0]
+        assert max(map(len, chunks)) - min(map(len, chunks)) <= 1
 
 
-def test_parts_are_not_read_before_they_are_asked_for():
+def test_chunks_are_not_read_before_they_are_asked_for():
     images = Images(SOURCE.clone(), torch.arange(10))
-    parts = images.parts(2)
+    chunks = images.chunks(2)
     images.source[9] = 42
-    assert first_pixels(parts[1]) == [5, 6, 7, 8, 42]
+    assert first_pixels(chunks[1]) == [5, 6, 7, 8, 42]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from experiments import REPOSITORY
+from experiments import REPOSITORY, read_subset
 from pictures import SIZE, SPLIT_FOLDERS, decode_images, load_images, make_params, pack, write_folder
 
 from nonn.core.errors import UserError
@@ -119,7 +119,7 @@ def test_run_writes_what_load_dataset_reads(tmp_path):
     np.testing.assert_array_equal(dataset.images, raw.images)
     assert dataset.test.tolist() == list(range(16, 32))
 
-    images, labels = dataset.split("train")
+    images, labels = read_subset(dataset, "train")
     assert labels.tolist() == [0] * 6 + [1] * 6
     np.testing.assert_array_equal(images, raw.images[dataset.train])
     np.testing.assert_allclose(dataset.mean, images.numpy().mean((0, 2, 3)), rtol=1e-6)
@@ -163,7 +163,7 @@ def test_mnist5k():
     assert dataset.images.shape == (5000, 1, 28, 28)
     assert dataset.classes == tuple("0123456789")
     for name, count in (("train", 350), ("validation", 50), ("test", 100)):
-        assert dataset.split(name)[1].bincount().tolist() == [count] * 10
+        assert read_subset(dataset, name)[1].bincount().tolist() == [count] * 10
     assert dataset.images.min() == 0
     assert dataset.images.max() == 255
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from experiments import read_subset
 
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
@@ -287,7 +288,7 @@ def test_dead_filters_are_left_to_nobody(params, experiment, specs):
 
 
 def test_the_stage_writes_students_that_can_be_read(params, data, experiment):
-    images, labels = data.split("validation")
+    images, labels = read_subset(data, "validation")
     for network, method, seeds in params.baselines():
         for seed in seeds:
             path = experiment.baseline(network, method, seed)

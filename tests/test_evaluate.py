@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from experiments import read_subset
 from scipy import stats
 
 from nonn.core.files import read_json
@@ -203,7 +204,7 @@ def test_the_stage_scores_everything_once(params, data, experiment):
         ("random", "2s"): (2, 1),
         ("ensemble", "2s"): (2, 1),
     }
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
     right = (predict(load_teacher(experiment), images)[1].argmax(1) == labels).double().mean()
     assert rows["teacher", ""]["accuracies"] == [right]
     missing = {(row["method"], row["missing"]): row for row in result["missing"]}
@@ -227,7 +228,7 @@ def test_ensembles_average_probabilities(params, data, experiment):
         head = {"0.head.weight": torch.zeros_like(tensors["0.head.weight"]), "0.head.bias": torch.tensor(logits)}
         write_tensors(path, tensors | head)
     scores = {score.method: score for score in score_all(params, experiment, data)}
-    assert scores["ensemble"].correct.tolist() == [(data.split("test")[1] == 0).tolist()]
+    assert scores["ensemble"].correct.tolist() == [(read_subset(data, "test")[1] == 0).tolist()]
 
 
 def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params, data, experiment):
@@ -236,7 +237,7 @@ def test_a_fitted_final_layer_is_fitted_for_baselines_and_ensembles_alike(params
     before = {(s.method, s.network): s for s in score_all(params, experiment, data)}
     after = {(s.method, s.network): s for s in score_all(fitted, experiment, data)}
     assert set(after) - set(before) == {("ensemble_fitted", "2s"), ("nonn_averaged", "2s")}
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
     nonn = load_network(experiment.network("2s", 0), data)
     with torch.inference_mode():
         logits = torch.stack([student(images)[1] for student in nonn.students]).mean(0)
@@ -272,7 +273,7 @@ def test_int8_students_are_scored_as_devices_run_them(params, data, experiment):
     assert set(scores) - set(plain) == {("teacher_int8", ""), ("nonn_float32", "2s")}
     assert scores["teacher", ""].correct.tolist() == plain["teacher", ""].correct.tolist()
     assert scores["nonn_float32", "2s"].correct.tolist() == plain["nonn", "2s"].correct.tolist()
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
 
     def features(student):
         return torch.from_numpy(run_onnx(student_content(student, data, "int8"), images.numpy()))

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from experiments import REPOSITORY
+from experiments import REPOSITORY, read_subset
 from PIL import Image
 
 from nonn.cli import main
@@ -76,18 +76,18 @@ def test_training_heads_stay_behind(network, exported):
 def test_the_manifest_describes_the_files(network, data, exported, params):
     manifest = read_json(exported / "manifest.json")
     assert manifest["classes"] == list(data.classes)
-    border = border_brightness(data.split("train")[0].numpy())
+    border = border_brightness(read_subset(data, "train")[0].numpy())
     low, high = manifest["image"].pop("border")
     assert border.min() <= low < high <= border.max()
     assert 0.9 < ((low <= border) & (border <= high)).mean() < 1
     assert manifest["image"] == {"channels": 1, "size": 28, "dtype": "uint8"}
     assert manifest["temperatures"] == network.temperatures != [1, 1]
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
     with torch.no_grad():
         assert manifest["test_accuracy"] == (network(images).argmax(1) == labels).double().mean()
     for student, entry in zip(network.students, manifest["students"], strict=True):
         assert entry["n_features"] == student.n_features
-        largest = predict(student, data.split("validation")[0])[0].max().item()
+        largest = predict(student, read_subset(data, "validation")[0])[0].max().item()
         assert entry["feature_limit"] == pytest.approx(FEATURE_MARGIN * largest)
         assert entry["cost"] == vars(measure_cost(student, 1, 28, params.design.precision))
     final = manifest["final"]
@@ -142,7 +142,7 @@ def test_a_teacher_of_family_airbench_is_exported(data, tmp_path):
     teacher = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     whiten(teacher, data.images)
     teacher.train()(data.images)  # statistics for the batch norms
-    images, _ = data.split("test")
+    images, _ = read_subset(data, "test")
     export_solo({"teacher": teacher.eval()}, data, tmp_path, precision="float32")  # compares with torch itself
     assert run_onnx(tmp_path / "teacher.onnx", images.numpy()).shape == (len(images), data.n_classes)
 
@@ -152,7 +152,7 @@ def test_a_model_that_sees_the_mirror_image_too_is_also_exported_as_a_single_pas
     architecture = Architecture(family="fast", widths=[4, 8, 8], depth=1, mirror=True)
     model = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std).eval()
     manifest = export_solo({"total": model}, data, tmp_path, precision="float32")["total"]  # compares with torch
-    images = data.split("test")[0][:5]
+    images = read_subset(data, "test")[0][:5]
     once = run_onnx(tmp_path / manifest["students"][0]["single_pass"], images.numpy())
     np.testing.assert_allclose(once, predict(single_pass(model), images)[1], rtol=1e-4, atol=1e-4)
 
@@ -166,7 +166,7 @@ def test_in_int8_the_single_pass_is_int8_too_and_the_teacher_has_none(data, tmp_
     assert "single_pass" not in manifest["teacher"]["students"][0]
     path = tmp_path / manifest["total"]["students"][0]["single_pass"]
     assert read_network(path).precision == "int8"  # it can be split
-    images = data.split("test")[0][:5]
+    images = read_subset(data, "test")[0][:5]
     expected = predict(single_pass(model), images)[1].numpy()
     assert np.abs(run_onnx(path, images.numpy()) - expected).max() < 0.25 * np.abs(expected).max()
 
@@ -179,7 +179,7 @@ def test_a_solo_model_classifies(params, data, experiment, tmp_path):
     teacher = solo_models(params, experiment, data)["teacher"]
     manifests = export_solo({"teacher": teacher}, data, tmp_path, precision="float32")
     assert set(manifests) == {"teacher"}
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
     logits = run_onnx(tmp_path / "teacher.onnx", images.numpy())
     np.testing.assert_allclose(logits, predict(teacher, images)[1], rtol=1e-3, atol=1e-3)
     assert manifests["teacher"]["test_accuracy"] == (logits.argmax(1) == labels.numpy()).mean()
@@ -236,7 +236,7 @@ def test_manifests_of_int8_files_name_their_form(experiment, quantised, exported
 
 @torch.no_grad()
 def test_classify_says_what_the_network_says(network, data, exported):
-    images = data.split("test")[0][:6]
+    images = read_subset(data, "test")[0][:6]
     logits = network(images)
     for image, expected in zip(images.numpy(), logits, strict=True):
         found = classify(exported, image)

@@ -335,7 +335,7 @@ def test_images_are_the_same_after_pages_were_given_back(tmp_path, monkeypatch):
     monkeypatch.setattr("nonn.data.canvas.HELD", 1000)
     run(make_params(write_folder(tmp_path / "pets", ["cat", "dog"])), PATHS)
     data = load_dataset(PATHS)
-    images, labels = data.part("train")
+    images, labels = data.subset("train")
     expected = data.images[data.train].clone()
     index = torch.tensor([5, 0, 3])
     for _ in range(3):

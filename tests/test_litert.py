@@ -43,7 +43,7 @@ def test_a_file_answers_as_onnx_runtime(tmp_path):
     student = make_student(data)
     write_student(student, data, tmp_path / "0.onnx", "int8")
     write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
-    images = data.part("test")[0].numpy()
+    images = data.subset("test")[0].numpy()
     expected = run_onnx(tmp_path / "0.onnx", images)
     entry, found = check_litert(student, tmp_path / "0.tflite", images, expected)
     assert found.shape == expected.shape
@@ -110,7 +110,7 @@ def test_a_file_is_in_one_piece(tmp_path):
     write_student(student, data, tmp_path / "0.onnx", "int8")
     write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
     assert (tmp_path / "0.tflite").stat().st_size > 256 * 1024
-    images = data.part("test")[0].numpy()[:3]
+    images = data.subset("test")[0].numpy()[:3]
     entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
     assert entry["within_one_step"] > 0.9
 
@@ -121,7 +121,7 @@ def test_gelu_becomes_a_logistic_and_a_product(tmp_path):
     student = make_student(data, family="airbench")
     write_student(student, data, tmp_path / "0.onnx", "int8")
     write_litert(student, data, tmp_path / "0.tflite", tmp_path / "0.onnx")
-    images = data.part("test")[0].numpy()
+    images = data.subset("test")[0].numpy()
     entry, _ = check_litert(student, tmp_path / "0.tflite", images, run_onnx(tmp_path / "0.onnx", images))
     assert entry["operators"] == ["CONV_2D", "LOGISTIC", "MAX_POOL_2D", "MEAN", "MUL", "RELU"]
     assert entry["within_one_step"] > 0.5, "those of the quantiser's own integers: 0.3"
@@ -130,7 +130,7 @@ def test_gelu_becomes_a_logistic_and_a_product(tmp_path):
 def test_students_without_gelu_answer_nearly_the_same():
     data = make_dataset(3, 28)
     student = single_pass(make_student(data, family="airbench"))
-    images = data.part("test")[0].numpy()
+    images = data.subset("test")[0].numpy()
     with torch.no_grad():
         found = PlainFeatures(without_gelu(fold_norms(student)))(torch.from_numpy(normalised(student, images)))
         expected = student(torch.from_numpy(images))[0]

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from experiments import make_dataset
+from experiments import make_dataset, read_subset
 
 from nonn.core.architecture import Architecture
 from nonn.core.params import SOLO
@@ -49,14 +49,14 @@ def files(trained, images, tmp_path_factory):
 def test_a_few_steps_teach_it(trained, images):
     model, log = trained
     assert log[-1]["train_loss"] < 0.7 * log[0]["train_loss"]
-    held_out, labels = images.split("test")
+    held_out, labels = read_subset(images, "test")
     assert accuracy(predict(model, held_out)[1], labels) > 0.8
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 def test_a_file_answers_as_the_trained_network_does(precision, trained, images, files):
     model, _ = trained
-    held_out, labels = images.split("test")
+    held_out, labels = read_subset(images, "test")
     found, expected = run_onnx(files[precision], held_out.numpy()), predict(model, held_out)[1]
     if precision == "float32":
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
@@ -83,10 +83,10 @@ def test_a_student_learns_from_filters_and_attention(trained, images, params, tm
         assert log[-1]["train_loss"] < log[0]["train_loss"]
         weights.append(student.state_dict()["stages.1.0.layers.0.weight"])
     assert not torch.equal(*weights)
-    features, _ = predict(student, images.split("test")[0])
+    features, _ = predict(student, read_subset(images, "test")[0])
     assert features.shape == (30, 3)
     write_student(student, images, tmp_path / "student.onnx", "int8")
-    check_close("student.onnx", run_onnx(tmp_path / "student.onnx", images.split("test")[0].numpy()), features)
+    check_close("student.onnx", run_onnx(tmp_path / "student.onnx", read_subset(images, "test")[0].numpy()), features)
 
 
 def test_it_is_not_split_and_the_test_bed_says_so(files, params, monkeypatch, tmp_path, capsys):

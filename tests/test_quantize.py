@@ -12,6 +12,7 @@ import onnx
 import onnxruntime.quantization
 import pytest
 import torch
+from experiments import read_subset
 from torch import nn
 
 from nonn.core.architecture import Architecture
@@ -72,7 +73,7 @@ def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path
     student = make_student(architecture, data)
     for precision in ("float32", "int8"):
         write_student(student, data, tmp_path / f"{precision}.onnx", precision)
-    images, _ = data.split("test")
+    images, _ = read_subset(data, "test")
     expected = predict(student, images)[0]
     found = run_onnx(tmp_path / "int8.onnx", images.numpy())
     assert not np.array_equal(found, expected)
@@ -155,7 +156,7 @@ def run_emulated(processor, path, images, folder):
 def test_a_processor_without_vnni_answers_the_same(architecture, data, tmp_path):
     """Haswell has AVX2 and none of the instructions for dot products of integers."""
     write_student(make_student(architecture, data), data, tmp_path / "0.onnx", "int8")
-    images = data.split("test")[0][:4].numpy()
+    images = read_subset(data, "test")[0][:4].numpy()
     here, there = run_onnx(tmp_path / "0.onnx", images), run_emulated("Haswell", tmp_path / "0.onnx", images, tmp_path)
     difference = np.linalg.norm(there - here) / np.linalg.norm(here)
     assert difference < 1e-3, "no more than a value that was rounded otherwise"
@@ -166,7 +167,7 @@ def test_the_emulated_processor_saturates_where_it_can(data, tmp_path):
     """So that the test above would tell."""
     student = make_student(ARCHITECTURES[1], data)
     write_student(student, data, tmp_path / "0.onnx", "int8")
-    images = data.split("test")[0][:4]
+    images = read_subset(data, "test")[0][:4]
     there = run_emulated("Haswell", tmp_path / "0.onnx", images.numpy(), tmp_path)
     with pytest.raises(UserError, match="outputs differ"):
         check_close("0.onnx", there, predict(student, images)[0])
@@ -208,7 +209,7 @@ def test_outputs_that_have_nothing_to_do_with_the_students_are_refused():
 
 
 def test_calibration_images_are_few_and_from_all_of_the_training_images(data):
-    train, _ = data.split("train")
+    train, _ = read_subset(data, "train")
     assert np.array_equal(calibration_images(data), train.numpy()), "all, where there are few"
     many = data.train.repeat(10)
     found = calibration_images(type(data)(**{**vars(data), "train": many}))

@@ -4,6 +4,7 @@ import csv
 
 import pytest
 import torch
+from experiments import read_subset
 
 from nonn.cli import main
 from nonn.commands.rivals import COLUMNS
@@ -42,7 +43,7 @@ def test_devices_answer_as_the_network_that_was_trained(experiment, params, data
     info = read_json(experiment.dataset_info, DatasetInfo)
     groups = [[2, 0], [1]]
     model, parts = build(params, "2s", data, dict(info), groups)
-    images, labels = data.split("test")
+    images, labels = read_subset(data, "test")
     model(images)[1].sum().backward()  # through the weights of all parts
     assert parts[0].stem[0].weight is parts[1].stem[0].weight
     assert parts[0].stages[1][0].weight is not parts[1].stages[1][0].weight

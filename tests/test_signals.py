@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from experiments import read_subset
 
 from nonn.core.architecture import Architecture
 from nonn.data.tensors import read_tensors
@@ -59,13 +60,13 @@ def run_teacher(model, images) -> dict[str, torch.Tensor]:
 
 def test_signals_are_the_teacher_s_answers_on_the_view(model, data, section):
     computed = compute_signals(model, data, section)
-    images, _ = data.split("train")
+    images, _ = read_subset(data, "train")
     for number in range(section.views):
         view = draw_view(len(images), number, section.augment, section.seed)
         expected = run_teacher(model, apply_view(images, view, torch.arange(len(images)), section.augment))
         for name, tensor in expected.items():
             assert torch.equal(computed[name][number], tensor), name
-    expected = run_teacher(model, data.split("validation")[0])
+    expected = run_teacher(model, read_subset(data, "validation")[0])
     assert torch.equal(computed["validation_logits"], expected["logits"])
     assert torch.equal(computed["validation_pooled"], expected["pooled"])
 
@@ -80,7 +81,7 @@ def test_batches_are_joined_in_order(model, data, section, monkeypatch):
 def test_pooled_activations_are_those_of_full_precision(model, data, section):
     computed = compute_signals(model, data, section)
     with torch.inference_mode():
-        features, logits = model(data.split("validation")[0])
+        features, logits = model(read_subset(data, "validation")[0])
     torch.testing.assert_close(computed["validation_pooled"].float(), features, rtol=0.03, atol=0.03)
     torch.testing.assert_close(computed["validation_logits"].float(), logits, rtol=0.03, atol=0.03)
     assert computed["validation_pooled"].min() >= 0

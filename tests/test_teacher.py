@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiments import REPOSITORY, make_dataset
+from experiments import REPOSITORY, make_dataset, read_subset
 from PIL import Image
 
 from nonn.cli import main
@@ -116,7 +116,7 @@ def test_the_whitened_layer_comes_from_training_images_and_stays(params, data, c
     section = params.teacher.model_copy(update={"architecture": architecture, "epochs": 2})
     model, _ = train_teacher(data, section, checkpoint)
     expected = ConvNet(architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    whiten(expected, data.split("train")[0])
+    whiten(expected, read_subset(data, "train")[0])
     assert torch.equal(model.stem[1].weight, expected.stem[1].weight)
 
 
@@ -145,7 +145,7 @@ def test_the_stage_writes_a_teacher_that_can_be_read(params, data, experiment):
     assert Architecture(**info["architecture"]) == params.teacher.architecture
     assert info["imported_from"] is None
     assert info["n_filters"] == model.n_features == 32
-    images, labels = data.split("validation")
+    images, labels = read_subset(data, "validation")
     assert (predict(model, images)[1].argmax(1) == labels).double().mean() == info["validation_accuracy"]
     assert experiment.log(experiment.teacher).read_text().splitlines()[0] == ",".join(LOG_COLUMNS)
 

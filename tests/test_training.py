@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from experiments import read_subset
 
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
@@ -35,7 +36,7 @@ def make_network(data) -> ConvNet:
 def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
     """Train a network on labels; `seen` collects the epochs and images, `kill_at` is the epoch to die in."""
     model = make_network(data)
-    images, labels = data.split("train")
+    images, labels = read_subset(data, "train")
 
     def batch_of(index, epoch):
         if epoch == kill_at:
@@ -54,7 +55,7 @@ def fit(data, checkpoint, schedule=SCHEDULE, seed=0, kill_at=None, seen=None):
         len(images),
         schedule,
         seed=seed,
-        validation=data.split("validation"),
+        validation=read_subset(data, "validation"),
         checkpoint=checkpoint,
         device=CPU,
         label="test",

@@ -105,13 +105,13 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
     be asked.
     """
     data = load_dataset(paths)
-    images, labels = data.part("validation")
+    images, labels = data.subset("validation")
     device = pick_device()
     outputs = [predict(student, images, device) for student in students]
     features = [f for f, _ in outputs]
     averaged = averaged_layer([student.head.cpu() for student in students])
     logits = logits_of(averaged, features)
-    seen, taught = data.part("train")
+    seen, taught = data.subset("train")
     train = [predict(student, seen, device)[0] for student in students]
     for student in students:
         student.cpu()

@@ -99,7 +99,7 @@ def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
     built = build(n_outputs)
     network = built.network.eval()
     settings = Preprocessing.of(params, input_channels(network) or data.channels, data.channels, built.moments)
-    pixels = Preprocess(settings)(data.part("validation")[0][:PROBES])
+    pixels = Preprocess(settings)(data.subset("validation")[0][:PROBES])
     if weights is None:
         n_outputs = _count_outputs(network, pixels)  # of the library's own weights
     else:
@@ -127,7 +127,7 @@ def fit_head(model: ForeignTeacher, data: Dataset) -> tuple[nn.Linear, float]:
     from nonn.training.networks import accuracy, predict
 
     with torch.inference_mode():
-        parts = {name: predict(model, data.part(name)[0])[0] for name in ("train", "validation")}
+        parts = {name: predict(model, data.subset(name)[0])[0] for name in ("train", "validation")}
     features, labels = parts["train"].clone(), data.labels[data.train]
     scale = float(features.std()) or 1.0
     best: tuple[nn.Linear, float] | None = None

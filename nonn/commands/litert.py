@@ -47,7 +47,7 @@ def run(options) -> None:
 
     paths = Paths(params.experiment)
     data = load_dataset(paths)
-    test, labels = data.part("test")
+    test, labels = data.subset("test")
     few = spaced(len(test), options.images)
     images, labels = test[few].numpy(), labels[few]
     network = load_network(paths.network(options.network, seed=0), data)

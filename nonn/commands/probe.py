@@ -108,7 +108,7 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     from nonn.training.networks import concatenated, scaled_batch_size
 
     data = load_teacher_dataset(paths)
-    teacher, images = load_teacher(paths), data.part(on)[0]
+    teacher, images = load_teacher(paths), data.subset(on)[0]
     size = scaled_batch_size(BATCH_SIZE, data.size)
     batches = track(images.split(size), "teacher", total=-(-len(images) // size))
     found = concatenated((signals_of(teacher, batch, attention=False) for batch in batches), len(images))

@@ -134,10 +134,10 @@ class Images:
         return images
 
     def split(self, batch_size: int) -> Iterator[Tensor]:
-        """All images, in batches."""
+        """All images in batches, as tensors are split."""
         return (self[start : start + batch_size] for start in range(0, len(self), batch_size))
 
-    def parts(self, count: int) -> list[Images]:
+    def chunks(self, count: int) -> list[Images]:
         """The same images as so many runs of about equal length, none of them read yet."""
         return [Images(self.source, indices, self.mapping) for indices in self.indices.tensor_split(count)]
 

@@ -33,7 +33,7 @@ MANY = 10
 class Dataset:
     """Images, labels and splits.
 
-    The images stay on the disk where they were loaded from there: what `part` returns reads them when asked. The
+    The images stay on the disk where they were loaded from there: what `subset` returns reads them when asked. The
     splits hold sorted indices, int64; they are disjoint, and together all images. `mean` and `std` (C,) float32 are
     those of the training images in grey levels: a model sees ``(images - mean) / std``.
     """
@@ -62,15 +62,10 @@ class Dataset:
         """Pixels a side."""
         return self.images.shape[-1]
 
-    def part(self, name: str) -> tuple[Images, Tensor]:
+    def subset(self, name: str) -> tuple[Images, Tensor]:
         """Images of ``train``, ``validation`` or ``test``, read when they are asked for, and labels."""
         indices = getattr(self, name)
         return Images(self.images, indices, self.mapping), self.labels[indices]
-
-    def split(self, name: str) -> tuple[Tensor, Tensor]:
-        """The same with all images in memory."""
-        images, labels = self.part(name)
-        return images[:], labels
 
 
 def load_dataset(paths: Paths) -> Dataset:

@@ -79,7 +79,7 @@ def _folds_into(layers: list[nn.Module], norm: nn.BatchNorm2d) -> int | None:
 
 def calibration_images(data: Dataset) -> np.ndarray:
     """The training images to calibrate on, uint8 of shape (≤ `CALIBRATION_IMAGES`, channels, H, W)."""
-    images, _ = data.part("train")
+    images, _ = data.subset("train")
     return images[spaced(len(images), CALIBRATION_IMAGES)].numpy()
 
 

@@ -78,7 +78,7 @@ def check_outputs(
 
 def feature_limit(student: ConvNet, data: Dataset) -> float:
     """Largest feature that is accepted of a student: `FEATURE_MARGIN` times the largest on validation images."""
-    images, _ = data.part("validation")
+    images, _ = data.subset("validation")
     return FEATURE_MARGIN * predict(student, images)[0].max().item()
 
 
@@ -98,7 +98,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     temperatures, the classes, the usual border of the training images, and the accuracy of the exported files on the
     test images.
     """
-    images, labels = data.part("test")
+    images, labels = data.subset("test")
     students, features, expected = [], [], []
     for position, student in enumerate(track(model.students, "export")):
         path = folder / f"{position}.onnx"
@@ -118,7 +118,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     manifest = _manifest(data, students, logits, labels, precision)
-    manifest["image"]["border"] = usual_border(data.part("train")[0].each())
+    manifest["image"]["border"] = usual_border(data.subset("train")[0].each())
     return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 
@@ -137,7 +137,7 @@ def export_solo(
     manifests = {}
     for name, model in track(list(models.items()), "export"):
         data = teacher if teacher and name in TEACHERS else students
-        images, labels = data.part("test")
+        images, labels = data.subset("test")
         path, own = folder / f"{name}.onnx", "float32" if name == "teacher" else precision
         tolerance = TOLERANCE
         if isinstance(model, ForeignTeacher):

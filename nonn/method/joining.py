@@ -106,7 +106,7 @@ class FeatureCache:
 
     def __call__(self, students: Sequence[ConvNet], split: str) -> tuple[list[Tensor], Tensor]:
         """N tensors of shape (M, F_i), and the labels (M,), of ``train``, ``validation`` or ``test``."""
-        images, labels = self.data.part(split)
+        images, labels = self.data.subset(split)
         for student in students:
             if (student, split) not in self._known:
                 self._known[student, split] = self._calculate(student, images)
@@ -117,10 +117,10 @@ class FeatureCache:
             return features_of([student], images)[0]
         if student not in self._files:
             self._files[student] = student_content(student, self.taught, self.precision)
-        n_parts = min(torch.get_num_threads(), len(images))
-        parts = (part.each() for part in images.parts(n_parts))
-        with ThreadPoolExecutor(n_parts) as pool:  # ONNX Runtime lets other threads run meanwhile
-            return torch.from_numpy(np.concatenate(list(pool.map(partial(run_onnx, self._files[student]), parts))))
+        n_chunks = min(torch.get_num_threads(), len(images))
+        chunks = (chunk.each() for chunk in images.chunks(n_chunks))
+        with ThreadPoolExecutor(n_chunks) as pool:  # ONNX Runtime lets other threads run meanwhile
+            return torch.from_numpy(np.concatenate(list(pool.map(partial(run_onnx, self._files[student]), chunks))))
 
 
 def join_students(

@@ -224,7 +224,7 @@ def train(params: Params, training: Training, weights: Path | None = None) -> Pa
         student, _ = distill_student(transfer_set, spec, schedule, seed=own_seed, checkpoint=checkpoint, label=name)
     tensors = {"weight": student.head.weight, "bias": student.head.bias}
     for part in ("train", "validation", "test"):
-        tensors[part] = predict(student, transfer_set.data.part(part)[0], transfer_set.device)[0].half()
+        tensors[part] = predict(student, transfer_set.data.subset(part)[0], transfer_set.device)[0].half()
     write_tensors(target, {name: tensor.detach().cpu() for name, tensor in tensors.items()})
     checkpoint.discard()
     return target

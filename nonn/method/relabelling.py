@@ -128,7 +128,7 @@ def what_is_sent(
     yield _sent("ensemble_logits", logits, taught.n_classes)
     yield _sent("kd", [_joined(group[:1], features) for group in groups], width)
     if teacher is not None:
-        seen = {part: predict(teacher, data.part(part)[0])[0] for part in ("train", "test")}
+        seen = {part: predict(teacher, data.subset(part)[0])[0] for part in ("train", "test")}
         yield _sent("teacher", [(seen["train"], seen["test"])], seen["train"].shape[1])
 
 

@@ -122,7 +122,7 @@ def distill(
         len(transfer_set.images),
         section,
         seed=seed,
-        validation=transfer_set.data.part("validation"),
+        validation=transfer_set.data.subset("validation"),
         checkpoint=checkpoint,
         device=transfer_set.device,
         label=label,

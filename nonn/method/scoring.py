@@ -178,7 +178,7 @@ def _joined_scores(
     method: str, network: str, joined: Sequence[tuple[Sequence[ConvNet], FinalLayer]], features: FeatureCache
 ) -> Scores:
     """Scores of students joined by a final layer, given both of each seed."""
-    _, labels = features.data.part("test")
+    _, labels = features.data.subset("test")
     answers = [partial(logits_of, layer, features(students, "test")[0]) for students, layer in joined]
     n = len(joined[0][0])
     correct = np.stack([(answer(range(n)).argmax(1) == labels).numpy() for answer in answers])
@@ -204,7 +204,7 @@ def _nonn_scores(
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
     seen = load_teacher_dataset(paths)
-    images, labels = seen.part("test")
+    images, labels = seen.subset("test")
     teacher = load_teacher(paths)
     with torch.inference_mode():
         _, logits = predict(teacher, images)
@@ -259,7 +259,7 @@ def _ensemble_scores(
     params: Params, network: str, groups: Sequence[Sequence[ConvNet]], features: FeatureCache
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
-    _, labels = features.data.part("test")
+    _, labels = features.data.subset("test")
     if not groups:
         return
     with torch.inference_mode():

@@ -99,7 +99,7 @@ def build(
     if len(architecture.widths or [0] * 3) <= N_SHARED:
         raise UserError(f"SplitNet shares {N_SHARED} stages, and students of {architecture.name} have no more")
     parts = [ConvNet(architecture, data.channels, len(group), mean=data.mean, std=data.std) for group in groups]
-    whiten(parts[0], data.part("train")[0])
+    whiten(parts[0], data.subset("train")[0])
     return SplitNet(parts, groups), parts
 
 

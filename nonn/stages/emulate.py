@@ -42,7 +42,7 @@ def run(params: Params, paths: Paths) -> None:
             "params.yaml: no student runs as firmware. Set design.precision to int8 and design.family to "
             f"{' or '.join(FAMILIES)}, and give a device one of the boards {', '.join(CHIPS)}."
         )
-    test, _ = load_dataset(paths).part("test")
+    test, _ = load_dataset(paths).subset("test")
     images = test[spaced(len(test), IMAGES)].numpy()
     with scratch_folder() as folder:
         entries = list(_entries(params, paths, images, folder))

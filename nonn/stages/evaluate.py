@@ -16,7 +16,7 @@ from nonn.method.scoring import missing_devices, missing_strategies, score_all, 
 def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
-    _, labels = data.part("test")
+    _, labels = data.subset("test")
     if params.pool:
         for name in params.networks:
             if not params.pool_of(name):

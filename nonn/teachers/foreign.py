@@ -58,7 +58,7 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
 
     A UserError says why it cannot be a teacher.
     """
-    images = data.part("validation")[0][:PROBES]
+    images = data.subset("validation")[0][:PROBES]
     wanted = len(params.classes) if params.classes else data.n_classes
     record: dict[str, Any] = {"source": params.source, "classifier": params.classifier}
     classes = tuple(params.classes) if params.classes else None

@@ -44,7 +44,7 @@ def compute_signals(
     (K, N, H·W) of the views; ``validation_logits`` (M, C) and ``validation_pooled`` (M, F); all float16. The pooled
     activation of a filter is the spatial mean of the final convolution's output after ReLU, a_i(x) of the paper.
     """
-    images, place = resident(data.part("train")[0], pick_device())
+    images, place = resident(data.subset("train")[0], pick_device())
     batch_size = scaled_batch_size(BATCH_SIZE, data.size)
     views = [draw_view(len(images), view, params.augment, params.seed).to(place) for view in range(params.views)]
     indices = torch.arange(len(images), device=place)
@@ -52,7 +52,7 @@ def compute_signals(
     seen = (apply_view(images, view, index, params.augment, student_size) for view, index in track(jobs, "signals"))
     signals = concatenated((signals_of(teacher, batch, params.attention) for batch in seen), params.views * len(images))
     signals = {name: tensor.unflatten(0, (params.views, len(images))) for name, tensor in signals.items()}
-    validation, _ = data.part("validation")
+    validation, _ = data.subset("validation")
     batches = (signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size))
     return signals | {f"validation_{name}": tensor for name, tensor in concatenated(batches, len(validation)).items()}
 

@@ -39,7 +39,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     torch.manual_seed(params.seed)
     device = pick_device()
     model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
-    stored, labels = data.part("train")
+    stored, labels = data.subset("train")
     whiten(model, stored)
     proxy = None
     if params.selection:
@@ -75,7 +75,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
         len(images),
         params,
         seed=params.seed,
-        validation=data.part("validation"),
+        validation=data.subset("validation"),
         checkpoint=checkpoint,
         device=device,
         label="teacher",
@@ -148,7 +148,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
     """A log of one row for an imported teacher; a UserError if it is too bad to be one, see `nonn.teachers.verdict`."""
-    images, labels = data.part("validation")
+    images, labels = data.subset("validation")
     with torch.inference_mode():
         _, logits = predict(model, images)
     judge(model, logits, data, params)

@@ -109,7 +109,7 @@ def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, param
 
 def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> Iterator[str]:
     """What a trial on validation images shows to make the teacher much better, with the accuracy it then has."""
-    images, labels = data.split("validation")
+    images, labels = data.subset("validation")
     score = accuracy(logits, labels)
     better = score + (1 - score) / 2  # half of the errors gone
     seen = torch.zeros(data.n_classes, data.n_classes).index_put(

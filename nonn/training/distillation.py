@@ -50,7 +50,7 @@ class TransferSet:
 
     def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals, kept: Tensor | None = None):
         self.data, self.params, self.kept, self.device = data, params, kept, pick_device()
-        stored, labels = data.part("train")
+        stored, labels = data.subset("train")
         self.images, self.storage = resident(stored, self.device)
         self.labels = labels.to(self.storage)
         self.signals = signals
@@ -107,7 +107,7 @@ def distill_student(
     data, device = transfer_set.data, transfer_set.device
     n_filters = len(spec.filters) if spec.filters else None
     student = ConvNet(spec.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
-    whiten(student, data.part("train")[0])
+    whiten(student, data.subset("train")[0])
     wanted = transfer_set.signals_for(spec)
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
@@ -143,7 +143,7 @@ def distill_student(
         len(transfer_set.images),
         schedule,
         seed=seed,
-        validation=data.part("validation"),
+        validation=data.subset("validation"),
         checkpoint=checkpoint,
         device=device,
         label=label,
