@@ -88,7 +88,7 @@ def test_the_command_compares_what_devices_send(experiment, folder_of_labels):
 
 def test_int8_devices_stay_calibrated_on_the_images_that_they_learned_from(experiment, params, data):
     student = load_students(params, experiment, data, "2s", 0)[0][0]
-    features = FeatureCache(replace(data, train=data.train[:2]), "int8", taught=data)
+    features = FeatureCache(replace(data, train=data.train[:2]), "int8", training_data=data)
     (found,), _ = features([student], "test")
     (own,), _ = FeatureCache(data, "int8")([student], "test")
     assert torch.equal(found, own)

@@ -111,12 +111,12 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
     features = [f for f, _ in outputs]
     averaged = averaged_layer([student.head.cpu() for student in students])
     logits = logits_of(averaged, features)
-    seen, taught = data.subset("train")
-    train = [predict(student, seen, device)[0] for student in students]
+    train_images, train_labels = data.subset("train")
+    train_features = [predict(student, train_images, device)[0] for student in students]
     for student in students:
         student.cpu()
-    epochs = (steps_of(len(taught), epoch, seed) for epoch in range(params.assemble.epochs))
-    *_, fitted = (averaged, *fit_by_epoch(averaged, train, taught, epochs, params.assemble.lr))
+    epochs = (steps_of(len(train_labels), epoch, seed) for epoch in range(params.assemble.epochs))
+    *_, fitted = (averaged, *fit_by_epoch(averaged, train_features, train_labels, epochs, params.assemble.lr))
     classifier = _classifier(load_teacher(Paths(params.experiment)), sets)
     costs = [measure_cost(student, data.channels, data.size) for student in students]
     own = [accuracy(own_logits, labels) for _, own_logits in outputs]

@@ -98,11 +98,11 @@ def measure(params: Params, options: Any) -> list[dict]:
     for path in (paths.dataset, source.dataset):
         if not path.is_file():
             raise UserError(f"{path}: is not there. Run the stage `dataset` of that experiment first.")
-    taught, shown = load_dataset(paths), load_dataset(source)
-    if (taught.channels, taught.size) != (shown.channels, shown.size):
+    training_data, shown = load_dataset(paths), load_dataset(source)
+    if (training_data.channels, training_data.size) != (shown.channels, shown.size):
         raise UserError(
             f"--images {options.images}: its images have {shown.channels} channels and {shown.size} pixels a side, the "
-            f"students' {taught.channels} and {taught.size}; set dataset.size and white alike in both"
+            f"students' {training_data.channels} and {training_data.size}; set dataset.size and white alike in both"
         )
     groups = read_groups(options.labels)
     try:
@@ -110,9 +110,9 @@ def measure(params: Params, options: Any) -> list[dict]:
     except UserError as error:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
-    if options.teacher and params.sizes["teacher"] != taught.size:
+    if options.teacher and params.sizes["teacher"] != training_data.size:
         raise UserError(
-            f"--teacher: it sees images of {params.sizes['teacher']} pixels a side, devices of {taught.size}; "
+            f"--teacher: it sees images of {params.sizes['teacher']} pixels a side, devices of {training_data.size}; "
             "leave it out"
         )
     teacher = load_teacher(paths) if options.teacher else None
@@ -120,7 +120,7 @@ def measure(params: Params, options: Any) -> list[dict]:
     shared |= {"labelling": options.labels.stem if options.labels else options.images, "images": source.experiment}
     shared |= {"labels": len(labels), "test_images": len(data.test)}
     rows = []
-    sources = what_is_sent(params, paths, options.network, taught, data, teacher)
+    sources = what_is_sent(params, paths, options.network, training_data, data, teacher)
     n_sources = 4 + len(other_partitions(params, paths, options.network)) + bool(teacher)
     for sent in track(sources, "relabel", n_sources):
         for per_class in options.per_class:

@@ -96,11 +96,11 @@ class FeatureCache:
     """Feature vectors of students for whole splits of a dataset, each calculated once.
 
     They are those that devices calculate: in int8, by ONNX Runtime, if `precision` says so. Int8 students are
-    calibrated on the training images of `taught`; None stands for the dataset itself.
+    calibrated on the training images of `training_data`; None stands for the dataset itself.
     """
 
-    def __init__(self, data: Dataset, precision: Precision, taught: Dataset | None = None):
-        self.data, self.precision, self.taught = data, precision, taught or data
+    def __init__(self, data: Dataset, precision: Precision, training_data: Dataset | None = None):
+        self.data, self.precision, self.training_data = data, precision, training_data or data
         self._known: dict[tuple[ConvNet, str], Tensor] = {}
         self._files: dict[ConvNet, bytes] = {}
 
@@ -116,7 +116,7 @@ class FeatureCache:
         if self.precision == "float32":
             return features_of([student], images)[0]
         if student not in self._files:
-            self._files[student] = student_content(student, self.taught, self.precision)
+            self._files[student] = student_content(student, self.training_data, self.precision)
         n_chunks = min(torch.get_num_threads(), len(images))
         chunks = (chunk.each() for chunk in images.chunks(n_chunks))
         with ThreadPoolExecutor(n_chunks) as pool:  # ONNX Runtime lets other threads run meanwhile

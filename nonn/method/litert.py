@@ -145,8 +145,8 @@ def normalised(student: ConvNet, images: np.ndarray) -> np.ndarray:
 
 def _passes(student: ConvNet, images: np.ndarray) -> np.ndarray:
     """Normalised images, and after them the mirrored ones where the student sees these, too."""
-    seen = [images, images[..., ::-1]] if student.mirrors else [images]
-    return normalised(student, np.concatenate(seen))
+    passes = [images, images[..., ::-1]] if student.mirrors else [images]
+    return normalised(student, np.concatenate(passes))
 
 
 class MicroInterpreter:

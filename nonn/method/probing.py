@@ -86,9 +86,8 @@ def probe_partition(
     """
     features, others = restricted(train[0], sets), restricted(judged[0], sets)
     alone = fit_linear(_side_by_side(features), train[1], n_classes).right(_side_by_side(others), judged[1])
-    side_by_side = (torch.cat([F.normalize(part, dim=1) for part in parts], 1) for parts in (features, others))
-    seen, unseen = side_by_side
-    return alone, fit_linear(seen[None], train[1], n_classes).right(unseen, judged[1])[0]
+    joined, others_joined = (torch.cat([F.normalize(part, dim=1) for part in parts], 1) for parts in (features, others))
+    return alone, fit_linear(joined[None], train[1], n_classes).right(others_joined, judged[1])[0]
 
 
 def _side_by_side(features: Sequence[Tensor]) -> Tensor:

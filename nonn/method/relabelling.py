@@ -100,10 +100,10 @@ def other_partitions(params: Params, paths: Paths, network: str) -> dict[str, li
 
 
 def what_is_sent(
-    params: Params, paths: Paths, network: str, taught: Dataset, data: Dataset, teacher: torch.nn.Module | None
+    params: Params, paths: Paths, network: str, training_data: Dataset, data: Dataset, teacher: torch.nn.Module | None
 ) -> Iterator[Sent]:
-    """What the devices of each method send of `data`; students are those of `taught`, the experiment's own images."""
-    features = FeatureCache(data, params.design.precision, taught)
+    """What the devices of each method send of `data`; their students were trained on `training_data`."""
+    features = FeatureCache(data, params.design.precision, training_data)
     n = len(params.networks[network].devices)
     pool_name = params.pool_of(network)
     if pool_name is None or params.networks[pool_name[0]].baselines["kd"] < n:
@@ -112,24 +112,24 @@ def what_is_sent(
             "network of the same devices"
         )
     seeds = range(params.networks[network].seeds)
-    own = [load_students(params, paths, taught, network, seed)[0] for seed in seeds]
+    own = [load_students(params, paths, training_data, network, seed)[0] for seed in seeds]
     yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))
     for method, files in other_partitions(params, paths, network).items():
-        others = [load_baseline(file, taught) for file in files]
+        others = [load_baseline(file, training_data) for file in files]
         width = max(student.n_features for student in others[0])
         yield _sent(method, [_joined(students, features) for students in others], width)
     where, method = pool_name
     files = [paths.baseline(where, method, seed) for seed in range(params.networks[where].baselines["kd"])]
-    pool = [student for file in files for student in load_baseline(file, taught)]
+    pool = [student for file in files for student in load_baseline(file, training_data)]
     groups = [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]
     width = max(student.n_features for student in pool)
     yield _sent("ensemble", [_joined(group, features) for group in groups], width)
     logits = [_joined(group, features, logits=True) for group in groups]
-    yield _sent("ensemble_logits", logits, taught.n_classes)
+    yield _sent("ensemble_logits", logits, training_data.n_classes)
     yield _sent("kd", [_joined(group[:1], features) for group in groups], width)
     if teacher is not None:
-        seen = {part: predict(teacher, data.subset(part)[0])[0] for part in ("train", "test")}
-        yield _sent("teacher", [(seen["train"], seen["test"])], seen["train"].shape[1])
+        train, test = (predict(teacher, data.subset(name)[0])[0] for name in ("train", "test"))
+        yield _sent("teacher", [(train, test)], train.shape[1])
 
 
 def _sent(method: str, by_seed: Sequence[tuple[Tensor, Tensor]], n_values: int) -> Sent:
@@ -160,9 +160,9 @@ def fit_few(features: Tensor, n_classes: int, per_class: int) -> tuple[list[Prob
     scores = np.zeros((len(WEIGHT_DECAYS), len(features)))
     for number, decay in enumerate(WEIGHT_DECAYS):
         for held in folds:
-            seen, unseen = features[:, fold != held], features[:, fold == held]
-            probes = fit_linear(seen, labels[fold != held], n_classes, decay)
-            scores[number] += probes.right(unseen, labels[fold == held]).sum(1)
+            is_held = fold == held
+            probes = fit_linear(features[:, ~is_held], labels[~is_held], n_classes, decay)
+            scores[number] += probes.right(features[:, is_held], labels[is_held]).sum(1)
     fitted = [fit_linear(features, labels, n_classes, decay) for decay in WEIGHT_DECAYS]
     return fitted, scores.argmax(0)
 

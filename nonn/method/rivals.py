@@ -108,12 +108,12 @@ def distill(
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
         return transfer_set.batch(index, epoch, wanted)
 
-    def loss_of(images: Tensor, labels: Tensor, taught: Tensor) -> Tensor:
+    def loss_of(images: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
         with mixed_precision(transfer_set.device):
             _, logits = model(images)
         logits = logits.float()
         loss = (1 - section.kd_weight) * F.cross_entropy(logits, labels)
-        return loss + section.kd_weight * kd_loss(logits, taught.float(), section.temperature)
+        return loss + section.kd_weight * kd_loss(logits, teacher_logits.float(), section.temperature)
 
     train(
         model,  # type: ignore[arg-type]  # the loop asks for no more than a module has

@@ -203,8 +203,8 @@ def _nonn_scores(
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
-    seen = load_teacher_dataset(paths)
-    images, labels = seen.subset("test")
+    teacher_data = load_teacher_dataset(paths)
+    images, labels = teacher_data.subset("test")
     teacher = load_teacher(paths)
     with torch.inference_mode():
         _, logits = predict(teacher, images)
@@ -213,7 +213,7 @@ def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
     if precision == "int8" and isinstance(teacher, ConvNet):
         head = averaged_layer([teacher.head])
-        yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(seen, precision))
+        yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(teacher_data, precision))
     for network in params.networks:
         files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
         chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]

@@ -34,15 +34,15 @@ def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequenc
         ``nonn`` with a band from the smallest to the largest.
     """
     figure, axes = panels(len(logs), 4.3, 3.5, sharey=True)
-    taught = teacher["validation_accuracy"]
+    teacher_accuracy = teacher["validation_accuracy"]
     dashed = {"color": METHODS["teacher"].colour, "linestyle": "--", "linewidth": 1.3}
     lines = {m: {"color": METHODS[m].colour, "linewidth": 2.2 if m == "nonn" else 1.3} for m in METHODS}
-    lows, highs = [taught.iloc[-1]], [taught.max()]
+    lows, highs = [teacher_accuracy.iloc[-1]], [teacher_accuracy.max()]
     for axis, (network, by_method) in zip(axes, logs.items(), strict=True):
         if len(teacher) > 1:
-            axis.plot(teacher["epoch"], taught, **dashed)
+            axis.plot(teacher["epoch"], teacher_accuracy, **dashed)
         else:
-            axis.axhline(taught.iloc[0], **dashed)
+            axis.axhline(teacher_accuracy.iloc[0], **dashed)
         for method in sorted(by_method, key=list(METHODS).index, reverse=True):
             epochs = by_method[method][0]["epoch"]
             accuracies = np.stack([log["validation_accuracy"] for log in by_method[method]])  # (runs, epochs)

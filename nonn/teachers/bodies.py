@@ -61,13 +61,13 @@ class ModuleBody(nn.Module):
         return self.network.get_submodule(self.classifier)  # type: ignore[return-value]
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        seen: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        features: list[Tensor] = []
+        hook = self.head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
             logits = self.network(pixels)
         finally:
             hook.remove()
-        return seen[-1], logits
+        return features[-1], logits
 
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features)

@@ -49,8 +49,9 @@ def compute_signals(
     views = [draw_view(len(images), view, params.augment, params.seed).to(place) for view in range(params.views)]
     indices = torch.arange(len(images), device=place)
     jobs = [(view, index) for view in views for index in indices.split(batch_size)]
-    seen = (apply_view(images, view, index, params.augment, student_size) for view, index in track(jobs, "signals"))
-    signals = concatenated((signals_of(teacher, batch, params.attention) for batch in seen), params.views * len(images))
+    augmented = (apply_view(images, *job, params.augment, student_size) for job in track(jobs, "signals"))
+    by_batch = (signals_of(teacher, batch, params.attention) for batch in augmented)
+    signals = concatenated(by_batch, params.views * len(images))
     signals = {name: tensor.unflatten(0, (params.views, len(images))) for name, tensor in signals.items()}
     validation, _ = data.subset("validation")
     batches = (signals_of(teacher, batch, attention=False) for batch in validation.split(batch_size))

@@ -112,11 +112,11 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
     images, labels = data.subset("validation")
     score = accuracy(logits, labels)
     better = score + (1 - score) / 2  # half of the errors gone
-    seen = torch.zeros(data.n_classes, data.n_classes).index_put(
+    confusion = torch.zeros(data.n_classes, data.n_classes).index_put(
         (labels, logits.argmax(1)), torch.tensor(1.0), accumulate=True
     )
-    rows, columns = linear_sum_assignment(-seen.numpy())
-    assigned = float(seen[rows, columns].sum()) / len(labels)
+    rows, columns = linear_sum_assignment(-confusion.numpy())
+    assigned = float(confusion[rows, columns].sum()) / len(labels)
     # Some order fits chance, too: an error of the fit is allowed for, about the root of the images for each class.
     outputs = list(getattr(model, "outputs", None) or range(data.n_classes))  # of the network, of each column
     is_all = sorted(outputs) == list(range(data.n_classes))

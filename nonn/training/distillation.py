@@ -114,19 +114,19 @@ def distill_student(
         return transfer_set.batch(index, epoch, list(wanted.values()))
 
     def loss_of(images: Tensor, labels: Tensor, *signals: Tensor) -> Tensor:
-        taught = dict(zip(wanted, (signal.float() for signal in signals), strict=True))
+        teacher_signals = dict(zip(wanted, (signal.float() for signal in signals), strict=True))
         with mixed_precision(device):
             maps = student.stage_maps(images)
             features, logits = student.read_out(maps[-1])
         logits = logits.float()
         loss = (1 - spec.kd_weight) * F.cross_entropy(logits, labels)
         if spec.kd_weight:
-            loss = loss + spec.kd_weight * kd_loss(logits, taught["logits"], schedule.temperature)
+            loss = loss + spec.kd_weight * kd_loss(logits, teacher_signals["logits"], schedule.temperature)
         if spec.transfer_weight:
-            loss = loss + spec.transfer_weight * transfer_loss(features.float(), taught["pooled"])
+            loss = loss + spec.transfer_weight * transfer_loss(features.float(), teacher_signals["pooled"])
         if spec.attention_weight:
             # Stages that differ in size cannot be compared; those that both have are.
-            attention = {taught[name].shape[1]: taught[name] for name in transfer_set.stages}
+            attention = {teacher_signals[name].shape[1]: teacher_signals[name] for name in transfer_set.stages}
             shared = [(m.float(), attention[m[0, 0].numel()]) for m in maps if m[0, 0].numel() in attention]
             if not shared:
                 raise UserError(
