@@ -189,7 +189,7 @@ def test_damaged_image_is_named(tmp_path, keep, reason):
 
 @pytest.mark.parametrize("name", ["pets", "a.tar", "a.zip"])
 def test_files_too_large_for_a_picture_are_broken_ones_and_not_read(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("nonn.data.archives.LARGEST", 5000)
+    monkeypatch.setattr("nonn.data.archives.MAX_FILE_BYTES", 5000)
     folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=2)
     (folder / "dog/1.png").write_bytes(bytes(5001))
     source = folder if name == "pets" else pack(folder, tmp_path / name)

@@ -23,7 +23,7 @@ from nonn.method.sizing import (
     candidates_of_depth,
     design_network,
     design_student,
-    say_if_lopsided,
+    imbalance_warning,
 )
 from nonn.training.networks import ConvNet
 from nonn.training.store import load_design
@@ -257,7 +257,7 @@ def test_memory_that_no_student_can_use_earns_no_filters(grid, budgets, n_live):
     assert sum(sizes) == n_live
     assert min(sizes) >= 4
     assert max(sizes) < 0.9 * n_live
-    assert "lopsided: " in say_if_lopsided(sizes, budgets)
+    assert "lopsided: " in imbalance_warning(sizes, budgets)
     ample = [replace(budget, memory_kib=10 * budget.total_kib) for budget in budgets if budget.total_kib > 50_000]
     assert apportion_filters(grid, [*ample, *ample], INFO, 64) == [32, 32] * len(ample)
 
@@ -272,7 +272,7 @@ def test_a_student_of_one_filter_is_the_last_resort():
 def test_equal_devices_share_equally(n_live, n_devices):
     sizes = apportion_filters(FAST, [AMPLE] * n_devices, INFO, n_live)
     assert sizes == apportion(n_live, [1] * n_devices)
-    assert say_if_lopsided(sizes, [AMPLE] * n_devices) is None
+    assert imbalance_warning(sizes, [AMPLE] * n_devices) is None
 
 
 def test_a_limit_on_compute_counts_as_much_as_memory():

@@ -36,7 +36,7 @@ def test_guesses_of_the_default_experiment_are_in_proportion_to_its_times():
             ("assemble", "assemble@seed0/4s"),
         )
     }
-    # Nothing else is promised: processors differ, and UNREAD images are 2.8 times those of this data set.
+    # Nothing else is promised: processors differ, and DEFAULT_TRAIN_IMAGES are 2.8 times those of this data set.
     shares = [seconds / mean[stage] for stage, seconds in guessed.items()]
     assert max(shares) < 3 * min(shares)
     assert guessed["teacher"] > 2 * guessed["distill"] > 2 * guessed["assemble"]

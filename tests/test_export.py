@@ -24,7 +24,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
 from nonn.deploy.cost import measure_cost
-from nonn.deploy.int8 import FORM
+from nonn.deploy.int8 import QUANTISATION_SCHEME
 from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.method.exporting import FEATURE_MARGIN, as_linear, check_same, export_solo
 from nonn.method.scoring import score_all
@@ -223,10 +223,12 @@ def test_the_teacher_is_exported_in_both_precisions(quantised):
     assert solo["2s-kd"]["cost"]["weight_bytes"] < 4 * solo["2s-kd"]["cost"]["params"]
 
 
-def test_manifests_of_int8_files_name_their_form(experiment, quantised, exported):
+def test_manifests_of_int8_files_name_their_scheme(experiment, quantised, exported):
     solo = quantised["solo"]
-    assert [m["quantisation"] for m in (quantised["2s"], solo["teacher_int8"], solo["2s-kd"])] == [FORM] * 3
-    assert read_manifest(experiment.export("2s")).quantisation == FORM
+    assert [m["quantisation"] for m in (quantised["2s"], solo["teacher_int8"], solo["2s-kd"])] == [
+        QUANTISATION_SCHEME
+    ] * 3
+    assert read_manifest(experiment.export("2s")).quantisation == QUANTISATION_SCHEME
     assert all("quantisation" not in manifest for manifest in (solo["teacher"], read_json(exported / "manifest.json")))
     assert read_manifest(exported).quantisation is None, "as in manifests from before forms had names"
 

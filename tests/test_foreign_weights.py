@@ -198,12 +198,12 @@ def test_a_teacher_that_has_seen_the_validation_images_is_told_from_one_that_has
     teacher, _ = import_teacher(colour, params)
     score_teacher(teacher, colour, params)
     assert "has probably been trained on the validation images" not in capsys.readouterr().err
-    from nonn.teachers.verdict import seen_before
+    from nonn.teachers.verdict import leak_warning
 
     labels = colour.labels.clone()
     labels[colour.test] = (labels[colour.test] + 1) % 3  # test images that it has not learned
     other = Dataset(**{**vars(colour), "labels": labels})
-    told = seen_before(teacher, 0.95, other)
-    assert told
-    assert "Give the data set a folder val/" in told
-    assert seen_before(teacher, 0.6, colour) is None
+    warning = leak_warning(teacher, 0.95, other)
+    assert warning
+    assert "Give the data set a folder val/" in warning
+    assert leak_warning(teacher, 0.6, colour) is None

@@ -21,7 +21,7 @@ from nonn.core.paths import Paths
 from nonn.data.canvas import Canvas, map_images
 from nonn.data.clutter import sort_out
 from nonn.data.dataset import load_dataset, load_teacher_dataset, measure_channels
-from nonn.data.raw import MANY
+from nonn.data.raw import MAX_NAMED
 from nonn.stages.dataset import run
 
 PATHS = Paths("test")
@@ -51,13 +51,13 @@ def test_all_broken_pictures_are_listed_at_once(tmp_path):
 
 
 def test_a_long_list_of_broken_pictures_is_cut_short(tmp_path):
-    root = write_folder(tmp_path / "pets", ["cat", "dog"], count=MANY)
-    break_pictures(root, [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(MANY)])
+    root = write_folder(tmp_path / "pets", ["cat", "dog"], count=MAX_NAMED)
+    break_pictures(root, [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(MAX_NAMED)])
     with pytest.raises(UserError) as refusal:
         load_images(root)
     lines = str(refusal.value).splitlines()
-    assert len(lines) == MANY + 2
-    assert lines[-1] == f"  and {MANY} more"
+    assert len(lines) == MAX_NAMED + 2
+    assert lines[-1] == f"  and {MAX_NAMED} more"
 
 
 @pytest.mark.parametrize("kind", ["pets", "a.zip", "a.tgz"])
@@ -308,7 +308,7 @@ def test_unbalanced_classes_are_split_class_by_class(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_a_canvas_becomes_the_file_that_safetensors_writes(channels, count, tmp_path, monkeypatch):
-    monkeypatch.setattr("nonn.data.canvas.CHUNK", 5000)
+    monkeypatch.setattr("nonn.data.canvas.CHUNK_BYTES", 5000)
     images = torch.from_numpy(noise(0, (count, channels, 10, 10)))
     others = {"train": torch.arange(count // 2), "labels": torch.arange(count), "mean": torch.ones(channels)}
     canvas = Canvas(tmp_path / "canvas", 10)
@@ -332,7 +332,7 @@ def test_channels_are_measured_alike_in_batches_and_at_once():
 
 
 def test_images_are_the_same_after_pages_were_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("nonn.data.canvas.HELD", 1000)
+    monkeypatch.setattr("nonn.data.canvas.MAX_MAPPED_BYTES", 1000)
     run(make_params(write_folder(tmp_path / "pets", ["cat", "dog"])), PATHS)
     data = load_dataset(PATHS)
     images, labels = data.subset("train")

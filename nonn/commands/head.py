@@ -86,7 +86,7 @@ def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
     """The network of ``teacher.source``, with the weights that it names or the library's own, for their classes."""
     from nonn.teachers.bodies import ModuleBody, find_classifier
     from nonn.teachers.checkpoints import fill, read_weights
-    from nonn.teachers.foreign import PROBES, ForeignTeacher, examine
+    from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, examine
     from nonn.teachers.libraries import Built, build_network, input_channels
     from nonn.teachers.preprocessing import Preprocess, Preprocessing
 
@@ -99,7 +99,7 @@ def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
     built = build(n_outputs)
     network = built.network.eval()
     settings = Preprocessing.of(params, input_channels(network) or data.channels, data.channels, built.moments)
-    pixels = Preprocess(settings)(data.subset("validation")[0][:PROBES])
+    pixels = Preprocess(settings)(data.subset("validation")[0][:PROBE_IMAGES])
     if weights is None:
         n_outputs = _count_outputs(network, pixels)  # of the library's own weights
     else:

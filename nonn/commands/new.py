@@ -223,13 +223,13 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
     from nonn.deploy.teacher_files import write_teacher
     from nonn.method.exporting import check_outputs
     from nonn.runtime.session import run_onnx
-    from nonn.teachers.foreign import PROBES, ForeignTeacher, import_foreign
+    from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, import_foreign
     from nonn.training.networks import predict
 
     def examine(channels: int) -> tuple[ForeignTeacher, Dataset]:
-        shape = PROBES, channels, *2 * [params.sizes["teacher"]]
+        shape = PROBE_IMAGES, channels, *2 * [params.sizes["teacher"]]
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        index, middle = torch.arange(PROBES), torch.full((channels,), 128.0)
+        index, middle = torch.arange(PROBE_IMAGES), torch.full((channels,), 128.0)
         data = Dataset(noise, index % len(classes), index, index, index, middle, middle, classes)
         return import_foreign(data, params.teacher)[0], data
 

@@ -149,7 +149,7 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
 
 def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, own: Collection[str]) -> None:
     from nonn.core.boards import OWN_FILE
-    from nonn.method.sizing import say_if_lopsided
+    from nonn.method.sizing import imbalance_warning
 
     if latency_ms and (silent := [budget for budget in budgets if not budget.mmacs_per_s]):
         where = f"to {OWN_FILE}" if silent[0].board else "as mmacs_per_s to this device in params.yaml"
@@ -173,8 +173,8 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print("\n".join(_summary(estimate, len(planner.info["classes"]), latency_ms)))
     if without := planner.without_link(budgets):
         print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
-    if line := say_if_lopsided(estimate.filter_counts, budgets):
-        print(line)
+    if warning := imbalance_warning(estimate.filter_counts, budgets):
+        print(warning)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
     print(_as_params([budget for budget in budgets if budget.name not in own], estimate))
 

@@ -70,8 +70,8 @@ class Architecture(Section):
         return self
 
 
-def say_if_too_deep(family: str, n_stages: int, size: int) -> str | None:
-    """Why poolings of all stages leave nothing of an image of `size` pixels; None where something is left.
+def depth_problem(family: str, n_stages: int, size: int) -> str | None:
+    """Why the stages are too many for an image of `size` pixels, of which pooling leaves nothing; None if they are not.
 
     Strides, as those of family mobilenet, round up: one pixel is always left.
     """

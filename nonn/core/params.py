@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, say_if_too_deep
+from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, depth_problem
 from nonn.core.boards import Board, find_board, in_device
 from nonn.core.budgets import Budget
 from nonn.core.devices import Count, Device, NonNegative, Positive
@@ -327,8 +327,8 @@ class Params(Section):
         stages = [(key, own.family, own.widths, size) for key, own, size in networks if own]
         for key, family, widths, size in [("design.widths", self.design.family, self.design.widths, small), *stages]:
             section, n_stages = trained.get(key.partition(".")[0]), len(widths or ())
-            if line := say_if_too_deep(family, n_stages, size):
-                yield f"{key}: {line}"
+            if problem := depth_problem(family, n_stages, size):
+                yield f"{key}: {problem}"
             elif section and getattr(self, section).batch_size == 1 and size >> n_stages <= 1:
                 yield (
                     f"{section}.batch_size: is 1, and {n_stages} stages leave one pixel of an image of {size}, of "

@@ -21,8 +21,8 @@ TAR = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ZSTANDARD = (".tar.zst", ".tzst")  # Python reads it from 3.14 on
 ARCHIVES = (*ZIP, *TAR, *(ZSTANDARD if "zst" in tarfile.TarFile.OPEN_METH else ()))
 
-#: Bytes of the largest file that is read, for it is read whole.
-LARGEST = 1 << 30
+#: Larger files are not read, since a file is read whole.
+MAX_FILE_BYTES = 1 << 30
 
 #: What a file holds, or what reads it: a thread that decodes reads beside others.
 Content = bytes | Callable[[], bytes]
@@ -157,7 +157,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> Content:
 
 def _too_large(size: int) -> Callable[[], bytes] | None:
     """What tells whoever decodes a file that nothing of that size is a picture; None where it may be one."""
-    return _failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > LARGEST else None
+    return _failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > MAX_FILE_BYTES else None
 
 
 def _failing(error: Exception) -> Callable[[], bytes]:

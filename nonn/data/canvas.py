@@ -20,11 +20,11 @@ from torch import Tensor
 from nonn.core.errors import refusal
 from nonn.core.files import damaged, existing
 
-#: Bytes of images that are handled at a time where all of them are.
-CHUNK = 1 << 26
-#: Bytes that are read through a mapping before its pages are given back: they stay in the system's cache, but count
-#: as this process's memory as long as it holds them.
-HELD = 1 << 28
+#: Bytes of images in memory at once where all images are processed.
+CHUNK_BYTES = 1 << 26
+#: Bytes read through a mapping after which its pages are released: they stay in the system's cache, but count as memory
+#: of this process as long as it holds them.
+MAX_MAPPED_BYTES = 1 << 28
 
 #: Types of tensors as safetensors calls them, in the order in which it stores them.
 TYPES = {torch.int64: "I64", torch.float32: "F32", torch.uint8: "U8"}
@@ -61,7 +61,7 @@ class Canvas:
     def batches(self, indices: np.ndarray, channels: int) -> Iterator[Tensor]:
         """The images `indices`, ascending, in batches of uint8 of shape (B, channels, size, size)."""
         image = 3 * self.size**2
-        for part in np.array_split(indices, -(-len(indices) * image // CHUNK)):
+        for part in np.array_split(indices, -(-len(indices) * image // CHUNK_BYTES)):
             pixels = np.empty((len(part), 3, self.size, self.size), np.uint8)
             for run in np.split(np.arange(len(part)), np.flatnonzero(np.diff(part) != 1) + 1):
                 _read(self.file, pixels[run[0] : run[-1] + 1].data, self.place + int(part[run[0]]) * image)
@@ -168,9 +168,9 @@ class Mapped:
         self.images = self.images.reshape(entry["shape"])
 
     def count(self, read: int) -> None:
-        """Note that so many bytes were read, and give pages back where it is time: see `HELD`."""
+        """Count bytes that were read, and release the pages after every `MAX_MAPPED_BYTES`."""
         self.read += read
-        if self.read > HELD and hasattr(mmap, "MADV_DONTNEED"):
+        if self.read > MAX_MAPPED_BYTES and hasattr(mmap, "MADV_DONTNEED"):
             self.memory.madvise(mmap.MADV_DONTNEED)
             self.read = 0
 

@@ -26,7 +26,7 @@ from nonn.data.canvas import Images, Mapped, map_images
 
 SPLITS = ("train", "validation", "test")
 #: Classes that a message names at most.
-MANY = 10
+MAX_NAMED_CLASSES = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,10 +167,10 @@ def _too_few_images(counts: dict[str, int], needed: int) -> UserError:
     else:
         problem, remedy = counts, "Lower dataset.validation and dataset.test, or add images to each"
     shown = [f"{printable(name)!r} has {count} image{'s' * (count != 1)}" for name, count in problem.items()]
-    more = f" and {len(shown) - MANY} more classes" if len(shown) > MANY else ""
+    first = ", ".join(shown[:MAX_NAMED_CLASSES])
+    more = f" and {len(shown) - MAX_NAMED_CLASSES} more classes" if len(shown) > MAX_NAMED_CLASSES else ""
     return UserError(
-        f"params.yaml: dataset.source: class {', '.join(shown[:MANY])}{more} to split, which leaves none for training. "
-        f"{remedy}."
+        f"params.yaml: dataset.source: class {first}{more} to split, which leaves none for training. {remedy}."
     )
 
 

@@ -19,12 +19,13 @@ from nonn.data.canvas import Canvas
 
 SOURCE_KEY = "params.yaml: dataset.source"
 
-#: Images that a thread decodes in one go (handing over small ones singly costs more than decoding them), bytes of their
-#: files after which it has enough, and how many such batches wait at once.
-BATCH, BATCH_BYTES, BATCHES = 64, 1 << 23, 16
-#: Broken pictures that a message names at most.
-MANY = 20
-#: Largest grey level of a data set of deep pictures that is nearly black: theirs is a quarter of the range at most.
+#: A thread decodes so many images in one go, or fewer once their files have so many bytes: handing over small images
+#: one by one costs more than decoding them. So many batches wait at once.
+BATCH_IMAGES, BATCH_BYTES, MAX_WAITING_BATCHES = 64, 1 << 23, 16
+#: Broken pictures, or classes, that a message names at most.
+MAX_NAMED = 20
+#: A data set of images with more than 8 bits counts as nearly black if its brightest pixel is below this (a quarter of
+#: 255).
 NEARLY_BLACK = 64
 
 #: What stands at the fifth byte of HEIC pictures, as iPhones take them.
@@ -78,7 +79,7 @@ class Decoder:
             def done() -> Iterator[tuple]:
                 for batch in _batches(pictures):
                     waiting.append(pool.submit(self._decode_batch, batch))
-                    if len(waiting) >= BATCHES:
+                    if len(waiting) >= MAX_WAITING_BATCHES:
                         yield from waiting.popleft().result()
                 while waiting:
                     yield from waiting.popleft().result()
@@ -145,8 +146,8 @@ class Decoder:
             name, reason = rows[0]
             return f"{SOURCE_KEY}: {name} cannot be read ({reason}). {remedy.format('it')}"
         lines = [f"{SOURCE_KEY}: {len(rows)} pictures cannot be read. {remedy.format('them')}"]
-        lines += [f"  {name}: {reason}" for name, reason in rows[:MANY]]
-        return "\n".join([*lines, *([f"  and {len(rows) - MANY} more"] if len(rows) > MANY else [])])
+        lines += [f"  {name}: {reason}" for name, reason in rows[:MAX_NAMED]]
+        return "\n".join([*lines, *([f"  and {len(rows) - MAX_NAMED} more"] if len(rows) > MAX_NAMED else [])])
 
 
 def _reason(error: Exception) -> str:
@@ -162,7 +163,7 @@ def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
     for picture in pictures:
         batch.append(picture)
         n_bytes += len(picture[2]) if isinstance(picture[2], bytes) else 0
-        if len(batch) == BATCH or n_bytes >= BATCH_BYTES:
+        if len(batch) == BATCH_IMAGES or n_bytes >= BATCH_BYTES:
             yield batch
             batch, n_bytes = [], 0
     if batch:

@@ -21,7 +21,7 @@ from nonn.deploy.int8 import CALIBRATION_IMAGES, check_close, quantise
 from nonn.runtime.session import open_session, run_onnx
 
 #: Images on which the features of both are compared.
-COMPARED = 32
+COMPARED_IMAGES = 32
 
 
 def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], target: Path) -> None:
@@ -43,7 +43,7 @@ def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], targ
         raise UserError(f"{source}: is in int8 already. Leave out --calibrate.")
     images = load(tuple(session.get_inputs()[0].shape[1:]))
     images = np.ascontiguousarray(images[spaced(len(images), CALIBRATION_IMAGES)])
-    some = images[:COMPARED]
+    some = images[:COMPARED_IMAGES]
     with replacing(target) as temporary:
         _fold_norms(source, temporary)
         quantise(temporary, images)

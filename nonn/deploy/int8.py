@@ -36,8 +36,8 @@ CALIBRATION_IMAGES = 256
 TOLERANCE = 0.25
 #: Operations that work on integers. Between two of GELU's parts, integers would cost accuracy and gain no time.
 QUANTISED = ("Conv", "MaxPool")
-#: Name of the form in manifests: unsigned 8-bit activations, signed 7-bit weights.
-FORM = "u8s7"
+#: As manifests name it: unsigned 8-bit activations, signed 7-bit weights.
+QUANTISATION_SCHEME = "u8s7"
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -15,28 +15,28 @@ from nonn.deploy.counting import BODIES, count_cost
 from nonn.method.feasibility import known_images, least_images
 from nonn.method.sizing import design_student, smallest_device
 
-#: Multiply-accumulates that a thread does in a second: in the default experiment on an AMD EPYC without AVX-512, of its
-#: teacher and its students alike. One with AVX-512 does about twice as many (results/mnist5k/timeline.csv).
-SPEED = 3e10
-#: Of a training step to an answer: once forward, and once for each of the two gradients.
-STEP = 3
+#: Multiply-accumulates, measured in the default experiment on an AMD EPYC without AVX-512, alike for its teacher and
+#: its students. A processor with AVX-512 does about twice as many (results/mnist5k/timeline.csv).
+MACS_PER_S_PER_THREAD = 3e10
+#: Cost of a training step in forward passes: one forward and two backward products.
+FORWARD_PASSES_PER_STEP = 3
 #: Training images of a data set that has not been read yet.
-UNREAD = 10_000
-#: Multiply-accumulates for a pixel of a teacher of another kind: those of ResNet-18, 1.8e9 for 224 × 224
+DEFAULT_TRAIN_IMAGES = 10_000
+#: Multiply-accumulates of a teacher that is not of our families: those of ResNet-18, 1.8e9 for 224 × 224 pixels
 #: (https://arxiv.org/abs/1512.03385, table 1).
-PER_PIXEL = 36_000
-#: Seconds of a job that trains nothing, or besides its training.
-BESIDES = 8.0
+FOREIGN_MACS_PER_PIXEL = 36_000
+#: Seconds that a job takes beside its training.
+OVERHEAD_S = 8.0
 
 
 def guess_seconds(params: Params, paths: Paths, address: str) -> float:
     """Of a job by its address in ``dvc.yaml``, after `check_budgets` has accepted the parameters."""
     stage, _, item = address.partition("@")
     info = known_images(params, paths) or least_images(params)
-    n_images = info.get("counts", {}).get("train", UNREAD)
+    n_images = info.get("counts", {}).get("train", DEFAULT_TRAIN_IMAGES)
     macs = {"teacher": _of_teacher, "signals": _of_signals, "distill": _of_student, "baseline": _of_baseline}
     counted = macs[stage](params, info, item) if stage in macs else 0.0
-    return BESIDES + n_images * counted / SPEED
+    return OVERHEAD_S + n_images * counted / MACS_PER_S_PER_THREAD
 
 
 def _of_teacher(params: Params, info: dict[str, Any], _: str) -> float:
@@ -44,7 +44,9 @@ def _of_teacher(params: Params, info: dict[str, Any], _: str) -> float:
     teacher = params.teacher
     if not teacher.is_trained:
         return 0.0
-    return STEP * teacher.epochs * _answer(params, info) / _passes(teacher.own.mirror) / teacher.threads
+    return (
+        FORWARD_PASSES_PER_STEP * teacher.epochs * _answer(params, info) / _passes(teacher.own.mirror) / teacher.threads
+    )
 
 
 def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
@@ -58,7 +60,7 @@ def _answer(params: Params, info: dict[str, Any]) -> float:
     """Multiply-accumulates of an answer of the teacher."""
     size, architecture = params.sizes["teacher"], params.teacher.architecture
     if architecture is None or architecture.family not in BODIES:
-        return PER_PIXEL * size**2
+        return FOREIGN_MACS_PER_PIXEL * size**2
     return count_cost(architecture, info["channels"], size, len(info["classes"]), None).macs
 
 
@@ -85,4 +87,4 @@ def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
 def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:
     """Multiply-accumulates for each training image of the largest student that a budget holds, over all epochs."""
     _, cost = design_student(params.design, budget, info, 1)
-    return STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)
+    return FORWARD_PASSES_PER_STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)

@@ -23,7 +23,7 @@ from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.deploy.cost import measure_cost
-from nonn.deploy.int8 import FORM, check_close
+from nonn.deploy.int8 import QUANTISATION_SCHEME, check_close
 from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
 from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
@@ -157,7 +157,7 @@ def export_solo(
 
 
 def _manifest(data: Dataset, students: list[dict], logits: np.ndarray, labels: Tensor, precision: Precision) -> dict:
-    form = {"quantisation": FORM} if precision == "int8" else {}
+    form = {"quantisation": QUANTISATION_SCHEME} if precision == "int8" else {}
     image = {"channels": data.channels, "size": data.size, "dtype": "uint8"}
     image |= {} if data.white is None else {"white": data.white}
     return form | {

@@ -11,7 +11,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.method.sizing import apportion_filters, design_network, design_student, say_if_lopsided, smallest_device
+from nonn.method.sizing import apportion_filters, design_network, design_student, imbalance_warning, smallest_device
 
 
 def check_budgets(params: Params, paths: Paths) -> list[str]:
@@ -95,5 +95,5 @@ def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_
                 design_student(grid, budget, images, size)
             except UserError as error:
                 yield f"if all {most} filters of the teacher are live, {error}"
-    if line := say_if_lopsided(sizes, budgets):
-        yield line
+    if warning := imbalance_warning(sizes, budgets):
+        yield warning

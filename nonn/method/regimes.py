@@ -38,7 +38,7 @@ from nonn.training.networks import ConvNet, predict
 from nonn.training.store import cut, load_design, load_filters, load_signals
 
 #: Seeds of images and partitions that are drawn here.
-DRAW = 0
+DRAW_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _keep_classes(data: Dataset, logits: Tensor, share: float) -> tuple[Dataset,
     `logits` are (K, n_train, C), as those that are returned with fewer classes. Places are among training images.
     """
     n_classes = number_of_classes(data.n_classes, share)
-    chosen = np.sort(np.random.default_rng(DRAW).permutation(data.n_classes)[:n_classes])
+    chosen = np.sort(np.random.default_rng(DRAW_SEED).permutation(data.n_classes)[:n_classes])
     number = torch.full((data.n_classes,), -1)
     number[chosen] = torch.arange(n_classes)
     labels = number[data.labels]
@@ -141,7 +141,7 @@ def number_of_classes(total: int, share: float) -> int:
 
 def _draw_images(labels: Tensor, share: float) -> Tensor:
     """Sorted positions of the chosen training images, at least one of each class."""
-    generator = np.random.default_rng(DRAW)
+    generator = np.random.default_rng(DRAW_SEED)
     chosen = []
     for label in labels.unique():
         members = np.flatnonzero((labels == label).numpy())

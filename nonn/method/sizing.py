@@ -253,7 +253,7 @@ def _largest(grid: Design, budget: Budget, info: dict) -> tuple[Architecture, Co
     return design_student(grid, budget, info, 1)
 
 
-def say_if_lopsided(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | None:
+def imbalance_warning(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | None:
     """One line where some student gets far more filters than another; None where the shares are alike."""
     few, many = min(range(len(sizes)), key=sizes.__getitem__), max(range(len(sizes)), key=sizes.__getitem__)
     if sizes[many] < LOPSIDED * sizes[few]:

@@ -94,7 +94,7 @@ class Manifest(Record):
     #: What logits are divided by before they become probabilities, with 1 to N students present
     #: (`nonn.method.calibration`); none in exports from before they were fitted.
     temperatures: tuple[Temperature, ...] = ()
-    #: Form of int8 students (`nonn.deploy.int8.FORM`); none of float32 ones, and of exports from before it was named.
+    #: Of int8 students (`nonn.deploy.int8.QUANTISATION_SCHEME`); none of float32 ones and of older exports.
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
     @model_validator(mode="after")

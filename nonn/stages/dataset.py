@@ -14,7 +14,7 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.data.canvas import Canvas
 from nonn.data.dataset import measure_channels, split_dataset
-from nonn.data.raw import MANY, Decoder, RawImages
+from nonn.data.raw import MAX_NAMED, Decoder, RawImages
 from nonn.data.sources import load_images
 from nonn.data.tensors import write_tensors
 
@@ -43,7 +43,7 @@ def run(params: Params, paths: Paths) -> None:
         write_tensors(paths.teacher_images, {"images": none})
     info = describe(params, raw, splits, decoder)
     if absent := [name for name, count in info["class_counts"]["test"].items() if not count]:
-        some = ", ".join(map(repr, absent[:MANY])) + " …" * (len(absent) > MANY)
+        some = ", ".join(map(repr, absent[:MAX_NAMED])) + " …" * (len(absent) > MAX_NAMED)
         log(f"note: {section.source}: the test images have none of {some}, so accuracies say nothing of that")
     write_json(paths.dataset_info, info)
 
@@ -66,7 +66,7 @@ def describe(params: Params, raw: RawImages, splits: dict[str, np.ndarray], deco
         info["teacher_size"] = params.sizes["teacher"]
     if decoder.broken:
         names = [name for _, name in sorted(decoder.broken)]
-        info["skipped"] = {"count": len(names), "first": names[:MANY]}
+        info["skipped"] = {"count": len(names), "first": names[:MAX_NAMED]}
     if decoder.n_deep and params.dataset.white:
         info["white"] = params.dataset.white
     return info

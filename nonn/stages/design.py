@@ -11,14 +11,14 @@ from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.method.sizing import design_network, sample_candidates, say_if_lopsided
+from nonn.method.sizing import design_network, imbalance_warning, sample_candidates
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
     """Write the sizes of a network's students, the architectures of theirs and its baselines', and candidates."""
     files = design_files(params, paths, network)
-    if line := say_if_lopsided(files[paths.sizes(network)]["sizes"], params.budgets_of(network)):
-        log(f"networks.{network}: {line}")
+    if warning := imbalance_warning(files[paths.sizes(network)]["sizes"], params.budgets_of(network)):
+        log(f"networks.{network}: {warning}")
     with replacing(paths.sizes(network).parent) as folder:
         for path, content in files.items():
             write_json(folder / path.relative_to(paths.sizes(network).parent), content)

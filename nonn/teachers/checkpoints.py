@@ -30,7 +30,7 @@ PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights",
 #: What wrappers put before each name: DataParallel, torch.compile, AveragedModel, Lightning and their like.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 #: Of names of tensors whose shape depends on the size of images, as transformers have them.
-OF_THE_SIZE = ("pos_embed", "relative_position", "attn_mask")
+SIZE_DEPENDENT = ("pos_embed", "relative_position", "attn_mask")
 #: Of averaged models, a number and no weight.
 COUNTERS = ("n_averaged", "module.n_averaged")
 
@@ -238,7 +238,7 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
         and all(weights[n].dim() for n in misfits)
     ):
         raise other_classes(path, len(weights[misfits[0]]), n_classes)
-    if misfits and not (missing or surplus or [n for n in misfits if not any(part in n for part in OF_THE_SIZE)]):
+    if misfits and not (missing or surplus or [n for n in misfits if not any(part in n for part in SIZE_DEPENDENT)]):
         raise UserError(
             f"{path}: does not fit {what}: {printable(misfits[0])} is for images of another size. Set teacher.size to "
             "what these weights were trained with."

@@ -28,7 +28,7 @@ from nonn.teachers.onnx_body import OnnxBody, read_onnx
 from nonn.teachers.preprocessing import Preprocess, Preprocessing
 
 #: Images on which a teacher is examined.
-PROBES = 16
+PROBE_IMAGES = 16
 
 
 class ForeignTeacher(nn.Module):
@@ -58,7 +58,7 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
 
     A UserError says why it cannot be a teacher.
     """
-    images = data.subset("validation")[0][:PROBES]
+    images = data.subset("validation")[0][:PROBE_IMAGES]
     wanted = len(params.classes) if params.classes else data.n_classes
     record: dict[str, Any] = {"source": params.source, "classifier": params.classifier}
     classes = tuple(params.classes) if params.classes else None

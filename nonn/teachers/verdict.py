@@ -23,10 +23,10 @@ from nonn.training.networks import accuracy, predict
 
 #: How far below ``teacher.expected_accuracy`` a teacher may stay: its validation images need not be the published ones.
 MARGIN = 0.05
-#: Standard errors from which on a difference of accuracies is no chance.
-SURE = 3.0
-#: Images on which other readings of the images are tried, and by which training and validation are compared.
-TRIED = 300
+#: A difference of accuracies of more standard errors than this is no chance.
+SIGNIFICANT_ERRORS = 3.0
+#: Images of a trial of other preprocessing, and of each split in the search for a leak.
+TRIAL_IMAGES = 300
 LIBRARIES = ("torchvision", "timm")
 CAUSES = "normalization, pixels (unit or byte), colour_order, the order of classes, or a head of other classes"
 
@@ -49,7 +49,7 @@ def judge(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> N
         )
     score = accuracy(logits, labels)
     chance = float(torch.bincount(labels, minlength=data.n_classes).max()) / len(labels)
-    limit = chance + SURE * _error(chance, len(labels))
+    limit = chance + SIGNIFICANT_ERRORS * _error(chance, len(labels))
     if score <= min(limit, (1 + chance) / 2):
         raise _refusal(
             f"{score:.1%} of the validation images are right, about chance ({chance:.1%})", model, logits, data, params
@@ -60,12 +60,12 @@ def judge(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> N
             f"{params.expected_accuracy:.1%}"
         )
         raise _refusal(reason, model, logits, data, params)
-    if told := seen_before(model, score, data):
-        log(f"{_where(params)}: {told}")
+    if warning := leak_warning(model, score, data):
+        log(f"{_where(params)}: {warning}")
 
 
-def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
-    """A line if the validation images were probably among those that the teacher was trained on; `score` is on them.
+def leak_warning(model: nn.Module, score: float, data: Dataset) -> str | None:
+    """A line if the teacher was probably trained on the validation images; `score` is its accuracy on them.
 
     That shows where it is right as often as on training images, and clearly more often than on test images. Test images
     decide nothing here: they tell whether to believe the numbers.
@@ -75,7 +75,7 @@ def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
         indices = getattr(data, split)
         if not len(indices):
             return None
-        indices = indices[spaced(len(indices), TRIED)]
+        indices = indices[spaced(len(indices), TRIAL_IMAGES)]
         tried[split] = len(indices)
         with torch.inference_mode():
             scores[split] = accuracy(predict(model, data.images[indices])[1], data.labels[indices])
@@ -83,7 +83,7 @@ def seen_before(model: nn.Module, score: float, data: Dataset) -> str | None:
     gap = score - scores["test"]
     doubt = math.hypot(_error(score, n), _error(scores["test"], tried["test"]))
     like_training = score >= scores["train"] - 2 * _error(score, n)
-    if not (like_training and gap > SURE * doubt):
+    if not (like_training and gap > SIGNIFICANT_ERRORS * doubt):
         return None
     return (
         f"right on {score:.1%} of the validation images, {scores['train']:.1%} of training and {scores['test']:.1%} of "
@@ -126,7 +126,7 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
         yield f"the order of classes; with teacher.classes: [{listed}] it is right on {assigned:.1%}"
     if not isinstance(model, ForeignTeacher):
         return
-    few = spaced(len(labels), TRIED)
+    few = spaced(len(labels), TRIAL_IMAGES)
     own = model.preprocess
     tried: dict[str, float] = {}
     for name, settings in _readings(params, own.settings):

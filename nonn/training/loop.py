@@ -25,7 +25,7 @@ from nonn.training.step import make_step, set_rate
 LOG_COLUMNS = ["epoch", "train_loss", "validation_loss", "validation_accuracy"]
 
 #: Epochs from one checkpoint to the next on a GPU, where an epoch takes no longer than a checkpoint.
-EVERY_ON_GPU = 10
+GPU_CHECKPOINT_EPOCHS = 10
 
 #: A training log: one row an epoch, by column.
 Log = list[dict[str, float]]
@@ -59,8 +59,8 @@ def train(
     ``batch_of`` makes tensors of one shape, ``loss_of`` alone reaches the model's parameters. `seed` decides the order;
     a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored after each
     epoch, for the log only: nothing is selected. `schedule` is that `section` of ``params.yaml``. The checkpoint is
-    written after each epoch, on a GPU after every `EVERY_ON_GPU`, and the caller discards it once the outputs are in
-    place. A `proxy` that `batch_of` selects images with is on the same schedule and in the same checkpoint.
+    written after each epoch, on a GPU after every `GPU_CHECKPOINT_EPOCHS`-th; the caller discards it once the outputs
+    are in place. A `proxy` that `batch_of` selects images with is on the same schedule and in the same checkpoint.
     """
     trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, schedule)
@@ -70,7 +70,7 @@ def train(
     peaks = [group["lr"] for group in groups]
     batch_size = min(schedule.batch_size, n_images)
     steps = n_images // batch_size
-    every = EVERY_ON_GPU if device.type == "cuda" else 1
+    every = GPU_CHECKPOINT_EPOCHS if device.type == "cuda" else 1
     step = make_step(model, loss_of, optimizers, device)
     for epoch in track(range(len(rows), schedule.epochs), label, done=len(rows)):
         model.train()

@@ -46,8 +46,8 @@ from nonn.core.architecture import Architecture
 from nonn.core.families import EXPANSION, WHITENED
 from nonn.data.canvas import Images, spaced
 
-#: Pixels a side of the images for which sizes of batches are meant that no schedule sets.
-BATCHED = 32
+#: Pixels a side of the images that batch sizes outside of schedules are meant for.
+REFERENCE_SIZE = 32
 
 
 class Normalize(nn.Module):
@@ -325,8 +325,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def scaled_batch_size(batch_size: int, size: int) -> int:
-    """How many images of `size` pixels a side have as many pixels as `batch_size` of `BATCHED`; no more than that."""
-    return max(1, min(batch_size, batch_size * BATCHED**2 // size**2))
+    """The number of images of `size` pixels a side that take the memory of `batch_size` images of `REFERENCE_SIZE`.
+
+    It is at least 1 and at most `batch_size`.
+    """
+    return max(1, min(batch_size, batch_size * REFERENCE_SIZE**2 // size**2))
 
 
 @torch.no_grad()
