@@ -15,9 +15,9 @@ from PIL import Image
 from nonn.core.images import squared, upright
 from nonn.core.params import Params, load_params
 from nonn.data import sources
-from nonn.data.canvas import Canvas
+from nonn.data.decoding import Decoder, SourcePicture
+from nonn.data.image_store import ImageWriter
 from nonn.data.packaged import DOWNLOADS
-from nonn.data.raw import Decoder, Picture
 
 SIZE = 28
 SPLIT_FOLDERS = ["train/cat", "train/dog", "test/cat", "test/dog"]
@@ -68,21 +68,21 @@ def pack(folder: Path, archive: Path) -> Path:
 def load_images(source: str | Path, size: int = SIZE, **changes) -> SimpleNamespace:
     """What is known of the images of a source, with the ``images`` themselves, uint8 of shape (N, C, size, size)."""
     section = make_params(source, size=size, **changes).dataset
-    with contextlib.closing(Canvas(Path("canvas"), size)) as canvas:
-        decoder = Decoder([canvas], section.white)
-        raw, kept = sources.load_images(section, decoder)
-        return SimpleNamespace(**vars(raw), images=_read(canvas, kept, decoder.channels), decoder=decoder)
+    with contextlib.closing(ImageWriter(Path("writer"), size)) as writer:
+        decoder = Decoder([writer], section.white)
+        info, kept = sources.load_images(section, decoder)
+        return SimpleNamespace(**vars(info), images=_read(writer, kept, decoder.channels), decoder=decoder)
 
 
-def decode_images(pictures: Iterator[Picture], count: int, size: int = SIZE) -> np.ndarray:
-    with contextlib.closing(Canvas(Path("canvas"), size)) as canvas:
-        decoder = Decoder([canvas])
+def decode_images(pictures: Iterator[SourcePicture], count: int, size: int = SIZE) -> np.ndarray:
+    with contextlib.closing(ImageWriter(Path("writer"), size)) as writer:
+        decoder = Decoder([writer])
         decoder.decode(pictures, count)
-        return _read(canvas, np.arange(count), decoder.channels)
+        return _read(writer, np.arange(count), decoder.channels)
 
 
-def _read(canvas: Canvas, indices: np.ndarray, channels: int) -> np.ndarray:
-    return torch.cat(list(canvas.batches(indices, channels))).numpy()
+def _read(writer: ImageWriter, indices: np.ndarray, channels: int) -> np.ndarray:
+    return torch.cat(list(writer.batches(indices, channels))).numpy()
 
 
 def write_photos(folder: Path) -> None:

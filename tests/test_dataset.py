@@ -363,7 +363,9 @@ def test_heic_pictures_are_called_so(tmp_path):
 def test_damaged_exif_is_no_warning_of_a_library(tmp_path):
     exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"  # five entries, and the file ends in the first
     Image.fromarray(noise(0)).save(tmp_path / "a.jpg", exif=exif)
-    program = "from PIL import Image, ImageOps\nimport nonn.data.raw\nImageOps.exif_transpose(Image.open('a.jpg'))\n"
+    program = (
+        "from PIL import Image, ImageOps\nimport nonn.data.decoding\nImageOps.exif_transpose(Image.open('a.jpg'))\n"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True
     )

@@ -18,10 +18,10 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.images import open_image, read_image
 from nonn.core.paths import Paths
-from nonn.data.canvas import Canvas, map_images
 from nonn.data.clutter import sort_out
 from nonn.data.dataset import load_dataset, load_teacher_dataset, measure_channels
-from nonn.data.raw import MAX_NAMED
+from nonn.data.decoding import MAX_NAMED
+from nonn.data.image_store import ImageWriter, map_images
 from nonn.stages.dataset import run
 
 PATHS = Paths("test")
@@ -308,19 +308,19 @@ def test_unbalanced_classes_are_split_class_by_class(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("count", [1, 7, 300])
 def test_a_canvas_becomes_the_file_that_safetensors_writes(channels, count, tmp_path, monkeypatch):
-    monkeypatch.setattr("nonn.data.canvas.CHUNK_BYTES", 5000)
+    monkeypatch.setattr("nonn.data.image_store.CHUNK_BYTES", 5000)
     images = torch.from_numpy(noise(0, (count, channels, 10, 10)))
     others = {"train": torch.arange(count // 2), "labels": torch.arange(count), "mean": torch.ones(channels)}
-    canvas = Canvas(tmp_path / "canvas", 10)
-    canvas.begin(count)
+    writer = ImageWriter(tmp_path / "writer", 10)
+    writer.begin(count)
     for index in np.random.default_rng(0).permutation(count):
-        canvas.write(index, images[index].numpy())
+        writer.write(index, images[index].numpy())
     kept = np.flatnonzero(np.arange(count) % 3 != 1)
-    canvas.seal(kept, channels, others)
-    canvas.close()
+    writer.finish(kept, channels, others)
+    writer.close()
     save_file({"images": images[kept], **others}, tmp_path / "expected")
-    assert (tmp_path / "canvas").read_bytes() == (tmp_path / "expected").read_bytes()
-    mapping, tensors = map_images(tmp_path / "canvas")
+    assert (tmp_path / "writer").read_bytes() == (tmp_path / "expected").read_bytes()
+    mapping, tensors = map_images(tmp_path / "writer")
     assert torch.equal(mapping.images, images[kept])
     assert torch.equal(tensors["labels"], others["labels"])
 
@@ -332,7 +332,7 @@ def test_channels_are_measured_alike_in_batches_and_at_once():
 
 
 def test_images_are_the_same_after_pages_were_given_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("nonn.data.canvas.MAX_MAPPED_BYTES", 1000)
+    monkeypatch.setattr("nonn.data.image_store.MAX_MAPPED_BYTES", 1000)
     run(make_params(write_folder(tmp_path / "pets", ["cat", "dog"])), PATHS)
     data = load_dataset(PATHS)
     images, labels = data.subset("train")

@@ -8,8 +8,8 @@ from experiments import write_dataset
 
 from nonn.core.files import read_json, write_json
 from nonn.core.paths import Paths
-from nonn.data.canvas import Canvas
 from nonn.data.dataset import load_dataset, load_teacher_dataset, measure_channels
+from nonn.data.image_store import ImageWriter
 from nonn.data.tensors import read_tensors
 from nonn.method.exporting import export_solo
 from nonn.method.scoring import score_all
@@ -29,11 +29,11 @@ def larger(folder, params, data):
     large = data.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
     PATHS.teacher_images.unlink()
     mean, std = measure_channels(large[data.train])
-    with contextlib.closing(Canvas(PATHS.teacher_images, 56)) as canvas:
-        canvas.begin(len(large))
+    with contextlib.closing(ImageWriter(PATHS.teacher_images, 56)) as writer:
+        writer.begin(len(large))
         for index, image in enumerate(large.numpy()):
-            canvas.write(index, image)
-        canvas.seal(torch.arange(len(large)).numpy(), 1, {"mean": mean, "std": std})
+            writer.write(index, image)
+        writer.finish(torch.arange(len(large)).numpy(), 1, {"mean": mean, "std": std})
     section = params.teacher.model_copy(update={"size": 56, "epochs": 2})
     params = params.model_copy(update={"teacher": section})
     assert params.sizes == {"students": 28, "teacher": 56}

@@ -34,8 +34,8 @@ def run(options) -> None:
     import torch
 
     from nonn.core.files import write_json
-    from nonn.data.canvas import spaced
     from nonn.data.dataset import load_dataset
+    from nonn.data.image_store import spaced
     from nonn.method.final_layer import logits_of
     from nonn.method.joining import features_of
     from nonn.method.litert import check_litert, write_litert

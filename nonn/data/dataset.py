@@ -22,7 +22,7 @@ from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError, printable
 from nonn.core.files import intact, read_json
 from nonn.core.paths import Paths
-from nonn.data.canvas import Images, Mapped, map_images
+from nonn.data.image_store import Images, MappedImages, map_images
 
 SPLITS = ("train", "validation", "test")
 #: Classes that a message names at most.
@@ -46,7 +46,7 @@ class Dataset:
     mean: Tensor
     std: Tensor
     classes: tuple[str, ...]
-    mapping: Mapped | None = None  # of the file that the images lie in
+    mapping: MappedImages | None = None  # of the file that the images lie in
     white: float | None = None  # the value that `nonn.core.images.upright` was told is white
 
     @property

@@ -20,8 +20,8 @@ from nonn.core.files import regular, sha256_of
 from nonn.core.progress import log
 from nonn.data.archives import ARCHIVES, ZSTANDARD, Content, is_archive, list_names, read_contents
 from nonn.data.clutter import HIDDEN, sort_out
+from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, check_sha256
 from nonn.data.known import FolderLayout, read_known_layout
-from nonn.data.raw import SOURCE_KEY, Decoder, RawImages, check_sha256
 
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
 #: What folders of splits are called, in small letters, and which split each is.
@@ -29,7 +29,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
 
-def load_files(path: Path, decoder: Decoder, expected: str | None) -> RawImages:
+def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo:
     """Load a folder or an archive, which is read in place."""
     _check_kind(path)
     sums: dict[str, str] = {}
@@ -60,7 +60,7 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> RawImages:
         foremost = sorted(layout.passed.most_common(), key=lambda pair: pair[0] != HIDDEN)[:5]
         kinds = ", ".join(f"{count} {kind}" for kind, count in foremost)
         log(f"note: {path}: passed over {layout.passed.total()} files ({kinds})")
-    return RawImages(layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
+    return SourceInfo(layout.labels, layout.classes, layout.is_test, sha256, layout.is_validation)
 
 
 def find_images(path: Path) -> FolderLayout:

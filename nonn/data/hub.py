@@ -13,15 +13,15 @@ import numpy as np
 from nonn.core.errors import UserError, printable
 from nonn.core.image_source import hub_path
 from nonn.core.progress import log
+from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
 from nonn.data.folders import SPLIT_NAMES
 from nonn.data.packaged import DOWNLOADS
-from nonn.data.raw import SOURCE_KEY, Decoder, Picture, RawImages
 
 #: Columns of labels, the most likely first, where none is of the type ClassLabel.
 LABELS = ("label", "labels", "fine_label", "class", "class_label", "target", "category")
 
 
-def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column: str | None) -> RawImages:
+def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column: str | None) -> SourceInfo:
     """Load a dataset of the Hub, ``NAME`` or ``NAME:CONFIG``, or a folder or file of Parquet or of images.
 
     The splits train, validation and test are used as such; others are left out.
@@ -48,7 +48,7 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
     decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
     split = np.repeat(list(parts), [len(part) for part in parts.values()])
     is_test = split == "test" if "test" in parts else None
-    return RawImages(
+    return SourceInfo(
         labels, classes, is_test, digest.hexdigest(), split == "validation" if "validation" in parts else None
     )
 
@@ -141,7 +141,9 @@ def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.n
     return labels, tuple(names)
 
 
-def _pictures(name: str, parts: Mapping[str, Any], column: str, labels: np.ndarray, digest: Any) -> Iterator[Picture]:
+def _pictures(
+    name: str, parts: Mapping[str, Any], column: str, labels: np.ndarray, digest: Any
+) -> Iterator[SourcePicture]:
     import datasets
 
     index = 0

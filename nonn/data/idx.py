@@ -12,8 +12,8 @@ from PIL import Image
 
 from nonn.core.errors import UserError
 from nonn.core.files import regular
+from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo
 from nonn.data.packaged import decode_pairs
-from nonn.data.raw import SOURCE_KEY, Decoder, RawImages
 
 #: SHA-256 of the training labels of Fashion-MNIST: the files say no class names.
 FASHION = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
@@ -49,7 +49,7 @@ def _find_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(f for f in folder.glob(pattern) if f.name.endswith(("ubyte", "ubyte.gz")) and not f.is_dir())
 
 
-def load_idx(folder: Path, decoder: Decoder) -> RawImages:
+def load_idx(folder: Path, decoder: Decoder) -> SourceInfo:
     """Load the training and test images of a folder that has idx files."""
     files = find_idx(folder)
     if absent := sorted({f"{split}-{kind}" for split in SPLITS for kind in ("images", "labels")} - set(files)):
@@ -70,7 +70,7 @@ def load_idx(folder: Path, decoder: Decoder) -> RawImages:
         from torchvision.datasets import FashionMNIST
 
         classes = tuple(FashionMNIST.classes)
-    return RawImages(found, classes, np.arange(len(labels)) >= len(arrays["train-labels"]), sha256)
+    return SourceInfo(found, classes, np.arange(len(labels)) >= len(arrays["train-labels"]), sha256)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 from nonn.core.errors import UserError, printable
 from nonn.data.archives import read_file
 from nonn.data.clutter import sort_out
-from nonn.data.raw import SOURCE_KEY
+from nonn.data.decoding import SOURCE_KEY
 
 WNID = r"n\d{8}"
 #: Pictures of a split by name, and the class of each.

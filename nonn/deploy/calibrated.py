@@ -16,7 +16,7 @@ import torch
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
-from nonn.data.canvas import spaced
+from nonn.data.image_store import spaced
 from nonn.deploy.int8 import CALIBRATION_IMAGES, check_close, quantise
 from nonn.runtime.session import open_session, run_onnx
 

@@ -25,8 +25,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nonn.core.errors import UserError
 from nonn.core.files import replacing
-from nonn.data.canvas import spaced
 from nonn.data.dataset import Dataset
+from nonn.data.image_store import spaced
 from nonn.training.networks import ConvNet
 
 #: Training images that activations are calibrated on, evenly spaced: a source may list its images class by class.

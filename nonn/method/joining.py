@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nonn.core.params import Assemble, Precision
-from nonn.data.canvas import Images
 from nonn.data.dataset import Dataset
+from nonn.data.image_store import Images
 from nonn.deploy.onnx_files import student_content
 from nonn.method.calibration import fit_temperatures
 from nonn.method.final_layer import averaged_layer, fit_by_epoch, layer_tensors, logits_of, steps_of

@@ -12,9 +12,9 @@ from nonn.core.files import replacing, write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.data.canvas import Canvas
 from nonn.data.dataset import measure_channels, split_dataset
-from nonn.data.raw import MAX_NAMED, Decoder, RawImages
+from nonn.data.decoding import MAX_NAMED, Decoder, SourceInfo
+from nonn.data.image_store import ImageWriter
 from nonn.data.sources import load_images
 from nonn.data.tensors import write_tensors
 
@@ -25,40 +25,40 @@ def run(params: Params, paths: Paths) -> None:
     if len(set(sizes.values())) == 1:
         del sizes[paths.teacher_images]
     with contextlib.ExitStack() as stack:
-        canvases = [
-            stack.enter_context(contextlib.closing(Canvas(stack.enter_context(replacing(path)), size)))
+        writers = [
+            stack.enter_context(contextlib.closing(ImageWriter(stack.enter_context(replacing(path)), size)))
             for path, size in sizes.items()
         ]
-        decoder = Decoder(canvases, section.white)
-        raw, kept = load_images(section, decoder)
+        decoder = Decoder(writers, section.white)
+        source, kept = load_images(section, decoder)
         fractions = section.validation, section.test, section.seed
-        splits = split_dataset(raw.labels, raw.classes, raw.is_test, *fractions, raw.is_validation)
+        splits = split_dataset(source.labels, source.classes, source.is_test, *fractions, source.is_validation)
         small = {name: torch.from_numpy(split) for name, split in splits.items()}
-        small["labels"] = torch.from_numpy(raw.labels)
-        for canvas, others in zip(canvases, (small, {}), strict=False):
-            mean, std = measure_channels(canvas.batches(kept[splits["train"]], decoder.channels))
-            canvas.seal(kept, decoder.channels, others | {"mean": mean, "std": std})
+        small["labels"] = torch.from_numpy(source.labels)
+        for writer, others in zip(writers, (small, {}), strict=False):
+            mean, std = measure_channels(writer.batches(kept[splits["train"]], decoder.channels))
+            writer.finish(kept, decoder.channels, others | {"mean": mean, "std": std})
     if paths.teacher_images not in sizes:  # DVC expects the file
-        none = torch.empty((0, decoder.channels, canvases[0].size, canvases[0].size), dtype=torch.uint8)
+        none = torch.empty((0, decoder.channels, writers[0].size, writers[0].size), dtype=torch.uint8)
         write_tensors(paths.teacher_images, {"images": none})
-    info = describe(params, raw, splits, decoder)
+    info = describe(params, source, splits, decoder)
     if absent := [name for name, count in info["class_counts"]["test"].items() if not count]:
         some = ", ".join(map(repr, absent[:MAX_NAMED])) + " …" * (len(absent) > MAX_NAMED)
         log(f"note: {section.source}: the test images have none of {some}, so accuracies say nothing of that")
     write_json(paths.dataset_info, info)
 
 
-def describe(params: Params, raw: RawImages, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:
+def describe(params: Params, source: SourceInfo, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:
     """What ``dataset.json`` says; keys of what is rare are there only where it is so."""
     info = {
         "source": params.dataset.source,
-        "sha256": raw.sha256,
-        "classes": raw.classes,
+        "sha256": source.sha256,
+        "classes": source.classes,
         "channels": decoder.channels,
         "size": params.sizes["students"],
         "counts": {name: len(split) for name, split in splits.items()},
         "class_counts": {
-            name: {c: int((raw.labels[split] == label).sum()) for label, c in enumerate(raw.classes)}
+            name: {c: int((source.labels[split] == label).sum()) for label, c in enumerate(source.classes)}
             for name, split in splits.items()
         },
     }

@@ -20,8 +20,8 @@ from nonn.core.jobs import chips_of
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.data.canvas import spaced
 from nonn.data.dataset import load_dataset
+from nonn.data.image_store import spaced
 from nonn.firmware.build import missing_program
 from nonn.firmware.graph import NoKernelError
 from nonn.firmware.making import build, firmware_entry, run_and_compare

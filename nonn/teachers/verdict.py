@@ -15,8 +15,8 @@ from nonn.core.errors import UserError
 from nonn.core.params import Teacher
 from nonn.core.progress import log
 from nonn.core.teacher_source import Normalization
-from nonn.data.canvas import spaced
 from nonn.data.dataset import Dataset
+from nonn.data.image_store import spaced
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.preprocessing import IMAGENET, Preprocess, Preprocessing
 from nonn.training.networks import accuracy, predict

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nonn.core.params import Augment
-from nonn.data.canvas import Images
+from nonn.data.image_store import Images
 
 #: What cutout paints.
 MID_GREY = 128

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nonn.core.numerics import is_portable
-from nonn.data.canvas import Images
+from nonn.data.image_store import Images
 
 #: Options of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4

@@ -15,7 +15,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import write_text
 from nonn.core.params import Schedule
 from nonn.core.progress import track
-from nonn.data.canvas import Images
+from nonn.data.image_store import Images
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.networks import ConvNet, accuracy, predict
 from nonn.training.optim import learning_rate, make_optimizers

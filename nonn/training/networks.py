@@ -44,7 +44,7 @@ from torch import Tensor, nn
 
 from nonn.core.architecture import Architecture
 from nonn.core.families import EXPANSION, WHITENED
-from nonn.data.canvas import Images, spaced
+from nonn.data.image_store import Images, spaced
 
 #: Pixels a side of the images that batch sizes outside of schedules are meant for.
 REFERENCE_SIZE = 32

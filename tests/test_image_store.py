@@ -2,7 +2,7 @@
 
 import torch
 
-from nonn.data.canvas import Images
+from nonn.data.image_store import Images
 
 SOURCE = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2).contiguous()
 CHOSEN = Images(SOURCE, torch.tensor([1, 2, 4, 5, 7, 9, 0]))

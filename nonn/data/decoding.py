@@ -1,4 +1,4 @@
-"""What every source of images becomes: square images on canvases, with labels and classes."""
+"""Decoding the images of a source in parallel to squares of one size, and what is known of them beside the pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from nonn.core.errors import UserError, printable
 from nonn.core.images import open_image, squared, upright
 from nonn.core.progress import log, track
-from nonn.data.canvas import Canvas
+from nonn.data.image_store import ImageWriter
 
 SOURCE_KEY = "params.yaml: dataset.source"
 
@@ -35,12 +35,12 @@ HEIC = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 #: Index of an image in the result, its name for the reader, and the image, its file's bytes, or what reads these.
-Picture = tuple[int, str, Image.Image | bytes | Callable[[], bytes]]
+SourcePicture = tuple[int, str, Image.Image | bytes | Callable[[], bytes]]
 
 
 @dataclass(frozen=True, eq=False)
-class RawImages:
-    """What is known of all images of a source; the images themselves are on the canvases."""
+class SourceInfo:
+    """Labels, classes and splits of a source; its images are in the files of the decoder's writers."""
 
     labels: np.ndarray  # (N,), int64
     classes: tuple[str, ...]
@@ -48,7 +48,7 @@ class RawImages:
     sha256: str
     is_validation: np.ndarray | None = None  # (N,), bool: its own validation split, None if it has none
 
-    def only(self, kept: np.ndarray) -> RawImages:
+    def only(self, kept: np.ndarray) -> SourceInfo:
         """Without the images that are not among the indices `kept`."""
         is_test, is_validation = (m if m is None else m[kept] for m in (self.is_test, self.is_validation))
         return replace(self, labels=self.labels[kept], is_test=is_test, is_validation=is_validation)
@@ -56,23 +56,23 @@ class RawImages:
 
 @dataclass
 class Decoder:
-    """Decodes and resizes pictures in parallel, onto canvases of one size or more.
+    """Decodes and resizes pictures in parallel, into the files of one writer or more, each of one size.
 
     `channels` are 3 if any image has colour, else 1; `broken` has the reason for each picture that cannot be read, by
     index and name; `white` is that of `nonn.core.images.upright`.
     """
 
-    canvases: Sequence[Canvas]
+    writers: Sequence[ImageWriter]
     white: float | None = None
     channels: int = 1
     broken: dict[tuple[int, str], str] = field(default_factory=dict)
     deepest: float = 0.0  # largest grey level of pictures of more than 8 bits
     n_deep: int = 0
 
-    def decode(self, pictures: Iterable[Picture], count: int) -> None:
-        """Write `count` pictures to the canvases. `pictures` has every index below `count` once, in any order."""
-        for canvas in self.canvases:
-            canvas.begin(count)
+    def decode(self, pictures: Iterable[SourcePicture], count: int) -> None:
+        """Decode and write `count` pictures. `pictures` has every index below `count` once, in any order."""
+        for writer in self.writers:
+            writer.begin(count)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             waiting: deque[Future[list]] = deque()
 
@@ -90,19 +90,19 @@ class Decoder:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _decode_batch(self, batch: list[Picture]) -> list[tuple]:
+    def _decode_batch(self, batch: list[SourcePicture]) -> list[tuple]:
         """For each picture its index and name, its channels, its largest level if it is deep, and why it is broken."""
         outcomes: list[tuple] = []
         for index, name, content in batch:
             try:
                 with self._open(content) as image:
                     image = upright(image, self.white)
-                    squares = [squared(image, canvas.size) for canvas in self.canvases]
+                    squares = [squared(image, writer.size) for writer in self.writers]
             except Exception as error:  # on damaged data, Pillow's decoders raise almost anything
                 outcomes.append((index, name, 0, None, _reason(error)))
                 continue
-            for canvas, pixels in zip(self.canvases, squares, strict=True):
-                canvas.write(index, pixels)
+            for writer, pixels in zip(self.writers, squares, strict=True):
+                writer.write(index, pixels)
             levels = image.info["levels"] if image.mode == "F" else None
             outcomes.append((index, name, len(squares[0]), levels, None))
         return outcomes
@@ -112,7 +112,7 @@ class Decoder:
             return content
         data = content() if callable(content) else content
         try:
-            return open_image(data, max(canvas.size for canvas in self.canvases))
+            return open_image(data, max(writer.size for writer in self.writers))
         except UnidentifiedImageError:
             if data[4:12].startswith(HEIC):
                 raise ValueError("a HEIC picture, which Pillow does not read; save it as JPEG") from None
@@ -157,8 +157,8 @@ def _reason(error: Exception) -> str:
     return text or type(error).__name__
 
 
-def _batches(pictures: Iterable[Picture]) -> Iterator[list[Picture]]:
-    batch: list[Picture] = []
+def _batches(pictures: Iterable[SourcePicture]) -> Iterator[list[SourcePicture]]:
+    batch: list[SourcePicture] = []
     n_bytes = 0
     for picture in pictures:
         batch.append(picture)

@@ -1,7 +1,7 @@
-"""Images on their way to disk, and from there: never all of them in memory.
+"""Writing the images of a data set to a file, and reading them when they are asked for: never all are in memory.
 
-A `Canvas` takes images in any order while they are decoded, and becomes a safetensors file in place. `Images` reads
-them back when they are asked for.
+An `ImageWriter` takes images in any order while they are decoded, and makes a safetensors file of them. `Images` reads
+them back.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def spaced(count: int, most: int) -> slice:
     return slice(None, None, max(1, math.ceil(count / most)))
 
 
-class Canvas:
-    """A file of `count` images of `size` pixels a side, written at any place by any thread, then sealed.
+class ImageWriter:
+    """Writes a file of images of `size` pixels a side, in any order and from any thread.
 
-    Until it is sealed each image has three channels, and lies so far behind the start of the file that all other
-    tensors of a data set fit in between. Sealing moves the images forward, which needs no further space on the disk.
+    Until `finish`, every image has three channels and is stored after a gap large enough for all other tensors.
+    `finish` moves the images forward, which needs no further space on the disk.
     """
 
     def __init__(self, path: Path, size: int):
@@ -67,8 +67,8 @@ class Canvas:
                 _read(self.file, pixels[run[0] : run[-1] + 1].data, self.place + int(part[run[0]]) * image)
             yield torch.from_numpy(pixels[:, :channels])
 
-    def seal(self, kept: np.ndarray, channels: int, others: Mapping[str, Tensor]) -> None:
-        """Leave the images `kept`, ascending, as the tensor ``images``, beside others that are small.
+    def finish(self, kept: np.ndarray, channels: int, others: Mapping[str, Tensor]) -> None:
+        """Make the file a safetensors file of the images `kept`, ascending, as ``images``, and of small tensors.
 
         The bytes are those that safetensors itself would write.
         """
@@ -117,7 +117,7 @@ def _read(file: int, content: memoryview, place: int) -> None:
 class Images:
     """Some images of a data set, in order: what is indexed is read, as uint8 of shape (B, channels, H, W)."""
 
-    def __init__(self, source: Tensor, indices: Tensor, mapping: Mapped | None = None):
+    def __init__(self, source: Tensor, indices: Tensor, mapping: MappedImages | None = None):
         self.source, self.indices, self.mapping = source, indices, mapping
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class Images:
         return self[:].numpy()
 
 
-class Mapped:
+class MappedImages:
     """The tensor ``images`` of a safetensors file, which stays on the disk."""
 
     def __init__(self, path: Path):
@@ -175,8 +175,8 @@ class Mapped:
             self.read = 0
 
 
-def map_images(path: Path) -> tuple[Mapped, dict[str, Tensor]]:
-    """The images of a file that `Canvas` sealed, and its other tensors; a UserError if it is damaged."""
+def map_images(path: Path) -> tuple[MappedImages, dict[str, Tensor]]:
+    """The images of a file that an `ImageWriter` has finished, and its other tensors; a UserError if it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -184,6 +184,6 @@ def map_images(path: Path) -> tuple[Mapped, dict[str, Tensor]]:
             names = set(file.keys())
             if "images" not in names or file.get_slice("images").get_dtype() != "U8":
                 raise damaged(path, "it holds no images")
-            return Mapped(path), {name: file.get_tensor(name) for name in sorted(names - {"images"})}
+            return MappedImages(path), {name: file.get_tensor(name) for name in sorted(names - {"images"})}
     except SafetensorError as error:
         raise damaged(path, error) from None
