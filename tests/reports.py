@@ -13,7 +13,7 @@ from nonn.core.params import SINGLE_METHODS, STRATEGIES, load_params
 from nonn.core.paths import Paths
 from nonn.core.system import describe_system
 from nonn.data.tensors import write_tensors
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method.scoring import Scores, missing_devices, missing_strategies, summarise
 from nonn.stages import design as design_stage
 from nonn.stages import graph as graph_stage

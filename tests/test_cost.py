@@ -8,8 +8,8 @@ import torch
 from nonn.core.architecture import Architecture
 from nonn.core.budgets import Budget
 from nonn.core.params import Design
-from nonn.deploy.cost import measure_cost
-from nonn.deploy.counting import BODIES, Cost, count_cost
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, Cost, count_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.training.networks import ConvNet
 
 
@@ -175,5 +175,5 @@ def test_what_is_counted_without_a_network_is_what_the_network_measures(architec
 
 def test_every_family_of_students_is_counted_or_measured():
     families = {architecture["family"] for architecture in DRAWN}
-    assert families == set(BODIES)
+    assert families == set(COUNTED_FAMILIES)
     assert families <= set(get_args(Design.model_fields["family"].annotation))

@@ -16,7 +16,7 @@ from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
 from nonn.core.params import Design, Params
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method.sizing import (
     apportion,
     apportion_filters,

@@ -23,9 +23,9 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import QUANTISATION_SCHEME
 from nonn.deploy.onnx_files import Features, export_onnx
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method.exporting import FEATURE_MARGIN, as_linear, check_same, export_solo
 from nonn.method.scoring import score_all
 from nonn.method.store import load_network

@@ -16,9 +16,9 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Params, Teacher
 from nonn.core.paths import Paths
-from nonn.deploy.cost import measure_cost
 from nonn.deploy.onnx_files import write_classifier
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method.exporting import check_outputs, export_solo
 from nonn.method.filter_graph import activation_hub_graph, live_filters, normalise_activity
 from nonn.report.design_plots import draw_architectures

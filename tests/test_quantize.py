@@ -17,9 +17,9 @@ from torch import nn
 
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.deploy.cost import measure_cost
 from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
 from nonn.deploy.onnx_files import write_classifier, write_student
+from nonn.deploy.traced_cost import measure_cost
 from nonn.firmware.graph import read_student
 from nonn.firmware.making import describe
 from nonn.firmware.sketch import has_kernels, sketch_student

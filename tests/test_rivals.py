@@ -13,7 +13,7 @@ from nonn.core.artifacts import DatasetInfo
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method import rivals
 from nonn.method.pruning import prune, prune_to_budget
 from nonn.method.splitnet import build, group_classes, join_logits

@@ -27,7 +27,7 @@ from nonn.core.params import BASELINE_METHODS, Params, load_params
 from nonn.core.paths import Paths, remove_unfinished
 from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method.final_layer import averaged_layer, fit_by_epoch, logits_of, steps_of
 from nonn.method.store import load_baseline, load_students
 from nonn.runtime.final import FinalLayer

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Needs(Protocol):
-    """What a budget is compared with: `nonn.deploy.counting.Cost`."""
+    """What a budget is compared with: `nonn.deploy.analytic_cost.Cost`."""
 
     @property
     def macs(self) -> int: ...

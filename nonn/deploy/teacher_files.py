@@ -13,8 +13,8 @@ from onnx import helper, numpy_helper
 
 from nonn.core.errors import UserError
 from nonn.data.dataset import Dataset
-from nonn.deploy.cost import Cost
 from nonn.deploy.onnx_files import Logits, export_onnx
+from nonn.deploy.traced_cost import Cost
 from nonn.runtime.session import open_session
 from nonn.teachers.bodies import first_line
 from nonn.teachers.foreign import ForeignTeacher

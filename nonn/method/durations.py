@@ -11,7 +11,7 @@ from typing import Any
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.params import SINGLE_METHODS, Params
 from nonn.core.paths import Paths
-from nonn.deploy.counting import BODIES, count_cost
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.method.feasibility import known_images, least_images
 from nonn.method.sizing import design_student, smallest_device
 
@@ -59,7 +59,7 @@ def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
 def _answer(params: Params, info: dict[str, Any]) -> float:
     """Multiply-accumulates of an answer of the teacher."""
     size, architecture = params.sizes["teacher"], params.teacher.architecture
-    if architecture is None or architecture.family not in BODIES:
+    if architecture is None or architecture.family not in COUNTED_FAMILIES:
         return FOREIGN_MACS_PER_PIXEL * size**2
     return count_cost(architecture, info["channels"], size, len(info["classes"]), None).macs
 

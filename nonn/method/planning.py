@@ -23,7 +23,7 @@ from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR
 from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, Design, Device
 from nonn.core.schema import did_you_mean
-from nonn.deploy.counting import Cost
+from nonn.deploy.analytic_cost import Cost
 from nonn.method.sizing import apportion_filters, design_student
 
 #: Bytes of the message that asks a device for its features, and of one feature.

@@ -18,7 +18,7 @@ from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.params import Precision
 from nonn.data.dataset import Dataset
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.training.networks import ConvNet, single_pass
 
 #: Shares of the filters that are tried: the finest step is below one filter of any layer here.

@@ -22,7 +22,7 @@ from nonn.core.files import STATE, read_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
-from nonn.deploy.cost import measure_cost
+from nonn.deploy.traced_cost import measure_cost
 from nonn.method import pruning, splitnet
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache

@@ -30,7 +30,7 @@ from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
 from nonn.core.params import Design, Precision
-from nonn.deploy.counting import BODIES, Cost, count_cost
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, Cost, count_cost
 from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
@@ -107,9 +107,9 @@ def _candidates(grid: str, depth: int, size: int) -> list[Architecture]:
 @cache
 def _cost(grid: str, depth: int, position: int, shape: Shape, precision: Precision) -> Cost:
     architecture = _candidates(grid, depth, shape.size)[position]
-    if architecture.family in BODIES:
+    if architecture.family in COUNTED_FAMILIES:
         return count_cost(architecture, *shape, precision)
-    from nonn.deploy.cost import measure_cost  # of PyTorch, which takes seconds to import
+    from nonn.deploy.traced_cost import measure_cost  # of PyTorch, which takes seconds to import
     from nonn.training.networks import ConvNet
 
     channels, size, n_classes, n_filters = shape

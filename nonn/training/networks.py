@@ -69,7 +69,7 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, bia
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
 
 
-def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -> list[nn.Module]:
+def conv_bn_relu(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) -> list[nn.Module]:
     """Convolution, optional 2×2 max pooling, batch norm, ReLU: pooling first makes the rest cheaper."""
     pooling = [nn.MaxPool2d(2)] if pool else []
     return [convolution(inputs, outputs, kernel), *pooling, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
@@ -77,12 +77,12 @@ def rectified(inputs: int, outputs: int, kernel: int = 3, pool: bool = False) ->
 
 def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     width = max(4, architecture.widths[0] // 2)
-    stem = nn.Sequential(*rectified(channels, width))
+    stem = nn.Sequential(*conv_bn_relu(channels, width))
     stages: list[nn.Sequential] = []
     for outputs in architecture.widths:
-        layers = rectified(width, outputs, pool=True)
+        layers = conv_bn_relu(width, outputs, pool=True)
         for _ in range(architecture.depth - 1):
-            layers += rectified(outputs, outputs)
+            layers += conv_bn_relu(outputs, outputs)
         stages.append(nn.Sequential(*layers))
         width = outputs
     return stem, stages, width
@@ -180,7 +180,7 @@ class ResidualBlock(nn.Module):
 
 def resnet_body(channels: int, architecture: Architecture) -> tuple[nn.Module, list[nn.Sequential], int]:
     blocks, width = (architecture.depth - 2) // 6, 16 * architecture.width
-    stem, stages = nn.Sequential(*rectified(channels, width)), []
+    stem, stages = nn.Sequential(*conv_bn_relu(channels, width)), []
     for stride, factor in ((1, 1), (2, 2), (2, 4)):
         outputs = 16 * architecture.width * factor
         stage = [ResidualBlock(width, outputs, stride)]
@@ -260,7 +260,7 @@ class ConvNet(nn.Module):
         self.family, self.mirrors = architecture.family, architecture.mirror
         self.stem, stages, width = BODIES[architecture.family](channels, architecture)
         self.stages = nn.ModuleList(stages)
-        self.bridge = nn.Sequential(*rectified(width, n_filters, kernel=1)) if n_filters else nn.Identity()
+        self.bridge = nn.Sequential(*conv_bn_relu(width, n_filters, kernel=1)) if n_filters else nn.Identity()
         self.n_features = n_filters or width
         self.head = nn.Linear(self.n_features, n_classes)
 

@@ -17,7 +17,7 @@ from nonn.core.numerics import is_portable
 from nonn.core.params import Schedule
 
 
-class Plain(torch.optim.Optimizer):
+class WithoutDynamo(torch.optim.Optimizer):
     """Optimizer without ``torch._dynamo``, whose import takes seconds: as long as a small training.
 
     PyTorch's own import it to exclude themselves from compiled code, which nobody makes of them here.
@@ -29,11 +29,11 @@ class Plain(torch.optim.Optimizer):
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-class SGD(Plain, torch.optim.SGD):
+class SGD(WithoutDynamo, torch.optim.SGD):
     step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
 
 
-class Adam(Plain, torch.optim.Adam):
+class Adam(WithoutDynamo, torch.optim.Adam):
     step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
 
 
@@ -85,7 +85,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
     return (x.T if is_tall else x).to(matrix.dtype)
 
 
-class Muon(Plain):
+class Muon(WithoutDynamo):
     """Steps along the orthogonalized Nesterov momentum of each filter bank, whose norm is held.
 
     With W a bank of n filters (outputs, inputs, height, width) as a matrix of n rows, G its gradient, M the momentum,

@@ -1,6 +1,6 @@
-"""What any network costs its device: parameters, multiply-accumulates, weights and peak activations.
+"""What any network costs its device, counted by tracing it: parameters, multiply-accumulates, weights, activations.
 
-`nonn.deploy.counting` gives the same for students, without building them.
+`nonn.deploy.analytic_cost` gives the same for students, without building them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nonn.core.params import Precision
-from nonn.deploy.counting import BYTES, Cost, Step, peak_values
+from nonn.deploy.analytic_cost import BYTES, Cost, Step, peak_values
 from nonn.deploy.int8 import weight_bytes
 from nonn.training.networks import ConvNet, count_parameters, deployed
 

@@ -1,8 +1,8 @@
 """What a student costs its device, counted from its architecture alone: without PyTorch, in less than a millisecond.
 
-`nonn.deploy.cost` counts the same from the network itself, whatever it is made of, and takes a thousand times as long.
-A design looks at hundreds of candidates, and ``nonn plan`` at thousands, so the families of students are drawn here a
-second time, layer by layer; a test compares the two. A family that is not drawn here is measured.
+`nonn.deploy.traced_cost` counts the same from the network itself, whatever it is made of, and takes a thousand times as
+long. A design looks at hundreds of candidates, and ``nonn plan`` at thousands, so the student families are described a
+second time, layer by layer; a test compares the two. Other families are traced.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Map(NamedTuple):
 
 
 @dataclass
-class Sketch:
-    """A network as it is drawn, layer by layer; weights are counted in the first pass alone."""
+class LayerCounter:
+    """Counts a network layer by layer, its weights in the first pass alone."""
 
     steps: list[Step] = field(default_factory=list)
     macs: int = 0
@@ -138,72 +138,72 @@ class Sketch:
     def pool(self, x: Map) -> Map:
         return self.new(x.channels, x.side // 2, x.step)
 
-    def rectified(
+    def conv_bn_relu(
         self, x: Map, outputs: int, kernel: int = 3, pool: bool = False, stride: int = 1, groups: int = 1
     ) -> Map:
         x = self.convolve(x, outputs, kernel, stride, groups=groups)
         return self.in_place(self.normalise(self.pool(x) if pool else x))
 
 
-def _fast(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
-    x = sketch.rectified(x, max(4, architecture.widths[0] // 2))
+def _fast(counter: LayerCounter, x: Map, architecture: Architecture) -> Map:
+    x = counter.conv_bn_relu(x, max(4, architecture.widths[0] // 2))
     for outputs in architecture.widths:
-        x = sketch.rectified(x, outputs, pool=True)
+        x = counter.conv_bn_relu(x, outputs, pool=True)
         for _ in range(architecture.depth - 1):
-            x = sketch.rectified(x, outputs)
+            x = counter.conv_bn_relu(x, outputs)
     return x
 
 
-def _airbench(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
-    padded = sketch.new(x.channels, x.side + 1, x.step)
-    x = sketch.in_place(sketch.convolve(padded, 2 * x.channels * WHITENED**2, WHITENED, padding=0))
+def _airbench(counter: LayerCounter, x: Map, architecture: Architecture) -> Map:
+    padded = counter.new(x.channels, x.side + 1, x.step)
+    x = counter.in_place(counter.convolve(padded, 2 * x.channels * WHITENED**2, WHITENED, padding=0))
     for stage, outputs in enumerate(architecture.widths):
         if architecture.strided and stage == 0:
-            x = sketch.convolve(x, outputs, stride=2)
+            x = counter.convolve(x, outputs, stride=2)
         else:
-            x = sketch.pool(sketch.convolve(x, outputs))
-        x = entry = sketch.in_place(sketch.normalise(x))
+            x = counter.pool(counter.convolve(x, outputs))
+        x = entry = counter.in_place(counter.normalise(x))
         for layer in range(architecture.depth - 1):
-            x = sketch.normalise(sketch.convolve(x, outputs))
+            x = counter.normalise(counter.convolve(x, outputs))
             # The last activation of a stage with a shortcut comes after its sum.
             if architecture.depth < 3 or layer < architecture.depth - 2:
-                x = sketch.in_place(x)
+                x = counter.in_place(x)
         if architecture.depth >= 3:
-            x = sketch.in_place(sketch.new(outputs, x.side, entry.step, x.step))
+            x = counter.in_place(counter.new(outputs, x.side, entry.step, x.step))
     return x
 
 
-def _wrn(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
-    x = sketch.convolve(x, 16, bias=True)
+def _wrn(counter: LayerCounter, x: Map, architecture: Architecture) -> Map:
+    x = counter.convolve(x, 16, bias=True)
     for first_stride, outputs in ((1, 16), (2, 32), (2, 64)):
         outputs *= architecture.width
         for block in range((architecture.depth - 4) // 6):
             stride = first_stride if block == 0 else 1
-            active = sketch.in_place(sketch.normalise(x, is_folded=False))
+            active = counter.in_place(counter.normalise(x, is_folded=False))
             skipped = x
             if x.channels != outputs or stride != 1:
-                skipped = sketch.convolve(active, outputs, kernel=1, stride=stride, bias=True)
-            y = sketch.convolve(active, outputs, stride=stride, bias=True)
-            y = sketch.in_place(sketch.normalise(y, is_folded=False))
-            y = sketch.convolve(y, outputs, bias=True)
-            x = sketch.new(outputs, y.side, skipped.step, y.step)
-    return sketch.in_place(sketch.normalise(x, is_folded=False))
+                skipped = counter.convolve(active, outputs, kernel=1, stride=stride, bias=True)
+            y = counter.convolve(active, outputs, stride=stride, bias=True)
+            y = counter.in_place(counter.normalise(y, is_folded=False))
+            y = counter.convolve(y, outputs, bias=True)
+            x = counter.new(outputs, y.side, skipped.step, y.step)
+    return counter.in_place(counter.normalise(x, is_folded=False))
 
 
-def _mobilenet(sketch: Sketch, x: Map, architecture: Architecture) -> Map:
-    x = sketch.rectified(x, 2 * architecture.widths[0], stride=2)
+def _mobilenet(counter: LayerCounter, x: Map, architecture: Architecture) -> Map:
+    x = counter.conv_bn_relu(x, 2 * architecture.widths[0], stride=2)
     for stage, outputs in enumerate(architecture.widths):
         for block in range(architecture.depth if stage else 1):
             inside, stride = x.channels * (EXPANSION if stage else 1), 2 if stage and block == 0 else 1
-            y = sketch.rectified(x, inside, kernel=1) if stage else x
-            y = sketch.rectified(y, inside, stride=stride, groups=inside)
-            y = sketch.normalise(sketch.convolve(y, outputs, kernel=1))
-            x = sketch.new(outputs, y.side, x.step, y.step) if stride == 1 and x.channels == outputs else y
-    return sketch.rectified(x, architecture.n_features, kernel=1)
+            y = counter.conv_bn_relu(x, inside, kernel=1) if stage else x
+            y = counter.conv_bn_relu(y, inside, stride=stride, groups=inside)
+            y = counter.normalise(counter.convolve(y, outputs, kernel=1))
+            x = counter.new(outputs, y.side, x.step, y.step) if stride == 1 and x.channels == outputs else y
+    return counter.conv_bn_relu(x, architecture.n_features, kernel=1)
 
 
-#: The families of students that are drawn here.
-BODIES: dict[str, Callable[[Sketch, Map, Architecture], Map]] = {
+#: The families that are described here.
+COUNTED_FAMILIES: dict[str, Callable[[LayerCounter, Map, Architecture], Map]] = {
     "fast": _fast,
     "airbench": _airbench,
     "wrn": _wrn,
@@ -219,46 +219,46 @@ def count_cost(
     n_filters: int | None,
     precision: Precision = "float32",
 ) -> Cost:
-    """Count the cost of one image of shape (channels, size, size) through a student of a family in `BODIES`.
+    """Count the cost of one image of shape (channels, size, size) through a student of a family in `COUNTED_FAMILIES`.
 
     `n_filters` are the outputs of the bridge; with one the head stays behind, and without it answers `n_classes`.
     """
-    sketch = Sketch()
-    image = sketch.new(channels, size)
-    features, logits = _pass(sketch, image, architecture, n_classes, n_filters)
+    counter = LayerCounter()
+    image = counter.new(channels, size)
+    features, logits = _pass(counter, image, architecture, n_classes, n_filters)
     if architecture.mirror:
-        sketch.counts_weights = False
-        flipped = sketch.new(channels, size, image.step)
-        again = _pass(sketch, flipped, architecture, n_classes, n_filters)
-        features, logits = (_mean(sketch, *pair) for pair in zip((features, logits), again, strict=True))
-    sketch.add(0, features, logits)
+        counter.counts_weights = False
+        flipped = counter.new(channels, size, image.step)
+        again = _pass(counter, flipped, architecture, n_classes, n_filters)
+        features, logits = (_mean(counter, *pair) for pair in zip((features, logits), again, strict=True))
+    counter.add(0, features, logits)
     return Cost(
-        params=sketch.params,
-        macs=sketch.macs,
-        weight_bytes=sketch.weight_bytes(precision),
-        peak_activation_bytes=BYTES[precision] * peak_values(sketch.steps),
+        params=counter.params,
+        macs=counter.macs,
+        weight_bytes=counter.weight_bytes(precision),
+        peak_activation_bytes=BYTES[precision] * peak_values(counter.steps),
     )
 
 
 def _pass(
-    sketch: Sketch, image: Map, architecture: Architecture, n_classes: int, n_filters: int | None
+    counter: LayerCounter, image: Map, architecture: Architecture, n_classes: int, n_filters: int | None
 ) -> tuple[int, int]:
-    """Draw the network once: the steps of its features and of its logits."""
-    pixels = sketch.new(image.channels, image.side, image.step)
+    """Count one pass of the network; return the steps of its features and of its logits."""
+    pixels = counter.new(image.channels, image.side, image.step)
     for _ in ("mean", "std"):
-        statistic = sketch.add(image.channels)
-        pixels = sketch.new(image.channels, image.side, pixels.step, statistic)
-    last = BODIES[architecture.family](sketch, pixels, architecture)
-    last = sketch.rectified(last, n_filters, kernel=1) if n_filters else sketch.in_place(last)
-    features = sketch.add(last.channels, last.step)
+        statistic = counter.add(image.channels)
+        pixels = counter.new(image.channels, image.side, pixels.step, statistic)
+    last = COUNTED_FAMILIES[architecture.family](counter, pixels, architecture)
+    last = counter.conv_bn_relu(last, n_filters, kernel=1) if n_filters else counter.in_place(last)
+    features = counter.add(last.channels, last.step)
     if n_filters:
-        return features, sketch.add(0, features, shares=features)
-    sketch.macs += last.channels * n_classes
-    if sketch.counts_weights:
-        sketch.others += (last.channels + 1) * n_classes
-    return features, sketch.add(n_classes, features)
+        return features, counter.add(0, features, shares=features)
+    counter.macs += last.channels * n_classes
+    if counter.counts_weights:
+        counter.others += (last.channels + 1) * n_classes
+    return features, counter.add(n_classes, features)
 
 
-def _mean(sketch: Sketch, one: int, other: int) -> int:
-    values = sketch.steps[one].values or sketch.steps[sketch.steps[one].shares or 0].values
-    return sketch.add(values, sketch.add(values, one, other))
+def _mean(counter: LayerCounter, one: int, other: int) -> int:
+    values = counter.steps[one].values or counter.steps[counter.steps[one].shares or 0].values
+    return counter.add(values, counter.add(values, one, other))
