@@ -14,7 +14,7 @@ from nonn.data.tensors import read_tensors
 from nonn.method.exporting import as_linear
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import NetworkOfNetworks, features_of, fit_layer
-from nonn.method.store import load_network
+from nonn.method.loading import load_network
 from nonn.runtime.final import FinalLayer
 from nonn.stages import assemble as assemble_stage
 from nonn.training.networks import ConvNet, predict

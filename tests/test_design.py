@@ -25,8 +25,8 @@ from nonn.method.sizing import (
     design_student,
     imbalance_warning,
 )
+from nonn.training.loading import load_design
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_design
 
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
 MOBILENET = Design(family="mobilenet", depths=[1, 2], min_width=4, max_width=20, step=1, precision="int8")

@@ -9,8 +9,8 @@ from nonn.deploy.analytic_cost import Cost
 from nonn.deploy.traced_cost import measure_cost
 from nonn.stages import design as design_stage
 from nonn.stages import partition as partition_stage
+from nonn.training.loading import load_design
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_design
 
 
 def test_the_stage_writes_what_fits(params, experiment):

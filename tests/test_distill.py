@@ -13,13 +13,13 @@ from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Augment
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
+from nonn.method.loading import load_baseline
 from nonn.method.sizing import design_network
-from nonn.method.store import load_baseline
 from nonn.stages import baseline
 from nonn.stages import distill as distill_stage
 from nonn.stages.baseline import plan_students
+from nonn.teachers.loading import load_teacher
 from nonn.teachers.signals import signals_of
-from nonn.teachers.store import load_teacher
 from nonn.training import loop as training
 from nonn.training.augment import draw_view
 from nonn.training.checkpoint import Checkpoint

@@ -15,6 +15,7 @@ from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.onnx_files import student_content
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache, assemble_network, features_of
+from nonn.method.loading import load_baseline, load_network
 from nonn.method.scoring import (
     Scores,
     missing_devices,
@@ -24,11 +25,10 @@ from nonn.method.scoring import (
     seed_test,
     summarise,
 )
-from nonn.method.store import load_baseline, load_network
 from nonn.runtime.session import run_onnx
 from nonn.runtime.subsets import MAX_SUBSETS
 from nonn.stages import evaluate as evaluate_stage
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.training.networks import predict
 
 

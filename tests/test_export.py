@@ -27,8 +27,8 @@ from nonn.deploy.int8 import QUANTISATION_SCHEME
 from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.deploy.traced_cost import measure_cost
 from nonn.method.exporting import FEATURE_MARGIN, as_linear, check_same, export_solo
+from nonn.method.loading import load_network
 from nonn.method.scoring import score_all
-from nonn.method.store import load_network
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.inversion import border_brightness
 from nonn.runtime.predict import classify

@@ -29,8 +29,8 @@ from nonn.stages import signals as signals_stage
 from nonn.stages import teacher as teacher_stage
 from nonn.teachers.foreign import import_foreign, load_foreign
 from nonn.teachers.libraries import build_network
+from nonn.teachers.loading import load_teacher, tensors_of
 from nonn.teachers.signals import as_activity, compute_signals
-from nonn.teachers.store import load_teacher, tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher
 from nonn.testbed.deployments import as_network
 from nonn.training.networks import ConvNet, predict

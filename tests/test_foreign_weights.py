@@ -198,7 +198,7 @@ def test_a_teacher_that_has_seen_the_validation_images_is_told_from_one_that_has
     teacher, _ = import_teacher(colour, params)
     score_teacher(teacher, colour, params)
     assert "has probably been trained on the validation images" not in capsys.readouterr().err
-    from nonn.teachers.verdict import leak_warning
+    from nonn.teachers.sanity_check import leak_warning
 
     labels = colour.labels.clone()
     labels[colour.test] = (labels[colour.test] + 1) % 3  # test images that it has not learned

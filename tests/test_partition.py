@@ -22,7 +22,7 @@ from nonn.method.partitioning import (
     search_communities,
 )
 from nonn.stages import partition as partition_stage
-from nonn.training.store import load_baseline_sets
+from nonn.training.loading import load_baseline_sets
 
 PARAMS = REPOSITORY / "params.yaml"
 METHODS = ("communities", "contiguous", "classwise", "random")

@@ -22,12 +22,12 @@ from nonn.core.files import read_json, regular, write_json, write_text
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.filter_graph import load_graph
-from nonn.method.store import load_baseline, load_network, load_students
+from nonn.method.loading import load_baseline, load_network, load_students
 from nonn.runtime.session import open_session
 from nonn.stages import baseline, benchmark, design, distill, graph, partition
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.testbed.distributed import TrialBed
-from nonn.training.store import load_signals
+from nonn.training.loading import load_signals
 
 # The operating system
 

@@ -11,8 +11,8 @@ from nonn.cli import main
 from nonn.commands.relabel import COLUMNS
 from nonn.core.errors import UserError
 from nonn.method.joining import FeatureCache
+from nonn.method.loading import load_students
 from nonn.method.relabelling import draw, fit_few, new_labels
-from nonn.method.store import load_students
 
 GROUPS = {"stripes": ["across", "down"], "squares": ["chequered"]}
 

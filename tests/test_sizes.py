@@ -15,7 +15,7 @@ from nonn.method.exporting import export_solo
 from nonn.method.scoring import score_all
 from nonn.stages import signals, teacher
 from nonn.stages.export import solo_models
-from nonn.teachers import store
+from nonn.teachers import loading
 from nonn.training.networks import predict, scaled_batch_size
 
 PATHS = Paths("tiny")
@@ -66,8 +66,8 @@ def test_teacher_is_scored_and_exported_at_its_size(larger, folder):
 @pytest.mark.usefixtures("larger")
 def test_a_network_of_a_fixed_size_is_built_for_the_teacher_s_images(monkeypatch):
     write_json(PATHS.teacher_info, read_json(PATHS.teacher_info) | {"architecture": None})
-    monkeypatch.setattr(store, "load_foreign", lambda _info, _tensors, data: data.size)
-    assert store.load_teacher(PATHS) == 56
+    monkeypatch.setattr(loading, "load_foreign", lambda _info, _tensors, data: data.size)
+    assert loading.load_teacher(PATHS) == 56
 
 
 def test_batches_of_larger_images_have_no_more_pixels():

@@ -21,7 +21,7 @@ from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.stages import teacher as teacher_stage
 from nonn.teachers import teacher
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.teachers.teacher import import_teacher, score_teacher, train_teacher
 from nonn.training.augment import draw_view
 from nonn.training.loop import LOG_COLUMNS

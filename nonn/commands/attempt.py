@@ -29,10 +29,10 @@ from nonn.core.schema import parse_changes
 from nonn.data.dataset import load_dataset
 from nonn.deploy.traced_cost import measure_cost
 from nonn.method.final_layer import averaged_layer, fit_by_epoch, logits_of, steps_of
-from nonn.method.store import load_baseline, load_students
+from nonn.method.loading import load_baseline, load_students
 from nonn.runtime.final import FinalLayer
 from nonn.stages import baseline, design, distill, graph, partition
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import pick_device
 from nonn.training.networks import ConvNet, accuracy, predict

@@ -85,10 +85,10 @@ def _target(params: Params) -> Path:
 def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
     """The network of ``teacher.source``, with the weights that it names or the library's own, for their classes."""
     from nonn.teachers.bodies import ModuleBody, find_classifier
-    from nonn.teachers.checkpoints import fill, read_weights
     from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, examine
     from nonn.teachers.libraries import Built, build_network, input_channels
     from nonn.teachers.preprocessing import Preprocess, Preprocessing
+    from nonn.teachers.weight_files import fill, read_weights
 
     weights = read_weights(params)[0] if params.weights else None
 

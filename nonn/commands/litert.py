@@ -39,7 +39,7 @@ def run(options) -> None:
     from nonn.method.final_layer import logits_of
     from nonn.method.joining import features_of
     from nonn.method.litert import check_litert, write_litert
-    from nonn.method.store import load_network
+    from nonn.method.loading import load_network
     from nonn.report.firmware_plots import draw_accuracies
     from nonn.report.plots import drawing_style, save_figure
     from nonn.runtime.session import run_onnx

@@ -73,8 +73,8 @@ def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int,
     from nonn.data.dataset import load_dataset
     from nonn.method.filter_graph import load_graph
     from nonn.method.probing import METHODS, probe_all, rows_of
+    from nonn.training.loading import load_signals
     from nonn.training.networks import accuracy
-    from nonn.training.store import load_signals
 
     torch.set_num_threads(1)
     data, graph = load_dataset(paths), load_graph(paths)
@@ -103,8 +103,8 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     if on == "validation":
         return signals["validation_pooled"], signals["validation_logits"].float()
     from nonn.data.dataset import load_teacher_dataset
+    from nonn.teachers.loading import load_teacher
     from nonn.teachers.signals import BATCH_SIZE, signals_of
-    from nonn.teachers.store import load_teacher
     from nonn.training.networks import concatenated, scaled_batch_size
 
     data = load_teacher_dataset(paths)

@@ -26,7 +26,7 @@ import numpy as np
 from nonn.core.errors import UserError
 from nonn.core.params import SINGLE_METHODS
 from nonn.method.filter_graph import FilterGraph, find_communities, modularity
-from nonn.training.store import cut
+from nonn.training.loading import cut
 
 RESOLUTION_STEP = 1.1
 MAX_RESOLUTION = 100.0

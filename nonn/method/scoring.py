@@ -33,10 +33,10 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_teacher_dataset
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
-from nonn.method.store import load_baseline, load_network
+from nonn.method.loading import load_baseline, load_network
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Logits (n_test, C) of a network when only these of its devices are present.

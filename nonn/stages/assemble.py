@@ -10,7 +10,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import write_tensors
 from nonn.method.joining import FeatureCache, assemble_network
-from nonn.method.store import load_students
+from nonn.method.loading import load_students
 
 
 def run(params: Params, paths: Paths, network: str, seed: int) -> None:

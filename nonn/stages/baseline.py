@@ -31,9 +31,9 @@ from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
 from nonn.training.hardware import keep_freed_memory
+from nonn.training.loading import load_baseline_sets, load_design, load_signals
 from nonn.training.loop import write_log
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_baseline_sets, load_design, load_signals
 
 
 def plan_students(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[StudentSpec]:

@@ -11,8 +11,8 @@ from nonn.data.tensors import write_tensors
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
 from nonn.training.hardware import keep_freed_memory
+from nonn.training.loading import load_design, load_filters, load_signals
 from nonn.training.loop import write_log
-from nonn.training.store import load_design, load_filters, load_signals
 
 
 def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> None:

@@ -9,9 +9,9 @@ from nonn.core.params import PARTITION_METHODS, SOLO, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_dataset, load_teacher_dataset
 from nonn.method.exporting import export_network, export_solo
-from nonn.method.store import load_baseline, load_network
+from nonn.method.loading import load_baseline, load_network
 from nonn.teachers.foreign import ForeignTeacher
-from nonn.teachers.store import load_teacher
+from nonn.teachers.loading import load_teacher
 from nonn.training.networks import ConvNet
 
 

@@ -8,8 +8,8 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import load_dataset, load_teacher_dataset
 from nonn.data.tensors import write_tensors
+from nonn.teachers.loading import load_teacher
 from nonn.teachers.signals import compute_signals
-from nonn.teachers.store import load_teacher
 
 
 def run(params: Params, paths: Paths) -> None:

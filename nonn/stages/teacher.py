@@ -14,7 +14,7 @@ from nonn.data.dataset import load_teacher_dataset
 from nonn.data.tensors import write_tensors
 from nonn.teachers import selection, teacher
 from nonn.teachers.foreign import ForeignTeacher
-from nonn.teachers.store import tensors_of
+from nonn.teachers.loading import tensors_of
 from nonn.teachers.teacher import import_teacher, score_teacher, train_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import keep_freed_memory

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from nonn.core.errors import UserError
 from nonn.core.schema import did_you_mean
-from nonn.teachers.checkpoints import other_classes
+from nonn.teachers.weight_files import other_classes
 
 #: Largest difference of the logits from those of the features through the classifier, relative to the largest: of
 #: weights in float32, and in 16 bits.

@@ -22,10 +22,10 @@ from nonn.core.progress import log
 from nonn.core.schema import did_you_mean
 from nonn.data.dataset import Dataset
 from nonn.teachers.bodies import Body, GraphBody, ModuleBody, check_logits, find_classifier, full_precision, run_network
-from nonn.teachers.checkpoints import check_finite, check_kinds, check_sum, fill, read_weights
 from nonn.teachers.libraries import Built, build_network, digest_code, input_channels
 from nonn.teachers.onnx_body import OnnxBody, read_onnx
 from nonn.teachers.preprocessing import Preprocess, Preprocessing
+from nonn.teachers.weight_files import check_finite, check_kinds, check_sum, fill, read_weights
 
 #: Images on which a teacher is examined.
 PROBE_IMAGES = 16

@@ -18,8 +18,8 @@ from nonn.core.errors import UserError
 from nonn.core.schema import did_you_mean
 from nonn.runtime.session import REFUSALS
 from nonn.teachers.bodies import HALF_TOLERANCE, TOLERANCE, check_input, first_line
-from nonn.teachers.checkpoints import remedy_of_outputs
 from nonn.teachers.preprocessing import Preprocessing
+from nonn.teachers.weight_files import remedy_of_outputs
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 

@@ -17,10 +17,10 @@ from torch import Tensor
 from nonn.core.errors import UserError
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
-from nonn.teachers.checkpoints import PREFIXES, load_into, read_weights, strip_prefixes
 from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
+from nonn.teachers.sanity_check import check_teacher
 from nonn.teachers.selection import Proxy
-from nonn.teachers.verdict import judge
+from nonn.teachers.weight_files import PREFIXES, load_into, read_weights, strip_prefixes
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device, resident
@@ -139,7 +139,7 @@ def _own_normalization(data: Dataset, params: Teacher) -> dict[str, Tensor]:
 
 
 def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTeacher, dict[str, Any]]:
-    """Build an imported teacher; return it with what `nonn.teachers.store.load_teacher` needs besides its tensors.
+    """Build an imported teacher; return it with what `nonn.teachers.loading.load_teacher` needs besides its tensors.
 
     A UserError says why it cannot be a teacher of this data set.
     """
@@ -147,11 +147,11 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
 
 
 def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
-    """A log of one row for an imported teacher; a UserError if it is too bad to be one, see `nonn.teachers.verdict`."""
+    """A log of one row for an imported teacher; a UserError if `check_teacher` refuses it."""
     images, labels = data.subset("validation")
     with torch.inference_mode():
         _, logits = predict(model, images)
-    judge(model, logits, data, params)
+    check_teacher(model, logits, data, params)
     row = [0, float("nan"), F.cross_entropy(logits, labels).item(), accuracy(logits, labels)]
     return [dict(zip(LOG_COLUMNS, row, strict=True))]
 

@@ -31,7 +31,7 @@ LIBRARIES = ("torchvision", "timm")
 CAUSES = "normalization, pixels (unit or byte), colour_order, the order of classes, or a head of other classes"
 
 
-def judge(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> None:
+def check_teacher(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> None:
     """Refuse a teacher that is not better than chance, or far worse than expected; `logits` (M, C) are of validation.
 
     A line warns where it has probably seen the validation images.

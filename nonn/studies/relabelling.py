@@ -21,8 +21,8 @@ from nonn.core.params import PARTITION_METHODS, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.joining import FeatureCache
+from nonn.method.loading import load_baseline, load_students
 from nonn.method.probing import Probes, fit_linear
-from nonn.method.store import load_baseline, load_students
 from nonn.training.networks import ConvNet, predict
 
 #: Weights of ‖W‖² / 2, of which cross-validation on the labelled images chooses one, the strongest of equals.

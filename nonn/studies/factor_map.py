@@ -28,14 +28,14 @@ from nonn.data.dataset import SPLITS, Dataset, load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import fit_layer
+from nonn.method.loading import load_baseline
 from nonn.method.scoring import paired_difference, permutation_test, sd
 from nonn.method.sizing import design_student, smallest_device
-from nonn.method.store import load_baseline
 from nonn.runtime.final import FinalLayer
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.distillation import VIEW_KEYS, StudentSpec, TransferSet, distill_student
+from nonn.training.loading import cut, load_design, load_filters, load_signals
 from nonn.training.networks import ConvNet, predict
-from nonn.training.store import cut, load_design, load_filters, load_signals
 
 #: Seeds of images and partitions that are drawn here.
 DRAW_SEED = 0

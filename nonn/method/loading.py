@@ -16,8 +16,8 @@ from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.joining import NetworkOfNetworks
 from nonn.runtime.final import FinalLayer
+from nonn.training.loading import load_design
 from nonn.training.networks import ConvNet
-from nonn.training.store import load_design
 
 
 def load_baseline(path: Path, data: Dataset) -> list[ConvNet]:
