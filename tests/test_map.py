@@ -20,9 +20,9 @@ from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
 from nonn.core.schema import load_yaml
-from nonn.method import regimes
-from nonn.method.regimes import Point, Training, points_of, rows_of, spec_of, transfer_set_of
 from nonn.report.map_plots import draw_map
+from nonn.studies import factor_map
+from nonn.studies.factor_map import Point, Training, points_of, rows_of, spec_of, transfer_set_of
 from nonn.training.distillation import StudentSpec
 
 FACTORS = {"epochs": [1, 2], "images": [0.5], "classes": [0.67]}
@@ -139,9 +139,9 @@ def test_every_device_of_a_network_holds_the_students_that_it_is_compared_with(p
             "networks": {"first": params.networks["2s"].model_copy(update={"devices": ["large"] * 2}), "2s": unlike},
         }
     )
-    pool = regimes.kd_trainings(params, Point("centre", 1.0, 1), "2s", 1, 4)
+    pool = factor_map.kd_trainings(params, Point("centre", 1.0, 1), "2s", 1, 4)
     assert [(kd.seed, kd.device) for kd in pool] == [(4 + i, params.budgets_of("2s")[1]) for i in range(2)]
-    half = regimes._scaled(Budget(memory_kib=64, latency_ms=10, mmacs_per_s=5), 0.5)
+    half = factor_map._scaled(Budget(memory_kib=64, latency_ms=10, mmacs_per_s=5), 0.5)
     assert (half.memory_kib, half.most_mmacs) == (32, 0.025)
 
 
@@ -177,9 +177,9 @@ def test_an_interrupted_map_trains_nothing_more(why, tmp_path):
 def test_what_is_trained_is_not_trained_again(params, monkeypatch):
     device = params.budgets_of("2s")[0]
     training = Training(Point("epochs", 1, 1), None, 0, 0, device=device)
-    file = regimes.train(params, training)
-    monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
-    assert regimes.train(params, Training(Point("centre", 1.0, 1), None, 0, 0, device=device)) == file
+    file = factor_map.train(params, training)
+    monkeypatch.setattr(factor_map, "distill_student", lambda *_, **__: pytest.fail("trained again"))
+    assert factor_map.train(params, Training(Point("centre", 1.0, 1), None, 0, 0, device=device)) == file
     assert file.parent == STATE / "map"
 
 
@@ -195,20 +195,20 @@ def test_what_is_trained_is_not_trained_again(params, monkeypatch):
 def test_what_the_pipeline_has_trained_is_the_same_student(network, student, random, trained_by, params, monkeypatch):
     device = None if network else params.budgets_of("2s")[0]
     training = Training(Point("", 0, params.distill.epochs), network, student, 0, random, device)
-    stage, weights = regimes.of_pipeline(params, training)
+    stage, weights = factor_map.of_pipeline(params, training)
     assert stage == trained_by
-    trained = regimes.train(params, training).read_bytes()
+    trained = factor_map.train(params, training).read_bytes()
     shutil.rmtree(STATE / "map")
-    monkeypatch.setattr(regimes, "distill_student", lambda *_, **__: pytest.fail("trained again"))
-    assert regimes.train(params, training, weights).read_bytes() == trained
+    monkeypatch.setattr(factor_map, "distill_student", lambda *_, **__: pytest.fail("trained again"))
+    assert factor_map.train(params, training, weights).read_bytes() == trained
 
 
 @pytest.mark.usefixtures("experiment")
 @pytest.mark.parametrize("change", [{"seed": 90}, {"point": Point("budget", 0.7, 2, budget=0.7)}])
 def test_what_the_pipeline_has_not_trained_is_not_taken_from_it(change, params):
     centre = Training(Point("", 0, params.distill.epochs), "2s", 0, 0)
-    assert regimes.of_pipeline(params, centre)
-    assert not regimes.of_pipeline(params, replace(centre, **change))
+    assert factor_map.of_pipeline(params, centre)
+    assert not factor_map.of_pipeline(params, replace(centre, **change))
 
 
 def test_students_of_changed_stages_are_not_taken(experiment, params, monkeypatch):

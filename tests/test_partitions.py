@@ -8,8 +8,8 @@ from test_partition import planted
 from nonn.cli import main
 from nonn.commands import partitions
 from nonn.commands.partitions import LEIDEN
-from nonn.method.comparison import PARTITIONERS, Problem, compare, correlation_graph
 from nonn.method.filter_graph import modularity
+from nonn.studies.comparison import PARTITIONERS, Problem, compare, correlation_graph
 
 pytest.importorskip("sklearn")
 

@@ -8,7 +8,7 @@ import torch
 
 from nonn.cli import main
 from nonn.commands.probe import COLUMNS
-from nonn.method.probing import fit_linear, probe_partition
+from nonn.studies.probing import fit_linear, probe_partition
 
 N_CLASSES = 4
 

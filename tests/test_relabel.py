@@ -12,7 +12,7 @@ from nonn.commands.relabel import COLUMNS
 from nonn.core.errors import UserError
 from nonn.method.joining import FeatureCache
 from nonn.method.loading import load_students
-from nonn.method.relabelling import draw, fit_few, new_labels
+from nonn.studies.relabelling import draw, fit_few, new_labels
 
 GROUPS = {"stripes": ["across", "down"], "squares": ["chequered"]}
 

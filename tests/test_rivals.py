@@ -14,9 +14,9 @@ from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.deploy.traced_cost import measure_cost
-from nonn.method import rivals
-from nonn.method.pruning import prune, prune_to_budget
-from nonn.method.splitnet import build, group_classes, join_logits
+from nonn.studies import rivals
+from nonn.studies.pruning import prune, prune_to_budget
+from nonn.studies.splitnet import build, group_classes, join_logits
 from nonn.training.networks import ConvNet
 
 SHORT = ["--set", "distill.epochs=1"]

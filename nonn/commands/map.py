@@ -94,18 +94,18 @@ def run(options) -> None:
 
 def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dict]:
     """The rows of the table, point by point as in the plan."""
-    from nonn.method import regimes
+    from nonn.studies import factor_map
 
-    points, seeds = regimes.points_of(plan, params), range(plan["seeds"])
+    points, seeds = factor_map.points_of(plan, params), range(plan["seeds"])
     n_devices = {name: len(params.networks[name].devices) for name in plan["networks"]}
     most_devices = max(n_devices.values())
     wanted: dict[Any, None] = {}
     for point, seed, (name, n) in product(points, seeds, n_devices.items()):
         for random in (False, True) if point.factor == "centre" else (False,):
-            wanted |= {regimes.Training(point, name, i, seed, random).same: None for i in range(n)}
-        wanted |= {training.same: None for training in regimes.kd_trainings(params, point, name, seed, most_devices)}
+            wanted |= {factor_map.Training(point, name, i, seed, random).same: None for i in range(n)}
+        wanted |= {training.same: None for training in factor_map.kd_trainings(params, point, name, seed, most_devices)}
     for training in wanted:
-        regimes.spec_of(params, training)  # what no device can hold is refused before anything is trained
+        factor_map.spec_of(params, training)  # what no device can hold is refused before anything is trained
     finished = _finished(params, wanted)
     with _workers(jobs) as pool:
         trainings: list[Future] = [pool.submit(_train, params, each, finished.get(each)) for each in wanted]
@@ -113,14 +113,14 @@ def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dic
             done.result()
         scored = {
             (point, name): [
-                pool.submit(regimes.score, params, point, name, seed, most_devices, point.factor == "centre")
+                pool.submit(factor_map.score, params, point, name, seed, most_devices, point.factor == "centre")
                 for seed in seeds
             ]
             for point in points
             for name in n_devices
         }
         for (point, name), futures in scored.items():
-            for row in regimes.rows_of(params, point, name, [future.result() for future in futures]):
+            for row in factor_map.rows_of(params, point, name, [future.result() for future in futures]):
                 yield {"experiment": params.experiment, **row}
 
 
@@ -154,9 +154,9 @@ def _finished(params: Params, trainings: Iterable[Any]) -> dict[Any, Path]:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    from nonn.method import regimes
+    from nonn.studies import factor_map
 
-    made = {training: found for training in trainings if (found := regimes.of_pipeline(params, training))}
+    made = {training: found for training in trainings if (found := factor_map.of_pipeline(params, training))}
     if not made:
         return {}
     try:
@@ -170,9 +170,9 @@ def _train(params: Params, training: Any, weights: Path | None) -> None:
     """In a process of its own: one thread, as the pipeline's trainings have."""
     import torch
 
-    from nonn.method import regimes
+    from nonn.studies import factor_map
     from nonn.training.hardware import keep_freed_memory
 
     torch.set_num_threads(1)
     keep_freed_memory()
-    regimes.train(params, training, weights)
+    factor_map.train(params, training, weights)

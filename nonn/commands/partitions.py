@@ -46,8 +46,8 @@ chance. *Time* is the median of processor time.
 def measure(params: Params, paths: Paths, network: str, n_seeds: int) -> list[dict[str, Any]]:
     """Rows of the table: each rule with each partitioner, for the sizes of a network."""
     from nonn.data.tensors import read_tensors
-    from nonn.method.comparison import PARTITIONERS, Problem, compare, graphs
     from nonn.method.filter_graph import load_graph, normalise_activity
+    from nonn.studies.comparison import PARTITIONERS, Problem, compare, graphs
 
     graph, sizes = load_graph(paths), read_json(paths.sizes(network), Sizes)["sizes"]
     pooled = read_tensors(paths.signals).get("validation_pooled")

@@ -72,7 +72,7 @@ def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int,
 
     from nonn.data.dataset import load_dataset
     from nonn.method.filter_graph import load_graph
-    from nonn.method.probing import METHODS, probe_all, rows_of
+    from nonn.studies.probing import METHODS, probe_all, rows_of
     from nonn.training.loading import load_signals
     from nonn.training.networks import accuracy
 

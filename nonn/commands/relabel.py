@@ -88,8 +88,8 @@ def measure(params: Params, options: Any) -> list[dict]:
     import torch
 
     from nonn.data.dataset import load_dataset
-    from nonn.method.relabelling import draw, new_labels, other_partitions, score, what_is_sent
     from nonn.method.scoring import sd
+    from nonn.studies.relabelling import draw, new_labels, other_partitions, score, what_is_sent
     from nonn.teachers.loading import load_teacher
 
     torch.set_num_threads(1)

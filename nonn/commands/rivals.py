@@ -47,7 +47,7 @@ def run(options) -> None:
     remove_unfinished(paths)
     import torch
 
-    from nonn.method.rivals import rows_of
+    from nonn.studies.rivals import rows_of
     from nonn.training.hardware import keep_freed_memory
 
     torch.set_num_threads(1)

@@ -21,7 +21,7 @@ LABELS = {
 
 
 def draw_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the rows of `nonn.method.regimes.rows_of`: a panel for each factor, a line for each network.
+    """Draw the rows of `nonn.studies.factor_map.rows_of`: a panel for each factor, a line for each network.
 
     What is drawn is NoNN's accuracy less that of the fitted ensemble, in points, with its interval of 95 %.
     """

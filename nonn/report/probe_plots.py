@@ -17,7 +17,7 @@ PANELS = {"alone": "one student alone", "joined": "all students, joined"}
 
 
 def draw_probes(rows: Sequence[Mapping[str, Any]], teacher: float, n_classes: int) -> Figure:
-    """Draw the rows of `nonn.method.probing.rows_of`: a panel for students alone, and one for all of them.
+    """Draw the rows of `nonn.studies.probing.rows_of`: a panel for students alone, and one for all of them.
 
     `teacher` is the teacher's own accuracy on the same images.
     """

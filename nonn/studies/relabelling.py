@@ -22,7 +22,7 @@ from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.method.joining import FeatureCache
 from nonn.method.loading import load_baseline, load_students
-from nonn.method.probing import Probes, fit_linear
+from nonn.studies.probing import Probes, fit_linear
 from nonn.training.networks import ConvNet, predict
 
 #: Weights of ‖W‖² / 2, of which cross-validation on the labelled images chooses one, the strongest of equals.

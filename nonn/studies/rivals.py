@@ -23,15 +23,15 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.traced_cost import measure_cost
-from nonn.method import pruning, splitnet
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache
 from nonn.method.loading import load_network
-from nonn.method.pruning import prune_to_budget
-from nonn.method.regimes import transfer_set_of
 from nonn.method.scoring import permutation_test, sd
 from nonn.method.sizing import smallest_device
-from nonn.method.splitnet import build, group_classes, join_logits
+from nonn.studies import pruning, splitnet
+from nonn.studies.factor_map import transfer_set_of
+from nonn.studies.pruning import prune_to_budget
+from nonn.studies.splitnet import build, group_classes, join_logits
 from nonn.teachers.loading import load_teacher
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.distillation import VIEW_KEYS, TransferSet
