@@ -274,7 +274,7 @@ def test_normalisation_must_have_a_number_a_channel(params, colour, tmp_path):
     path = tmp_path / "public.pt"
     torch.save(public_weights(make_resnet(RESNET_20)), path)
     grey = Normalization(mean=[0.5], std=[0.2])
-    with pytest.raises(UserError, match=r"teacher\.normalization\.mean: has 1 channels, the images have 3"):
+    with pytest.raises(UserError, match=r"teacher\.normalization\.mean: has 1 channels, the teacher's images have 3"):
         import_teacher(colour, importing(params, path, normalization=grey))
 
 

@@ -45,12 +45,17 @@ class Preprocessing:
         mean, std = (normal.mean, normal.std) if normal else (usual if scale > 1 and usual else ([0.0], [1.0]))
         for name, values in (("mean", mean), ("std", std)):
             if len(values) not in (1, channels):
-                raise UserError(
-                    f"params.yaml: teacher.normalization.{name}: has {len(values)} channels, the teacher's images have "
-                    f"{channels}; give one number a channel."
-                )
+                raise other_channels(name, len(values), channels)
         bgr = params.colour_order == "bgr" and channels == 3
         return cls(channels, [scale * value for value in mean], [scale * value for value in std], bgr)
+
+
+def other_channels(name: str, n_values: int, channels: int) -> UserError:
+    """``teacher.normalization`` does not have one number a channel."""
+    return UserError(
+        f"params.yaml: teacher.normalization.{name}: has {n_values} channels, the teacher's images have {channels}; "
+        "give one number a channel."
+    )
 
 
 class Preprocess(Normalize):

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.errors import UserError
 from nonn.core.params import Teacher
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
+from nonn.teachers.preprocessing import other_channels
 from nonn.teachers.sanity_check import check_teacher
 from nonn.teachers.selection import Proxy
-from nonn.teachers.weight_files import PREFIXES, load_into, read_weights, strip_prefixes
+from nonn.teachers.weight_files import PREFIXES, Mismatch, load_into, read_weights, strip_prefixes
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device, resident
@@ -105,20 +105,14 @@ def import_own(data: Dataset, params: Teacher) -> ConvNet:
     # A file need not hold the normalisation, and old ones do not count the batches, which nothing reads.
     given = {n: t for n, t in expected.items() if n.startswith("normalize.") or n.endswith("num_batches_tracked")}
     weights = given | weights
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    misfits = [n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape]
-    if missing or surplus or misfits:
-        example = (missing + surplus + sorted(misfits))[0]
+    if any(mismatch := Mismatch.of(expected, weights)):
         remedy = (
             "Its names are those of another library: set teacher.source to torchvision:NAME or timm:NAME."
             if any(name.startswith(LIBRARY_NAMES) for name in weights)
             else f"Set family, depth and widths to those it was trained with, for {data.n_classes} classes and "
             f"{data.channels} channels."
         )
-        raise UserError(
-            f"{params.weights}: does not fit teacher.architecture in params.yaml ({len(missing)} tensors missing, "
-            f"{len(surplus)} unknown, {len(misfits)} of another shape, such as {example}). {remedy}"
-        )
+        raise mismatch.refusal(params.weights, "teacher.architecture in params.yaml", remedy)
     load_into(model, weights, params.weights)
     return model
 
@@ -128,10 +122,7 @@ def _own_normalization(data: Dataset, params: Teacher) -> dict[str, Tensor]:
     tensors = {}
     for name, values in (params.normalization.model_dump() if params.normalization else {}).items():
         if len(values) != data.channels:
-            raise UserError(
-                f"params.yaml: teacher.normalization.{name}: has {len(values)} channels, the images have "
-                f"{data.channels}; give one number a channel."
-            )
+            raise other_channels(name, len(values), data.channels)
         grey = torch.tensor(values) * (255 if params.pixels == "unit" else 1)
         grey = grey.flip(0) if params.colour_order == "bgr" else grey
         tensors[f"normalize.{name}"] = grey.reshape(1, -1, 1, 1)

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -219,6 +219,29 @@ def strip_prefixes(weights: dict[str, Tensor], expected: Iterable[str], path: Pa
     return best
 
 
+class Mismatch(NamedTuple):
+    """Names by which weights differ from those that a model expects, each list sorted."""
+
+    missing: list[str]
+    unknown: list[str]
+    misshapen: list[str]
+
+    @classmethod
+    def of(cls, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Mismatch:
+        missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+        shared = sorted(expected.keys() & weights.keys())
+        return cls(missing, unknown, [name for name in shared if expected[name].shape != weights[name].shape])
+
+    def refusal(self, path: Path | str | None, what: str, remedy: str) -> UserError:
+        """`what` is what the model is called in ``params.yaml``."""
+        missing, unknown, misshapen = self
+        example = printable((missing + unknown + misshapen)[0])
+        return UserError(
+            f"{path}: does not fit {what} ({len(missing)} tensors missing, {len(unknown)} unknown, {len(misshapen)} of "
+            f"another shape, such as {example}). {remedy}"
+        )
+
+
 def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, head: str | None, n_classes: int) -> None:
     """Load weights into a model, or say in one line what does not fit.
 
@@ -228,27 +251,17 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
     weights = strip_prefixes(weights, expected, path)
     given = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
     weights = {**given, **weights}
-    missing, surplus = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
-    misfits = sorted(n for n in expected.keys() & weights.keys() if expected[n].shape != weights[n].shape)
-    if (
-        not missing
-        and not surplus
-        and misfits
-        and {n.rpartition(".")[0] for n in misfits} == {head}
-        and all(weights[n].dim() for n in misfits)
-    ):
-        raise other_classes(path, len(weights[misfits[0]]), n_classes)
-    if misfits and not (missing or surplus or [n for n in misfits if not any(part in n for part in SIZE_DEPENDENT)]):
-        raise UserError(
-            f"{path}: does not fit {what}: {printable(misfits[0])} is for images of another size. Set teacher.size to "
-            "what these weights were trained with."
-        )
-    if missing or surplus or misfits:
-        example = (missing + surplus + misfits)[0]
-        raise UserError(
-            f"{path}: does not fit {what} ({len(missing)} tensors missing, {len(surplus)} unknown, {len(misfits)} of "
-            f"another shape, such as {printable(example)}). Name the model that these weights were trained with."
-        )
+    mismatch = Mismatch.of(expected, weights)
+    if (misshapen := mismatch.misshapen) and not (mismatch.missing or mismatch.unknown):
+        if {n.rpartition(".")[0] for n in misshapen} == {head} and all(weights[n].dim() for n in misshapen):
+            raise other_classes(path, len(weights[misshapen[0]]), n_classes)
+        if all(any(part in n for part in SIZE_DEPENDENT) for n in misshapen):
+            raise UserError(
+                f"{path}: does not fit {what}: {printable(misshapen[0])} is for images of another size. Set "
+                "teacher.size to what these weights were trained with."
+            )
+    if any(mismatch):
+        raise mismatch.refusal(path, what, "Name the model that these weights were trained with.")
     load_into(model, weights, path)
 
 
