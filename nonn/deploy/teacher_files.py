@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ from onnx import helper, numpy_helper
 
 from nonn.core.errors import UserError
 from nonn.data.dataset import Dataset
+from nonn.deploy.analytic_cost import BYTES, Cost, Step, peak_values
 from nonn.deploy.onnx_files import Logits, export_onnx
-from nonn.deploy.traced_cost import Cost
 from nonn.runtime.session import open_session
 from nonn.teachers.bodies import first_line
 from nonn.teachers.foreign import ForeignTeacher
@@ -67,7 +66,7 @@ def measure_file_cost(path: Path) -> Cost:
         params=params,
         macs=sum(_node_macs(node, shape_of) for node in nodes),
         weight_bytes=sum(weights[name].nbytes for name in constants if weights[name].dtype.kind == "f"),
-        peak_activation_bytes=4 * _peak_of_nodes(nodes, shapes, inner, entry.name),
+        peak_activation_bytes=BYTES["float32"] * peak_values(_steps(nodes, shapes, inner, entry.name)),
     )
 
 
@@ -80,27 +79,21 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> i
     return 0
 
 
-def _peak_of_nodes(
+def _steps(
     nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]], constants: set[str], entry: str
-) -> int:
-    """Largest number of activation values alive at once, nodes in the order of the graph."""
-    owner, born, last = {entry: entry}, {entry: 0}, {entry: 0}
-    for step, node in enumerate(nodes):
-        read = [name for name in node.input if name in owner]
-        for name in read:
-            last[owner[name]] = step
+) -> list[Step]:
+    """The operations of a graph in its order, an output each; the last one reads what no other does, the answers."""
+    steps, number = [Step(math.prod(shapes[entry]))], {entry: 0}
+    for node in nodes:
+        reads = tuple(number[name] for name in node.input if name in number)
         for output in node.output:
-            if node.op_type in FUSED and read:
-                owner[output] = owner[read[0]]
+            if node.op_type in FUSED and reads:
+                steps.append(Step(0, reads, shares=reads[0]))
             elif output and output not in constants:
-                owner[output] = output
-                born[output] = last[output] = step
-    # What is read by nobody is the answer, and stays to the end.
-    answers = {owner[name] for name in owner} - {owner[n] for node in nodes for n in node.input if n in owner}
-    last |= dict.fromkeys(answers, len(nodes))
-    changes = [0] * (len(nodes) + 2)
-    for name, start in born.items():
-        size = math.prod(shapes.get(name, ()))
-        changes[start] += size
-        changes[last[name] + 1] -= size
-    return max(accumulate(changes))
+                steps.append(Step(math.prod(shapes.get(output, ())), reads))
+            else:
+                continue
+            number[output] = len(steps) - 1
+    read = {number for step in steps for number in step.reads}
+    answers = (number for number, step in enumerate(steps) if step.shares is None and number not in read)
+    return [*steps, Step(0, tuple(answers))]
