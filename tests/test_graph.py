@@ -72,12 +72,14 @@ def test_coactivation_by_hand():
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
-def test_vectorised_equals_naive(top_k):
+def test_vectorised_equals_naive(top_k, monkeypatch):
+    monkeypatch.setattr(graph, "BLOCK_FILTERS", 7)
+    monkeypatch.setattr(graph, "BLOCK_IMAGES", 9)
     activity = normalise_activity(random_pooled(), top_k)
     images, filters = activity.tolist(), range(activity.shape[1])
     sums = [[sum(a[i] * a[j] * abs(a[i] - a[j]) for a in images) for j in filters] for i in filters]
     naive = (torch.tensor(sums, dtype=torch.float64) / max(map(max, sums))).float()
-    torch.testing.assert_close(activation_hub_graph(activity, block=7, chunk=9), naive, rtol=1e-6, atol=0)
+    torch.testing.assert_close(activation_hub_graph(activity), naive, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rule", graph.RULES.values(), ids=graph.RULES)

@@ -31,6 +31,9 @@ from nonn.data.tensors import read_tensors
 TOP_K_CURVE = (10, 15, 25, 35, 50, 75, 100, 150, None)
 #: Largest graph for which the curve is drawn: one more graph and one more Louvain a point.
 CURVE_MAX_FILTERS = 512
+#: Filters and images of a block of work. They decide the speed alone: filters² · images float64 values should fit into
+#: the second-level cache.
+BLOCK_FILTERS, BLOCK_IMAGES = 32, 128
 LOUVAIN_SEED = 0  # of the summary only; `partition.seed` decides about the partition
 
 
@@ -54,31 +57,28 @@ def live_filters(pooled: Tensor) -> Tensor:
     return (pooled != pooled[:1]).any(dim=0)
 
 
-def activation_hub_graph(activity: Tensor, block: int = 32, chunk: int = 128) -> Tensor:
+def activation_hub_graph(activity: Tensor) -> Tensor:
     """Link weak filters to strong ones, so that the strong become hubs.
 
     A_ij = Σ_x a_i a_j |a_i − a_j| of the normalised activity a (N, F), divided by its maximum: the rule of [1]_ and
     [2]_. The product wants both filters active, the difference wants them unequally so. The result, (F, F) float32, is
     symmetric, zero on the diagonal, and all zero if no two filters are linked.
-
-    `block` filters and `chunk` images are worked on at once: block² · chunk float64 values should fit into the
-    second-level cache. They change the speed only.
     """
-    return _sum_pairs(activity, lambda difference: difference, block, chunk)
+    return _sum_pairs(activity, lambda difference: difference)
 
 
-def coactivation_graph(activity: Tensor, block: int = 32, chunk: int = 128) -> Tensor:
+def coactivation_graph(activity: Tensor) -> Tensor:
     """Link filters that are active together and equally: A_ij = Σ_x a_i a_j / (|a_i − a_j| + 1).
 
-    Parameters and result as for `activation_hub_graph`.
+    Argument and result as for `activation_hub_graph`.
     """
-    return _sum_pairs(activity, lambda difference: difference.add_(1).reciprocal_(), block, chunk)
+    return _sum_pairs(activity, lambda difference: difference.add_(1).reciprocal_())
 
 
 RULES = {"activation_hubs": activation_hub_graph, "coactivation": coactivation_graph}
 
 
-def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor], block: int, chunk: int) -> Tensor:
+def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum a_i a_j factor(|a_i − a_j|) over all images, for the upper triangle of blocks only.
 
     Elementwise steps and a sum along the innermost axis, no matrix product: the latter adds in an
@@ -86,13 +86,13 @@ def _sum_pairs(activity: Tensor, factor: Callable[[Tensor], Tensor], block: int,
     """
     n_filters = activity.shape[1]
     total = torch.zeros(n_filters, n_filters, dtype=torch.float64)
-    scratch = torch.empty(block * block * chunk, dtype=torch.float64)
-    for images in activity.split(chunk):
-        blocks = images.T.double().contiguous().split(block)
+    scratch = torch.empty(BLOCK_FILTERS**2 * BLOCK_IMAGES, dtype=torch.float64)
+    for images in activity.split(BLOCK_IMAGES):
+        blocks = images.T.double().contiguous().split(BLOCK_FILTERS)
         for i, a in enumerate(blocks):
-            rows = slice(i * block, i * block + len(a))
+            rows = slice(i * BLOCK_FILTERS, i * BLOCK_FILTERS + len(a))
             for j, b in enumerate(blocks[i:], start=i):
-                columns = slice(j * block, j * block + len(b))
+                columns = slice(j * BLOCK_FILTERS, j * BLOCK_FILTERS + len(b))
                 shape = len(a), len(b), len(images)
                 terms = scratch[: shape[0] * shape[1] * shape[2]].view(shape)
                 torch.sub(a[:, None], b, out=terms)

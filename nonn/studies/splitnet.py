@@ -55,16 +55,16 @@ class SplitNet(nn.Module):
 
     order: Tensor
 
-    def __init__(self, parts: Sequence[ConvNet], groups: Sequence[Sequence[int]], n_shared: int = N_SHARED):
+    def __init__(self, parts: Sequence[ConvNet], groups: Sequence[Sequence[int]]):
         super().__init__()
         first = parts[0]
         for part in parts[1:]:
             part.normalize, part.stem = first.normalize, first.stem
-            for number in range(n_shared):
+            for number in range(N_SHARED):
                 part.stages[number] = first.stages[number]
         self.mirrors, self.groups = first.mirrors, groups
-        self.trunk = nn.Sequential(first.normalize, first.stem, *first.stages[:n_shared])
-        self.branches = nn.ModuleList(nn.Sequential(*part.stages[n_shared:]) for part in parts)
+        self.trunk = nn.Sequential(first.normalize, first.stem, *first.stages[:N_SHARED])
+        self.branches = nn.ModuleList(nn.Sequential(*part.stages[N_SHARED:]) for part in parts)
         self.heads = nn.ModuleList(part.head for part in parts)
         order = torch.tensor([class_ for group in groups for class_ in group])
         self.register_buffer("order", order.argsort())

@@ -62,6 +62,7 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
     wanted = len(params.classes) if params.classes else data.n_classes
     record: dict[str, Any] = {"source": params.source, "classifier": params.classifier}
     classes = tuple(params.classes) if params.classes else None
+    body: Body
     if params.kind in ("onnx", "export"):
         body, settings = _read_file(params, data, wanted)
     else:
@@ -93,7 +94,7 @@ def load_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], data:
     """The teacher again from what `import_foreign` returned, and the tensors of its body."""
     source, kind = record["source"], record["source"].partition(":")[0]
     settings, n_outputs = Preprocessing(**record["preprocessing"]), record["n_outputs"]
-    body: Any
+    body: Body
     if kind == "onnx":
         body = OnnxBody(tensors["file"].numpy().tobytes(), n_outputs, record["classifier"], source)
     elif kind == "export":
@@ -133,13 +134,13 @@ def _are_numbers(values: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(values, list | tuple) and bool(values) and all(isinstance(v, int | float) for v in values)
 
 
-def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[Any, Preprocessing]:
+def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[GraphBody | OnnxBody, Preprocessing]:
     path = Path(params.target)
     try:
         check_sum(path, params)
     except FileNotFoundError:
         raise UserError(f"params.yaml: teacher.source: {printable(path)} does not exist. Name a file.") from None
-    body: Any
+    body: GraphBody | OnnxBody
     if params.kind == "onnx":
         body = OnnxBody(read_onnx(path), wanted, params.classifier, params.source)
     else:
@@ -175,7 +176,7 @@ def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> 
 
 
 @torch.inference_mode()
-def examine(body: Any, pixels: Tensor, n_outputs: int, source: str) -> None:
+def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
     """Check on preprocessed images (B, channels, H, W) that the features through the classifier give the logits.
 
     Raises

@@ -48,6 +48,8 @@ from nonn.data.image_store import Images, spaced
 
 #: Pixels a side of the images that batch sizes outside of schedules are meant for.
 REFERENCE_SIZE = 32
+#: Added to the variances of patches before they are divided by: directions without any are noise.
+WHITENING_EPSILON = 5e-4
 
 
 class Normalize(nn.Module):
@@ -288,19 +290,19 @@ class ConvNet(nn.Module):
 
 
 @torch.no_grad()
-def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000, eps: float = 5e-4) -> None:
+def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000) -> None:
     """Set the first layer of family airbench in place; a network of another family stays as it is.
 
     Its filters are the eigenvectors of the covariance of patches of at most `n_images` training images, uint8 of shape
     (N, channels, H, W), divided by the standard deviation in their direction, and their opposites: the outputs have no
-    correlation and about one variance. `eps` is added to the variances: directions without any are noise.
+    correlation and about one variance.
     """
     if model.family != "airbench":
         return
     pixels = model.normalize(images[spaced(len(images), n_images)])
     patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
-    filters = (directions / (variances + eps).sqrt()).T
+    filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T
     weight = model.stem[1].weight  # type: ignore[index]
     weight.copy_(torch.cat([filters, -filters]).view_as(weight))
 
