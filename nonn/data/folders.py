@@ -9,7 +9,7 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
 
@@ -27,6 +27,9 @@ LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<i
 #: What folders of splits are called, in small letters, and which split each is.
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
+
+#: Path of a file or a folder.
+Parts = tuple[str, ...]
 
 
 def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo:
@@ -94,13 +97,51 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     Names are relative, with slashes; those of folders end in one. Refused are fewer than two classes, an empty class, a
     class of ``test`` that ``train`` lacks, folders elsewhere than the layout has them, and two files of one name.
     """
-    files: dict[tuple[str, ...], str] = {}
-    folders: set[tuple[str, ...]] = set()
-    encodings: dict[tuple[str, ...], tuple[str, ...]] = {}
     names = list(names)
     if outside := [name for name in names if ".." in PurePosixPath(name).parts]:
         raise UserError(f"{SOURCE_KEY}: {path}: holds {printable(outside[0])}, which leads out of it. Pack it again.")
     names, passed = sort_out(names)
+    files, folders = _normalised_files(names, path)
+    n_around, splits = _find_splits(folders, path)
+
+    def split_of(parts: Parts) -> str:
+        return splits[parts[n_around]] if splits else "train"
+
+    level = n_around + 1 + bool(splits)  # depth of a class folder
+    if deeper := sorted(folder for folder in folders if len(folder) > level):
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. Move its images up."
+        )
+    class_folders = {folder for folder in folders if len(folder) == level}
+    images = [parts for parts in files if len(parts) == level + 1]
+    if empty := sorted(class_folders - {parts[:level] for parts in images}):
+        raise UserError(f"{SOURCE_KEY}: {path}: class folder {'/'.join(empty[0])} is empty. Fill it or remove it.")
+    classes_of: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for folder in class_folders:
+        classes_of[split_of(folder)].add(folder[-1])
+    _check_classes(classes_of, splits, path)
+    images.sort(key=lambda parts: (split_of(parts) == "test", parts))  # as ever: sums and seeds go by this order
+
+    def mask(split: str) -> np.ndarray | None:
+        return np.array([split_of(parts) == split for parts in images]) if split in splits.values() else None
+
+    classes = sorted(classes_of["train"])
+    position = {name: label for label, name in enumerate(classes)}
+    return FolderLayout(
+        names=[files[parts] for parts in images],
+        labels=np.array([position[parts[-2]] for parts in images], np.int64),
+        classes=tuple(classes),
+        is_test=mask("test"),
+        is_validation=mask("validation"),
+        passed=passed,
+    )
+
+
+def _normalised_files(names: Iterable[str], path: Path) -> tuple[dict[Parts, str], set[Parts]]:
+    """The files by the parts of their paths, and all folders; the names of folders in one encoding."""
+    files: dict[Parts, str] = {}
+    folders: set[Parts] = set()
+    encodings: dict[Parts, Parts] = {}
     for name in names:
         parts = PurePosixPath(name).parts
         # A class has one name, whichever way its accents are encoded: macOS writes them as characters of their own.
@@ -121,76 +162,56 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
         if parts in files:
             raise UserError(f"{SOURCE_KEY}: {path}: holds {name} twice. Pack it again.")
         files[parts] = name
+    return files, folders
 
-    top = 0  # folders around everything
-    while len(tops := {folder[top] for folder in folders if len(folder) > top}) == 1 and any(
-        len(folder) > top + 1 for folder in folders
+
+def _find_splits(folders: set[Parts], path: Path) -> tuple[int, dict[str, str]]:
+    """How many folders lie around everything, and the splits by the names of their folders; none if there are none."""
+    n_around = 0
+    while len(tops := {folder[n_around] for folder in folders if len(folder) > n_around}) == 1 and any(
+        len(folder) > n_around + 1 for folder in folders
     ):
-        top += 1
+        n_around += 1
     splits = {name: SPLIT_NAMES[name.lower()] for name in tops if name.lower() in SPLIT_NAMES}
-    meant = set(splits.values())
+    kinds = list(splits.values())
     # Classes may have any names, so a folder is a split only beside another one, and with class folders inside.
-    is_deep = any(len(folder) > top + 1 for folder in folders)
-    has_splits = "train" in meant and (len(meant) > 1 or is_deep)
-    if has_splits and (others := sorted(tops - set(splits))):
-        known = " and ".join(sorted(splits))
-        raise UserError(f"{SOURCE_KEY}: {path}: has {', '.join(others)} beside {known}; move its images or remove it.")
-    if has_splits and (twice := sorted(s for s in splits if list(splits.values()).count(splits[s]) > 1)):
+    is_deep = any(len(folder) > n_around + 1 for folder in folders)
+    if "train" not in kinds or not (len(set(kinds)) > 1 or is_deep):
+        if len(set(kinds)) > 1 and is_deep:
+            raise UserError(
+                f"{SOURCE_KEY}: {path}: has {', '.join(sorted(splits))}, but no train. Name the folder of the training "
+                "images train."
+            )
+        return n_around, {}
+    if others := sorted(tops - set(splits)):
+        raise UserError(
+            f"{SOURCE_KEY}: {path}: has {', '.join(others)} beside {' and '.join(sorted(splits))}; move its images or "
+            "remove it."
+        )
+    if twice := sorted(name for name, kind in splits.items() if kinds.count(kind) > 1):
         raise UserError(
             f"{SOURCE_KEY}: {path}: {' and '.join(twice)} name the same split; move one's images to the other."
         )
-    if not has_splits and len(meant) > 1 and is_deep:
-        known = ", ".join(sorted(splits))
-        raise UserError(
-            f"{SOURCE_KEY}: {path}: has {known}, but no train. Name the folder of the training images train."
-        )
+    return n_around, splits
 
-    def split_of(parts: tuple[str, ...]) -> str:
-        return splits[parts[top]] if has_splits else "train"
 
-    def in_test(parts: tuple[str, ...]) -> bool:
-        return split_of(parts) == "test"
-
-    level = top + 1 + has_splits  # depth of a class folder
-    if deeper := sorted(folder for folder in folders if len(folder) > level):
-        raise UserError(
-            f"{SOURCE_KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. Move its images up."
-        )
-
-    class_folders = {folder for folder in folders if len(folder) == level}
-    images = [parts for parts in files if len(parts) == level + 1]
-    if empty := sorted(class_folders - {parts[:level] for parts in images}):
-        raise UserError(f"{SOURCE_KEY}: {path}: class folder {'/'.join(empty[0])} is empty. Fill it or remove it.")
-    classes = sorted({folder[-1] for folder in class_folders if split_of(folder) == "train"})
+def _check_classes(classes_of: dict[str, set[str]], splits: dict[str, str], path: Path) -> None:
+    """Refuse splits whose classes are not those of the training split, and fewer than two classes."""
+    classes = classes_of["train"]
     for split in ("test", "validation"):
-        held = {folder[-1] for folder in class_folders if split_of(folder) == split}
         name = next((name for name, kind in splits.items() if kind == split), split)
-        if unknown := sorted(held - set(classes)):
+        if unknown := sorted(classes_of[split] - classes):
             raise UserError(
                 f"{SOURCE_KEY}: {path}: class {unknown[0]!r} is in {name} but not in train. Add it there or remove it."
             )
-        if has_splits and split in meant and not held:
+        if split in splits.values() and not classes_of[split]:
             raise UserError(f"{SOURCE_KEY}: {path}: folder {name} has no class folders. Fill it or remove it.")
-        if split == "validation" and held and (absent := sorted(set(classes) - held)):
+        if split == "validation" and classes_of[split] and (absent := sorted(classes - classes_of[split])):
             raise UserError(
                 f"{SOURCE_KEY}: {path}: class {absent[0]!r} is not in {name}. Add images of it, or remove {name}."
             )
     if len(classes) < 2:
         raise UserError(f"{SOURCE_KEY}: {path}: has {len(classes)} class folders, needs two at least: {LAYOUT}.")
-    images.sort(key=lambda parts: (in_test(parts), parts))  # as ever: sums and seeds go by this order
-    position = {name: label for label, name in enumerate(classes)}
-    return FolderLayout(
-        names=[files[parts] for parts in images],
-        labels=np.array([position[parts[-2]] for parts in images], np.int64),
-        classes=tuple(classes),
-        is_test=_mask(images, "test", split_of) if "test" in meant and has_splits else None,
-        is_validation=_mask(images, "validation", split_of) if "validation" in meant and has_splits else None,
-        passed=passed,
-    )
-
-
-def _mask(images: list[tuple[str, ...]], split: str, split_of: Callable[[tuple[str, ...]], str]) -> np.ndarray:
-    return np.array([split_of(parts) == split for parts in images])
 
 
 @contextlib.contextmanager
