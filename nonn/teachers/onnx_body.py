@@ -23,6 +23,8 @@ from nonn.teachers.weight_files import remedy_of_outputs
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 
+#: Kind of an operation, its inputs after the first, and its attributes.
+Operation = tuple[str, list[str], dict[str, Any]]
 #: Operations of files whose weights are integers.
 QUANTISED = {"DequantizeLinear", "MatMulInteger", "QGemm", "QLinearMatMul"}
 
@@ -127,28 +129,18 @@ class OnnxBody(nn.Module):
             "nonn/bgr": np.array([2, 1, 0]),
             "nonn/outputs": np.array(outputs or [], np.int64),
         }
-        steps: list[tuple[str, list[str], dict[str, Any]]] = [("Cast", [], {"to": TensorProto.FLOAT})]
-        if image[0] != settings.channels:
-            steps.append(("Concat", [], {"axis": 1}))
+        to_float: Operation = ("Cast", [], {"to": TensorProto.FLOAT})
+        steps = [to_float]
+        if image[0] != settings.channels:  # grey images, for a network of colour ones
+            steps.append(("Concat", ["nonn/0"] * (settings.channels - 1), {"axis": 1}))
         if settings.bgr:
             steps.append(("Gather", ["nonn/bgr"], {"axis": 1}))
         steps += [("Sub", ["nonn/mean"], {}), ("Div", ["nonn/std"], {})]
         if self.dtype == np.float16:
             steps.append(("Cast", [], {"to": TensorProto.FLOAT16}))
-        before, value = [], "image"
-        for number, (kind, further, options) in enumerate(steps):
-            target = entry if number == len(steps) - 1 else f"nonn/{number}"
-            inputs = [value] * (settings.channels if kind == "Concat" else 1)
-            before.append(helper.make_node(kind, [*inputs, *further], [target], **options))
-            value = target
-        after: list[tuple[str, list[str], dict[str, Any]]] = [("Cast", [], {"to": TensorProto.FLOAT})]
-        if outputs:
-            after.append(("Gather", ["nonn/outputs"], {"axis": 1}))
-        behind, value = [], f"teacher/{self.logits}"
-        for number, (kind, further, options) in enumerate(after):
-            target = "logits" if number == len(after) - 1 else f"nonn/after{number}"
-            behind.append(helper.make_node(kind, [value, *further], [target], **options))
-            value = target
+        before = _chain(steps, "image", entry, "nonn/")
+        chosen: list[Operation] = [("Gather", ["nonn/outputs"], {"axis": 1})] if outputs else []
+        behind = _chain([to_float, *chosen], f"teacher/{self.logits}", "logits", "nonn/after")
         nodes = [*before, *graph.node, *behind]
         n_logits = len(outputs) if outputs else self.n_outputs
         used = {name for node in (*before, *behind) for name in node.input}
@@ -158,6 +150,15 @@ class OnnxBody(nn.Module):
         graph.input.append(helper.make_tensor_value_info("image", TensorProto.UINT8, [1, *image]))
         graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, n_logits]))
         return model.SerializeToString(deterministic=True)
+
+
+def _chain(operations: Sequence[Operation], start: str, end: str, prefix: str) -> list[NodeProto]:
+    """Nodes that lead from one value to another; those between are called by the prefix and their number."""
+    values = [start, *(f"{prefix}{number}" for number in range(len(operations) - 1)), end]
+    return [
+        helper.make_node(kind, [source, *others], [target], **attributes)
+        for (kind, others, attributes), source, target in zip(operations, values[:-1], values[1:], strict=True)
+    ]
 
 
 def _describe_input(model: onnx.ModelProto, source: str) -> tuple[str, list[int | None], type]:
