@@ -132,9 +132,9 @@ def split_dataset(
     needed = 1 + (is_validation is None) + (is_test is None)
     for label, name in enumerate(classes):
         members = shuffled[labels[shuffled] == label]
-        own = np.empty(0, np.int64)
+        own_validation = np.empty(0, np.int64)
         if is_validation is not None:
-            own, members = members[is_validation[members]], members[~is_validation[members]]
+            own_validation, members = members[is_validation[members]], members[~is_validation[members]]
         if is_test is None:
             n_test = max(1, round(test * len(members)))
             held, rest = members[:n_test], members[n_test:]
@@ -146,7 +146,7 @@ def split_dataset(
         if len(rest) <= n_validation:
             too_few[name] = count
             continue
-        parts["validation"].append(own if is_validation is not None else rest[:n_validation])
+        parts["validation"].append(own_validation if is_validation is not None else rest[:n_validation])
         parts["train"].append(rest[n_validation:])
         parts["test"].append(held)
     if too_few:

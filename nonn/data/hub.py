@@ -35,15 +35,15 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
             raise UserError(
                 f"params.yaml: dataset.{key}: hf:{name} has no column {column!r}; name one of {', '.join(features)}"
             )
-    given = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
-    if absent := sum(value is None for value in given):
+    raw_labels = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
+    if absent := sum(value is None for value in raw_labels):
         raise UserError(
             f"{SOURCE_KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another "
             "label_column."
         )
-    if strange := [value for value in given if not isinstance(value, str | int | float | Decimal)]:
+    if strange := [value for value in raw_labels if not isinstance(value, str | int | float | Decimal)]:
         raise _other_kind(name, "label_column", label_column, strange[0], "numbers or names of classes")
-    labels, classes = _encode(name, np.array(given), getattr(features[label_column], "names", None))
+    labels, classes = _encode(name, np.array(raw_labels), getattr(features[label_column], "names", None))
     digest = hashlib.sha256()
     decoder.decode(_pictures(name, parts, image_column, labels, digest), len(labels))
     split = np.repeat(list(parts), [len(part) for part in parts.values()])
@@ -68,11 +68,11 @@ def _load_splits(name: str) -> dict[str, Any]:
     try:
         if path is None:
             dataset, _, config = name.partition(":")
-            found = datasets.load_dataset(dataset, config or None, cache_dir=cache)
+            splits = datasets.load_dataset(dataset, config or None, cache_dir=cache)
         elif path.is_file():
-            found = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache)
+            splits = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache)
         else:
-            found = datasets.load_dataset(str(path), cache_dir=cache)
+            splits = datasets.load_dataset(str(path), cache_dir=cache)
     except Exception as error:  # of the network, the Hub, and readers of many formats
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -82,14 +82,14 @@ def _load_splits(name: str) -> dict[str, Any]:
             f"{SOURCE_KEY}: hf:{name} cannot be loaded ({reason}). Check the name and the network, or fetch the images "
             "by other means and name their folder or archive."
         ) from None
-    known = [split for split in found if split.lower() in SPLIT_NAMES]
-    kinds = [SPLIT_NAMES[split.lower()] for split in known]
-    if twice := [split for split, kind in zip(known, kinds, strict=True) if kinds.count(kind) > 1]:
+    usable = [split for split in splits if split.lower() in SPLIT_NAMES]
+    kinds = [SPLIT_NAMES[split.lower()] for split in usable]
+    if twice := [split for split, kind in zip(usable, kinds, strict=True) if kinds.count(kind) > 1]:
         raise UserError(f"{SOURCE_KEY}: hf:{name}: {' and '.join(twice)} name the same split. Name another dataset.")
-    parts = {kind: found[split] for split, kind in zip(known, kinds, strict=True)}
+    parts = {kind: splits[split] for split, kind in zip(usable, kinds, strict=True)}
     if "train" not in parts:
-        raise UserError(f"{SOURCE_KEY}: hf:{name} has no split train, but {', '.join(found)}. Name another dataset.")
-    if others := [split for split in found if split.lower() not in SPLIT_NAMES]:
+        raise UserError(f"{SOURCE_KEY}: hf:{name} has no split train, but {', '.join(splits)}. Name another dataset.")
+    if others := [split for split in splits if split.lower() not in SPLIT_NAMES]:
         log(f"note: hf:{name}: left out {', '.join(others)}, which is neither train, validation nor test")
     return {split: parts[split] for split in ("train", "validation", "test") if split in parts}
 
@@ -124,17 +124,17 @@ def _only(name: str, key: str, columns: list[str], features: Mapping[str, Any]) 
     raise UserError(f"{SOURCE_KEY}: hf:{name} {problem}. Set dataset.{key} to one of {', '.join(columns or features)}.")
 
 
-def _encode(name: str, given: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def _encode(name: str, raw_labels: np.ndarray, names: list[str] | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """Labels (N,) int64 and classes, from numbers or names of classes."""
-    if names is None and given.dtype.kind in "iub":
-        numbers = given.astype(np.int64)
-        found, labels = np.unique(numbers, return_inverse=True)
-        names, labels = list(map(str, found.tolist())), np.where(numbers < 0, -1, labels)
+    if names is None and raw_labels.dtype.kind in "iub":
+        numbers = raw_labels.astype(np.int64)
+        distinct, labels = np.unique(numbers, return_inverse=True)
+        names, labels = list(map(str, distinct.tolist())), np.where(numbers < 0, -1, labels)
     elif names is None:
-        found, labels = np.unique(given.astype(str), return_inverse=True)
-        names = found.tolist()
+        distinct, labels = np.unique(raw_labels.astype(str), return_inverse=True)
+        names = distinct.tolist()
     else:
-        labels = given.astype(np.int64)
+        labels = raw_labels.astype(np.int64)
     if len(names) < 2 or (labels < 0).any():
         problem = "images without a label, of number −1" if len(names) > 1 else f"{len(names)} class"
         raise UserError(f"{SOURCE_KEY}: hf:{name} has {problem}. Name another dataset or dataset.label_column.")
@@ -169,8 +169,8 @@ def _content_of(value: Any) -> bytes | None:
     return value or b"" if value is None or isinstance(value, bytes) else None
 
 
-def _other_kind(name: str, key: str, column: str, value: Any, wanted: str) -> UserError:
+def _other_kind(name: str, key: str, column: str, value: Any, expected: str) -> UserError:
     return UserError(
         f"params.yaml: dataset.{key}: hf:{name}: column {column!r} holds values of type {type(value).__name__}, not "
-        f"{wanted}. Name another column, or convert it."
+        f"{expected}. Name another column, or convert it."
     )

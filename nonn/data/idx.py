@@ -28,7 +28,7 @@ def find_idx(folder: Path) -> dict[str, Path]:
     UserError
         There are those of several sets, such as EMNIST has them.
     """
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for split, name in SPLITS.items():
         for kind, dimensions in (("images", 3), ("labels", 1)):
             pattern = f"*{name}-{kind}[-.]idx{dimensions}-ubyte*"
@@ -41,8 +41,8 @@ def find_idx(folder: Path) -> dict[str, Path]:
                     "you mean a folder of its own."
                 )
             if files:  # packed and unpacked, they are the same
-                found[f"{split}-{kind}"] = files[0]
-    return found
+                by_name[f"{split}-{kind}"] = files[0]
+    return by_name
 
 
 def _find_files(folder: Path, pattern: str) -> list[Path]:
@@ -63,14 +63,14 @@ def load_idx(folder: Path, decoder: Decoder) -> SourceInfo:
     labels = np.concatenate([arrays["train-labels"], arrays["test-labels"]])
     images = (image for split in SPLITS for image in arrays[f"{split}-images"])
     pairs = zip(map(Image.fromarray, images), labels.tolist(), strict=True)
-    given, sha256 = decode_pairs(pairs, len(labels), decoder)
-    numbers, found = np.unique(given, return_inverse=True)  # some begin at 1
-    classes = tuple(map(str, numbers.tolist()))
+    numbers, sha256 = decode_pairs(pairs, len(labels), decoder)
+    distinct, class_numbers = np.unique(numbers, return_inverse=True)  # some begin at 1
+    classes = tuple(map(str, distinct.tolist()))
     if hashlib.sha256(arrays["train-labels"].tobytes()).hexdigest() == FASHION:
         from torchvision.datasets import FashionMNIST
 
         classes = tuple(FashionMNIST.classes)
-    return SourceInfo(found, classes, np.arange(len(labels)) >= len(arrays["train-labels"]), sha256)
+    return SourceInfo(class_numbers, classes, np.arange(len(labels)) >= len(arrays["train-labels"]), sha256)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:

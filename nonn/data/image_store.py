@@ -109,9 +109,9 @@ def _write(file: int, content: memoryview, place: int) -> None:
 def _read(file: int, content: memoryview, place: int) -> None:
     content = content.cast("B")
     while content:
-        if not (found := os.preadv(file, [content], place)):
+        if not (n_read := os.preadv(file, [content], place)):
             raise EOFError("an image was never written")
-        content, place = content[found:], place + found
+        content, place = content[n_read:], place + n_read
 
 
 class Images:

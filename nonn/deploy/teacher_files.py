@@ -50,8 +50,8 @@ def measure_file_cost(path: Path) -> Cost:
     constants = {tensor.name for tensor in graph.initializer}
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made = [name for node in graph.node for name in node.output if name]
-    known = {value.name for value in graph.output}
-    graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in known)
+    outputs = {value.name for value in graph.output}
+    graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in outputs)
     session = open_session(model.SerializeToString())
     entry = session.get_inputs()[0]
     image = np.zeros(entry.shape, np.uint8)

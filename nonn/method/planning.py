@@ -106,11 +106,11 @@ class Planner:
             if sizes == before:
                 break
         link_ms = self.link_ms(sizes)
-        found = [design_student(self.grid, b, self.info, n) for b, n in zip(budgets, sizes, strict=True)]
-        times = [budget.compute_ms(cost) for budget, (_, cost) in zip(budgets, found, strict=True)]
+        students = [design_student(self.grid, b, self.info, n) for b, n in zip(budgets, sizes, strict=True)]
+        times = [budget.compute_ms(cost) for budget, (_, cost) in zip(budgets, students, strict=True)]
         devices = [
             DeviceEstimate(budget, architecture, n, cost, time, self._energy(budget, n, time))
-            for budget, n, (architecture, cost), time in zip(budgets, sizes, found, times, strict=True)
+            for budget, n, (architecture, cost), time in zip(budgets, sizes, students, times, strict=True)
         ]
         return DeviceSetEstimate(devices, sum(map(answer_wire_bytes, sizes)), link_ms, target)
 
@@ -143,12 +143,12 @@ class Planner:
 
     def without_link(self, budgets: Sequence[Budget]) -> list[str]:
         """Boards that do not have the link by themselves, as far as it is known."""
-        found = []
+        without = []
         for name in dict.fromkeys(budget.board for budget in budgets if budget.board in self.boards):
             links = self.boards[name or ""].links
             if links is not None and self.link_name not in links:
-                found.append(str(name))
-        return found
+                without.append(str(name))
+        return without
 
     def _energy(self, budget: Budget, n_filters: int, compute_ms: float | None) -> Range | None:
         """Millijoules that an image adds on one device."""
@@ -206,17 +206,20 @@ def pareto(
     of something, where a difference below `ALIKE` is none. An energy that is not known counts as the worst. The sets
     come from fast to slow.
     """
-    found = []
+    feasible = []
     for names in _sets(list(budgets), most_devices):
         try:
             estimate = planner.estimate([budgets[name] for name in names], latency_ms)
         except UserError:
             continue
-        found.append((names, estimate, _objectives(estimate)))
+        feasible.append((names, estimate, _objectives(estimate)))
     best = [
         (names, estimate)
-        for names, estimate, own in found
-        if not any(other != own and all(o <= v for o, v in zip(other, own, strict=True)) for _, _, other in found)
+        for names, estimate, objectives in feasible
+        if not any(
+            other != objectives and all(o <= v for o, v in zip(other, objectives, strict=True))
+            for _, _, other in feasible
+        )
     ]
     return sorted(best, key=lambda entry: (entry[1].total_ms, -entry[1].params))
 

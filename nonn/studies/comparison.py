@@ -166,14 +166,14 @@ def compare(problem: Problem, partitioner: Callable[[Problem, int], Sets], n_see
         begin = time.process_time()
         results.append(partitioner(problem, seed))
         seconds.append(time.process_time() - begin)
-    found = [modularity(problem.weights, sets) for sets in results]
+    modularities = [modularity(problem.weights, sets) for sets in results]
     sizes = [[len(filters) for filters in sets] or [0] for sets in results]
     labels = [_labels(sets, len(problem.live)) for sets in results]
     return {
         "sets": float(np.mean([len(of_seed) for of_seed in sizes])),
         "used": float(np.mean([sum(of_seed) for of_seed in sizes])),
-        "modularity": float(np.mean(found)),
-        "modularity_sd": float(np.std(found, ddof=1)) if n_seeds > 1 else 0.0,
+        "modularity": float(np.mean(modularities)),
+        "modularity_sd": float(np.std(modularities, ddof=1)) if n_seeds > 1 else 0.0,
         "balance": float(np.mean([min(of_seed) / max(max(of_seed), 1) for of_seed in sizes])),
         "agreement": float(np.mean([adjusted_rand_score(a, b) for a, b in combinations(labels, 2)])),
         "seconds": float(np.median(seconds)),

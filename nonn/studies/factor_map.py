@@ -304,7 +304,7 @@ def score(
 
     nonn = students(network)
     pool = Joined.of([train(params, kd) for kd in kd_trainings(params, point, network, seed, n_per_seed)])
-    found = {
+    by_method = {
         "nonn": right(logits_of(nonn.fitted(params, data, seed), nonn.features["test"])),
         "nonn_averaged": right(logits_of(nonn.averaged(), nonn.features["test"])),
         "ensemble": right(pool.probabilities()),
@@ -312,10 +312,10 @@ def score(
     }
     if random:
         by_chance = students(network, by_chance=True)
-        found["random"] = right(logits_of(by_chance.fitted(params, data, seed), by_chance.features["test"]))
+        by_method["random"] = right(logits_of(by_chance.fitted(params, data, seed), by_chance.features["test"]))
     for i in range(n):
-        found[f"kd.{i}"] = right(pool.heads[i](pool.features["test"][i]).detach())
-    return found
+        by_method[f"kd.{i}"] = right(pool.heads[i](pool.features["test"][i]).detach())
+    return by_method
 
 
 def rows_of(params: Params, point: Point, network: str, by_seed: Sequence[Mapping[str, np.ndarray]]) -> Iterator[dict]:

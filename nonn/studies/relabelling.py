@@ -50,13 +50,13 @@ def new_labels(data: Dataset, groups: Mapping[str, Sequence[str]] | None) -> tup
     """
     if groups is None:
         return data, data.classes
-    known = [normalize("NFC", name) for name in data.classes]
+    classes = [normalize("NFC", name) for name in data.classes]
     of = torch.full((data.n_classes,), -1)
     for number, (name, members) in enumerate(groups.items()):
         for member in (normalize("NFC", str(member)) for member in members):
-            if member not in known:
+            if member not in classes:
                 raise UserError(f"{name}: no class {member!r}; the images have {', '.join(data.classes[:10])} …")
-            place = known.index(member)
+            place = classes.index(member)
             if of[place] == number:
                 raise UserError(f"{name}: class {member!r} is listed twice; take one out")
             if of[place] >= 0:
@@ -112,8 +112,8 @@ def what_is_sent(
             "network of the same devices"
         )
     seeds = range(params.networks[network].seeds)
-    own = [load_students(params, paths, training_data, network, seed)[0] for seed in seeds]
-    yield _sent("nonn", [_joined(students, features) for students in own], max(s.n_features for s in own[0]))
+    by_seed = [load_students(params, paths, training_data, network, seed)[0] for seed in seeds]
+    yield _sent("nonn", [_joined(students, features) for students in by_seed], max(s.n_features for s in by_seed[0]))
     for method, files in other_partitions(params, paths, network).items():
         others = [load_baseline(file, training_data) for file in files]
         width = max(student.n_features for student in others[0])
@@ -142,8 +142,8 @@ def _joined(students: Sequence[ConvNet], features: FeatureCache, logits: bool = 
     """Features or logits of students side by side, of the training and the test images."""
     parts = []
     for part in ("train", "test"):
-        found, _ = features(students, part)
-        terms = [student.head(f) if logits else f for student, f in zip(students, found, strict=True)]
+        outputs, _ = features(students, part)
+        terms = [student.head(f) if logits else f for student, f in zip(students, outputs, strict=True)]
         parts.append(torch.cat(terms, 1))
     return parts[0], parts[1]
 
@@ -171,9 +171,9 @@ def score(sent: Sent, positions: Tensor, per_class: int, labels: Tensor) -> np.n
     """Accuracy on the test images, (seeds, draws)."""
     draws, n_classes, _ = positions.shape
     chosen = positions[:, :, :per_class].reshape(draws, -1)
-    found = np.empty((len(sent.train), draws))
+    accuracies_by_draw = np.empty((len(sent.train), draws))
     for seed, (train, test) in enumerate(zip(sent.train, sent.test, strict=True)):
         fitted, best = fit_few(train[chosen], n_classes, per_class)
         accuracies = np.stack([probes.right(test, labels).mean(1) for probes in fitted])
-        found[seed] = accuracies[best, np.arange(draws)]
-    return found
+        accuracies_by_draw[seed] = accuracies[best, np.arange(draws)]
+    return accuracies_by_draw

@@ -103,10 +103,10 @@ def distill(
 ) -> None:
     """Train a network in place by the students' loss without transfer: cross-entropy, and KD from the signals."""
     section = params.distill
-    wanted = [transfer_set.signals["logits"].to(transfer_set.storage)]
+    signals = [transfer_set.signals["logits"].to(transfer_set.storage)]
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        return transfer_set.batch(index, epoch, wanted)
+        return transfer_set.batch(index, epoch, signals)
 
     def loss_of(images: Tensor, labels: Tensor, teacher_logits: Tensor) -> Tensor:
         with mixed_precision(transfer_set.device):
@@ -148,12 +148,12 @@ def nonn_right(params: Params, paths: Paths, network: str, features: FeatureCach
     files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
     if not all(file.is_file() for file in files):
         return None
-    found = []
+    by_seed = []
     for file in files:
         model = load_network(file, features.data)
         outputs, labels = features(list(model.students), "test")
-        found.append((logits_of(model.final, outputs).argmax(1) == labels).numpy())
-    return np.stack(found)
+        by_seed.append((logits_of(model.final, outputs).argmax(1) == labels).numpy())
+    return np.stack(by_seed)
 
 
 def rows_of(params: Params, network: str, methods: Sequence[str], n_seeds: int) -> Iterator[Mapping[str, Any]]:
@@ -167,10 +167,10 @@ def rows_of(params: Params, network: str, methods: Sequence[str], n_seeds: int) 
     for method in methods:
         rivals = [train_rival(params, network, method, seed) for seed in range(n_seeds)]
         scores = [score(rival, features) for rival in rivals]
-        right = np.stack([found["right"] for found in scores])
+        right = np.stack([scored["right"] for scored in scores])
         parts, groups = rivals[0].parts, rivals[0].groups
         costs = [measure_cost(part, data.channels, data.size, params.design.precision) for part in parts]
-        missing = [found["one_missing"] for found in scores if found["one_missing"] is not None]
+        missing = [scored["one_missing"] for scored in scores if scored["one_missing"] is not None]
         p = None
         if reference is not None:
             p = permutation_test(right, reference, params.evaluate.resamples, params.evaluate.seed)

@@ -59,28 +59,28 @@ def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict
     A UserError says why it cannot be a teacher.
     """
     images = data.subset("validation")[0][:PROBE_IMAGES]
-    wanted = len(params.classes) if params.classes else data.n_classes
+    n_outputs = len(params.classes) if params.classes else data.n_classes
     record: dict[str, Any] = {"source": params.source, "classifier": params.classifier}
     classes = tuple(params.classes) if params.classes else None
     body: Body
     if params.kind in ("onnx", "export"):
-        body, settings = _read_file(params, data, wanted)
+        body, settings = _read_file(params, data, n_outputs)
     else:
-        built, settings = _build(params, data, wanted)
+        built, settings = _build(params, data, n_outputs)
         classes = classes or built.classes
-        wanted = len(classes) if classes else wanted
+        n_outputs = len(classes) if classes else n_outputs
         network, origin = built.network, params.weights or params.source
         network.eval().float()
         check_kinds(network.state_dict(), origin)
         check_finite(network.state_dict(), origin)
         pixels = Preprocess(settings)(images)
-        record["classifier"] = find_classifier(network, pixels, params.classifier, wanted, params.source)
+        record["classifier"] = find_classifier(network, pixels, params.classifier, n_outputs, params.source)
         body = ModuleBody(network, record["classifier"])
         if params.kind == "module":
             record["code_sha256"] = digest_code(params.source)
     outputs = order_of(classes, data.classes, params) if classes else None
-    examine(body, Preprocess(settings)(images), wanted, params.source)
-    record |= {"preprocessing": asdict(settings), "n_outputs": wanted, "outputs": outputs}
+    examine(body, Preprocess(settings)(images), n_outputs, params.source)
+    record |= {"preprocessing": asdict(settings), "n_outputs": n_outputs, "outputs": outputs}
     means = ", ".join(f"{value:.4g}" for value in settings.mean)
     deviations = ", ".join(f"{value:.4g}" for value in settings.std)
     log(
@@ -113,15 +113,17 @@ def load_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], data:
     return ForeignTeacher(body, settings, record["outputs"]).eval()
 
 
-def _build(params: Teacher, data: Dataset, wanted: int) -> tuple[Built, Preprocessing]:
+def _build(params: Teacher, data: Dataset, n_outputs: int) -> tuple[Built, Preprocessing]:
     """A network with its weights, and how it sees images."""
     weights, options = read_weights(params) if params.weights else (None, {})
     download = weights is None and params.kind != "module"
-    built = build_network(params, data.channels, data.size, wanted, weights, download)
+    built = build_network(params, data.channels, data.size, n_outputs, weights, download)
     if weights is not None:
-        linear = [n for n, m in built.network.named_modules() if isinstance(m, nn.Linear) and m.out_features == wanted]
+        linear = [
+            n for n, m in built.network.named_modules() if isinstance(m, nn.Linear) and m.out_features == n_outputs
+        ]
         head = params.classifier or (linear[-1] if linear else None)
-        fill(built.network, weights, Path(str(params.weights)), f"teacher.source {params.source}", head, wanted)
+        fill(built.network, weights, Path(str(params.weights)), f"teacher.source {params.source}", head, n_outputs)
     moments = built.moments
     mean, std = options.get("mean"), options.get("std")
     if _are_numbers(mean) and _are_numbers(std):  # of timm's training script
@@ -134,7 +136,7 @@ def _are_numbers(values: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(values, list | tuple) and bool(values) and all(isinstance(v, int | float) for v in values)
 
 
-def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[GraphBody | OnnxBody, Preprocessing]:
+def _read_file(params: Teacher, data: Dataset, n_outputs: int) -> tuple[GraphBody | OnnxBody, Preprocessing]:
     path = Path(params.target)
     try:
         check_sum(path, params)
@@ -142,9 +144,9 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[GraphBody |
         raise UserError(f"params.yaml: teacher.source: {printable(path)} does not exist. Name a file.") from None
     body: GraphBody | OnnxBody
     if params.kind == "onnx":
-        body = OnnxBody(read_onnx(path), wanted, params.classifier, params.source)
+        body = OnnxBody(read_onnx(path), n_outputs, params.classifier, params.source)
     else:
-        body = GraphBody(path.read_bytes(), wanted, params.source)
+        body = GraphBody(path.read_bytes(), n_outputs, params.source)
     _, channels, *sides = body.input_shape
     if None not in sides and sides[0] != sides[1]:
         raise UserError(
@@ -160,10 +162,10 @@ def _read_file(params: Teacher, data: Dataset, wanted: int) -> tuple[GraphBody |
     return body, Preprocessing.of(params, channels or data.channels, data.channels)
 
 
-def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> list[int] | None:
+def order_of(classes: Sequence[str], data_classes: Sequence[str], params: Teacher) -> list[int] | None:
     """Positions among the teacher's `classes` of those of the data set; None if they are the same in the same order."""
-    classes, wanted = ([normalize("NFC", name) for name in names] for names in (classes, wanted))
-    absent = [name for name in wanted if name not in classes]
+    classes, data_classes = ([normalize("NFC", name) for name in names] for names in (classes, data_classes))
+    absent = [name for name in data_classes if name not in classes]
     if absent:
         key = "teacher.classes" if params.classes else f"teacher.source: {params.source}"
         raise UserError(
@@ -171,7 +173,7 @@ def order_of(classes: Sequence[str], wanted: Sequence[str], params: Teacher) -> 
             f"classes{did_you_mean(absent[0], classes)}. List the names of all its outputs, in order, in "
             "teacher.classes, with the names of the data set's folders."
         )
-    order = [classes.index(name) for name in wanted]
+    order = [classes.index(name) for name in data_classes]
     return None if order == list(range(len(classes))) else order
 
 

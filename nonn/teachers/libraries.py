@@ -131,14 +131,14 @@ def find_code(source: str) -> Path:
         sys.path.insert(0, folder)
     importlib.invalidate_caches()
     try:
-        found = importlib.util.find_spec(name)
+        spec = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:
         raise UserError(f"params.yaml: teacher.source: {source}: {first_line(error)}. {_WHERE}") from None
     except (Exception, SystemExit) as error:  # the user's package may raise anything, and end the program
         raise _failed(source, error) from None
-    if found is None or not found.origin:
+    if spec is None or not spec.origin:
         raise UserError(f"params.yaml: teacher.source: {source}: there is no module {name}. {_WHERE}")
-    return Path(found.origin)
+    return Path(spec.origin)
 
 
 _WHERE = "Put it below the working directory, or install it in this environment."

@@ -102,8 +102,8 @@ def _error(share: float, n: int) -> float:
 
 
 def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> UserError:
-    found = list(_remedies(model, logits, data, params))
-    likely = f"Likely cause: {found[0]}." if found else f"Likely causes: {CAUSES}; see these keys of teacher."
+    remedies = list(_remedies(model, logits, data, params))
+    likely = f"Likely cause: {remedies[0]}." if remedies else f"Likely causes: {CAUSES}; see these keys of teacher."
     return UserError(f"{_where(params)}: {reason}. {likely}")
 
 
@@ -127,13 +127,13 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
     if not isinstance(model, ForeignTeacher):
         return
     few = spaced(len(labels), TRIAL_IMAGES)
-    own = model.preprocess
+    original = model.preprocess
     tried: dict[str, float] = {}
-    for name, settings in _readings(params, own.settings):
+    for name, settings in _readings(params, original.settings):
         model.preprocess = Preprocess(settings)
         with torch.inference_mode():
             tried[name] = accuracy(predict(model, images[few])[1], labels[few])
-    model.preprocess = own
+    model.preprocess = original
     best = max(tried, key=lambda name: tried[name])
     if tried[best] > better:
         yield f"how it sees images; with teacher.{best} it is right on {tried[best]:.1%}"
@@ -145,7 +145,7 @@ def _readings(params: Teacher, settings: Preprocessing) -> Iterator[tuple[str, P
     changes: list[dict[str, Any]] = [{"pixels": "byte"}]
     if params.normalization or params.kind not in LIBRARIES:  # else the library's own would come with the range
         changes += [{"pixels": "unit"}]
-    changes += [{"normalization": known, "pixels": "unit"} for known in (plain, half)]
+    changes += [{"normalization": normalization, "pixels": "unit"} for normalization in (plain, half)]
     changes += [{"normalization": plain, "pixels": "byte"}]
     if settings.channels == 3:
         imagenet = Normalization(mean=list(IMAGENET[0]), std=list(IMAGENET[1]))
@@ -153,12 +153,12 @@ def _readings(params: Teacher, settings: Preprocessing) -> Iterator[tuple[str, P
         changes += [{"colour_order": "rgb" if settings.bgr else "bgr"}]
     for change in changes:
         new = {key: value for key, value in change.items() if value != getattr(params, key)}
-        told = " and teacher.".join(f"{key}: {_written(value)}" for key, value in new.items())
+        keys = " and teacher.".join(f"{key}: {_written(value)}" for key, value in new.items())
         if list(new) == ["colour_order"]:
-            yield told, replace(settings, bgr=not settings.bgr)
+            yield keys, replace(settings, bgr=not settings.bgr)
         elif new:
             changed = params.model_copy(update=change)
-            yield told, Preprocessing.of(changed, settings.channels, settings.channels)
+            yield keys, Preprocessing.of(changed, settings.channels, settings.channels)
 
 
 def _written(value: Normalization | str) -> str:

@@ -103,8 +103,8 @@ def import_own(data: Dataset, params: Teacher) -> ConvNet:
         first = next(name for name, tensor in expected.items() if tensor.dim() == 4 and "normalize" not in name)
         weights[first] = weights[first].flip(1) if first in weights else torch.empty(0)
     # A file need not hold the normalisation, and old ones do not count the batches, which nothing reads.
-    given = {n: t for n, t in expected.items() if n.startswith("normalize.") or n.endswith("num_batches_tracked")}
-    weights = given | weights
+    defaults = {n: t for n, t in expected.items() if n.startswith("normalize.") or n.endswith("num_batches_tracked")}
+    weights = defaults | weights
     if any(mismatch := Mismatch.of(expected, weights)):
         remedy = (
             "Its names are those of another library: set teacher.source to torchvision:NAME or timm:NAME."

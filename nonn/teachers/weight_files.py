@@ -130,13 +130,13 @@ def select_weights(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
     UserError
         There is none, or several under names that do not tell which.
     """
-    found = dict(_state_dicts(content, ""))
-    if not found:
+    state_dicts = dict(_state_dicts(content, ""))
+    if not state_dicts:
         raise UserError(f"{path}: holds no state dict. {REMEDY}")
-    averaged = [name for name in found if any(part in AVERAGED for part in name.split("."))]
-    plain = [name for name in found if name not in averaged]
-    known = [name for name in plain if name == "" or name.split(".")[-1] in PLAIN]
-    preferred = (averaged or known or plain) if ema else (known or plain or averaged)
+    averaged = [name for name in state_dicts if any(part in AVERAGED for part in name.split("."))]
+    plain = [name for name in state_dicts if name not in averaged]
+    usual = [name for name in plain if name == "" or name.split(".")[-1] in PLAIN]
+    preferred = (averaged or usual or plain) if ema else (usual or plain or averaged)
     if len(preferred) > 1 and preferred is plain:
         raise UserError(
             f"{path}: holds several state dicts ({', '.join(map(repr, plain[:4]))}). Save the teacher's alone: "
@@ -146,7 +146,7 @@ def select_weights(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
     if averaged and plain:
         kind, other = ("averaged weights", "false") if chosen in averaged else ("weights of the last step", "true")
         log(f"{path}: takes the {kind} ({chosen or 'top level'}); teacher.ema: {other} takes the others")
-    return {name: tensor for name, tensor in found[chosen].items() if name not in COUNTERS}
+    return {name: tensor for name, tensor in state_dicts[chosen].items() if name not in COUNTERS}
 
 
 def _rank(name: str) -> int:
@@ -202,20 +202,20 @@ def strip_prefixes(weights: dict[str, Tensor], expected: Iterable[str], path: Pa
     Each prefix may come off several times; the names that fit the model best are taken. What lies beside the model in
     its wrapper, such as the weights of a loss, is left out, and a line says so.
     """
-    wanted, best = set(expected), weights
+    expected_names, best = set(expected), weights
     queue, seen = [weights], {frozenset(weights)}
     while queue:
         current = queue.pop()
-        if len(wanted & current.keys()) > len(wanted & best.keys()):
+        if len(expected_names & current.keys()) > len(expected_names & best.keys()):
             best = current
         for prefix in PREFIXES:
             inner = {n.removeprefix(prefix): t for n, t in current.items() if n.startswith(prefix)}
             if inner and frozenset(inner) not in seen:
                 seen.add(frozenset(inner))
                 queue.append(inner)
-    left = len([name for name in weights if name not in COUNTERS]) - len(best)
-    if left > 0:
-        log(f"{path}: {left} tensors outside the model are left out")
+    n_left_out = len([name for name in weights if name not in COUNTERS]) - len(best)
+    if n_left_out > 0:
+        log(f"{path}: {n_left_out} tensors outside the model are left out")
     return best
 
 
@@ -249,8 +249,8 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
     """
     expected = model.state_dict()
     weights = strip_prefixes(weights, expected, path)
-    given = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
-    weights = {**given, **weights}
+    counters = {n: t for n, t in expected.items() if n.endswith("num_batches_tracked")}
+    weights = {**counters, **weights}
     mismatch = Mismatch.of(expected, weights)
     if (misshapen := mismatch.misshapen) and not (mismatch.missing or mismatch.unknown):
         if {n.rpartition(".")[0] for n in misshapen} == {head} and all(weights[n].dim() for n in misshapen):
@@ -276,17 +276,17 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path | str | N
         ) from error
 
 
-def other_classes(where: Path | str, found: int, n_classes: int) -> UserError:
+def other_classes(where: Path | str, n_outputs: int, n_classes: int) -> UserError:
     """The teacher tells other classes than the data set has."""
     return UserError(
-        f"{where}: the teacher has {found} outputs, and {n_classes} classes are expected. "
-        f"{remedy_of_outputs(found, n_classes)}"
+        f"{where}: the teacher has {n_outputs} outputs, and {n_classes} classes are expected. "
+        f"{remedy_of_outputs(n_outputs, n_classes)}"
     )
 
 
-def remedy_of_outputs(found: int | None, n_classes: int | None) -> str:
+def remedy_of_outputs(n_outputs: int | None, n_classes: int | None) -> str:
     """What to do about a last layer of another number of outputs."""
-    if (found, n_classes) == (1, 2):
+    if (n_outputs, n_classes) == (1, 2):
         return "Give its last layer two outputs, one for each class: a row of zeros, and the one that it has."
     return (
         "Fine-tune its last layer on the classes of the data set, or list the names of all its outputs, in order, in "

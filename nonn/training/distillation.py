@@ -66,16 +66,16 @@ class TransferSet:
 
     def signals_for(self, spec: StudentSpec) -> dict[str, Tensor]:
         """The signals that a student's loss is made of, by name; of the pooled activations its own filters."""
-        wanted = {}
+        signals = {}
         if spec.kd_weight:
-            wanted["logits"] = self.signals["logits"]
+            signals["logits"] = self.signals["logits"]
         if spec.transfer_weight:
-            wanted["pooled"] = self.signals["pooled"][..., spec.filters]
+            signals["pooled"] = self.signals["pooled"][..., spec.filters]
         if spec.attention_weight:
-            wanted |= {name: self.signals[name] for name in self.stages}
+            signals |= {name: self.signals[name] for name in self.stages}
         if self.kept is not None:
-            wanted = {name: signal[:, self.kept] for name, signal in wanted.items()}
-        return {name: signal.to(self.storage) for name, signal in wanted.items()}
+            signals = {name: signal[:, self.kept] for name, signal in signals.items()}
+        return {name: signal.to(self.storage) for name, signal in signals.items()}
 
     def batch(self, index: Tensor, epoch: int, signals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Images (B, channels, H, W) as an epoch sees them, labels (B,), and those of `signals` (K, N, …)."""
@@ -108,13 +108,13 @@ def distill_student(
     n_filters = len(spec.filters) if spec.filters else None
     student = ConvNet(spec.architecture, data.channels, data.n_classes, n_filters, mean=data.mean, std=data.std)
     whiten(student, data.subset("train")[0])
-    wanted = transfer_set.signals_for(spec)
+    student_signals = transfer_set.signals_for(spec)
 
     def batch_of(index: Tensor, epoch: int) -> tuple[Tensor, ...]:
-        return transfer_set.batch(index, epoch, list(wanted.values()))
+        return transfer_set.batch(index, epoch, list(student_signals.values()))
 
     def loss_of(images: Tensor, labels: Tensor, *signals: Tensor) -> Tensor:
-        teacher_signals = dict(zip(wanted, (signal.float() for signal in signals), strict=True))
+        teacher_signals = dict(zip(student_signals, (signal.float() for signal in signals), strict=True))
         with mixed_precision(device):
             maps = student.stage_maps(images)
             features, logits = student.read_out(maps[-1])

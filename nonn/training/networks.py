@@ -345,8 +345,8 @@ def predict(
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = images.split(scaled_batch_size(batch_size, images.shape[-1]))
     outputs = (dict(zip(("features", "logits"), model(batch.to(device)), strict=True)) for batch in batches)
-    found = concatenated(outputs, len(images))
-    return found["features"].float().cpu(), found["logits"].float().cpu()
+    whole = concatenated(outputs, len(images))
+    return whole["features"].float().cpu(), whole["logits"].float().cpu()
 
 
 def concatenated(batches: Iterable[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
