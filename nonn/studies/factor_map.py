@@ -43,7 +43,7 @@ DRAW_SEED = 0
 
 @dataclass(frozen=True)
 class Point:
-    """One value of one factor, in parts of the experiment's; what it comes to is in the other fields."""
+    """One value of one factor, as a multiple of the experiment's; the other fields hold the resulting settings."""
 
     factor: str
     value: float

@@ -1,7 +1,7 @@
-"""Augmented views of images, in bulk, each a function of the image's index, the view and a seed.
+"""Augmented views of batches of images, each a function of the image's index, the view and a seed.
 
-The teacher's signals are computed once for a fixed number of views. Since a view can be drawn
-again from its number, a student sees exactly the pixels that the teacher saw.
+The teacher's signals are computed once for a fixed number of views. Since a view can be drawn again from its number, a
+student sees exactly the pixels that the teacher saw.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import Tensor
 from nonn.core.params import Augment
 from nonn.data.image_store import Images
 
-#: What cutout paints.
+#: The grey level that cutout paints.
 MID_GREY = 128
 
 
 @dataclass(frozen=True)
 class View:
-    """How each of N images is cropped and mirrored, of shape (N,), and what is cut out of it.
+    """How each of N images is cropped and mirrored, tensors of shape (N,), and what is cut out of it.
 
-    `hole` of shape (N, 2) places the square that cutout hides: its top and left as shares, in
-    [0, 1), of the places there are. It is None without cutout.
+    `hole`, of shape (N, 2), places the square that cutout hides: its top and left as shares, in [0, 1), of the possible
+    places. It is None without cutout.
     """
 
     top: Tensor
@@ -48,8 +48,8 @@ class View:
 def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
     """Draw view number `view` of `n_images` images.
 
-    Mirroring alternates: an image that is mirrored in one view is not in the next, so any two
-    consecutive views show both (https://github.com/KellerJordan/cifar10-airbench).
+    Mirroring alternates: an image that is mirrored in one view is not mirrored in the next, so any two consecutive
+    views show both (https://github.com/KellerJordan/cifar10-airbench).
     """
     once = torch.Generator().manual_seed(seed)
     mirrored = torch.randint(2, (n_images,), generator=once).bool()
@@ -67,10 +67,10 @@ def apply_view(
 
     `images` are uint8 of shape (N, channels, H, W). `augment` is the one that the view was drawn with: ``pad`` pixels
     of reflected border, within which the crop moves, and ``cutout``, the side in pixels of a square that is painted
-    mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it). Pixels are those of
-    images of `drawn_for` pixels a side, None for these ones: in larger images of the same pictures everything moves
-    by as many pixels more, to the nearest one. Images on a GPU, where the view and the index have to be too, become
-    float16, which holds the same values: PyTorch pads no bytes there.
+    mid-grey (https://arxiv.org/abs/1708.04552; here wholly inside the image, as airbench96 has it). Both count pixels
+    of images of `drawn_for` pixels a side, by default of these ones: in larger images of the same pictures, distances
+    are scaled and rounded to whole pixels. Images on a GPU become float16, which holds the same values, since PyTorch
+    does not pad bytes there; the view and the index have to be on that GPU too.
     """
     height, width = images.shape[2:]
     scale = width / (drawn_for or width)
@@ -86,7 +86,7 @@ def apply_view(
 
 
 def _scaled(pixels: Tensor, scale: float) -> Tensor:
-    """Whole numbers of pixels in an image that is `scale` times as large."""
+    """Whole numbers of pixels, in an image that is `scale` times as large."""
     return pixels if scale == 1 else (pixels * scale).round().long()
 
 

@@ -1,4 +1,4 @@
-"""State of an unfinished training, so that a killed one goes on where it was."""
+"""State of an unfinished training, from which a killed one is resumed."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ from nonn.data.tensors import read_tensors, write_tensors
 
 #: What decides how a training goes, apart from its settings and inputs.
 CODE = sorted(Path(__file__).parent.glob("*.py"))
-
-
-#: Name of the checksum of all other tensors of a checkpoint: a damaged one would train on to other weights.
+#: Name of the checksum of all other tensors of a checkpoint: resumed from damaged ones, a training would end elsewhere.
 DIGEST = "digest"
 
 
@@ -39,8 +37,8 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
 class Checkpoint:
     """State of an unfinished training, kept outside the outputs, which DVC and Snakemake delete.
 
-    The file is named by a hash of everything the training depends on, so that a checkpoint of
-    other settings, inputs or code is never resumed.
+    The file is named by a hash of everything that the training depends on, so a checkpoint of other settings, inputs or
+    code is never resumed.
     """
 
     path: Path
@@ -79,7 +77,7 @@ class Checkpoint:
             sound = torch.equal(tensors.pop(DIGEST, torch.empty(0)), _digest(tensors))
         except UserError:
             sound = False
-        if not sound:  # what is lost is time, and the outcome is the same
+        if not sound:  # that costs time, and the outcome is the same
             say(f"{self.path}: damaged; the training begins anew")
             remove(self.path)
             return []

@@ -1,7 +1,7 @@
 """Knowledge distillation: training one student of a network, with one seed, against the teacher's signals.
 
-Each job is independent of every other: it knows its architecture, its filters and its seed. The student's head is used
-in training and as the start of the final layer; only the feature vector leaves the device.
+Each job is independent of all others: it knows its architecture, its filters and its seed. The student's head serves in
+training and as the start of the final layer; only the feature vector leaves the device.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class StudentSpec:
 class TransferSet:
     """Training images and the teacher's signals, view by view, shared by the students of a job.
 
-    The term is that of https://arxiv.org/abs/1503.02531. `signals` are those of all images that the teacher saw. Where
-    `data` has a part of them for training, `kept` are the positions of these, for students have to see each image as
-    the teacher did.
+    The term is from https://arxiv.org/abs/1503.02531. `signals` are those of all images that the teacher saw. If `data`
+    has only some of these for training, `kept` holds their positions, since students have to see each image as the
+    teacher did.
     """
 
     def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals, kept: Tensor | None = None):
@@ -58,14 +58,14 @@ class TransferSet:
         self._view = lru_cache(maxsize=1)(self.view)  # an epoch sees one view
 
     def view(self, epoch: int) -> tuple[int, View]:
-        """Number and crops of the view an epoch sees: the K views in turn."""
+        """Number and crops of the view that an epoch sees: the K views take turns."""
         number = epoch % self.params.views
         n_drawn = len(self.images) if self.kept is None else self.signals["logits"].shape[1]
         view = draw_view(n_drawn, number, self.params.augment, self.params.seed)
         return number, (view if self.kept is None else view.of(self.kept)).to(self.storage)
 
     def signals_for(self, spec: StudentSpec) -> dict[str, Tensor]:
-        """The signals that a student's loss is made of, by name; of the pooled activations its own filters."""
+        """The signals in a student's loss, by name; of the pooled activations, only those of its filters."""
         signals = {}
         if spec.kd_weight:
             signals["logits"] = self.signals["logits"]
@@ -78,7 +78,7 @@ class TransferSet:
         return {name: signal.to(self.storage) for name, signal in signals.items()}
 
     def batch(self, index: Tensor, epoch: int, signals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Images (B, channels, H, W) as an epoch sees them, labels (B,), and those of `signals` (K, N, …)."""
+        """Images (B, channels, H, W) as an epoch sees them, and their labels (B,) and `signals` (K, N, …)."""
         number, view = self._view(epoch)
         index = index.to(self.storage)
         images = apply_view(self.images, view, index, self.params.augment)

@@ -17,14 +17,14 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pick_device() -> torch.device:
-    """The GPU, where there is one and the same bytes are not asked for everywhere; otherwise the processor."""
+    """The GPU if there is one and `numerics` is not ``portable``; otherwise the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() and not is_portable() else "cpu")
 
 
 def resident(images: Images, device: torch.device) -> tuple[Tensor | Images, torch.device]:
-    """Images where a training on `device` reads them, and where that is: a GPU of which they take a quarter at most.
+    """The images and the device that holds them: the GPU if they fill at most a quarter of its free memory, or the CPU.
 
-    Indices into them have to be there too.
+    Indices into the images have to be on the same device.
     """
     if device.type != "cuda" or math.prod(images.shape) > torch.cuda.mem_get_info(device)[0] / 4:
         return images, torch.device("cpu")
@@ -32,10 +32,10 @@ def resident(images: Images, device: torch.device) -> tuple[Tensor | Images, tor
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep large blocks that it frees, for the next step of a training.
+    """Let the process keep the large blocks that it frees, for the next training step.
 
-    By default glibc hands them back to the kernel, which then clears every page of every activation
-    again: up to a fifth of the processor time of a step.
+    By default glibc returns them to the kernel, which then clears every page of every activation again. That takes up
+    to a fifth of the processor time of a step.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -32,7 +32,7 @@ Log = list[dict[str, float]]
 
 
 def epoch_order(n_images: int, epoch: int, seed: int) -> Tensor:
-    """Order of the images in an epoch, a function of epoch and seed alone: resuming needs no generator state."""
+    """Order of the images in an epoch, a function of epoch and seed alone, so resuming needs no generator state."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n_images, generator=generator)
 
@@ -60,7 +60,7 @@ def train(
     a last batch that is not full is left out of its epoch. The images and labels of `validation` are scored after each
     epoch, for the log only: nothing is selected. `schedule` is that `section` of ``params.yaml``. The checkpoint is
     written after each epoch, on a GPU after every `GPU_CHECKPOINT_EPOCHS`-th; the caller discards it once the outputs
-    are in place. A `proxy` that `batch_of` selects images with is on the same schedule and in the same checkpoint.
+    are in place. A `proxy`, with which `batch_of` selects images, has the same schedule and checkpoint.
     """
     trained = nn.ModuleList([model, *([proxy] if proxy else [])]).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizers = make_optimizers(model, schedule)

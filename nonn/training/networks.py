@@ -5,22 +5,22 @@ them differently. It returns its *feature vector* (the spatial mean of its last 
 
     image -> stem -> stages -> [bridge] -> spatial mean -> head
 
-The **bridge** of a student is a 1×1 convolution to as many channels as the filters of the teacher
-it learns to imitate; its feature vector is all that leaves the device. A teacher has no bridge.
+The **bridge** of a student is a 1×1 convolution to one channel for each filter of the teacher that it is to imitate;
+its feature vector is all that leaves the device. A teacher has no bridge.
 
-A network with ``mirror`` sees each image twice when it is not in training, once as its mirror image,
-and answers with the mean: more accurate, at twice the operations and no further weights.
+Outside of training, a network with ``mirror`` sees each image and its mirror image, and answers with the mean: more
+accurate, at twice the operations and without further weights.
 
 Families
 --------
 fast
-    Three to six stages of 3×3 convolutions, each pooled right after its first convolution, in the manner
-    of https://github.com/KellerJordan/cifar10-airbench.
+    Three to six stages of 3×3 convolutions, each pooled right after its first convolution, after
+    https://github.com/KellerJordan/cifar10-airbench.
 airbench
-    The same with what makes a short training go far: a first layer that whitens, filters that begin
-    as identities, GELU, batch norm without scales. From depth 3 on, a shortcut passes by all but
-    the first convolution of a stage, as in airbench96. Where it is ``strided``, the first stage
-    skips every second pixel in place of pooling: the largest map of the network is never made.
+    The same with what makes short trainings accurate: a first layer that whitens, filters that begin as identities,
+    GELU, batch norm without scales. From depth 3 on, a shortcut skips all but the first convolution of a stage, as in
+    airbench96. With ``strided``, the first stage skips every second pixel instead of pooling, so that the largest map
+    of the network is never made.
 wrn
     Wide ResNets WRN-d-k (https://arxiv.org/abs/1605.07146), the paper's teachers and students.
 resnet
@@ -91,14 +91,14 @@ def fast_body(channels: int, architecture: Architecture) -> tuple[nn.Module, lis
 
 
 def identity_convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    """A convolution whose first filters hand on its inputs as they are; the others begin at random."""
+    """A convolution whose first filters begin as the identity, and the others at random."""
     layer = convolution(inputs, outputs, stride=stride)
     nn.init.dirac_(layer.weight[: min(inputs, outputs)])
     return layer
 
 
 def unscaled_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm with a bias alone, whose statistics follow a short training closely."""
+    """Batch norm with a bias and without a scale, whose statistics follow a short training closely."""
     norm = nn.BatchNorm2d(channels, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
@@ -200,7 +200,7 @@ def relu6_convolution(
 
 
 class InvertedResidual(nn.Module):
-    """Block of a MobileNetV2: widen by a 1×1 convolution, filter each channel by itself, narrow without rectifying."""
+    """Block of a MobileNetV2: widen by a 1×1 convolution, filter each channel alone, narrow without ReLU."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, expansion: int):
         super().__init__()
@@ -291,7 +291,7 @@ class ConvNet(nn.Module):
 
 @torch.no_grad()
 def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000) -> None:
-    """Set the first layer of family airbench in place; a network of another family stays as it is.
+    """Set the first layer of a network of family airbench in place; other networks stay as they are.
 
     Its filters are the eigenvectors of the covariance of patches of at most `n_images` training images, uint8 of shape
     (N, channels, H, W), divided by the standard deviation in their direction, and their opposites: the outputs have no
@@ -308,7 +308,7 @@ def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000) -> Non
 
 
 def deployed(model: ConvNet) -> ConvNet:
-    """What a device runs, as a copy: a student with a bridge leaves its training head behind."""
+    """A copy as a device runs it: a student with a bridge has no training head there."""
     model = copy.deepcopy(model)
     if not isinstance(model.bridge, nn.Identity):
         model.head = nn.Identity()  # type: ignore[assignment]
@@ -340,7 +340,7 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Feature vectors (N, n_features) and logits (N, C) of uint8 images (N, channels, H, W), in float32.
 
-    Of a `ConvNet`, or of a teacher that is called as one.
+    The model is a `ConvNet`, or a teacher that is called like one.
     """
     model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     batches = images.split(scaled_batch_size(batch_size, images.shape[-1]))
@@ -352,8 +352,8 @@ def predict(
 def concatenated(batches: Iterable[Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
     """The tensors of all batches, of `count` images together, each as one.
 
-    Written in place: small tensors that stay between large ones that go would keep the memory of these from being used
-    again, a megabyte for each batch.
+    They are written in place. Small tensors that are kept between large ones that are freed would fragment the memory,
+    by a megabyte for each batch.
     """
     whole: dict[str, Tensor] = {}
     end = 0

@@ -18,9 +18,9 @@ from nonn.core.params import Schedule
 
 
 class WithoutDynamo(torch.optim.Optimizer):
-    """Optimizer without ``torch._dynamo``, whose import takes seconds: as long as a small training.
+    """Optimizer that does not import ``torch._dynamo``, which takes as many seconds as a small training.
 
-    PyTorch's own import it to exclude themselves from compiled code, which nobody makes of them here.
+    PyTorch's optimizers import it to exclude themselves from compilation, and nothing is compiled here.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -71,8 +71,8 @@ ITERATIONS = 3
 def orthogonalize(matrix: Tensor) -> Tensor:
     """About U·Vᵀ of a matrix U·S·Vᵀ: all singular values are brought near one, roughly 0.5 to 1.5.
 
-    Newton–Schulz iterations in bfloat16, whose error is far below that spread, unless the same bytes are asked for on
-    every processor; the result has the matrix's dtype. Small singular values, under about a hundredth of the Frobenius
+    Newton–Schulz iterations, in bfloat16, whose error is far below that spread, unless `numerics` is ``portable``; the
+    result has the matrix's dtype. Small singular values, under about a hundredth of the Frobenius
     norm, remain small.
     """
     a, b, c = QUINTIC

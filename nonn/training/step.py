@@ -1,7 +1,7 @@
 """One step of a training: run operation by operation, or on a GPU recorded once and replayed as a whole.
 
-A step of a student is a few hundred short operations, which a processor hands to a GPU more slowly than that works them
-off. A CUDA graph hands over all of them at once: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+A step of a student is a few hundred short operations, which a CPU launches more slowly than a GPU executes them. A CUDA
+graph launches all of them at once: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
 from __future__ import annotations
