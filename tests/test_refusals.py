@@ -24,7 +24,7 @@ from nonn.data.tensors import read_tensors, write_tensors
 from nonn.method.filter_graph import load_graph
 from nonn.method.loading import load_baseline, load_network, load_students
 from nonn.runtime.session import open_session
-from nonn.stages import baseline, benchmark, design, distill, graph, partition
+from nonn.stages import baseline, benchmark, design, distill, figures, graph, partition
 from nonn.teachers.loading import load_teacher
 from nonn.testbed.distributed import TrialBed
 from nonn.training.loading import load_signals
@@ -207,6 +207,12 @@ def test_damaged_and_foreign_artifacts_are_named_with_the_remedy(experiment, par
             assert "Delete it and run the pipeline again." in said or "fit no students" in said, said
             assert len(said.splitlines()) == 1
         path.write_bytes(sound)
+
+
+def test_an_evaluation_of_a_former_version_is_refused(experiment, params):
+    write_json(experiment.evaluation, {"n_test": 30, "rows": [], "missing": [], "missing_strategies": []})
+    with pytest.raises(UserError, match=r"evaluation\.json: damaged \(calibration: Field required\)"):
+        figures.run(params, experiment)
 
 
 def save(tensors) -> bytes:

@@ -109,6 +109,7 @@ class Evaluation(TypedDict):
     rows: list[dict[str, Any]]
     missing: list[dict[str, Any]]
     missing_strategies: list[dict[str, Any]]
+    calibration: list[dict[str, Any]]
 
 
 class ModelFile(TypedDict):
@@ -136,7 +137,7 @@ class Latency(TypedDict):
 class BenchmarkInfo(TypedDict):
     """``benchmark/NAME.json``."""
 
-    system: NotRequired[dict[str, Any]]
+    system: dict[str, Any]
     models: Annotated[dict[str, Latency], Field(min_length=1)]
 
 

@@ -2,7 +2,7 @@
 
 ``portable`` calculates in float32 on the processor, with kernels of AVX2 alone, a fixed number of threads, and the code
 path of MKL that does not ask who made the processor. ``fast`` takes what the machine offers: a GPU, bfloat16, AVX-512.
-Libraries read these limits from the environment when they are loaded, so `choose` comes before their import.
+Libraries read these limits from the environment when they are loaded, so `set_numerics` comes before their import.
 """
 
 from __future__ import annotations

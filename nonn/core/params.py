@@ -1,7 +1,7 @@
 """The schema of ``params.yaml``: every section, its types and bounds, and how sections agree.
 
-One class a section, of the same name as the stage that reads it. Anything unknown or impossible
-is refused with the key and the remedy before a stage runs.
+Each section has a class. Anything unknown or impossible is refused, with the key and the remedy,
+before a stage runs.
 """
 
 from __future__ import annotations
