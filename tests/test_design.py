@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nonn.commands.use import merge_experiment
 from nonn.core.architecture import MOST_CHANNELS, Architecture
+from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
@@ -31,23 +32,23 @@ from nonn.training.networks import ConvNet
 FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
 MOBILENET = Design(family="mobilenet", depths=[1, 2], min_width=4, max_width=20, step=1, precision="int8")
 WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, precision="float32")
-INFO = {"channels": 1, "size": 28, "classes": ["a", "b", "c"]}
+IMAGES = ImageSpec(channels=1, size=28, n_classes=3)
 AMPLE = Budget(memory_kib=10_000, mmacs=1000)
 
 
 def all_students(grid: Design, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
     architectures = [
-        architecture for depth in grid.depths for architecture in candidates_of_depth(grid, depth, INFO["size"])
+        architecture for depth in grid.depths for architecture in candidates_of_depth(grid, depth, IMAGES.size)
     ]
     return [
-        (a, measure_cost(ConvNet(a, INFO["channels"], len(INFO["classes"]), n_filters), 1, 28, grid.precision))
+        (a, measure_cost(ConvNet(a, IMAGES.channels, IMAGES.n_classes, n_filters), 1, 28, grid.precision))
         for a in architectures
     ]
 
 
 def find_student(grid: Design, device: Budget, n_filters: int | None):
-    return design_student(grid, device, INFO, n_filters)
+    return design_student(grid, device, IMAGES, n_filters)
 
 
 # Sizes
@@ -161,7 +162,7 @@ def test_a_wider_mobilenet_costs_more(size):
 def test_a_microcontroller_holds_a_mobilenet_for_96_pixels():
     device = Budget(memory_kib=320, mmacs=20)
     grid = MOBILENET.model_copy(update={"max_width": 64})
-    architecture, cost = design_student(grid, device, {"channels": 3, "size": 96, "classes": [""] * 10}, 48)
+    architecture, cost = design_student(grid, device, ImageSpec(3, 96, 10), 48)
     assert len(architecture.widths) == 4
     assert device.fits(cost)
     assert cost.macs > 5e6, "not the smallest"
@@ -223,7 +224,7 @@ def test_a_target_limits_a_student_by_the_speed_of_its_device():
 
 def test_devices_that_differ_get_filters_in_proportion_to_what_they_can_hold():
     devices = [Budget(memory_kib=40, mmacs=20), Budget(memory_kib=120, mmacs=20)]
-    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    sizes, designs = design_network(FAST, devices, IMAGES, n_live=40)
     capacities = [find_student(FAST, device, 1)[0].n_features for device in devices]
     assert sizes == apportion(40, capacities)
     assert sizes[0] < sizes[1]
@@ -239,7 +240,7 @@ def test_widths_that_no_student_may_have_are_refused():
     for grid, most in ((FAST, MOST_CHANNELS), (WRN, 256)):  # the last stage of FAST is four times as wide as the first
         wide = grid.model_copy(update={"min_width": 5000, "max_width": 6000})
         with pytest.raises(UserError, match=rf"design\.min_width: 5000 .* the widest are of {most}"):
-            design_student(wide, Budget(memory_kib=10**6), INFO, 8)
+            design_student(wide, Budget(memory_kib=10**6), IMAGES, 8)
 
 
 WIDE = Design(family="fast", depths=[2], min_width=4, max_width=128, step=1, precision="float32")
@@ -253,37 +254,37 @@ WIDE = Design(family="fast", depths=[2], min_width=4, max_width=128, step=1, pre
     ],
 )
 def test_memory_that_no_student_can_use_earns_no_filters(grid, budgets, n_live):
-    sizes = apportion_filters(grid, budgets, INFO, n_live)
+    sizes = apportion_filters(grid, budgets, IMAGES, n_live)
     assert sum(sizes) == n_live
     assert min(sizes) >= 4
     assert max(sizes) < 0.9 * n_live
     assert "lopsided: " in imbalance_warning(sizes, budgets)
     ample = [replace(budget, memory_kib=10 * budget.total_kib) for budget in budgets if budget.total_kib > 50_000]
-    assert apportion_filters(grid, [*ample, *ample], INFO, 64) == [32, 32] * len(ample)
+    assert apportion_filters(grid, [*ample, *ample], IMAGES, 64) == [32, 32] * len(ample)
 
 
 def test_a_student_of_one_filter_is_the_last_resort():
     budgets = [Budget(memory_kib=60, mmacs=20), *[AMPLE] * 3]
-    assert min(apportion_filters(WIDE, budgets, INFO, 8)) == 2
-    assert sorted(apportion_filters(WIDE, budgets, INFO, 7)) == [1, 2, 2, 2]
+    assert min(apportion_filters(WIDE, budgets, IMAGES, 8)) == 2
+    assert sorted(apportion_filters(WIDE, budgets, IMAGES, 7)) == [1, 2, 2, 2]
 
 
 @given(n_live=st.integers(8, 300), n_devices=st.integers(2, 8))
 def test_equal_devices_share_equally(n_live, n_devices):
-    sizes = apportion_filters(FAST, [AMPLE] * n_devices, INFO, n_live)
+    sizes = apportion_filters(FAST, [AMPLE] * n_devices, IMAGES, n_live)
     assert sizes == apportion(n_live, [1] * n_devices)
     assert imbalance_warning(sizes, [AMPLE] * n_devices) is None
 
 
 def test_a_limit_on_compute_counts_as_much_as_memory():
     slow, small = Budget(memory_kib=10_000, mmacs=1), Budget(memory_kib=60, mmacs=1000)
-    sizes = apportion_filters(WIDE, [slow, small, AMPLE], INFO, 64)
+    sizes = apportion_filters(WIDE, [slow, small, AMPLE], IMAGES, 64)
     assert sizes[2] > max(sizes[:2])
 
 
 def test_every_baseline_has_its_budget():
     devices = [Budget(memory_kib=60, mmacs=20), Budget(memory_kib=40, mmacs=20)]
-    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    sizes, designs = design_network(FAST, devices, IMAGES, n_live=40)
     students = [designs["0"][0], designs["1"][0]]
     for method in ("random", "contiguous", "classwise"):
         assert designs[method] == students
@@ -299,10 +300,10 @@ def test_every_baseline_has_its_budget():
 
 
 def test_a_baseline_that_does_not_fit_does_not_keep_others_from_it(tmp_path):
-    smallest = ConvNet(candidates_of_depth(FAST, 1, INFO["size"])[0], INFO["channels"], len(INFO["classes"]), 5)
-    needed = measure_cost(smallest, INFO["channels"], INFO["size"])
+    smallest = ConvNet(candidates_of_depth(FAST, 1, IMAGES.size)[0], IMAGES.channels, IMAGES.n_classes, 5)
+    needed = measure_cost(smallest, IMAGES.channels, IMAGES.size)
     devices = [Budget(memory_kib=needed.memory_bytes / 1024, mmacs=20)] * 8
-    sizes, designs = design_network(FAST, devices, INFO, n_live=40)
+    sizes, designs = design_network(FAST, devices, IMAGES, n_live=40)
     assert sizes == [5] * 8
     assert designs["0"]
     assert designs["full"] == []
@@ -318,7 +319,7 @@ def test_combined_budget_is_the_sum():
 
 def test_more_devices_than_filters_are_refused():
     with pytest.raises(UserError, match="3 devices share 2 live filters; take fewer devices or a wider teacher"):
-        design_network(FAST, [AMPLE] * 3, INFO, n_live=2)
+        design_network(FAST, [AMPLE] * 3, IMAGES, n_live=2)
 
 
 # The grid

@@ -7,6 +7,7 @@ import torch
 from experiments import read_subset
 
 from nonn.core.architecture import Architecture
+from nonn.core.artifacts import ImageSpec
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, TEMPORARY, read_json, write_json
 from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Augment
@@ -279,7 +280,7 @@ def test_dead_filters_are_left_to_nobody(params, experiment, specs):
     """A teacher with 32 filters of which 30 are alive: every student transfers 30 in `full`."""
     devices = params.budgets_of("2s")
     info = read_json(experiment.dataset_info)
-    _, designs = design_network(params.design, devices, info, n_live=30)
+    _, designs = design_network(params.design, devices, ImageSpec.of(info), n_live=30)
     live = [f for f in range(32) if f not in (3, 17)]
     write_json(experiment.design("2s", "full"), designs["full"])
     write_json(experiment.partition("2s", "full"), {"sets": [live, live]})

@@ -14,7 +14,7 @@ from nonn.core.files import read_json, write_json
 from nonn.core.jobs import write_jobs
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.method.feasibility import check_budgets, known_filters, known_images
+from nonn.method.feasibility import check_budgets, known_dataset, known_filters
 
 NOTHING = Paths("nothing")
 
@@ -101,17 +101,17 @@ def test_every_network_that_cannot_be_gets_a_line():
 
 
 def test_what_is_known_is_used_as_long_as_it_is_of_these_parameters(params, experiment):
-    assert known_images(params, experiment)["channels"] == 1
+    assert known_dataset(params, experiment)["channels"] == 1
     assert known_filters(params, experiment) == read_json(experiment.graph_info)["n_live"]
     assert check_budgets(params, experiment) == []
     larger = params.model_copy(update={"dataset": params.dataset.model_copy(update={"size": 64})})
-    assert known_images(larger, experiment) is None
+    assert known_dataset(larger, experiment) is None
     architecture = params.teacher.architecture.model_copy(update={"depth": 2})
     other = params.model_copy(update={"teacher": params.teacher.model_copy(update={"architecture": architecture})})
     assert known_filters(other, experiment) is None
     info = read_json(experiment.dataset_info)
     write_json(experiment.dataset_info, info | {"source": "elsewhere"})
-    assert known_images(params, experiment) is None
+    assert known_dataset(params, experiment) is None
 
 
 def test_filters_that_are_too_few_do_not_keep_a_better_teacher_from_being_trained(params, experiment):

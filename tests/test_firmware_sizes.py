@@ -9,6 +9,7 @@ from experiments import REPOSITORY
 
 from nonn.commands.use import merge_experiment
 from nonn.core.architecture import Architecture
+from nonn.core.artifacts import ImageSpec
 from nonn.core.errors import UserError
 from nonn.core.params import Design, Device, Params
 from nonn.firmware.build import COMPILER, compile_sources, copy_sources, link
@@ -30,7 +31,7 @@ STUDENTS = [
 LARGE = Architecture(family="airbench", widths=[64, 112, 104], depth=2, mirror=True, strided=True)
 LARGE_FILTERS = 96
 GRID = Design(family="airbench", depths=[1, 2], min_width=4, max_width=64, step=1, precision="int8", mirror=True)
-INFO = {"channels": 3, "size": 32, "classes": [""] * 10}
+IMAGES = ImageSpec(channels=3, size=32, n_classes=10)
 
 
 def linked(student, target, folder):
@@ -65,7 +66,7 @@ def large_params(monkeypatch) -> Params:
 def test_four_microcontrollers_of_512_kib_hold_students_for_cifar10(large_params):
     budgets = large_params.budgets_of("4s")
     assert [budget.flash_kib + budget.ram_kib for budget in budgets] == [512] * 4
-    sizes, designs = design_network(large_params.design, budgets, INFO, n_live=4 * LARGE_FILTERS)
+    sizes, designs = design_network(large_params.design, budgets, IMAGES, n_live=4 * LARGE_FILTERS)
     assert sizes == [LARGE_FILTERS] * 4
     (found,) = designs["0"]
     assert Architecture.model_validate(found["architecture"]) == LARGE
@@ -99,7 +100,7 @@ def test_one_kib_too_few_fails_at_design(memory, tmp_path):
 
     def design(**memory):
         budget = Device(board="stm32h743", **memory).budget("mine", "int8")
-        return design_student(smallest, budget, INFO, 8)
+        return design_student(smallest, budget, IMAGES, 8)
 
     with pytest.raises(UserError) as refusal:
         design(**{memory: 1})
@@ -115,7 +116,7 @@ def test_one_kib_too_few_fails_at_design(memory, tmp_path):
 
 def test_a_microcontroller_gets_the_largest_student_whose_firmware_fits():
     budget = Device(board="stm32h743", flash_kib=256).budget("mine", "int8")
-    sizes, designs = design_network(GRID, [budget, budget], INFO, n_live=64)
+    sizes, designs = design_network(GRID, [budget, budget], IMAGES, n_live=64)
     assert sizes == [32, 32]
     (found,) = designs["0"]
     architecture = Architecture.model_validate(found["architecture"])
@@ -137,7 +138,7 @@ def test_ram_counts_as_far_as_its_largest_block_goes():
     with pytest.raises(
         UserError, match=r"ram_kib is 512 KiB, [\d,]+ KiB less .*no block of RAM beyond 512 KiB: choose another"
     ):
-        design_student(grid, budget, INFO | {"size": 128}, 8)
+        design_student(grid, budget, IMAGES._replace(size=128), 8)
 
 
 def test_other_devices_and_precisions_count_as_before():
@@ -146,5 +147,5 @@ def test_other_devices_and_precisions_count_as_before():
         (Device(board="esp32s3").budget("mine", "int8"), "int8"),
         (Device(board="stm32h743").budget("mine", "float32"), "float32"),
     ):
-        _, designs = design_network(GRID.model_copy(update={"precision": precision}), [budget] * 2, INFO, n_live=64)
+        _, designs = design_network(GRID.model_copy(update={"precision": precision}), [budget] * 2, IMAGES, n_live=64)
         assert "firmware" not in designs["0"][0]

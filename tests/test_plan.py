@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from nonn.cli import main
+from nonn.core.artifacts import ImageSpec
 from nonn.core.boards import OWN_FILE, Range, find_board, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
@@ -23,12 +24,12 @@ from nonn.method.planning import Planner, board_budget, pareto, parse_devices
 from nonn.method.sizing import design_network, design_student
 
 GRID = Design(family="fast", depths=[2], min_width=4, max_width=24, step=1, precision="int8")
-INFO = {"channels": 3, "size": 32, "classes": [""] * 10}
+IMAGES = ImageSpec(channels=3, size=32, n_classes=10)
 
 
 @pytest.fixture
 def planner():
-    return Planner(GRID, INFO, 64, "ieee802154", shipped_boards())
+    return Planner(GRID, IMAGES, 64, "ieee802154", shipped_boards())
 
 
 def stop(*arguments: str) -> str:
@@ -85,7 +86,7 @@ def test_any_text_is_a_list_or_refused(text):
 def test_a_plan_is_what_the_design_would_do(planner):
     budgets = [board_budget("rp2350", "int8"), board_budget("pi4b", "int8")]
     estimate = planner.estimate(budgets)
-    sizes, designs = design_network(GRID, budgets, INFO, 64)
+    sizes, designs = design_network(GRID, budgets, IMAGES, 64)
     assert estimate.filter_counts == sizes
     for position, device in enumerate(estimate.devices):
         (student,) = designs[str(position)]
@@ -126,7 +127,7 @@ def test_a_target_is_met_and_used(planner, names, latency_ms):
     assert estimate.total_ms <= latency_ms
     for device in estimate.devices:
         assert device.budget.fits(device.cost)
-        free = design_student(GRID, board_budget(device.budget.name, "int8"), INFO, device.n_filters)[1]
+        free = design_student(GRID, board_budget(device.budget.name, "int8"), IMAGES, device.n_filters)[1]
         if device.cost != free:  # the target is what holds it back: the next wider one would miss it
             limits = {limit.key: limit for limit in device.budget.limits(free)}
             assert not limits["latency_ms"].is_kept
@@ -182,7 +183,7 @@ def test_a_plan_is_shown_and_can_be_copied(capsys):
     changes = copied | {"design": {"precision": "int8", "max_width": 128}}
     params = Params.model_validate(tiny_params(changes))
     assert [budget.board for budget in params.budgets_of("3d")] == ["rp2350", "rp2350", "pi_zero2w"]
-    sizes, designs = design_network(params.design, params.budgets_of("3d"), INFO, 64)
+    sizes, designs = design_network(params.design, params.budgets_of("3d"), IMAGES, 64)
     assert len(sizes) == 3
     assert designs["0"][0]["cost"]["macs"] <= find_board("rp2350").mmacs["int8"] * 1e6 * 0.1
 

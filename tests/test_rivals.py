@@ -9,10 +9,8 @@ from experiments import read_subset
 from nonn.cli import main
 from nonn.commands.rivals import COLUMNS
 from nonn.core.architecture import Architecture
-from nonn.core.artifacts import DatasetInfo
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
-from nonn.core.files import read_json
 from nonn.deploy.traced_cost import measure_cost
 from nonn.studies import rivals
 from nonn.studies.pruning import prune, prune_to_budget
@@ -39,10 +37,9 @@ def test_groups_are_of_about_one_size():
     assert sorted(class_ for group in groups for class_ in group) == list(range(5))
 
 
-def test_devices_answer_as_the_network_that_was_trained(experiment, params, data):
-    info = read_json(experiment.dataset_info, DatasetInfo)
+def test_devices_answer_as_the_network_that_was_trained(params, data):
     groups = [[2, 0], [1]]
-    model, parts = build(params, "2s", data, dict(info), groups)
+    model, parts = build(params, "2s", data, groups)
     images, labels = read_subset(data, "test")
     model(images)[1].sum().backward()  # through the weights of all parts
     assert parts[0].stem[0].weight is parts[1].stem[0].weight

@@ -210,8 +210,9 @@ def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
         yield str(error)
     from nonn.method.feasibility import least_images, refused_devices
 
-    info = least_images(params) | {"channels": 3, "classes": list(classes or ("", ""))}
-    refused = (line for network in params.networks for line in refused_devices(params, network, info))
+    images = least_images(params)._replace(channels=3)
+    images = images._replace(n_classes=len(classes)) if classes else images
+    refused = (line for network in params.networks for line in refused_devices(params, network, images))
     yield from (f"params.yaml: {line}" for line in dict.fromkeys(refused))
 
 

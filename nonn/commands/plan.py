@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nonn.core.errors import UserError
 from nonn.core.options import at_least, complete_from
@@ -104,29 +104,31 @@ def run(options) -> None:
 
 def make_planner(options, params: Params | None) -> tuple[Planner, str]:
     """A planner for the options, the parameters where they say nothing, and the defaults; and a line on all three."""
+    from nonn.core.artifacts import ImageSpec
     from nonn.core.boards import all_boards
     from nonn.core.params import Design
     from nonn.core.paths import Paths
-    from nonn.method.feasibility import known_filters, known_images
+    from nonn.method.feasibility import known_dataset, known_filters
     from nonn.method.planning import Planner
 
-    images: dict[str, Any] = {"size": SIZE, "channels": CHANNELS, "classes": [""] * CLASSES}
+    images = ImageSpec(CHANNELS, SIZE, CLASSES)
     filters, link, grid, source = FILTERS, LINK, Design.model_validate(STUDENTS | {"precision": PRECISION}), "defaults"
     if params:
         paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
-        images |= known_images(params, paths) or {"size": params.sizes["students"]}
+        info = known_dataset(params, paths)
+        images = ImageSpec.of(info) if info else images._replace(size=params.sizes["students"])
         own = FILTERS if params.teacher.is_foreign else params.teacher.own.n_features
         filters = known_filters(params, paths) or own
-    images |= {"size": options.size} if options.size else {}
-    images |= {"channels": options.channels} if options.channels else {}
-    images |= {"classes": [""] * options.classes} if options.classes else {}
+    images = ImageSpec(
+        options.channels or images.channels, options.size or images.size, options.classes or images.n_classes
+    )
     filters, link = options.filters or filters, link if options.link is None else options.link
     if options.precision:
         grid = grid.model_copy(update={"precision": options.precision})
-    if images["channels"] not in (1, 3):
-        raise UserError(f"--channels: images have 1 or 3, not {images['channels']}")
+    if images.channels not in (1, 3):
+        raise UserError(f"--channels: images have 1 or 3, not {images.channels}")
     facts = (
-        f"Images of {images['channels']}×{images['size']}×{images['size']}, {len(images['classes'])} classes, "
+        f"Images of {images.channels}×{images.size}×{images.size}, {images.n_classes} classes, "
         f"{filters} filters to share; {grid.family} students in {grid.precision}; link {link}. "
         f"From {source} and options."
     )
@@ -170,7 +172,7 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print()
     print(table(_rows(estimate)))
     print()
-    print("\n".join(_summary(estimate, len(planner.info["classes"]), latency_ms)))
+    print("\n".join(_summary(estimate, planner.images.n_classes, latency_ms)))
     if without := planner.without_link(budgets):
         print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
     if warning := imbalance_warning(estimate.filter_counts, budgets):

@@ -5,7 +5,7 @@ A file may hold more. What is not here, the stage that reads it shows as it is.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, NotRequired
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -24,6 +24,20 @@ class DatasetInfo(TypedDict):
     size: Count
     teacher_size: NotRequired[Count]
     white: NotRequired[float | None]
+    source: NotRequired[str]
+    counts: NotRequired[dict[str, Index]]  # images by split
+
+
+class ImageSpec(NamedTuple):
+    """What a network has to know of the images to be designed."""
+
+    channels: int
+    size: int  # pixels a side
+    n_classes: int
+
+    @classmethod
+    def of(cls, info: DatasetInfo) -> ImageSpec:
+        return cls(info["channels"], info["size"], len(info["classes"]))
 
 
 class TeacherInfo(TypedDict):

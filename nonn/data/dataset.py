@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nonn.core.artifacts import DatasetInfo
+from nonn.core.artifacts import DatasetInfo, ImageSpec
 from nonn.core.errors import UserError, printable
 from nonn.core.files import intact, read_json
 from nonn.core.paths import Paths
@@ -61,6 +61,10 @@ class Dataset:
     def size(self) -> int:
         """Pixels a side."""
         return self.images.shape[-1]
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(self.channels, self.size, self.n_classes)
 
     def subset(self, name: str) -> tuple[Images, Tensor]:
         """Images of ``train``, ``validation`` or ``test``, read when they are asked for, and labels."""

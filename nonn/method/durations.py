@@ -6,13 +6,12 @@ took that are done. Where an experiment has run before, its own times are better
 
 from __future__ import annotations
 
-from typing import Any
-
+from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.params import SINGLE_METHODS, Params
 from nonn.core.paths import Paths
 from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
-from nonn.method.feasibility import known_images, least_images
+from nonn.method.feasibility import known_dataset, least_images
 from nonn.method.sizing import design_student, smallest_device
 
 #: Multiply-accumulates, measured in the default experiment on an AMD EPYC without AVX-512, alike for its teacher and
@@ -32,36 +31,41 @@ OVERHEAD_S = 8.0
 def guess_seconds(params: Params, paths: Paths, address: str) -> float:
     """Of a job by its address in ``dvc.yaml``, after `check_budgets` has accepted the parameters."""
     stage, _, item = address.partition("@")
-    info = known_images(params, paths) or least_images(params)
-    n_images = info.get("counts", {}).get("train", DEFAULT_TRAIN_IMAGES)
+    info = known_dataset(params, paths)
+    images = ImageSpec.of(info) if info else least_images(params)
+    n_images = info.get("counts", {}).get("train", DEFAULT_TRAIN_IMAGES) if info else DEFAULT_TRAIN_IMAGES
     macs = {"teacher": _of_teacher, "signals": _of_signals, "distill": _of_student, "baseline": _of_baseline}
-    counted = macs[stage](params, info, item) if stage in macs else 0.0
+    counted = macs[stage](params, images, item) if stage in macs else 0.0
     return OVERHEAD_S + n_images * counted / MACS_PER_S_PER_THREAD
 
 
-def _of_teacher(params: Params, info: dict[str, Any], _: str) -> float:
+def _of_teacher(params: Params, images: ImageSpec, _: str) -> float:
     """Multiply-accumulates for each training image, over all epochs and by thread, as of all that follow."""
     teacher = params.teacher
     if not teacher.is_trained:
         return 0.0
     return (
-        FORWARD_PASSES_PER_STEP * teacher.epochs * _answer(params, info) / _passes(teacher.own.mirror) / teacher.threads
+        FORWARD_PASSES_PER_STEP
+        * teacher.epochs
+        * _answer(params, images)
+        / _passes(teacher.own.mirror)
+        / teacher.threads
     )
 
 
-def _of_signals(params: Params, info: dict[str, Any], _: str) -> float:
+def _of_signals(params: Params, images: ImageSpec, _: str) -> float:
     """Of a teacher that is asked once, whether or not it mirrors."""
     architecture = params.teacher.architecture
     passes = _passes(architecture.mirror) if architecture and not params.teacher.is_foreign else 1
-    return params.signals.views * _answer(params, info) / passes / params.signals.threads
+    return params.signals.views * _answer(params, images) / passes / params.signals.threads
 
 
-def _answer(params: Params, info: dict[str, Any]) -> float:
+def _answer(params: Params, images: ImageSpec) -> float:
     """Multiply-accumulates of an answer of the teacher."""
     size, architecture = params.sizes["teacher"], params.teacher.architecture
     if architecture is None or architecture.family not in COUNTED_FAMILIES:
         return FOREIGN_MACS_PER_PIXEL * size**2
-    return count_cost(architecture, info["channels"], size, len(info["classes"]), None).macs
+    return count_cost(architecture, images.channels, size, images.n_classes, None).macs
 
 
 def _passes(mirror: bool) -> int:
@@ -69,22 +73,22 @@ def _passes(mirror: bool) -> int:
     return 2 if mirror else 1
 
 
-def _of_student(params: Params, info: dict[str, Any], item: str) -> float:
+def _of_student(params: Params, images: ImageSpec, item: str) -> float:
     _, network, student = item.split("/")
-    return _learning(params, info, params.budgets_of(network)[int(student)])
+    return _learning(params, images, params.budgets_of(network)[int(student)])
 
 
-def _of_baseline(params: Params, info: dict[str, Any], item: str) -> float:
+def _of_baseline(params: Params, images: ImageSpec, item: str) -> float:
     _, network, method = item.split("/")
     budgets = params.budgets_of(network)
     if method == "total":
-        return _learning(params, info, combined_budget(budgets))
+        return _learning(params, images, combined_budget(budgets))
     if method in SINGLE_METHODS:
-        return _learning(params, info, smallest_device(params.design, budgets, info))
-    return sum(_learning(params, info, budget) for budget in budgets)
+        return _learning(params, images, smallest_device(params.design, budgets, images))
+    return sum(_learning(params, images, budget) for budget in budgets)
 
 
-def _learning(params: Params, info: dict[str, Any], budget: Budget) -> float:
+def _learning(params: Params, images: ImageSpec, budget: Budget) -> float:
     """Multiply-accumulates for each training image of the largest student that a budget holds, over all epochs."""
-    _, cost = design_student(params.design, budget, info, 1)
+    _, cost = design_student(params.design, budget, images, 1)
     return FORWARD_PASSES_PER_STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from nonn.core.architecture import Architecture
-from nonn.core.artifacts import DatasetInfo, GraphInfo, TeacherInfo
+from nonn.core.artifacts import DatasetInfo, GraphInfo, ImageSpec, TeacherInfo
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Params
@@ -21,14 +20,15 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
     one output: a budget that is refused then, never works. What is known by then of images and filters is used, if it
     is of these parameters. How many filters are live decides nothing before the stage `design`.
     """
-    info, n_live = known_images(params, paths), known_filters(params, paths)
+    info, n_live = known_dataset(params, paths), known_filters(params, paths)
+    images = ImageSpec.of(info) if info else None
     problems: list[str] = []
     warnings: list[str] = []
     for network in params.networks:
         where = f"networks.{network}: "
-        broken = list(refused_devices(params, network, info or least_images(params)))
+        broken = list(refused_devices(params, network, images or least_images(params)))
         try:
-            warnings += [] if broken else [where + line for line in _check_network(params, network, info, n_live)]
+            warnings += [] if broken else [where + line for line in _check_network(params, network, images, n_live)]
         except UserError as error:
             broken.append(str(error))
         problems += [f"params.yaml: {where}{problem}" for problem in broken]
@@ -37,10 +37,10 @@ def check_budgets(params: Params, paths: Paths) -> list[str]:
     return warnings
 
 
-def known_images(params: Params, paths: Paths) -> dict[str, Any] | None:
+def known_dataset(params: Params, paths: Paths) -> DatasetInfo | None:
     """What ``dataset.json`` says of the images; None if it cannot be read, or is of another source or size."""
     try:
-        info: dict[str, Any] = read_json(paths.dataset_info, DatasetInfo)
+        info: DatasetInfo = read_json(paths.dataset_info, DatasetInfo)
     except UserError:  # who needs it says why
         return None
     source, size = params.dataset.source, params.sizes["students"]
@@ -61,27 +61,27 @@ def known_filters(params: Params, paths: Paths) -> int | None:
     return graph["n_live"] if is_current else None
 
 
-def least_images(params: Params) -> dict[str, Any]:
+def least_images(params: Params) -> ImageSpec:
     """Images that ask least of a student, as long as nothing but their size is known."""
-    return {"channels": 1, "size": params.sizes["students"], "classes": ["", ""]}
+    return ImageSpec(channels=1, size=params.sizes["students"], n_classes=2)
 
 
-def refused_devices(params: Params, network: str, info: dict[str, Any]) -> Iterator[str]:
+def refused_devices(params: Params, network: str, images: ImageSpec) -> Iterator[str]:
     """A line for each kind of device that holds no student even with a bridge to one filter."""
     for budget in dict.fromkeys(params.budgets_of(network)):
         try:
-            design_student(params.design, budget, info, 1)
+            design_student(params.design, budget, images, 1)
         except UserError as error:
             yield str(error)
 
 
-def _check_network(params: Params, network: str, info: dict[str, Any] | None, n_live: int | None) -> Iterator[str]:
+def _check_network(params: Params, network: str, known: ImageSpec | None, n_live: int | None) -> Iterator[str]:
     budgets, grid = params.budgets_of(network), params.design
-    images = info or least_images(params)
+    images = known or least_images(params)
     design_student(grid, smallest_device(grid, budgets, images), images, None)
-    if info is not None and n_live is not None:
+    if known is not None and n_live is not None:
         try:
-            sizes, _ = design_network(grid, budgets, info, n_live)
+            sizes, _ = design_network(grid, budgets, images, n_live)
         except UserError as error:  # perhaps the teacher is about to be trained anew, so that it has more of them
             yield f"if the teacher keeps its {n_live} live filters, {error}"
             return

@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
-from typing import Any
 
 from nonn.core.architecture import Architecture
+from nonn.core.artifacts import ImageSpec
 from nonn.core.boards import OWN_FILE, Board, Range, inference_energy
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
@@ -82,11 +82,11 @@ class DeviceSetEstimate:
 class Planner:
     """Estimates for one experiment: what students there are, what images, and how many filters they share.
 
-    `info` describes the images as ``dataset.json`` does; `link` is the name of one.
+    `link` is the name of one.
     """
 
-    def __init__(self, grid: Design, info: dict[str, Any], n_filters: int, link: str, boards: Mapping[str, Board]):
-        self.grid, self.info, self.n_filters, self.boards = grid, info, n_filters, boards
+    def __init__(self, grid: Design, images: ImageSpec, n_filters: int, link: str, boards: Mapping[str, Board]):
+        self.grid, self.images, self.n_filters, self.boards = grid, images, n_filters, boards
         self.link_name, self.link = link, find_link(link)
 
     def estimate(self, budgets: Sequence[Budget], latency_ms: float | None = None) -> DeviceSetEstimate:
@@ -102,11 +102,11 @@ class Planner:
                 if target <= 0:
                     raise UserError(f"the link alone takes {self.link_ms(sizes):.1f} ms.")
                 budgets = [replace(budget, latency_ms=target) for budget in budgets]
-            before, sizes = sizes, apportion_filters(self.grid, budgets, self.info, self.n_filters)
+            before, sizes = sizes, apportion_filters(self.grid, budgets, self.images, self.n_filters)
             if sizes == before:
                 break
         link_ms = self.link_ms(sizes)
-        students = [design_student(self.grid, b, self.info, n) for b, n in zip(budgets, sizes, strict=True)]
+        students = [design_student(self.grid, b, self.images, n) for b, n in zip(budgets, sizes, strict=True)]
         times = [budget.compute_ms(cost) for budget, (_, cost) in zip(budgets, students, strict=True)]
         devices = [
             DeviceEstimate(budget, architecture, n, cost, time, self._energy(budget, n, time))

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_CHANNELS, MOST_STAGES, MOST_WIDTH, Architecture
+from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError
@@ -141,22 +142,18 @@ def runs_firmware(grid: Design, budget: Budget) -> bool:
     return grid.precision == "int8" and budget.board in CHIPS
 
 
-def _shape(info: dict, n_filters: int | None) -> Shape:
-    return Shape(info["channels"], info["size"], len(info["classes"]), n_filters)
-
-
-def design_student(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> tuple[Architecture, Cost]:
+def design_student(grid: Design, budget: Budget, images: ImageSpec, n_filters: int | None) -> tuple[Architecture, Cost]:
     """Find the largest student that fits a device: of most parameters, among equals of most multiply-accumulates.
 
-    `info` is that of the dataset; `n_filters` are the outputs of the bridge, None for a student without one (a
-    baseline). If not even the smallest candidate fits, a UserError says which limit fails, by how much, and what works.
+    `n_filters` are the outputs of the bridge, None for a student without one (a baseline). If not even the smallest
+    candidate fits, a UserError says which limit fails, by how much, and what works.
     """
-    shape, is_firmware = _shape(info, n_filters), runs_firmware(grid, budget)
+    shape, is_firmware = Shape(*images, n_filters), runs_firmware(grid, budget)
     if is_firmware:
         budget = replace(budget, ram_kib=CHIPS[budget.board or ""].usable(budget.ram_kib))
     found = _design(_key(grid), tuple(grid.depths), budget, shape, grid.precision, is_firmware)
     if found is None:
-        raise UserError(explain_misfit(grid, budget, info, n_filters))
+        raise UserError(explain_misfit(grid, budget, images, n_filters))
     return found
 
 
@@ -180,18 +177,18 @@ def _design(
     return best
 
 
-def explain_misfit(grid: Design, budget: Budget, info: dict, n_filters: int | None) -> str:
+def explain_misfit(grid: Design, budget: Budget, images: ImageSpec, n_filters: int | None) -> str:
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
     is_firmware = runs_firmware(grid, budget)
-    if not any(candidates_of_depth(grid, depth, info["size"]) for depth in grid.depths):
+    if not any(candidates_of_depth(grid, depth, images.size) for depth in grid.depths):
         return (
             f"design.min_width: {grid.min_width} makes stages wider than any student may have; the widest are of "
             f"{MOST_WIDTH if grid.family == 'wrn' else MOST_CHANNELS}. Lower it, or design.widths."
         )
 
     def broken(depth: int) -> list[Allowance]:
-        smallest = _needs(_key(grid), depth, 0, _shape(info, n_filters), grid.precision, is_firmware)
+        smallest = _needs(_key(grid), depth, 0, Shape(*images, n_filters), grid.precision, is_firmware)
         return [limit for limit in budget.limits(smallest) if not limit.is_kept]
 
     def missing(depth: int) -> tuple[int, float]:
@@ -206,51 +203,51 @@ def explain_misfit(grid: Design, budget: Budget, info: dict, n_filters: int | No
         remedy = f"the board has no block of RAM beyond {block:g} KiB: choose another, or lower design.min_width"
     return (
         f"no student of `design` fits {device}: {'; '.join(map(str, broken(depth)))}. The smallest, "
-        f"{candidates_of_depth(grid, depth, info['size'])[0].name}, needs {works}; {remedy}."
+        f"{candidates_of_depth(grid, depth, images.size)[0].name}, needs {works}; {remedy}."
     )
 
 
-def sample_candidates(grid: Design, budgets: Sequence[Budget], info: dict, n_filters: int) -> list[dict]:
+def sample_candidates(grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_filters: int) -> list[dict]:
     """What some of the candidates cost, to be drawn: at most `N_SHOWN` of each depth, each ``{architecture, cost}``.
 
     From the narrowest to the first whose memory is beyond `SHOWN_UP_TO` times the largest budget. All have a bridge to
-    `n_filters`; `info` is that of the dataset.
+    `n_filters`.
     """
     largest = SHOWN_UP_TO * max(budget.total_kib for budget in budgets) * 1024
     shown = []
     for depth in grid.depths:
-        students = candidates_of_depth(grid, depth, info["size"])
+        students = candidates_of_depth(grid, depth, images.size)
         for i in np.unique(np.geomspace(1, len(students), N_SHOWN).round().astype(int) - 1):
-            cost = _cost(_key(grid), depth, int(i), _shape(info, n_filters), grid.precision)
+            cost = _cost(_key(grid), depth, int(i), Shape(*images, n_filters), grid.precision)
             shown.append({"architecture": students[i].model_dump(), "cost": vars(cost)})
             if cost.memory_bytes > largest:
                 break
     return shown
 
 
-def apportion_filters(grid: Design, budgets: Sequence[Budget], info: dict, n_live: int) -> list[int]:
+def apportion_filters(grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_live: int) -> list[int]:
     """How many of the teacher's `n_live` filters each student gets, in proportion to its capacity.
 
     No student gets a single one where there are two for each: its share of the loss would hardly ever change.
     """
     if len(budgets) > n_live:
         raise UserError(f"{len(budgets)} devices share {n_live} live filters; take fewer devices or a wider teacher.")
-    capacities = [_largest(grid, budget, info)[0].n_features for budget in budgets]
+    capacities = [_largest(grid, budget, images)[0].n_features for budget in budgets]
     return apportion(n_live, capacities, least=2 if n_live >= 2 * len(budgets) else 1)
 
 
-def smallest_device(grid: Design, budgets: Sequence[Budget], info: dict) -> Budget:
+def smallest_device(grid: Design, budgets: Sequence[Budget], images: ImageSpec) -> Budget:
     """The device that holds the smallest student, the first of equals."""
 
     def capacity(budget: Budget) -> tuple[int, int]:
-        _, cost = _largest(grid, budget, info)
+        _, cost = _largest(grid, budget, images)
         return cost.params, cost.macs
 
     return min(budgets, key=capacity)
 
 
-def _largest(grid: Design, budget: Budget, info: dict) -> tuple[Architecture, Cost]:
-    return design_student(grid, budget, info, 1)
+def _largest(grid: Design, budget: Budget, images: ImageSpec) -> tuple[Architecture, Cost]:
+    return design_student(grid, budget, images, 1)
 
 
 def imbalance_warning(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | None:
@@ -266,30 +263,30 @@ def imbalance_warning(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | 
 
 
 def design_network(
-    grid: Design, budgets: Sequence[Budget], info: dict, n_live: int
+    grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_live: int
 ) -> tuple[list[int], dict[str, list[dict]]]:
     """Design all students of a network, and those of every baseline within the same budgets.
 
     Returns how many of the teacher's `n_live` filters each student gets, and by name the students, each
     ``{architecture, n_filters, cost}``, on a microcontroller also ``firmware``, its flash and RAM: one for "0", "1", …;
     and for each method of `nonn.stages.baseline` those that it trains. A bridge to all filters may not fit where one to
-    a student's own does: then ``full`` has none. `info` is that of the dataset.
+    a student's own does: then ``full`` has none.
     """
-    sizes = apportion_filters(grid, budgets, info, n_live)
+    sizes = apportion_filters(grid, budgets, images, n_live)
 
     @cache
     def design(budget: Budget, n_filters: int | None) -> dict:
-        architecture, cost = design_student(grid, budget, info, n_filters)
+        architecture, cost = design_student(grid, budget, images, n_filters)
         found = {"architecture": architecture.model_dump(), "n_filters": n_filters, "cost": vars(cost)}
         if n_filters and runs_firmware(grid, budget) and has_kernels(architecture):
             kind = architecture.model_dump_json()
-            found["firmware"] = vars(predict_footprint(kind, info["channels"], info["size"], n_filters))
+            found["firmware"] = vars(predict_footprint(kind, images.channels, images.size, n_filters))
         return found
 
     students = [design(budget, n_filters) for budget, n_filters in zip(budgets, sizes, strict=True)]
     designs = {str(position): [student] for position, student in enumerate(students)}
     designs |= dict.fromkeys(("random", "contiguous", "classwise"), students)
-    alone = design(smallest_device(grid, budgets, info), None)
+    alone = design(smallest_device(grid, budgets, images), None)
     designs |= {method: [alone] for method in ("labels", "kd", "at_kd")}
     designs["total"] = [design(combined_budget(budgets), None)]
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nonn.core.artifacts import DatasetInfo, GraphInfo
+from nonn.core.artifacts import DatasetInfo, GraphInfo, ImageSpec
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, replacing, write_json
 from nonn.core.params import Params
@@ -26,12 +26,12 @@ def run(params: Params, paths: Paths, network: str) -> None:
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
     """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
-    graph, info = read_json(paths.graph_info, GraphInfo), read_json(paths.dataset_info, DatasetInfo)
+    graph, images = read_json(paths.graph_info, GraphInfo), ImageSpec.of(read_json(paths.dataset_info, DatasetInfo))
     budgets = params.budgets_of(network)
     try:
-        sizes, designs = design_network(params.design, budgets, info, graph["n_live"])
+        sizes, designs = design_network(params.design, budgets, images, graph["n_live"])
     except UserError as error:
         raise UserError(f"params.yaml: networks.{network}: {error}") from None
     architectures = {paths.design(network, name): students for name, students in designs.items()}
-    candidates = sample_candidates(params.design, budgets, info, max(sizes))
+    candidates = sample_candidates(params.design, budgets, images, max(sizes))
     return {paths.sizes(network): {"sizes": sizes}, paths.candidates(network): candidates, **architectures}

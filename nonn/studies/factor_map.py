@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nonn.core.artifacts import DatasetInfo
+from nonn.core.artifacts import DatasetInfo, ImageSpec
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, intact, read_json
@@ -152,12 +152,12 @@ def _draw_images(labels: Tensor, share: float) -> Tensor:
 def spec_of(params: Params, training: Training) -> StudentSpec:
     """What the student is to learn; its architecture is the largest for the point's budget."""
     paths, section = Paths(params.experiment), params.distill
-    info = read_json(paths.dataset_info, DatasetInfo)
-    info["classes"] = info["classes"][: number_of_classes(len(info["classes"]), training.point.classes)]  # so many
+    images = ImageSpec.of(read_json(paths.dataset_info, DatasetInfo))
+    images = images._replace(n_classes=number_of_classes(images.n_classes, training.point.classes))
     filters = _filters(params, training) if training.network else None
     device = training.device or params.budgets_of(str(training.network))[training.student]
     budget = _scaled(device, training.point.budget)
-    architecture, _ = design_student(params.design, budget, info, len(filters) if filters else None)
+    architecture, _ = design_student(params.design, budget, images, len(filters) if filters else None)
     return StudentSpec(
         architecture=architecture,
         filters=filters,
@@ -278,9 +278,9 @@ def kd_trainings(params: Params, point: Point, network: str, seed: int, n_per_se
 
     A seed has `n_per_seed` of them, as many as the largest network needs; smaller networks take the first.
     """
-    info = read_json(Paths(params.experiment).dataset_info, DatasetInfo)
+    images = ImageSpec.of(read_json(Paths(params.experiment).dataset_info, DatasetInfo))
     budgets = params.budgets_of(network)
-    device = smallest_device(params.design, budgets, dict(info))
+    device = smallest_device(params.design, budgets, images)
     return [Training(point, None, 0, seed * n_per_seed + i, device=device) for i in range(len(budgets))]
 
 

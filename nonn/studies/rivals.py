@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nonn.core.artifacts import DatasetInfo
 from nonn.core.errors import UserError
-from nonn.core.files import STATE, read_json
+from nonn.core.files import STATE
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
@@ -55,7 +54,7 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     paths = Paths(params.experiment)
     transfer_set = transfer_set_of(params)
     torch.manual_seed(seed)
-    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, paths, network, transfer_set)
+    model, rival = (_splitnet if method == "splitnet" else _pruned)(params, network, transfer_set)
     settings = [method, network, seed, str(model), rival.note]
     settings += [params.distill.model_dump(), params.signals.model_dump(include=VIEW_KEYS)]
     code = [Path(file) for file in (__file__, pruning.__file__, splitnet.__file__)]
@@ -72,28 +71,26 @@ def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
     return rival
 
 
-def _splitnet(params: Params, paths: Paths, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
-    data, info = transfer_set.data, read_json(paths.dataset_info, DatasetInfo)
-    n = len(params.networks[network].devices)
+def _splitnet(params: Params, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
+    data, n = transfer_set.data, len(params.networks[network].devices)
     if n > data.n_classes:
         raise UserError(
             f"networks.{network}: {n} devices cannot share {data.n_classes} classes; SplitNet needs one each"
         )
     labels = data.labels[data.train]
     groups = group_classes(transfer_set.signals["pooled"][0], labels, data.n_classes, n)
-    model, parts = build(params, network, data, dict(info), groups)
+    model, parts = build(params, network, data, groups)
     named = " | ".join(" ".join(data.classes[class_] for class_ in group) for group in groups)
     return model, Rival(parts, groups, named)
 
 
-def _pruned(params: Params, paths: Paths, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
-    data, info = transfer_set.data, read_json(paths.dataset_info, DatasetInfo)
-    teacher = load_teacher(paths)
+def _pruned(params: Params, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
+    data, teacher = transfer_set.data, load_teacher(Paths(params.experiment))
     if not isinstance(teacher, ConvNet) or params.sizes["teacher"] != data.size:
         raise UserError(
             "the teacher is not of a family of this project, or sees images of another size; leave out pruned"
         )
-    budget = smallest_device(params.design, params.budgets_of(network), dict(info))
+    budget = smallest_device(params.design, params.budgets_of(network), data.spec)
     model, share = prune_to_budget(teacher, budget, data, params.design.precision)
     return model, Rival([model], [range(data.n_classes)], f"{share:.1%} of the filters of each layer taken out")
 

@@ -18,7 +18,6 @@ References
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +84,7 @@ class SplitNet(nn.Module):
 
 
 def build(
-    params: Params, network: str, data: Dataset, info: dict[str, Any], groups: Sequence[Sequence[int]]
+    params: Params, network: str, data: Dataset, groups: Sequence[Sequence[int]]
 ) -> tuple[SplitNet, list[ConvNet]]:
     """A network for the devices of `network`, before training, and what each of them runs.
 
@@ -93,9 +92,9 @@ def build(
     """
     if len(groups) > data.n_classes or min(map(len, groups)) < 1:
         raise UserError(f"networks.{network}: {len(groups)} devices cannot share {data.n_classes} classes for SplitNet")
-    budget = smallest_device(params.design, params.budgets_of(network), info)
-    most = max(map(len, groups))
-    architecture, _ = design_student(params.design, budget, {**info, "classes": info["classes"][:most]}, None)
+    budget = smallest_device(params.design, params.budgets_of(network), data.spec)
+    images = data.spec._replace(n_classes=max(map(len, groups)))
+    architecture, _ = design_student(params.design, budget, images, None)
     if len(architecture.widths or [0] * 3) <= N_SHARED:
         raise UserError(f"SplitNet shares {N_SHARED} stages, and students of {architecture.name} have no more")
     parts = [ConvNet(architecture, data.channels, len(group), mean=data.mean, std=data.std) for group in groups]
