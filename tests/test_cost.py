@@ -7,8 +7,9 @@ import torch
 
 from nonn.core.architecture import Architecture
 from nonn.core.budgets import Budget
+from nonn.core.cost import Cost
 from nonn.core.params import Design
-from nonn.deploy.analytic_cost import COUNTED_FAMILIES, Cost, count_cost
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.deploy.traced_cost import measure_cost
 from nonn.training.networks import ConvNet
 

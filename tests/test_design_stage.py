@@ -2,10 +2,10 @@
 
 import pytest
 
+from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Device
-from nonn.deploy.analytic_cost import Cost
 from nonn.deploy.traced_cost import measure_cost
 from nonn.stages import design as design_stage
 from nonn.stages import partition as partition_stage

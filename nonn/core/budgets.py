@@ -9,18 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-
-class Needs(Protocol):
-    """What a budget is compared with: `nonn.deploy.analytic_cost.Cost`."""
-
-    @property
-    def macs(self) -> int: ...
-    @property
-    def weight_bytes(self) -> int: ...
-    @property
-    def peak_activation_bytes(self) -> int: ...
+from nonn.core.cost import Cost
 
 
 class Allowance(NamedTuple):
@@ -79,7 +70,7 @@ class Budget:
             return self.mmacs
         return min(self.mmacs, self.latency_ms * self.mmacs_per_s / 1e3)
 
-    def limits(self, cost: Needs) -> list[Allowance]:
+    def limits(self, cost: Cost) -> list[Allowance]:
         """Each limit beside what a student needs."""
         weights, activations = cost.weight_bytes / 1024, cost.peak_activation_bytes / 1024
         if self.memory_kib is not None:
@@ -92,10 +83,10 @@ class Budget:
             found.append(Allowance("latency_ms", self.latency_ms, cost.macs / self.mmacs_per_s / 1e3, "ms", 0.01))
         return found
 
-    def fits(self, cost: Needs) -> bool:
+    def fits(self, cost: Cost) -> bool:
         return all(limit.is_kept for limit in self.limits(cost))
 
-    def compute_ms(self, cost: Needs) -> float | None:
+    def compute_ms(self, cost: Cost) -> float | None:
         """Modelled time of one image; None where the speed of the device is not known."""
         return cost.macs / self.mmacs_per_s / 1e3 if self.mmacs_per_s else None
 

@@ -12,30 +12,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nonn.core.architecture import Architecture
+from nonn.core.cost import Cost
 from nonn.core.families import EXPANSION, WHITENED
 from nonn.core.params import Precision
 
 #: Bytes of an activation.
 BYTES = {"float32": 4, "int8": 1}
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Cost of one image through one network.
-
-    Activations of int8 models count as in a runtime that has integer kernels for all of the model; ONNX Runtime holds
-    more, since it calculates GELU in float32.
-    """
-
-    params: int  # trained or not, of what the device runs: a student's training head is left behind
-    macs: int  # multiply-accumulates of convolutions and linear layers
-    weight_bytes: int  # this and the next at the deployed precision
-    peak_activation_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """What must fit a device of one memory: weights and the largest set of activations alive at once."""
-        return self.weight_bytes + self.peak_activation_bytes
 
 
 class Step(NamedTuple):

@@ -10,9 +10,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.data.dataset import Dataset
-from nonn.deploy.analytic_cost import BYTES, Cost, Step, peak_values
+from nonn.deploy.analytic_cost import BYTES, Step, peak_values
 from nonn.deploy.onnx_files import Logits, export_onnx
 from nonn.runtime.session import open_session
 from nonn.teachers.bodies import first_line

@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from nonn.core.cost import Cost
 from nonn.core.params import Precision
-from nonn.deploy.analytic_cost import BYTES, Cost, Step, peak_values
+from nonn.deploy.analytic_cost import BYTES, Step, peak_values
 from nonn.deploy.int8 import weight_bytes
 from nonn.training.networks import ConvNet, count_parameters, deployed
 

@@ -18,12 +18,12 @@ from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
 from nonn.core.boards import OWN_FILE, Board, Range, inference_energy
 from nonn.core.budgets import Budget
+from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR
 from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, Design, Device
 from nonn.core.schema import did_you_mean
-from nonn.deploy.analytic_cost import Cost
 from nonn.method.sizing import apportion_filters, design_student
 
 #: Bytes of the message that asks a device for its features, and of one feature.

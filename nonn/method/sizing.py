@@ -29,9 +29,10 @@ from nonn.core.architecture import FEWEST_STAGES, MOST_CHANNELS, MOST_STAGES, MO
 from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
+from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.core.params import Design, Precision
-from nonn.deploy.analytic_cost import COUNTED_FAMILIES, Cost, count_cost
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.

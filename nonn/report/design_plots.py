@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from nonn.core.architecture import MOST_STAGES, Architecture
 from nonn.core.budgets import Budget
-from nonn.core.memory import memory_bytes
+from nonn.core.cost import memory_bytes
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
 #: From how many times the costliest candidate on a budget is not drawn: it would push all else into a corner.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from nonn.core.memory import memory_bytes
+from nonn.core.cost import memory_bytes
 from nonn.report.plots import METHODS
 
 #: Columns of ``summary.csv`` and how each is written; pandas' own formatting may change.

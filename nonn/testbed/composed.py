@@ -17,8 +17,8 @@ import numpy as np
 from onnxruntime import InferenceSession
 
 from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
+from nonn.core.cost import memory_bytes
 from nonn.core.links import Link, Transfers, link_seconds
-from nonn.core.memory import memory_bytes
 from nonn.core.names import COORDINATOR
 from nonn.core.params import Distributed, Precision
 from nonn.core.system import pinned_to
