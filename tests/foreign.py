@@ -12,7 +12,7 @@ from experiments import read_subset
 from onnx import helper, numpy_helper
 from torch import nn
 
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.data.dataset import Dataset
 
 #: A network as a user writes it: SiLU features, which are of any sign, and ``fc`` as its classifier.
@@ -65,8 +65,8 @@ def code_package(folder: Path) -> Iterator[Path]:
         sys.path.remove(str(folder))
 
 
-def section(source: str = "module:nets.small:make", **keys) -> Teacher:
-    return Teacher(source=source, threads=1, **keys)
+def section(source: str = "module:nets.small:make", **keys) -> TeacherParams:
+    return TeacherParams(source=source, threads=1, **keys)
 
 
 def save(weights, name: str = "w.pt") -> str:
@@ -123,7 +123,7 @@ def write_program(path: Path, model: nn.Module, batch: bool = True) -> None:
     torch.export.save(torch.export.export(model, (example,), dynamic_shapes=shapes), path)
 
 
-def write_source(kind: str, model: nn.Module) -> Teacher:
+def write_source(kind: str, model: nn.Module) -> TeacherParams:
     """The user's network as a source of this kind, and the section that names it."""
     if kind == "onnx":
         write_onnx(Path("small.onnx"), model)

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from nonn.core.params import Distributed
+from nonn.core.params import DistributedParams
 from nonn.testbed.composed import Workload
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
@@ -20,7 +20,7 @@ WORKLOAD = Workload(
 )
 
 
-def on_a_pi(params: Distributed) -> Distributed:
+def on_a_pi(params: DistributedParams) -> DistributedParams:
     """The parameters of the stage: Raspberry Pi at a third of this machine's speed."""
     changes = {"board": "pi3b", "slowdown": 3.0, "links": ["ethernet100"], "images": 2, "seconds": 0.001}
     return params.model_copy(update=changes | {"reference": None})

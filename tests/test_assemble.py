@@ -8,7 +8,7 @@ from torch import nn
 
 from nonn.core.architecture import Architecture
 from nonn.core.files import read_json
-from nonn.core.params import Assemble
+from nonn.core.params import AssembleParams
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.exporting import as_linear
@@ -87,7 +87,7 @@ def layer_of(direction: float) -> FinalLayer:
 def test_a_layer_that_cannot_be_improved_is_kept():
     train, validation = classes_by_sign(100, 0), classes_by_sign(50, 1)
     start = layer_of(+1.0)
-    layer, accuracies = fit_layer(start, *train, validation, Assemble(epochs=5, lr=0.001), seed=0)
+    layer, accuracies = fit_layer(start, *train, validation, AssembleParams(epochs=5, lr=0.001), seed=0)
     assert accuracies == [1] * 6, "as good after every epoch"
     assert layer is start
 
@@ -95,10 +95,10 @@ def test_a_layer_that_cannot_be_improved_is_kept():
 def test_a_layer_that_is_improved_is_replaced_by_the_best_epoch():
     train, validation = classes_by_sign(100, 0), classes_by_sign(50, 1)
     start = layer_of(-0.1)
-    layer, accuracies = fit_layer(start, *train, validation, Assemble(epochs=30, lr=0.02), seed=0)
+    layer, accuracies = fit_layer(start, *train, validation, AssembleParams(epochs=30, lr=0.02), seed=0)
     best = accuracies.index(max(accuracies))
     assert 0 < best < 30
-    then, _ = fit_layer(start, *train, validation, Assemble(epochs=best, lr=0.02), seed=0)
+    then, _ = fit_layer(start, *train, validation, AssembleParams(epochs=best, lr=0.02), seed=0)
     assert all(np.array_equal(array, then.tensors()[name]) for name, array in layer.tensors().items())
     assert accuracies[0] == 0
     right = (logits_of(layer, validation[0]).argmax(1) == validation[1]).double().mean().item()
@@ -111,7 +111,7 @@ def test_a_layer_that_gets_worse_on_validation_is_not_taken():
     features, labels = classes_by_sign(100, 0)
     start = layer_of(+0.1)
     layer, accuracies = fit_layer(
-        start, features, 1 - labels, classes_by_sign(50, 1), Assemble(epochs=20, lr=0.1), seed=0
+        start, features, 1 - labels, classes_by_sign(50, 1), AssembleParams(epochs=20, lr=0.1), seed=0
     )
     assert layer is start
     assert accuracies[-1] < 0.1 < accuracies[0]

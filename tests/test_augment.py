@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nonn.core.params import Augment
+from nonn.core.training_params import AugmentParams
 from nonn.training.augment import apply_view, draw_view
 
 N_IMAGES = 200
@@ -32,7 +32,7 @@ def naive_view(images: torch.Tensor, view, pad: int) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_bulk_crops_equal_a_loop(channels, pad, flip):
     images = random_images(channels=channels)
-    augment = Augment(pad=pad, flip=flip)
+    augment = AugmentParams(pad=pad, flip=flip)
     view = draw_view(N_IMAGES, 1, augment, seed=3)
     cropped = apply_view(images, view, torch.arange(N_IMAGES), augment)
     assert cropped.dtype == torch.uint8
@@ -40,7 +40,7 @@ def test_bulk_crops_equal_a_loop(channels, pad, flip):
 
 
 def test_a_view_is_a_function_of_number_and_seed():
-    augment = Augment(pad=4, flip=True)
+    augment = AugmentParams(pad=4, flip=True)
 
     def drawn(view: int, seed: int) -> torch.Tensor:
         view = draw_view(N_IMAGES, view, augment, seed)
@@ -55,13 +55,13 @@ def test_a_view_is_a_function_of_number_and_seed():
 
 def test_no_padding_and_no_flip_is_the_image():
     images = random_images()
-    augment = Augment(pad=0, flip=False)
+    augment = AugmentParams(pad=0, flip=False)
     view = draw_view(N_IMAGES, 5, augment, seed=0)
     assert torch.equal(apply_view(images, view, torch.arange(N_IMAGES), augment), images)
 
 
 def test_flips_alternate_from_view_to_view():
-    flips = [draw_view(N_IMAGES, view, Augment(pad=2, flip=True), seed=0).flip for view in range(4)]
+    flips = [draw_view(N_IMAGES, view, AugmentParams(pad=2, flip=True), seed=0).flip for view in range(4)]
     assert torch.equal(flips[1], ~flips[0])
     assert torch.equal(flips[2], flips[0])
     assert torch.equal(flips[3], flips[1])
@@ -69,14 +69,14 @@ def test_flips_alternate_from_view_to_view():
 
 
 def test_crops_use_the_whole_border_and_no_more():
-    view = draw_view(N_IMAGES, 0, Augment(pad=3, flip=False), seed=0)
+    view = draw_view(N_IMAGES, 0, AugmentParams(pad=3, flip=False), seed=0)
     assert set(view.top.tolist()) == set(view.left.tolist()) == set(range(7))
     assert not view.flip.any()
 
 
 def test_a_subset_is_the_subset_of_all():
     images = random_images()
-    augment = Augment(pad=2, flip=True, cutout=5)
+    augment = AugmentParams(pad=2, flip=True, cutout=5)
     view = draw_view(N_IMAGES, 1, augment, seed=0)
     index = torch.tensor([7, 0, 199, 7, 42])
     everything = apply_view(images, view, torch.arange(N_IMAGES), augment)
@@ -84,7 +84,7 @@ def test_a_subset_is_the_subset_of_all():
 
 
 def test_cutout_hides_one_square_of_each_image_anywhere_inside_it():
-    images, augment = random_images(), Augment(pad=2, flip=True, cutout=5)
+    images, augment = random_images(), AugmentParams(pad=2, flip=True, cutout=5)
     images[images == 128] = 0
     view = draw_view(N_IMAGES, 1, augment, seed=0)
     whole = apply_view(images, replace(view, hole=None), torch.arange(N_IMAGES), augment)
@@ -103,7 +103,7 @@ def test_cutout_hides_one_square_of_each_image_anywhere_inside_it():
 
 
 def test_cutout_changes_nothing_else_of_a_view():
-    with_it, without = (draw_view(N_IMAGES, 3, Augment(pad=2, flip=True, cutout=c), seed=0) for c in (5, 0))
+    with_it, without = (draw_view(N_IMAGES, 3, AugmentParams(pad=2, flip=True, cutout=c), seed=0) for c in (5, 0))
     assert torch.equal(with_it.top, without.top)
     assert torch.equal(with_it.left, without.left)
     assert torch.equal(with_it.flip, without.flip)
@@ -111,7 +111,7 @@ def test_cutout_changes_nothing_else_of_a_view():
 
 
 def test_cutout_larger_than_the_image_hides_all_of_it():
-    augment = Augment(pad=0, flip=False, cutout=64)
+    augment = AugmentParams(pad=0, flip=False, cutout=64)
     view = draw_view(N_IMAGES, 0, augment, seed=0)
     assert (apply_view(random_images(), view, torch.arange(N_IMAGES), augment) == 128).all()
 
@@ -119,7 +119,7 @@ def test_cutout_larger_than_the_image_hides_all_of_it():
 @pytest.mark.parametrize("size", [36, 18])
 def test_a_view_of_larger_images_shows_the_same(size):
     """Larger images are the small ones with each pixel repeated: away from the border, so is their view."""
-    images, augment = random_images(), Augment(pad=2, flip=True, cutout=4)
+    images, augment = random_images(), AugmentParams(pad=2, flip=True, cutout=4)
     scale = size / 12
     places = (torch.arange(size) / scale).long()
     large = images[:, :, places][..., places]

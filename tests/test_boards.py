@@ -9,7 +9,7 @@ from experiments import tiny_params
 from nonn.cli import main
 from nonn.core.boards import OWN_FILE, all_boards, find_board, shipped_boards
 from nonn.core.budgets import Budget, combined_budget
-from nonn.core.devices import Device
+from nonn.core.devices import DeviceParams
 from nonn.core.errors import UserError
 from nonn.core.jobs import list_jobs
 from nonn.core.links import PRESETS
@@ -141,19 +141,19 @@ def test_an_unknown_board_is_refused_with_the_nearest():
 
 def test_a_board_gives_flash_and_ram_and_its_speed():
     facts = find_board("rp2350")
-    budget = Device(board="rp2350").budget("pico", "int8", 20.0)
+    budget = DeviceParams(board="rp2350").budget("pico", "int8", 20.0)
     assert (budget.flash_kib, budget.ram_kib, budget.memory_kib) == (facts.flash_kib, facts.ram_kib, None)
     assert budget.mmacs_per_s == facts.mmacs["int8"]
     assert budget.most_mmacs == pytest.approx(0.02 * facts.mmacs["int8"])
     assert (budget.name, budget.board) == ("pico", "rp2350")
-    half = Device(board="rp2350", share=0.5, mmacs=3, mmacs_per_s=7).budget("pico", "int8")
+    half = DeviceParams(board="rp2350", share=0.5, mmacs=3, mmacs_per_s=7).budget("pico", "int8")
     assert (half.ram_kib, half.flash_kib, half.mmacs_per_s, half.most_mmacs) == (260, facts.flash_kib, 7, 3)
 
 
 def test_a_board_without_flash_has_one_memory():
-    budget = Device(board="pi_zero2w", share=0.25).budget("zero", "float32")
+    budget = DeviceParams(board="pi_zero2w", share=0.25).budget("zero", "float32")
     assert (budget.memory_kib, budget.flash_kib, budget.ram_kib) == (131072, None, None)
-    replaced = Device(board="rp2350", memory_kib=300).budget("pico", "int8")
+    replaced = DeviceParams(board="rp2350", memory_kib=300).budget("pico", "int8")
     assert (replaced.memory_kib, replaced.flash_kib, replaced.ram_kib) == (300, None, None)
 
 
@@ -170,7 +170,7 @@ def test_a_board_without_flash_has_one_memory():
 )
 def test_a_device_that_is_no_budget_is_refused(device, said):
     with pytest.raises(ValueError, match=said):
-        Device.model_validate(device)
+        DeviceParams.model_validate(device)
 
 
 def test_a_target_needs_the_speed_of_each_device():

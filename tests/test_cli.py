@@ -212,13 +212,13 @@ def test_a_soak_too_short_to_judge_is_refused(capsys):
 
 
 def test_a_stage_runs_and_is_noted_in_the_journal(experiment):
-    before = read_json(experiment.sizes("2s"))
-    experiment.sizes("2s").unlink()
+    before = read_json(experiment.filter_counts("2s"))
+    experiment.filter_counts("2s").unlink()
     STATE.mkdir(exist_ok=True)
     JOURNAL.write_text('{"stage": "eval')  # as a crash would leave it
     call("design", "2s")
     call("distill", "2s/0", "--seed", "0")
-    assert read_json(experiment.sizes("2s")) == before
+    assert read_json(experiment.filter_counts("2s")) == before
     cut, design, distill = JOURNAL.read_text().splitlines()
     assert cut == '{"stage": "eval'
     design, distill = json.loads(design), json.loads(distill)

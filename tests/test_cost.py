@@ -8,7 +8,7 @@ import torch
 from nonn.core.architecture import Architecture
 from nonn.core.budgets import Budget
 from nonn.core.cost import Cost
-from nonn.core.params import Design
+from nonn.core.params import DesignParams
 from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.deploy.traced_cost import measure_cost
 from nonn.training.networks import ConvNet
@@ -177,4 +177,4 @@ def test_what_is_counted_without_a_network_is_what_the_network_measures(architec
 def test_every_family_of_students_is_counted_or_measured():
     families = {architecture["family"] for architecture in DRAWN}
     assert families == set(COUNTED_FAMILIES)
-    assert families <= set(get_args(Design.model_fields["family"].annotation))
+    assert families <= set(get_args(DesignParams.model_fields["family"].annotation))

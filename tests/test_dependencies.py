@@ -34,6 +34,7 @@ CARRIERS = {
         "progress",
         "schema",
         "teacher_source",
+        "training_params",
         "yaml_text",
     )
 }

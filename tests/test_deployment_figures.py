@@ -5,12 +5,12 @@ import pytest
 from deployed import COMPARISONS, FAST, RESULTS, SOLO, TWO, join
 
 from nonn.core.architecture import Architecture
-from nonn.core.params import Figures
+from nonn.core.params import FiguresParams
 from nonn.report import deployment_plots
 from nonn.report.deployment_table import PAPER, collect_ratios, join_rows, list_ratios
 from nonn.report.plots import drawing_style, save_figure
 
-FIGURES = Figures(dpi=50)
+FIGURES = FiguresParams(dpi=50)
 REFERENCE = Architecture(family="wrn", depth=16, width=2)
 
 

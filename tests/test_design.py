@@ -16,7 +16,7 @@ from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.params import Design, Params
+from nonn.core.params import DesignParams, Params
 from nonn.deploy.traced_cost import measure_cost
 from nonn.method.sizing import (
     apportion,
@@ -29,14 +29,14 @@ from nonn.method.sizing import (
 from nonn.training.loading import load_design
 from nonn.training.networks import ConvNet
 
-FAST = Design(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
-MOBILENET = Design(family="mobilenet", depths=[1, 2], min_width=4, max_width=20, step=1, precision="int8")
-WRN = Design(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, precision="float32")
+FAST = DesignParams(family="fast", depths=[1, 2], min_width=4, max_width=12, step=2, precision="float32")
+MOBILENET = DesignParams(family="mobilenet", depths=[1, 2], min_width=4, max_width=20, step=1, precision="int8")
+WRN = DesignParams(family="wrn", depths=[10, 16], min_width=1, max_width=2, step=1, precision="float32")
 IMAGES = ImageSpec(channels=1, size=28, n_classes=3)
 AMPLE = Budget(memory_kib=10_000, mmacs=1000)
 
 
-def all_students(grid: Design, n_filters: int | None) -> list:
+def all_students(grid: DesignParams, n_filters: int | None) -> list:
     """Every candidate of a grid, with its cost."""
     architectures = [
         architecture for depth in grid.depths for architecture in candidates_of_depth(grid, depth, IMAGES.size)
@@ -47,7 +47,7 @@ def all_students(grid: Design, n_filters: int | None) -> list:
     ]
 
 
-def find_student(grid: Design, device: Budget, n_filters: int | None):
+def find_student(grid: DesignParams, device: Budget, n_filters: int | None):
     return design_student(grid, device, IMAGES, n_filters)
 
 
@@ -243,7 +243,7 @@ def test_widths_that_no_student_may_have_are_refused():
             design_student(wide, Budget(memory_kib=10**6), IMAGES, 8)
 
 
-WIDE = Design(family="fast", depths=[2], min_width=4, max_width=128, step=1, precision="float32")
+WIDE = DesignParams(family="fast", depths=[2], min_width=4, max_width=128, step=1, precision="float32")
 
 
 @pytest.mark.parametrize(
@@ -340,7 +340,7 @@ def test_the_shipped_grid_is_monotone(name, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{"max_width": 16_384}, {"widths": [1, 64, 64], "max_width": 300}])
 def test_students_wider_than_any_network_are_left_out(changes):
-    grid = Design.model_validate(tiny_params({"design": changes})["design"])
+    grid = DesignParams.model_validate(tiny_params({"design": changes})["design"])
     found = candidates_of_depth(grid, 1, 28)
     assert found
     assert max(max(architecture.widths) for architecture in found) <= MOST_CHANNELS

@@ -10,8 +10,9 @@ from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, TEMPORARY, read_json, write_json
-from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS, Augment
+from nonn.core.params import PARTITION_METHODS, SINGLE_METHODS
 from nonn.core.paths import Paths
+from nonn.core.training_params import AugmentParams
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
 from nonn.method.loading import load_baseline
@@ -141,7 +142,7 @@ def test_an_epoch_reads_the_signals_of_its_own_view(teach, transfer_set):
 
 
 def test_a_student_sees_the_pixels_that_the_teacher_saw(params, transfer_set, teach):
-    other = params.signals.model_copy(update={"augment": Augment(pad=2, flip=True)})
+    other = params.signals.model_copy(update={"augment": AugmentParams(pad=2, flip=True)})
     assert not same(teach(transfer_set)[0], teach(TransferSet(transfer_set.data, transfer_set.signals, other))[0])
 
 
@@ -254,7 +255,10 @@ def test_single_students_have_no_filters(params, specs):
 
 
 def test_partition_ablations_learn_like_the_network(params, experiment, specs):
-    sizes, live = read_json(experiment.sizes("2s"))["sizes"], read_json(experiment.partition("2s", "full"))["sets"][0]
+    sizes, live = (
+        read_json(experiment.filter_counts("2s"))["sizes"],
+        read_json(experiment.partition("2s", "full"))["sets"][0],
+    )
     for method in PARTITION_METHODS:
         for spec, size in zip(specs(method), sizes, strict=True):
             assert (spec.kd_weight, spec.transfer_weight) == (

@@ -75,8 +75,10 @@ def test_editors_find_the_schema():
 
 def test_a_key_without_a_meaning_is_refused():
     known = meanings()
-    del known["Schedule"]["warmup"]
-    with pytest.raises(UserError, match=r"params\.meaning\.yaml: Distill\.warmup: missing; say what the key means"):
+    del known["ScheduleParams"]["warmup"]
+    with pytest.raises(
+        UserError, match=r"params\.meaning\.yaml: DistillParams\.warmup: missing; say what the key means"
+    ):
         make_schema(known)
 
 

@@ -11,7 +11,7 @@ from nonn.commands.use import merge_experiment
 from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
 from nonn.core.errors import UserError
-from nonn.core.params import Design, Device, Params
+from nonn.core.params import DesignParams, DeviceParams, Params
 from nonn.firmware.build import COMPILER, compile_sources, copy_sources, link
 from nonn.firmware.sketch import predict_footprint, sketch_student
 from nonn.firmware.source import write_source
@@ -30,7 +30,7 @@ STUDENTS = [
 #: That of the experiment cifar10_512k, and its filters.
 LARGE = Architecture(family="airbench", widths=[64, 112, 104], depth=2, mirror=True, strided=True)
 LARGE_FILTERS = 96
-GRID = Design(family="airbench", depths=[1, 2], min_width=4, max_width=64, step=1, precision="int8", mirror=True)
+GRID = DesignParams(family="airbench", depths=[1, 2], min_width=4, max_width=64, step=1, precision="int8", mirror=True)
 IMAGES = ImageSpec(channels=3, size=32, n_classes=10)
 
 
@@ -99,7 +99,7 @@ def test_one_kib_too_few_fails_at_design(memory, tmp_path):
     smallest = GRID.model_copy(update={"max_width": 4, "depths": [1]})
 
     def design(**memory):
-        budget = Device(board="stm32h743", **memory).budget("mine", "int8")
+        budget = DeviceParams(board="stm32h743", **memory).budget("mine", "int8")
         return design_student(smallest, budget, IMAGES, 8)
 
     with pytest.raises(UserError) as refusal:
@@ -115,7 +115,7 @@ def test_one_kib_too_few_fails_at_design(memory, tmp_path):
 
 
 def test_a_microcontroller_gets_the_largest_student_whose_firmware_fits():
-    budget = Device(board="stm32h743", flash_kib=256).budget("mine", "int8")
+    budget = DeviceParams(board="stm32h743", flash_kib=256).budget("mine", "int8")
     sizes, designs = design_network(GRID, [budget, budget], IMAGES, n_live=64)
     assert sizes == [32, 32]
     (found,) = designs["0"]
@@ -134,7 +134,7 @@ def test_ram_counts_as_far_as_its_largest_block_goes():
     grid = GRID.model_copy(
         update={"min_width": 96, "max_width": 96, "mirror": False, "depths": [1], "widths": [1, 1, 1]}
     )
-    budget = Device(board="stm32h743").budget("mine", "int8")
+    budget = DeviceParams(board="stm32h743").budget("mine", "int8")
     with pytest.raises(
         UserError, match=r"ram_kib is 512 KiB, [\d,]+ KiB less .*no block of RAM beyond 512 KiB: choose another"
     ):
@@ -143,9 +143,9 @@ def test_ram_counts_as_far_as_its_largest_block_goes():
 
 def test_other_devices_and_precisions_count_as_before():
     for budget, precision in (
-        (Device(memory_kib=300, mmacs=100).budget("mine", "int8"), "int8"),
-        (Device(board="esp32s3").budget("mine", "int8"), "int8"),
-        (Device(board="stm32h743").budget("mine", "float32"), "float32"),
+        (DeviceParams(memory_kib=300, mmacs=100).budget("mine", "int8"), "int8"),
+        (DeviceParams(board="esp32s3").budget("mine", "int8"), "int8"),
+        (DeviceParams(board="stm32h743").budget("mine", "float32"), "float32"),
     ):
         _, designs = design_network(GRID.model_copy(update={"precision": precision}), [budget] * 2, IMAGES, n_live=64)
         assert "firmware" not in designs["0"][0]

@@ -14,7 +14,7 @@ from torchvision import models
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
-from nonn.core.params import Params, Teacher
+from nonn.core.params import Params, TeacherParams
 from nonn.core.paths import Paths
 from nonn.deploy.onnx_files import write_classifier
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
@@ -287,7 +287,7 @@ def test_figures_call_a_foreign_teacher_by_its_source():
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_networks_with_auxiliary_classifiers_are_built_as_their_weights_are(name, has_auxiliary, prefix):
     saved = models.get_model(name, weights=None, init_weights=False, aux_logits=has_auxiliary, num_classes=3)
-    params = Teacher(source=f"torchvision:{name}", threads=1)
+    params = TeacherParams(source=f"torchvision:{name}", threads=1)
     weights = {f"{prefix}{key}": tensor for key, tensor in saved.state_dict().items()}
     built = build_network(params, 3, 299, 3, weights, download=False).network
     built.load_state_dict(saved.state_dict())
@@ -298,7 +298,7 @@ def test_what_a_library_does_to_images_is_told_by_their_moments(name, monkeypatc
     """Downloaded weights come with a transform of the images, which nothing that is saved would tell."""
     asked = []
     monkeypatch.setattr(models, "get_model", lambda *_, **options: asked.append(options))
-    built = build_network(Teacher(source=f"torchvision:{name}", threads=1), 3, 299, 1000, None, True)
+    built = build_network(TeacherParams(source=f"torchvision:{name}", threads=1), 3, 299, 1000, None, True)
     assert asked[0]["transform_input"] is False
     # The same pixels: those normalised as ImageNet's, put back, and then taken to values from -1 to 1.
     assert built.moments == ((0.5,) * 3, (0.5,) * 3)
@@ -310,5 +310,5 @@ def test_the_first_convolution_is_told_from_others_of_its_name(prefix, reverse):
     timm = pytest.importorskip("timm")
     saved = timm.create_model("resnet10t", in_chans=1, num_classes=3)
     weights = {f"{prefix}{key}": tensor for key, tensor in sorted(saved.state_dict().items(), reverse=reverse)}
-    built = build_network(Teacher(source="timm:resnet10t", threads=1), 3, 32, 3, weights, download=False).network
+    built = build_network(TeacherParams(source="timm:resnet10t", threads=1), 3, 32, 3, weights, download=False).network
     built.load_state_dict(saved.state_dict())

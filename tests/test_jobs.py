@@ -144,7 +144,7 @@ def write_all(params: Params, paths: Paths) -> set[Path]:
     files = {paths.dataset, paths.teacher, paths.signals, paths.evaluation}
     for name, network in params.networks.items():
         students = range(len(network.devices))
-        files |= {paths.sizes(name), paths.partition_info(name), paths.cluster(name)}
+        files |= {paths.filter_counts(name), paths.partition_info(name), paths.cluster(name)}
         files |= {place(name, student) for place in (paths.design, paths.partition) for student in students}
         files |= {paths.student(name, student, seed) for student in students for seed in range(network.seeds)}
         files |= {paths.network(name, seed).with_suffix(".json") for seed in range(network.seeds)}

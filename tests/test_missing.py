@@ -10,7 +10,7 @@ from clusters import sha256
 from safetensors.numpy import save, save_file
 
 from nonn.core.errors import UserError
-from nonn.core.params import STRATEGIES, Assemble
+from nonn.core.params import STRATEGIES, AssembleParams
 from nonn.method.final_layer import as_tensors, logits_of
 from nonn.method.missing import (
     choose_strategy,
@@ -28,7 +28,7 @@ from nonn.runtime.exported import FinalFiles, Image, Manifest, StudentFile
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import MAX_SUBSETS, proper_subsets, subset_name, subset_of, subsets_missing
 
-SECTION = Assemble(epochs=5, lr=0.01)
+SECTION = AssembleParams(epochs=5, lr=0.01)
 #: One feature each of three students, two classes.
 WEIGHTS = [[[1.0], [0.0]], [[0.0], [2.0]], [[1.0], [1.0]]]
 BIASES = [[0.3, 0.0], [0.6, 0.3], [0.0, 0.9]]
@@ -126,7 +126,7 @@ def test_layers_fitted_at_once_are_those_fitted_alone():
 def test_fitting_follows_the_gradient_of_cross_entropy():
     """One step of Adam moves each number by the learning rate, against the sign of its gradient."""
     start, features, labels = make_problem(n_students=2)
-    params = Assemble(epochs=1, lr=0.01)
+    params = AssembleParams(epochs=1, lr=0.01)
     ((fitted,),) = (blocks.values() for blocks in fit_subset_layers(start, features, labels, [(1,)], params, seed=0))
     before = [(2 * parts[1]).requires_grad_() for parts in as_tensors(start.blocks)]
     torch.nn.functional.cross_entropy(features[1] @ before[0].T + before[1], labels).backward()
@@ -138,7 +138,7 @@ def test_fitting_follows_the_gradient_of_cross_entropy():
 def test_without_epochs_subset_layers_are_the_rescaled_average():
     start, features, labels = make_problem()
     subsets = proper_subsets(3)
-    fitted = fit_subset_layers(start, features, labels, subsets, Assemble(epochs=0, lr=1), seed=0)
+    fitted = fit_subset_layers(start, features, labels, subsets, AssembleParams(epochs=0, lr=1), seed=0)
     layer = FinalLayer(start.blocks, layers=dict(zip(subsets, fitted, strict=True)))
     for subset in subsets:
         found, expected = (logits_of(each, features, subset) for each in (layer, start))
@@ -155,7 +155,7 @@ def test_a_kept_subset_layer_is_better_on_validation_and_others_are_the_start(mi
         weight, bias = start.blocks[0]
         start = FinalLayer(start.blocks | {0: (-weight, bias)})
     train = features, labels
-    layers, summary = fit_strategies(start, start, train, validation, Assemble(epochs=30, lr=0.03), seed=0)
+    layers, summary = fit_strategies(start, start, train, validation, AssembleParams(epochs=30, lr=0.03), seed=0)
     layer, subsets = layers["subset_layers"], proper_subsets(4)
     before = right_answers(start, *validation, subsets).sum(1)
     after = right_answers(layer, *validation, subsets).sum(1)
@@ -196,7 +196,7 @@ def test_fail_out_learns_to_do_without_students():
     start, features, labels = make_problem(n_students=3, n_images=300)
     # Heads that speak against their students: to be right with one of them, each has to turn round.
     wrong = FinalLayer({i: (-weight, bias) for i, (weight, bias) in start.blocks.items()})
-    fitted = fit_fail_out(wrong, features, labels, Assemble(epochs=200, lr=0.03), seed=0)
+    fitted = fit_fail_out(wrong, features, labels, AssembleParams(epochs=200, lr=0.03), seed=0)
     subsets = proper_subsets(3)
     before, after = (right_answers(layer, features, labels, subsets).double().mean(1) for layer in (wrong, fitted))
     assert (after > before + 0.2).all()

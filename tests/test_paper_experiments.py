@@ -19,7 +19,7 @@ from nonn.commands.use import merge_experiment
 from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.jobs import check_named_files
-from nonn.core.params import Params, Teacher
+from nonn.core.params import Params, TeacherParams
 from nonn.core.paths import Paths
 from nonn.core.teacher_source import IMAGENET_CLASSES
 from nonn.data.dataset import load_teacher_dataset
@@ -135,7 +135,7 @@ def test_the_list_of_imagenet_is_that_of_torchvision():
         pytest.skip("timm, which knows the names of the numbers, is not installed")
     lemmas = Path(timm.origin).parent / "data/_info/imagenet_synset_to_lemma.txt"
     known = dict(line.split("\t") for line in lemmas.read_text().splitlines())
-    classes = Teacher(source="torchvision:resnet18", threads=1, classes="imagenet").classes
+    classes = TeacherParams(source="torchvision:resnet18", threads=1, classes="imagenet").classes
     assert classes == IMAGENET_CLASSES.read_text().split() == sorted(set(classes))
     pairs = list(zip(classes, ResNet18_Weights.DEFAULT.meta["categories"], strict=True))
     same = [name.lower().replace("_", " ") in known[wnid].lower() for wnid, name in pairs]

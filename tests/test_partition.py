@@ -226,7 +226,7 @@ def experiment(tmp_path, monkeypatch):
             "class_activity": torch.zeros(3, 21),
         },
     )
-    write_json(paths.sizes("2s"), {"sizes": [8, 12]})
+    write_json(paths.filter_counts("2s"), {"sizes": [8, 12]})
     return paths, communities
 
 

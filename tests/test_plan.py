@@ -18,12 +18,12 @@ from nonn.core.artifacts import ImageSpec
 from nonn.core.boards import OWN_FILE, Range, find_board, shipped_boards
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
-from nonn.core.params import Design, Params
+from nonn.core.params import DesignParams, Params
 from nonn.core.schema import parse_yaml
 from nonn.method.planning import Planner, board_budget, pareto, parse_devices
 from nonn.method.sizing import design_network, design_student
 
-GRID = Design(family="fast", depths=[2], min_width=4, max_width=24, step=1, precision="int8")
+GRID = DesignParams(family="fast", depths=[2], min_width=4, max_width=24, step=1, precision="int8")
 IMAGES = ImageSpec(channels=3, size=32, n_classes=10)
 
 

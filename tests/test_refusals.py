@@ -180,7 +180,7 @@ def all_readers(params, paths) -> dict:
         paths.signals: lambda: load_signals(paths, data),
         paths.graph: lambda: load_graph(paths),
         paths.graph_info: lambda: design.run(params, paths, "2s"),
-        paths.sizes("2s"): lambda: partition.run(params, paths, "2s"),
+        paths.filter_counts("2s"): lambda: partition.run(params, paths, "2s"),
         paths.design("2s", 0): lambda: distill.run(params, paths, "2s", 0, 0),
         paths.partition("2s", 0): lambda: distill.run(params, paths, "2s", 0, 0),
         paths.partition("2s", "random"): lambda: baseline.run(params, paths, "2s", "random", 0),
@@ -226,7 +226,7 @@ def test_numbers_out_of_range_are_refused(experiment, params):
     write_json(experiment.partition("2s", 0), {"filters": [0, 99]})
     with pytest.raises(UserError, match=r"students/0\.json: damaged \(filter 99 of a teacher that has 32\)"):
         distill.run(params, experiment, "2s", 0, 0)
-    write_json(experiment.sizes("2s"), {"sizes": [1, 2]})
+    write_json(experiment.filter_counts("2s"), {"sizes": [1, 2]})
     with pytest.raises(UserError, match=r"sizes\.json: damaged \(it shares out 3 filters"):
         partition.run(params, experiment, "2s")
     tensors = read_tensors(experiment.dataset)

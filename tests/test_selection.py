@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from nonn.core.architecture import Architecture
-from nonn.core.params import MuonParams, Schedule
+from nonn.core.training_params import MuonParams, ScheduleParams
 from nonn.teachers.selection import LEARNS_EVERY, Proxy
 from nonn.training.networks import ConvNet
 
-SCHEDULE = Schedule(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0)
+SCHEDULE = ScheduleParams(epochs=1, batch_size=8, lr=0.1, momentum=0.9, weight_decay=0.0, warmup=0.0)
 
 
-def make_proxy(keep: float = 0.5, schedule: Schedule = SCHEDULE) -> Proxy:
+def make_proxy(keep: float = 0.5, schedule: ScheduleParams = SCHEDULE) -> Proxy:
     torch.manual_seed(0)
     network = ConvNet(Architecture(family="fast", widths=[4, 8, 8], depth=1), 1, 3, std=torch.full((1,), 60.0))
     return Proxy(network, schedule, keep, label_smoothing=0.1)

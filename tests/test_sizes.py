@@ -36,7 +36,7 @@ def larger(folder, params, data):
         writer.finish(torch.arange(len(large)).numpy(), 1, {"mean": mean, "std": std})
     section = params.teacher.model_copy(update={"size": 56, "epochs": 2})
     params = params.model_copy(update={"teacher": section})
-    assert params.sizes == {"students": 28, "teacher": 56}
+    assert params.image_sizes == (28, 56)
     teacher.run(params, PATHS)
     signals.run(params, PATHS)
     return params, large

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from nonn.core.architecture import Architecture
-from nonn.core.params import MuonParams, Schedule
+from nonn.core.training_params import MuonParams, ScheduleParams
 from nonn.training.networks import ConvNet
 from nonn.training.optim import make_optimizers
 from nonn.training.step import WARM_UP, RecordedStep, Step, set_rate
 
 STUDENT = Architecture(family="fast", widths=[4, 8, 12], depth=1)
-SCHEDULE = Schedule(
+SCHEDULE = ScheduleParams(
     epochs=1, batch_size=8, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0, muon=MuonParams(lr=0.1, momentum=0.6)
 )
 

@@ -15,8 +15,8 @@ from nonn.cli import main
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, read_json, sha256_of
-from nonn.core.params import MuonParams, Selection
 from nonn.core.teacher_source import Normalization
+from nonn.core.training_params import MuonParams, SelectionParams
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
 from nonn.stages import teacher as teacher_stage
@@ -84,7 +84,7 @@ def test_a_teacher_learns_and_is_the_same_again(params, data, folder):
 SMALL = Architecture(family="airbench", widths=[4, 8, 8], depth=2)
 
 
-@pytest.mark.parametrize(("depth", "selection"), [(2, None), (3, Selection(keep=0.5, proxy=SMALL))])
+@pytest.mark.parametrize(("depth", "selection"), [(2, None), (3, SelectionParams(keep=0.5, proxy=SMALL))])
 def test_a_teacher_of_few_epochs_learns_and_resumes_exactly(params, data, folder, monkeypatch, depth, selection):
     """Family airbench by Muon: killed in the middle of its schedule, it ends in the same weights."""
     architecture = Architecture(family="airbench", widths=[8, 16, 32], depth=depth)

@@ -10,14 +10,14 @@ from experiments import read_subset
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
-from nonn.core.params import MuonParams, Schedule
+from nonn.core.training_params import MuonParams, ScheduleParams
 from nonn.training import checkpoint as checkpoint_module
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.loop import LOG_COLUMNS, epoch_order, train, write_log
 from nonn.training.networks import ConvNet
 from nonn.training.optim import learning_rate, make_optimizers
 
-SCHEDULE = Schedule(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0.25)
+SCHEDULE = ScheduleParams(epochs=4, batch_size=16, lr=0.05, momentum=0.9, weight_decay=0.01, warmup=0.25)
 WITH_MUON = SCHEDULE.model_copy(update={"muon": MuonParams(lr=0.1, momentum=0.6)})
 CPU = torch.device("cpu")
 

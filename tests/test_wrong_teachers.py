@@ -15,7 +15,7 @@ from torch import nn
 
 from nonn.core.errors import UserError
 from nonn.core.jobs import check_named_files, list_jobs
-from nonn.core.params import Params, Teacher
+from nonn.core.params import Params, TeacherParams
 from nonn.teachers.teacher import import_teacher
 
 pytestmark = pytest.mark.usefixtures("code")
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("code")
 # Wrong teachers
 
 
-def bad(name: str, model: nn.Module) -> Teacher:
+def bad(name: str, model: nn.Module) -> TeacherParams:
     """Write one wrong teacher into the working directory; return the section that names it."""
     weights, module = dict(model.state_dict()), section
     nan = weights | {"conv.weight": weights["conv.weight"].clone().fill_(float("nan"))}
@@ -263,7 +263,7 @@ def test_one_output_for_two_classes_gets_its_own_remedy(kind, colour, model):
 def test_weights_of_torchvision_in_our_families_are_told_apart(colour):
     """A state dict of torchvision's ResNet-18 given to a CIFAR ResNet: the remedy is another source."""
     weights = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer4.0.conv1.weight": torch.zeros(512, 256, 3, 3)}
-    params = Teacher.model_validate(
+    params = TeacherParams.model_validate(
         {"architecture": {"family": "resnet", "depth": 20}, "weights": save(weights), "threads": 1}
     )
     with pytest.raises(UserError, match=r"set teacher\.source to torchvision:NAME or timm:NAME"):
@@ -299,7 +299,7 @@ def test_downloads_that_fail_are_one_line(folder, colour, monkeypatch):
 )
 def test_keys_that_do_not_suit_the_source_are_refused(keys, complaint):
     with pytest.raises(ValueError, match=complaint):
-        Teacher.model_validate({"threads": 1, **keys})
+        TeacherParams.model_validate({"threads": 1, **keys})
 
 
 def test_few_lines_are_enough_for_a_foreign_teacher():

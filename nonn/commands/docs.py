@@ -61,7 +61,7 @@ def format_reference(schema: dict[str, Any]) -> str:
         parts += [f"## {name}\n\n{schema['properties'][name]['description']}\n\n", _table(schema["$defs"][target], own)]
         parts.append("\n")
     for target in nested:
-        parts += [f"## {target}\n\n", _table(schema["$defs"][target], own), "\n"]
+        parts += [f"## {_heading(target)}\n\n", _table(schema["$defs"][target], own), "\n"]
     return "".join(parts).rstrip("\n") + "\n"
 
 
@@ -138,6 +138,10 @@ def _target(node: dict[str, Any]) -> str | None:
     return target.rpartition("/")[2] if target else None
 
 
+def _heading(target: str) -> str:
+    return target.removesuffix("Params")
+
+
 def _values(node: dict[str, Any]) -> dict[str, Any]:
     """Schema of the values of a mapping whose keys are names."""
     if "additionalProperties" in node:
@@ -151,7 +155,8 @@ def _kind(node: dict[str, Any], own: dict[str, str]) -> str:
         return " or ".join(_kind(choice, own) for choice in choices)
     if target := node.get("$ref"):
         name = target.rpartition("/")[2]
-        return f"[{own.get(name, name)}](#{own.get(name, name).lower()})"
+        heading = own.get(name, _heading(name))
+        return f"[{heading}](#{heading.lower()})"
     if words := node.get("enum"):
         return "one of " + ", ".join(f"`{word}`" for word in words)
     if "const" in node:

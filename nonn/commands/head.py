@@ -15,7 +15,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import replacing
 from nonn.core.numerics import set_numerics
 from nonn.core.options import add_settings, load_settings
-from nonn.core.params import Params, Teacher
+from nonn.core.params import Params, TeacherParams
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 
@@ -82,7 +82,7 @@ def _target(params: Params) -> Path:
     return target
 
 
-def load_pretrained(data: Dataset, params: Teacher) -> ForeignTeacher:
+def load_pretrained(data: Dataset, params: TeacherParams) -> ForeignTeacher:
     """The network of ``teacher.source``, with the weights that it names or the library's own, for their classes."""
     from nonn.teachers.bodies import ModuleBody, find_classifier
     from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, examine

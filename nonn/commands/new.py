@@ -39,7 +39,7 @@ from nonn.core.errors import UserError, printable
 from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, check_named_files
 from nonn.core.options import add_settings
-from nonn.core.params import PARAMS_FILE, Design, Params, load_params
+from nonn.core.params import PARAMS_FILE, DesignParams, Params, load_params
 from nonn.core.progress import log
 from nonn.core.schema import change, parse_changes
 from nonn.core.teacher_source import WHOLE_FILES
@@ -172,7 +172,7 @@ def render(request: Request) -> str:
         "fast": {"depths": [1, 2], "min_width": 4, "max_width": 128},
     }
     grid = grids[family]
-    shipped = Design.model_validate({**merge_experiment(DEFAULT)["design"], "family": family})
+    shipped = DesignParams.model_validate({**merge_experiment(DEFAULT)["design"], "family": family})
     widths = [round(TEACHER_WIDTH * factor) for factor in proportions(shipped, request.size)]
     budgets = budgets_of(request.devices)
     common = {"augment": "{pad: 4, flip: true}", "threads": max(1, os.cpu_count() or 1), "family": family}
@@ -228,7 +228,7 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
     from nonn.training.networks import predict
 
     def examine(channels: int) -> tuple[ForeignTeacher, Dataset]:
-        shape = PROBE_IMAGES, channels, *2 * [params.sizes["teacher"]]
+        shape = PROBE_IMAGES, channels, *2 * [params.image_sizes.teacher]
         noise = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         index, middle = torch.arange(PROBE_IMAGES), torch.full((channels,), 128.0)
         data = Dataset(noise, index % len(classes), index, index, index, middle, middle, classes)

@@ -49,7 +49,7 @@ def measure(params: Params, paths: Paths, network: str, n_seeds: int) -> list[di
     from nonn.method.filter_graph import load_graph, normalise_activity
     from nonn.studies.comparison import PARTITIONERS, Problem, compare, graphs
 
-    graph, sizes = load_graph(paths), read_json(paths.sizes(network), Sizes)["sizes"]
+    graph, sizes = load_graph(paths), read_json(paths.filter_counts(network), Sizes)["sizes"]
     pooled = read_tensors(paths.signals).get("validation_pooled")
     if pooled is None or pooled.dim() != 2 or pooled.shape[1] != len(graph.live):
         raise damaged(paths.signals, "validation_pooled is not of the filters of the graph")
@@ -118,7 +118,7 @@ def run(options) -> None:
 
     paths = Paths(params.experiment)
     refuse_unknown_networks(params, [options.network])
-    refuse_missing([paths.signals, paths.graph, paths.sizes(options.network)], f"design@{options.network}")
+    refuse_missing([paths.signals, paths.graph, paths.filter_counts(options.network)], f"design@{options.network}")
     if options.output and options.output.is_dir():
         raise UserError(f"--output {options.output}: is a folder. Name a file.")
     rows = measure(params, paths, options.network, options.seeds)

@@ -106,17 +106,22 @@ def make_planner(options, params: Params | None) -> tuple[Planner, str]:
     """A planner for the options, the parameters where they say nothing, and the defaults; and a line on all three."""
     from nonn.core.artifacts import ImageSpec
     from nonn.core.boards import all_boards
-    from nonn.core.params import Design
+    from nonn.core.params import DesignParams
     from nonn.core.paths import Paths
     from nonn.method.feasibility import known_dataset, known_filters
     from nonn.method.planning import Planner
 
     images = ImageSpec(CHANNELS, SIZE, CLASSES)
-    filters, link, grid, source = FILTERS, LINK, Design.model_validate(STUDENTS | {"precision": PRECISION}), "defaults"
+    filters, link, grid, source = (
+        FILTERS,
+        LINK,
+        DesignParams.model_validate(STUDENTS | {"precision": PRECISION}),
+        "defaults",
+    )
     if params:
         paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
         info = known_dataset(params, paths)
-        images = ImageSpec.of(info) if info else images._replace(size=params.sizes["students"])
+        images = ImageSpec.of(info) if info else images._replace(size=params.image_sizes.students)
         own = FILTERS if params.teacher.is_foreign else params.teacher.own.n_features
         filters = known_filters(params, paths) or own
     images = ImageSpec(

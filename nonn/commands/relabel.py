@@ -110,10 +110,10 @@ def measure(params: Params, options: Any) -> list[dict]:
     except UserError as error:
         raise UserError(f"{options.labels}: {error}") from None
     data, positions = draw(labelled, len(labels), max(options.per_class), options.draws, options.test)
-    if options.teacher and params.sizes["teacher"] != training_data.size:
+    if options.teacher and params.image_sizes.teacher != training_data.size:
         raise UserError(
-            f"--teacher: it sees images of {params.sizes['teacher']} pixels a side, devices of {training_data.size}; "
-            "leave it out"
+            f"--teacher: it sees images of {params.image_sizes.teacher} pixels a side, devices of "
+            f"{training_data.size}; leave it out"
         )
     teacher = load_teacher(paths) if options.teacher else None
     shared = {"experiment": params.experiment, "network": options.network}

@@ -179,7 +179,7 @@ def add_arguments(parser) -> None:
 
 def run(options) -> None:
     """The command ``nonn scaling``; each row is written as soon as it is measured."""
-    from nonn.core.params import Figures
+    from nonn.core.params import FiguresParams
     from nonn.report.plots import drawing_style, save_figure
     from nonn.report.scaling_plots import draw_job_scaling
 
@@ -199,4 +199,4 @@ def run(options) -> None:
             log(", ".join(f"{column} {value}" for column, value in written(row).items() if value))
             shutil.rmtree(scratch.folder)
     with drawing_style():
-        save_figure(draw_job_scaling(rows, ENGINES), options.output.with_suffix(""), Figures(dpi=DPI))
+        save_figure(draw_job_scaling(rows, ENGINES), options.output.with_suffix(""), FiguresParams(dpi=DPI))

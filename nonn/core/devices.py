@@ -26,7 +26,7 @@ def check_board(name: str, known: list[str]) -> str:
     return name
 
 
-class Device(Section):
+class DeviceParams(Section):
     """Budget of one device: stated in full, or that of a board of the catalogue, of which single figures are replaced.
 
     It has one memory, `memory_kib`, or two, `flash_kib` and `ram_kib`.
@@ -46,7 +46,7 @@ class Device(Section):
         return board if board is None else check_board(board, list(all_boards()))
 
     @model_validator(mode="after")
-    def _is_a_budget(self) -> Device:
+    def _is_a_budget(self) -> DeviceParams:
         parts = self.flash_kib, self.ram_kib
         if self.memory_kib is not None and parts != (None, None):
             raise ValueError("memory_kib is for weights and activations together; remove it, or flash_kib and ram_kib")

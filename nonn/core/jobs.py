@@ -52,7 +52,7 @@ def list_jobs(params: Params) -> dict[str, Any]:
         "pool": "-".join(params.pool or ()),
         "budgets": looked_up_budgets(params),
         "board": _board_facts(params),
-        "sizes": "×".join(map(str, params.sizes.values())),
+        "sizes": "×".join(map(str, params.image_sizes)),
         "networks": {name: {} for name in params.networks},
         "exported": {name: {} for name in [*params.networks, SOLO]},
         "students": {

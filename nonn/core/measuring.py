@@ -13,7 +13,7 @@ from nonn.core.links import PRESETS
 from nonn.core.schema import Section
 
 
-class Benchmark(Section):
+class BenchmarkParams(Section):
     warmup: Annotated[int, Field(ge=0, le=1_000_000)]
     runs: Annotated[int, Field(ge=10, le=1_000_000)]
     windows: Count
@@ -21,7 +21,7 @@ class Benchmark(Section):
     core: Annotated[int, Field(ge=0, le=4_095)]
 
 
-class Distributed(Section):
+class DistributedParams(Section):
     """Devices at once over emulated links, and what a split network takes there."""
 
     links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]

@@ -9,27 +9,28 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, depth_problem
 from nonn.core.boards import Board, find_board, in_device
 from nonn.core.budgets import Budget
-from nonn.core.devices import Count, Device, NonNegative, Positive
+from nonn.core.devices import Count, DeviceParams, NonNegative, Positive
 from nonn.core.errors import UserError
 from nonn.core.image_source import ImageSource
-from nonn.core.measuring import Benchmark, Distributed
+from nonn.core.measuring import BenchmarkParams, DistributedParams
 from nonn.core.names import Name
 from nonn.core.numerics import Numerics
 from nonn.core.schema import Section, did_you_mean, load_yaml
 from nonn.core.teacher_source import TeacherSource
+from nonn.core.training_params import AugmentParams, Fraction, ScheduleParams, SelectionParams
 
 PARAMS_FILE = Path("params.yaml")
 
 #: Baselines of one student on one device of the network, and of the network on another partition.
-Method = Literal["labels", "kd", "at_kd", "total", "random", "contiguous", "classwise", "full"]
-BASELINE_METHODS: tuple[str, ...] = get_args(Method)
+BaselineMethod = Literal["labels", "kd", "at_kd", "total", "random", "contiguous", "classwise", "full"]
+BASELINE_METHODS: tuple[str, ...] = get_args(BaselineMethod)
 SINGLE_METHODS, PARTITION_METHODS = BASELINE_METHODS[:4], BASELINE_METHODS[4:]
 
 #: In place of a network: the models that run alone, on one device, in ``export``, ``benchmark`` and ``distributed``.
@@ -44,10 +45,9 @@ MAX_SUBSET_STUDENTS = 8
 
 #: Devices of a network.
 FEWEST_DEVICES, MOST_DEVICES = 2, 16
-#: Of what a device calculates with.
+#: Number format in which a device computes.
 Precision = Literal["float32", "int8"]
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Threads = Annotated[int, Field(ge=1, le=1_024)]
 Seeds = Annotated[int, Field(ge=1, le=1_000)]  # each a training
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
@@ -65,7 +65,7 @@ class NetworkParams(Section):
 
     devices: Annotated[list[Name], Field(min_length=FEWEST_DEVICES, max_length=MOST_DEVICES)]
     seeds: Seeds
-    baselines: dict[Method, Seeds] = Field(default={})
+    baselines: dict[BaselineMethod, Seeds] = Field(default={})
     latency_ms: Positive | None = None
 
 
@@ -88,40 +88,8 @@ class DatasetParams(Section):
         return self
 
 
-class Augment(Section):
-    pad: Annotated[int, Field(ge=0, le=16)]
-    flip: bool
-    cutout: Annotated[int, Field(ge=0, le=64)] = 0
-
-
-class MuonParams(Section):
-    """Of the filters of convolutions: see `nonn.training.optim`."""
-
-    lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-
-
-class Schedule(Section):
-    """Stochastic gradient descent with a triangular learning rate; with `muon`, of all but the filters."""
-
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: NonNegative
-    warmup: Fraction
-    muon: MuonParams | None = None
-
-
-class Selection(Section):
-    """Of the hardest images of each batch, by a small network: see `nonn.teachers.selection`."""
-
-    keep: Annotated[float, Field(gt=0, le=1)]
-    proxy: Architecture
-
-
-class Teacher(Schedule, TeacherSource):
-    """What only training needs has defaults, which are of no effect for an imported teacher."""
+class TeacherParams(ScheduleParams, TeacherSource):
+    """Keys used only in training have defaults; an imported teacher ignores them."""
 
     architecture: Architecture | None = None
     size: Size | None = None
@@ -133,8 +101,8 @@ class Teacher(Schedule, TeacherSource):
     weight_decay: NonNegative = 0.0005
     warmup: Fraction = 0.2
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    augment: Augment = Augment(pad=2, flip=False)
-    selection: Selection | None = None
+    augment: AugmentParams = AugmentParams(pad=2, flip=False)
+    selection: SelectionParams | None = None
     threads: Threads
     seed: Seed = 0
 
@@ -145,15 +113,15 @@ class Teacher(Schedule, TeacherSource):
         return self.architecture
 
     @model_validator(mode="after")
-    def _is_complete(self) -> Teacher:
+    def _is_complete(self) -> TeacherParams:
         if not (self.is_foreign or self.architecture):
             raise ValueError("architecture: source train needs one; add it, or name another source")
         return self
 
 
-class Signals(Section):
+class SignalsParams(Section):
     views: Annotated[int, Field(ge=1, le=1_000)]  # each as large as the teacher's answers to all training images
-    augment: Augment
+    augment: AugmentParams
     attention: bool
     threads: Threads
     seed: Seed
@@ -175,7 +143,7 @@ Proportions = Annotated[
 ]
 
 
-class Design(Section):
+class DesignParams(Section):
     input: Size | None = None
     family: Literal["fast", "airbench", "wrn", "mobilenet"]
     depths: Annotated[list[Depth], Field(min_length=1, max_length=16)]
@@ -188,7 +156,7 @@ class Design(Section):
     precision: Precision
 
     @model_validator(mode="after")
-    def _grid_is_not_empty(self) -> Design:
+    def _grid_is_not_empty(self) -> DesignParams:
         if self.min_width > self.max_width:
             raise ValueError("min_width is above max_width")
         if self.strided and self.family != "airbench":
@@ -205,31 +173,38 @@ class Design(Section):
         return self
 
 
-class Distill(Schedule):
+class DistillParams(ScheduleParams):
     kd_weight: Fraction
     temperature: Positive
     transfer_weight: NonNegative
 
 
-class Baseline(Section):
+class BaselineParams(Section):
     attention_weight: NonNegative
 
 
-class Assemble(Section):
+class AssembleParams(Section):
     epochs: Annotated[int, Field(ge=0, le=1_000_000)]
     lr: Positive
     missing: Literal["auto", Strategy] = "auto"
 
 
-class Evaluate(Section):
+class EvaluateParams(Section):
     resamples: Annotated[int, Field(ge=100, le=1_000_000)]
     seed: Seed
     final_layer: Literal["averaged", "fitted"] = "averaged"
     threads: Threads = 1
 
 
-class Figures(Section):
+class FiguresParams(Section):
     dpi: Annotated[int, Field(ge=50, le=600)]
+
+
+class ImageSizes(NamedTuple):
+    """Pixels a side of the images that students and teacher see."""
+
+    students: int
+    teacher: int
 
 
 class Params(Section):
@@ -237,21 +212,21 @@ class Params(Section):
 
     experiment: Name
     numerics: Numerics
-    devices: dict[Name, Device]
+    devices: dict[Name, DeviceParams]
     networks: Annotated[dict[Name, NetworkParams], Field(min_length=1)]
     dataset: DatasetParams
-    teacher: Teacher
-    signals: Signals
+    teacher: TeacherParams
+    signals: SignalsParams
     graph: GraphParams
     partition: PartitionParams
-    design: Design
-    distill: Distill
-    baseline: Baseline
-    assemble: Assemble
-    evaluate: Evaluate
-    benchmark: Benchmark
-    distributed: Distributed
-    figures: Figures
+    design: DesignParams
+    distill: DistillParams
+    baseline: BaselineParams
+    assemble: AssembleParams
+    evaluate: EvaluateParams
+    benchmark: BenchmarkParams
+    distributed: DistributedParams
+    figures: FiguresParams
 
     def budgets_of(self, network: str) -> list[Budget]:
         """What each device of a network offers its student."""
@@ -279,10 +254,9 @@ class Params(Section):
         return [in_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """Pixels a side of the images that ``students`` and ``teacher`` see."""
+    def image_sizes(self) -> ImageSizes:
         default = self.dataset.size
-        return {"students": self.design.input or default, "teacher": self.teacher.size or default}
+        return ImageSizes(students=self.design.input or default, teacher=self.teacher.size or default)
 
     def baselines(self) -> Iterator[tuple[str, str, range]]:
         """Yield ``(network, method, seeds)`` of every baseline."""
@@ -298,8 +272,9 @@ class Params(Section):
     def pool_of(self, network: str) -> tuple[str, str] | None:
         """The baseline whose students the ensembles of a network are formed from: the ``kd`` of most seeds.
 
-        Of all networks of the same devices, for students of the pool are made for the smallest device of their own
-        network. A network of N devices meets as many disjoint ensembles of N as the pool holds. None without any.
+        Searches all networks with the same devices, because a pool's students are designed for the smallest device of
+        their own network. A network of N devices meets as many disjoint ensembles of N as the pool holds. None without
+        any.
         """
         own = self.networks[network]
         alike = (set(own.devices), own.latency_ms)
@@ -316,30 +291,40 @@ class Params(Section):
             raise ValueError("\n".join(problems))
         return self
 
-    def _disagreements_with_sizes(self) -> Iterator[str]:
-        small, large, teacher = self.sizes["students"], self.sizes["teacher"], self.teacher
-        networks = [("distributed.reference", self.distributed.reference, small)]
-        if not teacher.is_foreign:
-            networks.append(("teacher.architecture", teacher.architecture, large))
-        if teacher.selection:
-            networks.append(("teacher.selection.proxy", teacher.selection.proxy, large))
-        trained = {"design": "distill"} | ({"teacher": "teacher"} if teacher.is_trained else {})
-        stages = [(key, own.family, own.widths, size) for key, own, size in networks if own]
-        for key, family, widths, size in [("design.widths", self.design.family, self.design.widths, small), *stages]:
-            section, n_stages = trained.get(key.partition(".")[0]), len(widths or ())
+    def _stages_and_sizes(self) -> Iterator[tuple[str, str, int, int]]:
+        """Yield ``(key, family, n_stages, pixels)`` of each architecture: its stages, and the images that it sees."""
+        sizes, teacher = self.image_sizes, self.teacher
+        yield "design.widths", self.design.family, len(self.design.widths or ()), sizes.students
+        for key, architecture, size in (
+            ("distributed.reference", self.distributed.reference, sizes.students),
+            ("teacher.architecture", None if teacher.is_foreign else teacher.architecture, sizes.teacher),
+            ("teacher.selection.proxy", teacher.selection and teacher.selection.proxy, sizes.teacher),
+        ):
+            if architecture:
+                yield key, architecture.family, len(architecture.widths or ()), size
+
+    def _depth_problems(self) -> Iterator[str]:
+        for key, family, n_stages, size in self._stages_and_sizes():
             if problem := depth_problem(family, n_stages, size):
                 yield f"{key}: {problem}"
-            elif section and getattr(self, section).batch_size == 1 and size >> n_stages <= 1:
+
+    def _batch_norm_problems(self) -> Iterator[str]:
+        trained = {"design": "distill"} | ({"teacher": "teacher"} if self.teacher.is_trained else {})
+        for key, family, n_stages, size in self._stages_and_sizes():
+            section, is_too_deep = trained.get(key.partition(".")[0]), depth_problem(family, n_stages, size)
+            if section and not is_too_deep and getattr(self, section).batch_size == 1 and size >> n_stages <= 1:
                 yield (
                     f"{section}.batch_size: is 1, and {n_stages} stages leave one pixel of an image of {size}, of "
                     "which batch norm learns nothing; give at least 2"
                 )
-        seen = {"signals": (self.signals.augment, small)} | (
-            {"teacher": (teacher.augment, large)} if teacher.is_trained else {}
-        )
-        for name, (augment, size) in seen.items():
+
+    def _cutout_problems(self) -> Iterator[str]:
+        augmented = [("signals", self.signals.augment, self.image_sizes.students)]
+        if self.teacher.is_trained:
+            augmented.append(("teacher", self.teacher.augment, self.image_sizes.teacher))
+        for section, augment, size in augmented:
             if augment.cutout >= size:
-                yield f"{name}.augment.cutout: hides all of an image of {size} pixels; give less than that"
+                yield f"{section}.augment.cutout: hides all of an image of {size} pixels; give less than that"
 
     def check_filters(self, n_filters: int) -> None:
         """Raise UserError if more filters are asked for than a teacher of so many has."""
@@ -361,7 +346,9 @@ class Params(Section):
                 )
 
     def _disagreements(self) -> Iterator[str]:
-        yield from self._disagreements_with_sizes()
+        yield from self._depth_problems()
+        yield from self._batch_norm_problems()
+        yield from self._cutout_problems()
         if not self.teacher.is_foreign:
             yield from self._missing_filters(self.teacher.own.n_features)
         board, precision = find_board(self.distributed.board), self.design.precision

@@ -62,7 +62,7 @@ def _of_signals(params: Params, images: ImageSpec, _: str) -> float:
 
 def _answer(params: Params, images: ImageSpec) -> float:
     """Multiply-accumulates of an answer of the teacher."""
-    size, architecture = params.sizes["teacher"], params.teacher.architecture
+    size, architecture = params.image_sizes.teacher, params.teacher.architecture
     if architecture is None or architecture.family not in COUNTED_FAMILIES:
         return FOREIGN_MACS_PER_PIXEL * size**2
     return count_cost(architecture, images.channels, size, images.n_classes, None).macs

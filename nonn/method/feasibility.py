@@ -43,7 +43,7 @@ def known_dataset(params: Params, paths: Paths) -> DatasetInfo | None:
         info: DatasetInfo = read_json(paths.dataset_info, DatasetInfo)
     except UserError:  # who needs it says why
         return None
-    source, size = params.dataset.source, params.sizes["students"]
+    source, size = params.dataset.source, params.image_sizes.students
     return info if info["size"] == size and info.get("source", source) == source else None
 
 
@@ -63,7 +63,7 @@ def known_filters(params: Params, paths: Paths) -> int | None:
 
 def least_images(params: Params) -> ImageSpec:
     """Images that ask least of a student, as long as nothing but their size is known."""
-    return ImageSpec(channels=1, size=params.sizes["students"], n_classes=2)
+    return ImageSpec(channels=1, size=params.image_sizes.students, n_classes=2)
 
 
 def refused_devices(params: Params, network: str, images: ImageSpec) -> Iterator[str]:

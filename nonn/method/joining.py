@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nonn.core.params import Assemble, Precision
+from nonn.core.params import AssembleParams, Precision
 from nonn.data.dataset import Dataset
 from nonn.data.image_store import Images
 from nonn.deploy.onnx_files import student_content
@@ -66,7 +66,7 @@ def fit_layer(
     features: Sequence[Tensor],
     labels: Tensor,
     validation: tuple[Sequence[Tensor], Tensor],
-    params: Assemble,
+    params: AssembleParams,
     seed: int,
 ) -> tuple[FinalLayer, list[float]]:
     """Fit a final layer further by cross-entropy, and keep what validation prefers.
@@ -124,7 +124,7 @@ class FeatureCache:
 
 
 def join_students(
-    students: Sequence[ConvNet], features: FeatureCache, params: Assemble, seed: int
+    students: Sequence[ConvNet], features: FeatureCache, params: AssembleParams, seed: int
 ) -> tuple[dict[str, FinalLayer], dict]:
     """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
 
@@ -146,7 +146,7 @@ def join_students(
 
 
 def assemble_network(
-    students: Sequence[ConvNet], features: FeatureCache, params: Assemble, seed: int
+    students: Sequence[ConvNet], features: FeatureCache, params: AssembleParams, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer and its temperatures came about."""
     layers, summary = join_students(students, features, params, seed)

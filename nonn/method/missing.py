@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.params import MAX_SUBSET_STUDENTS, STRATEGIES, Assemble
+from nonn.core.params import MAX_SUBSET_STUDENTS, STRATEGIES, AssembleParams
 from nonn.method.final_layer import as_tensors, fit_by_epoch, logits_of, steps_of
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import Subset, proper_subsets
@@ -54,7 +54,9 @@ def mean_fill(layer: FinalLayer, means: Sequence[Tensor]) -> FinalLayer:
     return FinalLayer(layer.blocks, np.ones(len(fills)), fills.numpy())
 
 
-def fit_fail_out(start: FinalLayer, features: Features, labels: Tensor, params: Assemble, seed: int) -> FinalLayer:
+def fit_fail_out(
+    start: FinalLayer, features: Features, labels: Tensor, params: AssembleParams, seed: int
+) -> FinalLayer:
     """Fit one layer while each image misses students at random, every proper subset being as likely.
 
     Nothing is chosen on the way: the layer is that of the last step.
@@ -72,7 +74,7 @@ def fit_fail_out(start: FinalLayer, features: Features, labels: Tensor, params: 
 
 
 def fit_subset_layers(
-    start: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset], params: Assemble, seed: int
+    start: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset], params: AssembleParams, seed: int
 ) -> list[Blocks]:
     """Fit a layer for each subset of students, all at once; return those of the last step.
 
@@ -172,7 +174,7 @@ def fit_strategies(
     averaged: FinalLayer,
     train: tuple[Features, Tensor],
     validation: tuple[Features, Tensor],
-    params: Assemble,
+    params: AssembleParams,
     seed: int,
 ) -> tuple[dict[str, FinalLayer], dict]:
     """All strategies for the same students; `train` and `validation` are features and labels.

@@ -22,7 +22,7 @@ from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR
-from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, Design, Device
+from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, DesignParams, DeviceParams
 from nonn.core.schema import did_you_mean
 from nonn.method.sizing import apportion_filters, design_student
 
@@ -85,7 +85,7 @@ class Planner:
     `link` is the name of one.
     """
 
-    def __init__(self, grid: Design, images: ImageSpec, n_filters: int, link: str, boards: Mapping[str, Board]):
+    def __init__(self, grid: DesignParams, images: ImageSpec, n_filters: int, link: str, boards: Mapping[str, Board]):
         self.grid, self.images, self.n_filters, self.boards = grid, images, n_filters, boards
         self.link_name, self.link = link, find_link(link)
 
@@ -239,4 +239,4 @@ def _objectives(estimate: DeviceSetEstimate) -> tuple[int, float, float]:
 
 def board_budget(name: str, precision: str) -> Budget:
     """The budget of a board of the catalogue, all of whose memory is for the student."""
-    return Device(board=name).budget(name, precision)
+    return DeviceParams(board=name).budget(name, precision)

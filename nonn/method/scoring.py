@@ -28,7 +28,7 @@ from torch import Tensor
 
 from nonn.core.artifacts import NetworkInfo
 from nonn.core.files import read_json
-from nonn.core.params import STRATEGIES, Evaluate, Params
+from nonn.core.params import STRATEGIES, EvaluateParams, Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset, load_teacher_dataset
 from nonn.method.final_layer import averaged_layer, logits_of
@@ -140,7 +140,7 @@ def missing_strategies(scores: Scores, labels: Tensor, seed: int) -> list[dict]:
     return rows
 
 
-def summarise(scores: Sequence[Scores], params: Evaluate) -> list[dict]:
+def summarise(scores: Sequence[Scores], params: EvaluateParams) -> list[dict]:
     """One row a method and network: accuracies, mean, standard deviation, tests against NoNN."""
     references = {s.network: s for s in scores if s.method == "nonn"}
     rows = []

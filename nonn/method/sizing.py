@@ -31,7 +31,7 @@ from nonn.core.budgets import Allowance, Budget, combined_budget
 from nonn.core.chips import CHIPS
 from nonn.core.cost import Cost
 from nonn.core.errors import UserError
-from nonn.core.params import Design, Precision
+from nonn.core.params import DesignParams, Precision
 from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
 
@@ -64,7 +64,7 @@ def apportion(total: int, shares: Sequence[float], least: int = 1) -> list[int]:
     return sizes
 
 
-def proportions(grid: Design, size: int) -> list[float]:
+def proportions(grid: DesignParams, size: int) -> list[float]:
     """Widths of the stages in units of the first one's, of students for images of `size` pixels a side."""
     if grid.widths:
         return grid.widths
@@ -75,7 +75,7 @@ def proportions(grid: Design, size: int) -> list[float]:
     return [width / widths[0] for width in widths]
 
 
-def candidates_of_depth(grid: Design, depth: int, size: int) -> list[Architecture]:
+def candidates_of_depth(grid: DesignParams, depth: int, size: int) -> list[Architecture]:
     """The students of one depth for images of `size` pixels, from narrow to wide, the widths of their stages in a fixed
     proportion, and no two the same."""
     widths = range(grid.min_width, grid.max_width + 1, grid.step)
@@ -96,14 +96,14 @@ class Shape(NamedTuple):
     n_filters: int | None  # outputs of its bridge, None for a student without one (a baseline)
 
 
-def _key(grid: Design) -> str:
+def _key(grid: DesignParams) -> str:
     """The grid as JSON, which can be a key: candidates and costs are asked for again and again."""
     return grid.model_dump_json(exclude_unset=True)
 
 
 @cache
 def _candidates(grid: str, depth: int, size: int) -> list[Architecture]:
-    return candidates_of_depth(Design.model_validate_json(grid), depth, size)
+    return candidates_of_depth(DesignParams.model_validate_json(grid), depth, size)
 
 
 @cache
@@ -138,12 +138,14 @@ def _needs(grid: str, depth: int, position: int, shape: Shape, precision: Precis
     return replace(cost, weight_bytes=footprint.flash_bytes, peak_activation_bytes=footprint.ram_bytes)
 
 
-def runs_firmware(grid: Design, budget: Budget) -> bool:
+def runs_firmware(grid: DesignParams, budget: Budget) -> bool:
     """Whether a device runs its student as firmware."""
     return grid.precision == "int8" and budget.board in CHIPS
 
 
-def design_student(grid: Design, budget: Budget, images: ImageSpec, n_filters: int | None) -> tuple[Architecture, Cost]:
+def design_student(
+    grid: DesignParams, budget: Budget, images: ImageSpec, n_filters: int | None
+) -> tuple[Architecture, Cost]:
     """Find the largest student that fits a device: of most parameters, among equals of most multiply-accumulates.
 
     `n_filters` are the outputs of the bridge, None for a student without one (a baseline). If not even the smallest
@@ -178,7 +180,7 @@ def _design(
     return best
 
 
-def explain_misfit(grid: Design, budget: Budget, images: ImageSpec, n_filters: int | None) -> str:
+def explain_misfit(grid: DesignParams, budget: Budget, images: ImageSpec, n_filters: int | None) -> str:
     """Why no student fits, and the nearest budget that holds one: that of the candidate which misses least."""
 
     is_firmware = runs_firmware(grid, budget)
@@ -208,7 +210,7 @@ def explain_misfit(grid: Design, budget: Budget, images: ImageSpec, n_filters: i
     )
 
 
-def sample_candidates(grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_filters: int) -> list[dict]:
+def sample_candidates(grid: DesignParams, budgets: Sequence[Budget], images: ImageSpec, n_filters: int) -> list[dict]:
     """What some of the candidates cost, to be drawn: at most `N_SHOWN` of each depth, each ``{architecture, cost}``.
 
     From the narrowest to the first whose memory is beyond `SHOWN_UP_TO` times the largest budget. All have a bridge to
@@ -226,7 +228,7 @@ def sample_candidates(grid: Design, budgets: Sequence[Budget], images: ImageSpec
     return shown
 
 
-def apportion_filters(grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_live: int) -> list[int]:
+def apportion_filters(grid: DesignParams, budgets: Sequence[Budget], images: ImageSpec, n_live: int) -> list[int]:
     """How many of the teacher's `n_live` filters each student gets, in proportion to its capacity.
 
     No student gets a single one where there are two for each: its share of the loss would hardly ever change.
@@ -237,7 +239,7 @@ def apportion_filters(grid: Design, budgets: Sequence[Budget], images: ImageSpec
     return apportion(n_live, capacities, least=2 if n_live >= 2 * len(budgets) else 1)
 
 
-def smallest_device(grid: Design, budgets: Sequence[Budget], images: ImageSpec) -> Budget:
+def smallest_device(grid: DesignParams, budgets: Sequence[Budget], images: ImageSpec) -> Budget:
     """The device that holds the smallest student, the first of equals."""
 
     def capacity(budget: Budget) -> tuple[int, int]:
@@ -247,7 +249,7 @@ def smallest_device(grid: Design, budgets: Sequence[Budget], images: ImageSpec) 
     return min(budgets, key=capacity)
 
 
-def _largest(grid: Design, budget: Budget, images: ImageSpec) -> tuple[Architecture, Cost]:
+def _largest(grid: DesignParams, budget: Budget, images: ImageSpec) -> tuple[Architecture, Cost]:
     return design_student(grid, budget, images, 1)
 
 
@@ -264,7 +266,7 @@ def imbalance_warning(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | 
 
 
 def design_network(
-    grid: Design, budgets: Sequence[Budget], images: ImageSpec, n_live: int
+    grid: DesignParams, budgets: Sequence[Budget], images: ImageSpec, n_live: int
 ) -> tuple[list[int], dict[str, list[dict]]]:
     """Design all students of a network, and those of every baseline within the same budgets.
 

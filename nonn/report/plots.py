@@ -28,7 +28,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from nonn.core.files import replacing
-from nonn.core.params import Figures
+from nonn.core.params import FiguresParams
 
 
 class Look(NamedTuple):
@@ -93,7 +93,7 @@ def drawing_style() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Figure, path: Path, section: Figures) -> None:
+def save_figure(figure: Figure, path: Path, section: FiguresParams) -> None:
     """Write a figure beside `path` in each of the `FORMATS`, with the same bytes each time."""
     for suffix, metadata in FORMATS.items():
         with replacing(path.with_suffix(f".{suffix}")) as temporary:

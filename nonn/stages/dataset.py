@@ -21,7 +21,7 @@ from nonn.data.tensors import write_tensors
 
 def run(params: Params, paths: Paths) -> None:
     section = params.dataset
-    sizes = {paths.dataset: params.sizes["students"], paths.teacher_images: params.sizes["teacher"]}
+    sizes = {paths.dataset: params.image_sizes.students, paths.teacher_images: params.image_sizes.teacher}
     if len(set(sizes.values())) == 1:
         del sizes[paths.teacher_images]
     with contextlib.ExitStack() as stack:
@@ -55,15 +55,15 @@ def describe(params: Params, source: SourceInfo, splits: dict[str, np.ndarray], 
         "sha256": source.sha256,
         "classes": source.classes,
         "channels": decoder.channels,
-        "size": params.sizes["students"],
+        "size": params.image_sizes.students,
         "counts": {name: len(split) for name, split in splits.items()},
         "class_counts": {
             name: {c: int((source.labels[split] == label).sum()) for label, c in enumerate(source.classes)}
             for name, split in splits.items()
         },
     }
-    if params.sizes["teacher"] != params.sizes["students"]:
-        info["teacher_size"] = params.sizes["teacher"]
+    if params.image_sizes.teacher != params.image_sizes.students:
+        info["teacher_size"] = params.image_sizes.teacher
     if decoder.broken:
         names = [name for _, name in sorted(decoder.broken)]
         info["skipped"] = {"count": len(names), "first": names[:MAX_NAMED]}

@@ -17,11 +17,11 @@ from nonn.method.sizing import design_network, imbalance_warning, sample_candida
 def run(params: Params, paths: Paths, network: str) -> None:
     """Write the sizes of a network's students, the architectures of theirs and its baselines', and candidates."""
     files = design_files(params, paths, network)
-    if warning := imbalance_warning(files[paths.sizes(network)]["sizes"], params.budgets_of(network)):
+    if warning := imbalance_warning(files[paths.filter_counts(network)]["sizes"], params.budgets_of(network)):
         log(f"networks.{network}: {warning}")
-    with replacing(paths.sizes(network).parent) as folder:
+    with replacing(paths.filter_counts(network).parent) as folder:
         for path, content in files.items():
-            write_json(folder / path.relative_to(paths.sizes(network).parent), content)
+            write_json(folder / path.relative_to(paths.filter_counts(network).parent), content)
 
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
@@ -34,4 +34,4 @@ def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
         raise UserError(f"params.yaml: networks.{network}: {error}") from None
     architectures = {paths.design(network, name): students for name, students in designs.items()}
     candidates = sample_candidates(params.design, budgets, images, max(sizes))
-    return {paths.sizes(network): {"sizes": sizes}, paths.candidates(network): candidates, **architectures}
+    return {paths.filter_counts(network): {"sizes": sizes}, paths.candidates(network): candidates, **architectures}

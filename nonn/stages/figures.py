@@ -106,7 +106,7 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
     """
     cost = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"]["teacher"]
     info = read_json(paths.teacher_info, TeacherInfo)
-    own = {"architecture": info["architecture"] or info["source"], "cost": cost, "size": params.sizes["teacher"]}
+    own = {"architecture": info["architecture"] or info["source"], "cost": cost, "size": params.image_sizes.teacher}
     listed = [("teacher", "", own)]
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)

@@ -12,9 +12,11 @@ from nonn.method.partitioning import baseline_sets, partition_filters, summarise
 
 def run(params: Params, paths: Paths, network: str) -> None:
     graph = load_graph(paths)
-    sizes, n_live = read_json(paths.sizes(network), Sizes)["sizes"], int(graph.live.sum())
+    sizes, n_live = read_json(paths.filter_counts(network), Sizes)["sizes"], int(graph.live.sum())
     if sum(sizes) != n_live:
-        raise damaged(paths.sizes(network), f"it shares out {sum(sizes)} filters, and the graph has {n_live} live ones")
+        raise damaged(
+            paths.filter_counts(network), f"it shares out {sum(sizes)} filters, and the graph has {n_live} live ones"
+        )
     method, seed = params.partition.method, params.partition.seed
     partition = partition_filters(graph.weights, graph.live, sizes, method, seed, graph.class_activity)
     target = paths.partition_info(network).parent

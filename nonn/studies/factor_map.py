@@ -22,7 +22,7 @@ from nonn.core.artifacts import DatasetInfo, ImageSpec
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, intact, read_json
-from nonn.core.params import Params, Signals
+from nonn.core.params import Params, SignalsParams
 from nonn.core.paths import Paths
 from nonn.data.dataset import SPLITS, Dataset, load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
@@ -96,7 +96,7 @@ def transfer_set_of(params: Params, images: float = 1.0, classes: float = 1.0) -
 def _transfer_set(experiment: str, section: str, share: float, of_classes: float) -> TransferSet:
     paths = Paths(experiment)
     data = load_dataset(paths)
-    signals, views = load_signals(paths, data), Signals.model_validate_json(section)
+    signals, views = load_signals(paths, data), SignalsParams.model_validate_json(section)
     if share == of_classes == 1:
         return TransferSet(data, signals, views)
     kept = torch.arange(len(data.train))

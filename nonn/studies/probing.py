@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.params import Evaluate
+from nonn.core.params import EvaluateParams
 from nonn.method.filter_graph import FilterGraph
 from nonn.method.partitioning import partition_filters
 from nonn.method.scoring import paired_difference, permutation_test
@@ -115,7 +115,7 @@ def probe_all(
 
 
 def rows_of(
-    found: Mapping[tuple[int, str, int], tuple[np.ndarray, np.ndarray]], n_live: int, params: Evaluate
+    found: Mapping[tuple[int, str, int], tuple[np.ndarray, np.ndarray]], n_live: int, params: EvaluateParams
 ) -> Iterator[dict[str, Any]]:
     """Rows of a table, one a number of sets and method: accuracies alone and joined, each against random sets.
 

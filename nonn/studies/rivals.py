@@ -86,7 +86,7 @@ def _splitnet(params: Params, network: str, transfer_set: TransferSet) -> tuple[
 
 def _pruned(params: Params, network: str, transfer_set: TransferSet) -> tuple[nn.Module, Rival]:
     data, teacher = transfer_set.data, load_teacher(Paths(params.experiment))
-    if not isinstance(teacher, ConvNet) or params.sizes["teacher"] != data.size:
+    if not isinstance(teacher, ConvNet) or params.image_sizes.teacher != data.size:
         raise UserError(
             "the teacher is not of a family of this project, or sees images of another size; leave out pruned"
         )

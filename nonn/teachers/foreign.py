@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError, printable
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.core.progress import log
 from nonn.core.schema import did_you_mean
 from nonn.data.dataset import Dataset
@@ -53,7 +53,7 @@ class ForeignTeacher(nn.Module):
         return features, logits if self.outputs is None else logits[:, self.outputs]
 
 
-def import_foreign(data: Dataset, params: Teacher) -> tuple[ForeignTeacher, dict[str, Any]]:
+def import_foreign(data: Dataset, params: TeacherParams) -> tuple[ForeignTeacher, dict[str, Any]]:
     """Build a foreign teacher, examine it on images, and return it with what `load_foreign` needs besides its tensors.
 
     A UserError says why it cannot be a teacher.
@@ -106,14 +106,14 @@ def load_foreign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], data:
                 "pipeline again."
             )
         weights = {name.removeprefix("network."): tensor for name, tensor in tensors.items()}
-        params = Teacher(source=source, threads=1)
+        params = TeacherParams(source=source, threads=1)
         network = build_network(params, settings.channels, data.size, n_outputs, weights, download=False).network
         network.float().load_state_dict(weights)
         body = ModuleBody(network, record["classifier"])
     return ForeignTeacher(body, settings, record["outputs"]).eval()
 
 
-def _build(params: Teacher, data: Dataset, n_outputs: int) -> tuple[Built, Preprocessing]:
+def _build(params: TeacherParams, data: Dataset, n_outputs: int) -> tuple[Built, Preprocessing]:
     """A network with its weights, and how it sees images."""
     weights, options = read_weights(params) if params.weights else (None, {})
     download = weights is None and params.kind != "module"
@@ -136,7 +136,7 @@ def _are_numbers(values: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(values, list | tuple) and bool(values) and all(isinstance(v, int | float) for v in values)
 
 
-def _read_file(params: Teacher, data: Dataset, n_outputs: int) -> tuple[GraphBody | OnnxBody, Preprocessing]:
+def _read_file(params: TeacherParams, data: Dataset, n_outputs: int) -> tuple[GraphBody | OnnxBody, Preprocessing]:
     path = Path(params.target)
     try:
         check_sum(path, params)
@@ -162,7 +162,7 @@ def _read_file(params: Teacher, data: Dataset, n_outputs: int) -> tuple[GraphBod
     return body, Preprocessing.of(params, channels or data.channels, data.channels)
 
 
-def order_of(classes: Sequence[str], data_classes: Sequence[str], params: Teacher) -> list[int] | None:
+def order_of(classes: Sequence[str], data_classes: Sequence[str], params: TeacherParams) -> list[int] | None:
     """Positions among the teacher's `classes` of those of the data set; None if they are the same in the same order."""
     classes, data_classes = ([normalize("NFC", name) for name in names] for names in (classes, data_classes))
     absent = [name for name in data_classes if name not in classes]

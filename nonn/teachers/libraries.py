@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.core.schema import did_you_mean
 from nonn.teachers.bodies import first_line
 from nonn.teachers.preprocessing import IMAGENET, Moments
@@ -34,7 +34,12 @@ class Built:
 
 
 def build_network(
-    params: Teacher, channels: int, size: int, n_outputs: int, weights: Mapping[str, Tensor] | None, download: bool
+    params: TeacherParams,
+    channels: int,
+    size: int,
+    n_outputs: int,
+    weights: Mapping[str, Tensor] | None,
+    download: bool,
 ) -> Built:
     """The network of a source, for so many outputs.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.training.networks import Normalize
 
 #: Mean and deviation, one a channel or one for all.
@@ -29,7 +29,7 @@ class Preprocessing:
     bgr: bool = False
 
     @classmethod
-    def of(cls, params: Teacher, channels: int, images: int, usual: Moments | None = None) -> Self:
+    def of(cls, params: TeacherParams, channels: int, images: int, usual: Moments | None = None) -> Self:
         """As the parameters say, for a network of so many input channels and images of as many.
 
         `usual` are mean and deviation of pixels from 0 to 1 where ``teacher.normalization`` is null; None, as with

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from nonn.core.errors import UserError
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.core.progress import log
 from nonn.core.teacher_source import Normalization
 from nonn.data.dataset import Dataset
@@ -31,7 +31,7 @@ LIBRARIES = ("torchvision", "timm")
 CAUSES = "normalization, pixels (unit or byte), colour_order, the order of classes, or a head of other classes"
 
 
-def check_teacher(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> None:
+def check_teacher(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherParams) -> None:
     """Refuse a teacher that is not better than chance, or far worse than expected; `logits` (M, C) are of validation.
 
     A line warns where it has probably seen the validation images.
@@ -92,7 +92,7 @@ def leak_warning(model: nn.Module, score: float, data: Dataset) -> str | None:
     )
 
 
-def _where(params: Teacher) -> str:
+def _where(params: TeacherParams) -> str:
     return str(params.weights or params.source)
 
 
@@ -101,13 +101,13 @@ def _error(share: float, n: int) -> float:
     return math.sqrt(share * (1 - share) / n)
 
 
-def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> UserError:
+def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, params: TeacherParams) -> UserError:
     remedies = list(_remedies(model, logits, data, params))
     likely = f"Likely cause: {remedies[0]}." if remedies else f"Likely causes: {CAUSES}; see these keys of teacher."
     return UserError(f"{_where(params)}: {reason}. {likely}")
 
 
-def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) -> Iterator[str]:
+def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherParams) -> Iterator[str]:
     """What a trial on validation images shows to make the teacher much better, with the accuracy it then has."""
     images, labels = data.subset("validation")
     score = accuracy(logits, labels)
@@ -139,7 +139,7 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: Teacher) 
         yield f"how it sees images; with teacher.{best} it is right on {tried[best]:.1%}"
 
 
-def _readings(params: Teacher, settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
+def _readings(params: TeacherParams, settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
     """Other ways to see images, by the keys of ``teacher`` that ask for them."""
     plain, half = Normalization(mean=[0.0], std=[1.0]), Normalization(mean=[0.5], std=[0.5])
     changes: list[dict[str, Any]] = [{"pixels": "byte"}]

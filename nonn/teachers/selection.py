@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nonn.core.params import Schedule
+from nonn.core.training_params import ScheduleParams
 from nonn.training.hardware import mixed_precision
 from nonn.training.networks import ConvNet
 from nonn.training.optim import make_optimizers
@@ -26,7 +26,7 @@ class Proxy(nn.Module):
 
     n_batches: Tensor
 
-    def __init__(self, network: ConvNet, schedule: Schedule, keep: float, label_smoothing: float):
+    def __init__(self, network: ConvNet, schedule: ScheduleParams, keep: float, label_smoothing: float):
         super().__init__()
         self.network, self.keep, self.label_smoothing = network, keep, label_smoothing
         self.optimizers = make_optimizers(network, schedule)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nonn.core.errors import UserError
-from nonn.core.params import Signals
+from nonn.core.params import SignalsParams
 from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher
@@ -35,7 +35,7 @@ def as_activity(features: Tensor) -> Tensor:
 
 
 def compute_signals(
-    teacher: ConvNet | ForeignTeacher, data: Dataset, params: Signals, student_size: int | None = None
+    teacher: ConvNet | ForeignTeacher, data: Dataset, params: SignalsParams, student_size: int | None = None
 ) -> dict[str, Tensor]:
     """Run the teacher over the K views of the N training images and over the M validation images as they are.
 

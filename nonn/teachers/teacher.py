@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.data.dataset import Dataset
 from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
 from nonn.teachers.preprocessing import other_channels
@@ -34,7 +34,7 @@ PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
 LIBRARY_NAMES = ("layer4.", "features.", "classifier.", "blocks.", "encoder.", "conv_proj.", "trunk_output.", "patch_")
 
 
-def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tuple[ConvNet, Log]:
+def train_teacher(data: Dataset, params: TeacherParams, checkpoint: Checkpoint) -> tuple[ConvNet, Log]:
     """Train a teacher from scratch on labels; return it with its log, one row an epoch."""
     torch.manual_seed(params.seed)
     device = pick_device()
@@ -86,7 +86,7 @@ def train_teacher(data: Dataset, params: Teacher, checkpoint: Checkpoint) -> tup
     return model, log
 
 
-def import_own(data: Dataset, params: Teacher) -> ConvNet:
+def import_own(data: Dataset, params: TeacherParams) -> ConvNet:
     """Build a teacher of one of our families from a file of weights.
 
     A UserError says what does not fit `teacher.architecture` or the dataset.
@@ -117,7 +117,7 @@ def import_own(data: Dataset, params: Teacher) -> ConvNet:
     return model
 
 
-def _own_normalization(data: Dataset, params: Teacher) -> dict[str, Tensor]:
+def _own_normalization(data: Dataset, params: TeacherParams) -> dict[str, Tensor]:
     """Mean and deviation in grey levels, from the parameters; nothing where the file or the data set says them."""
     tensors = {}
     for name, values in (params.normalization.model_dump() if params.normalization else {}).items():
@@ -129,7 +129,7 @@ def _own_normalization(data: Dataset, params: Teacher) -> dict[str, Tensor]:
     return tensors
 
 
-def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTeacher, dict[str, Any]]:
+def import_teacher(data: Dataset, params: TeacherParams) -> tuple[ConvNet | ForeignTeacher, dict[str, Any]]:
     """Build an imported teacher; return it with what `nonn.teachers.loading.load_teacher` needs besides its tensors.
 
     A UserError says why it cannot be a teacher of this data set.
@@ -137,7 +137,7 @@ def import_teacher(data: Dataset, params: Teacher) -> tuple[ConvNet | ForeignTea
     return import_foreign(data, params) if params.is_foreign else (import_own(data, params).eval(), {})
 
 
-def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teacher) -> Log:
+def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: TeacherParams) -> Log:
     """A log of one row for an imported teacher; a UserError if `check_teacher` refuses it."""
     images, labels = data.subset("validation")
     with torch.inference_mode():

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, sha256_of
-from nonn.core.params import Teacher
+from nonn.core.params import TeacherParams
 from nonn.core.progress import log
 from nonn.data.tensors import read_tensors
 
@@ -46,7 +46,7 @@ HARMLESS: list[Any] = [
 REMEDY = "Save `model.state_dict()` and name that file in teacher.weights."
 
 
-def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(params: TeacherParams) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights by name from the file `teacher.weights`, and the options of the training where the file holds them.
 
     Raises
@@ -72,7 +72,7 @@ def read_weights(params: Teacher) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, dict(vars(options)) if isinstance(options, argparse.Namespace) else {}
 
 
-def check_sum(path: Path, params: Teacher) -> None:
+def check_sum(path: Path, params: TeacherParams) -> None:
     """Refuse another file than ``weights_sha256`` says, and what is no regular one; FileNotFoundError without any."""
     if params.weights_sha256 not in (None, found := sha256_of(regular(path))):
         raise UserError(

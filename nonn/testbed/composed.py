@@ -20,7 +20,7 @@ from nonn.core.boards import Board, compute_seconds, find_board, inference_energ
 from nonn.core.cost import memory_bytes
 from nonn.core.links import Link, Transfers, link_seconds
 from nonn.core.names import COORDINATOR
-from nonn.core.params import Distributed, Precision
+from nonn.core.params import DistributedParams, Precision
 from nonn.core.system import pinned_to
 from nonn.runtime.exported import read_manifest
 from nonn.split.plan import SplitPlan, open_sessions, run_in_process
@@ -70,7 +70,7 @@ def payload_bytes(transfers: Sequence[Transfers]) -> float:
 
 
 def compose(
-    workload: Workload, link: Link, scenario: str, framing: float, final_s: float, params: Distributed
+    workload: Workload, link: Link, scenario: str, framing: float, final_s: float, params: DistributedParams
 ) -> dict[str, Any]:
     """Latency and energy of one image, from each part alone.
 

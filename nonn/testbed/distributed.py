@@ -34,7 +34,7 @@ import numpy as np
 
 from nonn.core.links import IP_HEADER, PRESETS, TCP_HEADER
 from nonn.core.names import COORDINATOR
-from nonn.core.params import Distributed
+from nonn.core.params import DistributedParams
 from nonn.core.progress import log, track
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.exported import read_manifest
@@ -87,7 +87,7 @@ def on_one_core(position: int) -> list[str]:
 class TrialBed:
     """Where trials take place: certificates, images (channels, size, size), and hosts on one link after another."""
 
-    def __init__(self, scratch: Path, params: Distributed, image_shape: tuple[int, ...]):
+    def __init__(self, scratch: Path, params: DistributedParams, image_shape: tuple[int, ...]):
         self.scratch, self.certificates, self.params = scratch, scratch / "certificates", params
         self.image_shape = image_shape
         self.named: set[str] = set()
@@ -152,7 +152,7 @@ def overhead(deployment: Deployment, measured: Measured, echo: Measured) -> dict
     return {"ideal_ms": ideal, "overhead_ms": total - ideal, "ideal_over_total": ideal / total}
 
 
-def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distributed) -> list[dict]:
+def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: DistributedParams) -> list[dict]:
     """Time every deployment on every link: one row each.
 
     On loopback first, where a network of networks shows what its coordinator and nodes take; then the
@@ -211,7 +211,11 @@ def measure_deployment(
 
 
 def expected_ms(
-    deployment: Deployment, scenario: Scenario, network: EmulatedNetwork, live: Sequence[Mapping], params: Distributed
+    deployment: Deployment,
+    scenario: Scenario,
+    network: EmulatedNetwork,
+    live: Sequence[Mapping],
+    params: DistributedParams,
 ) -> float:
     """What an image takes on the link, by the bytes that were counted so far; 0 on loopback."""
     if not network.link:
@@ -243,7 +247,9 @@ def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -
     return rows[0]["framing"] if rows else 1.0
 
 
-def compose_all(deployments: Sequence[Deployment], live: Sequence[Mapping], params: Distributed) -> Iterator[dict]:
+def compose_all(
+    deployments: Sequence[Deployment], live: Sequence[Mapping], params: DistributedParams
+) -> Iterator[dict]:
     """A row for every deployment, link and scenario."""
     for deployment in deployments:
         workload = deployment.workload

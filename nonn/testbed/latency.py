@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nonn.core.params import Benchmark
+from nonn.core.params import BenchmarkParams
 from nonn.core.progress import track
 from nonn.core.system import pinned_to
 
@@ -36,7 +36,7 @@ CONFIDENCE = 0.95
 WARMUP_PAIRS = 5
 
 
-def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict]:
+def measure_models(models: dict[str, Path], params: BenchmarkParams) -> dict[str, dict]:
     """Measure ONNX models, each alone in a fresh process pinned to one core.
 
     Every model is measured in several windows, and the models take turns. What counts is its least
@@ -73,7 +73,7 @@ def measure_models(models: dict[str, Path], params: Benchmark) -> dict[str, dict
     }
 
 
-def measure_ratios(teacher: Path, models: dict[str, Path], params: Benchmark) -> dict[str, dict]:
+def measure_ratios(teacher: Path, models: dict[str, Path], params: BenchmarkParams) -> dict[str, dict]:
     """Measure how many times longer the teacher takes than each model, in interleaved pairs on one core.
 
     Returns

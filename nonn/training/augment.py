@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.params import Augment
+from nonn.core.training_params import AugmentParams
 from nonn.data.image_store import Images
 
 #: The grey level that cutout paints.
@@ -45,7 +45,7 @@ class View:
         return View(change(self.top), change(self.left), change(self.flip), hole)
 
 
-def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
+def draw_view(n_images: int, view: int, augment: AugmentParams, seed: int) -> View:
     """Draw view number `view` of `n_images` images.
 
     Mirroring alternates: an image that is mirrored in one view is not mirrored in the next, so any two consecutive
@@ -61,7 +61,7 @@ def draw_view(n_images: int, view: int, augment: Augment, seed: int) -> View:
 
 
 def apply_view(
-    images: Tensor | Images, view: View, index: Tensor, augment: Augment, drawn_for: int | None = None
+    images: Tensor | Images, view: View, index: Tensor, augment: AugmentParams, drawn_for: int | None = None
 ) -> Tensor:
     """Crop and mirror the images `index` (B,), and hide a square of each; uint8 of shape (B, channels, H, W).
 

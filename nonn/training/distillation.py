@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.core.params import Distill, Signals
+from nonn.core.params import DistillParams, SignalsParams
 from nonn.data.dataset import Dataset
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
@@ -48,7 +48,7 @@ class TransferSet:
     teacher did.
     """
 
-    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: Signals, kept: Tensor | None = None):
+    def __init__(self, data: Dataset, signals: dict[str, Tensor], params: SignalsParams, kept: Tensor | None = None):
         self.data, self.params, self.kept, self.device = data, params, kept, pick_device()
         stored, labels = data.subset("train")
         self.images, self.storage = resident(stored, self.device)
@@ -87,7 +87,13 @@ class TransferSet:
 
 
 def distill_student(
-    transfer_set: TransferSet, spec: StudentSpec, schedule: Distill, *, seed: int, checkpoint: Checkpoint, label: str
+    transfer_set: TransferSet,
+    spec: StudentSpec,
+    schedule: DistillParams,
+    *,
+    seed: int,
+    checkpoint: Checkpoint,
+    label: str,
 ) -> tuple[ConvNet, Log]:
     """Train one student; return it with its log, one row an epoch.
 

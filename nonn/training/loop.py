@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_text
-from nonn.core.params import Schedule
 from nonn.core.progress import track
+from nonn.core.training_params import ScheduleParams
 from nonn.data.image_store import Images
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.networks import ConvNet, accuracy, predict
@@ -42,7 +42,7 @@ def train(
     batch_of: Callable[[Tensor, int], tuple[Tensor, ...]],
     loss_of: Callable[..., Tensor],
     n_images: int,
-    schedule: Schedule,
+    schedule: ScheduleParams,
     *,
     seed: int,
     validation: tuple[Tensor | Images, Tensor],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nonn.core.numerics import is_portable
-from nonn.core.params import Schedule
+from nonn.core.training_params import ScheduleParams
 
 
 class WithoutDynamo(torch.optim.Optimizer):
@@ -45,7 +45,7 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float) -> float:
     return peak * (n_steps - step) / (n_steps - rise)
 
 
-def make_optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, schedule: ScheduleParams) -> list[torch.optim.Optimizer]:
     """SGD with Nesterov momentum, and Muon for the filters of convolutions if the schedule has it.
 
     Biases and batch norm are not decayed.
