@@ -262,8 +262,8 @@ def claim_ratios(rows: pd.DataFrame, network: str) -> dict[str, Any]:
         ``energy_ratio``, the first of `collect_energies`, with the ends of its range, there or else on the first link,
         and ``energy_ratios`` by what is assumed. None where there is none.
     """
-    keys = ("total_latency_ratio", "total_latency_link", "total_latency_scenario", "total_latency_rows_ratio")
-    keys += ("energy_ratio", "energy_ratio_low", "energy_ratio_high")
+    keys = ["total_latency_ratio", "total_latency_link", "total_latency_scenario", "total_latency_rows_ratio"]
+    keys += ["energy_ratio", "energy_ratio_low", "energy_ratio_high"]
     claims: dict[str, Any] = dict.fromkeys(keys) | {"energy_ratios": {}}
     own = rows[(rows["network"] == network) | (rows["network"] == "")]
     timed = compare_splits(own).query("badge != 'modelled'")

@@ -80,10 +80,9 @@ def summarise_methods(
     return pd.DataFrame(table, columns=[*COLUMNS, "memory_bytes_per_device"]).astype(dict.fromkeys(measured, float))
 
 
-def row_of(methods: pd.DataFrame, network: str, method: str) -> pd.Series | None:
-    """The row of a method on a network, None if there is none."""
-    rows = methods[(methods["network"] == network) & (methods["method"] == method)]
-    return None if rows.empty else rows.iloc[0]
+def row_of(methods: pd.DataFrame, network: str, method: str) -> pd.Series:
+    """The row of a method on a network that has one."""
+    return methods[(methods["network"] == network) & (methods["method"] == method)].iloc[0]
 
 
 def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
@@ -162,6 +161,7 @@ def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str,
             metrics[f"{network}_{key}"] = comparison[key]
         for key in ("best_baseline", "best_baseline_accuracy"):
             metrics[f"{network}_{key}"] = comparison[key]
-        if (ensemble := row_of(methods, network, "ensemble")) is not None:
+        if "ensemble" in set(methods.loc[methods["network"] == network, "method"]):
+            ensemble = row_of(methods, network, "ensemble")
             metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)
     return metrics
