@@ -25,7 +25,9 @@ from nonn.core.params import PARAMS_FILE
 from nonn.stages import STAGES
 
 #: The arguments of each stage's example.
-EXAMPLES = {stage: f"{ITEMS[stage][1]}{' --seed 0' * ITEMS[stage][2]}" if stage in ITEMS else "" for stage in STAGES}
+EXAMPLES = dict.fromkeys(STAGES, "") | {
+    stage: f"{items.example}{' --seed 0' * items.is_seeded}" for stage, items in ITEMS.items()
+}
 
 
 def call(*arguments: str) -> None:
@@ -130,8 +132,8 @@ def test_help_does_not_load_what_is_heavy(arguments):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_items_become_the_arguments_of_a_stage(stage, params):
-    _, item, is_seeded = ITEMS.get(stage, (None, None, False))
-    arguments = parse_item(stage, item, params) | ({"seed": 0} if is_seeded else {})
+    items = ITEMS.get(stage)
+    arguments = parse_item(stage, items and items.example, params) | ({"seed": 0} if items and items.is_seeded else {})
     inspect.signature(importlib.import_module(f"nonn.stages.{stage}").run).bind(params, "paths", **arguments)
 
 

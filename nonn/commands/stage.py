@@ -9,9 +9,9 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE, named
@@ -29,34 +29,64 @@ BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
 DVC_FILE = Path("dvc.yaml")
 #: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
-#: Kind of item that a stage takes, an example, and whether it takes a seed; other stages take neither.
+
+
+def _networks(params: Params) -> dict[str, dict]:
+    return {network: {"network": network} for network in params.networks}
+
+
+def _networks_and_solo(params: Params) -> dict[str, dict]:
+    return {name: {"name": name} for name in [*params.networks, SOLO]}
+
+
+def _students(params: Params) -> dict[str, dict]:
+    students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
+    return {f"{network}/{i}": {"network": network, "student": i} for network, i in students}
+
+
+def _baselines(params: Params) -> dict[str, dict]:
+    return {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baselines()}
+
+
+class Items(NamedTuple):
+    """What a stage is run on."""
+
+    kind: str
+    example: str
+    list_all: Callable[[Params], dict[str, dict]]  # all items, each with the keyword arguments that it stands for
+    is_seeded: bool = False  # whether it also takes a seed
+
+
+#: Items of the stages that take one.
 ITEMS = {
-    **dict.fromkeys(("design", "partition"), ("NETWORK", "2s", False)),
-    "assemble": ("NETWORK", "2s", True),
-    "distill": ("NETWORK/STUDENT", "2s/0", True),
-    "baseline": ("NETWORK/METHOD", "2s/kd", True),
-    **dict.fromkeys(("export", "benchmark", "distributed"), ("NETWORK or solo", "2s", False)),
+    **dict.fromkeys(("design", "partition"), Items("NETWORK", "2s", _networks)),
+    "assemble": Items("NETWORK", "2s", _networks, is_seeded=True),
+    "distill": Items("NETWORK/STUDENT", "2s/0", _students, is_seeded=True),
+    "baseline": Items("NETWORK/METHOD", "2s/kd", _baselines, is_seeded=True),
+    **dict.fromkeys(("export", "benchmark", "distributed"), Items("NETWORK or solo", "2s", _networks_and_solo)),
 }
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     stage = parser.get_default("command")
     parser.set_defaults(item=None, seed=None)
-    kind, item, is_seeded = ITEMS.get(stage, (None, "", False))
-    if kind:
+    example = f"nonn {stage}"
+    if items := ITEMS.get(stage):
         complete_from(
-            parser.add_argument("item", metavar=kind, help="by the names in params.yaml"),
-            lambda: known_items(stage, load_params()),
+            parser.add_argument("item", metavar=items.kind, help="by the names in params.yaml"),
+            lambda: items.list_all(load_params()),
         )
-    if is_seeded:
-        parser.add_argument(
-            "--seed", type=int, required=True, help="seed of this training, from 0 on; params.yaml has their number"
-        )
+        example += f" {items.example}"
+        if items.is_seeded:
+            parser.add_argument(
+                "--seed", type=int, required=True, help="seed of this training, from 0 on; params.yaml has their number"
+            )
+            example += " --seed 0"
     add_settings(parser, argparse.SUPPRESS)
-    parser.epilog = f"example: nonn {stage} {item}{' --seed 0' * is_seeded}"
+    parser.epilog = f"example: {example}"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Run one stage on one item, and note in the journal when it ran."""
     stage, item, seed = options.command, options.item, options.seed
     refuse_settings(options, "a stage writes the results of params.yaml, by which DVC knows them")
@@ -115,28 +145,17 @@ def note(entry: dict[str, Any]) -> None:
         journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")
 
 
-def parse_item(stage: str, item: str | None, params) -> dict:
+def parse_item(stage: str, item: str | None, params: Params) -> dict:
     """Keyword arguments of a stage's `run` from an item such as ``2s/0``."""
     if item is None:
         return {}
-    if item not in (known := known_items(stage, params)):
-        raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(known)}.")
-    return known[item]
+    items = ITEMS[stage].list_all(params)
+    if item not in items:
+        raise UserError(f"params.yaml: {item!r} is not there; {stage} takes one of {', '.join(items)}.")
+    return items[item]
 
 
-def known_items(stage: str, params: Params) -> dict[str, dict]:
-    """All items that a stage takes, each with the keyword arguments that it stands for."""
-    if stage in ("design", "partition", "assemble"):
-        return {network: {"network": network} for network in params.networks}
-    if stage in ("export", "benchmark", "distributed"):
-        return {name: {"name": name} for name in [*params.networks, SOLO]}
-    if stage == "distill":
-        students = [(name, i) for name, network in params.networks.items() for i in range(len(network.devices))]
-        return {f"{network}/{i}": {"network": network, "student": i} for network, i in students}
-    return {f"{n}/{method}": {"network": n, "method": method} for n, method, _ in params.baselines()}
-
-
-def parse_seed(item: str | None, seed: int | None, params) -> dict:
+def parse_seed(item: str | None, seed: int | None, params: Params) -> dict:
     """Keyword argument of a stage's `run` from a seed, for stages that take one.
 
     A seed that the parameters do not name is refused: what it trained would be nobody's, and swept away.
