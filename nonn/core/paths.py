@@ -61,7 +61,7 @@ class Paths:
     def graph_info(self) -> Path:
         return self / "graph.json"
 
-    def sizes(self, network: str) -> Path:
+    def filter_counts(self, network: str) -> Path:
         """Number of filters for each student, decided from the devices' budgets."""
         return self / f"design/{network}/sizes.json"
 

@@ -30,6 +30,7 @@ from nonn.core.artifacts import NetworkInfo
 from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES, EvaluateParams, Params
 from nonn.core.paths import Paths
+from nonn.core.progress import track
 from nonn.data.dataset import Dataset, load_teacher_dataset
 from nonn.method.final_layer import averaged_layer, logits_of
 from nonn.method.joining import FeatureCache, NetworkOfNetworks, join_students
@@ -203,42 +204,61 @@ def _nonn_scores(
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
+    features = FeatureCache(data, params.design.precision)  # ensembles of all sizes are formed of the same students
+    pools: dict[tuple[str, str], list[ConvNet]] = {}
+    steps: list[Callable[[], Iterator[Scores]]] = [
+        partial(_score_teacher, params, paths),
+        *(partial(_score_network, params, paths, network, features) for network in params.networks),
+        *(partial(_score_baseline, params, paths, *baseline, features, pools) for baseline in params.baselines()),
+        *(partial(_score_ensembles, params, network, features, pools) for network in params.networks),
+    ]
+    for step in track(steps, "evaluate"):
+        yield from step()
+
+
+def _score_teacher(params: Params, paths: Paths) -> Iterator[Scores]:
     teacher_data = load_teacher_dataset(paths)
     images, labels = teacher_data.subset("test")
     teacher = load_teacher(paths)
     with torch.inference_mode():
         _, logits = predict(teacher, images)
     yield _scores("teacher", "", [logits[None]], labels)
-    precision = params.design.precision
-    features = FeatureCache(data, precision)  # ensembles of all sizes are formed of the same students
-    if precision == "int8" and isinstance(teacher, ConvNet):
+    if params.design.precision == "int8" and isinstance(teacher, ConvNet):
         head = averaged_layer([teacher.head])
-        yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(teacher_data, precision))
-    for network in params.networks:
-        files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
-        chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
-        models = [load_network(path, data) for path in files]
-        yield _nonn_scores(network, models, chosen, features)
-        if params.evaluate.final_layer == "fitted":
-            averaged = [averaged_layer([student.head for student in model.students]) for model in models]
-            joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
-            scores = _joined_scores("nonn_averaged", network, joined, features)
-            yield replace(scores, answers=[])  # of missing devices only what NoNN says is of interest
-        if precision == "int8":
-            joined = [(list(model.students), model.final) for model in models]
-            yield replace(_joined_scores("nonn_float32", network, joined, FeatureCache(data, "float32")), answers=[])
-    pools: dict[tuple[str, str], list[ConvNet]] = {}
-    for network, method, seeds in params.baselines():
-        students = [load_baseline(paths.baseline(network, method, seed), data) for seed in seeds]
-        layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
-        yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
-        if method == "kd":
-            pools[network, method] = [student for (student,) in students]
-    for name, section in params.networks.items():
-        n, source = len(section.devices), params.pool_of(name)
-        pool = pools[source] if source else []
-        groups = [pool[start : start + n] for start in range(0, len(pool), n)]
-        yield from _ensemble_scores(params, name, [group for group in groups if len(group) == n], features)
+        yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(teacher_data, "int8"))
+
+
+def _score_network(params: Params, paths: Paths, network: str, features: FeatureCache) -> Iterator[Scores]:
+    files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
+    chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
+    models = [load_network(path, features.data) for path in files]
+    yield _nonn_scores(network, models, chosen, features)
+    # Of missing devices, only what NoNN says is of interest.
+    if params.evaluate.final_layer == "fitted":
+        averaged = [averaged_layer([student.head for student in model.students]) for model in models]
+        joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]
+        yield replace(_joined_scores("nonn_averaged", network, joined, features), answers=[])
+    if params.design.precision == "int8":
+        joined = [(list(model.students), model.final) for model in models]
+        in_float32 = FeatureCache(features.data, "float32")
+        yield replace(_joined_scores("nonn_float32", network, joined, in_float32), answers=[])
+
+
+def _score_baseline(
+    params: Params,
+    paths: Paths,
+    network: str,
+    method: str,
+    seeds: range,
+    features: FeatureCache,
+    pools: dict[tuple[str, str], list[ConvNet]],
+) -> Iterator[Scores]:
+    """Scores of a baseline; `pools` gets its students if ensembles can be formed of them."""
+    students = [load_baseline(paths.baseline(network, method, seed), features.data) for seed in seeds]
+    layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
+    yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
+    if method == "kd":
+        pools[network, method] = [student for (student,) in students]
 
 
 def _baseline_layer(params: Params, students: Sequence[ConvNet], features: FeatureCache, seed: int) -> FinalLayer:
@@ -255,10 +275,13 @@ def _terms(students: Sequence[ConvNet], features: FeatureCache) -> Tensor:
     return torch.stack([student.head(output) for student, output in zip(students, outputs, strict=True)])
 
 
-def _ensemble_scores(
-    params: Params, network: str, groups: Sequence[Sequence[ConvNet]], features: FeatureCache
+def _score_ensembles(
+    params: Params, network: str, features: FeatureCache, pools: Mapping[tuple[str, str], Sequence[ConvNet]]
 ) -> Iterator[Scores]:
     """Scores of ensembles of as many independent students as the network has devices; nothing without any."""
+    n, source = len(params.networks[network].devices), params.pool_of(network)
+    pool = pools[source] if source else []
+    groups = [pool[start : start + n] for start in range(0, len(pool) - n + 1, n)]
     _, labels = features.data.subset("test")
     if not groups:
         return

@@ -7,7 +7,7 @@ import torch
 from nonn.core.files import write_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.core.progress import log, track
+from nonn.core.progress import log
 from nonn.data.dataset import load_dataset
 from nonn.method.calibration import measure_calibration
 from nonn.method.scoring import missing_devices, missing_strategies, score_all, summarise
@@ -21,7 +21,7 @@ def run(params: Params, paths: Paths) -> None:
         for name in params.networks:
             if not params.pool_of(name):
                 log(f"note: networks.{name}: no KD students for its devices, so no ensembles; give it `kd: N`")
-    scores = list(track(score_all(params, paths, data), "evaluate", total=_count(params)))
+    scores = list(score_all(params, paths, data))
     write_json(
         paths.evaluation,
         {
@@ -42,13 +42,3 @@ def run(params: Params, paths: Paths) -> None:
             "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],
         },
     )
-
-
-def _count(params: Params) -> int:
-    """How many `score_all` yields."""
-    int8, ways = params.design.precision == "int8", 1 + (params.evaluate.final_layer == "fitted")
-    pools = {name: params.pool_of(name) for name in params.networks}
-    sizes = {name: params.networks[pool[0]].baselines["kd"] for name, pool in pools.items() if pool}
-    joined = sum(len(params.networks[name].devices) <= size for name, size in sizes.items())
-    teachers = 1 + (int8 and not params.teacher.is_foreign)
-    return teachers + len(params.networks) * (ways + int8) + len(list(params.baselines())) + joined * ways
