@@ -34,7 +34,7 @@ from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.core.system import stoppable, undisturbed
+from nonn.core.signals import stoppable, undisturbed
 from nonn.live.following import FILE_ATTENTION
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
