@@ -4,20 +4,13 @@ from fractions import Fraction
 
 import pytest
 
-from nonn.core.boards import (
-    RADIO_J_PER_BIT,
-    Board,
-    Range,
-    compute_seconds,
-    inference_energy,
-    most_frugal,
-    shipped_boards,
-)
+from nonn.core.boards import Board, Range, shipped_boards
+from nonn.core.energy import RADIO_J_PER_BIT, compute_seconds, inference_energy, most_frugal
 
 BOARDS = shipped_boards()
 WITH_POWER = {name: board for name, board in BOARDS.items() if board.active_w}
 #: 2 W idle and 4 to 6 W with one core busy.
-BOARD = Board(2.0, Range(4.0, 6.0))
+BOARD = Board("any", 2.0, Range(4.0, 6.0))
 
 
 def as_pair(energy: Range) -> tuple[float, float]:
@@ -53,7 +46,7 @@ def test_one_core_takes_from_a_quarter_of_the_difference_to_all_of_it():
 
 def test_a_microcontroller_by_its_source():
     # 12.5 million multiply-accumulates, 18.2 times a second, in 7,615 µJ.
-    board = BOARDS["cortex_m7"].in_precision("int8")
+    board = BOARDS["cortex_m7"].for_composing("int8")
     seconds = compute_seconds(board, 12.5e6, measured_s=123.0, slowdown=7.0)
     assert seconds == pytest.approx(float(1 / Fraction(182, 10)))
     energy = inference_energy(board, seconds, seconds, 0)  # idle draw is not known, so not counted
@@ -62,7 +55,7 @@ def test_a_microcontroller_by_its_source():
 
 def test_without_seconds_per_mac_the_measured_time_counts():
     assert compute_seconds(BOARD, 1e9, measured_s=0.25, slowdown=3.0) == 0.75
-    assert compute_seconds(Board(0.0, Range(1, 1), seconds_per_mac=1e-9), 1e9, 0.25, 3.0) == pytest.approx(1.0)
+    assert compute_seconds(Board("any", 0.0, Range(1, 1), seconds_per_mac=1e-9), 1e9, 0.25, 3.0) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("board", WITH_POWER.values(), ids=WITH_POWER)
@@ -82,16 +75,16 @@ def test_each_precision_has_its_own_price_on_a_microcontroller():
     board = BOARDS["cortex_m7"]
     assert board.seconds_per_mac is None  # of which precision, nobody said
     # 280 MHz: 6 cycles for each multiply-accumulate in float32; in int8 as ResNet-8 was measured.
-    seconds = {precision: board.in_precision(precision).seconds_per_mac for precision in ("float32", "int8")}
+    seconds = {precision: board.for_composing(precision).seconds_per_mac for precision in ("float32", "int8")}
     assert seconds["float32"] == pytest.approx(6 / 280e6, rel=1e-3)
     assert seconds["int8"] == pytest.approx(1 / (18.2 * 12.5e6))
-    assert BOARDS["esp32s3"].in_precision("float32").seconds_per_mac is None
+    assert BOARDS["esp32s3"].for_composing("float32").seconds_per_mac is None
 
 
 def test_a_board_that_can_be_timed_here_has_a_speed_only_on_demand():
     board = BOARDS["pi3b"]
-    assert board.in_precision("int8").seconds_per_mac is None
-    assert board.at_rate("int8").seconds_per_mac == pytest.approx(1e-6 / board.mmacs["int8"])
+    assert board.for_composing("int8").seconds_per_mac is None
+    assert board.with_catalogue_speed("int8").seconds_per_mac == pytest.approx(1e-6 / board.mmacs["int8"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from experiments import tiny_params
 from loads import WORKLOAD
 from pydantic import ValidationError
 
-from nonn.core.boards import Board, Range, find_board, in_device
+from nonn.core.boards import Board, Range, board_of_device, find_board
 from nonn.core.jobs import list_jobs
 from nonn.core.links import Link
 from nonn.core.params import SOLO, Params
@@ -69,16 +69,16 @@ def test_what_is_not_known_of_a_board_is_that_of_the_section():
     assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("esp32s3").mmacs["int8"])
     assert esp32s3.active_w == find_board("esp32s3").active_w
     assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["int8"])
-    reference = find_board("cortex_m7").in_precision("int8")
+    reference = find_board("cortex_m7").for_composing("int8")
     assert (rp2350.idle_w, rp2350.active_w) == (reference.idle_w, reference.active_w)
     assert plain == reference
-    assert in_device(find_board("pi3b"), None, reference).seconds_per_mac == reference.seconds_per_mac
+    assert board_of_device(find_board("pi3b"), None, reference).seconds_per_mac == reference.seconds_per_mac
 
 
 def test_a_speed_of_ones_own_counts_without_a_board(params):
     small = params.devices["small"].model_copy(update={"mmacs_per_s": 20.0})
     stated = params.model_copy(update={"devices": params.devices | {"small": small}})
-    reference = find_board(params.distributed.board).in_precision(params.design.precision)
+    reference = find_board(params.distributed.board).for_composing(params.design.precision)
     assert stated.boards_of("2s") == [replace(reference, seconds_per_mac=1e-6 / 20), reference]
 
 

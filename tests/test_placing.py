@@ -44,7 +44,7 @@ def teacher(precision: str = "float32") -> Deployment:
 
 def test_a_teacher_that_fits_stays_on_the_students_board():
     home = home_of(cost(1.9 * MEBIBYTE), "float32", make_params())
-    assert home == find_board("cortex_m7").in_precision("float32")
+    assert home == find_board("cortex_m7").for_composing("float32")
     assert home.seconds_per_mac == pytest.approx(1e-6 / 46.7)  # not at the price of int8
 
 
@@ -82,7 +82,7 @@ def test_the_students_own_board_is_the_quickest_that_they_state():
 
 
 def test_all_cores_draw_the_upper_bound_of_the_power():
-    board = find_board("pi3b").at_rate("float32")
+    board = find_board("pi3b").with_catalogue_speed("float32")
     every = board.on_all_cores()
     assert (every.active_w.low, every.active_w.high) == (board.active_w.high,) * 2
     assert every.seconds_per_mac == board.seconds_per_mac / board.cores

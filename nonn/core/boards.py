@@ -1,15 +1,7 @@
-"""Boards: memory, speed, power and links of each kind, and the energy that an inference on one takes by its power.
+"""Boards: memory, speed, power and links of each kind.
 
 The figures stand in ``boards.yaml``, each with its source. A project adds or replaces some in a file of its own,
-`OWN_FILE`. Energy is modelled from these figures, not measured:
-
-    E = (P_active - P_idle) · t_compute + P_idle · t_idle + bits · E_bit
-
-The first term is what computing adds, the second what the device draws anyway for as long as that is counted, the third
-what its radio spends on the bytes it sends and receives. Where a constant is only known as a range, so is the energy.
-
-A multiply-accumulate has its price in each precision, the power of the board over its speed in that precision. Power is
-known of one precision at most, so a board is taken to draw the same in both.
+`OWN_FILE`.
 """
 
 from __future__ import annotations
@@ -31,9 +23,6 @@ from nonn.core.yaml_text import read_yaml
 
 #: What a project adds to the catalogue, beside its ``params.yaml``.
 OWN_FILE = Path("devices.yaml")
-
-#: Joules a bit of a Bluetooth Low Energy class radio, from the best to the worst published.
-RADIO_J_PER_BIT = (10e-9, 50e-9)
 
 Amount = Annotated[float, Field(gt=0, allow_inf_nan=False), NotTiny]
 
@@ -99,14 +88,14 @@ class Board:
 
     `idle_w` are watts with nothing to do, 0 where no source gives any, and then left out; `active_w` those with one
     core computing, None where unknown. `mmacs` are millions of multiply-accumulates a second by precision, None where
-    unknown. Which of them count, `in_precision` and `at_rate` say: with `seconds_per_mac` the stage `distributed`
-    multiplies it by the multiply-accumulates, without it takes the time measured here, times a stated slowdown.
+    unknown. If `seconds_per_mac` is set, the stage `distributed` multiplies it by the multiply-accumulates; otherwise
+    it scales the time measured on this machine by ``distributed.slowdown``.
     """
 
+    name: str
     idle_w: float
     active_w: Range | None
     seconds_per_mac: float | None = None
-    name: str = ""
     title: str = ""
     ram_kib: float = 0.0
     flash_kib: float | None = None  # None: weights live in RAM, too
@@ -122,14 +111,17 @@ class Board:
         """Whether the stage `distributed` can say what an image takes there."""
         return self.active_w is not None and (self.runs_onnx or any(self.mmacs.values()))
 
-    def at_rate(self, precision: str) -> Board:
-        """The board as it computes in a precision, at the speed of the catalogue."""
+    def with_catalogue_speed(self, precision: str) -> Board:
+        """The board with the speed that the catalogue gives for a precision."""
         speed = self.mmacs.get(precision)
         return replace(self, seconds_per_mac=1e-6 / speed if speed else None)
 
-    def in_precision(self, precision: str) -> Board:
-        """The same, except where it runs the exported files, so that they can be timed here in its place."""
-        return self if self.runs_onnx else self.at_rate(precision)
+    def for_composing(self, precision: str) -> Board:
+        """The board as the stage `distributed` composes with it: with the speed of the catalogue.
+
+        Boards that run the exported files go without, since the files are timed on this machine in their place.
+        """
+        return self if self.runs_onnx else self.with_catalogue_speed(precision)
 
     def on_all_cores(self) -> Board:
         """The board as it computes on all its cores at once: as many times faster, at the upper bound of its power."""
@@ -201,9 +193,9 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
         for key, figure in figures.items()
     }
     return Board(
+        name=str(name),
         idle_w=facts.idle_w or 0.0,
         active_w=Range(*facts.active_range) if facts.active_range else None,
-        name=str(name),
         title=facts.title or str(name),
         ram_kib=facts.ram_kib,
         flash_kib=facts.flash_kib,
@@ -224,10 +216,10 @@ def find_board(name: str) -> Board:
     return boards[name]
 
 
-def in_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:
+def board_of_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:
     """A board as a device of ``params.yaml`` has it, which computes at `mmacs_per_s` in the precision of the students.
 
-    What is not known of it, that speed or its power, is taken from `reference`, which computes in that precision, too.
+    A missing speed or power is taken from `reference`, at the same precision.
     """
     power = board if board.active_w else reference
     return replace(
@@ -236,31 +228,3 @@ def in_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Boar
         active_w=power.active_w,
         seconds_per_mac=1e-6 / mmacs_per_s if mmacs_per_s else reference.seconds_per_mac,
     )
-
-
-def most_frugal(weight_bytes: float, activation_bytes: float, precision: str) -> Board | None:
-    """Of the boards that hold a model, the one on which it takes least energy, at its speed in a precision.
-
-    By the upper bounds of its power, idle draw included. None where no board of known power and speed holds it.
-    """
-    boards = (board.at_rate(precision) for board in all_boards().values() if board.active_w)
-    found = [board for board in boards if board.seconds_per_mac and board.holds(weight_bytes, activation_bytes)]
-    return min(found, key=lambda board: board.active_w.high * board.seconds_per_mac) if found else None  # type: ignore[union-attr,operator]
-
-
-def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: float) -> float:
-    """Seconds of computing on a board: from its multiply-accumulates, or the measured time times `slowdown`."""
-    return macs * board.seconds_per_mac if board.seconds_per_mac else measured_s * slowdown
-
-
-def inference_energy(board: Board, compute_s: float, idle_s: float, wire_bytes: float) -> Range:
-    """Joules of one device for one image, on a board whose `active_w` is known.
-
-    It computes for `compute_s` seconds, and sends and receives `wire_bytes`. What it would draw anyway is counted for
-    `idle_s` seconds: 0 for what the image adds alone, `compute_s` for all that it draws while it computes, or the time
-    from the image to its answer.
-    """
-    assert board.active_w is not None, "energy asks for power"
-    base = board.idle_w * idle_s
-    bounds = zip((board.active_w.low, board.active_w.high), RADIO_J_PER_BIT, strict=True)
-    return Range(*((watts - board.idle_w) * compute_s + base + 8 * wire_bytes * bit_j for watts, bit_j in bounds))

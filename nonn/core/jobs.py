@@ -95,7 +95,7 @@ def _board_facts(params: Params) -> dict[str, Any]:
     """Of `distributed.board`, of the boards of the devices where they state some, and of those a teacher may be on."""
     own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
     devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
-    facts = _facts_of(find_board(params.distributed.board).in_precision(params.design.precision))
+    facts = _facts_of(find_board(params.distributed.board).for_composing(params.design.precision))
     used = {budget.board for name in params.networks for budget in params.budgets_of(name)}
     known = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w or name in used}
     return facts | {"known": known} | ({"devices": devices} if devices else {})

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field, model_validator
 
 from nonn.core.architecture import FEWEST_STAGES, MOST_STAGES, Architecture, Depth, Flag, Width, depth_problem
-from nonn.core.boards import Board, find_board, in_device
+from nonn.core.boards import Board, board_of_device, find_board
 from nonn.core.budgets import Budget
 from nonn.core.devices import Count, DeviceParams, NonNegative, Positive
 from nonn.core.errors import UserError
@@ -244,14 +244,17 @@ class Params(Section):
         if name == SOLO:
             stated = [board for network in self.networks for board in self.boards_of(network, precision) or ()]
             return [min(stated, key=lambda board: board.seconds_per_mac or math.inf)] if stated else None
-        budgets, reference = self.budgets_of(name), find_board(self.distributed.board).in_precision(precision)
+        budgets, reference = (
+            self.budgets_of(name),
+            find_board(self.distributed.board).for_composing(precision),
+        )
         if not any(budget.board or budget.mmacs_per_s for budget in budgets):
             return None
         boards = [find_board(budget.board) if budget.board else reference for budget in budgets]
         speeds = [budget.mmacs_per_s for budget in budgets]
         if precision != self.design.precision:  # of which a device of its own speed says nothing
             speeds = [board.mmacs[precision] for board in boards]
-        return [in_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
+        return [board_of_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
 
     @property
     def image_sizes(self) -> ImageSizes:

@@ -16,9 +16,10 @@ from itertools import combinations_with_replacement
 
 from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
-from nonn.core.boards import OWN_FILE, Board, Range, inference_energy
+from nonn.core.boards import OWN_FILE, Board, Range
 from nonn.core.budgets import Budget
 from nonn.core.cost import Cost
+from nonn.core.energy import inference_energy
 from nonn.core.errors import UserError
 from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from onnxruntime import InferenceSession
 
-from nonn.core.boards import Board, compute_seconds, find_board, inference_energy
+from nonn.core.boards import Board, find_board
 from nonn.core.cost import memory_bytes
+from nonn.core.energy import compute_seconds, inference_energy
 from nonn.core.links import Link, Transfers, link_seconds
 from nonn.core.names import COORDINATOR
 from nonn.core.params import DistributedParams, Precision
@@ -90,7 +91,7 @@ def compose(
         with what a device draws anyway while it computes, ``…_computing_mj``, or until the answer,
         ``…_with_idle_mj``. ``boards`` names the devices' boards, and ``precision`` is the one that they calculate in.
     """
-    boards = workload.boards or [find_board(params.board).in_precision(workload.precision)] * workload.n_devices
+    boards = workload.boards or [find_board(params.board).for_composing(workload.precision)] * workload.n_devices
     compute = np.array(
         [
             [compute_seconds(*device, params.slowdown) for device in zip(boards, macs, seconds, strict=True)]

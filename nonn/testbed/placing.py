@@ -22,7 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from nonn.core.artifacts import CostInfo, SoloManifest
-from nonn.core.boards import Board, find_board, most_frugal
+from nonn.core.boards import Board, find_board
+from nonn.core.energy import most_frugal
 from nonn.core.files import read_json
 from nonn.core.params import SOLO, Params, Precision
 from nonn.core.progress import log
@@ -31,7 +32,7 @@ from nonn.testbed.deployments import Deployment
 
 def own_board(params: Params, precision: Precision) -> Board:
     """The board of the students in a precision: the quickest where networks state several."""
-    (board,) = params.boards_of(SOLO, precision) or [find_board(params.distributed.board).in_precision(precision)]
+    (board,) = params.boards_of(SOLO, precision) or [find_board(params.distributed.board).for_composing(precision)]
     return board
 
 
@@ -85,6 +86,6 @@ def with_the_teacher(network: Deployment, params: Params, solo: Path) -> Iterato
     home = teacher_homes(params, solo).get("teacher")
     if home is None or home.name == own_board(params, precision).name:
         return
-    board = find_board(home.name).at_rate(precision)
+    board = find_board(home.name).with_catalogue_speed(precision)
     if board.seconds_per_mac:
         yield place(network, board, f"{network.method}_teacher_board")
