@@ -176,14 +176,14 @@ def render(request: Request) -> str:
     widths = [round(TEACHER_WIDTH * factor) for factor in proportions(shipped, request.size)]
     budgets = budgets_of(request.devices)
     common = {"augment": "{pad: 4, flip: true}", "threads": max(1, os.cpu_count() or 1), "family": family}
-    is_library = request.teacher not in (None, "train")
-    if is_library:
+    is_foreign = request.teacher not in (None, "train")
+    if is_foreign:
         size = f"\n  size: {TEACHER_SIZE}                   # pixels a side of what the teacher sees"
         source = {"source": _quoted(request.teacher), "weights": _quoted(request.weights)}
         teacher = IMPORTED.format(**common, **source, size=size)
     else:
         teacher = TRAINED.format(**common, widths=widths)
-    largest = max(TEACHER_SIZE, request.size) if is_library else request.size
+    largest = max(TEACHER_SIZE, request.size) if is_foreign else request.size
     return TEMPLATE.format(
         **common,
         **grid,
@@ -196,7 +196,7 @@ def render(request: Request) -> str:
         size_comment="                    # images are resized to this many pixels a side",
         teacher=teacher,
         precision=request.precision,
-        design=f"  input: {request.size}                   # what students see\n" if is_library else "",
+        design=f"  input: {request.size}                   # what students see\n" if is_foreign else "",
     )
 
 
