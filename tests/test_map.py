@@ -14,7 +14,7 @@ import torch
 from torch.testing import assert_close
 
 from nonn.commands import map as map_command
-from nonn.commands.map import COLUMNS, MapPlan, make_map
+from nonn.commands.map import COLUMNS, MapConfig, make_map
 from nonn.commands.tables import write_rows
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
@@ -26,7 +26,7 @@ from nonn.studies.factor_map import Point, Training, points_of, rows_of, spec_of
 from nonn.training.distillation import StudentSpec
 
 FACTORS = {"epochs": [1, 2], "images": [0.5], "classes": [0.67]}
-PLAN = {"networks": ["2s"], "seeds": 1, "factors": FACTORS, "most_repeats": 10}
+CONFIG = MapConfig(networks=["2s"], seeds=1, factors=FACTORS)
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def short(params):
 
 
 def test_points_stand_around_the_centre(short):
-    plan = PLAN | {"factors": {"epochs": [0.25, 2], "budget": [0.5], "images": [0.05, 0.5, 1], "classes": [0.5]}}
-    assert points_of(plan, short) == [
+    factors = {"epochs": [0.25, 2], "budget": [0.5], "images": [0.05, 0.5, 1], "classes": [0.5]}
+    assert points_of(factors, 10, short) == [
         Point("centre", 1.0, 1),
         Point("epochs", 0.25, 1),
         Point("epochs", 2, 2),
@@ -66,7 +66,7 @@ WRONG_PLANS = {
 def test_a_plan_that_cannot_be_followed_is_refused(text, named, tmp_path):
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"map\.yaml: {named}"):
-        load_yaml(tmp_path / "map.yaml", MapPlan, "")
+        load_yaml(tmp_path / "map.yaml", MapConfig, "")
 
 
 @pytest.mark.usefixtures("experiment")
@@ -147,7 +147,7 @@ def test_every_device_of_a_network_holds_the_students_that_it_is_compared_with(p
 
 @pytest.mark.usefixtures("experiment")
 def test_every_method_is_compared_with_the_fitted_ensemble(short, tmp_path):
-    rows = list(make_map(short, PLAN, 1))
+    rows = list(make_map(short, CONFIG, FACTORS, 1))
     methods = ["nonn", "nonn_averaged", "ensemble", "ensemble_fitted", "random", "kd"]
     assert [row["method"] for row in rows if row["factor"] == "centre"] == methods
     assert {row["factor"] for row in rows} == {"centre", *FACTORS}

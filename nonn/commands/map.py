@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from itertools import product
 from multiprocessing import active_children, get_context, parent_process
@@ -54,7 +54,7 @@ class Factors(Section):
     classes: Shares | None = None
 
 
-class MapPlan(Section):
+class MapConfig(Section):
     """All of ``workflow/map.yaml``."""
 
     networks: Annotated[list[str], Field(min_length=1)]
@@ -73,31 +73,34 @@ def run(options) -> None:
     params = load_params()
     set_numerics(params.numerics)
     path = PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN
-    plan = load_yaml(path, MapPlan, "write one").model_dump(exclude_none=True)
-    chosen = options.factors.split(",") if options.factors is not None else list(plan["factors"])
-    if unknown := [name for name in chosen if name and name not in plan["factors"]]:
-        raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(plan['factors'])}")
-    plan["factors"] = {name: values for name, values in plan["factors"].items() if name in chosen}
-    if absent := [name for name in plan["networks"] if name not in params.networks]:
+    config = load_yaml(path, MapConfig, "write one")
+    factors = config.factors.model_dump(exclude_none=True)
+    chosen = options.factors.split(",") if options.factors is not None else list(factors)
+    if unknown := [name for name in chosen if name and name not in factors]:
+        raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(factors)}")
+    factors = {name: values for name, values in factors.items() if name in chosen}
+    if absent := [name for name in config.networks if name not in params.networks]:
         raise UserError(f"{PLAN}: networks: params.yaml has no network {absent[0]!r}; take it out, or add it there.")
     paths = Paths(params.experiment)
-    needed = [paths.dataset, paths.signals, *(paths.partition(name, 0) for name in plan["networks"])]
+    needed = [paths.dataset, paths.signals, *(paths.partition(name, 0) for name in config.networks)]
     refuse_missing(needed, "partition")
     remove_unfinished(paths)
-    rows = list(make_map(params, plan, max(1, options.jobs)))
+    rows = list(make_map(params, config, factors, max(1, options.jobs)))
     write_rows(paths / "map.csv", COLUMNS, rows)
-    if plan["factors"]:
+    if factors:
         with drawing_style():
             save_figure(draw_map(rows), paths / "figures/map", params.figures)
     print(f"{paths / 'map.csv'}: {len(rows)} rows")
 
 
-def make_map(params: Params, plan: Mapping[str, Any], jobs: int) -> Iterable[dict]:
-    """The rows of the table, point by point as in the plan."""
+def make_map(
+    params: Params, config: MapConfig, factors: Mapping[str, Sequence[float]], jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of the table, point by point as in the plan; `factors` are those of its factors that are varied."""
     from nonn.studies import factor_map
 
-    points, seeds = factor_map.points_of(plan, params), range(plan["seeds"])
-    n_devices = {name: len(params.networks[name].devices) for name in plan["networks"]}
+    points, seeds = factor_map.points_of(factors, config.most_repeats, params), range(config.seeds)
+    n_devices = {name: len(params.networks[name].devices) for name in config.networks}
     most_devices = max(n_devices.values())
     wanted: dict[Any, None] = {}
     for point, seed, (name, n) in product(points, seeds, n_devices.items()):

@@ -53,15 +53,15 @@ class Point:
     classes: float = 1.0
 
 
-def points_of(plan: Mapping[str, Any], params: Params) -> list[Point]:
+def points_of(factors: Mapping[str, Sequence[float]], most_repeats: float, params: Params) -> list[Point]:
     """All points of a plan (``workflow/map.yaml``), the centre first: the experiment as it is."""
-    epochs, factors = params.distill.epochs, plan["factors"]
+    epochs = params.distill.epochs
     points = [Point("centre", 1.0, epochs)]
     points += [Point("epochs", value, max(1, round(epochs * value))) for value in factors.get("epochs", [])]
     points += [Point("budget", value, epochs, budget=value) for value in factors.get("budget", [])]
     for factor in ("images", "classes"):
         for value in factors.get(factor, []):
-            repeats = min(1 / value, plan["most_repeats"])
+            repeats = min(1 / value, most_repeats)
             points.append(Point(factor, value, round(epochs * repeats), **{factor: value}))
     return points
 

@@ -29,7 +29,7 @@ CHANGED = STATE / "changed"
 MISSING = object()
 
 
-class Plan:
+class ChangedJobs:
     """Which jobs of ``dvc.yaml`` have to run: those that DVC finds changed, and what reads their outputs.
 
     Where it is known beforehand that an output will be written with the bytes that it has, its readers stay as they
@@ -156,7 +156,7 @@ def read_stages():
     """Rules, the plan, and what the target `all` wants."""
     params = load_params()
     jobs = begin(params) if workflow.is_main_process else own_jobs()
-    plan, by_name = Plan(params, jobs), defaultdict(list)
+    plan, by_name = ChangedJobs(params, jobs), defaultdict(list)
     for job in jobs:
         by_name[job.addressing.partition("@")[0]].append(job)
     read = {out for job in jobs for dependency in files(job) for out, _ in plan.written(dependency)}
