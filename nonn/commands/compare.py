@@ -17,9 +17,8 @@ from nonn.commands.git import content_at
 from nonn.core.errors import UserError
 from nonn.core.files import existing, intact, read_json
 from nonn.core.params import load_params
-from nonn.core.paths import TIMED, Paths
+from nonn.core.paths import DVC_LOCK, TIMED, Paths
 
-LOCK = Path("dvc.lock")
 #: Stages whose outputs hold measured times; the last one's are summaries of all.
 MEASURED = (*TIMED, "figures")
 WHY = {
@@ -55,10 +54,10 @@ def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
 
 def compare(root: Path, numerics: str) -> list[str]:
     """What to say, line by line, of the results in a folder beside the committed ones."""
-    old = hashes(content_at("HEAD", LOCK) or "", "the committed dvc.lock", root)
-    with intact(LOCK):
-        now = existing(LOCK).read_text(encoding="utf-8")
-    new = hashes(now, str(LOCK), root)
+    old = hashes(content_at("HEAD", DVC_LOCK) or "", "the committed dvc.lock", root)
+    with intact(DVC_LOCK):
+        now = existing(DVC_LOCK).read_text(encoding="utf-8")
+    new = hashes(now, str(DVC_LOCK), root)
     if not new:
         raise UserError(f"dvc.lock: lists no results in {root}. Run `snakemake --cores all` or `dvc repro` first.")
     if absent := [path for path in new if not Path(path).exists()]:

@@ -29,14 +29,13 @@ from dvc.utils.serialize import loads_yaml
 from dvc.utils.serialize._yaml import _dump
 
 from nonn.commands.stage import note
-from nonn.core.errors import UserError, refusal
+from nonn.core.errors import UserError, one_line, refusal
 from nonn.core.files import STATE, read_json, remove, write_json, write_text
 from nonn.core.options import complete_from
 from nonn.core.params import PARAMS_FILE, load_params
-from nonn.core.paths import Paths
+from nonn.core.paths import DVC_LOCK, Paths
 from nonn.core.progress import log
 
-LOCK_FILE = Path("dvc.lock")
 #: Entries of finished jobs that are not in ``dvc.lock`` yet, and what a run began with.
 ENTRIES, RUN = STATE / "entries", STATE / "run.json"
 
@@ -74,7 +73,7 @@ def run_job(address: str) -> None:
             raise UserError(f"{address}: {absent} is not there. {remedy}") from None
         if told := _refused(cause):
             raise told from None
-        raise UserError(f"{address}: DVC: {' '.join(str(cause).split())}") from None
+        raise UserError(f"{address}: DVC: {one_line(cause)}") from None
 
 
 def refuse_other_outputs(address: str, expected: Sequence[str]) -> None:
@@ -113,13 +112,13 @@ def merge_entries(order: Iterable[str]) -> bool:
         return False
     with Repo(".", _wait_for_lock=True).lock:
         files = sorted(ENTRIES.glob("*.json"))
-        old = loads_yaml(LOCK_FILE.read_text(encoding="utf-8")) if LOCK_FILE.is_file() else None
+        old = loads_yaml(DVC_LOCK.read_text(encoding="utf-8")) if DVC_LOCK.is_file() else None
         stages = (old or {}).get("stages", {})
         for file in files:
             stages |= read_json(file)
         text = StringIO()
         _dump({"schema": "2.0", "stages": {name: stages[name] for name in order if name in stages}}, text)
-        write_text(LOCK_FILE, text.getvalue())
+        write_text(DVC_LOCK, text.getvalue())
         for file in files:
             remove(file)
     return bool(files)

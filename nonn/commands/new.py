@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
-import operator
 import os
 import re
 import tempfile
@@ -41,7 +39,7 @@ from nonn.core.jobs import JOBS_FILE, check_named_files
 from nonn.core.options import add_settings
 from nonn.core.params import PARAMS_FILE, DesignParams, Params, load_params
 from nonn.core.progress import log
-from nonn.core.schema import change, parse_changes
+from nonn.core.schema import get_key, parse_changes, set_key
 from nonn.core.teacher_source import WHOLE_FILES
 
 if TYPE_CHECKING:
@@ -384,11 +382,12 @@ def with_changes(text: str, changes: dict[str, Any]) -> str:
     content = yaml.load(text)
     complete = merge(merge_experiment(DEFAULT), yaml.load(text))
     for key, value in changes.items():
-        change(complete, key, value)
+        set_key(complete, key, value)
         parts = key.split(".")
         depth = next((depth for depth, part in enumerate(parts, start=1) if part in WHOLE), len(parts))
         # What stands in `WHOLE` is all there or not at all.
-        change(content, ".".join(parts[:depth]), functools.reduce(operator.getitem, parts[:depth], complete))
+        whole = ".".join(parts[:depth])
+        set_key(content, whole, get_key(complete, whole))
     yaml.dump(content, written)
     return written.getvalue()
 

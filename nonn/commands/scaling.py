@@ -34,6 +34,7 @@ from nonn.commands.tables import refuse_other_table, write_rows
 from nonn.commands.use import merge, merge_experiment
 from nonn.core.errors import UserError
 from nonn.core.files import scratch_folder
+from nonn.core.paths import DVC_LOCK
 from nonn.core.progress import log
 
 NETWORK, EXPERIMENT = "many", "scaling"
@@ -129,7 +130,7 @@ def measure(scratch: Scratch, engine: str, n_jobs: int, at_once: int, more: Sequ
         row["wall_s"] = scratch.timed(*command)
         row["overhead_per_job_s"] = (at_once * row["wall_s"] - scratch.trainings()) / n_jobs
         scratch.timed("snakemake", "--cores", "1", "--", files[0])  # adds the entries of the run to dvc.lock
-        row["lock_bytes"] = (scratch.folder / "dvc.lock").stat().st_size
+        row["lock_bytes"] = (scratch.folder / DVC_LOCK).stat().st_size
     row["stage_1_s"], row["stage_4_s"] = scratch.timed(*job), scratch.timed(*job, at_once=4) / 4
     return row
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import STATE
+from nonn.core.paths import DVC_LOCK
 
 
 @dataclass
@@ -79,7 +80,7 @@ def copy_repository(folder: Path, source: Path = Path()) -> None:
         raise UserError("git ls-files: failed. Run this from the top folder of a clone.")
     for name in filter(None, done.stdout.split("\0")):
         is_there = (source / name).is_file() or (source / name).is_symlink()
-        if is_there and not name.startswith(("results/", "dvc.lock")):
+        if is_there and not name.startswith(("results/", str(DVC_LOCK))):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, folder / name, follow_symlinks=False)
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)

@@ -28,7 +28,7 @@ from dvc.repo import Repo
 
 from nonn.commands.git import content_at
 from nonn.commands.project import LINK, is_project
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.files import intact, write_text
 from nonn.core.jobs import list_jobs
 from nonn.core.params import PARAMS_FILE, Params, load_params
@@ -138,7 +138,7 @@ def experiments() -> dict[str, str]:
     try:
         found = Repo(".").experiments.ls()
     except DvcException as error:
-        raise UserError(f"DVC: {' '.join(str(error).split())}") from None
+        raise UserError(f"DVC: {one_line(error)}") from None
     return {HERE: "HEAD"} | {name: revision for listed in found.values() for name, revision in sorted(listed)}
 
 

@@ -19,7 +19,7 @@ from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, write_jobs
 from nonn.core.options import add_settings, complete_from
 from nonn.core.params import PARAMS_FILE, load_params
-from nonn.core.schema import change, did_you_mean, parse_changes
+from nonn.core.schema import did_you_mean, parse_changes, set_key
 from nonn.core.yaml_text import read_yaml
 from nonn.project import WORKFLOW
 
@@ -78,7 +78,7 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     """
     content = merge_experiment(name)
     for key, value in (changes or {}).items():
-        change(content, key, value)
+        set_key(content, key, value)
     text = StringIO()
     yaml_with_comments().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))

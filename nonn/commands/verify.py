@@ -21,6 +21,7 @@ from voluptuous import Invalid
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import regular, remove
+from nonn.core.paths import DVC_LOCK
 from nonn.core.progress import log
 
 _OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
@@ -78,7 +79,7 @@ def mend_state(folder: Path = Path()) -> None:
     from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
 
     temporary = folder / ".dvc/tmp"
-    users, stages = (temporary / RWLOCK_FILE, RWLOCK_LOCK, json.loads), (folder / "dvc.lock", "lock", _check_lock_file)
+    users, stages = (temporary / RWLOCK_FILE, RWLOCK_LOCK, json.loads), (folder / DVC_LOCK, "lock", _check_lock_file)
     for path, lock, read in (users, stages):
         if not path.is_file() or _is_readable(path, read):
             continue

@@ -61,3 +61,9 @@ def printable(name: str | bytes | os.PathLike) -> str:
     """A file's name as a terminal can show it, on one line: what is not text, or would break the line, is escaped."""
     text = os.fsdecode(name)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def one_line(problem: object, limit: int = 200) -> str:
+    """What an error says, on one line of at most so many characters."""
+    text = printable(" ".join(str(problem).split()) or type(problem).__name__)
+    return text if len(text) <= limit else f"{text[:limit]} …"

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nonn.core.errors import UserError, printable, refusal
+from nonn.core.errors import UserError, one_line, printable, refusal
 
 #: Ignored by git: checkpoints, downloads and the journal of jobs.
 STATE = Path(".nonn")
@@ -324,11 +324,10 @@ def intact(path: Path) -> Iterator[None]:
 
 def damaged(path: Path, problem: Any) -> UserError:
     """An artifact that is not what its stage writes: what is wrong, and how it is made again."""
-    kind, text = type(problem).__name__, " ".join(str(problem).split())
+    kind, text = type(problem).__name__, problem
     if kind == "ValidationError":  # of pydantic: the first problem, with its place
         first = problem.errors()[0]
         text = f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
     elif isinstance(problem, LookupError):
         text = f"{text} is missing" if kind == "KeyError" else text
-    text = printable(text if len(text) <= 200 else f"{text[:200]} …")
-    return UserError(f"{printable(path)}: damaged ({text}). Delete it and run the pipeline again.")
+    return UserError(f"{printable(path)}: damaged ({one_line(text)}). Delete it and run the pipeline again.")

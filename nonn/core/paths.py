@@ -9,6 +9,8 @@ from nonn.core.files import STATE, TEMPORARY, remove, remove_orphans
 from nonn.core.jobs import list_jobs
 from nonn.core.params import SOLO, Params
 
+#: What DVC has run, with the hashes of what was read and written.
+DVC_LOCK = Path("dvc.lock")
 #: Stages that measure times, which differ from run to run, and the folders that they write into.
 TIMED = ("benchmark", "distributed")
 #: Summaries that hold such times, or what follows from them, by their names at the top and among the figures.

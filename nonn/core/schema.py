@@ -53,7 +53,7 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
     if not isinstance(raw, dict):
         raise UserError(f"{path}: holds no keys. Restore it from version control.")
     for key, value in (changes or {}).items():
-        change(raw, key, value)
+        set_key(raw, key, value)
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
@@ -75,13 +75,20 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
-def change(raw: dict, key: str, value: Any) -> None:
+def set_key(raw: dict, key: str, value: Any) -> None:
     """Set a dotted key in nested mappings; sections that are not there are added, for the schema to refuse."""
     *sections, name = key.split(".")
     for section in sections:
         inner = raw.get(section)
         raw[section] = raw = inner.copy() if isinstance(inner, dict) else {}  # aliases share one; ruamel's has comments
     raw[name] = value
+
+
+def get_key(raw: Any, key: str, default: Any = None) -> Any:
+    """Value of a dotted key in nested mappings."""
+    for name in key.split("."):
+        raw = raw.get(name, default) if isinstance(raw, Mapping) else default
+    return raw
 
 
 def explain(error: Any, schema: type[Section]) -> list[str]:

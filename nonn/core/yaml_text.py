@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
-from nonn.core.errors import UserError, printable, refusal
+from nonn.core.errors import UserError, one_line, refusal
 from nonn.core.files import regular
 
 #: Far more than a person writes. A parser's time grows with the square of the depth, its memory with what aliases
@@ -47,12 +47,14 @@ def parse_yaml(text: str, name: str) -> Any:
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         remedy = "Put values with a colon in quotes, or mend" if "':'" in str(error.problem) else "Mend"
-        raise UserError(f"{name}:{line} is not valid YAML: {_short(error.problem)}. {remedy} that line.") from None
+        raise UserError(
+            f"{name}:{line} is not valid YAML: {one_line(error.problem, 120)}. {remedy} that line."
+        ) from None
     except YAMLError as error:
-        raise UserError(f"{name}: is not text in UTF-8 ({_short(error)}). Save it as such.") from None
+        raise UserError(f"{name}: is not text in UTF-8 ({one_line(error, 120)}). Save it as such.") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # What a number, a date or another tagged value cannot be; the reader says no line.
-        raise UserError(f"{name}: holds a value that cannot be read ({_short(error)}). Correct it.") from None
+        raise UserError(f"{name}: holds a value that cannot be read ({one_line(error, 120)}). Correct it.") from None
 
 
 def _excess(text: str) -> str | None:
@@ -83,8 +85,3 @@ def _excess(text: str) -> str | None:
             if inner + size > MAX_VALUES:
                 return f"line {event.start_mark.line + 1} stands for more than {MAX_VALUES} values"
     return None
-
-
-def _short(problem: object) -> str:
-    text = printable(" ".join(str(problem).split()))
-    return text if len(text) <= 120 else f"{text[:120]} …"

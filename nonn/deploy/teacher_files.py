@@ -11,12 +11,11 @@ import onnx
 from onnx import helper, numpy_helper
 
 from nonn.core.cost import Cost
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.data.dataset import Dataset
 from nonn.deploy.analytic_cost import BYTES, Step, peak_values
 from nonn.deploy.onnx_files import Logits, export_onnx
 from nonn.runtime.session import open_session
-from nonn.teachers.bodies import first_line
 from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.onnx_body import OnnxBody
 
@@ -35,7 +34,7 @@ def write_teacher(model: ForeignTeacher, data: Dataset, path: Path) -> None:
         export_onnx(Logits(model), data.images[:1], path, "image", "logits")
     except Exception as error:  # the exporter may raise anything on a network that it does not know
         raise UserError(
-            f"{path.name}: the teacher cannot be exported to ONNX ({first_line(error)}). Export it yourself, and set "
+            f"{path.name}: the teacher cannot be exported to ONNX ({one_line(error)}). Export it yourself, and set "
             "teacher.source to onnx:FILE."
         ) from None
 

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.files import regular, scratch_folder
 from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student, in_pairs
 from nonn.runtime.session import REFUSALS
@@ -58,8 +58,9 @@ def _optimised(path: Path) -> onnx.ModelProto:
         except FileNotFoundError:
             raise UserError(f"{path}: no such file. Export the students first: `nonn export`.") from None
         except REFUSALS as error:
-            reason = str(error).splitlines()[0][:200]
-            raise UserError(f"{path}: not a model that ONNX Runtime runs ({reason}). Export it again.") from None
+            raise UserError(
+                f"{path}: not a model that ONNX Runtime runs ({one_line(error)}). Export it again."
+            ) from None
         return onnx.load(options.optimized_model_filepath)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.files import regular
 
 #: What ONNX Runtime raises of a file that is no model, is damaged, or asks for what it cannot do.
@@ -39,8 +39,7 @@ def open_session(model: Path | bytes, name: Path | str = "the model") -> onnxrun
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except REFUSALS as error:
         name = model if isinstance(model, Path) else name
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(f"{name}: not a model that ONNX Runtime runs ({reason}). Export it again.") from None
+        raise UserError(f"{name}: not a model that ONNX Runtime runs ({one_line(error)}). Export it again.") from None
 
 
 def run_onnx(model: Path | bytes, inputs: Iterable[np.ndarray]) -> np.ndarray:

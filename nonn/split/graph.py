@@ -15,7 +15,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.files import regular
 from nonn.core.params import Precision
 from nonn.split.plan import IMAGE, Dtype
@@ -73,7 +73,7 @@ def read_network(path: Path) -> OnnxGraph:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Export the models first: `nonn export solo`.") from None
     except (DecodeError, onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
-        raise UserError(f"{path}: not a sound ONNX file ({str(error).splitlines()[0][:200]}).") from None
+        raise UserError(f"{path}: not a sound ONNX file ({one_line(error)}).") from None
 
     def refuse(why: str) -> UnsplittableError:
         remedy = "Give a classifier of family fast, airbench or wrn from `nonn export`."

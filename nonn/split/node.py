@@ -20,7 +20,7 @@ import numpy as np
 from grpc import StatusCode, aio
 from tritonclient.grpc import service_pb2 as oip
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.progress import log
 from nonn.runtime.addresses import canonical_address, is_loopback
 from nonn.runtime.attached import announce, told_to_stop
@@ -67,7 +67,7 @@ class SplitDevice:
             self.sessions = open_sessions(models)
             self._warm_up()
         except Exception as error:  # ONNX Runtime has no common base of its errors
-            raise UserError(f"{folder}: its segments do not run ({str(error)[:200]}). {AGAIN}") from error
+            raise UserError(f"{folder}: its segments do not run ({one_line(error)}). {AGAIN}") from error
 
     def _warm_up(self) -> None:
         """Run every segment on zeros, which also shows that what is to be sent is there and of its shape."""

@@ -39,7 +39,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from nonn.core.errors import UserError, printable
+from nonn.core.errors import UserError, one_line
 from nonn.core.params import MOST_DEVICES
 from nonn.core.progress import log
 from nonn.runtime.exported import Image
@@ -288,8 +288,7 @@ def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) 
         return _plan(read_network(path), n_devices, method, recomputed)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # a damaged file may pass ONNX's own checks
         raise UserError(
-            f"{path}: cannot be split: its graph does not fit together ({printable(str(error))[:200]}). Export it "
-            "again."
+            f"{path}: cannot be split: its graph does not fit together ({one_line(error)}). Export it again."
         ) from None
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.schema import did_you_mean
 from nonn.teachers.weight_files import other_classes
 
@@ -38,12 +38,6 @@ class Body(Protocol):
     def classify(self, features: Tensor) -> Tensor: ...
 
     def tensors(self) -> dict[str, Tensor]: ...
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, on one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 class ModuleBody(nn.Module):
@@ -123,7 +117,7 @@ def run_network(network: Any, pixels: Tensor, source: str) -> Any:
         _, channels, height, width = pixels.shape
         raise UserError(
             f"params.yaml: teacher.source: {source} fails on images of {channels} channels and {height} x {width} "
-            f"pixels ({type(error).__name__}: {first_line(error)}). Set teacher.size to what it was trained with."
+            f"pixels ({type(error).__name__}: {one_line(error)}). Set teacher.size to what it was trained with."
         ) from None
 
 
@@ -155,7 +149,7 @@ class GraphBody(nn.Module):
         except Exception as error:
             raise UserError(
                 f"params.yaml: teacher.source: {source} is not a program that torch.export wrote "
-                f"({first_line(error)}). Write it with `torch.export.save`."
+                f"({one_line(error)}). Write it with `torch.export.save`."
             ) from None
         self.content = content
         self.input_shape = _placeholder(module.graph, source)

@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.params import TeacherParams
 from nonn.core.schema import did_you_mean
-from nonn.teachers.bodies import first_line
 from nonn.teachers.preprocessing import IMAGENET, Moments
 
 #: Mean and deviation of pixels from 0 to 1 that makes them values from -1 to 1.
@@ -56,12 +55,10 @@ def build_network(
     except (OSError, ConnectionError) as error:
         raise UserError(
             f"params.yaml: teacher.weights: null takes the weights that {kind} downloads for {name}, and the download "
-            f"failed ({first_line(error)}). Connect to the network, or name a file of weights."
+            f"failed ({one_line(error)}). Connect to the network, or name a file of weights."
         ) from None
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"params.yaml: teacher.source: {params.source} cannot be built ({first_line(error)})."
-        ) from None
+        raise UserError(f"params.yaml: teacher.source: {params.source} cannot be built ({one_line(error)}).") from None
 
 
 def _build_torchvision(
@@ -138,7 +135,7 @@ def find_code(source: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:
-        raise UserError(f"params.yaml: teacher.source: {source}: {first_line(error)}. {_WHERE}") from None
+        raise UserError(f"params.yaml: teacher.source: {source}: {one_line(error)}. {_WHERE}") from None
     except (Exception, SystemExit) as error:  # the user's package may raise anything, and end the program
         raise _failed(source, error) from None
     if spec is None or not spec.origin:
@@ -186,7 +183,7 @@ def _call_factory(source: str) -> nn.Module:
 
 def _failed(source: str, error: BaseException) -> UserError:
     return UserError(
-        f"params.yaml: teacher.source: {source} fails ({type(error).__name__}: {first_line(error)}). Mend that code."
+        f"params.yaml: teacher.source: {source} fails ({type(error).__name__}: {one_line(error)}). Mend that code."
     )
 
 

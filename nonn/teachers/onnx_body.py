@@ -14,10 +14,10 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, one_line
 from nonn.core.schema import did_you_mean
 from nonn.runtime.session import REFUSALS
-from nonn.teachers.bodies import HALF_TOLERANCE, TOLERANCE, check_input, first_line
+from nonn.teachers.bodies import HALF_TOLERANCE, TOLERANCE, check_input
 from nonn.teachers.preprocessing import Preprocessing
 from nonn.teachers.weight_files import remedy_of_outputs
 
@@ -37,14 +37,14 @@ def read_onnx(path: Path) -> bytes:
         raise UserError(f"params.yaml: teacher.source: {path} does not exist. Name an ONNX file.") from None
     except (DecodeError, ValueError) as error:
         raise UserError(
-            f"params.yaml: teacher.source: {path} is not an ONNX file ({first_line(error)}). Export it again."
+            f"params.yaml: teacher.source: {path} is not an ONNX file ({one_line(error)}). Export it again."
         ) from None
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise UserError(
             f"params.yaml: teacher.source: {path} has its weights in a file that is not there or damaged "
-            f"({first_line(error)}). Copy it beside the ONNX file."
+            f"({one_line(error)}). Copy it beside the ONNX file."
         ) from None
     return model.SerializeToString(deterministic=True)
 
@@ -65,7 +65,7 @@ class OnnxBody(nn.Module):
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"params.yaml: teacher.source: {source} is damaged, or no model that a library has exported "
-                f"({first_line(error)}). Export it again."
+                f"({one_line(error)}). Export it again."
             ) from None
         if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node):
             raise UserError(
@@ -93,7 +93,7 @@ class OnnxBody(nn.Module):
             )
         except REFUSALS as error:
             raise UserError(
-                f"params.yaml: teacher.source: {source} is not a model that ONNX Runtime runs ({first_line(error)}). "
+                f"params.yaml: teacher.source: {source} is not a model that ONNX Runtime runs ({one_line(error)}). "
                 "Export it again."
             ) from None
 

@@ -15,11 +15,12 @@ from ruamel.yaml import YAML
 
 from nonn.commands.job import begin_run, merge_entries
 from nonn.commands.verify import distrust, mend_state
-from nonn.core.errors import UserError, refusal
+from nonn.core.errors import UserError, one_line, refusal
 from nonn.core.files import write_json, write_text
 from nonn.core.jobs import check_named_files, write_jobs
 from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
+from nonn.core.schema import get_key
 from nonn.firmware.build import missing_program
 from nonn.method.durations import guess_seconds
 from nonn.method.feasibility import check_budgets
@@ -96,10 +97,7 @@ class ChangedJobs:
         """Parameter by its dotted key."""
         if file not in self.parameters:
             self.parameters[file] = YAML(typ="safe").load(Path(file))
-        value = self.parameters[file]
-        for part in key.split("."):
-            value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
-        return value
+        return get_key(self.parameters[file], key, MISSING)
 
     @cache
     def inputs(self, address):
@@ -232,7 +230,7 @@ except UserError as error:
     sys.exit(str(error))
 except DvcException as error:
     advice = " Run `git init`." if isinstance(error, SCMError) else ""
-    sys.exit(f"DVC: {' '.join(str(error).split())}.{advice}")
+    sys.exit(f"DVC: {one_line(error)}.{advice}")
 except OSError as error:
     if told := refusal(error):
         sys.exit(str(told))
