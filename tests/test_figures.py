@@ -15,7 +15,7 @@ from reports import FIGURES, PARAMS, TABLES, make_log
 from nonn.core.architecture import Architecture
 from nonn.core.files import read_json
 from nonn.core.links import PRESETS
-from nonn.report import accuracy_plots, deployment_plots, design_plots, graph_plots, plots
+from nonn.report import accuracy_plots, deployment_plots, design_plots, graph_plots, inputs, plots
 from nonn.stages import figures as figures_stage
 from nonn.training.networks import ConvNet
 
@@ -235,7 +235,7 @@ def test_blocks_are_those_of_the_network(architecture, size):
 def test_chosen_students_stand_within_their_budgets(inside):
     params, paths = inside
     network = next(iter(params.networks))
-    students, devices = figures_stage.load_student_designs(params, paths)[network], params.budgets_of(network)
+    students, devices = inputs.load_student_designs(params, paths)[network], params.budgets_of(network)
     candidates = read_json(paths.candidates(network))
     drawn = design_plots.draw_student_selection({network: candidates}, {network: students}, {network: devices})
     (axis,) = drawn.axes

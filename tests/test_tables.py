@@ -13,7 +13,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.core.params import STRATEGIES
 from nonn.core.system import describe_system
-from nonn.report import method_table, missing_table, summary
+from nonn.report import inputs, method_table, missing_table, summary
 from nonn.stages import design as design_stage
 from nonn.stages import figures as figures_stage
 
@@ -44,7 +44,7 @@ def test_summary_counts_match_the_designs(inside):
         (member,) = read_json(paths.design(*params.pool))
         assert table.loc[network, "ensemble"]["params_total"] == n_devices * member["cost"]["params"]
         assert table.loc[network, "ensemble"]["feature_bytes"] == 4 * N_CLASSES
-        fitted = figures_stage.load_designs(params, paths)[network, "ensemble_fitted"]
+        fitted = inputs.load_designs(params, paths)[network, "ensemble_fitted"]
         assert [student["n_filters"] for student in fitted] == [member["architecture"]["widths"][-1]] * n_devices
 
 
@@ -315,4 +315,4 @@ def test_tex_table_is_booktabs_and_escaped(inside):
 def test_a_missing_log_is_named(inside, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"teacher\.csv.*dvc repro"):
-        figures_stage.read_log(inside[1].log(inside[1].teacher))
+        inputs.read_log(inside[1].log(inside[1].teacher))

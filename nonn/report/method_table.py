@@ -165,3 +165,13 @@ def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str,
             ensemble = row_of(methods, network, "ensemble")
             metrics[f"{network}_ensemble_accuracy"] = round(ensemble["accuracy_mean"], 6)
     return metrics
+
+
+def calibration_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Expected calibration error of each network with all devices present, before and after calibration."""
+    whole = [row for row in evaluation["calibration"] if row["missing"] == 0]
+    return {
+        f"{row['network']}_calibration_error{ending}": round(row[key], 6)
+        for row in whole
+        for key, ending in (("calibrated", ""), ("uncalibrated", "_uncalibrated"))
+    }
