@@ -6,6 +6,7 @@ from typing import Any
 
 from nonn.core.errors import printable
 from nonn.core.options import complete_from
+from nonn.core.text_table import align
 
 
 def add_arguments(parser) -> None:
@@ -29,8 +30,6 @@ def run(options) -> None:
 
 def overview(boards) -> list[str]:
     """A table of all boards."""
-    from nonn.commands.plan import table
-
     rows = [["board", "RAM KiB", "flash KiB", "float32 MMAC/s", "int8 MMAC/s", "idle W", "active W", "what it is"]]
     for name, board in boards.items():
         active = "–" if board.active_w is None else f"{board.active_w.low:g}"
@@ -41,7 +40,7 @@ def overview(boards) -> list[str]:
             [name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, printable(board.title)]
         )
     *body, last = zip(*rows, strict=True)
-    lines = table([list(row) for row in zip(*body, strict=True)]).splitlines()
+    lines = align([list(row) for row in zip(*body, strict=True)]).splitlines()
     width = max(map(len, lines))
     return [f"{line.ljust(width)}  {title}" for line, title in zip(lines, last, strict=True)]
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from nonn.core.errors import UserError
 from nonn.core.options import at_least, complete_from
 from nonn.core.params import FEWEST_PIXELS, MOST_PIXELS
+from nonn.core.text_table import align
 
 if TYPE_CHECKING:  # help is instant
     from nonn.core.boards import Range
@@ -175,7 +176,7 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
             f"slowest device {nearest - link_ms:,.1f} ms. The nearest that works is --latency-ms {nearest:g}."
         ) from None
     print()
-    print(table(_rows(estimate)))
+    print(align(_rows(estimate), n_texts=2))
     print()
     print("\n".join(_summary(estimate, planner.images.n_classes, latency_ms)))
     if without := planner.without_link(budgets):
@@ -268,7 +269,7 @@ def _show_catalogue(planner: Planner, options) -> None:
         kinds = " + ".join(f"{count}×{name}" for name, count in Counter(names).items())
         rows.append([kinds, f"{estimate.params:,}", f"{estimate.total_ms:,.1f}", _span(estimate.energy_mj)])
     print()
-    print(table(rows))
+    print(align(rows))
     print(
         f"\n{len(found)} sets of up to {options.max_devices} devices, from fast to slow: no other has more parameters"
     )
@@ -285,18 +286,6 @@ def _span(energy: Range | None) -> str:
         return UNKNOWN
     low, high = f"{energy.low:,.3g}", f"{energy.high:,.3g}"
     return low if low == high else f"{low}–{high}"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Columns as wide as they have to be: the first two texts to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    texts = {i for i in range(len(widths)) if i == 0 or rows[0][i] == "student"}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i in texts else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _links() -> list[str]:
