@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"nonn {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
-    if hasattr(sys.stdout, "reconfigure"):  # of another encoding than UTF-8, it may lack a dash
+    if hasattr(sys.stdout, "reconfigure"):  # other encodings than UTF-8 may lack the dash
         sys.stdout.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
         complete(parser)
@@ -153,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
-        if (told := refusal(error)) is None:
+        if (user_error := refusal(error)) is None:
             raise
-        sys.exit(f"nonn {command}: {told}")
+        sys.exit(f"nonn {command}: {user_error}")
     except Exception as error:
         if (problem := shortage(error)) is None:
             raise
@@ -163,9 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def shortage(error: BaseException) -> str | None:
-    """What an error says about memory, if that was refused: PyTorch, not imported here, does so by another type.
+    """Message for an out-of-memory error, else None. PyTorch raises its own type, which is not imported here.
 
-    Where the system ends a process of a pool instead, nothing is said but that it has gone.
+    Where the system kills a process of a pool instead, all that is known is that it has gone.
     """
     from concurrent.futures.process import BrokenProcessPool
 
@@ -178,7 +178,7 @@ def shortage(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def ended_by_interrupts() -> Iterator[None]:
-    """Let Ctrl-C end the process at once: an interrupted import raises whatever its module makes of it."""
+    """Let Ctrl-C end the process at once, since a module may turn an interrupted import into any error."""
     is_usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not is_usual or threading.current_thread() is not threading.main_thread():
         yield
@@ -193,7 +193,7 @@ def ended_by_interrupts() -> Iterator[None]:
 def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], None]]:
     """The parser of a command's own arguments, and what runs it."""
     _, name, summary = COMMANDS[command]
-    if command in SERVERS:  # gRPC reads it when it is imported
+    if command in SERVERS:  # gRPC reads this variable when it is imported
         os.environ.setdefault("GRPC_TRACE", "handshaker")
     module = importlib.import_module(f"nonn.{name}")
     parser = argparse.ArgumentParser(prog=f"nonn {command}", description=summary)
@@ -203,7 +203,7 @@ def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse
 
 
 def complete(parser: argparse.ArgumentParser) -> None:
-    """Tell the shell, by the protocol of argcomplete, how the line may go on, and exit."""
+    """Tell the shell how the command line may continue, by the protocol of argcomplete, and exit."""
     import argcomplete
 
     *_, words, _ = argcomplete.split_line(os.environ["COMP_LINE"], int(os.environ["COMP_POINT"]))

@@ -5,8 +5,8 @@ before the trainings is run once and not counted. For each number of jobs:
 
 - ``dag_s``, seconds of a dry run, which reads ``dvc.yaml``, looks at every file and builds the graph of jobs;
 - ``wall_s``, seconds until all trainings are done;
-- ``overhead_per_job_s``, what a job keeps a core busy or idle besides its training: places at once times ``wall_s``,
-  less the trainings themselves, by the number of jobs. Under Slurm, this has the waits of the queue;
+- ``overhead_per_job_s``, core seconds per job besides its training: (parallel jobs × ``wall_s`` − training time) /
+  number of jobs. Under Slurm this includes queueing;
 - ``lock_bytes``, size of ``dvc.lock`` in the end;
 - ``stage_1_s`` and ``stage_4_s``, seconds until DVC has found that a finished training has nothing to do, of one
   process alone, and a process of four at once. DVC's lock of a repository lets one at a time read ``dvc.yaml``, which

@@ -15,7 +15,7 @@ Width = Annotated[int, Field(ge=1, le=MOST_CHANNELS)]
 #: Widths of a ResNet in units of the plain one's, at most.
 MOST_WIDTH = 256
 Depth = Annotated[int, Field(ge=1, le=1_000)]
-#: Left out of files where it is false, its value before there was such a key.
+#: False is left out of files, so that files from before this key stay the same.
 Flag = Annotated[bool, Field(exclude_if=lambda on: not on)]
 
 #: Stages of a family that is described by the widths of its stages. Each stage halves its maps once.
@@ -34,7 +34,7 @@ class Architecture(Section):
 
     @property
     def name(self) -> str:
-        """As the literature writes it, such as WRN-16-2."""
+        """Name in the style of the literature, such as WRN-16-2."""
         if self.widths:
             return f"{self.family} {'-'.join(map(str, self.widths))}"
         if self.family == "wrn":
@@ -71,9 +71,9 @@ class Architecture(Section):
 
 
 def depth_problem(family: str, n_stages: int, size: int) -> str | None:
-    """Why the stages are too many for an image of `size` pixels, of which pooling leaves nothing; None if they are not.
+    """Message if the poolings of all stages leave nothing of an image of `size` pixels, else None.
 
-    Strides, as those of family mobilenet, round up: one pixel is always left.
+    Strides, as in family mobilenet, round up, so one pixel is always left.
     """
     if family == "mobilenet" or 2**n_stages <= size:
         return None

@@ -1,6 +1,6 @@
 """What the JSON files of the stages hold, as far as later stages read it: `read_json` checks a file against these.
 
-A file may hold more. What is not here, the stage that reads it shows as it is.
+A file may hold more keys. A stage that reads them only passes them on.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DatasetInfo(TypedDict):
 
 
 class ImageSpec(NamedTuple):
-    """What a network has to know of the images to be designed."""
+    """Shape of the images and number of classes, which the design of a network depends on."""
 
     channels: int
     size: int  # pixels a side
@@ -43,7 +43,7 @@ class ImageSpec(NamedTuple):
 class TeacherInfo(TypedDict):
     """``teacher.json``."""
 
-    architecture: Architecture | None  # None of a foreign teacher, which has what follows
+    architecture: Architecture | None  # None for a foreign teacher, which has the keys below
     source: NotRequired[str]
     classifier: NotRequired[str | None]
     preprocessing: NotRequired[dict[str, Any]]
@@ -67,7 +67,7 @@ class Sizes(TypedDict):
 
 
 class CostInfo(TypedDict):
-    """Of a model on a device."""
+    """A `nonn.core.cost.Cost` as JSON."""
 
     params: Index
     macs: Index
@@ -76,7 +76,7 @@ class CostInfo(TypedDict):
 
 
 class DesignInfo(TypedDict):
-    """One student of those in a file below ``design/NETWORK``."""
+    """One of the students in a file below ``design/NETWORK``."""
 
     architecture: Architecture
     n_filters: Count | None
@@ -93,7 +93,7 @@ class Filters(TypedDict):
 
 
 class BaselineSets(TypedDict):
-    """``partition/NETWORK/baselines/METHOD.json``: sets, or what is permuted into sets by each seed."""
+    """``partition/NETWORK/baselines/METHOD.json``: sets, or the filters and sizes from which each seed draws sets."""
 
     sets: NotRequired[list[list[Index] | None]]
     live: NotRequired[list[Index]]
@@ -101,7 +101,7 @@ class BaselineSets(TypedDict):
 
 
 class Missing(TypedDict):
-    """What was chosen for missing students."""
+    """The strategies for missing students: the chosen one and the others."""
 
     chosen: str
     not_chosen: list[str]

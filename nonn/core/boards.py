@@ -140,7 +140,7 @@ class Board:
 
 @cache
 def _shipped() -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
-    """Sources by name, and boards, of the file that comes with the package."""
+    """Sources and boards, each by name, of the file that comes with the package."""
     content = YAML(typ="safe").load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     return content["sources"], content["boards"]
 
@@ -153,7 +153,7 @@ def shipped_boards() -> dict[str, Board]:
 
 
 def all_boards() -> dict[str, Board]:
-    """Boards of the package and of the project; where both have a figure of one, it is the project's."""
+    """Boards of the package and of the project, whose figures take precedence."""
     if not os.path.lexists(OWN_FILE):
         return dict(shipped_boards())
     content = read_yaml(OWN_FILE, "Remove it, or write one.")

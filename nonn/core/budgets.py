@@ -1,7 +1,7 @@
 """What a device offers a student: memory for weights and activations, compute, and the time that it may take.
 
-A budget is what `devices` of ``params.yaml`` comes down to, once its board is looked up in the catalogue and the target
-of its network is turned into multiply-accumulates.
+A budget follows from `devices` of ``params.yaml``, after the board is looked up in the catalogue and the latency target
+of the network is turned into multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Allowance(NamedTuple):
     offered: float
     needed: float
     unit: str
-    step: float  # to whose multiples an offer is rounded up
+    step: float  # an offer is rounded up to multiples of this
 
     @property
     def is_kept(self) -> bool:
@@ -29,7 +29,7 @@ class Allowance(NamedTuple):
 
     @property
     def enough(self) -> float:
-        """The smallest offer, in whole steps, that would do."""
+        """The smallest sufficient offer, in whole steps."""
         steps = math.ceil(self.needed / self.step)
         rounded = round(steps * self.step, 6)
         return rounded if rounded >= self.needed else round((steps + 1) * self.step, 6)
@@ -60,18 +60,18 @@ class Budget:
 
     @property
     def total_kib(self) -> float:
-        """All memory, whatever for."""
+        """Memory of all kinds together."""
         return self.memory_kib if self.memory_kib is not None else (self.flash_kib or 0) + (self.ram_kib or 0)
 
     @property
     def most_mmacs(self) -> float:
-        """Millions of multiply-accumulates within both limits, on their number and on their time."""
+        """Millions of multiply-accumulates that keep both limits, on their number and on their time."""
         if self.latency_ms is None or self.mmacs_per_s is None:
             return self.mmacs
         return min(self.mmacs, self.latency_ms * self.mmacs_per_s / 1e3)
 
     def limits(self, cost: Cost) -> list[Allowance]:
-        """Each limit beside what a student needs."""
+        """Each limit with what a student needs of it."""
         weights, activations = cost.weight_bytes / 1024, cost.peak_activation_bytes / 1024
         if self.memory_kib is not None:
             found = [Allowance("memory_kib", self.memory_kib, weights + activations, "KiB", 1)]
@@ -87,11 +87,11 @@ class Budget:
         return all(limit.is_kept for limit in self.limits(cost))
 
     def compute_ms(self, cost: Cost) -> float | None:
-        """Modelled time of one image; None where the speed of the device is not known."""
+        """Modelled time of one image; None if the speed of the device is unknown."""
         return cost.macs / self.mmacs_per_s / 1e3 if self.mmacs_per_s else None
 
     def as_dict(self) -> dict[str, Any]:
-        """What is set, for JSON."""
+        """The values that are set, for JSON."""
         values = {key: value for key, value in vars(self).items() if value not in (None, "", math.inf)}
         return {key: value for key, value in values.items() if key not in ("name", "board")}
 
@@ -99,7 +99,7 @@ class Budget:
 def combined_budget(budgets: Sequence[Budget]) -> Budget:
     """One device with the memory and the compute of all.
 
-    Where some have one memory and some have two, it is one memory for both.
+    If some have one memory and some have two, the result has one.
     """
     mmacs = sum(budget.most_mmacs for budget in budgets)
     if all(budget.memory_kib is None for budget in budgets):

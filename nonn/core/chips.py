@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Chip:
-    """`block_kib`: the largest block of RAM; None where all RAM of the catalogue is one."""
+    """`block_kib` is the largest block of RAM, None if the RAM that the catalogue states is a single block."""
 
     core: str
     flash: int
@@ -19,7 +19,7 @@ class Chip:
     block_kib: int | None = None
 
     def usable(self, ram_kib: float | None) -> float | None:
-        """As much of some RAM as firmware can use: its activations lie in one block."""
+        """The part of the RAM that firmware can use, since its activations lie in one block."""
         return ram_kib if ram_kib is None or self.block_kib is None else min(ram_kib, self.block_kib)
 
 

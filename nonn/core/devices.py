@@ -10,7 +10,7 @@ from nonn.core.boards import OWN_FILE, all_boards
 from nonn.core.budgets import Budget
 from nonn.core.schema import NotTiny, Section, did_you_mean
 
-#: Far more than any key needs, and little enough for arithmetic in float32.
+#: Far more than any key needs, and still small enough for arithmetic in float32.
 HUGE = 1e12
 Positive = Annotated[float, Field(gt=0, le=HUGE, allow_inf_nan=False), NotTiny]
 NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
@@ -27,7 +27,7 @@ def check_board(name: str, known: list[str]) -> str:
 
 
 class DeviceParams(Section):
-    """Budget of one device: stated in full, or that of a board of the catalogue, of which single figures are replaced.
+    """Budget of one device: stated in full, or taken from a board of the catalogue, with single figures replaced.
 
     It has one memory, `memory_kib`, or two, `flash_kib` and `ram_kib`.
     """
@@ -62,7 +62,7 @@ class DeviceParams(Section):
         return self
 
     def budget(self, name: str, precision: str, latency_ms: float | None = None) -> Budget:
-        """What it comes down to: `name` is its own, `precision` the one that students calculate in."""
+        """The budget of the device called `name`, for students that compute in `precision`."""
         memory, flash, ram, speed = self.memory_kib, self.flash_kib, self.ram_kib, self.mmacs_per_s
         if self.board is not None:
             board = all_boards()[self.board]

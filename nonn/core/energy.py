@@ -19,9 +19,10 @@ RADIO_J_PER_BIT = (10e-9, 50e-9)
 
 
 def most_frugal(weight_bytes: float, activation_bytes: float, precision: str) -> Board | None:
-    """Of the boards that hold a model, the one on which it takes least energy, at its speed in a precision.
+    """Of the boards that hold a model, the one on which it takes least energy, at the catalogue's speed in a precision.
 
-    By the upper bounds of its power, idle draw included. None where no board of known power and speed holds it.
+    Energy is taken at the upper bound of the power, idle draw included. None if no board of known power and speed holds
+    the model.
     """
     boards = (board.with_catalogue_speed(precision) for board in all_boards().values() if board.active_w)
     found = [board for board in boards if board.seconds_per_mac and board.holds(weight_bytes, activation_bytes)]

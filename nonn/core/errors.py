@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read, and what the operating system refuses, in its words."""
+"""The exception whose message is meant for users, and refusals of the operating system as such messages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can mend: says what is wrong, where (file and key), and what to do."""
+    """A problem that the user can solve; the message says what is wrong, where (file and key), and what to do."""
 
 
 _OCCUPIED = "Move what is there away, or name another place."
 _DENIED = "Change its owner or permissions, or name another place."
 
-#: What to do where the operating system refuses a file. An error that is not here is a fault of this program.
+#: What to do if the operating system refuses a file. Errors that are not listed are faults of this program.
 REMEDIES = {
     errno.ENOSPC: "Free some space there, then run this again.",
     errno.EDQUOT: "Free some of your quota, then run this again.",
@@ -43,10 +43,9 @@ REMEDIES = {
 
 
 def refusal(error: OSError, path: Path | None = None) -> UserError | None:
-    """One line for what the operating system refuses: the file, the reason, the remedy.
+    """One line for a refusal of the operating system: the file, the reason, the remedy.
 
-    `path` stands in where the error names no file, as when a disk is full. None if the error is no refusal but a fault
-    of the program.
+    `path` is named if the error names no file, as when a disk is full. None if the error is a fault of the program.
     """
     if error.errno not in REMEDIES:
         return None
@@ -58,7 +57,7 @@ def refusal(error: OSError, path: Path | None = None) -> UserError | None:
 
 
 def printable(name: str | bytes | os.PathLike) -> str:
-    """A file's name as a terminal can show it, on one line: what is not text, or would break the line, is escaped."""
+    """A file's name on one line, with everything escaped that a terminal cannot print."""
     text = os.fsdecode(name)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 

@@ -1,4 +1,4 @@
-"""What a family of networks fixes of its layers, beyond the sizes that an architecture states.
+"""Constants of the families of networks, beyond the sizes that an architecture states.
 
 Apart from the schema, for stages depend on these numbers: `nonn.training.networks` builds layers of them, and what is
 counted without PyTorch has to agree.

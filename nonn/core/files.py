@@ -22,16 +22,16 @@ from nonn.core.errors import UserError, one_line, printable, refusal
 
 #: Ignored by git: checkpoints, downloads and the journal of jobs.
 STATE = Path(".nonn")
-#: How names of temporaries begin. Git and DVC ignore them.
+#: Prefix of temporaries. Git and DVC ignore them.
 TEMPORARY = ".nonn-tmp-"
 
 _HOST = platform.node().replace("-", "_")[:64] or "localhost"
 _NUMBERS = itertools.count()
-#: Of fsync(2), where a file system has no such thing, some for folders alone; any other means that content is lost.
+#: Errors of fsync(2) on file systems without it, some for folders alone; any other means that content is lost.
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES)
-#: Of ``renameat2``: relative paths are those of the working directory, and both have to be there.
+#: Flags of ``renameat2``: paths are relative to the working directory, and both have to exist.
 _FROM_HERE, _EXCHANGE = -100, 2
-#: What a file system refuses as a whole: such an error, where it names no file, is of the folder that is written to.
+#: Refusals of a whole file system: if such an error names no file, it concerns the folder that is written to.
 _OF_FILE_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -46,13 +46,13 @@ def replacing(target: Path) -> Iterator[Path]:
 def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     """Yield temporary paths that become `targets`, if the block succeeds, one right after the other.
 
-    All is written by then, so that a full disk or a killed process leaves the former ones; only where it is killed
-    between two renames is one of them new and the other old. A former folder changes places with the new one; where the
-    file system cannot do that, it is renamed before it is deleted, so the target may be missing after such a kill, but
-    is never half of it.
+    Everything is written before the first rename, so a full disk or a kill leaves the old files. Only a kill between
+    two renames leaves one new and one old. An old folder changes places with the new one. Where the file system cannot
+    do that, the old folder is renamed before it is deleted: a kill at that moment leaves no target, but never half of
+    one.
 
-    A temporary lies beside its target, since only on one file system is a rename atomic. It is named by machine and
-    process, so that `remove_orphans` knows what a killed stage has left, and that an orphan that outlives its
+    A temporary lies beside its target, because a rename is atomic only within a file system. Its name holds the machine
+    and the process, so `remove_orphans` recognises what a killed stage has left, and a process that outlives its
     scheduler cannot write into the file of its successor.
 
     Raises
@@ -60,7 +60,7 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
     UserError
         The operating system refuses, or a target is a folder that the working directory lies in.
     """
-    # Of "." the parent is not ".".
+    # The parent of "." is "." again, so names of the working directory are made absolute.
     parents = [target.parent if target.name else target.absolute().parent for target in targets]
     temporaries = tuple(_temporary(parent, target.suffix) for parent, target in zip(parents, targets, strict=True))
     pairs = list(zip(temporaries, targets, strict=True))
@@ -77,17 +77,17 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
         for parent in dict.fromkeys(parents):
             _flush(parent, below=False)
     except OSError as error:
-        own = next((target for temporary, target in pairs if str(error.filename).startswith(str(temporary))), None)
-        if own:
+        blamed = next((target for temporary, target in pairs if str(error.filename).startswith(str(temporary))), None)
+        if blamed:
             error.filename = None  # a reader knows the target, not its temporary
-        if told := refusal(error, own or targets[0]):
-            raise told from None
+        if user_error := refusal(error, blamed or targets[0]):
+            raise user_error from None
         raise
-    except UserError as error:  # of a file that was to become the temporary
-        said = str(error)
+    except UserError as error:  # it may name a temporary in place of its target
+        message = str(error)
         for temporary, target in pairs:
-            said = said.replace(printable(temporary), printable(target))
-        error.args = (said,)
+            message = message.replace(printable(temporary), printable(target))
+        error.args = (message,)
         raise
     finally:
         for temporary in temporaries:
@@ -97,14 +97,14 @@ def replacing_all(*targets: Path) -> Iterator[tuple[Path, ...]]:
 
 @contextlib.contextmanager
 def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
-    """Yield a folder for what is deleted after the block: that of the system, or one that `remove_orphans` finds."""
+    """Yield a folder that is deleted after the block: in `parent`, where `remove_orphans` finds it, or the system's."""
     folder = _temporary(parent) if parent else Path(tempfile.mkdtemp(prefix="nonn-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
     except OSError as error:
-        if error.errno in _OF_FILE_SYSTEM and (told := refusal(error, folder)):
-            raise told from None
+        if error.errno in _OF_FILE_SYSTEM and (user_error := refusal(error, folder)):
+            raise user_error from None
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -112,17 +112,17 @@ def scratch_folder(parent: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses in the block into a UserError, of this path where it names none."""
+    """Turn a refusal of the operating system into a UserError, which names `path` if the error names no file."""
     try:
         yield
     except OSError as error:
-        if told := refusal(error, path):
-            raise told from None
+        if user_error := refusal(error, path):
+            raise user_error from None
         raise
 
 
 def _temporary(parent: Path, suffix: str = "") -> Path:
-    """A path that no other process uses, nor this one once more."""
+    """A path that neither another process nor this one has used."""
     pid = os.getpid()
     return parent / f"{TEMPORARY}{_HOST}-{pid}-{_state(pid)[1]}-{next(_NUMBERS)}{suffix}"
 
@@ -172,7 +172,7 @@ def restored_on_error(*paths: Path) -> Iterator[None]:
 
 
 def _flush(path: Path, below: bool = True) -> None:
-    """Write to the disk what is in memory, so that a power cut does not leave the new name with the old content."""
+    """Flush files to the disk, so that a power cut cannot leave the new name with the old content."""
     inner = (Path(folder, name) for folder, _, files in os.walk(path) for name in files) if below else ()
     for file in (*inner, path):
         descriptor = os.open(file, os.O_RDONLY)
@@ -195,8 +195,8 @@ def remove(path: Path) -> None:
 
 
 def remove_orphans(*roots: Path, below: bool = True) -> None:
-    """Delete in these folders the temporaries of processes of this machine that were killed before they could."""
-    # Versions before named a temporary by process and number alone.
+    """Delete the temporaries in these folders whose processes, on this machine, were killed."""
+    # Former versions named a temporary by process and number alone.
     pattern = re.compile(rf"{re.escape(f'{TEMPORARY}{_HOST}')}-(\d+)(?:-(\d+))?-\d+")
     for root in roots:
         for folder, folders, files in os.walk(root):
@@ -210,10 +210,10 @@ def remove_orphans(*roots: Path, below: bool = True) -> None:
 
 
 def _is_running(pid: int, began: int) -> bool:
-    """Whether the process that a temporary is named by is still at it.
+    """Whether the process that a temporary is named after still runs.
 
-    Not if it is dead and only waits for its parent to notice, nor if another one has its number by now. Where it is not
-    known when one of them began, as without ``/proc``, every process of that number counts.
+    A zombie does not, nor does another process that has got the same number since. If the start of either process is
+    unknown, as without ``/proc``, any process of that number counts.
     """
     try:
         os.kill(pid, 0)  # sends nothing, only asks
@@ -267,7 +267,7 @@ def regular(path: Path) -> Path:
 
 
 def stamp_of(path: Path) -> tuple[int, ...]:
-    """Something else whenever a file has changed; empty if it cannot be looked at."""
+    """A value that differs whenever the file has changed; empty if the file cannot be examined."""
     try:
         status = path.stat()
     except OSError:
@@ -314,7 +314,7 @@ def existing(path: Path) -> Path:
 
 @contextlib.contextmanager
 def intact(path: Path) -> Iterator[None]:
-    """Turn what damaged or foreign content of an artifact raises, where the block looks into it, into a UserError."""
+    """Turn errors that a damaged or foreign artifact causes in the block into a UserError."""
     try:
         with named(path):
             yield
@@ -323,7 +323,7 @@ def intact(path: Path) -> Iterator[None]:
 
 
 def damaged(path: Path, problem: Any) -> UserError:
-    """An artifact that is not what its stage writes: what is wrong, and how it is made again."""
+    """The error for an artifact that is not what its stage writes: what is wrong, and how to make it again."""
     kind, text = type(problem).__name__, problem
     if kind == "ValidationError":  # of pydantic: the first problem, with its place
         first = problem.errors()[0]

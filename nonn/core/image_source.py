@@ -1,4 +1,4 @@
-"""The key ``dataset.source`` of ``params.yaml``: what it may name beside folders and archives, and where that lies."""
+"""The key ``dataset.source`` of ``params.yaml``: the sources that it may name, and where their files lie."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def named_source(source: str) -> str | None:
 
 
 def hub_path(name: str) -> Path | None:
-    """The folder or file on this machine that the source ``hf:NAME`` means; None where it means one of the Hub."""
+    """The folder or file on this machine that the source ``hf:NAME`` names; None if it names a dataset of the Hub."""
     path = Path(name)
     is_local = name.startswith((".", "/")) or name.count("/") > 1 or path.suffix == ".parquet" or path.exists()
     return path if is_local else None

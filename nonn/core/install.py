@@ -33,7 +33,7 @@ LITERT = ("ai_edge_litert", "ai_edge_quantizer", "litert_torch", "tflite_micro")
 
 
 def require_64_bit(largest: int = sys.maxsize, machine: str | None = None) -> None:
-    """Refuse a 32-bit Python, also one on a 64-bit processor: `largest` is its ``sys.maxsize``."""
+    """Refuse a 32-bit Python, even on a 64-bit processor; `largest` is its ``sys.maxsize``."""
     if largest < 2**32:
         raise UserError(
             f"this Python is a 32-bit program ({machine or platform.machine()}), for which there is no ONNX Runtime: "
@@ -62,7 +62,7 @@ def how_to_install(module: str | None) -> str | None:
 
 
 def _command(extra: str) -> str:
-    """What to type: in the environment that runs, or in a new one, since systems refuse pip otherwise (PEP 668)."""
+    """The command to type, in the running environment or in a new one: elsewhere, systems refuse pip (PEP 668)."""
     clone = Path(__file__).resolve().parents[2]
     is_clone, has_environment = (clone / "pyproject.toml").is_file(), sys.prefix != sys.base_prefix
     if is_clone and has_environment:
@@ -74,7 +74,7 @@ def _command(extra: str) -> str:
 
 
 def installed_wheel() -> str | None:
-    """The file that this package was installed from, by what pip has noted of it (PEP 610)."""
+    """The file that this package was installed from, as pip has recorded it (PEP 610)."""
     try:
         noted = distribution("nonn").read_text("direct_url.json")
     except PackageNotFoundError:

@@ -19,7 +19,7 @@ from nonn.core.params import SOLO, Params
 from nonn.core.teacher_source import WHOLE_FILES
 
 JOBS_FILE = Path("workflow/jobs.yaml")
-#: What the lists hold beside jobs.
+#: Entries of the file that are mappings, but no lists of jobs.
 FACTS = ("budgets", "board")
 HEADER = "# Derived from params.yaml by `nonn jobs`, and checked before a stage runs: edit params.yaml instead.\n"
 
@@ -92,7 +92,7 @@ def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
 
 
 def _board_facts(params: Params) -> dict[str, Any]:
-    """Of `distributed.board`, of the boards of the devices where they state some, and of those a teacher may be on."""
+    """Facts on `distributed.board`, on the boards that devices state, and on those that a teacher may run on."""
     own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
     devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
     facts = _facts_of(find_board(params.distributed.board).for_composing(params.design.precision))
@@ -102,20 +102,20 @@ def _board_facts(params: Params) -> dict[str, Any]:
 
 
 def _offer_of(board: Board) -> list[float | None]:
-    """What decides where a model fits and what it takes there: memory, speed and power, where that is known."""
+    """Memory, speed and power, as far as known: they decide whether a model fits, and its latency and energy."""
     power = (board.idle_w, board.active_w.low, board.active_w.high) if board.active_w else ()
     return [board.ram_kib, board.flash_kib, board.mmacs["float32"], board.mmacs["int8"], *power]
 
 
 def _facts_of(board: Board) -> dict[str, Any]:
-    """Numbers of few digits: DVC does not read back all others as it wrote them."""
+    """Power and speed, rounded, since DVC does not read back numbers of many digits as it wrote them."""
     power, seconds = board.active_w, board.seconds_per_mac
     facts = {"idle_w": board.idle_w, "active_w": [power.low, power.high] if power else None}
     return facts | {"mmacs_per_s": round(1e-6 / seconds, 3) if seconds else None}
 
 
 def check_named_files(params: Params) -> None:
-    """Refuse pictures, weights or a teacher that are not there, before anything runs."""
+    """Refuse missing pictures, weights or teachers before anything runs."""
     teacher = params.teacher
     without = "null for the library's own" if teacher.is_foreign else "null to train"
     source = named_source(params.dataset.source)
@@ -137,13 +137,13 @@ def check_named_files(params: Params) -> None:
 
 
 def _refuse_own_folder(name: str) -> None:
-    """Refuse pictures from the project's folder, or one around it: its results would be pictures, and all be hashed."""
+    """Refuse the project's folder, or one around it, as pictures: its results would be hashed and taken for pictures."""
     if Path.cwd().is_relative_to(Path(name).resolve()):
         raise UserError(f"{name!r} holds the whole project. Put the pictures into a folder of their own.")
 
 
 def write_jobs(params: Params) -> bool:
-    """Write the lists, if they are not there yet; say whether they were not."""
+    """Write the lists if they have changed; return whether they had."""
     content = _render(params)
     if JOBS_FILE.is_file() and JOBS_FILE.read_bytes() == content.encode():
         return False
@@ -152,13 +152,13 @@ def write_jobs(params: Params) -> bool:
 
 
 def check_jobs(params: Params) -> None:
-    """Refuse to go on with other jobs than those of the parameters."""
+    """Refuse lists of jobs that are not those of the parameters."""
     if JOBS_FILE.is_file() and JOBS_FILE.read_bytes() != _render(params).encode():
         raise UserError(f"{JOBS_FILE}: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again.")
 
 
 def _render(params: Params) -> str:
-    """YAML with one job a line; JSON's strings are YAML's quoted ones."""
+    """YAML with one job per line; a JSON string is a quoted string in YAML."""
     lines = [HEADER, "jobs:\n"]
     for name, value in list_jobs(params).items():
         if isinstance(value, dict):

@@ -20,12 +20,12 @@ IP_HEADER, UDP_HEADER, TCP_HEADER = 20, 8, 32  # TCP's with the timestamps that 
 
 @dataclass(frozen=True)
 class Link:
-    """What joins the hosts."""
+    """A network that joins all hosts."""
 
     rate_bps: float  # bits of IP packets a second, for each host in each direction; of all together if `shared`
     delay_s: float = 0.0  # one way, beyond the time that the bits take
     shared: bool = False  # one half-duplex medium for all hosts, on which one packet is sent at a time
-    loss: float = 0.0  # probability that a packet is lost, each by itself
+    loss: float = 0.0  # probability that a packet is lost, independently of others
     seed: int = 0  # of the losses
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class BenchmarkParams(Section):
 
 
 class DistributedParams(Section):
-    """Devices at once over emulated links, and what a split network takes there."""
+    """All devices at once over emulated links, and a network split over them."""
 
     links: Annotated[list[Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]], Field(min_length=1)]
     board: Annotated[str, Field(json_schema_extra={"enum": [n for n, b in shipped_boards().items() if b.has_energy]})]

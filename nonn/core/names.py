@@ -1,4 +1,4 @@
-"""Names: those that users give to experiments, networks and devices, and that of the host which asks the devices."""
+"""Names that users give to experiments, networks and devices, and the name of the host that asks the devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 #: The host that asks the devices, on links and in clusters.
 COORDINATOR = "coordinator"
-#: Words that YAML takes for a truth value or for nothing, in any of its versions.
+#: Words that some version of YAML takes for a truth value or for null.
 _YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 
 
@@ -22,5 +22,5 @@ def _check_name(name: str) -> str:
     return name
 
 
-#: Of a folder and of a key: no shell and no YAML reads it as anything but text.
+#: Name of a folder and of a key, which every shell and YAML reads as text.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$", max_length=64), AfterValidator(_check_name)]

@@ -1,4 +1,4 @@
-"""Which bytes a calculation promises: the same on every x86-64 processor with AVX2, or on one type of processor.
+"""Where a computation gives the same bytes: on every x86-64 processor with AVX2, or on one type of processor.
 
 ``portable`` calculates in float32 on the processor, with kernels of AVX2 alone, a fixed number of threads, and the code
 path of MKL that does not ask who made the processor. ``fast`` takes what the machine offers: a GPU, bfloat16, AVX-512.
@@ -15,8 +15,9 @@ from typing import Literal
 Numerics = Literal["portable", "fast"]
 
 _CHOICE = "NONN_NUMERICS"
-#: Of each library that has kernels for several instruction sets. MKL_CBWR=AVX2 would not do: on AMD's processors MKL
-#: takes another path than on Intel's. Its square roots differ even so: see `nonn.method.final_layer.fit_by_epoch`.
+#: Settings of the libraries that have kernels for several instruction sets. MKL_CBWR=AVX2 would not suffice, since MKL
+#: takes another code path on AMD than on Intel. Even so, its square roots differ: see
+#: `nonn.method.final_layer.fit_by_epoch`.
 #: https://uxlfoundation.github.io/oneDNN/dev_guide_cpu_dispatcher_control.html
 _LIMITS = {
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -29,7 +30,7 @@ _LIMITS = {
 
 
 def set_numerics(numerics: Numerics) -> None:
-    """Set what this process and its children calculate with; only libraries that are not yet loaded heed it."""
+    """Set the numerics of this process and its children, before the libraries are imported."""
     os.environ[_CHOICE] = numerics
     if numerics == "portable" and has_avx2():
         os.environ.update(_LIMITS)
@@ -40,7 +41,7 @@ def is_portable() -> bool:
 
 
 def has_avx2() -> bool:
-    """Whether this is an x86-64 processor with AVX2; on others, portable promises the same type of processor only."""
+    """Whether this is an x86-64 processor with AVX2. On others, portable bytes hold for one type of processor."""
     info = Path("/proc/cpuinfo")
     is_known = platform.machine() in ("x86_64", "AMD64") and info.is_file()
     return is_known and " avx2 " in info.read_text(encoding="utf-8", errors="replace")

@@ -15,14 +15,14 @@ from nonn.core.schema import parse_changes
 
 
 def natural(text: str) -> int:
-    """A whole number from 0 on; what else an argument may say is refused by `argparse`."""
+    """A whole number from 0 on. `argparse` reports the ValueError of any other text."""
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0; give 0 or more")
     return number
 
 
 def at_least(least: int, most: int = sys.maxsize):
-    """A whole number from some number on, up to another."""
+    """A parser of whole numbers within bounds."""
 
     def number(text: str) -> int:
         if (value := natural(text)) < least:
@@ -43,7 +43,7 @@ def amount(text: str) -> float:
 
 
 def seed_number(text: str) -> int:
-    """What random numbers begin with."""
+    """A seed of random numbers."""
     return at_least(0, 2**32 - 1)(text)
 
 
@@ -56,29 +56,29 @@ def numbers(text: str) -> list[int]:
 
 
 def add_settings(parser: argparse.ArgumentParser, help: str = "use another value than that of params.yaml; repeatable"):
-    """Add ``--set``, for `load_settings` or, where params.yaml itself has to say it, for `refuse_settings`."""
+    """Add ``--set``, for `load_settings`, or for `refuse_settings` in commands that need params.yaml as it is."""
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=help)
 
 
 def load_settings(options: argparse.Namespace) -> Params:
-    """The parameters, with the values of ``--set`` in place of those of the file, which stays as it is."""
+    """The parameters of the file, overridden by ``--set``; the file stays unchanged."""
     return load_params(changes=parse_changes(options.set))
 
 
 def refuse_unknown_networks(params: Params, names: Iterable[str]) -> None:
-    """Raise UserError for the first name that is no network's."""
+    """Raise UserError for the first name that is not a network of params.yaml."""
     if unknown := [name for name in names if name not in params.networks]:
         raise UserError(f"params.yaml: networks: no {unknown[0]!r}; choose one of {', '.join(params.networks)}.")
 
 
 def refuse_missing(paths: Iterable[Path], stage: str) -> None:
-    """Raise UserError for the first artifact that is not there; `stage` is the one after which all are."""
+    """Raise UserError for the first missing artifact; `stage` is the last of those that write them."""
     if missing := next((path for path in paths if not path.is_file()), None):
         raise UserError(f"{missing}: is not there. Run `dvc repro {stage}` first.")
 
 
 def refuse_settings(options: argparse.Namespace, reason: str) -> None:
-    """End a command that cannot take ``--set``: what it writes has to be that of params.yaml."""
+    """Refuse ``--set`` in a command whose outputs have to follow params.yaml."""
     if options.set:
         key = options.set[0].partition("=")[0]
         raise UserError(f"--set {options.set[0]}: {reason}; change {key} in {PARAMS_FILE}, or try values by `nonn try`")
@@ -90,7 +90,7 @@ def add_network(parser, name: str = "network", **how: Any) -> None:
 
 
 def complete_from(action: argparse.Action, words: Callable[[], Iterable[str]]) -> None:
-    """Let the shell complete an argument with words, which are asked for when it does; errors mean none."""
+    """Let the shell complete an argument with the results of `words`; none if it raises UserError."""
 
     def completer(**_) -> list[str]:
         try:

@@ -13,7 +13,7 @@ from nonn.core.params import SOLO, Params
 DVC_LOCK = Path("dvc.lock")
 #: Stages that measure times, which differ from run to run, and the folders that they write into.
 TIMED = ("benchmark", "distributed")
-#: Summaries that hold such times, or what follows from them, by their names at the top and among the figures.
+#: Names of the summaries and figures that hold such times, or numbers derived from them.
 TIMED_SUMMARIES = ("summary", "metrics", "claims", "distributed", "ratios", "communication", "latency", "scaling")
 
 
@@ -40,7 +40,7 @@ class Paths:
 
     @property
     def teacher_images(self) -> Path:
-        """The images at the teacher's size; without any where that is the students'."""
+        """The images at the teacher's size; empty if the students have the same size."""
         return self / "teacher_images.safetensors"
 
     @property
@@ -68,7 +68,7 @@ class Paths:
         return self / f"design/{network}/sizes.json"
 
     def candidates(self, network: str) -> Path:
-        """What some of the students cost among which the design chose."""
+        """Cost of some of the students that the design chose from."""
         return self / f"design/{network}/candidates.json"
 
     def design(self, network: str, name: str | int) -> Path:
@@ -125,7 +125,7 @@ def _file_of(name: str | int) -> str:
 
 
 def remove_unfinished(paths: Paths) -> None:
-    """Delete what killed processes have left half-written, in all folders that commands write into by themselves."""
+    """Delete unfinished files of killed processes in all folders that commands write into."""
     remove_orphans(paths.root)
     workflow = Path("workflow")
     kept = (Path(), paths.root.parent, workflow, workflow / "experiments", STATE, *STATE.glob("*/"))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 Item = TypeVar("Item")
 
-#: Share of the work and seconds after which a line is logged where there is no terminal.
+#: Without a terminal, a line is logged after this share of the work, but not before so many seconds.
 LOG_EVERY, LOG_SECONDS = 0.1, 5.0
 
 
@@ -41,10 +41,10 @@ def track(items: Iterable[Item], label: str, total: int | None = None, done: int
 
 
 def log(message: str) -> None:
-    """One line for the reader, on standard error.
+    """Write one line to standard error.
 
-    Written at once with its end: where standard error is unbuffered, `print` writes the end apart, and a line of gRPC's
-    between the two would make them one, which `nonn.runtime.logs` may drop.
+    Text and line feed are written at once: on an unbuffered stream `print` writes them separately, and gRPC may write a
+    line between the two, which `nonn.runtime.logs` would see as one with this and might drop.
     """
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()

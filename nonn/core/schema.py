@@ -17,13 +17,13 @@ from nonn.core.yaml_text import parse_yaml, read_yaml
 class Section(BaseModel):
     """A mapping of known keys, which does not change once it is checked.
 
-    Types are strict: where 3 is wanted, neither 3.0 nor "3" nor true is taken, since what DVC reads is the file itself.
+    Types are strict: 3.0, "3" and true are not accepted for 3, because DVC reads the file itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-#: Least of numbers that others are divided by: quotients by less may be more than a float holds.
+#: Least divisor: a quotient by a smaller number may exceed the range of a float.
 TINY = 1e-9
 
 
@@ -46,8 +46,8 @@ Schema = TypeVar("Schema", bound=Section)
 def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[str, Any] | None = None) -> Schema:
     """Read a YAML file, make changes, and check it all against a schema.
 
-    `changes` hold new values by dotted key, such as ``distill.lr``; `remedy` says what a user is to do who has no such
-    file. The UserError has a line for each problem: file, key, what is wrong, what to do.
+    `changes` hold new values by dotted key, such as ``distill.lr``; `remedy` says what to do if the file is
+    missing. The UserError has a line for each problem: file, key, what is wrong, what to do.
     """
     raw = read_yaml(path, remedy)
     if not isinstance(raw, dict):
@@ -76,7 +76,7 @@ def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
 
 
 def set_key(raw: dict, key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings; sections that are not there are added, for the schema to refuse."""
+    """Set a dotted key in nested mappings; missing sections are added, and the schema refuses unknown ones."""
     *sections, name = key.split(".")
     for section in sections:
         inner = raw.get(section)
@@ -112,7 +112,7 @@ def _sentence(error: Any, schema: type[Section]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value on one short line: it may be of any size."""
+    """A value of any size, shortened to one line."""
     return "a number of too many digits" if isinstance(value, int) and value.bit_length() > 1000 else VALUES.repr(value)
 
 
@@ -137,6 +137,6 @@ def _is_section(kind: Any) -> bool:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The known word that is closest to one that is not, as the end of a sentence; empty if none is close."""
+    """The end of a sentence that suggests the known word closest to `word`; empty if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -11,10 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def tidied_up() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end the block as Ctrl-C does, so that what it has begun is ended and deleted.
+    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that it can stop its processes and delete its files.
 
-    The number of the signal is what the block's `KeyboardInterrupt` holds. Another such signal changes nothing, since a
-    terminal may send SIGHUP twice; Ctrl-C breaks off. Outside of the main thread, nothing is changed.
+    The block's `KeyboardInterrupt` holds the number of the signal. A second such signal changes nothing, since a
+    terminal may send SIGHUP twice; Ctrl-C still interrupts. Outside of the main thread, nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +49,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handled(numbers: Iterable[int], handler: Any) -> Iterator[None]:
-    """Have a handler of its own for each of these signals while the block runs."""
+    """Handle these signals by `handler` while the block runs."""
     former = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield

@@ -13,7 +13,7 @@ from nonn.core.errors import UserError
 
 @contextlib.contextmanager
 def pinned_to(core: int) -> Iterator[None]:
-    """Keep this process on one core while the block runs, where the system can."""
+    """Keep this process on one core while the block runs, if the system supports it."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return

@@ -1,4 +1,4 @@
-"""Reading YAML that anybody may have written: a clear error at once, whatever the text holds."""
+"""Reading YAML from anywhere: whatever the text holds, an error is clear and comes at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_BYTES, MAX_DEPTH, MAX_VALUES = 1_000_000, 40, 100_000
 
 
 def read_yaml(path: Path, remedy: str) -> Any:
-    """Content of a YAML file; `remedy` says what a user is to do who has no such file.
+    """Content of a YAML file; `remedy` says what to do if the file is missing.
 
     Raises
     ------
@@ -53,12 +53,12 @@ def parse_yaml(text: str, name: str) -> Any:
     except YAMLError as error:
         raise UserError(f"{name}: is not text in UTF-8 ({one_line(error, 120)}). Save it as such.") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # What a number, a date or another tagged value cannot be; the reader says no line.
+        # A number, a date or another tagged value that cannot be; the error has no line number.
         raise UserError(f"{name}: holds a value that cannot be read ({one_line(error, 120)}). Correct it.") from None
 
 
 def _excess(text: str) -> str | None:
-    """What is too much of a text, found before anything is built from it."""
+    """Why a text is too large to be parsed, found before anything is built from it; None if it is not."""
     sizes: dict[str | None, int] = {}  # values that an anchor stands for
     open_nodes: list[tuple[str | None, int]] = []
     for event in YAML(typ="safe").parse(text):
