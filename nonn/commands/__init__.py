@@ -1,1 +1,1 @@
-"""What a user does around the pipeline: run a stage by hand, check an experiment, try changes, share a teacher."""
+"""Commands around the pipeline: run a stage by hand, check an experiment, try changes, share a teacher."""

@@ -45,14 +45,14 @@ COLUMNS = (
     *("validation_images", "validation_accuracy", "validation_loss", "student_accuracy"),
     *("fitted_accuracy", "classifier_accuracy", "cpu_minutes"),
 )
-#: What has an effect on an attempt, which begins with the experiment's signals and ends with its students.
+#: Sections that an attempt depends on: it begins with the experiment's signals and ends with its students.
 OPEN = ("networks", "devices", "graph", "partition", "design", "distill", "baseline")
 VIEWS_KEY = "signals.views"
 
 
 @dataclass(frozen=True)
 class AttemptPaths(Paths):
-    """Where an attempt reads and writes: the experiment's dataset and signals, and all else apart."""
+    """Paths of an attempt: it reads the experiment's dataset and signals, and writes into a folder of its own."""
 
     folder: Path = STATE / "attempts"
 
@@ -134,7 +134,7 @@ def score(students: Sequence[ConvNet], params: Params, paths: Paths, sets: Seque
 
 
 def _classifier(teacher: Any, sets: Sequence[list[int]]) -> FinalLayer | None:
-    """The columns of the teacher's classifier that read the students' filters; None where there are none to read."""
+    """The columns of the teacher's classifier that read the students' filters; None if there are none."""
     if not sets or not isinstance(teacher, ConvNet):
         return None
     weight, bias = teacher.head.weight.detach().numpy(), teacher.head.bias.detach().numpy()
@@ -142,10 +142,10 @@ def _classifier(teacher: Any, sets: Sequence[list[int]]) -> FinalLayer | None:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a table of attempts, which is begun if there is none; others may do so at the same time."""
+    """Add a row to a table of attempts, which is created if missing; other processes may add rows at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with named(path), path.open("a+", encoding="utf-8", newline="") as file:
-        with contextlib.suppress(OSError):  # of a file system that knows no locks
+        with contextlib.suppress(OSError):  # the file system may have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         table, content = csv.DictWriter(file, COLUMNS), file.read()
@@ -170,7 +170,7 @@ def run(options) -> None:
     item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)
     params = load_params(changes=changes)
-    set_numerics(params.numerics)  # of the precision alone: torch is loaded
+    set_numerics(params.numerics)  # sets only the precision, since torch is loaded already
     if idle := [key for key in changes if key.split(".")[0] not in OPEN and key != VIEWS_KEY]:
         raise UserError(
             f"{idle[0]}: has no effect on an attempt, which begins with the experiment's signals and ends with its "

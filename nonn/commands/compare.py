@@ -19,7 +19,7 @@ from nonn.core.files import existing, intact, read_json
 from nonn.core.params import load_params
 from nonn.core.paths import DVC_LOCK, TIMED, Paths
 
-#: Stages whose outputs hold measured times; the last one's are summaries of all.
+#: Stages whose outputs hold measured times; those of the last one are summaries of all.
 MEASURED = (*TIMED, "figures")
 WHY = {
     "portable": "numerics: portable promises the same bytes with the same code, parameters, versions of the packages, "
@@ -29,7 +29,7 @@ WHY = {
 
 
 def hashes(text: str, name: str, folder: Path) -> dict[str, str]:
-    """MD5 by path of what stages, apart from those of `MEASURED`, wrote into a folder, from the text of a lock."""
+    """MD5 by path of the outputs in a folder of all stages but `MEASURED`, from the text of a dvc.lock."""
     try:
         stages = (YAML(typ="safe").load(text) or {}).get("stages") or {}
         return {
@@ -46,14 +46,14 @@ def hashes(text: str, name: str, folder: Path) -> dict[str, str]:
 
 
 def largest_difference(old: dict[str, Any], new: dict[str, Any]) -> float:
-    """Of the accuracies that both have, in points."""
+    """Largest difference of the accuracies that both have, in percentage points."""
     shared = [key for key in old.keys() & new.keys() if key.endswith("accuracy")]
     keys = [key for key in shared if old[key] is not None and new[key] is not None]  # there may be no best baseline
     return max((100 * abs(old[key] - new[key]) for key in keys), default=0.0)
 
 
 def compare(root: Path, numerics: str) -> list[str]:
-    """What to say, line by line, of the results in a folder beside the committed ones."""
+    """Lines that compare the results in a folder with the committed ones."""
     old = hashes(content_at("HEAD", DVC_LOCK) or "", "the committed dvc.lock", root)
     with intact(DVC_LOCK):
         now = existing(DVC_LOCK).read_text(encoding="utf-8")

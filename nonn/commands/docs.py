@@ -1,4 +1,4 @@
-"""The command ``nonn docs``: write what in the documentation is derived from elsewhere.
+"""The command ``nonn docs``: write the generated parts of the documentation.
 
 - ``workflow/params.schema.json``, for editors, and ``docs/parameter-reference.md``: the schema of ``params.yaml``
   (`nonn.core.params`) with the meaning of each key (``workflow/params.meaning.yaml``).
@@ -102,7 +102,7 @@ def generated() -> dict[Path, str]:
 
 
 def _meaning(meanings: dict[str, dict[str, str]], section: str, key: str) -> str:
-    """What a key means, said of its own section or of the one that this extends."""
+    """Meaning of a key, given for its section or for one that this extends."""
     model = next(model for model in _models(Section) if model.__name__ == section)
     for ancestor in model.__mro__:
         if text := meanings.get(ancestor.__name__, {}).get(key):

@@ -64,7 +64,7 @@ def run(options) -> None:
 
 
 def in_int8(path: Path, images: Path, folder: Path) -> Path:
-    """A float32 student quantised on training images; in a folder of its network's name, by which figures call it."""
+    """Quantise a float32 student on training images, into a folder named after its network, as figures name it."""
     from nonn.deploy.calibrated import write_int8
     from nonn.runtime.sensor import open_images
 

@@ -1,4 +1,4 @@
-"""What git has of a file."""
+"""Files as git has them."""
 
 from __future__ import annotations
 

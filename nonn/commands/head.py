@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from nonn.data.dataset import Dataset
     from nonn.teachers.foreign import ForeignTeacher
 
-#: Weights of the penalty on the squares of the layer, of which validation images choose one.
+#: Weights of the L2 penalty on the layer; validation images choose one.
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 STEPS = 200
 
@@ -57,7 +57,7 @@ def run(options) -> None:
     body: Any = model.body
     body.network.set_submodule(body.classifier, layer)
     with replacing(target) as temporary:
-        content = io.BytesIO()  # PyTorch does not say which errors of the operating system it meets
+        content = io.BytesIO()  # PyTorch hides errors of the operating system
         torch.save(body.network.state_dict(), content)
         temporary.write_bytes(content.getvalue())
     log(
@@ -83,7 +83,7 @@ def _target(params: Params) -> Path:
 
 
 def load_pretrained(data: Dataset, params: TeacherParams) -> ForeignTeacher:
-    """The network of ``teacher.source``, with the weights that it names or the library's own, for their classes."""
+    """The network of ``teacher.source``, with the weights of ``teacher.weights`` or the library, for their classes."""
     from nonn.teachers.bodies import ModuleBody, find_classifier
     from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, examine
     from nonn.teachers.libraries import Built, build_network, input_channels

@@ -36,12 +36,12 @@ from nonn.core.params import PARAMS_FILE, load_params
 from nonn.core.paths import DVC_LOCK, Paths
 from nonn.core.progress import log
 
-#: Entries of finished jobs that are not in ``dvc.lock`` yet, and what a run began with.
+#: Entries of finished jobs that are not in ``dvc.lock`` yet, and the expected seconds of a run's jobs.
 ENTRIES, RUN = STATE / "entries", STATE / "run.json"
 
 
 class EntryFile(dvcfile.Lockfile):
-    """In place of ``dvc.lock``: knows nothing of earlier runs, and keeps the entry of one stage."""
+    """Stands in for ``dvc.lock``: it knows nothing of earlier runs, and keeps the entry of one stage."""
 
     def load(self) -> dict[str, Any]:
         return {}
@@ -86,7 +86,7 @@ def refuse_other_outputs(address: str, expected: Sequence[str]) -> None:
 
 
 def _missing_file(error: BaseException | None) -> str | None:
-    """The file that was not there, if that is why DVC failed."""
+    """The missing file that made DVC fail, if any."""
     while error is not None:
         if isinstance(error, FileNotFoundError) and error.filename:
             return os.path.relpath(error.filename)
@@ -95,7 +95,7 @@ def _missing_file(error: BaseException | None) -> str | None:
 
 
 def _refused(error: BaseException | None) -> UserError | None:
-    """What the operating system has refused, if that is why DVC failed."""
+    """The refusal of the operating system that made DVC fail, if any."""
     while error is not None:
         if isinstance(error, OSError) and (told := refusal(error)):
             return told
@@ -125,7 +125,7 @@ def merge_entries(order: Iterable[str]) -> bool:
 
 
 def begin_run(expected: dict[str, float]) -> None:
-    """Note when a run begins, and the seconds that each of its jobs may take, in any unit, for estimates."""
+    """Note when a run begins, and how long each of its jobs may take; only the proportion of the times counts."""
     write_json(RUN, {"start": time.time(), "expected": expected})
 
 

@@ -32,14 +32,14 @@ from nonn.report.map_plots import draw_map
 from nonn.report.plots import drawing_style, save_figure
 
 PLAN = Path("workflow/map.yaml")
-#: The package's, where a project has none of its own.
+#: The plan of the package, for projects without one.
 DEFAULT_PLAN = WORKFLOW / PLAN.name
 COLUMNS = (
     *("experiment", "factor", "value", "network", "method", "n_seeds", "accuracy_mean", "accuracy_sd"),
     *("difference_vs_fitted_ensemble", "ci_low", "ci_high", "p"),
 )
 
-#: Parts of what the experiment has.
+#: Factors that multiply what the experiment has.
 Part = Annotated[float, Field(gt=0, le=100)]
 Parts = Annotated[list[Part], Field(min_length=1)]
 Shares = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=1)]
@@ -129,7 +129,7 @@ def make_map(
 
 @contextlib.contextmanager
 def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once where the block fails or is interrupted: their trainings have checkpoints."""
+    """Processes that are terminated if the block fails or is interrupted; their trainings have checkpoints."""
     with ProcessPoolExecutor(n, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         try:
             yield pool
@@ -141,8 +141,8 @@ def _workers(n: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_with_parent() -> None:
-    """In a process of its own: a map that is killed leaves nobody behind who trains on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, which its parent gets, too
+    """Make a worker process end with its parent, so that a killed map leaves no training behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the parent, too
 
     def wait() -> None:
         if parent := parent_process():
@@ -153,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 def _finished(params: Params, trainings: Iterable[Any]) -> dict[Any, Path]:
-    """The weights of those students that the pipeline has trained, where DVC finds nothing changed since."""
+    """Weights of the students that the pipeline has trained, unless DVC finds them out of date."""
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -170,7 +170,7 @@ def _finished(params: Params, trainings: Iterable[Any]) -> dict[Any, Path]:
 
 
 def _train(params: Params, training: Any, weights: Path | None) -> None:
-    """In a process of its own: one thread, as the pipeline's trainings have."""
+    """Train one student in a worker process, with one thread as in the pipeline."""
     import torch
 
     from nonn.studies import factor_map

@@ -1,4 +1,4 @@
-"""The command ``nonn new``: an experiment for somebody's own images, teacher and devices, filled in and checked.
+"""The command ``nonn new``: write and check an experiment for the user's own images, teacher and devices.
 
 It is a file of ``workflow/experiments/`` like the shipped ones, and becomes the active experiment. Outside of a clone,
 where there is no such folder, it gets a project of its own: see `nonn.commands.project`.
@@ -45,15 +45,15 @@ from nonn.core.teacher_source import WHOLE_FILES
 if TYPE_CHECKING:
     from nonn.data.folders import FolderLayout
 
-#: Pixels a side of what students see, where a library's teacher sees `TEACHER_SIZE`.
+#: Pixels a side of the students' images, if a foreign teacher sees `TEACHER_SIZE`.
 SIZE, TEACHER_SIZE = 96, 224
-#: From which size on students are of family mobilenet: smaller images leave its strides too little.
+#: Least size of images for students of family mobilenet, whose strides leave too little of smaller ones.
 MOBILENET_FROM = 64
-#: Sources that are no path, whatever lies here under such a name.
+#: Sources that are never paths, even if a file has such a name.
 ELSEWHERE = ("torchvision:", "timm:", "module:")
-#: What stands before a path.
+#: Prefixes before a path.
 BEFORE_PATH = ("hf", *WHOLE_FILES)
-#: Of a teacher that is trained: how many times as wide as the narrowest student.
+#: Width of a trained teacher, in units of the narrowest student.
 TEACHER_WIDTH = 32
 
 TEMPLATE = """\
@@ -121,7 +121,7 @@ teacher:
 
 @dataclass(frozen=True)
 class Request:
-    """What somebody asks for."""
+    """What the user asks for."""
 
     name: str
     images: str
@@ -133,7 +133,7 @@ class Request:
 
 
 def known_devices() -> dict[str, dict[str, Any]]:
-    """Budgets of the devices that experiments name, of those that can be read."""
+    """Budgets of the devices in all experiments that can be read."""
     known: dict[str, dict[str, Any]] = {}
     for experiment in experiments():
         with contextlib.suppress(UserError):  # somebody is still writing it
@@ -149,7 +149,7 @@ def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def list_images(source: str) -> FolderLayout | None:
-    """What a folder or archive holds, by the names of its files; None where these do not say it."""
+    """Layout of a folder or archive by the names of its files; None if they do not reveal it."""
     if source == "mnist5k" or source.startswith(("torchvision:", "hf:")):
         return None
     from nonn.data.folders import find_images
@@ -199,7 +199,7 @@ def render(request: Request) -> str:
 
 
 def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
-    """What keeps the experiment from working, a line each. `classes` are those of the images, None if unknown."""
+    """A line for each problem of the experiment. `classes` are those of the images, None if unknown."""
     try:
         check_named_files(params)
         if params.teacher.is_foreign and classes:
@@ -215,7 +215,7 @@ def check_all(params: Params, classes: tuple[str, ...] | None) -> Iterator[str]:
 
 
 def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
-    """Load a foreign teacher, examine it on noise and export it: a UserError says why it cannot be one."""
+    """Load a foreign teacher, test it on noise and export it; a UserError says why it is unsuitable."""
     import torch
 
     from nonn.data.dataset import Dataset
@@ -292,7 +292,7 @@ def is_installed(module: str) -> bool:
 
 
 def check_text(option: str, value: str | None) -> None:
-    """Refuse what no YAML file could hold."""
+    """Refuse text that a YAML file cannot hold."""
     try:
         (value or "").encode()
     except UnicodeEncodeError:
@@ -357,7 +357,7 @@ def make_request(options: argparse.Namespace) -> Request:
 def write_checked(
     name: str, text: str, changes: dict[str, Any], classes: tuple[str, ...] | None, is_refused: bool
 ) -> list[str]:
-    """Write an experiment and make it the active one, unless it is refused; a line for each thing that is wrong."""
+    """Write an experiment and make it the active one, unless it has problems; return a line for each."""
     path = EXPERIMENTS / f"{name}.yaml"
     write_text(path, with_changes(text, changes))
     try:
@@ -375,7 +375,7 @@ def write_checked(
 
 
 def with_changes(text: str, changes: dict[str, Any]) -> str:
-    """An experiment's file with other values by dotted key; its comments stay."""
+    """Text of an experiment with values changed by dotted key; comments are kept."""
     if not changes:
         return text
     yaml, written = yaml_with_comments(), StringIO()
@@ -385,7 +385,7 @@ def with_changes(text: str, changes: dict[str, Any]) -> str:
         set_key(complete, key, value)
         parts = key.split(".")
         depth = next((depth for depth, part in enumerate(parts, start=1) if part in WHOLE), len(parts))
-        # What stands in `WHOLE` is all there or not at all.
+        # Mappings of `WHOLE` are complete or absent.
         whole = ".".join(parts[:depth])
         set_key(content, whole, get_key(complete, whole))
     yaml.dump(content, written)

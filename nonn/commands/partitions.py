@@ -27,11 +27,11 @@ from nonn.core.paths import Paths
 from nonn.core.progress import log, track
 from nonn.core.system import describe_system
 
-#: Seeds without a number of the user's own.
+#: Default number of seeds.
 N_SEEDS = 5
-#: Packages whose versions are stated, and what they are imported as.
+#: Packages whose versions are stated, and their import names.
 PACKAGES = {"igraph": "igraph", "networkx": "networkx", "numpy": "numpy", "scikit-learn": "sklearn"}
-#: What is left out where its package is not installed.
+#: The partitioner that is left out if its package is not installed.
 LEIDEN = "Leiden"
 HEADER = "| Graph | Partitioner | Sets | Filters | Modularity | Balance | Agreement | Time (ms) |"
 ALIGNMENT = "| :-- | :-- | --: | --: | --: | --: | --: | --: |"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # help is instant
     from nonn.core.params import Params
     from nonn.method.planning import DeviceSetEstimate, Planner
 
-#: Where there is no params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
+#: Defaults without params.yaml: images like those of CIFAR-10, and a teacher of 256 filters.
 CLASSES, SIZE, CHANNELS, FILTERS, PRECISION, LINK = 10, 32, 3, 256, "int8", "ieee802154"
 STUDENTS = {"family": "fast", "depths": [2], "min_width": 4, "max_width": 128, "step": 1}
 #: More than any published data set of pictures has.
@@ -104,7 +104,7 @@ def run(options) -> None:
 
 
 def make_planner(options, params: Params | None) -> tuple[Planner, str]:
-    """A planner for the options, the parameters where they say nothing, and the defaults; and a line on all three."""
+    """A planner from the options, else the parameters, else the defaults; and a line that states what was taken."""
     from nonn.core.artifacts import ImageSpec
     from nonn.core.boards import all_boards
     from nonn.core.params import DesignParams
@@ -244,7 +244,7 @@ def _as_params(new: list[Budget], estimate: DeviceSetEstimate) -> str:
 
 
 def _floor(milliseconds: float) -> float:
-    """A time of one decimal, or of three digits where it is short, that is no more than another."""
+    """A time rounded down to one decimal, or to three digits if it is short."""
     unit = min(0.1, 10.0 ** (math.floor(math.log10(milliseconds)) - 2))
     return math.floor(milliseconds / unit) * unit
 

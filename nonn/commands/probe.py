@@ -15,9 +15,9 @@ from nonn.core.progress import track
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Into how many sets the filters are divided: from one student that has all of them to sets of a few.
+#: Numbers of sets that the filters are divided into, from one student with all filters to sets of a few.
 SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
-#: Training images that probes are fitted to, without a number of the user's own.
+#: Default number of training images that probes are fitted to.
 N_IMAGES = 20_000
 #: Random partitions of each size.
 N_RANDOM = 3
@@ -67,7 +67,7 @@ def run(options) -> None:
 
 
 def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int, on: str) -> tuple[list[dict], int]:
-    """Rows of the table, and the number of classes; None stands for as many of `SETS` as the filters allow."""
+    """Rows of the table, and the number of classes. None stands for all numbers of `SETS` that the filters allow."""
     import torch
 
     from nonn.data.dataset import load_dataset
@@ -99,7 +99,7 @@ def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int,
 
 
 def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, Tensor]:
-    """The teacher's pooled activations and logits of the images that are judged."""
+    """The teacher's pooled activations and logits of the images that probes are tested on."""
     if on == "validation":
         return signals["validation_pooled"], signals["validation_logits"].float()
     from nonn.data.dataset import load_teacher_dataset

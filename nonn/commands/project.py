@@ -1,4 +1,4 @@
-"""A project: a folder outside of any clone with the parameters and results of somebody's own.
+"""A project: a folder outside of any clone, with parameters and results of its own.
 
 All else is the installed package's. ``dvc.yaml`` is a copy of the clone's, and the link ``nonn`` leads to the code that
 it lists: so DVC compares the same paths and contents as in a clone, an update of the package runs those stages again
@@ -20,7 +20,7 @@ from nonn import project
 from nonn.core.errors import UserError
 from nonn.core.files import remove, write_text
 
-#: Beside the profiles, which are the user's to edit.
+#: Made once, as the profiles are, for users to edit.
 SNAKEFILE = Path("workflow/Snakefile")
 INCLUDE = """\
 from nonn.commands.project import prepare
@@ -35,9 +35,9 @@ rule project:
     input:
         rules.all.input,
 """
-#: To the package's folder; not for git, since it differs from machine to machine.
+#: Link to the package's folder. Git ignores it, since it differs from machine to machine.
 LINK = Path("nonn")
-#: Copies of what is the package's, written anew when the package has changed.
+#: Copies of files of the package, renewed when the package has changed.
 COPIES = {
     Path("dvc.yaml"): project.STAGES,
     Path("workflow/params.schema.json"): project.WORKFLOW / "params.schema.json",
@@ -61,7 +61,7 @@ def created(folder: Path) -> Iterator[None]:
         create(folder)
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # what had failed is what a reader has to know
+        with contextlib.suppress(OSError):  # the first error is the one to report
             for path in folder.iterdir() if was_there else [folder]:
                 remove(path)
         raise
@@ -81,7 +81,7 @@ def create(folder: Path) -> None:
 
 
 def keep_versions(folder: Path) -> None:
-    """Make a repository of git, unless the folder lies in one; DVC has to be told where there is no git."""
+    """Make a git repository, unless the folder lies in one; without git, DVC has to be told so."""
     if shutil.which("git") is None:
         write_text(folder / ".dvc/config.local", "[core]\n    no_scm = true\n")
     elif subprocess.run(["git", "rev-parse"], cwd=folder, capture_output=True, check=False).returncode:
@@ -93,13 +93,13 @@ def keep_versions(folder: Path) -> None:
 
 
 def is_project(folder: Path = Path()) -> bool:
-    """Whether a folder is a project, which a clone is not: its code is its own."""
+    """Whether a folder is a project; a clone, which has the code itself, is not."""
     snakefile = folder / SNAKEFILE
     return snakefile.is_file() and prepare.__module__.encode() in snakefile.read_bytes()
 
 
 def refresh(folder: Path = Path()) -> None:
-    """Lead the link of a project to the package that runs, and renew its copies; nothing happens in a clone."""
+    """Point the link of a project to the running package, and renew its copies; does nothing in a clone."""
     if not is_project(folder):
         return
     link, package = folder / LINK, Path(nonn.__file__).resolve().parent

@@ -135,7 +135,7 @@ def measure(params: Params, options: Any) -> list[dict]:
 
 
 def render(rows: Sequence[dict]) -> str:
-    """The table in Markdown: a row a method, a column a number of labelled images."""
+    """The table in Markdown: a row per method, a column per number of labelled images."""
     counts = list(dict.fromkeys(row["per_class"] for row in rows))
     lines = [
         "| What a device sends | Bytes | " + " | ".join(f"{count} a label" for count in counts) + " |",

@@ -38,7 +38,7 @@ from nonn.core.paths import DVC_LOCK
 from nonn.core.progress import log
 
 NETWORK, EXPERIMENT = "many", "scaling"
-#: The training that is looked at once more.
+#: The training whose check is timed.
 FIRST = f"distill@seed0/{NETWORK}/0"
 #: A tiny teacher, and students whose training takes about a second on one core.
 CHANGES: dict[str, Any] = {
@@ -50,17 +50,17 @@ CHANGES: dict[str, Any] = {
     "design": {"depths": [1], "min_width": 4, "max_width": 16, "step": 2},
     "distill": {"epochs": 1},
 }
-#: Of the figure.
+#: Resolution of the figure.
 DPI = 150
-#: Seconds that Snakemake has to cancel its jobs.
+#: Seconds that Snakemake gets to cancel its jobs.
 PATIENCE = 20.0
 COLUMNS = ("engine", "n_jobs", "wall_s", "overhead_per_job_s", "dag_s", "lock_bytes", "stage_1_s", "stage_4_s")
-#: How Snakemake is told to run jobs on an engine, so many at once; a queue knows that by itself.
+#: Options of Snakemake by engine; a queue limits the parallel jobs by itself.
 ENGINES = {"local": ("--cores", "{}"), "slurm": ("--workflow-profile", "workflow/profiles/slurm")}
 
 
 class Scratch(ScratchRepository):
-    """One with a network of so many jobs."""
+    """A scratch copy with a network of so many jobs."""
 
     def timed(self, *command: str, at_once: int = 1) -> float:
         """Seconds until a command, or several copies of it at once, have ended; a `UserError` if one fails."""
@@ -70,7 +70,7 @@ class Scratch(ScratchRepository):
             for _ in range(at_once):
                 processes.append(self.start(command))
             outputs = [process.communicate()[0] for process in processes]
-        except BaseException:  # nothing goes on in a folder that will be deleted
+        except BaseException:  # the folder will be deleted
             for number, seconds in ((signal.SIGINT, PATIENCE), (signal.SIGKILL, None)):  # Snakemake cancels its jobs
                 end_all(processes, number, seconds)
             raise
@@ -84,7 +84,7 @@ class Scratch(ScratchRepository):
         return Scratch(folder)
 
     def ask_for(self, n_jobs: int) -> list[str]:
-        """Write parameters with so many trainings; what these write."""
+        """Write parameters with so many trainings; return the files that these write."""
         params = merge(merge_experiment("mnist5k"), CHANGES)
         seeds = n_jobs // 2
         params["networks"] = {NETWORK: {"devices": ["small", "small"], "seeds": seeds, "baselines": {}}}
@@ -97,7 +97,7 @@ class Scratch(ScratchRepository):
         ]
 
     def trainings(self) -> float:
-        """Seconds that all trainings of this copy took, by the journal."""
+        """Seconds that all trainings of this copy took, from the journal."""
         lines = (self.folder / ".nonn/journal.jsonl").read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines]
         return sum(entry["end"] - entry["start"] for entry in entries if entry.get("stage") == "distill")
@@ -114,7 +114,7 @@ def prepared(folder: Path) -> Scratch:
 
 
 def measure(scratch: Scratch, engine: str, n_jobs: int, at_once: int, more: Sequence[str], dry: bool) -> dict[str, Any]:
-    """A row of the table; see `COLUMNS`. Of a dry one, no training is run but the first, and that is not counted."""
+    """A row of the table; see `COLUMNS`. A dry one runs only the first training, which is not counted."""
     files = scratch.ask_for(n_jobs)
     words = [word.format(at_once) for word in ENGINES[engine]]
     command = ["snakemake", *words, *more, "--", *files]
@@ -136,7 +136,7 @@ def measure(scratch: Scratch, engine: str, n_jobs: int, at_once: int, more: Sequ
 
 
 def written(row: dict[str, Any]) -> dict[str, str]:
-    """A row as it stands in the table: seconds to hundredths."""
+    """A row with seconds rounded to hundredths."""
     return {
         column: f"{value:.2f}" if isinstance(value := row.get(column, ""), float) else str(value) for column in COLUMNS
     }
@@ -153,7 +153,7 @@ def merged(path: Path, rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def even_numbers(text: str) -> list[int]:
-    """Even numbers from 2 on, with commas between them; none is allowed."""
+    """Even numbers from 2 on, with commas between them; may be empty."""
     found = [int(word) for word in text.split(",") if word]
     if any(number < 2 or number % 2 for number in found):
         raise ValueError

@@ -19,7 +19,7 @@ from nonn.core.paths import DVC_LOCK
 
 @dataclass
 class ScratchRepository:
-    """A copy of the repository; commands in it run its code, and leave what is temporary in it, too."""
+    """A copy of the repository; commands in it run its code, and keep their temporary files in it."""
 
     folder: Path
     longest: float | None = None  # seconds that a command may take; None: for ever
@@ -30,13 +30,13 @@ class ScratchRepository:
 
     @property
     def environment(self) -> dict[str, str]:
-        self.temporary.mkdir(parents=True, exist_ok=True)  # what is not there is not used
+        self.temporary.mkdir(parents=True, exist_ok=True)  # programs ignore a missing TMPDIR
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         own = {"PATH": path, "PYTHONPATH": str(self.folder), "TMPDIR": str(self.temporary)}
         return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen:
-        """A command in a session of its own, so that it can be ended with all that it has started."""
+        """Start a command in a session of its own, so that it can be stopped with all its processes."""
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -50,11 +50,11 @@ class ScratchRepository:
         )
 
     def call(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> tuple[int, str]:
-        """Exit code of a command, and what it has said; −1 if it takes too long."""
+        """Exit code and output of a command; the code is −1 if it takes too long."""
         process = self.start(command, prepare)
         try:
             output, _ = process.communicate(timeout=self.longest)
-        except BaseException as error:  # nothing goes on in a folder that will be deleted
+        except BaseException as error:  # the folder will be deleted
             end_all([process], signal.SIGKILL)
             if isinstance(error, subprocess.TimeoutExpired):
                 return -1, f"it did not end within {self.longest:.0f} s"
@@ -63,7 +63,7 @@ class ScratchRepository:
 
 
 def end_all(processes: Sequence[subprocess.Popen], number: int, seconds: float | None = None) -> None:
-    """Send a signal to processes and all that they have started, and wait until they have ended, or so long."""
+    """Send a signal to processes and all that they have started, and wait for them at most so long."""
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -73,7 +73,7 @@ def end_all(processes: Sequence[subprocess.Popen], number: int, seconds: float |
 
 
 def copy_repository(folder: Path, source: Path = Path()) -> None:
-    """What git knows in the top folder of a clone, without results, into a new repository."""
+    """Copy the files that git knows in a clone, without results, into a new repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -48,7 +48,7 @@ def ship(export: Path, dataset: Path, network: Path, pictures: Path) -> None:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a folder of this name lies in the one that it is made in."""
+    """Whether this is the name of a folder, and no path that leads elsewhere."""
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 256
 
 

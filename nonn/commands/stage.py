@@ -23,11 +23,11 @@ from nonn.core.paths import Paths, remove_leftovers
 from nonn.core.progress import log
 from nonn.core.yaml_text import read_yaml
 
-#: Stages that take long and come before `design`, which would refuse a budget: they refuse it before they begin.
+#: Long stages before `design`: they check budgets before they begin, so that `design` need not refuse them later.
 BEFORE_DESIGN = ("dataset", "teacher", "signals", "graph")
-#: What declares the parameters of each stage.
+#: The file that declares the parameters of each stage.
 DVC_FILE = Path("dvc.yaml")
-#: When each stage ran, one line of JSON for each time; jobs of `nonn.commands.job` have lines of their own.
+#: When each stage ran: one line of JSON per run; jobs of `nonn.commands.job` have lines of their own.
 JOURNAL = STATE / "journal.jsonl"
 
 
@@ -49,7 +49,7 @@ def _baselines(params: Params) -> dict[str, dict]:
 
 
 class Items(NamedTuple):
-    """What a stage is run on."""
+    """The items that a stage is run on."""
 
     kind: str
     example: str
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> None:
 
         for line in check_budgets(params, paths):
             log(f"params.yaml: {line}")
-    JOURNAL.parent.mkdir(exist_ok=True)  # what is in the way is said before the work
+    JOURNAL.parent.mkdir(exist_ok=True)  # an obstacle is reported before the work
     module = importlib.import_module(f"nonn.stages.{stage}")
     start = time.time()
     module.run(params, paths, **arguments)
@@ -119,12 +119,12 @@ def run(options: argparse.Namespace) -> None:
 
 
 def read_params() -> Any:
-    """What stands in ``params.yaml``, sound or not."""
+    """Content of ``params.yaml``, valid or not."""
     return read_yaml(PARAMS_FILE, "Restore it.")
 
 
 def refuse_changed(stage: str, before: Mapping[str, Any]) -> None:
-    """Raise UserError if parameters of a stage are others by now: DVC would note these as what the outputs are of."""
+    """Raise UserError if parameters of a stage have changed: DVC would record the new ones for its outputs."""
     if not DVC_FILE.is_file():
         return
     entry, after = read_yaml(DVC_FILE, "Restore it.")["stages"].get(stage, {}), read_params()
@@ -140,7 +140,7 @@ def refuse_changed(stage: str, before: Mapping[str, Any]) -> None:
 def note(entry: dict[str, Any]) -> None:
     """Append a line to the journal."""
     JOURNAL.parent.mkdir(exist_ok=True)
-    is_cut_off = JOURNAL.exists() and not JOURNAL.read_bytes().endswith(b"\n")  # by a crash
+    is_cut_off = JOURNAL.exists() and not JOURNAL.read_bytes().endswith(b"\n")  # after a crash
     with named(JOURNAL), JOURNAL.open("a") as journal:
         journal.write("\n" * is_cut_off + json.dumps(entry) + "\n")
 
@@ -158,7 +158,7 @@ def parse_item(stage: str, item: str | None, params: Params) -> dict:
 def parse_seed(item: str | None, seed: int | None, params: Params) -> dict:
     """Keyword argument of a stage's `run` from a seed, for stages that take one.
 
-    A seed that the parameters do not name is refused: what it trained would be nobody's, and swept away.
+    A seed that the parameters do not name is refused, since its outputs would belong to no job and be removed.
     """
     if seed is None or item is None:
         return {}

@@ -1,4 +1,4 @@
-"""The command ``nonn sweep``: experiments with other values of some parameters, and what each network made of them.
+"""The command ``nonn sweep``: run experiments over values of some parameters, and compare their networks.
 
 DVC queues and runs the experiments [1]_, each in a folder of its own, and takes from its cache what was trained with
 the same values before. Their tables are in git; this command reads them there, so that experiments which DVC ran by
@@ -39,16 +39,16 @@ from nonn.core.yaml_text import parse_yaml
 from nonn.report.plots import drawing_style, save_figure
 from nonn.report.sweep_plots import draw_sweep
 
-#: What a network is judged by: column of the table, what it is, and whether more of it is better.
+#: Criteria of networks: column of the table, description, and whether more is better.
 CRITERIA = {
-    "accuracy": ("accuracy on the validation images (%)", True),  # who compares experiments, chooses
+    "accuracy": ("accuracy on the validation images (%)", True),  # to compare experiments is to choose
     "memory_kib": ("memory of one device (KiB)", False),
     "latency_ms": ("latency of the slowest student (ms)", False),
     "sent_bytes": ("bytes that one device sends", False),
 }
-#: What stands in git of each experiment.
+#: Files of each experiment that git has.
 READ = ("summary.csv", "distributed.csv", "metrics.json")
-#: End of the names of the metrics by which networks are chosen.
+#: Suffix of the metrics that networks are chosen by.
 SCORE = "_validation_accuracy"
 #: Name of the results that are committed, beside those of DVC's experiments.
 HERE = "HEAD"
@@ -71,7 +71,7 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
         return {}, None
     folder = Path("results") / str(params.get("experiment"))
     found = [content for name in READ if (content := content_at(revision, folder / name)) is not None]
-    if len(found) < len(READ) or SCORE not in found[-1]:  # or the metrics are those of an earlier version
+    if len(found) < len(READ) or SCORE not in found[-1]:  # metrics of a former version lack it
         return flat(params), None
     with intact(folder / "summary.csv"):
         return flat(params), networks_of(*found)
@@ -98,7 +98,7 @@ def networks_of(summary: str, distributed: str, metrics: str) -> pd.DataFrame:
 
 
 def is_efficient(table: pd.DataFrame) -> pd.Series:
-    """Which rows no other row beats: as good in all `CRITERIA`, and better in one."""
+    """Which rows are Pareto-optimal: no other row is as good in all `CRITERIA` and better in one."""
     values = table[list(CRITERIA)].to_numpy(float) * [1 if more else -1 for _, more in CRITERIA.values()]
     beaten = [((values >= row).all(1) & (values > row).any(1)).any() for row in values]
     return ~pd.Series(beaten, index=table.index, dtype=bool)
@@ -134,7 +134,7 @@ def compare(revisions: Mapping[str, str]) -> pd.DataFrame:
 
 
 def experiments() -> dict[str, str]:
-    """Revision of each of DVC's experiments that began where git now is, and of that itself."""
+    """Revisions of DVC's experiments on the current commit, and of that commit."""
     try:
         found = Repo(".").experiments.ls()
     except DvcException as error:
@@ -151,12 +151,12 @@ def run_experiments(changes: Sequence[str], targets: Sequence[str]) -> None:
         command = [sys.executable, "-m", "dvc", "exp", "run", *words]
         if subprocess.run(command, check=False).returncode:
             raise UserError("dvc exp run: failed, for the reason above. `dvc queue status` lists what is left.")
-    if names := sorted(failed_experiments() - before):  # DVC itself ends well
+    if names := sorted(failed_experiments() - before):  # DVC exits with 0 all the same
         raise UserError(f"{', '.join(names)}: failed, for the reason above. `dvc queue logs {names[0]}` has it again.")
 
 
 def check_changes(changes: Sequence[str], params: Params) -> None:
-    """Refuse what no experiment could run with, before DVC is asked.
+    """Refuse changes that no experiment can run with, before DVC is called.
 
     Raises
     ------
@@ -169,7 +169,7 @@ def check_changes(changes: Sequence[str], params: Params) -> None:
         key, equals, values = change.partition("=")
         if not (key and equals and values):
             raise UserError(f"{change!r}: write KEY=VALUE,VALUE.")
-        if re.fullmatch(r"\w+\(.*\)", values):  # range(…) and the like, which DVC works out
+        if re.fullmatch(r"\w+\(.*\)", values):  # range(…) and alike, which DVC expands
             if key not in flat(params.model_dump()):
                 raise UserError(f"{key}: unknown key; take one of params.yaml")
             continue
@@ -183,7 +183,7 @@ def check_changes(changes: Sequence[str], params: Params) -> None:
 
 
 def split_values(text: str) -> list[str]:
-    """Values between commas that stand outside of brackets and braces."""
+    """Split at the commas outside of brackets and braces."""
     found, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")

@@ -12,7 +12,7 @@ from nonn.core.files import replacing
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write rows below a header; a column that a row lacks stays empty."""
+    """Write rows below a header; missing columns of a row stay empty."""
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
@@ -21,7 +21,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
 
 
 def refuse_other_table(option: str, path: Path, columns: Sequence[str]) -> None:
-    """Raise a UserError where no row can be added to a table, before there is one."""
+    """Raise UserError if no row could be added to a table, before there is a row."""
     if path.is_dir() or any(folder.is_file() for folder in path.parents):
         raise UserError(f"{option}: {path} cannot be written; give the path of a file")
     header = path.read_text(encoding="utf-8", errors="replace").splitlines()[:1] if path.is_file() else []

@@ -22,7 +22,7 @@ from nonn.report.plots import drawing_style, save_figure
 from nonn.report.timeline_plots import draw_timeline
 from nonn.stages import STAGES
 
-#: Seconds without any job after which the next one belongs to another run.
+#: After so many seconds without a job, the next job belongs to another run.
 IDLE = 120.0
 COLUMNS = ["stage", "item", "seed", "start_s", "end_s"]
 
@@ -36,7 +36,7 @@ def read_journal(path: Path, experiment: str) -> pd.DataFrame:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Read a journal; lines that were cut off are left out: the machine went down while they were written."""
+    """Read a journal, without lines that were cut off when the machine went down."""
     entries = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -59,7 +59,7 @@ def last_run(jobs: pd.DataFrame) -> pd.DataFrame:
 
 
 def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
-    """Give each job, in order of its start, the first free lane: as many are taken as jobs ran at once."""
+    """Give each job, in order of its start, the first free lane, so that there are as many as jobs ran at once."""
     lanes: list[int] = []
     free_at: list[float] = []
     for start, end in zip(starts, ends, strict=True):
@@ -70,7 +70,7 @@ def assign_lanes(starts: Iterable[float], ends: Iterable[float]) -> list[int]:
 
 
 def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
-    """Say how long jobs took from the first start to the last end, and one by one."""
+    """Line on the time from the first start to the last end, and the sum of the jobs' times."""
     elapsed = jobs["end_s"].max() - jobs["start_s"].min()
     total = (jobs["end_s"] - jobs["start_s"]).sum()
     ratio = total / elapsed if elapsed > 0 else 1.0
@@ -78,10 +78,10 @@ def describe_parallelism(jobs: pd.DataFrame, name: str) -> str:
 
 
 def describe_overhead(path: Path, jobs: pd.DataFrame) -> str | None:
-    """Say what `jobs` cost apart from their work; None if they were not run by `nonn.commands.job`.
+    """Line on the overhead of `jobs`; None if they were not run by `nonn.commands.job`.
 
-    That begins when Snakemake starts a job, and ends when DVC has cached its outputs; the work is what stands in the
-    journal for the stage itself, after all imports.
+    A job lasts from its start by Snakemake until DVC has cached its outputs. Its work is the time of the stage itself
+    in the journal, after all imports; the rest is overhead.
     """
     whole = [entry for entry in read_lines(path) if "job" in entry]
     begin, end = jobs["start"].min(), jobs["end"].max()

@@ -32,25 +32,25 @@ from nonn.core.progress import log, track
 
 #: Stages that have checkpoints.
 TRAINED = ("teacher", "distill", "baseline")
-#: What makes all artifacts, in this order.
+#: Commands that make all artifacts, in this order.
 JOBS, REPRO = [sys.executable, "-m", "nonn", "jobs"], ["dvc", "repro", "-q"]
-#: What is run again may take so many times as long as the undisturbed run, and a minute, before it counts as hanging.
+#: A repeated run counts as hanging after so many times the time of the undisturbed run, plus a minute.
 SLOWER, MINUTE = 10.0, 60.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a disturbed command, and of the run after it."""
+    """Result of a disturbed command and of the run after it."""
 
     kind: str
     job: str
-    undone: bool  # whether the disturbance hit before the command was done
+    undone: bool  # whether the disturbance hit before the command had finished
     problem: str  # empty: the same bytes
 
 
 @dataclass
 class DisturbedRepository(ScratchRepository):
-    """One in which an experiment was run undisturbed, and may be disturbed."""
+    """A repository whose experiment has run undisturbed and may now be disturbed."""
 
     expected: dict[str, str] = field(default_factory=dict)
     generator: random.Random = field(default_factory=lambda: random.Random(0))
@@ -66,7 +66,7 @@ class DisturbedRepository(ScratchRepository):
         }
 
     def differences(self) -> str:
-        """What is not as an undisturbed run leaves it; empty if all is."""
+        """The differences from an undisturbed run; empty if there are none."""
         found = self.digests()
         names = sorted(n for n in {*found, *self.expected} if found.get(n) != self.expected.get(n))
         found_left = (path for path in self.folder.rglob(f"{TEMPORARY}*") if self.temporary not in path.parents)
@@ -74,8 +74,8 @@ class DisturbedRepository(ScratchRepository):
         return ", ".join([*(f"{name} differs" for name in names[:3]), *(f"{name} is left" for name in left[:3])])
 
     def again(self, command: Sequence[str]) -> str:
-        """Run a command to its end; what went wrong, or differs then."""
-        remove(self.temporary)  # of what was killed
+        """Run a command to its end; return what failed or differs."""
+        remove(self.temporary)  # left by killed processes
         code, output = self.call(command)
         return f"exit {code}: {output[-500:]}" if code else self.differences()
 
@@ -107,7 +107,7 @@ def kill(
 def fill(
     repository: DisturbedRepository, job: str, disturbed: Sequence[str], undisturbed: Sequence[str], largest: int
 ) -> Outcome:
-    """Let no file become larger than a random size, as when a disk is full; it must say so in one line."""
+    """Limit files to a random size, as a full disk would; the command must report that in one line."""
     limit = repository.generator.randrange(largest)
     code, output = repository.call(disturbed, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     if "Traceback" in output:
@@ -116,7 +116,7 @@ def fill(
 
 
 def flip(repository: DisturbedRepository, path: Path) -> None:
-    """Change one byte of a file, whoever may write it."""
+    """Change one byte of a file, even if it is read-only."""
     content = bytearray(path.read_bytes())
     content[repository.generator.randrange(len(content))] ^= 1 << repository.generator.randrange(8)
     mode = path.stat().st_mode
@@ -148,7 +148,7 @@ def damage_cache(repository: DisturbedRepository, undisturbed: Sequence[str]) ->
 def damage_checkpoint(
     repository: DisturbedRepository, job: str, disturbed: Sequence[str], undisturbed: Sequence[str]
 ) -> Outcome:
-    """Kill a training once it has a checkpoint, damage that, and train on."""
+    """Kill a training after its first checkpoint, damage the checkpoint, and resume."""
     process = repository.start(disturbed)
     found: list[Path] = []
     try:
@@ -166,7 +166,7 @@ def damage_checkpoint(
 
 
 def trials(repository: DisturbedRepository, addresses: Sequence[str], tries: int) -> Iterator[Outcome]:
-    """What comes of each disturbance: so many kills of each stage, and so many damaged artifacts and objects."""
+    """Outcomes of so many kills of each stage, and so many damaged artifacts and objects."""
     usual_way = ["sh", "-c", f"{shlex.join(JOBS)} && {shlex.join(REPRO)}"]
     largest = max(path.stat().st_size for path in (repository.folder / "results").rglob("*") if path.is_file())
     for address in addresses:

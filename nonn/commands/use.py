@@ -23,7 +23,7 @@ from nonn.core.schema import did_you_mean, parse_changes, set_key
 from nonn.core.yaml_text import read_yaml
 from nonn.project import WORKFLOW
 
-#: By this line editors find the schema that `nonn docs` writes, complete keys and mark mistakes.
+#: Tells editors where the schema of `nonn docs` is, so that they complete keys and mark mistakes.
 SCHEMA_LINE = "# yaml-language-server: $schema=workflow/params.schema.json"
 EXPERIMENTS, DEFAULT = Path("workflow/experiments"), "mnist5k"
 WHERE = "Run nonn from the top folder of a clone, or of a project that `nonn new` has made."
@@ -32,7 +32,7 @@ WHOLE = ("networks", "devices", "architecture", "proxy", "reference")
 
 
 def experiment_files() -> dict[str, Path]:
-    """Experiments by name: those that come with the package, and those of the working directory, which win."""
+    """Experiments by name: those of the package, overridden by those of the working directory."""
     folders = (WORKFLOW / EXPERIMENTS.name, EXPERIMENTS) if EXPERIMENTS.is_dir() else ()
     return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
 
@@ -42,7 +42,7 @@ def experiments() -> list[str]:
 
 
 def merge_experiment(name: str, above: Sequence[str] = ()) -> Any:
-    """Parameters of an experiment, complete, as ruamel's mapping that keeps comments; `above` are based on it."""
+    """All parameters of an experiment, as a mapping of ruamel that keeps comments; `above` are those based on it."""
     files = experiment_files()
     if not files:
         raise UserError(f"{EXPERIMENTS}: no such folder. {WHERE}")

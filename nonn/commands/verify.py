@@ -1,4 +1,4 @@
-"""The command ``nonn verify``: look whether DVC's cache still holds what its names say.
+"""The command ``nonn verify``: check that the objects of DVC's cache have the content that their names say.
 
 DVC takes an object that is read-only for sound without reading it, so what a disk or a crash has damaged would come
 back as a result. What does not match its name is deleted here, with the artifacts that were restored from it; DVC then
@@ -28,7 +28,7 @@ _OBJECT = re.compile(r"[0-9a-f]{2}/[0-9a-f]{30}(\.dir)?")
 
 
 def cache_folder() -> Path:
-    """Of the repository in the working directory, wherever its configuration puts it."""
+    """The cache of the repository in the working directory, wherever it is configured to lie."""
     done = subprocess.run([sys.executable, "-m", "dvc", "cache", "dir"], capture_output=True, text=True, check=False)
     if done.returncode or not Path("dvc.yaml").is_file():
         raise UserError("dvc cache dir: failed. Run nonn from the repository's top folder.")
@@ -36,13 +36,13 @@ def cache_folder() -> Path:
 
 
 def md5_of(path: Path) -> str:
-    """As DVC names what it keeps; not for safety from forgery."""
+    """MD5, by which DVC names its objects; it gives no safety from forgery."""
     with regular(path).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def damaged_objects(cache: Path) -> Iterator[Path]:
-    """Objects whose content is not what they are named by."""
+    """Objects whose content does not match their name."""
     for path in sorted(cache.glob("??/*")):
         name = path.relative_to(cache).as_posix()
         if _OBJECT.fullmatch(name) and md5_of(path) != name.replace("/", "").removesuffix(".dir"):
@@ -61,15 +61,15 @@ def mend_cache(cache: Path, results: Path) -> list[Path]:
 
 
 def distrust(cache: Path) -> None:
-    """Make objects writable: DVC then compares those that it needs with their names, unless it knows their times."""
+    """Make objects writable, so that DVC hashes those that it needs, unless it knows their modification times."""
     for path in cache.glob("??/*"):
-        with contextlib.suppress(OSError):  # somebody else's, in a cache that is shared, or deleted meanwhile
+        with contextlib.suppress(OSError):  # another user's, in a shared cache, or deleted meanwhile
             if not path.stat().st_mode & 0o200:
                 path.chmod(0o644)
 
 
 def mend_state(folder: Path = Path()) -> None:
-    """Delete what DVC writes piecemeal and cannot read any more, since it was killed meanwhile.
+    """Delete files that DVC writes in parts and was killed while writing, so that it cannot read them.
 
     That is the list of who reads and writes what, which is empty when nobody does, and ``dvc.lock``: what had run is
     found again in DVC's cache.

@@ -27,14 +27,18 @@ HEADER = "# Derived from params.yaml by `nonn jobs`, and checked before a stage 
 def list_jobs(params: Params) -> dict[str, Any]:
     """Jobs by the list of ``dvc.yaml`` that they belong to; the key of a job is the path of what it writes.
 
-    ``source``, ``weights``, ``teacher`` and ``teacher_data`` are the files or folders that `dataset.source`,
-    `teacher.weights` and `teacher.source` name, the last with what lies beside an ONNX file, so that DVC watches their
-    content; where nothing on this machine is named, the module that would read it. ``sizes`` are those of images, since
-    DVC cannot watch keys that params.yaml leaves to their defaults. ``budgets`` and ``board`` are what the catalogue of
-    boards says, so that DVC notices when it says something else: the budgets of networks that need it, and the boards
-    of the stage `distributed`. ``emulated`` has one job where firmware can be made of some students.
-    ``baselines_folder`` and ``solo_folder`` hold all baselines and those of one device; where there are none, they are
-    the module that would train them, since DVC wants every dependency to be there.
+    Beside lists of jobs there are facts that DVC watches as dependencies or parameters:
+
+    - ``source``, ``weights``, ``teacher`` and ``teacher_data``, the files or folders that `dataset.source`,
+      `teacher.weights` and `teacher.source` name, and the data beside an ONNX file. If a key names nothing on this
+      machine, it is the module that would read the file, since DVC requires every dependency to exist.
+    - ``baselines_folder`` and ``solo_folder``, the folders of all baselines and of those of seed 0. Without baselines
+      they are the module that would train them.
+    - ``sizes`` of the images, since DVC cannot watch keys that params.yaml leaves to their defaults.
+    - ``budgets`` and ``board``, what the catalogue of boards says on the networks that need it and on the boards of the
+      stage `distributed`, so that DVC notices changes of the catalogue.
+
+    ``emulated`` has one job if firmware can be made of some students.
     """
     reader, trainer = "nonn/teachers/teacher.py", "nonn/stages/baseline.py"
     folder = f"results/{params.experiment}/baselines"
@@ -137,7 +141,7 @@ def check_named_files(params: Params) -> None:
 
 
 def _refuse_own_folder(name: str) -> None:
-    """Refuse the project's folder, or one around it, as pictures: its results would be hashed and taken for pictures."""
+    """Refuse the project's folder, or one around it, as pictures: or the results count as pictures."""
     if Path.cwd().is_relative_to(Path(name).resolve()):
         raise UserError(f"{name!r} holds the whole project. Put the pictures into a folder of their own.")
 

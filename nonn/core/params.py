@@ -33,14 +33,14 @@ BaselineMethod = Literal["labels", "kd", "at_kd", "total", "random", "contiguous
 BASELINE_METHODS: tuple[str, ...] = get_args(BaselineMethod)
 SINGLE_METHODS, PARTITION_METHODS = BASELINE_METHODS[:4], BASELINE_METHODS[4:]
 
-#: In place of a network: the models that run alone, on one device, in ``export``, ``benchmark`` and ``distributed``.
+#: Stands in place of a network for the models that run on one device, in ``export``, ``benchmark`` and ``distributed``.
 SOLO = "solo"
 
-#: What the final layer does when students are missing, the simplest first: see `nonn.method.missing`. Of the two
-#: simplest, rescaling keeps the size of the logits, and so the probabilities.
+#: What the final layer does when students are missing, the simplest first: see `nonn.method.missing`. Rescaling, unlike
+#: zero-filling, keeps the size of the logits, and so the probabilities.
 Strategy = Literal["rescale", "zero_fill", "mean_fill", "fail_out", "subset_layers"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-#: Students up to which each subset of them can have a layer of its own, 2^N − 1 of them.
+#: Most students for which each of the 2^N − 1 subsets can have a layer of its own.
 MAX_SUBSET_STUDENTS = 8
 
 #: Devices of a network.
@@ -137,7 +137,7 @@ class PartitionParams(Section):
     seed: Seed
 
 
-#: Widths of stages in units of the first one's.
+#: Widths of stages, in units of the first.
 Proportions = Annotated[
     list[Annotated[float, Field(ge=1, le=64)]], Field(min_length=FEWEST_STAGES, max_length=MOST_STAGES)
 ]
@@ -229,30 +229,28 @@ class Params(Section):
     figures: FiguresParams
 
     def budgets_of(self, network: str) -> list[Budget]:
-        """What each device of a network offers its student."""
+        """Budget of each device of a network."""
         target, precision = self.networks[network].latency_ms, self.design.precision
         return [self.devices[name].budget(name, precision, target) for name in self.networks[network].devices]
 
     def boards_of(self, name: str, precision: Precision | None = None) -> list[Board] | None:
-        """Boards for which the stage `distributed` composes what the devices of a network take, in their order.
+        """Boards of the devices of a network, in order, for which the stage `distributed` composes latency and energy.
 
         They compute in `precision`, by default that of the students. A device that states neither a board nor a speed
-        counts as ``distributed.board``; None if all do. For `SOLO` it is one board, the quickest of all networks, in
-        favour of what NoNN is compared with.
+        counts as ``distributed.board``; None if all do. For `SOLO` it is one board, the quickest of all networks, which
+        favours the models that NoNN is compared with.
         """
         precision = precision or self.design.precision
         if name == SOLO:
             stated = [board for network in self.networks for board in self.boards_of(network, precision) or ()]
             return [min(stated, key=lambda board: board.seconds_per_mac or math.inf)] if stated else None
-        budgets, reference = (
-            self.budgets_of(name),
-            find_board(self.distributed.board).for_composing(precision),
-        )
+        budgets = self.budgets_of(name)
+        reference = find_board(self.distributed.board).for_composing(precision)
         if not any(budget.board or budget.mmacs_per_s for budget in budgets):
             return None
         boards = [find_board(budget.board) if budget.board else reference for budget in budgets]
         speeds = [budget.mmacs_per_s for budget in budgets]
-        if precision != self.design.precision:  # of which a device of its own speed says nothing
+        if precision != self.design.precision:  # a speed that a device states is that of the students
             speeds = [board.mmacs[precision] for board in boards]
         return [board_of_device(board, speed, reference) for board, speed in zip(boards, speeds, strict=True)]
 
@@ -269,11 +267,11 @@ class Params(Section):
 
     @property
     def pool(self) -> tuple[str, str] | None:
-        """The baseline ``kd`` of most seeds, the first of equals; None without any."""
+        """The baseline ``kd`` with the most seeds, the first of equals; None without any."""
         return self._largest_pool(self.networks)
 
     def pool_of(self, network: str) -> tuple[str, str] | None:
-        """The baseline whose students the ensembles of a network are formed from: the ``kd`` of most seeds.
+        """The baseline that supplies the students of a network's ensembles: the ``kd`` with the most seeds.
 
         Searches all networks with the same devices, because a pool's students are designed for the smallest device of
         their own network. A network of N devices meets as many disjoint ensembles of N as the pool holds. None without
@@ -330,7 +328,7 @@ class Params(Section):
                 yield f"{section}.augment.cutout: hides all of an image of {size} pixels; give less than that"
 
     def check_filters(self, n_filters: int) -> None:
-        """Raise UserError if more filters are asked for than a teacher of so many has."""
+        """Raise UserError if the parameters ask for more filters than the `n_filters` of the teacher."""
         if problems := list(self._missing_filters(n_filters)):
             raise UserError("\n".join(f"{PARAMS_FILE}: {problem}." for problem in problems))
 

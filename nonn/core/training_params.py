@@ -1,4 +1,4 @@
-"""What sections of ``params.yaml`` that train have in common: schedules, views of images, a selection among them."""
+"""Parts of the sections of ``params.yaml`` that train: schedule, augmentation, and selection of images."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class AugmentParams(Section):
 
 
 class MuonParams(Section):
-    """Of the filters of convolutions: see `nonn.training.optim`."""
+    """The optimiser of convolutional filters: see `nonn.training.optim`."""
 
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleParams(Section):
-    """Stochastic gradient descent with a triangular learning rate; with `muon`, of all but the filters."""
+    """Stochastic gradient descent with a triangular learning rate. With `muon`, it excludes the filters."""
 
     epochs: Count
     batch_size: Count
@@ -39,7 +39,7 @@ class ScheduleParams(Section):
 
 
 class SelectionParams(Section):
-    """Of the hardest images of each batch, by a small network: see `nonn.teachers.selection`."""
+    """Selection of the hardest images of each batch by a small network: see `nonn.teachers.selection`."""
 
     keep: Annotated[float, Field(gt=0, le=1)]
     proxy: Architecture

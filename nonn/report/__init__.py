@@ -1,1 +1,1 @@
-"""Numbers in, tables and figures out. Never imports torch."""
+"""Tables and figures from the numbers of other stages; no module here imports torch."""

@@ -16,9 +16,9 @@ from scipy.optimize import isotonic_regression
 
 from nonn.report.plots import METHODS, Look, label_rows, legend_below, legend_handle, panels, plural
 
-#: Decades of memory from the smallest method to the largest from which on only powers of ten are written at the axis.
+#: If the memory of methods spans this many decades, only powers of ten are labelled.
 CROWDED = 2.5
-#: Budgets closer than this factor have their names on either side.
+#: Budgets closer than this factor are labelled on opposite sides.
 NEAR = 1.3
 
 
@@ -55,9 +55,9 @@ def draw_training(teacher: pd.DataFrame, logs: Mapping[str, Mapping[str, Sequenc
         axis.set(xlabel="epoch", title=f"{network}: NoNN, mean of {plural(len(by_method['nonn']), 'training')}")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_xlim(left=1 if len(epochs) > 1 else 0)
-    # The first epochs run off the bottom: all curves rise from chance, the ends are what differs.
+    # The first epochs are cut off at the bottom: all curves rise from chance, and only their ends differ.
     bottom, top = min(lows), max(highs)
-    top = max(top, bottom + 0.001)  # where all are as accurate
+    top = max(top, bottom + 0.001)  # if all are equally accurate
     axes[0].set_ylim(bottom - 0.15 * (top - bottom), min(1, top + 0.1 * (top - bottom)))
     label_rows(axes, "validation accuracy (%)")
     labels = {method: look.label for method, look in METHODS.items() if any(method in some for some in logs.values())}
@@ -78,7 +78,7 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> np.n
         return np.empty(0)
     gap = min(gap, (high - low) / max(len(values) - 1, 1))
     steps = gap * np.arange(len(values))
-    # With the steps taken off, "at least a gap apart" means "not falling".
+    # After subtracting multiples of the gap, "at least a gap apart" means "not falling".
     return np.clip(isotonic_regression(np.asarray(values) - steps).x, low, high - steps[-1]) + steps
 
 
@@ -103,7 +103,7 @@ def draw_accuracy_memory(methods: pd.DataFrame, budgets: Mapping[str, Sequence[f
     decades = np.log10(memory.max() / memory.min()) + 0.3
     for axis, network in zip(axes, networks, strict=True):
         axis.set_xscale("log")
-        # Names stand left of the points: two fifths of the width are for them.
+        # Names stand left of the points, in two fifths of the width.
         axis.set_xlim(memory.min() / 10 ** (0.9 * decades - 0.2), memory.max() * 10 ** (0.2 * decades))
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < CROWDED else (1,)))
         axis.xaxis.set_minor_locator(NullLocator())
@@ -142,7 +142,7 @@ def _place_methods(axis: Axes, rows: pd.DataFrame) -> None:
     for index, row in rows.iterrows():
         method, memory, accuracy, deviation = row[["method", "memory", "accuracy_mean", "accuracy_sd"]]
         look, colour, hero = METHODS[method], METHODS[method].colour, method == "nonn"
-        # Bars of one memory lie on each other: the wider caps are those of the more accurate.
+        # Bars of equal memory overlap, so the more accurate one has wider caps.
         rank = list(group.index[group == group[index]]).index(index)
         bar = {"yerr": None if pd.isna(deviation) else deviation, "elinewidth": 1, "capsize": 2 + rank}
         mark = {"markersize": {"*": 10, "o": 7}.get(look.marker, 6), "markeredgewidth": 1.2}

@@ -72,7 +72,7 @@ def draw_communication(rows: pd.DataFrame, reference: Architecture | None) -> Fi
         handles.append(legend_handle(look, **style))
         style |= {"color": look.colour, "marker": look.marker}
         size.plot(line["n_devices"], line["wire_bytes"], **style)
-        # Asking and answering take a message each way, whatever happens between.
+        # Request and answer are one message each, whatever happens between them.
         messages.plot(line["n_devices"], line["rounds"] + 2, **style)
     _count_decades(size)
     size.yaxis.set_major_formatter(EngFormatter("B"))
@@ -90,7 +90,7 @@ def _plain_decades(axis: Axes) -> None:
 
 
 def board_name(board: str) -> str:
-    """As people call it: Cortex-M7, Raspberry Pi 3B+, Raspberry Pi Zero 2 W."""
+    """Usual name of a board: Cortex-M7, Raspberry Pi 3B+, Raspberry Pi Zero 2 W."""
     if re.match(r"pi[_\d]", board):
         words = re.sub(r"(?<=[a-z])(?=\d)|(?<=\d)(?=w)", " ", board.removeprefix("pi").strip("_"))
         return f"Raspberry Pi {words.replace('_plus', '+').title()}"
@@ -98,7 +98,7 @@ def board_name(board: str) -> str:
 
 
 def link_name(name: str) -> str:
-    """As people call it, with its rate and its delay: Wi-Fi, 20 Mbit/s + 2 ms; what is no link, as it is."""
+    """Usual name of a link with its rate and delay: Wi-Fi, 20 Mbit/s + 2 ms. Other names stay as they are."""
     if name not in PRESETS:
         return name
     link, kind = PRESETS[name], re.sub(r"\d+$", "", name)
@@ -183,13 +183,13 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
 
 
 def _teacher_elsewhere(rows: pd.DataFrame, board: str) -> str:
-    """Where the teacher's composed rows are, if on another board than the students'."""
+    """The board of the teacher's composed rows, if it is not that of the students."""
     boards = rows.loc[(rows["method"] == "teacher") & (rows["badge"] == "modelled"), "boards"].dropna()
     return f" on {board_name(boards.iloc[0])}" if len(boards) and boards.iloc[0] not in ("", board) else ""
 
 
 def _draw_speed(axis: Axes, n_devices: int, comparison: Mapping) -> float:
-    """Draw how many times sooner a network's slowest device is, with its interval; return the upper end."""
+    """Draw the speed-up of a network's slowest device, with its interval; return the upper end."""
     ratio, look = comparison["performance_ratio"], LAYOUTS["nonn"]
     low, high = (comparison.get(f"performance_ratio_{end}") or ratio for end in ("low", "high"))
     bars = [[ratio - low], [high - ratio]]

@@ -53,8 +53,8 @@ COLUMNS = {
 }
 #: What the paper's abstract claims, each "up to".
 PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_latency": 33.0}
-#: Ratios of energy: what is assumed, the methods that are compared, and the energies of one device that are. The first
-#: is the ratio that is claimed: see `collect_energies`.
+#: Ratios of energy: the assumption, the two methods, and the columns of their energies per device. The first ratio is
+#: the one that is claimed: see `collect_energies`.
 ENERGIES = {
     "holds": ("teacher on the board that holds it", "teacher", "nonn", "node_computing"),
     "above_idle": ("the same, without what a board draws anyway", "teacher", "nonn", "node"),

@@ -1,4 +1,4 @@
-"""Figures of the design: which students could be had, which were taken, and how all networks are built."""
+"""Figures of the design: the candidates, the chosen students, and the architectures of all networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nonn.core.budgets import Budget
 from nonn.core.cost import memory_bytes
 from nonn.report.plots import METHODS, STUDENT_COLOURS, legend_below, panels, plural
 
-#: From how many times the costliest candidate on a budget is not drawn: it would push all else into a corner.
+#: A budget beyond so many times the costliest candidate is not drawn, since it would push all else into a corner.
 BEYOND = 10.0
 #: Height of the block of most channels, in units of a row, and width of the deepest stage.
 TALLEST, LAYER_WIDTH = 0.5, 0.5
@@ -28,7 +28,7 @@ def draw_student_selection(
     chosen: Mapping[str, Sequence[Mapping]],
     devices: Mapping[str, Sequence[Budget]],
 ) -> Figure:
-    """Draw candidates for students by what they cost, a panel for each network; the paper's Fig. 5.
+    """Draw candidates for students by their cost, a panel for each network; the paper's Fig. 5.
 
     Parameters
     ----------

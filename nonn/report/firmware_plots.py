@@ -1,4 +1,4 @@
-"""Figures of where the bytes of firmware go, of the energy of an image, and of what 8 bits cost in accuracy."""
+"""Figures of firmware: its memory, its energy for an image, and the accuracy lost to 8 bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KIB = 1024
 LIMIT = "0.15"
 SOURCE = "¹ MLPerf Tiny v1.1: ResNet-8 in int8 on a NUCLEO of the same core. No board was measured with these students."
 ENERGY_COLOUR = "#6E7B8B"
-#: What lies in the arena, as ``firmware.json`` calls it.
+#: Kinds of buffers in the arena, by their names in ``firmware.json``.
 KINDS = dict(zip(("image", "map", "scratch", "features"), STUDENT_COLOURS[6:], strict=False))
 
 
@@ -118,7 +118,7 @@ def _forms(entries: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _layers(entry: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Layers with weights, those of one pass where a student makes two with the same."""
+    """Layers with weights; of a student that makes two passes with the same weights, those of one."""
     layers = [(layer["layer"], layer["weight_bytes"]) for layer in entry["layers"] if layer["weight_bytes"]]
     half = len(layers) // 2
     return layers[:half] if half and layers[:half] == layers[half:] else layers

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nonn.report.plots import METHODS, STUDENT_COLOURS, panels
 
-#: Heaviest links of each filter that decide its place, and those that are drawn.
+#: Number of the heaviest links of each filter that decide its place, and of those that are drawn.
 LINKS_LAID_OUT, LINKS_DRAWN = 6, 3
 LAYOUT_SEED = 0
 
@@ -101,7 +101,7 @@ def draw_filter_graph(weights: np.ndarray, partitions: Mapping[str, Mapping]) ->
         widths, alphas = np.where(inner, 0.6, 0.4), np.where(inner, 0.4, 0.25)
         axis.add_collection(LineCollection(positions[links], colors=colours, linewidths=widths, alpha=alphas, zorder=1))
         for student, filters in enumerate(partition["sets"]):
-            # Strong filters first, so that none hides a weaker one.
+            # Strong filters are drawn first, so that they do not hide weak ones.
             drawn = sorted((f for f in filters if not np.isnan(positions[f, 0])), key=lambda f: (-strength[f], f))
             style = {"color": STUDENT_COLOURS[student], "edgecolors": [axis.get_facecolor()], "linewidths": 0.5}
             label = f"student {student} ({len(filters)})"
@@ -146,7 +146,7 @@ def draw_top_k(info: Mapping) -> Figure:
 
 
 def order_filters(partition: Mapping) -> np.ndarray:
-    """Order the filters that have a student by student, then community, those without one last."""
+    """Order filters by student, then by community; filters without a student come last."""
     community = np.asarray(partition["communities"])
     community = np.where(community < 0, len(community), community)
     return np.concatenate([np.array(s)[np.argsort(community[s], kind="stable")] for s in partition["sets"]])

@@ -40,7 +40,7 @@ def load_designs(params: Params, paths: Paths) -> dict[method_table.Key, list[di
             continue
         ensemble = read_json(paths.design(*pool), Designs) * len(students)
         designs[network, "ensemble"] = ensemble
-        # Their final layer is over features, as NoNN's is, so those travel in place of logits.
+        # Their final layer reads features, as NoNN's does, so features are sent in place of logits.
         features = [{"n_filters": Architecture(**member["architecture"]).n_features} for member in ensemble]
         designs[network, "ensemble_fitted"] = [m | f for m, f in zip(ensemble, features, strict=True)]
     for network, method, _ in params.baselines():
@@ -55,7 +55,7 @@ def _in_float32(cost: Mapping[str, int]) -> dict[str, int]:
 
 
 def load_latencies(params: Params, paths: Paths) -> dict[method_table.Key, dict]:
-    """What was measured of the slowest student of every method that was benchmarked."""
+    """Measurements of the slowest student of every method that was benchmarked."""
     solo = read_json(paths.benchmark(SOLO), BenchmarkInfo)["models"]
     latencies = {("", name): solo[name] for name in ("teacher", "teacher_int8") if name in solo}
     for network in params.networks:

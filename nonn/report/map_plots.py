@@ -11,7 +11,7 @@ from matplotlib.ticker import NullLocator
 
 from nonn.report.plots import STUDENT_COLOURS, legend_below, panels
 
-#: What the values of each factor are parts of.
+#: Labels of the axes of the factors.
 LABELS = {
     "epochs": "epochs of training, in parts of the experiment's",
     "budget": "memory and compute of a device, likewise",

@@ -1,4 +1,4 @@
-"""The table of methods: what was measured and counted of each, and the comparisons read off it."""
+"""The table of methods: measurements and counts of each, and comparisons among them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Key = tuple[str, str]  # network and method
 def summarise_methods(
     rows: Iterable[Mapping], designs: Mapping[Key, list[dict]], latencies: Mapping[Key, Mapping], n_classes: int
 ) -> pd.DataFrame:
-    """Join what was measured and counted of each method on each network.
+    """Join the measurements and counts of each method on each network.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def format_interval(row: Mapping[str, Any], key: str) -> str:
 
 
 def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
-    """Say what the experiment shows, of the network that is most accurate on validation images; the first of equals.
+    """Comparison of the network that is most accurate on validation images, the first of equals.
 
     `nonn.report.deployment_table.claim_ratios` adds what its devices show.
     """
@@ -153,7 +153,7 @@ def collect_claims(comparisons: list[dict]) -> dict[str, Any]:
 
 
 def collect_metrics(methods: pd.DataFrame, comparisons: list[dict]) -> dict[str, Any]:
-    """Name the few numbers that ``dvc metrics`` compares between experiments."""
+    """The few numbers that ``dvc metrics`` compares between experiments."""
     metrics = {"teacher_accuracy": comparisons[0]["teacher_accuracy"]}
     for comparison in comparisons:
         network = comparison["network"]

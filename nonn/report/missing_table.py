@@ -1,4 +1,4 @@
-"""The table of missing devices: each strategy of NoNN, how many seeds chose it, and what the baselines do."""
+"""The table of missing devices: accuracy of each strategy of NoNN and of the baselines, and the chosen strategies."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def join_rows(evaluation: Mapping[str, Any], networks: Iterable[str]) -> pd.Data
 
 
 def chosen_strategies(rows: pd.DataFrame) -> dict[str, str]:
-    """The strategies chosen for each network, in words: with their numbers of seeds where these disagree."""
+    """The strategies chosen for each network, in words, with numbers of seeds if the seeds disagree."""
     chosen = rows[rows["chosen"] > 0].drop_duplicates(["network", "strategy"])
     words = chosen["strategy"].map(LABELS)
     disagree = chosen["network"].duplicated(keep=False)
@@ -53,7 +53,7 @@ def chosen_strategies(rows: pd.DataFrame) -> dict[str, str]:
 
 
 def format_missing(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Each network's table for readers: a row each strategy or method, a column each number of missing devices."""
+    """Each network's table for readers: a row per strategy or method, a column per number of missing devices."""
     rows = rows[rows["missing"] > 0]
     deployed = rows["method"].map({method: look.label for method, look in METHODS.items()})
     cells = pd.DataFrame(

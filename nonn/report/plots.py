@@ -1,4 +1,4 @@
-"""What all figures share: looks, style, panels, legends.
+"""Looks, style, panels and legends that all figures share.
 
 The functions that draw are in the modules ``*_plots``: each takes numbers and returns a figure, and reads or writes
 nothing.
@@ -32,7 +32,7 @@ from nonn.core.params import FiguresParams
 
 
 class Look(NamedTuple):
-    """How a method appears in every figure and table."""
+    """Appearance of a method in all figures and tables."""
 
     label: str
     colour: str
@@ -57,7 +57,7 @@ METHODS = {
     "classwise": Look("Classwise partition", "#8C6D31", ">"),
     "full": Look("All filters each", "#7B5EA7", "h"),
 }
-#: As many as a network may have students, the best told apart first.
+#: As many colours as a network may have students, those that are easiest to distinguish first.
 STUDENT_COLOURS = (
     *("#332288", "#CC6677", "#40A090", "#C07A0A", "#1F9BDA", "#117733", "#882255", "#7A7A1F"),
     *("#4477AA", "#AA4499", "#EE6677", "#228833", "#A0922C", "#0F7F9C", "#AA3377", "#8C8C8C"),
@@ -80,14 +80,14 @@ HOUSE_STYLE = {
     "xtick.color": "0.3",
     "ytick.color": "0.3",
 }
-#: The formats of every figure, and what each would otherwise write about the moment of drawing.
+#: The formats of every figure, and the metadata that are left out of each, since they would differ between runs.
 FORMATS = {"png": {"Software": None}, "svg": {"Date": None}}
 PANEL_COLUMNS = 3
 
 
 @contextlib.contextmanager
 def drawing_style() -> Iterator[None]:
-    """Draw and save in our own style, whatever the user's settings are."""
+    """Draw and save in the style of this project, whatever the user's settings are."""
     # Element ids of SVG are hashed with this salt; they are random without one.
     with matplotlib.style.context(["default", HOUSE_STYLE, {"svg.hashsalt": "nonn"}]):
         yield

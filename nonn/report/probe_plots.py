@@ -1,4 +1,4 @@
-"""Figure of the probes: what perfect students of sets of filters could know, by the size of the sets."""
+"""Figure of the probes: the accuracy of perfect students of sets of filters, by the size of the sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figure of what jobs cost apart from their work."""
+"""The figure of the overhead of jobs."""
 
 from __future__ import annotations
 

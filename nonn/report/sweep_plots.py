@@ -1,4 +1,4 @@
-"""The figure of a sweep: which networks of which experiments no other beats in everything."""
+"""The figure of a sweep: networks of all experiments, with the Pareto-optimal ones marked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nonn.report.plots import STUDENT_COLOURS, panels
 
 
 def draw_sweep(table: pd.DataFrame, labels: Mapping[str, str]) -> Figure:
-    """Draw accuracy against each cost; what no other beats in all of them together is filled.
+    """Draw accuracy against each cost; the markers of Pareto-optimal networks are filled.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from nonn.report.plots import STUDENT_COLOURS, legend_below, plural
 
 
 def draw_timeline(jobs: pd.DataFrame, stages: Sequence[str]) -> Figure:
-    """Draw one bar a job, in lanes of jobs that follow one another.
+    """Draw a bar per job, in lanes of jobs that follow one another.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""One file, one stage of ``dvc.yaml``: read, call one function, write. No stage imports another."""
+"""Each module is a stage of ``dvc.yaml``: it reads, calls one function, and writes. No stage imports another."""
 
 #: In the order in which they run.
 STAGES = (

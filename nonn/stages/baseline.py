@@ -1,4 +1,4 @@
-"""Stage `baseline`: what a user could do instead, with the same signals, schedule and seeds.
+"""Stage `baseline`: alternatives to NoNN, trained with the same signals, schedule and seeds.
 
 ============ =====================================================================
 labels       one student on one device, trained with the labels alone
@@ -37,7 +37,7 @@ from nonn.training.networks import ConvNet
 
 
 def plan_students(params: Params, paths: Paths, network: str, method: str, seed: int) -> list[StudentSpec]:
-    """What the students of a baseline are to learn: one spec for each."""
+    """What each student of a baseline is to learn."""
     section = params.distill
     designs = load_design(paths.design(network, method))
     filter_sets = load_baseline_sets(paths.partition(network, method), seed)
@@ -65,7 +65,7 @@ def run(params: Params, paths: Paths, network: str, method: str, seed: int) -> N
 
 
 def train(params: Params, paths: Paths, network: str, method: str, seed: int) -> Checkpoint:
-    """Write the students of a baseline and their log; give back their checkpoint, of use until they are safe."""
+    """Write the students of a baseline and their log; return their checkpoint, to be kept until these are in place."""
     torch.set_num_threads(1)
     keep_freed_memory()
     name = f"{network}/{method} seed {seed}"

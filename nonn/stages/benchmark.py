@@ -9,7 +9,7 @@ from nonn.core.paths import Paths
 from nonn.core.system import describe_system
 from nonn.testbed.latency import measure_models, measure_ratios
 
-#: As the stage `export` names it; dvc.yaml lists it too.
+#: The teacher's file, as the stage `export` names it; dvc.yaml lists it too.
 TEACHER_FILE = "teacher.onnx"
 
 

@@ -49,7 +49,7 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def describe(params: Params, source: SourceInfo, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:
-    """What ``dataset.json`` says; keys of what is rare are there only where it is so."""
+    """Content of ``dataset.json``; keys for special cases are there only in such a case."""
     info = {
         "source": params.dataset.source,
         "sha256": source.sha256,

@@ -15,7 +15,7 @@ from nonn.method.sizing import design_network, imbalance_warning, sample_candida
 
 
 def run(params: Params, paths: Paths, network: str) -> None:
-    """Write the sizes of a network's students, the architectures of theirs and its baselines', and candidates."""
+    """Write the numbers of filters of a network's students, all architectures, and candidates."""
     files = design_files(params, paths, network)
     if warning := imbalance_warning(files[paths.filter_counts(network)]["sizes"], params.budgets_of(network)):
         log(f"networks.{network}: {warning}")
@@ -25,7 +25,7 @@ def run(params: Params, paths: Paths, network: str) -> None:
 
 
 def design_files(params: Params, paths: Paths, network: str) -> dict[Path, Any]:
-    """What `run` writes, by path, ready for JSON: known before it runs, and so what follows from it."""
+    """What `run` writes, by path, ready for JSON; Snakemake asks for it beforehand, to see which jobs it changes."""
     graph, images = read_json(paths.graph_info, GraphInfo), ImageSpec.of(read_json(paths.dataset_info, DatasetInfo))
     budgets = params.budgets_of(network)
     try:

@@ -20,8 +20,8 @@ def run(params: Params, paths: Paths, network: str, student: int, seed: int) -> 
 
 
 def train(params: Params, paths: Paths, network: str, student: int, seed: int) -> Checkpoint:
-    """Write a student and its log; give back its checkpoint, of use until they are safe."""
-    # One thread a student: students are trained side by side, and the sums come out the same anywhere.
+    """Write a student and its log; return its checkpoint, to be kept until these are in place."""
+    # One thread per student: students are trained side by side, and sums come out the same on every machine.
     torch.set_num_threads(1)
     keep_freed_memory()
     section = params.distill

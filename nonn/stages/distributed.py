@@ -38,7 +38,7 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
         return
     student = total["students"][0]
-    # A network that also sees the mirror image is split as one that does not: half the work, in its favour.
+    # A network that also sees the mirror image is split without that: half the work, in favour of the split.
     model = solo / student.get("single_pass", student["file"])
     try:
         read_network(model)
@@ -60,7 +60,7 @@ def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[De
     for method, (name, own) in alone.items():
         folder = as_network(paths.export(SOLO), name, scratch / method)
         workload = network_workload(folder, {"0": benchmark[name]}, own)
-        like = "teacher" if method == "teacher_int8" else ""  # which sends the same, and is not run here
+        like = "teacher" if method == "teacher_int8" else ""  # it sends the same, and is not run here
         yield Deployment(method, folder, False, workload, time_final(folder), like)
 
 
@@ -83,7 +83,7 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     path = scratch / "reference.onnx"
     example = torch.zeros(1, *shape, dtype=torch.uint8)
     export_onnx(Logits(fold_norms(model) if is_int8 else model), example, path, "image", "logits")
-    if is_int8:  # as the students are, on images of no meaning
+    if is_int8:  # as the students are; random images suffice
         quantise(path, np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8))
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
@@ -92,7 +92,7 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
 
 
 def placed(deployments: list[Deployment], params: Params, paths: Paths, name: str) -> list[Deployment]:
-    """What is composed of the deployments of a network, or of `SOLO`: those themselves, and on which boards else."""
+    """Deployments of a network, or of `SOLO`, to be composed, and the same on other boards."""
     solo = paths.export(SOLO)
     if name != SOLO:
         by_radio = [sent_once(each) for each in deployments if each.method == "channels"]

@@ -34,7 +34,7 @@ IMAGES = 20
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write figures and instructions of all firmware of an experiment, once its bits are those of ONNX Runtime."""
+    """Write figures and instructions of all firmware of an experiment, if it answers bit for bit as ONNX Runtime."""
     if line := missing_program():
         raise UserError(f"no firmware can be built and run here: {line}")
     if not any(map(partial(chips_of, params), params.networks)):
@@ -70,6 +70,6 @@ def _entries(params: Params, paths: Paths, images: np.ndarray, folder: Path) -> 
 
 
 def _target(chip: str, budget: Budget) -> Target:
-    """A microcontroller with as much of its memory as the device of ``params.yaml`` has."""
+    """A microcontroller with its memory limited to that of the device of ``params.yaml``."""
     sizes = budget.flash_kib, CHIPS[chip].usable(budget.ram_kib)
     return find_target(chip, *(None if kib is None else int(kib) for kib in sizes))

@@ -16,7 +16,7 @@ from nonn.training.networks import ConvNet
 
 
 def solo_models(params: Params, paths: Paths, data: Dataset) -> dict[str, ConvNet | ForeignTeacher]:
-    """The teacher, once more for int8 where students are, and each single-model baseline of the first seed.
+    """The teacher, also in int8 if the students are, and each single-model baseline of the first seed.
 
     A foreign teacher stays in float32: what quantising does to it is a matter of its own.
     """

@@ -20,7 +20,7 @@ def run(params: Params, paths: Paths) -> None:
         raise damaged(paths.signals, "validation_pooled is not of the validation images of this dataset")
     params.check_filters(pooled.shape[1])
     live = live_filters(pooled)
-    pooled = pooled * live  # what every image has alike links no filters
+    pooled = pooled * live  # a constant activation links no filters
     weights = RULES[rule](normalise_activity(pooled, top_k))
     write_tensors(
         paths.graph,

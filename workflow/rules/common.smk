@@ -22,7 +22,7 @@ CAPTIONS = Path(workflow.current_basedir.get_path_or_uri(secret_free=True)).pare
 # Touched, because DVC brings unchanged outputs back with their old times; what is not there is not made.
 JOB = "(python -m nonn job {params.address:q} --writes {output:q} && touch -c {output:q}) 2>&1 | tee {log:q} >&2"
 
-# What is known of each stage, for processes that Snakemake starts for one job: see `own_stage`.
+# Description of each stage, for processes that Snakemake starts for one job: see `own_stage`.
 STAGES_FILE = STATE / "stages.json"
 
 # Not known where nothing is run, by --report, or where jobs go to other machines.

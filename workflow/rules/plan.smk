@@ -1,5 +1,5 @@
-# Which jobs have to run, of which rules: for Snakemake's first process, and one that a cluster starts for a group of
-# jobs. One for a single job does without: see `own_stage` in common.smk.
+# Which jobs of which rules have to run. Snakemake's first process needs this, and so does one that a cluster starts for
+# a group of jobs, but not one for a single job: see `own_stage` in common.smk.
 import csv
 import re
 import time
@@ -151,7 +151,7 @@ def about_stage(name, jobs):
 
 
 def read_stages():
-    """Rules, the plan, and what the target `all` wants."""
+    """The parameters, the jobs that have to run, the stages, and the outputs of the target `all`."""
     params = load_params()
     jobs = begin(params) if workflow.is_main_process else own_jobs()
     plan, by_name = ChangedJobs(params, jobs), defaultdict(list)
@@ -203,8 +203,8 @@ def own_jobs():
 
 
 def expected_seconds(params, plan):
-    """Seconds that each job which has to run may take: of its stage on average in the run that stands in results/, or by
-    the work that can be counted."""
+    """Seconds that each job which has to run may take: the mean of its stage in the run that stands in results/, or an
+    estimate by counted work."""
     paths, seconds = Paths(params.experiment), defaultdict(list)
     timeline = paths / "timeline.csv"
     if timeline.is_file():
