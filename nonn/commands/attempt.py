@@ -6,6 +6,7 @@ their own, on the dataset and the signals of the experiment, whose results stay 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import fcntl
@@ -156,7 +157,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         table.writerow(row)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     item = parser.add_argument("item", metavar="NETWORK[/METHOD]", help="a network, or a baseline of it, such as 2s/kd")
     complete_from(item, lambda: load_params().networks)
     add_settings(parser)
@@ -165,7 +166,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn try 2s/kd --set distill.lr=0.1 --table attempts.csv"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Make one attempt; print its row, and append it to a table."""
     item, settings, seed, table = options.item, options.set, options.seed, options.table
     changes = parse_changes(settings)

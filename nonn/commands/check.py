@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+
 from nonn.core.jobs import check_named_files
 from nonn.core.options import add_settings, load_settings
 from nonn.core.paths import Paths
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     parser.epilog = "example: nonn check --set distill.epochs=6"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     from nonn.method.feasibility import check_budgets
 
     params = load_settings(options)

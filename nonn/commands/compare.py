@@ -6,6 +6,7 @@ hashes of the last commit. Times are measured, and differ from run to run on any
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,10 @@ def compare(root: Path, numerics: str) -> list[str]:
     return lines
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: nonn compare"
 
 
-def run(_) -> None:
+def run(_: argparse.Namespace) -> None:
     params = load_params()
     print("\n".join(compare(Paths(params.experiment).root, params.numerics)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 from nonn.core.errors import printable
@@ -9,13 +10,13 @@ from nonn.core.options import complete_from
 from nonn.core.text_table import align
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument("name", nargs="?", metavar="NAME", help="show one board, with the source of each figure")
     complete_from(name, _names)
     parser.epilog = "example: nonn devices rp2350"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     from nonn.core.boards import OWN_FILE, all_boards, find_board
 
     if options.name:

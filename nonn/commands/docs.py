@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterator
@@ -186,11 +187,11 @@ def _bounds(node: dict[str, Any]) -> str:
     return "".join(f", {sign} {node[bound]:,}" for bound, sign in signs.items() if bound in node)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: nonn docs"
 
 
-def run(_) -> None:
+def run(_: argparse.Namespace) -> None:
     if not MEANINGS.is_file():
         raise UserError(f"{MEANINGS}: no such file. Run nonn from the repository's top folder.")
     for path, content in generated().items():

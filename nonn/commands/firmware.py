@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from nonn.core.errors import UserError
 from nonn.core.options import complete_from, natural
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "student", nargs="+", type=Path, metavar="STUDENT", help="its ONNX file, or the folder of a whole export"
     )
@@ -38,7 +39,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn firmware results/cifar10_int8/shipped/4s --device stm32h743 --run 10"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     from nonn.core.files import write_json
     from nonn.firmware.build import EMULATOR, require
     from nonn.firmware.making import build, firmware_entry, read_images, run_and_compare, students_of

@@ -7,6 +7,7 @@ teacher and takes a GPU; this takes one pass over the images.
 
 from __future__ import annotations
 
+import argparse
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 STEPS = 200
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start", type=Path, metavar="FILE", help="weights to start from, for any classes; without: the library's own"
     )
@@ -38,7 +39,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn head --start resnet18.pth"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Write the file that ``teacher.weights`` names."""
     params = load_settings(options)
     if options.start and not options.start.exists():

@@ -143,14 +143,14 @@ def say_what_is_left() -> None:
     log(f"{len(done)} of {len(expected)} jobs done, about {max(minutes, 0.1):.1f} minutes left")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     stage = parser.add_argument("address", metavar="STAGE", help="as `dvc stage list` names it")
     complete_from(stage, lambda: [found.addressing for found in Repo(".").index.stages])
     parser.add_argument("--writes", nargs="+", default=[], help=argparse.SUPPRESS)  # as Snakemake expects of the job
     parser.epilog = "example: nonn job distill@seed0/2s/0"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     if not options.address:
         raise UserError("the stage is empty, which DVC would take for all of them; name one of `dvc stage list`")
     if options.address.endswith((".yaml", ".dvc")):

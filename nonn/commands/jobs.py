@@ -17,12 +17,12 @@ from nonn.core.params import load_params
 from nonn.core.paths import Paths, remove_leftovers
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_settings(parser, argparse.SUPPRESS)
     parser.epilog = "example: nonn jobs"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     refuse_settings(options, "the list of jobs has to be that of params.yaml")
     project.refresh()
     params = load_params()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from nonn.core.errors import UserError
@@ -11,7 +12,7 @@ from nonn.core.params import load_params
 from nonn.core.paths import Paths
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="an exported network of params.yaml, in int8")
     parser.add_argument("--out", type=Path, default=Path("litert"), metavar="FOLDER", help="(default: litert)")
     parser.add_argument(
@@ -24,7 +25,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn litert 4s"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_params()
     set_numerics(params.numerics)
     refuse_unknown_networks(params, [options.network])

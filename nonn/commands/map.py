@@ -6,6 +6,7 @@ it was, and a further value of a factor trains what is new. Students of the pipe
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -63,13 +64,13 @@ class MapConfig(Section):
     most_repeats: Annotated[float, Field(ge=1)] = 10
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=natural, default=1, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--factors", metavar="NAME,…", help="these alone beside the centre (default: all of the plan)")
     parser.epilog = "example: nonn map --jobs 2 --factors epochs,budget"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_params()
     set_numerics(params.numerics)
     path = PLAN if os.path.lexists(PLAN) else DEFAULT_PLAN

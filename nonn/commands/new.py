@@ -248,7 +248,7 @@ def check_teacher(params: Params, classes: tuple[str, ...]) -> None:
         check_outputs(path, logits, predict(model, data.images)[1], "float32", model.body.tolerance)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="of the experiment: letters, digits, - and _")
     parser.add_argument("--images", metavar="PATH", help="folder or archive of <class>/<image> (default: mnist5k)")
     parser.add_argument("--devices", metavar="N×NAME", help="of the students, such as 2×rp2350 + 1×pi_zero2w")
@@ -260,7 +260,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn new flowers --images photos/ --teacher timm:resnet18 --devices 4×pi_zero2w"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", options.name):
         raise UserError(f"{options.name}: is no name of an experiment; take letters, digits, - and _")
     if not isinstance(YAML(typ="safe").load(options.name), str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -97,7 +98,7 @@ def conditions_of(params: Params, network: str, n_seeds: int) -> str:
     return textwrap.fill(text, 120, break_on_hyphens=False)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="whose sizes the sets are to have, such as 4s")
     parser.add_argument(
         "--seeds",
@@ -111,7 +112,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn partitions 4s --seeds 10 --output partitions.md"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_settings(options)
     set_numerics(params.numerics)
     import sklearn  # noqa: F401  # before anything is measured: not every installation has it

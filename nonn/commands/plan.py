@@ -37,7 +37,7 @@ def positive(text: str) -> float:
     return number
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "params.yaml's"
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -87,7 +87,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn plan --devices '2×rp2350 + 1×pi_zero2w' --latency-ms 500"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     from nonn.core.boards import all_boards
     from nonn.method.planning import parse_devices
 
@@ -103,7 +103,7 @@ def run(options) -> None:
     _show_plan(planner, budgets, options.latency_ms, set(own))
 
 
-def make_planner(options, params: Params | None) -> tuple[Planner, str]:
+def make_planner(options: argparse.Namespace, params: Params | None) -> tuple[Planner, str]:
     """A planner from the options, else the parameters, else the defaults; and a line that states what was taken."""
     from nonn.core.artifacts import ImageSpec
     from nonn.core.boards import all_boards

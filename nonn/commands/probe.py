@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING
 
 from nonn.commands.tables import write_rows
@@ -28,7 +29,7 @@ COLUMNS = (
 )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sets", type=numbers, metavar="N,…", help="numbers of sets (default: 1 to 48, as far as there are filters)"
     )
@@ -45,7 +46,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn probe --sets 2,4,8,48"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_settings(options)
     set_numerics(params.numerics)
     paths = Paths(params.experiment)

@@ -5,6 +5,7 @@ Students stay as they are. What they send is compared with what students on othe
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ LABELS = {
 }
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="a trained network, such as 4s")
     parser.add_argument("--labels", type=Path, metavar="FILE.yaml", help="new labels, each with a list of old classes")
     parser.add_argument(
@@ -58,7 +59,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn relabel 4s --labels workflow/labels/parity.yaml"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_settings(options)
     set_numerics(params.numerics)
     refuse_unknown_networks(params, [options.network])

@@ -5,6 +5,8 @@ Not among the baselines of `networks`: no stage has to run again for them. Train
 
 from __future__ import annotations
 
+import argparse
+
 from nonn.commands.tables import write_rows
 from nonn.core.errors import UserError
 from nonn.core.numerics import set_numerics
@@ -25,7 +27,7 @@ COLUMNS = (
 METHODS = ("splitnet", "pruned")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, "networks", nargs="*", help="whose devices they run on (default: all networks)")
     parser.add_argument("--methods", default=",".join(METHODS), metavar="NAME,…", help="(default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="(default: %(default)s)")
@@ -33,7 +35,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn rivals 4s --methods splitnet --seeds 3"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_settings(options)
     set_numerics(params.numerics)
     networks, methods = options.networks or list(params.networks), options.methods.split(",")

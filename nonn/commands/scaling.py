@@ -15,6 +15,7 @@ before the trainings is run once and not counted. For each number of jobs:
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import shlex
@@ -160,7 +161,7 @@ def even_numbers(text: str) -> list[int]:
     return found
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default="local", help="(default: %(default)s)")
     parser.add_argument(
         "--jobs", type=even_numbers, default="10,100", metavar="N,N", help="to run (default: %(default)s)"
@@ -178,7 +179,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn scaling --jobs 10,100 --dry 1000,10000"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn scaling``; each row is written as soon as it is measured."""
     from nonn.core.params import FiguresParams
     from nonn.report.plots import drawing_style, save_figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from nonn.core.errors import UserError
@@ -10,13 +11,13 @@ from nonn.core.paths import Paths
 from nonn.data.tensors import read_tensors, write_tensors
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.safetensors", help="file to write")
     add_settings(parser)
     parser.epilog = "example: nonn share teacher.safetensors"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Write the teacher's weights in float16, which is half the bytes; ``teacher.weights`` reads them."""
     params, target = load_settings(options), options.file
     if target.suffix != ".safetensors":

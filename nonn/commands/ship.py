@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -52,12 +53,12 @@ def is_folder_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name.encode()) < 256
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="as named in params.yaml; exported")
     parser.epilog = "example: nonn ship 4s"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     params = load_params()
     refuse_unknown_networks(params, [options.network])
     paths = Paths(params.experiment)

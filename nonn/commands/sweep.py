@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -210,7 +211,7 @@ def render(table: pd.DataFrame) -> str:
     return shown.to_string(index=False)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE,VALUE", help="run an experiment for each combination (default: none)"
     )
@@ -220,7 +221,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn sweep devices.stm32f4.memory_kib=96,128,192"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn sweep``."""
     params = load_params()
     check_changes(options.changes, params)

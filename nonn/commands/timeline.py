@@ -6,6 +6,7 @@ cache did not run, and one that failed left no entry.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 from collections.abc import Iterable
@@ -95,13 +96,13 @@ def describe_overhead(path: Path, jobs: pd.DataFrame) -> str | None:
     )
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="draw every job on record, not only the last run")
     add_settings(parser)
     parser.epilog = "example: nonn timeline --all"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Write ``timeline.csv`` and ``figures/timeline``, and print how parallel the jobs were."""
     params = load_settings(options)
     paths = Paths(params.experiment)

@@ -7,6 +7,7 @@ out of the comparison.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import os
@@ -197,14 +198,14 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tries", type=natural, default=20, metavar="N", help="kills a stage (default: %(default)s)")
     parser.add_argument("--seconds", type=amount, default=float("inf"), help="begin nothing new after (default: none)")
     parser.add_argument("--seed", type=seed_number, default=0, help="of what is random (default: %(default)s)")
     parser.epilog = "example: nonn torture --tries 2"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Disturb every stage, print the table, and end with 1 if a byte differs."""
     load_params()
     begun = time.monotonic()

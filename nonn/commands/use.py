@@ -6,6 +6,7 @@ is written complete, with the default's comments, and may then be edited.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from io import StringIO
 from itertools import dropwhile
@@ -97,7 +98,7 @@ def yaml_with_comments() -> YAML:
     return yaml
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     name = parser.add_argument(
         "experiment", metavar="EXPERIMENT", help=f"name of a file in {EXPERIMENTS}, such as cifar10"
     )
@@ -106,6 +107,6 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn use cifar10 --set distill.epochs=10"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     write_params(options.experiment, parse_changes(options.set))
     print(f"{PARAMS_FILE}: {options.experiment} is active; `snakemake --cores all` or `dvc repro` runs it")

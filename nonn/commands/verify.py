@@ -7,6 +7,7 @@ makes it again. Each run of the pipeline begins with `distrust`, which finds wha
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -112,11 +113,11 @@ def _is_readable(path: Path, read: Callable[[str], object]) -> bool:
     return True
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example: nonn verify"
 
 
-def run(_) -> None:
+def run(_: argparse.Namespace) -> None:
     gone = mend_cache(cache_folder(), Path("results"))
     for path in gone:
         print(f"{printable(path)}: damaged, deleted")

@@ -84,7 +84,7 @@ def refuse_settings(options: argparse.Namespace, reason: str) -> None:
         raise UserError(f"--set {options.set[0]}: {reason}; change {key} in {PARAMS_FILE}, or try values by `nonn try`")
 
 
-def add_network(parser, name: str = "network", **how: Any) -> None:
+def add_network(parser: argparse.ArgumentParser, name: str = "network", **how: Any) -> None:
     """Take the name of a network of params.yaml."""
     complete_from(parser.add_argument(name, metavar="NETWORK", **how), lambda: load_params().networks)
 

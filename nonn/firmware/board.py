@@ -7,6 +7,7 @@ the bytes into float32 features by the student's scale (`nonn.firmware.scale`).
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import functools
 import os
@@ -129,7 +130,7 @@ class EmulatedBoard(Student):
         self.emulator = None
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json beside it"
     )
@@ -140,7 +141,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn board results/cifar10_int8/export/4s/0.onnx --device stm32h743 --insecure"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn board``."""
     identity = identity_from(options)
     allowed = callers_from(options, identity)

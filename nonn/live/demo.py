@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -68,14 +69,14 @@ async def run_demo(port: int, once: bool, browser: bool) -> None:
         await attend(cluster, children, [page], told_to_stop(False, signal.SIGHUP))
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="print one answer and exit, without a page")
     parser.add_argument("--no-browser", dest="browser", action="store_false", help="print the page's address only")
     parser.add_argument("--port", type=int, default=PAGE_PORT, help="of the page on 127.0.0.1 (default: %(default)s)")
     parser.epilog = "example: nonn demo"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn demo``."""
     if not (demo.NETWORK / "manifest.json").is_file():
         raise UserError(f"{demo.NETWORK}: holds no network. Install the package again, or `nonn ship` one.")

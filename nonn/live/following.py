@@ -11,6 +11,7 @@ no answer lacks a student.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from dataclasses import replace
 from pathlib import Path
@@ -249,7 +250,7 @@ async def coordinate(path: Path, is_followed: bool, address: str, **how: Any) ->
         await serve(network, address, counters=[network.absences], **how)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
@@ -269,7 +270,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn coordinate``."""
     # To applications it shows the certificate that it shows to its nodes.
     identity = None if options.insecure else load_cluster(options.cluster).own_identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +58,7 @@ async def wait_for(
             await asyncio.sleep(PAUSE)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
@@ -68,7 +69,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn health --cluster cluster.yaml --wait 30"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn health``: a line for each node, and 1 if one of them does not serve its student."""
     cluster = load_cluster(options.cluster)
     _, placed = cluster.placed()

@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -289,7 +290,7 @@ def export_of(name: str) -> Path:
     return Paths(params.experiment).export(name)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", metavar="NETWORK", help="an exported network of params.yaml, or its folder")
     parser.add_argument("--to", nargs="+", required=True, metavar="BOARD", help="user@host:port, one for each student")
     parser.add_argument(
@@ -313,7 +314,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn deploy 2s --to pi@kitchen.local pi@hall.local"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn deploy``."""
     boards, export = [SshTarget.of(text) for text in options.to], export_of(options.export)
     if not (folder := options.folder.rstrip("/")):

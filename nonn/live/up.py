@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import shutil
@@ -167,7 +168,7 @@ def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> Sid
     return lambda children: serve_page(cluster, children, pictures, port)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
@@ -193,7 +194,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn up --web"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn up``."""
     cluster = load_cluster(options.cluster)
     if options.images and options.web is None:

@@ -6,6 +6,7 @@ any PEM files whose common name is the node's or coordinator's name, also as an 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import fcntl
@@ -162,14 +163,14 @@ def _write(path: Path, content: bytes, mode: int) -> None:
         file.write(content)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="folder for the certificates and keys")
     parser.add_argument("names", nargs="+", metavar="NAME", help="name of a node, or coordinator, or application")
     parser.add_argument("--days", type=int, default=DAYS, help="days until they expire (default: %(default)s)")
     parser.epilog = "example: nonn certs certs coordinator node-0 node-1"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn certs``."""
     if not 1 <= options.days <= 3650:
         raise UserError("--days: give 1 to 3650")

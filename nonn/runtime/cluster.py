@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from io import StringIO
 from pathlib import Path
@@ -202,7 +203,7 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     write_text(path, HEADER + text.getvalue())
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="an exported network of params.yaml")
     parser.add_argument("--output", type=Path, default=CLUSTER_FILE, help="file to write (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7100, help="port of the first node (default: %(default)s)")
@@ -215,7 +216,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn cluster 2s"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn cluster``."""
     params = load_settings(options)
     refuse_unknown_networks(params, [options.network])

@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 
@@ -68,13 +69,13 @@ def write_repository(export: Path, target: Path) -> None:
         write_text(folder / "README", f"Students of a NoNN for Triton or OpenVINO Model Server.\n{UNTESTED}\n")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
     parser.add_argument("folder", type=Path, metavar="TARGET", help="new folder for the model repository")
     parser.epilog = "example: nonn hosting results/mnist5k/export/2s models"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn hosting``."""
     write_repository(options.export, options.folder)
     log(f"{options.folder}: a model repository for Triton and OpenVINO Model Server. {UNTESTED}")

@@ -9,6 +9,7 @@ does not matter.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import time
 from collections.abc import Collection
@@ -97,7 +98,7 @@ class Student:
         return features
 
 
-def identity_from(options) -> Identity | None:
+def identity_from(options: argparse.Namespace) -> Identity | None:
     """Who a command is that serves something; None for plain text, a `UserError` if it was told neither."""
     files = (options.cert, options.key, options.ca)
     if options.insecure == any(files) or (any(files) and not all(files)):
@@ -105,14 +106,16 @@ def identity_from(options) -> Identity | None:
     return None if options.insecure else Identity(*files)
 
 
-def callers_from(options, identity: Identity | None, default: Collection[str] = DEFAULT_CALLERS) -> Collection[str]:
+def callers_from(
+    options: argparse.Namespace, identity: Identity | None, default: Collection[str] = DEFAULT_CALLERS
+) -> Collection[str]:
     """Names of the callers that a command answers; a `UserError` for names where there are no certificates."""
     if options.allow and identity is None:
         raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
     return options.allow or default
 
 
-def add_serving(parser) -> None:
+def add_serving(parser: argparse.ArgumentParser) -> None:
     """Arguments of every command that serves a part of a network."""
     parser.add_argument("--cert", type=Path, help="this node's certificate")
     parser.add_argument("--key", type=Path, help="its private key")
@@ -128,7 +131,7 @@ def add_serving(parser) -> None:
     parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.onnx", help="an exported student, with manifest.json beside it"
     )
@@ -138,7 +141,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn node results/mnist5k/export/2s/0.onnx --insecure"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn node``."""
     identity = identity_from(options)
     student, allowed = Student(options.model, options.sensor), callers_from(options, identity)

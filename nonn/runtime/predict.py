@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,7 @@ def load_pixels(path: Path, image: Image, invert: bool = False) -> np.ndarray:
     return pixels
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="PICTURE", help="of any size")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--network", help="a network of params.yaml (default: the first)")
@@ -64,14 +65,14 @@ def add_arguments(parser) -> None:
     source.add_argument("--cluster", type=Path, metavar="FILE", help="ask the nodes of this cluster.yaml instead")
     add_settings(parser)
     parser.add_argument("--invert", action="store_true", help="classify the negative of the picture")
-    parser.description += (
+    parser.description = (parser.description or "") + (
         " The probability is calibrated on validation images. The lead is how far the class is ahead of the mean "
         "class, in logits. A student's share of it is negative if the student speaks against the class."
     )
     parser.epilog = "example: nonn predict digit.png --export results/mnist5k/export/4s"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Print class, probability and each student's share."""
     if options.set and (options.cluster or options.export):
         raise UserError("--set: has an effect only where params.yaml names the network; leave it out")

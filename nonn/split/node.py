@@ -9,6 +9,7 @@ image fails, and the answer says whom it waited for.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -311,7 +312,7 @@ async def serve(
         connected.cancel()
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "part", type=Path, metavar="FOLDER/POSITION", help="a device's folder of a plan that `nonn split` wrote"
     )
@@ -326,7 +327,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn split-node plan/0 --devices 127.0.0.1:7100 127.0.0.1:7101 --insecure"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn split-node``."""
     identity = identity_from(options)
     device, allowed = SplitDevice(options.part, options.sensor), callers_from(options, identity)

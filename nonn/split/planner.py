@@ -29,6 +29,7 @@ References
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 from collections.abc import Iterator
@@ -321,7 +322,7 @@ def describe(plan: SplitPlan) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.onnx", help="a model that runs alone, from the export `solo`"
     )
@@ -338,7 +339,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn split results/mnist5k/export/solo/teacher.onnx -n 4 --method rows --output plan"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn split``."""
     plan = plan_split(options.model, options.devices, options.method, options.recomputed)
     print(describe(plan))

@@ -9,6 +9,7 @@ exactly as a sound message is.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import math
@@ -240,7 +241,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
     return outcomes
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
     parser.add_argument(
         "--messages", type=int, default=100_000, help="messages to each of the two (default: %(default)s)"
@@ -249,7 +250,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn fuzz results/mnist5k/export/2s --messages 1000"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn fuzz``."""
     if options.messages < 1:
         raise UserError("--messages: give at least 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from nonn.core.progress import log
 from nonn.testbed.emulation import ON_LOOPBACK, EmulatedNetwork, emulated_network, missing_privileges
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--link", metavar="NAME", help="measure only this link")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
     parser.epilog = "example: nonn links --link wifi20"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn links``: measure each preset against its theory."""
     from nonn.core.system import describe_system
     from nonn.testbed.echo import format_measurement, measure_link  # they measure what is defined here

@@ -10,6 +10,7 @@ are those of a machine that does everything.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
@@ -244,7 +245,7 @@ async def run_load(
     return summaries
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="of an exported network")
     parser.add_argument("--callers", type=numbers, default="1,10,100,1000", help="at once (default: %(default)s)")
     parser.add_argument("--seconds", type=amount, default=10.0, help="for each number of them (default: %(default)s)")
@@ -256,7 +257,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn load export/4s --callers 1,10 --seconds 5"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn load``."""
     if not 0 < options.seconds <= 3600:
         raise UserError("--seconds: give more than 0, up to 3600")

@@ -8,6 +8,7 @@ the final layer of the export whose version the answer bears: features of two ex
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import time
@@ -208,7 +209,7 @@ async def run_campaign(campaign: Campaign, n_requests: int, callers: int, cluste
         seen.whole_again = await campaign.ask() == (seen.versions[1], parts - 1)
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
     parser.add_argument(
         "--by", type=Path, metavar="FOLDER", help="export that takes its place, of the same classes (default: the same)"
@@ -219,7 +220,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn replace results/mnist5k_full/export/4s --by results/mnist5k/export/4s"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn replace``."""
     new = options.by or options.export
     manifests = [read_manifest(folder) for folder in (options.export, new)]

@@ -8,6 +8,7 @@ many calls must refuse some.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import signal
@@ -192,7 +193,7 @@ async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np
     return False
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("export", type=Path, metavar="FOLDER", help="folder of an exported network")
     parser.add_argument(
         "--requests", type=at_least(FEWEST), default=100_000, help="images to classify (default: %(default)s)"
@@ -205,7 +206,7 @@ def add_arguments(parser) -> None:
     parser.epilog = "example: nonn soak results/mnist5k/export/4s --requests 1000"
 
 
-def run(options) -> None:
+def run(options: argparse.Namespace) -> None:
     """The command ``nonn soak``."""
     if not options.kill_every > 0:
         raise UserError("--kill-every: give more than 0 seconds")
