@@ -137,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         require_64_bit()
         with ended_by_interrupts():
-            own, run = parser_of(command)
-            options = own.parse_args(arguments[1:])
+            command_parser, run = parser_of(command)
+            options = command_parser.parse_args(arguments[1:])
         with tidied_up():
             run(options)
     except UserError as error:

@@ -163,7 +163,7 @@ def write_benchmarks(params, paths):
     single = [f"{network}-{method}" for network, method, _ in params.baselines() if method in SINGLE_METHODS]
     models = {name: timed(1.1) for name in single}
     models["teacher"] = vars(teacher) | {"latency_p50_ms": TEACHER_MS}
-    write_json(paths.teacher_info, {"architecture": params.teacher.own.model_dump()})
+    write_json(paths.teacher_info, {"architecture": params.teacher.own_architecture.model_dump()})
     write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
 
 

@@ -231,5 +231,5 @@ def test_other_values_may_be_parts_of_what_stands_as_a_whole():
     values = ("networks.2s.seeds=5", "teacher.architecture.depth=1", "devices.stm32f4.memory_kib=150")
     main(["new", "plain", *(word for value in values for word in ("--set", value))])
     params = load_params()
-    assert (params.networks["2s"].seeds, params.teacher.own.depth, len(params.networks)) == (5, 1, 2)
+    assert (params.networks["2s"].seeds, params.teacher.own_architecture.depth, len(params.networks)) == (5, 1, 2)
     assert (params.devices["stm32f4"].memory_kib, params.devices["stm32f4"].mmacs) == (150, 10)

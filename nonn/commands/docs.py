@@ -55,14 +55,17 @@ def make_schema(meanings: dict[str, dict[str, str]]) -> dict[str, Any]:
 def format_reference(schema: dict[str, Any]) -> str:
     """The page of all keys: a table for each section, then one for each kind of mapping within sections."""
     sections = {name: _target(node) for name, node in schema["properties"].items()}
-    own = {target: name for name, target in sections.items() if target}
-    nested = [name for name in schema["$defs"] if name not in own]
-    parts = [INTRODUCTION, "## Top level\n\n", _table(schema, own), "\n"]
-    for target, name in own.items():
-        parts += [f"## {name}\n\n{schema['properties'][name]['description']}\n\n", _table(schema["$defs"][target], own)]
+    headings = {target: name for name, target in sections.items() if target}
+    nested = [name for name in schema["$defs"] if name not in headings]
+    parts = [INTRODUCTION, "## Top level\n\n", _table(schema, headings), "\n"]
+    for target, name in headings.items():
+        parts += [
+            f"## {name}\n\n{schema['properties'][name]['description']}\n\n",
+            _table(schema["$defs"][target], headings),
+        ]
         parts.append("\n")
     for target in nested:
-        parts += [f"## {_heading(target)}\n\n", _table(schema["$defs"][target], own), "\n"]
+        parts += [f"## {_heading(target)}\n\n", _table(schema["$defs"][target], headings), "\n"]
     return "".join(parts).rstrip("\n") + "\n"
 
 
@@ -89,7 +92,7 @@ def read_tables(page: Path) -> dict[str, str]:
             tables.setdefault(heading, []).append("\n".join(lines))
         else:
             heading = next((line.lstrip("# ") for line in reversed(lines) if line.startswith("#")), heading)
-    return {heading: "\n\n".join(found) for heading, found in tables.items()}
+    return {heading: "\n\n".join(blocks) for heading, blocks in tables.items()}
 
 
 def generated() -> dict[Path, str]:
@@ -125,11 +128,11 @@ def _without_titles(node: Any) -> Any:
     return [_without_titles(item) for item in node] if isinstance(node, list) else node
 
 
-def _table(definition: dict[str, Any], own: dict[str, str]) -> str:
+def _table(definition: dict[str, Any], headings: dict[str, str]) -> str:
     lines = ["| Key | Value | Default | Meaning |", "| :-- | :-- | :-- | :-- |"]
     for key, node in definition["properties"].items():
         default = f"`{json.dumps(node['default'])}`" if "default" in node else ""
-        lines.append(f"| `{key}` | {_kind(node, own)} | {default} | {node['description']} |")
+        lines.append(f"| `{key}` | {_kind(node, headings)} | {default} | {node['description']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -150,13 +153,13 @@ def _values(node: dict[str, Any]) -> dict[str, Any]:
     return next(iter(node["patternProperties"].values()))
 
 
-def _kind(node: dict[str, Any], own: dict[str, str]) -> str:
+def _kind(node: dict[str, Any], headings: dict[str, str]) -> str:
     """What a value may be, in words."""
     if choices := node.get("anyOf"):
-        return " or ".join(_kind(choice, own) for choice in choices)
+        return " or ".join(_kind(choice, headings) for choice in choices)
     if target := node.get("$ref"):
         name = target.rpartition("/")[2]
-        heading = own.get(name, _heading(name))
+        heading = headings.get(name, _heading(name))
         return f"[{heading}](#{heading.lower()})"
     if words := node.get("enum"):
         return "one of " + ", ".join(f"`{word}`" for word in words)
@@ -166,10 +169,10 @@ def _kind(node: dict[str, Any], own: dict[str, str]) -> str:
     if kind == "null":
         return "`null`"
     if kind == "array":
-        return f"list of {_length(node)}{_kind(node['items'], own)}"
+        return f"list of {_length(node)}{_kind(node['items'], headings)}"
     if kind == "object":
         names = ", ".join(f"`{name}`" for name in node.get("propertyNames", {}).get("enum", ())) or "names"
-        return f"mapping of {names} to {_kind(_values(node), own)}"
+        return f"mapping of {names} to {_kind(_values(node), headings)}"
     return f"{kind}{_bounds(node)}"
 
 

@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
         exported = paths.export(options.network) / f"{position}.onnx"
         write_litert(student, data, path, exported)
         in_onnx.append(run_onnx(exported, images))
-        entry, found = check_litert(student, path, images, in_onnx[-1])
-        in_litert.append(found)
+        entry, features_of_student = check_litert(student, path, images, in_onnx[-1])
+        in_litert.append(features_of_student)
         entries.append(entry)
         print("\n".join(describe(options.network, entry)))
         write_json(folder / "litert.json", entries)

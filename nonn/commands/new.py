@@ -134,12 +134,12 @@ class Request:
 
 def known_devices() -> dict[str, dict[str, Any]]:
     """Budgets of the devices in all experiments that can be read."""
-    known: dict[str, dict[str, Any]] = {}
+    budgets: dict[str, dict[str, Any]] = {}
     for experiment in experiments():
         with contextlib.suppress(UserError):  # somebody is still writing it
             devices = merge_experiment(experiment)["devices"]
-            known |= devices if isinstance(devices, dict) else {}
-    return known
+            budgets |= devices if isinstance(devices, dict) else {}
+    return budgets
 
 
 def budgets_of(devices: Sequence[str]) -> dict[str, dict[str, Any]]:

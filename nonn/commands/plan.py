@@ -97,10 +97,10 @@ def run(options: argparse.Namespace) -> None:
     if options.catalogue:
         _show_catalogue(planner, options)
         return
-    own = params.devices if params else {}
-    names = parse_devices(options.devices, [*own, *(name for name in all_boards() if name not in own)])
+    stated = params.devices if params else {}
+    names = parse_devices(options.devices, [*stated, *(name for name in all_boards() if name not in stated)])
     budgets = [_budget(name, params, planner.grid.precision) for name in names]
-    _show_plan(planner, budgets, options.latency_ms, set(own))
+    _show_plan(planner, budgets, options.latency_ms, set(stated))
 
 
 def make_planner(options: argparse.Namespace, params: Params | None) -> tuple[Planner, str]:
@@ -123,8 +123,8 @@ def make_planner(options: argparse.Namespace, params: Params | None) -> tuple[Pl
         paths, grid, link, source = Paths(params.experiment), params.design, params.distributed.links[0], "params.yaml"
         info = known_dataset(params, paths)
         images = ImageSpec.of(info) if info else images._replace(size=params.image_sizes.students)
-        own = FILTERS if params.teacher.is_foreign else params.teacher.own.n_features
-        filters = known_filters(params, paths) or own
+        n_filters = FILTERS if params.teacher.is_foreign else params.teacher.own_architecture.n_features
+        filters = known_filters(params, paths) or n_filters
     images = ImageSpec(
         options.channels or images.channels, options.size or images.size, options.classes or images.n_classes
     )
@@ -155,7 +155,7 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
     return board_budget(name, precision)
 
 
-def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, own: Collection[str]) -> None:
+def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, stated: Collection[str]) -> None:
     from nonn.core.boards import OWN_FILE
     from nonn.method.sizing import imbalance_warning
 
@@ -184,7 +184,7 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     if warning := imbalance_warning(estimate.filter_counts, budgets):
         print(warning)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
-    print(_as_params([budget for budget in budgets if budget.name not in own], estimate))
+    print(_as_params([budget for budget in budgets if budget.name not in stated], estimate))
 
 
 def _rows(estimate: DeviceSetEstimate) -> list[list[str]]:

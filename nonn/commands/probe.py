@@ -93,10 +93,10 @@ def measure(params: Params, paths: Paths, sets: list[int] | None, n_images: int,
         for method in METHODS[: 1 if n == 1 else None]
         for seed in range(N_RANDOM if method == "random" and n > 1 else 1)
     ]
-    found = dict(track(probe_all(graph, train, (judged, labels), jobs), "probes", total=len(jobs)))
+    probed = dict(track(probe_all(graph, train, (judged, labels), jobs), "probes", total=len(jobs)))
     shared = {"experiment": params.experiment, "judged_on": on, "images": len(labels), "training_images": len(kept)}
     shared["teacher"] = accuracy(logits, labels)
-    return [shared | row for row in rows_of(found, n_live, params.evaluate)], data.n_classes
+    return [shared | row for row in rows_of(probed, n_live, params.evaluate)], data.n_classes
 
 
 def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, Tensor]:
@@ -112,5 +112,5 @@ def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, 
     teacher, images = load_teacher(paths), data.subset(on)[0]
     size = scaled_batch_size(BATCH_SIZE, data.size)
     batches = track(images.split(size), "teacher", total=-(-len(images) // size))
-    found = concatenated((signals_of(teacher, batch, attention=False) for batch in batches), len(images))
-    return found["pooled"], found["logits"].float()
+    answers = concatenated((signals_of(teacher, batch, attention=False) for batch in batches), len(images))
+    return answers["pooled"], answers["logits"].float()

@@ -125,9 +125,9 @@ def measure(params: Params, options: Any) -> list[dict]:
     n_sources = 4 + len(other_partitions(params, paths, options.network)) + bool(teacher)
     for sent in track(sources, "relabel", n_sources):
         for per_class in options.per_class:
-            found = score(sent, positions, per_class, data.labels[data.test])
-            by_draw = found.mean(0)
-            row = {"method": sent.method, "seeds": len(found), "values": sent.train[0].shape[1]}
+            right = score(sent, positions, per_class, data.labels[data.test])
+            by_draw = right.mean(0)
+            row = {"method": sent.method, "seeds": len(right), "values": sent.train[0].shape[1]}
             row |= {"bytes_sent": sent.bytes_sent, "per_class": per_class, "draws": options.draws}
             row["accuracy_mean"] = float(by_draw.mean())
             row["accuracy_sd"] = sd(by_draw)
@@ -143,9 +143,9 @@ def render(rows: Sequence[dict]) -> str:
         "| :-- | --: | " + " | ".join("--:" for _ in counts) + " |",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
-        found = [row for row in rows if row["method"] == method]
-        cells = [_cell(row) for row in found]
-        lines.append(f"| {LABELS[method]} | {found[0]['bytes_sent']:,} | {' | '.join(cells)} |")
+        of_method = [row for row in rows if row["method"] == method]
+        cells = [_cell(row) for row in of_method]
+        lines.append(f"| {LABELS[method]} | {of_method[0]['bytes_sent']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
         for row in rows_of(params, network, methods, options.seeds):
             rows.append({"experiment": params.experiment, **row})
             p = row.get("p_vs_nonn")
-            told = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'} against NoNN"
-            print(f"{network} {row['method']:<9} {row['accuracy_mean']:.2%}{told}")
+            comparison = "" if p is None else f", p {'< 0.001' if p < 0.001 else f'= {p:.3f}'} against NoNN"
+            print(f"{network} {row['method']:<9} {row['accuracy_mean']:.2%}{comparison}")
     write_rows(paths / "rivals.csv", COLUMNS, rows)
     print(f"{paths / 'rivals.csv'}: {len(rows)} rows")

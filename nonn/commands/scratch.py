@@ -32,8 +32,8 @@ class ScratchRepository:
     def environment(self) -> dict[str, str]:
         self.temporary.mkdir(parents=True, exist_ok=True)  # programs ignore a missing TMPDIR
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-        own = {"PATH": path, "PYTHONPATH": str(self.folder), "TMPDIR": str(self.temporary)}
-        return {**os.environ, **own, "PYTHONDONTWRITEBYTECODE": "1"}
+        variables = {"PATH": path, "PYTHONPATH": str(self.folder), "TMPDIR": str(self.temporary)}
+        return {**os.environ, **variables, "PYTHONDONTWRITEBYTECODE": "1"}
 
     def start(self, command: Sequence[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen:
         """Start a command in a session of its own, so that it can be stopped with all its processes."""

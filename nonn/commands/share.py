@@ -27,10 +27,10 @@ def run(options: argparse.Namespace) -> None:
             f"params.yaml: teacher.source: {params.teacher.source} is not trained here. Name the same source and "
             "weights in the other experiment."
         )
-    own = Paths(params.experiment).teacher
-    if target.resolve() == own.resolve():
+    trained = Paths(params.experiment).teacher
+    if target.resolve() == trained.resolve():
         raise UserError(f"{target}: is the teacher itself, of full precision. Name another file.")
-    weights = read_tensors(own)
+    weights = read_tensors(trained)
     write_tensors(target, {name: t.half() if t.is_floating_point() else t for name, t in weights.items()})
-    architecture = params.teacher.own.model_dump(exclude_defaults=True)
+    architecture = params.teacher.own_architecture.model_dump(exclude_defaults=True)
     print(f"In another experiment, set teacher.weights to {target} and teacher.architecture to {architecture}.")

@@ -59,10 +59,10 @@ OUTSIDE = ("figures", "experiment")
 
 def flat(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by their dotted keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in params.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
@@ -71,11 +71,11 @@ def read_networks(revision: str) -> tuple[dict[str, Any], pd.DataFrame | None]:
     if not isinstance(params, dict):
         return {}, None
     folder = Path("results") / str(params.get("experiment"))
-    found = [content for name in READ if (content := content_at(revision, folder / name)) is not None]
-    if len(found) < len(READ) or SCORE not in found[-1]:  # metrics of a former version lack it
+    contents = [content for name in READ if (content := content_at(revision, folder / name)) is not None]
+    if len(contents) < len(READ) or SCORE not in contents[-1]:  # metrics of a former version lack it
         return flat(params), None
     with intact(folder / "summary.csv"):
-        return flat(params), networks_of(*found)
+        return flat(params), networks_of(*contents)
 
 
 def networks_of(summary: str, distributed: str, metrics: str) -> pd.DataFrame:
@@ -137,10 +137,10 @@ def compare(revisions: Mapping[str, str]) -> pd.DataFrame:
 def experiments() -> dict[str, str]:
     """Revisions of DVC's experiments on the current commit, and of that commit."""
     try:
-        found = Repo(".").experiments.ls()
+        by_commit = Repo(".").experiments.ls()
     except DvcException as error:
         raise UserError(f"DVC: {one_line(error)}") from None
-    return {HERE: "HEAD"} | {name: revision for listed in found.values() for name, revision in sorted(listed)}
+    return {HERE: "HEAD"} | {name: revision for listed in by_commit.values() for name, revision in sorted(listed)}
 
 
 def run_experiments(changes: Sequence[str], targets: Sequence[str]) -> None:
@@ -185,14 +185,14 @@ def check_changes(changes: Sequence[str], params: Params) -> None:
 
 def split_values(text: str) -> list[str]:
     """Split at the commas outside of brackets and braces."""
-    found, depth = [""], 0
+    values, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
         if letter == "," and not depth:
-            found.append("")
+            values.append("")
         else:
-            found[-1] += letter
-    return [value.strip() for value in found]
+            values[-1] += letter
+    return [value.strip() for value in values]
 
 
 def failed_experiments() -> set[str]:

@@ -157,8 +157,8 @@ def all_boards() -> dict[str, Board]:
     if not os.path.lexists(OWN_FILE):
         return dict(shipped_boards())
     content = read_yaml(OWN_FILE, "Remove it, or write one.")
-    own = content.get("boards") if isinstance(content, dict) else None
-    if not isinstance(own, dict) or set(content) - {"boards", "sources"}:
+    project_boards = content.get("boards") if isinstance(content, dict) else None
+    if not isinstance(project_boards, dict) or set(content) - {"boards", "sources"}:
         raise UserError(
             f"{OWN_FILE}: has one key, `boards`, a mapping of names to their figures; see docs/catalogue.md"
         )
@@ -168,7 +168,7 @@ def all_boards() -> dict[str, Board]:
         raise UserError(f"{OWN_FILE}: sources: is no mapping of short names to texts; see docs/catalogue.md")
     sources = sources | own_sources
     boards = dict(shipped_boards())
-    for name, entry in own.items():
+    for name, entry in project_boards.items():
         if not isinstance(name, str) or not name.isprintable():
             raise UserError(f"{OWN_FILE}: boards: {VALUES.repr(name)} is no name of a board; write a text in quotes")
         if not isinstance(entry, dict):
@@ -188,7 +188,7 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
     except ValidationError as error:
         problems = [line for e in error.errors() for line in explain(e, Facts)]
         raise UserError("\n".join(f"{where}boards.{name}: {problem}" for problem in problems)) from None
-    known = {
+    sourced = {
         key: figure.model_copy(update={"source": sources.get(figure.source, figure.source)})
         for key, figure in figures.items()
     }
@@ -203,7 +203,7 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
         cores=facts.cores,
         links=None if facts.links is None else tuple(facts.links),
         runs_onnx=facts.runs_onnx,
-        figures=known,
+        figures=sourced,
     )
 
 

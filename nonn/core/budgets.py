@@ -74,14 +74,14 @@ class Budget:
         """Each limit with what a student needs of it."""
         weights, activations = cost.weight_bytes / 1024, cost.peak_activation_bytes / 1024
         if self.memory_kib is not None:
-            found = [Allowance("memory_kib", self.memory_kib, weights + activations, "KiB", 1)]
+            allowances = [Allowance("memory_kib", self.memory_kib, weights + activations, "KiB", 1)]
         else:
-            found = [Allowance("flash_kib", self.flash_kib or 0, weights, "KiB", 1)]
-            found.append(Allowance("ram_kib", self.ram_kib or 0, activations, "KiB", 1))
-        found.append(Allowance("mmacs", self.mmacs, cost.macs / 1e6, "million", 0.01))
+            allowances = [Allowance("flash_kib", self.flash_kib or 0, weights, "KiB", 1)]
+            allowances.append(Allowance("ram_kib", self.ram_kib or 0, activations, "KiB", 1))
+        allowances.append(Allowance("mmacs", self.mmacs, cost.macs / 1e6, "million", 0.01))
         if self.latency_ms is not None and self.mmacs_per_s is not None:
-            found.append(Allowance("latency_ms", self.latency_ms, cost.macs / self.mmacs_per_s / 1e3, "ms", 0.01))
-        return found
+            allowances.append(Allowance("latency_ms", self.latency_ms, cost.macs / self.mmacs_per_s / 1e3, "ms", 0.01))
+        return allowances
 
     def fits(self, cost: Cost) -> bool:
         return all(limit.is_kept for limit in self.limits(cost))

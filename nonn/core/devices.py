@@ -18,11 +18,11 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Limit = Annotated[float, Field(gt=0), NotTiny]  # `.inf`: none
 
 
-def check_board(name: str, known: list[str]) -> str:
+def check_board(name: str, choices: list[str]) -> str:
     """The name of a board, refused if it is not among the known ones."""
-    if name not in known:
-        hint = did_you_mean(name, known)
-        raise ValueError(f"no board {name!r}{hint}; choose one of {', '.join(known)}, or add it to {OWN_FILE}")
+    if name not in choices:
+        hint = did_you_mean(name, choices)
+        raise ValueError(f"no board {name!r}{hint}; choose one of {', '.join(choices)}, or add it to {OWN_FILE}")
     return name
 
 

@@ -25,8 +25,8 @@ def most_frugal(weight_bytes: float, activation_bytes: float, precision: str) ->
     the model.
     """
     boards = (board.with_catalogue_speed(precision) for board in all_boards().values() if board.active_w)
-    found = [board for board in boards if board.seconds_per_mac and board.holds(weight_bytes, activation_bytes)]
-    return min(found, key=lambda board: board.active_w.high * board.seconds_per_mac) if found else None  # type: ignore[union-attr,operator]
+    candidates = [board for board in boards if board.seconds_per_mac and board.holds(weight_bytes, activation_bytes)]
+    return min(candidates, key=lambda board: board.active_w.high * board.seconds_per_mac) if candidates else None  # type: ignore[union-attr,operator]
 
 
 def compute_seconds(board: Board, macs: float, measured_s: float, slowdown: float) -> float:

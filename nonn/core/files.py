@@ -221,8 +221,8 @@ def _is_running(pid: int, began: int) -> bool:
         return False
     except OSError:  # another user's
         pass
-    state, own = _state(pid)
-    return state not in ("Z", "X") and (own == began or 0 in (own, began))
+    state, start = _state(pid)
+    return state not in ("Z", "X") and (start == began or 0 in (start, began))
 
 
 def _state(pid: int) -> tuple[str, int]:

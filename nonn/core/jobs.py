@@ -87,22 +87,22 @@ def chips_of(params: Params, network: str) -> dict[int, str]:
 
 def looked_up_budgets(params: Params) -> dict[str, list[dict[str, Any]]]:
     """Budgets of the devices of each network that names a board or has a target, in order."""
-    found = {name: params.budgets_of(name) for name in params.networks}
+    by_network = {name: params.budgets_of(name) for name in params.networks}
     return {
         name: [budget.as_dict() for budget in budgets]
-        for name, budgets in found.items()
+        for name, budgets in by_network.items()
         if any(budget.board or budget.latency_ms for budget in budgets)
     }
 
 
 def _board_facts(params: Params) -> dict[str, Any]:
     """Facts on `distributed.board`, on the boards that devices state, and on those that a teacher may run on."""
-    own = {name: boards for name in params.networks if (boards := params.boards_of(name))}
-    devices = {name: [_facts_of(board) for board in boards] for name, boards in own.items()}
+    stated = {name: boards for name in params.networks if (boards := params.boards_of(name))}
+    devices = {name: [_facts_of(board) for board in boards] for name, boards in stated.items()}
     facts = _facts_of(find_board(params.distributed.board).for_composing(params.design.precision))
     used = {budget.board for name in params.networks for budget in params.budgets_of(name)}
-    known = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w or name in used}
-    return facts | {"known": known} | ({"devices": devices} if devices else {})
+    offers = {name: _offer_of(board) for name, board in all_boards().items() if board.active_w or name in used}
+    return facts | {"known": offers} | ({"devices": devices} if devices else {})
 
 
 def _offer_of(board: Board) -> list[float | None]:

@@ -49,10 +49,10 @@ def seed_number(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """Whole numbers from 1 on, with commas between them."""
-    found = [int(word) for word in text.split(",")]
-    if min(found) < 1:
+    values = [int(word) for word in text.split(",")]
+    if min(values) < 1:
         raise ValueError
-    return found
+    return values
 
 
 def add_settings(parser: argparse.ArgumentParser, help: str = "use another value than that of params.yaml; repeatable"):

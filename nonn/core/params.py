@@ -107,7 +107,7 @@ class TeacherParams(ScheduleParams, TeacherSource):
     seed: Seed = 0
 
     @property
-    def own(self) -> Architecture:
+    def own_architecture(self) -> Architecture:
         """The architecture of a teacher of our own families."""
         assert self.architecture is not None  # as validated
         return self.architecture
@@ -277,8 +277,8 @@ class Params(Section):
         their own network. A network of N devices meets as many disjoint ensembles of N as the pool holds. None without
         any.
         """
-        own = self.networks[network]
-        alike = (set(own.devices), own.latency_ms)
+        section = self.networks[network]
+        alike = (set(section.devices), section.latency_ms)
         return self._largest_pool(name for name, n in self.networks.items() if (set(n.devices), n.latency_ms) == alike)
 
     def _largest_pool(self, names: Iterable[str]) -> tuple[str, str] | None:
@@ -351,7 +351,7 @@ class Params(Section):
         yield from self._batch_norm_problems()
         yield from self._cutout_problems()
         if not self.teacher.is_foreign:
-            yield from self._missing_filters(self.teacher.own.n_features)
+            yield from self._missing_filters(self.teacher.own_architecture.n_features)
         board, precision = find_board(self.distributed.board), self.design.precision
         if not board.runs_onnx and not board.mmacs[precision]:
             yield f"distributed.board: the speed of {board.name} in {precision} is not known; choose another board"

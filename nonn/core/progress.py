@@ -21,23 +21,23 @@ def track(items: Iterable[Item], label: str, total: int | None = None, done: int
     `total` is their number, needed where they have no length; `done` is how many further items were finished earlier (a
     resumed training).
     """
-    left = len(items) if isinstance(items, Sized) else total
-    assert left is not None, "say how many items there are"
+    remaining = len(items) if isinstance(items, Sized) else total
+    assert remaining is not None, "say how many items there are"
     if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=left + done, initial=done, leave=False)
+        yield from tqdm(items, desc=label, total=remaining + done, initial=done, leave=False)
         return
     start = time.monotonic()
     if done:
-        log(f"{label}: resumed at {done} of {left + done}")
+        log(f"{label}: resumed at {done} of {remaining + done}")
     logged, logged_at = 0.0, start
     for count, item in enumerate(items, start=1):
         yield item
-        share = count / left
+        share = count / remaining
         now = time.monotonic()
-        if (share >= logged + LOG_EVERY and now >= logged_at + LOG_SECONDS) or count == left:
+        if (share >= logged + LOG_EVERY and now >= logged_at + LOG_SECONDS) or count == remaining:
             logged, logged_at = share, now
             elapsed = now - start
-            log(f"{label}: {done + count} of {left + done}, about {elapsed / share - elapsed:.0f} s left")
+            log(f"{label}: {done + count} of {remaining + done}, about {elapsed / share - elapsed:.0f} s left")
 
 
 def log(message: str) -> None:

@@ -100,8 +100,8 @@ def _sentence(error: Any, schema: type[Section]) -> str:
     location = [str(part) for part in error["loc"] if part != "[key]"]
     key, message = ".".join(location), error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1], schema)
-        return f"{key}: unknown key; remove it{did_you_mean(location[-1], known)}"
+        fields = _fields_at(location[:-1], schema)
+        return f"{key}: unknown key; remove it{did_you_mean(location[-1], fields)}"
     if error["type"] == "missing":
         return f"{key}: missing; add it"
     if error["type"] == "value_error":
@@ -136,7 +136,7 @@ def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The end of a sentence that suggests the known word closest to `word`; empty if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(choices), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -48,7 +48,7 @@ def _of_teacher(params: Params, images: ImageSpec, _: str) -> float:
         FORWARD_PASSES_PER_STEP
         * teacher.epochs
         * _answer(params, images)
-        / _passes(teacher.own.mirror)
+        / _passes(teacher.own_architecture.mirror)
         / teacher.threads
     )
 

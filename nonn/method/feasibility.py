@@ -57,7 +57,9 @@ def known_filters(params: Params, paths: Paths) -> int | None:
     if teacher.is_foreign:
         is_current = info.get("source") == teacher.source
     else:
-        is_current = bool(info["architecture"]) and Architecture.model_validate(info["architecture"]) == teacher.own
+        is_current = (
+            bool(info["architecture"]) and Architecture.model_validate(info["architecture"]) == teacher.own_architecture
+        )
     return graph["n_live"] if is_current else None
 
 
@@ -88,7 +90,7 @@ def _check_network(params: Params, network: str, known: ImageSpec | None, n_live
     else:
         # Of all filters that a teacher has, some are never active: there may be fewer, not more. How many a foreign one
         # has is known once it is loaded.
-        most = len(budgets) if params.teacher.is_foreign else params.teacher.own.n_features
+        most = len(budgets) if params.teacher.is_foreign else params.teacher.own_architecture.n_features
         sizes = apportion_filters(grid, budgets, images, most)
         for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
             try:

@@ -93,7 +93,7 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
     listed += [("nonn", f" {network}", student) for network, own in students.items() for student in own]
     singles = dict.fromkeys((n, m) for n, m, _ in params.baselines() if m in SINGLE_METHODS)
     listed += [(m, f" {n}", read_json(paths.design(n, m), Designs)[0]) for n, m in singles]
-    found: dict[str, dict] = {}
+    distinct: dict[str, dict] = {}
     for method, where, design in listed:
         # Baselines of one device are built alike, whatever they learn from.
         kind = method if method in ("teacher", "nonn", "total") else "kd"
@@ -103,9 +103,9 @@ def load_architectures(params: Params, paths: Paths, students: Mapping[str, list
         architecture = design["architecture"]
         entry["architecture"] = architecture if isinstance(architecture, str) else Architecture(**architecture)
         key = str((kind, where, entry["architecture"]))
-        if key not in found or (entry["n_filters"] or 0) > (found[key]["n_filters"] or 0):
-            found[key] = entry
-    return list(found.values())
+        if key not in distinct or (entry["n_filters"] or 0) > (distinct[key]["n_filters"] or 0):
+            distinct[key] = entry
+    return list(distinct.values())
 
 
 def load_partition(params: Params, paths: Paths, network: str) -> dict[str, Any]:

@@ -31,12 +31,12 @@ def draw_map(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = panels(len(factors), 3.6, 3.2, sharey=True)
     for axis, factor in zip(axes, factors, strict=True):
         for number, network in enumerate(networks):
-            found = sorted(
+            of_network = sorted(
                 (r for r in nonn if r["factor"] == factor and r["network"] == network), key=lambda row: row["value"]
             )
-            values = [row["value"] * 1.04**number for row in found]  # side by side
-            lead = [100 * row["difference_vs_fitted_ensemble"] for row in found]
-            error = [100 * (row["ci_high"] - row["difference_vs_fitted_ensemble"]) for row in found]
+            values = [row["value"] * 1.04**number for row in of_network]  # side by side
+            lead = [100 * row["difference_vs_fitted_ensemble"] for row in of_network]
+            error = [100 * (row["ci_high"] - row["difference_vs_fitted_ensemble"]) for row in of_network]
             axis.errorbar(values, lead, error, color=STUDENT_COLOURS[number], marker="o", label=network)
         axis.axhline(0, color="0.4", linewidth=1)
         axis.set(xscale="log", xlabel=LABELS[factor])

@@ -26,8 +26,8 @@ def draw_probes(rows: Sequence[Mapping[str, Any]], teacher: float, n_classes: in
     for axis, (name, title) in zip(axes, PANELS.items(), strict=True):
         for method in methods:
             look = LOOKS[method]
-            found = sorted((row for row in rows if row["method"] == method), key=lambda row: row["filters"])
-            sizes, means = [row["filters"] for row in found], [row[f"{name}_mean"] for row in found]
+            of_method = sorted((row for row in rows if row["method"] == method), key=lambda row: row["filters"])
+            sizes, means = [row["filters"] for row in of_method], [row[f"{name}_mean"] for row in of_method]
             axis.plot(sizes, means, color=look.colour, marker=look.marker, label=look.label)
         axis.axhline(teacher, color=METHODS["teacher"].colour, linestyle="--", linewidth=1)
         axis.axvline(n_classes - 1, color="0.6", linestyle=":", linewidth=1)

@@ -39,7 +39,7 @@ def run(params: Params, paths: Paths) -> None:
     write_tensors(paths.teacher, tensors_of(model))
     write_log(paths.log(paths.teacher), log)
     info = {
-        "architecture": None if section.is_foreign else section.own.model_dump(),
+        "architecture": None if section.is_foreign else section.own_architecture.model_dump(),
         "imported_from": section.weights,
         "n_filters": model.n_features,
         "validation_accuracy": log[-1]["validation_accuracy"],

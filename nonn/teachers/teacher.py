@@ -38,7 +38,7 @@ def train_teacher(data: Dataset, params: TeacherParams, checkpoint: Checkpoint) 
     """Train a teacher from scratch on labels; return it with its log, one row an epoch."""
     torch.manual_seed(params.seed)
     device = pick_device()
-    model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model = ConvNet(params.own_architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     stored, labels = data.subset("train")
     whiten(model, stored)
     proxy = None
@@ -92,7 +92,7 @@ def import_own(data: Dataset, params: TeacherParams) -> ConvNet:
     A UserError says what does not fit `teacher.architecture` or the dataset.
     """
     path = Path(str(params.weights))
-    model = ConvNet(params.own, data.channels, data.n_classes, mean=data.mean, std=data.std)
+    model = ConvNet(params.own_architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     expected = model.state_dict()
     weights, _ = read_weights(params)
     weights = strip_prefixes({_own_name(name): t for name, t in weights.items()}, expected, path)
