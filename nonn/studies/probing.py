@@ -16,14 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nonn.core.params import EvaluateParams
-from nonn.method.filter_graph import FilterGraph
+from nonn.core.errors import UserError
+from nonn.core.params import EvaluateParams, Params
+from nonn.core.paths import Paths
+from nonn.core.progress import track
+from nonn.data.dataset import load_dataset, load_teacher_dataset
+from nonn.method.filter_graph import FilterGraph, load_graph
 from nonn.method.partitioning import partition_filters
 from nonn.method.scoring import paired_difference, permutation_test
 from nonn.method.sizing import apportion
+from nonn.teachers.loading import load_teacher
+from nonn.teachers.signals import BATCH_SIZE, signals_of
+from nonn.training.loading import load_signals
+from nonn.training.networks import accuracy, concatenated, scaled_batch_size
 
 #: Ways to share out the filters, the one that the others are compared with first.
 METHODS = ("random", "communities", "classwise", "contiguous")
+#: Numbers of sets that the filters are divided into, from one student with all filters to sets of a few.
+SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
+#: Random partitions of each size.
+N_RANDOM = 3
 #: Weight of ‖W‖² / 2 in the loss of a probe, of features of variance 1.
 WEIGHT_DECAY = 1e-4
 #: Of L-BFGS; more change no accuracy by a tenth of a point.
@@ -141,3 +153,41 @@ def rows_of(
 def _stacked(found: Mapping[tuple[int, str, int], Any], n_sets: int, method: str, number: int) -> np.ndarray:
     """Right answers of all seeds of a method, alone (0) or joined (1), (answers, N)."""
     return np.concatenate([np.atleast_2d(f[number]) for (n, m, _), f in found.items() if (n, m) == (n_sets, method)])
+
+
+def measure_probes(
+    params: Params, paths: Paths, sets: list[int] | None, n_images: int, on: str
+) -> tuple[list[dict], int]:
+    """Rows of the table, and the number of classes. None stands for all numbers of `SETS` that the filters allow."""
+    torch.set_num_threads(1)
+    data, graph = load_dataset(paths), load_graph(paths)
+    signals = load_signals(paths, data)
+    kept = torch.linspace(0, len(data.train) - 1, min(n_images, len(data.train))).long()
+    train = signals["pooled"][0, kept], data.labels[data.train[kept]]
+    judged, logits = _judged(paths, signals, on)
+    labels = data.labels[getattr(data, on)]
+    n_live = int(graph.live.sum())
+    if sets and max(sets) > n_live:
+        raise UserError(f"--sets {max(sets)}: the teacher has {n_live} live filters; give numbers up to that")
+    jobs = [
+        (n, method, seed)
+        for n in dict.fromkeys(sets or [n for n in SETS if n <= n_live])
+        for method in METHODS[: 1 if n == 1 else None]
+        for seed in range(N_RANDOM if method == "random" and n > 1 else 1)
+    ]
+    probed = dict(track(probe_all(graph, train, (judged, labels), jobs), "probes", total=len(jobs)))
+    shared = {"experiment": params.experiment, "judged_on": on, "images": len(labels), "training_images": len(kept)}
+    shared["teacher"] = accuracy(logits, labels)
+    return [shared | row for row in rows_of(probed, n_live, params.evaluate)], data.n_classes
+
+
+def _judged(paths: Paths, signals: dict[str, Tensor], on: str) -> tuple[Tensor, Tensor]:
+    """The teacher's pooled activations and logits of the images that probes are tested on."""
+    if on == "validation":
+        return signals["validation_pooled"], signals["validation_logits"].float()
+    data = load_teacher_dataset(paths)
+    teacher, images = load_teacher(paths), data.subset(on)[0]
+    size = scaled_batch_size(BATCH_SIZE, data.size)
+    batches = track(images.split(size), "teacher", total=-(-len(images) // size))
+    answers = concatenated((signals_of(teacher, batch, attention=False) for batch in batches), len(images))
+    return answers["pooled"], answers["logits"].float()
