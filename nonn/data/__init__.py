@@ -1,1 +1,1 @@
-"""Images in: one reader for each kind of source, and the dataset that they become."""
+"""Reading images: one reader for each kind of source, and the data set that they become."""

@@ -1,4 +1,4 @@
-"""Files of a folder or an archive: their names, and their content in whatever order they are stored."""
+"""Files of a folder or an archive: their names, and their content in the order in which it is stored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARCHIVES = (*ZIP, *TAR, *(ZSTANDARD if "zst" in tarfile.TarFile.OPEN_METH else (
 #: Larger files are not read, since a file is read whole.
 MAX_FILE_BYTES = 1 << 30
 
-#: What a file holds, or what reads it: a thread that decodes reads beside others.
+#: What a file holds, or a function that reads it: so each decoding thread reads its own files.
 Content = bytes | Callable[[], bytes]
 
 
@@ -92,12 +92,12 @@ def _is_clutter(name: str) -> bool:
 
 
 def _is_around(link: Path) -> bool:
-    """Whether a link leads to a folder on the way to it: who follows it comes back to it."""
+    """Whether a link leads to a folder around it, so that following it would never end."""
     return any(folder.resolve() == link.resolve() for folder in link.parents)
 
 
 def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Content]]:
-    """Yield name and content of the wanted files, in stored order: a compressed tar has no other."""
+    """Yield name and content of the `wanted` files in the order in which they are stored, the only one of a tar."""
     if path.is_dir():
         yield from ((name, _reader(path / name)) for name in wanted)
     elif _is_zip(path):
@@ -135,7 +135,7 @@ def _is_zip(path: Path) -> bool:
 
 
 def _with_slashes(name: str) -> str:
-    """A name as the format has it: some programs on Windows write backslashes."""
+    """A name with slashes, as the format demands: some programs on Windows write backslashes."""
     return name if "/" in name else name.replace("\\", "/")
 
 
@@ -148,7 +148,7 @@ def _reader(path: Path) -> Callable[[], bytes]:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> Content:
-    """A file of a zip; if it is damaged, whoever decodes it is told, and the others are read all the same."""
+    """A file of a zip; if it is damaged, decoding it fails, and the other files are read all the same."""
     try:
         return _too_large(archive.getinfo(name).file_size) or archive.read(name)
     except (zipfile.BadZipFile, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
@@ -156,7 +156,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> Content:
 
 
 def _too_large(size: int) -> Callable[[], bytes] | None:
-    """What tells whoever decodes a file that nothing of that size is a picture; None where it may be one."""
+    """A content whose reading fails, for a file that is too large for a picture; None for any other."""
     return _failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > MAX_FILE_BYTES else None
 
 

@@ -1,4 +1,4 @@
-"""What lies in folders of pictures and is none: by its name alone, no file is opened."""
+"""Files in folders of pictures that are not pictures, recognised by name alone: no file is opened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-#: What lies beside pictures and is none, by the end of the name or all of it, in small letters.
+#: Suffixes of files that are not pictures, in small letters.
 CLUTTER_SUFFIXES = frozenset(
     (
         *(".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini", ".ipynb", ".json", ".jsonl", ".lnk", ".log", ".m"),
@@ -24,11 +24,10 @@ CLUTTER_NAMES = frozenset(("desktop.ini", "license", "licence", "makefile", "rea
 
 
 def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
-    """Names without hidden files and what is known to be no picture.
+    """The names without hidden files and files that are not pictures, and how many of the others there are.
 
-    Also how many there are of the latter, by suffix, and of files in hidden folders.
-
-    A file of an unknown suffix, or of none, may be a picture: it is one if it can be read as such.
+    They are counted by suffix, those in hidden folders as `HIDDEN`. A file of an unknown suffix, or of none, may be a
+    picture: reading it will tell.
     """
     kept, passed = [], Counter[str]()
     for name in names:
@@ -42,7 +41,7 @@ def sort_out(names: Iterable[str]) -> tuple[list[str], Counter]:
         if is_folder or not (is_clutter or path.name.startswith(".")):
             kept.append(name)
             continue
-        if folder:  # which may hold nothing else
+        if folder:  # it may hold nothing else
             kept.append("/".join(folder) + "/")
         if not path.name.startswith("."):
             passed[path.suffix.lower() or path.name] += 1

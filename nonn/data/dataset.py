@@ -1,10 +1,10 @@
 """The dataset of an experiment: all images of a source, and a fixed train/validation/test split.
 
-Reading and resizing images is left to `nonn.data.sources`, augmentation to the stages that train. The
-test split serves the final tables only; whatever is chosen is chosen on the validation split.
+`nonn.data.sources` reads and resizes images, and the stages that train augment them. The test split serves the final
+tables only; all choices are made on the validation split.
 
-The pipeline cannot watch every kind of source for changes: ``dataset.sha256`` pins the content.
-The sum that was found is recorded beside the dataset, so it can be copied from there.
+The pipeline cannot watch every kind of source for changes: ``dataset.sha256`` pins the content. The sum of the content
+is recorded beside the dataset, and can be copied from there.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Dataset:
     std: Tensor
     classes: tuple[str, ...]
     mapping: MappedImages | None = None  # of the file that the images lie in
-    white: float | None = None  # the value that `nonn.core.images.upright` was told is white
+    white: float | None = None  # as `nonn.core.images.upright` takes it
 
     @property
     def n_classes(self) -> int:
@@ -84,7 +84,7 @@ def load_dataset(paths: Paths) -> Dataset:
 
 
 def load_teacher_dataset(paths: Paths) -> Dataset:
-    """The same images as the teacher sees them, where `teacher.size` differs from the students'."""
+    """The dataset as the teacher sees it: of images of another size if `teacher.size` differs from the students'."""
     data = load_dataset(paths)
     with intact(paths.teacher_images):
         mapping, tensors = map_images(paths.teacher_images)
@@ -124,11 +124,11 @@ def split_dataset(
 ) -> dict[str, np.ndarray]:
     """Split images into train, validation and test, class by class; return the sorted indices of each, int64.
 
-    Each class gives ``round(fraction * count)`` of its images, and one at least, where `count` is the number of its
-    images that the source does not set aside for testing itself. `is_test` (N,) bool is the source's own test split,
-    which is kept; None draws one of the fraction `test`. `is_validation` is its own
-    validation split, in the same way. Test images do not depend on `validation`. A class with too few images to train
-    with is a UserError, and so is a split of the source's own without images.
+    Each class gives ``round(fraction * count)`` of its images to a split, and one at least, where `count` is the number
+    of its images that the source itself does not set aside for testing. `is_test` (N,) bool is the source's own test
+    split, which is kept; None draws one of the fraction `test`. `is_validation` is the source's own validation split,
+    in the same way. Test images do not depend on `validation`. A class that would have no training image is a
+    UserError, and so is an empty split of the source.
     """
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
@@ -165,7 +165,7 @@ def split_dataset(
 
 
 def _too_few_images(counts: dict[str, int], needed: int) -> UserError:
-    """What helps depends on the number: of one image no fraction leaves anything."""
+    """The remedy depends on the number: no fraction leaves anything of a single image."""
     if hopeless := {name: count for name, count in counts.items() if count < needed}:
         problem, remedy = hopeless, f"A class needs {needed} at least. Add images to each, or take it out"
     else:

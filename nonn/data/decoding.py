@@ -28,13 +28,13 @@ MAX_NAMED = 20
 #: 255).
 NEARLY_BLACK = 64
 
-#: What stands at the fifth byte of HEIC pictures, as iPhones take them.
+#: What HEIC pictures, which iPhones take, have from their fifth byte on.
 HEIC = (b"ftyphei", b"ftyphev", b"ftypmif1", b"ftypmsf1")
 
-# Of damage beside the pixels, such as in EXIF: it names no file, and the picture is read all the same.
+# Pillow warns of damage beside the pixels, such as in EXIF. It names no file, and the picture is read all the same.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-#: Index of an image in the result, its name for the reader, and the image, its file's bytes, or what reads these.
+#: Index of an image in the result, its name in messages, and the image, the bytes of its file, or what reads these.
 SourcePicture = tuple[int, str, Image.Image | bytes | Callable[[], bytes]]
 
 
@@ -49,7 +49,7 @@ class SourceInfo:
     is_validation: np.ndarray | None = None  # (N,), bool: its own validation split, None if it has none
 
     def only(self, kept: np.ndarray) -> SourceInfo:
-        """Without the images that are not among the indices `kept`."""
+        """The same of the images `kept` alone, given by index."""
         is_test, is_validation = (m if m is None else m[kept] for m in (self.is_test, self.is_validation))
         return replace(self, labels=self.labels[kept], is_test=is_test, is_validation=is_validation)
 
@@ -91,7 +91,7 @@ class Decoder:
                 pool.shutdown(cancel_futures=True)
 
     def _decode_batch(self, batch: list[SourcePicture]) -> list[tuple]:
-        """For each picture its index and name, its channels, its largest level if it is deep, and why it is broken."""
+        """For each picture: index, name, channels, largest grey level if it has over 8 bits, and why it is broken."""
         outcomes: list[tuple] = []
         for index, name, content in batch:
             try:
@@ -126,7 +126,7 @@ class Decoder:
             self.broken[index, name] = reason
 
     def check(self, skip: bool) -> None:
-        """Refuse broken pictures, all at once, unless they are to be skipped; and deep ones that are nearly black."""
+        """Refuse broken pictures in one message, unless they are to be skipped, and deep ones that are nearly black."""
         if self.broken and not skip:
             raise UserError(self._list_broken())
         if self.broken:

@@ -24,7 +24,7 @@ from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, check_sha256
 from nonn.data.known import FolderLayout, read_known_layout
 
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
-#: What folders of splits are called, in small letters, and which split each is.
+#: Names of the folders of splits, in small letters, and the split of each.
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
@@ -38,7 +38,7 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo
     sums: dict[str, str] = {}
 
     def summed(name: str, content: Content) -> Content:
-        """What notes the sum of a file of a folder when it is read, by a thread that decodes."""
+        """Content whose sum is noted when a decoding thread reads it; that of archives as it is."""
         if not callable(content) or not path.is_dir():
             return content
 

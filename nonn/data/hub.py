@@ -1,4 +1,4 @@
-"""Images that the package ``datasets`` provides: of the Hugging Face Hub, or of Parquet files on this machine."""
+"""Images that the package ``datasets`` reads: of the Hugging Face Hub, or of Parquet files on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
 from nonn.data.folders import SPLIT_NAMES
 from nonn.data.packaged import DOWNLOADS
 
-#: Columns of labels, the most likely first, where none is of the type ClassLabel.
+#: Names of label columns, the likeliest first, for data sets without a column of the type ClassLabel.
 LABELS = ("label", "labels", "fine_label", "class", "class_label", "target", "category")
 
 
@@ -54,7 +54,7 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
 
 
 def _load_splits(name: str) -> dict[str, Any]:
-    """The datasets of the splits, by our names of them."""
+    """The splits, by the names that they have here."""
     try:
         import datasets
     except ImportError:
@@ -162,7 +162,7 @@ def _pictures(
 
 
 def _content_of(value: Any) -> bytes | None:
-    """Of a picture; empty, and so broken, for a row without one; None of what is none."""
+    """The bytes of a picture: empty, and so broken, for a row without one, and None for anything else."""
     if isinstance(value, Mapping) and "bytes" in value:
         path = value.get("path")
         value = value["bytes"] or (Path(path).read_bytes() if path else b"")

@@ -15,7 +15,7 @@ from nonn.core.files import regular
 from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo
 from nonn.data.packaged import decode_pairs
 
-#: SHA-256 of the training labels of Fashion-MNIST: the files say no class names.
+#: SHA-256 of the training labels of Fashion-MNIST, whose files do not name the classes.
 FASHION = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"
 SPLITS = {"train": "train", "test": "t10k"}
 
@@ -26,7 +26,7 @@ def find_idx(folder: Path) -> dict[str, Path]:
     Raises
     ------
     UserError
-        There are those of several sets, such as EMNIST has them.
+        The folder has files of several sets, as that of EMNIST has.
     """
     by_name: dict[str, Path] = {}
     for split, name in SPLITS.items():
@@ -40,7 +40,7 @@ def find_idx(folder: Path) -> dict[str, Path]:
                     f"{SOURCE_KEY}: {folder}: has several sets of idx files ({', '.join(sorted(names))}). Give the one "
                     "you mean a folder of its own."
                 )
-            if files:  # packed and unpacked, they are the same
+            if files:  # packed or unpacked, the content is the same
                 by_name[f"{split}-{kind}"] = files[0]
     return by_name
 

@@ -45,7 +45,7 @@ class FolderLayout:
 
 
 def read_known_layout(names: Sequence[str], path: Path) -> FolderLayout | None:
-    """The layout of a data set that is known by its lists; None of any other."""
+    """The layout of a data set that is recognised by its lists; None for any other."""
     files = {name for name in names if not name.endswith("/")}
     for find in (_find_scenes, _find_birds, _find_imagenet):
         if found := find(files, path):
@@ -134,7 +134,7 @@ def _find_imagenet(files: set[str], path: Path) -> tuple[Listed, Listed, Sequenc
     sorted_: dict[str, str] = {}
     flat: dict[str, str] = {}  # by file name without suffix
     if any(re.fullmatch(rf"(?:.*/)?test/{WNID}/[^/]+", name, re.IGNORECASE) for name in files):
-        return None  # a test split in classes, which ImageNet has not
+        return None  # ImageNet has no test split in classes
     for name in sort_out(files)[0]:
         if found := re.fullmatch(rf"(?:.*/)?(train|val)/(?:({WNID})/)?([^/]+)", name, re.IGNORECASE):
             split, wnid, file = found.groups()
@@ -167,7 +167,7 @@ def _find_imagenet(files: set[str], path: Path) -> tuple[Listed, Listed, Sequenc
 
 
 def _devkit_classes(path: Path, truth: str, stems: Sequence[str]) -> dict[str, str]:
-    """Class of each validation picture: line n of the devkit's list is the number of that of picture n."""
+    """Class of each validation picture: line n of the devkit's list is the number of the class of picture n."""
     from scipy.io import loadmat
 
     numbers = [int(row[0]) for row in _rows(path, truth)]

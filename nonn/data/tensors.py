@@ -1,4 +1,4 @@
-"""Artifacts that hold tensors, as safetensors: no pickle, memory-mapped on reading, the same bytes each time."""
+"""Artifacts of tensors as safetensors files: without pickle, memory-mapped on reading, the same bytes each time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with replacing(path) as temporary:
         try:
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:  # it has the operating system's number in its text alone
+        except SafetensorError as error:  # only its text has the number of the operating system's error
             if number := re.search(r"(?:os error|code:) (\d+)", str(error)):
                 raise OSError(int(number[1]), "cannot be written") from error
             raise

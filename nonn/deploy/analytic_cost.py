@@ -25,7 +25,7 @@ class Step(NamedTuple):
 
     values: int  # that it makes
     reads: tuple[int, ...] = ()  # the steps whose values it reads
-    shares: int | None = None  # the step in whose memory it writes, where it needs none of its own
+    shares: int | None = None  # the step whose memory it writes to, if it needs none of its own
 
 
 def peak_values(steps: list[Step]) -> int:

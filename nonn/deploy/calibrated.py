@@ -1,7 +1,7 @@
-"""int8 from the ONNX file of a float32 student alone, for whoever has no training folder.
+"""Quantising the ONNX file of a float32 student, for users without its training folder.
 
-The stage `export` quantises the trained student itself, see `nonn.deploy.int8`. Here batch norms are folded by ONNX
-Runtime, so those behind a pooling stay, and become tables in firmware.
+The stage `export` quantises the trained student itself, see `nonn.deploy.int8`. Here ONNX Runtime folds the batch
+norms, so those behind a pooling stay, and become tables in firmware.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def write_int8(source: Path, load: Callable[[tuple[int, ...]], np.ndarray], targ
     Parameters
     ----------
     load
-        Training images to calibrate on, uint8 (N, channels, H, W), for the last three of these; evenly spaced ones are
-        taken.
+        Called with (channels, H, W); returns training images, uint8 (N, channels, H, W), of which evenly spaced ones
+        serve for the calibration.
 
     Raises
     ------

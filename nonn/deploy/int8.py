@@ -1,15 +1,15 @@
 """int8 students: what a device of 8-bit precision runs, quantised after training by ONNX Runtime.
 
 Convolutions and poolings work on 8-bit integers, with a scale for each filter's weights and one for each
-map of activations, the latter calibrated on training images. What ONNX Runtime has no integer kernel for
-(GELU) it calculates in float32, from and to integers; the spatial mean and a head stay float32.
+map of activations, the latter calibrated on training images. ONNX Runtime has no integer kernel for GELU, and
+calculates it in float32, from and to integers; the spatial mean and a head stay float32.
 
 The same images and weights give the same bytes, and the same file gives the same answers on every processor, up to
 the rounding of float32. Activations are unsigned, so that ONNX Runtime multiplies them with dot products of 8-bit
 integers. x86 processors with AVX2 or AVX-512 but no VNNI instructions add two products in 16 bits there, and
 saturate. So weights have 7 bits, −64 to 64: the largest sum, 2 · 255 · 64 = 32,640, stays below 2¹⁵. See
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html#when-and-why-do-i-need-to-try-u8u8.
-What other forms give and cost stands in ``results/cifar10/attempts.md``.
+``results/cifar10/attempts.md`` says what other schemes give and cost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CALIBRATION_IMAGES = 256
 #: Largest mean difference of a feature vector from that of the float32 student, relative to its length. Students
 #: of CIFAR-10 differ by 0.04 to 0.05 and are as accurate as before; at 0.25 something went wrong.
 TOLERANCE = 0.25
-#: Operations that work on integers. Between two of GELU's parts, integers would cost accuracy and gain no time.
+#: Operations that work on integers. Between the operations of a GELU, integers would cost accuracy and save no time.
 QUANTISED = ("Conv", "MaxPool")
 #: As manifests name it: unsigned 8-bit activations, signed 7-bit weights.
 QUANTISATION_SCHEME = "u8s7"
@@ -43,9 +43,9 @@ Net = TypeVar("Net", bound=nn.Module)
 
 
 def fold_norms(model: ConvNet) -> ConvNet:
-    """A copy for inference, each batch norm folded into the convolution before it, where there is one.
+    """A copy for inference, in which each batch norm is folded into the convolution before it, if there is one.
 
-    A max pooling in between does no harm if all scales are positive, as the largest value stays the largest.
+    A max pooling may lie between the two if all scales are positive, for the largest value then stays the largest.
     """
     return _folded(copy.deepcopy(model).eval())
 
@@ -99,7 +99,7 @@ def quantise(path: Path, images: np.ndarray) -> None:
 
     root = logging.getLogger()
     level = root.level
-    root.setLevel(logging.ERROR)  # it advises to fold batch norms, which is done
+    root.setLevel(logging.ERROR)  # it advises folding batch norms, which has been done
     try:
         with replacing(path) as quantised:
             quantize_static(
@@ -123,7 +123,7 @@ def check_close(
     original: Tensor,
     remedy: str = "Set design.precision to float32 in params.yaml",
 ) -> None:
-    """Refuse an int8 student whose feature vectors (B, F) have little to do with the trained one's."""
+    """Refuse an int8 student whose feature vectors (B, F) differ from those of the trained one by over `TOLERANCE`."""
     trained = original.numpy()
     lengths = np.linalg.norm(trained, axis=1)
     difference = (np.linalg.norm(quantised - trained, axis=1) / np.maximum(lengths, 1e-9)).mean()
@@ -137,8 +137,7 @@ def check_close(
 def weight_bytes(model: ConvNet) -> int:
     """Bytes of an int8 model's weights.
 
-    A byte for each weight of a convolution, and for each of its filters a 32-bit bias and a 32-bit scale; all else in
-    32 bits.
+    A weight of a convolution takes a byte, a filter also a 32-bit bias and a 32-bit scale, and any other value 32 bits.
     """
     folded = fold_norms(model)
     convolutions = [module for module in folded.modules() if isinstance(module, nn.Conv2d)]

@@ -1,4 +1,4 @@
-"""ONNX files of what a device runs, in float32 or in int8: uint8 image in, feature vector or logits out."""
+"""ONNX files that devices run, in float32 or in int8: from a uint8 image to a feature vector or to logits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: Path, input_name: str, 
             external_data=False,
             verbose=False,
         )
-    assert program is not None  # as it is only without dynamo
+    assert program is not None  # it would be None without dynamo
     proto = program.model_proto  # made anew at each access
     graph = proto.graph
     # The exporter notes source lines with absolute paths: they differ between machines.
@@ -87,7 +87,7 @@ def _write(
 
 
 def student_content(student: ConvNet, data: Dataset, precision: Precision) -> bytes:
-    """Content of the file that `write_student` would write."""
+    """The content of the file that `write_student` writes."""
     with scratch_folder() as folder:
         path = folder / "student.onnx"
         write_student(student, data, path, precision)

@@ -1,4 +1,4 @@
-"""Foreign teachers as ONNX files like those of our own networks, and what such a file costs a device."""
+"""Foreign teachers as ONNX files like those of our own networks, and what running such a file costs a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FUSED |= {"Reshape", "Sigmoid", "Gelu", "Squeeze", "Unsqueeze", "Erf", "Tanh"}
 
 
 def write_teacher(model: ForeignTeacher, data: Dataset, path: Path) -> None:
-    """Write a foreign teacher, in float32; an ONNX file stays as it is, with its preprocessing put before it."""
+    """Write a foreign teacher in float32; an ONNX file stays as it is, preceded by its preprocessing."""
     if isinstance(model.body, OnnxBody):
         image = (data.channels, data.size, data.size)
         path.write_bytes(model.body.as_classifier(model.preprocess.settings, model.outputs, image))
@@ -42,8 +42,8 @@ def write_teacher(model: ForeignTeacher, data: Dataset, path: Path) -> None:
 def measure_file_cost(path: Path) -> Cost:
     """Count the cost of one image through an ONNX file of one float32 model, by running it once.
 
-    As `measure_cost` counts: multiply-accumulates of convolutions and matrix products, and activations by liveness.
-    What runs within loops and branches is not counted.
+    As `measure_cost`, it counts multiply-accumulates of convolutions and matrix products, and activations by liveness.
+    Operations within loops and branches are not counted.
     """
     model = onnx.load(path)
     graph = model.graph
@@ -82,7 +82,7 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> i
 def _steps(
     nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]], constants: set[str], entry: str
 ) -> list[Step]:
-    """The operations of a graph in its order, an output each; the last one reads what no other does, the answers."""
+    """The operations of a graph in its order, one for each output, and one that reads the answers, as no other does."""
     steps, number = [Step(math.prod(shapes[entry]))], {entry: 0}
     for node in nodes:
         reads = tuple(number[name] for name in node.input if name in number)

@@ -1,1 +1,1 @@
-"""The network that students imitate: trained or imported, and what it says of every image."""
+"""The network that students imitate: training or importing it, and its signals for every image."""

@@ -1,8 +1,8 @@
-"""Foreign networks, each as a module that gives the feature vectors that its classifier sees, and the logits.
+"""Foreign networks as *bodies*: modules that return the feature vectors that their classifier is given, and the logits.
 
-The interface of all bodies: a module of ``n_features`` and ``n_outputs`` that takes preprocessed images (B, C, H, W),
-float32, and returns features (B, n_features) and logits (B, n_outputs), float32; ``classify`` gives the logits of
-features, to ``tolerance``; and ``tensors`` are what is stored of it.
+A body has ``n_features`` and ``n_outputs``, takes preprocessed images (B, C, H, W), float32, and returns features
+(B, n_features) and logits (B, n_outputs), float32. ``classify`` gives the logits of features, to ``tolerance``;
+``tensors`` are what is stored of it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nonn.core.errors import UserError, one_line
 from nonn.core.schema import did_you_mean
 from nonn.teachers.weight_files import other_classes
 
-#: Largest difference of the logits from those of the features through the classifier, relative to the largest: of
-#: weights in float32, and in 16 bits.
+#: Largest difference of the logits from those of the features through the classifier, relative to the largest logit,
+#: for weights in float32 and in 16 bits.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
 
 
 class Body(Protocol):
-    """What a foreign network is turned into: see the module."""
+    """The interface that the docstring of this module describes."""
 
     n_features: int
     n_outputs: int
@@ -41,7 +41,7 @@ class Body(Protocol):
 
 
 class ModuleBody(nn.Module):
-    """A module of the user's or of a library, in float32, whose classifier is listened to."""
+    """A module of the user's or of a library, in float32; a hook reads the input of its classifier."""
 
     tolerance = TOLERANCE
 
@@ -110,7 +110,7 @@ def find_classifier(network: nn.Module, pixels: Tensor, name: str | None, n_outp
 
 
 def run_network(network: Any, pixels: Tensor, source: str) -> Any:
-    """The network's answer, or in one line why it has none."""
+    """The network's answer, or a UserError if it has none."""
     try:
         return network(pixels)
     except (Exception, SystemExit) as error:  # a foreign network may raise anything, and end the program
@@ -138,7 +138,7 @@ def check_logits(logits: Any, n_images: int, n_outputs: int, source: str) -> Non
 
 
 class GraphBody(nn.Module):
-    """A program of torch.export whose last linear layer's input is made an output."""
+    """A program of torch.export, with the input of its last linear layer as one more output."""
 
     def __init__(self, content: bytes, n_outputs: int | None, source: str):
         super().__init__()
@@ -185,12 +185,12 @@ class GraphBody(nn.Module):
         return {"file": torch.frombuffer(bytearray(self.content), dtype=torch.uint8)}
 
     def train(self, mode: bool = True) -> GraphBody:  # noqa: ARG002
-        """Exported programs are as they were exported, and refuse to be switched."""
+        """Exported programs stay in the mode that they were exported in, and refuse to be switched."""
         return self
 
 
 def _placeholder(graph: fx.Graph, source: str) -> list[Any]:
-    """Shape of the only input: whole numbers, and None where any number will do."""
+    """Shape of the only input, with None for any size."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     shape = inputs[0].meta["val"].shape if inputs and "val" in inputs[0].meta else ()
     sizes = [size if isinstance(size, int) else None for size in shape]
@@ -204,7 +204,7 @@ def _placeholder(graph: fx.Graph, source: str) -> list[Any]:
 
 
 def check_input(n_inputs: int, shape: Sequence[int | None], source: str) -> None:
-    """Refuse what does not take one image or any number; `shape` is that of the first of `n_inputs` inputs."""
+    """Refuse a network that takes neither one image nor any number; `shape` is that of the first input."""
     if n_inputs != 1 or len(shape) != 4:
         raise UserError(
             f"params.yaml: teacher.source: {source} takes {n_inputs} inputs, the first with {len(shape)} dimensions; "
@@ -267,7 +267,7 @@ def _flat(value: Any) -> list[fx.Node]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """float32 within a context of mixed precision: foreign networks may not be made for less."""
+    """Keep float32 within mixed precision, which foreign networks may not be made for."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):
             yield

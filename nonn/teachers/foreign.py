@@ -1,8 +1,8 @@
-"""Teachers that are not of our own families: whatever gives features and logits.
+"""Teachers that are not of our own families: any network that gives features and logits.
 
-The pipeline needs of a teacher what its last linear layer, the *classifier*, is given for each image, and what comes
-out of it. `ForeignTeacher` is that, whether the network is one of torchvision or timm, of the user's own code, an ONNX
-file or an exported program; `nonn.training.networks.ConvNet` is called in the same way.
+The pipeline needs the input and the output of a teacher's last linear layer, the *classifier*, for each image.
+`ForeignTeacher` gives them, whether the network is one of torchvision or timm, of the user's own code, an ONNX file or
+an exported program; it is called like `nonn.training.networks.ConvNet`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ForeignTeacher(nn.Module):
 
     It takes uint8 images (B, channels, H, W) of the data set and returns feature vectors (B, `n_features`), of any
     sign, and logits (B, C), float32, in the order of the data set's classes. `outputs` are the positions of these
-    classes among the network's outputs; None for as they are.
+    classes among the network's outputs; None if the two are the same.
     """
 
     mirrors = False
@@ -185,7 +185,7 @@ def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
     ------
     UserError
         They do not, to the tolerance of the body; the network answers with something else than features and logits; or
-        what it says of an image is random, or depends on the others of its batch.
+        its answer for an image is random, or depends on the others of its batch.
     """
     features, logits = run_network(body, pixels, source)
     check_logits(logits, len(pixels), n_outputs, source)
@@ -201,7 +201,7 @@ def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
             "Look at its weights, and at teacher.pixels and teacher.normalization."
         )
     limit = body.tolerance * max(1.0, float(logits.abs().max()))
-    # The same images beside others, as many: a batch of another size may be summed in another order.
+    # The same images beside others, in a batch of the same size: one of another size may be summed in another order.
     first = pixels[: -(-len(pixels) // 2)]
     _, again = run_network(body, torch.cat([first, first])[: len(pixels)], source)
     if not _difference(again[: len(first)], logits[: len(first)]) <= limit:
@@ -222,5 +222,5 @@ def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Of the largest element; infinite for another shape."""
+    """The largest absolute difference of an element; infinite for another shape."""
     return float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")

@@ -1,4 +1,4 @@
-"""Networks of torchvision, of timm and of the user's own code, built by the name that ``teacher.source`` has."""
+"""Networks of torchvision, of timm and of the user's own code, built by their name in ``teacher.source``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nonn.core.params import TeacherParams
 from nonn.core.schema import did_you_mean
 from nonn.teachers.preprocessing import IMAGENET, Moments
 
-#: Mean and deviation of pixels from 0 to 1 that makes them values from -1 to 1.
+#: Mean and deviation that turn pixels from 0 to 1 into values from -1 to 1.
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -40,11 +40,11 @@ def build_network(
     weights: Mapping[str, Tensor] | None,
     download: bool,
 ) -> Built:
-    """The network of a source, for so many outputs.
+    """The network of a source, with `n_outputs` outputs.
 
     Networks for images of a fixed size are made for `size` pixels a side. timm's are made for as many channels as the
-    first layer of `weights` has, by default 3. With `download` the library's own weights come with it, and its own
-    number of outputs.
+    first layer of `weights` has, by default 3. With `download`, the network has the library's own weights and number of
+    outputs.
     """
     kind, name = params.kind, params.target
     if kind == "module":
@@ -66,8 +66,8 @@ def _build_torchvision(
 ) -> Built:
     from torchvision import models
 
-    # These two turn images that are normalised as ImageNet's into some that are from -1 to 1, if told to; and they have
-    # auxiliary classifiers, which their own weights leave out or not.
+    # These two can turn images normalised as ImageNet's into values from -1 to 1 themselves. They have auxiliary
+    # classifiers, which a file of weights may leave out.
     is_inception = name in ("googlenet", "inception_v3")
 
     known = models.list_models(module=models)
@@ -126,7 +126,7 @@ def _unknown(library: str, name: str, known: list[str]) -> UserError:
 
 
 def find_code(source: str) -> Path:
-    """File of the module of a source ``module:PACKAGE.FILE:FACTORY``, without running it where there is one."""
+    """File of the module of a source ``module:PACKAGE.FILE:FACTORY``, which is not run."""
     name = source.split(":")[1]
     folder = str(Path.cwd())
     if folder not in sys.path:  # as it is with `python -m nonn`

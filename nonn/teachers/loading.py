@@ -1,8 +1,8 @@
-"""The teacher as later stages read it, whatever it is.
+"""Loading the teacher, trained or foreign, for later stages.
 
-The interface of a teacher: a module of ``n_features`` in evaluation mode that takes uint8 images (B, channels, H, W) of
-the data set and returns feature vectors (B, n_features) and logits (B, C), as `nonn.training.networks.predict` wants
-it; ``mirrors`` says whether it looks at the mirror image, too. Only teachers of our own families have attention maps.
+A teacher is a module in evaluation mode, of ``n_features``, that takes uint8 images (B, channels, H, W) of the data set
+and returns feature vectors (B, n_features) and logits (B, C), as `nonn.training.networks.predict` needs it; ``mirrors``
+says whether it looks at the mirror image, too. Only teachers of our own families have attention maps.
 """
 
 from __future__ import annotations

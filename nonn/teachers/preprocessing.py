@@ -15,13 +15,13 @@ from nonn.training.networks import Normalize
 
 #: Mean and deviation, one a channel or one for all.
 Moments = tuple[Sequence[float], Sequence[float]]
-#: Those that networks are given which torchvision and timm pretrain on ImageNet, unless they say otherwise.
+#: Those of the networks that torchvision and timm pretrain on ImageNet, unless they say otherwise.
 IMAGENET: Moments = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From uint8 images in RGB to what the teacher's network is given."""
+    """How uint8 images in RGB become the input of the teacher's network."""
 
     channels: int  # of the network's input
     mean: Sequence[float]  # this and the next in grey levels, 0 to 255, one a channel or one for all
@@ -30,10 +30,10 @@ class Preprocessing:
 
     @classmethod
     def of(cls, params: TeacherParams, channels: int, images: int, usual: Moments | None = None) -> Self:
-        """As the parameters say, for a network of so many input channels and images of as many.
+        """As the parameters say, for a network of `channels` input channels and for `images` of so many channels.
 
-        `usual` are mean and deviation of pixels from 0 to 1 where ``teacher.normalization`` is null; None, as with
-        pixels from 0 to 255: nothing is subtracted.
+        `usual` are the mean and deviation of pixels from 0 to 1 if ``teacher.normalization`` is null. Without them, and
+        for pixels from 0 to 255, nothing is subtracted.
         """
         if channels != images and images != 1:
             raise UserError(
@@ -59,7 +59,7 @@ def other_channels(name: str, n_values: int, channels: int) -> UserError:
 
 
 class Preprocess(Normalize):
-    """uint8 images (B, channels of the data set, H, W) as the network wants them, float32 (B, channels, H, W)."""
+    """Turns uint8 images (B, channels of the data set, H, W) into the network's input, float32 (B, channels, H, W)."""
 
     def __init__(self, settings: Preprocessing):
         super().__init__(torch.tensor(settings.mean), torch.tensor(settings.std))

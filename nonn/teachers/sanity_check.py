@@ -1,4 +1,4 @@
-"""Whether an imported teacher is one: its accuracy on validation images, and what an odd one is likely to mean."""
+"""Whether an imported teacher works: its accuracy on validation images, and the likely causes of a bad one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nonn.teachers.foreign import ForeignTeacher
 from nonn.teachers.preprocessing import IMAGENET, Preprocess, Preprocessing
 from nonn.training.networks import accuracy, predict
 
-#: How far below ``teacher.expected_accuracy`` a teacher may stay: its validation images need not be the published ones.
+#: How far a teacher may stay below ``teacher.expected_accuracy``: its validation images need not be the published ones.
 MARGIN = 0.05
 #: A difference of accuracies of more standard errors than this is no chance.
 SIGNIFICANT_ERRORS = 3.0
@@ -34,12 +34,12 @@ CAUSES = "normalization, pixels (unit or byte), colour_order, the order of class
 def check_teacher(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherParams) -> None:
     """Refuse a teacher that is not better than chance, or far worse than expected; `logits` (M, C) are of validation.
 
-    A line warns where it has probably seen the validation images.
+    A line warns if it was probably trained on the validation images.
 
     Raises
     ------
     UserError
-        With the likely causes, and those that a trial has confirmed.
+        The teacher is refused; the message names the likely causes, and those that a trial has confirmed.
     """
     labels = data.labels[data.validation]
     if not bool(torch.isfinite(logits).all()):
@@ -67,8 +67,8 @@ def check_teacher(model: nn.Module, logits: Tensor, data: Dataset, params: Teach
 def leak_warning(model: nn.Module, score: float, data: Dataset) -> str | None:
     """A line if the teacher was probably trained on the validation images; `score` is its accuracy on them.
 
-    That shows where it is right as often as on training images, and clearly more often than on test images. Test images
-    decide nothing here: they tell whether to believe the numbers.
+    It then is right on these as often as on training images, and clearly more often than on test images. The test
+    images decide nothing: they tell whether to believe the numbers.
     """
     scores, tried = {}, {}
     for split in ("train", "test"):
@@ -108,7 +108,7 @@ def _refusal(reason: str, model: nn.Module, logits: Tensor, data: Dataset, param
 
 
 def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherParams) -> Iterator[str]:
-    """What a trial on validation images shows to make the teacher much better, with the accuracy it then has."""
+    """Changes that make the teacher much better in a trial on validation images, each with the accuracy it then has."""
     images, labels = data.subset("validation")
     score = accuracy(logits, labels)
     better = score + (1 - score) / 2  # half of the errors gone
@@ -117,7 +117,7 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherPa
     )
     rows, columns = linear_sum_assignment(-confusion.numpy())
     assigned = float(confusion[rows, columns].sum()) / len(labels)
-    # Some order fits chance, too: an error of the fit is allowed for, about the root of the images for each class.
+    # The best of all orders is better than chance even at random, by about the root of the images for each class.
     outputs = list(getattr(model, "outputs", None) or range(data.n_classes))  # of the network, of each column
     is_all = sorted(outputs) == list(range(data.n_classes))
     if is_all and assigned - math.sqrt(data.n_classes / len(labels)) > better:
@@ -140,10 +140,10 @@ def _remedies(model: nn.Module, logits: Tensor, data: Dataset, params: TeacherPa
 
 
 def _readings(params: TeacherParams, settings: Preprocessing) -> Iterator[tuple[str, Preprocessing]]:
-    """Other ways to see images, by the keys of ``teacher`` that ask for them."""
+    """Other preprocessing, by the keys of ``teacher`` that ask for it."""
     plain, half = Normalization(mean=[0.0], std=[1.0]), Normalization(mean=[0.5], std=[0.5])
     changes: list[dict[str, Any]] = [{"pixels": "byte"}]
-    if params.normalization or params.kind not in LIBRARIES:  # else the library's own would come with the range
+    if params.normalization or params.kind not in LIBRARIES:  # else the library's normalization would change, too
         changes += [{"pixels": "unit"}]
     changes += [{"normalization": normalization, "pixels": "unit"} for normalization in (plain, half)]
     changes += [{"normalization": plain, "pixels": "byte"}]

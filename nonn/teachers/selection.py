@@ -1,4 +1,4 @@
-"""Which images of a batch are worth a large network's time: those that a small one finds hardest."""
+"""Selecting the images of a batch that a large network learns from: those that a small one finds hardest."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LEARNS_EVERY = 4
 class Proxy(nn.Module):
     """A small network, trained beside a large one, that selects what the large one learns from.
 
-    After airbench96_faster of https://github.com/KellerJordan/cifar10-airbench, where the hardest half of each batch
-    takes a network to 96 % with 3.1 in place of 7.2 PFLOP. The schedule is that of the large network, and
+    After airbench96_faster of https://github.com/KellerJordan/cifar10-airbench, where a network that learns from the
+    hardest half of each batch reaches 96 % with 3.1 instead of 7.2 PFLOP. The schedule is that of the large network:
     `nonn.training.loop.train` sets the learning rates of both. `keep`, in (0, 1], is the share of a batch that is
     selected.
     """

@@ -1,8 +1,8 @@
-"""What the teacher says of every training image, computed once.
+"""The teacher's answers for every training image, computed once.
 
-For K augmented views of each training image, and for the validation images as they are, this
-stage keeps the teacher's logits, the pooled activations of its final convolution, and its attention
-maps. Everything after it trains against these; no training step runs the teacher again.
+For K augmented views of each training image, and for the validation images as they are, this stage keeps the teacher's
+logits, the pooled activations of its final convolution, and its attention maps. All later trainings use these; no
+training step runs the teacher again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ BATCH_SIZE = 500
 def as_activity(features: Tensor) -> Tensor:
     """How active each filter is, at least 0: its feature where that is positive, otherwise 0.
 
-    Features after ReLU stay as they are. Those of any sign (GELU, SiLU, layer norm) have to be made activity, since the
-    graph takes nothing below 0 and students' features are rectified, so that they cannot follow what is. Of three rules
-    this one makes the most modular graph, keeps what a linear probe reads, and teaches best: see
-    ``docs/what-was-tried.md``, *Features of any sign*.
+    Features after ReLU stay as they are. Those of any sign (GELU, SiLU, layer norm) are clamped, since the graph takes
+    nothing below 0 and the students' features are rectified. Of three rules this one makes the most modular graph,
+    keeps what a linear probe reads, and teaches best: see ``docs/what-was-tried.md``, *Features of any sign*.
     """
     return features.clamp(min=0)
 
@@ -60,7 +59,7 @@ def compute_signals(
 
 @torch.inference_mode()
 def signals_of(teacher: ConvNet | ForeignTeacher, images: Tensor, attention: bool) -> dict[str, Tensor]:
-    """What the teacher says of a batch of uint8 images, by the names of `compute_signals`; float16."""
+    """The teacher's signals for a batch of uint8 images, float16, by the names of `compute_signals`."""
     device = pick_device()
     teacher = teacher.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     maps: list[Tensor] = []

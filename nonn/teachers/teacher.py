@@ -1,7 +1,7 @@
 """Training the large network that the students will imitate, or importing one.
 
-The last epoch's weights are kept; nothing is selected. What the teacher says of each image is
-computed once, by the stage `signals`.
+The last epoch's weights are kept; nothing is selected. The stage `signals` computes the teacher's answers for all
+images once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nonn.training.networks import ConvNet, accuracy, predict, whiten
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
-#: How names begin in torchvision's and timm's networks, as they are after the translation, and never in ours.
+#: Prefixes of names in torchvision's and timm's networks, translated by `PUBLIC_NAMES`, that ours never have.
 LIBRARY_NAMES = ("layer4.", "features.", "classifier.", "blocks.", "encoder.", "conv_proj.", "trunk_output.", "patch_")
 
 
@@ -89,7 +89,10 @@ def train_teacher(data: Dataset, params: TeacherParams, checkpoint: Checkpoint) 
 def import_own(data: Dataset, params: TeacherParams) -> ConvNet:
     """Build a teacher of one of our families from a file of weights.
 
-    A UserError says what does not fit `teacher.architecture` or the dataset.
+    Raises
+    ------
+    UserError
+        They do not fit `teacher.architecture` or the dataset.
     """
     path = Path(str(params.weights))
     model = ConvNet(params.own_architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
@@ -118,7 +121,7 @@ def import_own(data: Dataset, params: TeacherParams) -> ConvNet:
 
 
 def _own_normalization(data: Dataset, params: TeacherParams) -> dict[str, Tensor]:
-    """Mean and deviation in grey levels, from the parameters; nothing where the file or the data set says them."""
+    """Mean and deviation in grey levels from the parameters; empty if the file or the data set decides them."""
     tensors = {}
     for name, values in (params.normalization.model_dump() if params.normalization else {}).items():
         if len(values) != data.channels:
@@ -148,7 +151,7 @@ def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teache
 
 
 def _own_name(name: str) -> str:
-    """Our name of a parameter of a public ResNet; our own names stay as they are."""
+    """Our name for a parameter of a public ResNet; our own names stay as they are."""
     while name.startswith(PREFIXES):
         name = name.partition(".")[2]
     first, _, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""State dicts as people have them: what file it is, where in it the weights are, and what their names begin with.
+"""Reading state dicts of any origin: the format of the file, where in it the weights are, prefixes of their names.
 
 No pickled code is ever run: files are read with ``weights_only``, and what that refuses is named.
 """
@@ -29,12 +29,12 @@ AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_di
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "shadow_params")
 #: What wrappers put before each name: DataParallel, torch.compile, AveragedModel, Lightning and their like.
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
-#: Of names of tensors whose shape depends on the size of images, as transformers have them.
+#: Parts of the names of tensors whose shape depends on the size of images, as transformers have them.
 SIZE_DEPENDENT = ("pos_embed", "relative_position", "attn_mask")
-#: Of averaged models, a number and no weight.
+#: Tensors of averaged models that are no weights.
 COUNTERS = ("n_averaged", "module.n_averaged")
 
-#: What else a checkpoint holds: the options of a training, and numbers of numpy.
+#: What else checkpoints hold: the options of a training, and numbers of numpy.
 _SCALAR = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
     argparse.Namespace,
@@ -73,7 +73,7 @@ def read_weights(params: TeacherParams) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def check_sum(path: Path, params: TeacherParams) -> None:
-    """Refuse another file than ``weights_sha256`` says, and what is no regular one; FileNotFoundError without any."""
+    """Refuse another file than ``weights_sha256`` says, and what is not a regular file; FileNotFoundError if absent."""
     if params.weights_sha256 not in (None, found := sha256_of(regular(path))):
         raise UserError(
             f"params.yaml: teacher.weights_sha256: {path} has SHA-256 {found}, not {params.weights_sha256} as stated. "
@@ -98,7 +98,7 @@ def _load(path: Path) -> Any:
 
 
 def foreign_format(path: Path) -> str | None:
-    """What a file is that is surely no state dict, with what to do; None if it may be one."""
+    """What a file is that cannot be a state dict, and what to do; None if it may be one."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
@@ -123,12 +123,12 @@ def foreign_format(path: Path) -> str | None:
 
 
 def select_weights(content: Any, path: Path, ema: bool) -> dict[str, Tensor]:
-    """The state dict within what a file holds; of averaged weights and those of the last step, those that `ema` says.
+    """The state dict in the content of a file; of averaged weights and those of the last step, those that `ema` says.
 
     Raises
     ------
     UserError
-        There is none, or several under names that do not tell which.
+        There is none, or several whose names do not tell which to take.
     """
     state_dicts = dict(_state_dicts(content, ""))
     if not state_dicts:
@@ -169,7 +169,7 @@ def _state_dicts(content: Any, name: str, depth: int = 0) -> Iterable[tuple[str,
 
 
 def check_kinds(weights: Mapping[str, Any], path: Path | str) -> None:
-    """Refuse what no layer can have: no tensor, or one without values, sparse or complex."""
+    """Refuse entries that are not tensors, and tensors without values, sparse or complex."""
     for name, tensor in weights.items():
         if not isinstance(tensor, Tensor):
             kind: str | None = f"is no tensor ({type(tensor).__name__})"
@@ -185,7 +185,7 @@ def check_kinds(weights: Mapping[str, Any], path: Path | str) -> None:
 
 
 def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
-    """Refuse weights that are not numbers, as a training that diverged leaves them."""
+    """Refuse weights that are NaN or infinite, as a training that diverged leaves them."""
     broken = [
         name for name, t in weights.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())
     ]
@@ -197,10 +197,10 @@ def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
 
 
 def strip_prefixes(weights: dict[str, Tensor], expected: Iterable[str], path: Path) -> dict[str, Tensor]:
-    """The weights under the names that a model expects, without what wrappers put before them.
+    """The weights under the names that a model expects, without the prefixes of wrappers.
 
-    Each prefix may come off several times; the names that fit the model best are taken. What lies beside the model in
-    its wrapper, such as the weights of a loss, is left out, and a line says so.
+    Each prefix may be stripped several times; the names that fit the model best are taken. Tensors of the wrapper
+    outside the model, such as the weights of a loss, are left out, and a line says so.
     """
     expected_names, best = set(expected), weights
     queue, seen = [weights], {frozenset(weights)}
@@ -277,7 +277,7 @@ def load_into(model: nn.Module, weights: dict[str, Tensor], path: Path | str | N
 
 
 def other_classes(where: Path | str, n_outputs: int, n_classes: int) -> UserError:
-    """The teacher tells other classes than the data set has."""
+    """The teacher has another number of outputs than the data set has classes."""
     return UserError(
         f"{where}: the teacher has {n_outputs} outputs, and {n_classes} classes are expected. "
         f"{remedy_of_outputs(n_outputs, n_classes)}"
