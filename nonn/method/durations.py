@@ -1,7 +1,7 @@
-"""How long jobs may take that have never run, by the work that can be counted before: for an estimate of what is left.
+"""Estimates of how long jobs take that have never run, from their multiply-accumulates.
 
-Only the proportion of jobs to each other matters, since `nonn.commands.job` scales the estimate by how long the jobs
-took that are done. Where an experiment has run before, its own times are better (``workflow/rules/plan.smk``).
+Only the proportions matter, since `nonn.commands.job` scales the estimates by how long finished jobs took. If an
+experiment has run before, its own times are better (``workflow/rules/plan.smk``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OVERHEAD_S = 8.0
 
 
 def guess_seconds(params: Params, paths: Paths, address: str) -> float:
-    """Of a job by its address in ``dvc.yaml``, after `check_budgets` has accepted the parameters."""
+    """Seconds of a job, given by its address in ``dvc.yaml``; `check_budgets` has to have accepted the parameters."""
     stage, _, item = address.partition("@")
     info = known_dataset(params, paths)
     images = ImageSpec.of(info) if info else least_images(params)
@@ -40,7 +40,7 @@ def guess_seconds(params: Params, paths: Paths, address: str) -> float:
 
 
 def _of_teacher(params: Params, images: ImageSpec, _: str) -> float:
-    """Multiply-accumulates for each training image, over all epochs and by thread, as of all that follow."""
+    """Multiply-accumulates of one thread for each training image, over all epochs."""
     teacher = params.teacher
     if not teacher.is_trained:
         return 0.0
@@ -54,7 +54,7 @@ def _of_teacher(params: Params, images: ImageSpec, _: str) -> float:
 
 
 def _of_signals(params: Params, images: ImageSpec, _: str) -> float:
-    """Of a teacher that is asked once, whether or not it mirrors."""
+    """The teacher looks at each view once, whether or not it mirrors."""
     architecture = params.teacher.architecture
     passes = _passes(architecture.mirror) if architecture and not params.teacher.is_foreign else 1
     return params.signals.views * _answer(params, images) / passes / params.signals.threads
@@ -69,7 +69,7 @@ def _answer(params: Params, images: ImageSpec) -> float:
 
 
 def _passes(mirror: bool) -> int:
-    """Passes of an answer, the mirror image's included; a training step has one."""
+    """Passes for an answer, including that of the mirror image; a training step has one."""
     return 2 if mirror else 1
 
 

@@ -1,10 +1,10 @@
-"""Writing what the devices run, as ONNX, and scoring the files again.
+"""Writing what the devices run as ONNX files, and scoring these again.
 
 A network becomes one file a student (uint8 image in, feature vector out) and one for the final layer (concatenated
 feature vectors in, logits out). Teacher and single baselines, which run alone on one device, become one file each
 (image in, logits out). Every file is re-scored on the test images in ONNX Runtime: an export that changes an accuracy
 is an error. With ``design.precision: int8`` students and baselines are int8 (see `nonn.deploy.int8`), and the teacher
-is there in both precisions; manifests of int8 files name their form as ``quantisation``.
+is exported in both precisions; manifests of int8 files name their scheme as ``quantisation``.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from nonn.training.networks import ConvNet, predict, single_pass
 
 #: Largest difference of an output between torch and ONNX Runtime, relative to the largest output.
 TOLERANCE = 1e-4
-#: Largest feature accepted of a student, relative to its largest on validation images. Measured on 14
-#: students of mnist5k: test images reach 1.15, images of another kind (inverted, noise, stripes) 1.5, so
-#: that no honest node is refused; and no rogue has more than four times an honest node's range.
+#: Largest feature accepted of a student, relative to its largest on validation images. On 14 students of mnist5k, test
+#: images reach 1.15, and images of other kinds (inverted, noise, stripes) 1.5. So no honest node is refused, and a
+#: rogue one has at most four times the range of an honest one.
 FEATURE_MARGIN = 4.0
 #: The models that see images of the teacher's size.
 TEACHERS = ("teacher", "teacher_int8")
@@ -69,7 +69,7 @@ def check_same(path: Path, exported: np.ndarray, original: Tensor, tolerance: fl
 def check_outputs(
     path: Path, exported: np.ndarray, original: Tensor, precision: Precision, tolerance: float = TOLERANCE
 ) -> None:
-    """Refuse a file whose outputs are not the model's: exactly in float32, by and large in int8."""
+    """Refuse a file whose outputs differ from the model's: by rounding at most in float32, slightly at most in int8."""
     if precision == "float32":
         check_same(path, exported, original, tolerance)
     else:

@@ -2,7 +2,7 @@
 
 The layer starts as the mean of the students' own training heads, block by block, so the assembled network averages
 their logits. It is fitted further on the training images' features, and the fitted layer is kept only if it is right on
-more validation images. What it says when students are missing is chosen here too: see `nonn.method.missing`.
+more validation images. How it answers when students are missing is chosen here too: see `nonn.method.missing`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nonn.training.networks import ConvNet, accuracy, predict
 
 @dataclass(frozen=True)
 class NetworkOfNetworks:
-    """The assembled network: students that never exchange anything, and the final layer.
+    """The assembled network: students that exchange nothing with each other, and the final layer.
 
     Attributes
     ----------
@@ -40,7 +40,7 @@ class NetworkOfNetworks:
     others : mapping of str to FinalLayer
         Of the strategies not chosen, for comparison.
     temperatures : sequence of float
-        What logits are divided by before they become probabilities, with 1 to N students present.
+        Divisors of the logits before the softmax, with 1 to N students present.
     """
 
     students: Sequence[ConvNet]
@@ -128,8 +128,8 @@ def join_students(
 ) -> tuple[dict[str, FinalLayer], dict]:
     """Fit final layers to students of whatever kind: of a NoNN, of a baseline, of an ensemble.
 
-    Returns the layers by strategy for missing students, which answer alike with all present, and a summary: which
-    strategy was ``chosen`` (under ``missing``: see `nonn.method.missing.fit_strategies`), and how the layer came about.
+    Returns the layers by strategy for missing students, which answer alike with all present, and a summary: the
+    strategy ``chosen`` (under ``missing``: see `nonn.method.missing.fit_strategies`), and how the layer came about.
     """
     averaged = averaged_layer([student.head for student in students])
     train, validation = features(students, "train"), features(students, "validation")

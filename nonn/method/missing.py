@@ -1,4 +1,4 @@
-"""What the final layer says when students are missing: five strategies, and which one to take.
+"""How the final layer answers when students are missing: five strategies, and the choice of one.
 
 rescale
     The terms of the students present, times N/|S|: the mean of their logits, if the layer is a mean.
@@ -12,12 +12,11 @@ fail_out
 subset_layers
     One layer for each subset, fitted on that subset, where this gains on validation images.
 
-With all students present, every strategy answers by the same layer, the network's final layer: a
-strategy is about missing students, and choosing one never costs accuracy while none is missing.
+With all students present, every strategy answers by the network's final layer, so the choice of one costs no accuracy
+while none is missing.
 
-`fail_out` and `subset_layers` start from the average of the students' own heads, not from the final
-layer where that was fitted: an average of heads is sound for every subset, a layer fitted to all
-students at once leans on all being there.
+`fail_out` and `subset_layers` start from the average of the students' own heads, even if the final layer was fitted: an
+average of heads suits every subset, whereas a layer fitted to all students depends on all of them.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def fit_fail_out(
 ) -> FinalLayer:
     """Fit one layer while each image misses students at random, every proper subset being as likely.
 
-    Nothing is chosen on the way: the layer is that of the last step.
+    The layer of the last step is returned; none is chosen on the way.
     """
     n, generator = len(features), torch.Generator().manual_seed(seed)
 
@@ -133,8 +132,8 @@ def right_answers(layer: FinalLayer, features: Features, labels: Tensor, subsets
 def cross_scored(start: Tensor, fitted: Tensor) -> Tensor:
     """Right answers of the layers that would be kept, of images that had no part in keeping them.
 
-    The fitted layer of a subset is kept where it is right on more images than the start. Scored on the same images it
-    could only win, by luck alone if need be; so the decision made on each half of the images is scored on the other.
+    The fitted layer of a subset is kept if it is right on more images than the start. On the same images it could only
+    gain, if by luck alone, so the decision made on each half of the images is scored on the other.
     All tensors are bool of shape (S, M): whether each subset's layer is right on each validation image.
     """
     scored = start.clone()

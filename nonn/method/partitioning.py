@@ -1,10 +1,9 @@
 """Disjoint sets of the teacher's filters, one for each student.
 
-Reads the filter graph (`nonn.method.filter_graph`) and how many filters each student gets (`nonn.method.sizing`, from
-the devices' budgets). The default method makes sets of filters that work together: communities of
-the graph, merged and cut to the given sizes at the least loss of modularity, or the best of some random starts if that
-has a higher one. Which architecture a
-student has depends on the size of its set only, and is left to `nonn.method.sizing`.
+The sets are made from the filter graph (`nonn.method.filter_graph`) and the number of filters of each student
+(`nonn.method.sizing`). The default method makes sets of filters that work together: communities of the graph, merged
+and cut to the given sizes at the least loss of modularity, or the best of some random starts if its modularity is
+higher.
 
 References
 ----------
@@ -30,7 +29,7 @@ from nonn.training.loading import cut
 
 RESOLUTION_STEP = 1.1
 MAX_RESOLUTION = 100.0
-#: Random partitions of the same sizes whose mean modularity is the yardstick.
+#: Number of random partitions of the same sizes whose mean modularity is the yardstick.
 N_RANDOM = 20
 #: Random starts of the search for sets, besides the start from communities. All together take about as long as
 #: Louvain's method, and the best has up to 3 % more modularity: see docs/partitions.md.

@@ -1,9 +1,9 @@
-"""What a set of devices would run, and how fast: modelled from the catalogue of boards before anything is trained.
+"""Estimates what a set of devices would run and how fast, from the catalogue of boards, before anything is trained.
 
-Each device gets the student that the stage `design` would give it. Computing takes its multiply-accumulates divided by
-the effective speed of the board. Every device has the image from its own sensor, is asked by one UDP message of 8
-bytes, and answers with one of 4 bytes a feature; what that takes on the link is that of `nonn.core.links`. The final
-layer, some thousand multiply-accumulates, is left out. Nothing can be said of accuracy.
+Each device gets the student that the stage `design` would give it. Its computing time is its multiply-accumulates
+divided by the effective speed of the board. Every device has the image from its own sensor, is asked by one UDP message
+of 8 bytes, and answers with one of 4 bytes a feature; `nonn.core.links` gives the time on the link. The final layer,
+some thousand multiply-accumulates, is left out. Accuracy cannot be estimated.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from nonn.method.sizing import apportion_filters, design_student
 
 #: Bytes of the message that asks a device for its features, and of one feature.
 REQUEST_BYTES, FEATURE_BYTES = 8, 4
-#: Share of a quantity within which two sets of devices are alike: the figures of the catalogue are not better known.
+#: Relative difference below which two sets of devices count as alike: the catalogue's figures are no more precise.
 ALIKE = 0.05
-#: To which a target that works is rounded up, in milliseconds.
+#: Milliseconds to whose multiples a target that works is rounded up.
 TARGET_STEP = 0.1
 
 
@@ -93,8 +93,8 @@ class Planner:
     def estimate(self, budgets: Sequence[Budget], latency_ms: float | None = None) -> DeviceSetEstimate:
         """Design the students of a set of devices, so that they answer within a target if there is one.
 
-        The link takes its time first, and the rest is for computing. What the link takes depends on how filters are
-        shared out, and that on the time for computing, so both are found in turns.
+        What the link leaves of the target is for computing. The time on the link depends on how filters are shared
+        out, and that on the time for computing, so the two are found in turns.
         """
         sizes, target = [math.ceil(self.n_filters / len(budgets))] * len(budgets), None
         for _ in range(4):

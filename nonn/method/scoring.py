@@ -1,17 +1,17 @@
-"""Scores of every method on the test images, and what separates them.
+"""Scores of every method on the test images, and how significant their differences are.
 
-Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the
-standard deviation, and two tests against the network of networks on the same devices: a paired one over
-test images, and one over seeds, which are not pairs. The accuracy of every network is also measured
-with devices missing, of NoNN with each strategy of `nonn.method.missing`.
+Nothing is chosen on test images. Each method and network gets its accuracy for each seed, the mean and the standard
+deviation, and two tests against the network of networks on the same devices: a paired one over test images, and an
+unpaired one over seeds. The accuracy of every network is also measured with devices missing, of NoNN with each strategy
+of `nonn.method.missing`.
 
 With ``final_layer: fitted``, baselines of several students get what a NoNN gets, a final layer that is fitted further
 and a strategy for missing devices chosen on validation images, so that they differ in the students alone; and so do the
-ensembles, as a method of their own, ``ensemble_fitted``. What NoNN gains by it is told by ``nonn_averaged``, the same
-students with their heads averaged. Otherwise the heads of the students present are averaged.
+ensembles, as the method ``ensemble_fitted``. ``nonn_averaged``, the same students with their heads averaged, shows what
+NoNN gains by it. Otherwise the heads of the students present are averaged.
 
-Where devices run int8, students of all methods are scored as such. What that costs is told by ``nonn_float32``, NoNN's
-students before they were quantised, and ``teacher_int8`` says what quantising would do for a teacher of our families.
+If devices run int8, students of all methods are scored in int8. ``nonn_float32``, NoNN's students before they were
+quantised, shows what that costs, and ``teacher_int8`` what quantising does to a teacher of our families.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Scores:
     network: str
     n_students: int
     correct: np.ndarray  # (n_seeds, n_test), bool
-    answers: Sequence[Answers]  # of each seed; empty for a single model, or where missing devices are of no interest
+    answers: Sequence[Answers]  # of each seed; empty for a single model, and if missing devices are not scored
     #: Of NoNN: the same with each strategy for missing devices, whichever was chosen.
     strategies: Mapping[str, Sequence[Answers]] = field(default_factory=dict)
     chosen: Sequence[str] = ()  # of NoNN: the strategy that each seed's network takes
@@ -75,7 +75,7 @@ def permutation_test(a: np.ndarray, b: np.ndarray, resamples: int, seed: int) ->
     """
     difference = a.sum(0) * len(b) - b.sum(0) * len(a)  # whole numbers, so equal sums compare as equal
     difference = difference[difference != 0]  # flipping a 0 changes nothing, and most images are 0
-    if len(difference) < 2:  # scipy takes two or more; both flips of one are as large as it
+    if len(difference) < 2:  # scipy takes two or more; both flips of a single one are equally large
         return 1.0
     test = stats.permutation_test(
         (difference,),
@@ -233,7 +233,7 @@ def _score_network(params: Params, paths: Paths, network: str, features: Feature
     chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
     models = [load_network(path, features.data) for path in files]
     yield _nonn_scores(network, models, chosen, features)
-    # Of missing devices, only what NoNN says is of interest.
+    # Missing devices are scored for NoNN alone.
     if params.evaluate.final_layer == "fitted":
         averaged = [averaged_layer([student.head for student in model.students]) for model in models]
         joined = [(list(model.students), layer) for model, layer in zip(models, averaged, strict=True)]

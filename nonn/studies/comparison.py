@@ -1,8 +1,8 @@
-"""Other ways to link filters and to divide them, to compare with those of the pipeline; nothing is trained on these.
+"""Other ways to link filters and to divide them, compared with those of the pipeline; nothing is trained on them.
 
-A *partitioner* takes a `Problem` and a seed, and returns disjoint sets of filters. Where it can be told how many sets
-to make, it makes one for each student. Only those of `nonn.method.partitioning` keep to the sizes that the devices ask
-for.
+A *partitioner* takes a `Problem` and a seed, and returns disjoint sets of filters. If its method takes a number
+of sets, it makes one for each student. Only the partitioners of `nonn.method.partitioning` keep to the sizes that the
+devices ask for.
 
 References
 ----------
@@ -35,7 +35,7 @@ REFERENCE_PERCENTILE, REFERENCE_RESOLUTION = 99, 0.7
 
 @dataclass(frozen=True)
 class Problem:
-    """What partitioners may look at."""
+    """The input of a partitioner."""
 
     weights: np.ndarray  # (F, F), float32
     live: np.ndarray  # (F,), bool

@@ -1,4 +1,4 @@
-"""Where NoNN wins: trainings around one recipe, one factor changed at a time, and how far each leads an ensemble.
+"""Where NoNN leads an ensemble, and by how much: the experiment with one factor changed at a time (``nonn map``).
 
 A *point* is a value of one factor: the length of the training, the budget of a device, the share of the training
 images, the share of the classes. At each point the students of a NoNN and as many KD students are trained on the same
@@ -88,7 +88,7 @@ class Training:
 
 
 def transfer_set_of(params: Params, images: float = 1.0, classes: float = 1.0) -> TransferSet:
-    """The experiment's images and signals, or shares of them: of its classes, and of the training images of each."""
+    """The experiment's images and signals, of a share of its classes and a share of the training images of each."""
     return _transfer_set(params.experiment, params.signals.model_dump_json(), images, classes)
 
 
@@ -109,9 +109,9 @@ def _transfer_set(experiment: str, section: str, share: float, of_classes: float
 
 
 def _keep_classes(data: Dataset, logits: Tensor, share: float) -> tuple[Dataset, Tensor, Tensor]:
-    """The images of some classes, drawn by chance and numbered anew; the logits for these classes; the images' places.
+    """The images of some classes, drawn at random and numbered anew; their logits; the positions of the images.
 
-    `logits` are (K, n_train, C), as those that are returned with fewer classes. Places are among training images.
+    `logits` are (K, n_train, C), and those returned are of fewer classes. Positions are among the training images.
     """
     n_classes = number_of_classes(data.n_classes, share)
     chosen = np.sort(np.random.default_rng(DRAW_SEED).permutation(data.n_classes)[:n_classes])
@@ -125,7 +125,7 @@ def _keep_classes(data: Dataset, logits: Tensor, share: float) -> tuple[Dataset,
 
 
 def number_of_classes(total: int, share: float) -> int:
-    """How many a share of the classes is.
+    """The number of classes in a share of them.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def _draw_images(labels: Tensor, share: float) -> Tensor:
 
 
 def spec_of(params: Params, training: Training) -> StudentSpec:
-    """What the student is to learn; its architecture is the largest for the point's budget."""
+    """Architecture and losses of a student: the architecture is the largest for the point's budget."""
     paths, section = Paths(params.experiment), params.distill
     images = ImageSpec.of(read_json(paths.dataset_info, DatasetInfo))
     images = images._replace(n_classes=number_of_classes(images.n_classes, training.point.classes))
@@ -182,7 +182,7 @@ def _filters(params: Params, training: Training) -> list[int]:
 
 
 def of_pipeline(params: Params, training: Training) -> tuple[str, Path] | None:
-    """The pipeline's stage that trains this very student, and the file of its weights; None if there is none."""
+    """The job of the pipeline that trains the same student, and the file of its weights; None if there is none."""
     paths, point, seed = Paths(params.experiment), training.point, training.seed
     if (point.epochs, point.budget, point.images, point.classes) != (params.distill.epochs, 1, 1, 1):
         return None
@@ -202,8 +202,8 @@ def of_pipeline(params: Params, training: Training) -> tuple[str, Path] | None:
 def train(params: Params, training: Training, weights: Path | None = None) -> Path:
     """Train a student unless that was done before; its file holds its head, and its features of all images, float16.
 
-    Features of the training images as they are, of validation and of test, are (M, F) each. With the `weights` that
-    the pipeline has trained, there is nothing to train.
+    The features of training, validation and test images, without augmentation, are (M, F) each. Nothing is trained if
+    `weights` names those that the pipeline has trained.
     """
     training = training.same
     paths, point = Paths(params.experiment), training.point
@@ -287,7 +287,7 @@ def kd_trainings(params: Params, point: Point, network: str, seed: int, n_per_se
 def score(
     params: Params, point: Point, network: str, seed: int, n_per_seed: int, random: bool
 ) -> dict[str, np.ndarray]:
-    """Which test images each method answers rightly, bool (n_test,), with one seed; trains what is not there yet.
+    """Which test images each method answers rightly, bool (n_test,), with one seed; trains missing students first.
 
     `n_per_seed` as in `kd_trainings`; with `random`, also the network on a random partition.
     """

@@ -1,9 +1,9 @@
 """Linear probes of the teacher's features: what a perfect student of a set of filters could know, without any training.
 
 A linear classifier is fitted to the features of each set of a partition alone, and one to all sets side by side, as the
-final layer of a NoNN is. For the latter, each set is scaled to unit length, image by image: the activation transfer
-compares directions, so lengths are not handed over. Without that, all sets together would be all filters, whatever the
-partition. All are fitted on training images and judged on others.
+final layer of a NoNN is. For the latter, each set is scaled to unit length, image by image, since the activation
+transfer compares directions and not lengths. Without that, all sets together would be all filters, whatever the
+partition. All are fitted on training images and scored on others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nonn.teachers.signals import BATCH_SIZE, signals_of
 from nonn.training.loading import load_signals
 from nonn.training.networks import accuracy, concatenated, scaled_batch_size
 
-#: Ways to share out the filters, the one that the others are compared with first.
+#: Ways to share out the filters; the others are compared with the first.
 METHODS = ("random", "communities", "classwise", "contiguous")
 #: Numbers of sets that the filters are divided into, from one student with all filters to sets of a few.
 SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
@@ -38,13 +38,13 @@ SETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
 N_RANDOM = 3
 #: Weight of ‖W‖² / 2 in the loss of a probe, of features of variance 1.
 WEIGHT_DECAY = 1e-4
-#: Of L-BFGS; more change no accuracy by a tenth of a point.
+#: Of L-BFGS; more iterations change no accuracy by a tenth of a point.
 ITERATIONS = 60
 HISTORY = 10
 
 
 class Probes(NamedTuple):
-    """Linear classifiers of S problems side by side."""
+    """Linear classifiers of S independent problems."""
 
     weight: Tensor  # (S, F, C)
     bias: Tensor  # (S, 1, C)

@@ -1,7 +1,7 @@
-"""The teacher itself, pruned to the budget of one device: a rival of students that are designed for it.
+"""The teacher itself, pruned to the budget of one device: a rival of the students designed for that device.
 
 Filters of least L1 norm are taken out, the same share of each layer, at once [1]_; what is left is fine-tuned by the
-caller. torch-pruning finds out which filters hang together.
+caller. torch-pruning finds which filters depend on each other.
 
 References
 ----------
@@ -26,7 +26,7 @@ N_SHARES = 1000
 
 
 def prunable(model: ConvNet) -> list[nn.Conv2d]:
-    """Layers that filters can be taken from; not a first layer that whitens, whose filters no training has found."""
+    """Layers that filters can be taken from; not a first layer that whitens, whose filters are not trained."""
     return [layer for layer in model.modules() if isinstance(layer, nn.Conv2d) and layer.weight.requires_grad]
 
 

@@ -1,8 +1,7 @@
 """A new final layer for new labels, from few labelled images, on features that stay as they are.
 
-Devices go on sending what they send, and only the layer that joins them is fitted anew. What the features of a NoNN are
-worth for that is compared with what students on another partition send, where those were trained, and with what as many
-KD students could send: their features, or their logits.
+Devices go on sending the same features, and only the layer that joins them is fitted anew. A NoNN is compared with
+students on other partitions, if any were trained, and with as many KD students, which send their features or logits.
 """
 
 from __future__ import annotations
@@ -74,10 +73,10 @@ def _where(indices: Tensor, labels: Tensor) -> Tensor:
 
 
 def draw(data: Dataset, n_classes: int, most: int, draws: int, n_test: int) -> tuple[Dataset, Tensor]:
-    """The data set cut to what is needed, and which of its training images each draw has, (draws, C, most).
+    """The data set reduced to the images needed, and which of its training images each draw has, (draws, C, most).
 
-    Each draw has `most` training images of each class, in an order of chance: fewer are the first of them. Test images
-    are evenly spaced.
+    Each draw has `most` training images of each class in random order; a smaller number takes the first of them. Test
+    images are evenly spaced.
     """
     order = np.random.default_rng(0)
     chosen = torch.empty(draws, n_classes, most, dtype=torch.int64)
@@ -93,7 +92,7 @@ def draw(data: Dataset, n_classes: int, most: int, draws: int, n_test: int) -> t
 
 
 def other_partitions(params: Params, paths: Paths, network: str) -> dict[str, list[Path]]:
-    """The trainings of a network's baselines on other partitions, where they are there: what the partition is worth."""
+    """The files of a network's baselines on other partitions, by method, if all seeds are there."""
     counts = {name: n for name, n in params.networks[network].baselines.items() if name in PARTITION_METHODS}
     files = {name: [paths.baseline(network, name, seed) for seed in range(n)] for name, n in counts.items()}
     return {name: found for name, found in files.items() if all(file.is_file() for file in found)}

@@ -1,4 +1,4 @@
-"""Rivals of a NoNN on the same devices that are no students of its kind: SplitNet, and the pruned teacher.
+"""Rivals of a NoNN on the same devices that are not made of students: SplitNet, and the pruned teacher.
 
 Both learn by distillation from the same signals, for as many epochs, with the same schedule as the students, and are
 scored in the precision of the devices.
@@ -42,7 +42,7 @@ from nonn.training.networks import ConvNet
 
 @dataclass(frozen=True)
 class Rival:
-    """A trained rival: what each device runs, the classes that each answers for, and a line on how it came about."""
+    """A trained rival: what each device runs, the classes that each answers for, and a line on how it was made."""
 
     parts: Sequence[ConvNet]
     groups: Sequence[Sequence[int]]
@@ -50,7 +50,7 @@ class Rival:
 
 
 def train_rival(params: Params, network: str, method: str, seed: int) -> Rival:
-    """Train a rival unless that was done before; what is kept of it lies under ``.nonn/rivals``."""
+    """Train a rival unless that was done before; its weights are kept under ``.nonn/rivals``."""
     paths = Paths(params.experiment)
     transfer_set = transfer_set_of(params)
     torch.manual_seed(seed)

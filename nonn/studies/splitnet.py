@@ -1,8 +1,8 @@
 """SplitNet, a rival: a network that is split by classes, one branch a device.
 
-The classes are divided into as many groups as there are devices. All devices have the first stages in common, and each
-goes on with a branch of its own, which answers for the classes of its group alone. As no device waits for another, each
-runs the shared stages itself, and they count in its budget.
+The classes are divided into as many groups as there are devices. All devices share the first stages, and each has a
+branch of its own, which answers for the classes of its group alone. As no device waits for another, each runs the
+shared stages itself, and they count in its budget.
 
 *Deviations* from [1]_: there, which classes and which weights share a group is learned while a larger network trains,
 which is split afterwards. Here, groups are of classes that are alike to the teacher and of equal size, and the network
