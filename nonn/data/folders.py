@@ -29,7 +29,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing":
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation")
 
 #: Path of a file or a folder.
-Parts = tuple[str, ...]
+PathParts = tuple[str, ...]
 
 
 def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo:
@@ -104,7 +104,7 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     files, folders = _normalised_files(names, path)
     n_around, splits = _find_splits(folders, path)
 
-    def split_of(parts: Parts) -> str:
+    def split_of(parts: PathParts) -> str:
         return splits[parts[n_around]] if splits else "train"
 
     level = n_around + 1 + bool(splits)  # depth of a class folder
@@ -137,11 +137,11 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
     )
 
 
-def _normalised_files(names: Iterable[str], path: Path) -> tuple[dict[Parts, str], set[Parts]]:
+def _normalised_files(names: Iterable[str], path: Path) -> tuple[dict[PathParts, str], set[PathParts]]:
     """The files by the parts of their paths, and all folders; the names of folders in one encoding."""
-    files: dict[Parts, str] = {}
-    folders: set[Parts] = set()
-    encodings: dict[Parts, Parts] = {}
+    files: dict[PathParts, str] = {}
+    folders: set[PathParts] = set()
+    encodings: dict[PathParts, PathParts] = {}
     for name in names:
         parts = PurePosixPath(name).parts
         # A class has one name, whichever way its accents are encoded: macOS writes them as characters of their own.
@@ -165,7 +165,7 @@ def _normalised_files(names: Iterable[str], path: Path) -> tuple[dict[Parts, str
     return files, folders
 
 
-def _find_splits(folders: set[Parts], path: Path) -> tuple[int, dict[str, str]]:
+def _find_splits(folders: set[PathParts], path: Path) -> tuple[int, dict[str, str]]:
     """How many folders lie around everything, and the splits by the names of their folders; none if there are none."""
     n_around = 0
     while len(tops := {folder[n_around] for folder in folders if len(folder) > n_around}) == 1 and any(

@@ -20,7 +20,7 @@ from nonn.core.params import Precision
 BYTES = {"float32": 4, "int8": 1}
 
 
-class Step(NamedTuple):
+class CostStep(NamedTuple):
     """One operation of a network, in the order in which they run."""
 
     values: int  # that it makes
@@ -28,7 +28,7 @@ class Step(NamedTuple):
     shares: int | None = None  # the step whose memory it writes to, if it needs none of its own
 
 
-def peak_values(steps: list[Step]) -> int:
+def peak_values(steps: list[CostStep]) -> int:
     """Largest number of values alive at once: from the step that makes them to the last that reads them."""
     owner: list[int] = []
     for number, step in enumerate(steps):
@@ -62,7 +62,7 @@ class Map(NamedTuple):
 class LayerCounter:
     """Counts a network layer by layer, its weights in the first pass alone."""
 
-    steps: list[Step] = field(default_factory=list)
+    steps: list[CostStep] = field(default_factory=list)
     macs: int = 0
     weights: int = 0  # of convolutions
     filters: int = 0
@@ -80,7 +80,7 @@ class LayerCounter:
         return 4 * self.params if precision == "float32" else self.weights + 8 * self.filters + 4 * self.others
 
     def add(self, values: int, *reads: int, shares: int | None = None) -> int:
-        self.steps.append(Step(values, reads, shares))
+        self.steps.append(CostStep(values, reads, shares))
         return len(self.steps) - 1
 
     def new(self, channels: int, side: int, *reads: int) -> Map:

@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 from nonn.core.cost import Cost
 from nonn.core.errors import UserError, one_line
 from nonn.data.dataset import Dataset
-from nonn.deploy.analytic_cost import BYTES, Step, peak_values
+from nonn.deploy.analytic_cost import BYTES, CostStep, peak_values
 from nonn.deploy.onnx_files import Logits, export_onnx
 from nonn.runtime.session import open_session
 from nonn.teachers.foreign import ForeignTeacher
@@ -81,19 +81,19 @@ def _node_macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> i
 
 def _steps(
     nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, tuple[int, ...]], constants: set[str], entry: str
-) -> list[Step]:
+) -> list[CostStep]:
     """The operations of a graph in its order, one for each output, and one that reads the answers, as no other does."""
-    steps, number = [Step(math.prod(shapes[entry]))], {entry: 0}
+    steps, number = [CostStep(math.prod(shapes[entry]))], {entry: 0}
     for node in nodes:
         reads = tuple(number[name] for name in node.input if name in number)
         for output in node.output:
             if node.op_type in FUSED and reads:
-                steps.append(Step(0, reads, shares=reads[0]))
+                steps.append(CostStep(0, reads, shares=reads[0]))
             elif output and output not in constants:
-                steps.append(Step(math.prod(shapes.get(output, ())), reads))
+                steps.append(CostStep(math.prod(shapes.get(output, ())), reads))
             else:
                 continue
             number[output] = len(steps) - 1
     read = {number for step in steps for number in step.reads}
     answers = (number for number, step in enumerate(steps) if step.shares is None and number not in read)
-    return [*steps, Step(0, tuple(answers))]
+    return [*steps, CostStep(0, tuple(answers))]

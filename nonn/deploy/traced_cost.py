@@ -11,7 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from nonn.core.cost import Cost
 from nonn.core.params import Precision
-from nonn.deploy.analytic_cost import BYTES, Step, peak_values
+from nonn.deploy.analytic_cost import BYTES, CostStep, peak_values
 from nonn.deploy.int8 import weight_bytes
 from nonn.training.networks import ConvNet, count_parameters, deployed
 
@@ -49,7 +49,7 @@ def _macs(node: fx.Node, modules: dict[str, nn.Module]) -> int:
     return 0
 
 
-def _steps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Step]:
+def _steps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[CostStep]:
     """The operations of a network in the order of its graph."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     steps = []
@@ -57,7 +57,7 @@ def _steps(graph: fx.Graph, modules: dict[str, nn.Module]) -> list[Step]:
         kind = modules.get(str(node.target)) if node.op == "call_module" else node.target
         is_in_place = isinstance(kind, IN_PLACE) or kind in IN_PLACE_FUNCTIONS
         reads = tuple(order[read] for read in node.all_input_nodes)
-        steps.append(Step(_values(node), reads, order[node.args[0]] if is_in_place else None))
+        steps.append(CostStep(_values(node), reads, order[node.args[0]] if is_in_place else None))
     return steps
 
 

@@ -39,7 +39,7 @@ from nonn.training.optim import Adam
 #: 45,000 images, and take about 20 s on one core for 8 students of 32 features.
 MAX_STEPS = 600
 
-Features = Sequence[Tensor]  # N tensors of shape (M, F_i)
+FeaturesByStudent = Sequence[Tensor]  # N tensors of shape (M, F_i)
 
 
 def zero_fill(layer: FinalLayer) -> FinalLayer:
@@ -54,7 +54,7 @@ def mean_fill(layer: FinalLayer, means: Sequence[Tensor]) -> FinalLayer:
 
 
 def fit_fail_out(
-    start: FinalLayer, features: Features, labels: Tensor, params: AssembleParams, seed: int
+    start: FinalLayer, features: FeaturesByStudent, labels: Tensor, params: AssembleParams, seed: int
 ) -> FinalLayer:
     """Fit one layer while each image misses students at random, every proper subset being as likely.
 
@@ -73,7 +73,12 @@ def fit_fail_out(
 
 
 def fit_subset_layers(
-    start: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset], params: AssembleParams, seed: int
+    start: FinalLayer,
+    features: FeaturesByStudent,
+    labels: Tensor,
+    subsets: Sequence[Subset],
+    params: AssembleParams,
+    seed: int,
 ) -> list[Blocks]:
     """Fit a layer for each subset of students, all at once; return those of the last step.
 
@@ -124,7 +129,7 @@ def batches(n_images: int, epochs: int, seed: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def right_answers(layer: FinalLayer, features: Features, labels: Tensor, subsets: Sequence[Subset]) -> Tensor:
+def right_answers(layer: FinalLayer, features: FeaturesByStudent, labels: Tensor, subsets: Sequence[Subset]) -> Tensor:
     """Whether a layer is right on each image with each subset of students, bool of shape (S, M)."""
     return torch.stack([logits_of(layer, features, subset).argmax(1) == labels for subset in subsets])
 
@@ -171,8 +176,8 @@ def choose_strategy(means: Mapping[str, float], wanted: str) -> str:
 def fit_strategies(
     final: FinalLayer,
     averaged: FinalLayer,
-    train: tuple[Features, Tensor],
-    validation: tuple[Features, Tensor],
+    train: tuple[FeaturesByStudent, Tensor],
+    validation: tuple[FeaturesByStudent, Tensor],
     params: AssembleParams,
     seed: int,
 ) -> tuple[dict[str, FinalLayer], dict]:
