@@ -92,7 +92,7 @@ def test_graph_is_symmetric_without_loops_and_at_most_one(rule):
 
 
 @pytest.mark.parametrize("rule", graph.RULES.values(), ids=graph.RULES)
-def test_blocks_and_threads_do_not_change_the_graph(rule):
+def test_blocks_and_threads_do_not_change_the_graph(rule, monkeypatch):
     activity = normalise_activity(random_pooled(n_images=300, n_filters=70))
     by_threads = []
     before = torch.get_num_threads()
@@ -103,8 +103,10 @@ def test_blocks_and_threads_do_not_change_the_graph(rule):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(by_threads[0], other) for other in by_threads[1:])
-    for block, chunk in ((70, 300), (11, 33), (70, 1)):
-        torch.testing.assert_close(rule(activity, block, chunk), by_threads[0], rtol=2e-7, atol=0)
+    for n_filters, n_images in ((70, 300), (11, 33), (70, 1)):
+        monkeypatch.setattr(graph, "BLOCK_FILTERS", n_filters)
+        monkeypatch.setattr(graph, "BLOCK_IMAGES", n_images)
+        torch.testing.assert_close(rule(activity), by_threads[0], rtol=2e-7, atol=0)
 
 
 @pytest.mark.parametrize("rule", graph.RULES.values(), ids=graph.RULES)
