@@ -24,7 +24,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from nonn.core.errors import UserError
 from nonn.core.files import regular, remove_orphans, replacing_all
 from nonn.core.progress import log
-from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY, RESERVED, check_mode
+from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY_FILE, RESERVED, check_mode
 
 CA_KEY = "ca.key"
 DAYS = 365
@@ -106,7 +106,7 @@ def _make_all(folder: Path, names: Sequence[str], days: int) -> None:
         _write_pair(authority, folder / CA, folder / CA_KEY)
     for name in names:
         pair = make_certificate(name, authority, days)
-        _write_pair(pair, folder / CERTIFICATE.format(name), folder / KEY.format(name))
+        _write_pair(pair, folder / CERTIFICATE.format(name), folder / KEY_FILE.format(name))
 
 
 def _read_authority(folder: Path) -> Authority:

@@ -21,7 +21,7 @@ from nonn.core.files import regular, stamp_of
 from nonn.core.progress import log
 
 #: Certificates of a test bed as `nonn certs` writes them.
-CA, CERTIFICATE, KEY = "ca.pem", "{}.pem", "{}.key"
+CA, CERTIFICATE, KEY_FILE = "ca.pem", "{}.pem", "{}.key"
 #: What a certificate may be called: X.509 allows 64 letters, and a label of a host's name has 63.
 COMMON_NAME = r"[A-Za-z0-9_-]{1,63}"
 #: Names of nobody: the first is that of the authority's files, and the second stands in every certificate.
@@ -64,7 +64,7 @@ class Identity:
     @classmethod
     def of(cls, name: str, folder: Path) -> Identity:
         """The identity of a node or coordinator in a folder that `nonn certs` wrote."""
-        return cls(folder / CERTIFICATE.format(name), folder / KEY.format(name), folder / CA)
+        return cls(folder / CERTIFICATE.format(name), folder / KEY_FILE.format(name), folder / CA)
 
     def for_server(self) -> grpc.ServerCredentials:
         """Credentials of a node; whoever calls it must show a certificate of the authority.

@@ -9,6 +9,8 @@ from pathlib import Path
 from nonn.core.files import write_json
 from nonn.core.links import PRESETS, find_link
 from nonn.core.progress import log
+from nonn.core.system import describe_system
+from nonn.testbed.echo import format_measurement, measure_link
 from nonn.testbed.emulation import ON_LOOPBACK, EmulatedNetwork, emulated_network, missing_privileges
 
 
@@ -20,9 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The command ``nonn links``: measure each preset against its theory."""
-    from nonn.core.system import describe_system
-    from nonn.testbed.echo import format_measurement, measure_link  # they measure what is defined here
-
     system = describe_system()
     links = {options.link: find_link(options.link)} if options.link else PRESETS
     hosts = ("sender", "receiver")
