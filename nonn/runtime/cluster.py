@@ -26,7 +26,7 @@ from nonn.runtime.tls import CA, COMMON_NAME, RESERVED, Identity
 
 CLUSTER_FILE = Path("cluster.yaml")
 #: Of a node or a model, which may be a number in quotes.
-Name = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
+PlainName = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
 
 
 def not_reserved(name: str) -> str:
@@ -36,7 +36,7 @@ def not_reserved(name: str) -> str:
 
 
 #: Of a node or a coordinator, in its certificate.
-CertifiedName = Annotated[Name, AfterValidator(not_reserved)]
+CertifiedName = Annotated[PlainName, AfterValidator(not_reserved)]
 
 
 def nameable(path: Path) -> Path:
@@ -67,7 +67,7 @@ class Node(Section):
 
     name: CertifiedName
     address: str
-    model: Name
+    model: PlainName
 
     @field_validator("address")
     @classmethod

@@ -17,7 +17,7 @@ INPUT, OUTPUT = "image", "features"
 #: Names beside the manifest, never paths that lead elsewhere.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=2**16)]
+Dimension = Annotated[int, Field(ge=1, le=2**16)]
 GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
@@ -49,7 +49,7 @@ def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Sch
 
 
 class Image(Record):
-    channels: Count
+    channels: Dimension
     size: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     dtype: Literal["uint8"]
     #: Grey levels between which the mean of the border lies in nearly all training images (`nonn.runtime.inversion`);
@@ -67,7 +67,7 @@ class Image(Record):
 class StudentFile(Record):
     file: FileName
     sha256: Sha256
-    n_features: Count
+    n_features: Dimension
     #: Largest value that a feature may have, none being negative; null for any finite ones.
     feature_limit: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 

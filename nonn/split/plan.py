@@ -26,11 +26,11 @@ from safetensors.numpy import load, save
 from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
 from nonn.core.params import Precision, Sha256
-from nonn.runtime.exported import Count, Image, Record, read_record, read_verified
+from nonn.runtime.exported import Dimension, Image, Record, read_record, read_verified
 from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract, version_of
 from nonn.runtime.session import open_session
 
-Method = Literal["channels", "rows"]
+SplitMethod = Literal["channels", "rows"]
 #: Of activation maps: in an int8 network those that are exchanged hold unsigned 8-bit integers.
 Dtype = Literal["float32", "uint8"]
 #: What every device starts from, and what it answers.
@@ -40,7 +40,7 @@ PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
 OF_PART = re.compile(rf"{re.escape(PART)}|\d+\.onnx")
 WHAT, AGAIN = "a plan of a split network", "Write the plan again with `nonn split`."
 
-Name = Annotated[str, Field(min_length=1, max_length=128)]
+TensorName = Annotated[str, Field(min_length=1, max_length=128)]
 Position = Annotated[int, Field(ge=0, lt=2**16)]
 Total = Annotated[int, Field(ge=0)]
 
@@ -51,10 +51,10 @@ class Message(Record, extra="forbid"):
     round: Position  # sent after the segment of this number, and there before the next
     sender: Position
     receiver: Position
-    source: Name  # the sender's name for the map that is sliced
-    name: Name  # the receiver's for the slice
+    source: TensorName  # the sender's name for the map that is sliced
+    name: TensorName  # the receiver's for the slice
     rows: tuple[Position, Position] | None = None  # of the sender's map: first and one past the last; None: all of it
-    shape: tuple[Literal[1], Count, Count, Count]  # (1, channels, rows, columns)
+    shape: tuple[Literal[1], Dimension, Dimension, Dimension]  # (1, channels, rows, columns)
     dtype: Dtype = "float32"
 
     @property
@@ -70,8 +70,8 @@ class Message(Record, extra="forbid"):
 class Segment(Record, extra="forbid"):
     """What a device computes between two rounds, an ONNX file: its inputs, outputs, cost and SHA-256."""
 
-    inputs: list[Name]
-    outputs: Annotated[list[Name], Field(min_length=1)]
+    inputs: list[TensorName]
+    outputs: Annotated[list[TensorName], Field(min_length=1)]
     params: Total
     weight_bytes: Total
     macs: Total
@@ -83,7 +83,7 @@ class Part(Record, extra="forbid"):
 
     plan: Sha256 | None = None  # of all segments of all devices: parts of different plans do not fit together
     position: Position
-    n_devices: Count
+    n_devices: Annotated[int, Field(ge=1, le=2**16)]
     image: Image  # whole, it is what each device starts from
     columns: tuple[Position, Position]  # of the network's features, those it answers with: first and one past the last
     segments: Annotated[list[Segment | None], Field(min_length=1)]  # None where it has nothing to compute
@@ -152,7 +152,7 @@ class Part(Record, extra="forbid"):
 class SplitPlan:
     """A network split over devices."""
 
-    method: Method
+    method: SplitMethod
     parts: list[Part]  # by device
     models: list[list[bytes | None]]  # the ONNX files of their segments
     weight: np.ndarray  # (C, F), float32, of the last linear layer, which the coordinator applies
@@ -181,7 +181,7 @@ class SplitPlan:
     @classmethod
     def of(
         cls,
-        method: Method,
+        method: SplitMethod,
         parts: Sequence[Part],
         models: Sequence[list[bytes | None]],
         weight: np.ndarray,
@@ -254,7 +254,7 @@ class SplitPlan:
 class PlanFile(Record, extra="forbid"):
     """All of ``plan.json``: SHA-256 of the devices' parts and of the last layer."""
 
-    method: Method
+    method: SplitMethod
     precision: Precision
     scale: float
     parts: Annotated[list[Sha256], Field(min_length=1)]

@@ -47,7 +47,7 @@ from nonn.runtime.exported import Image
 from nonn.split.cuts import CHANNELS, ROWS, Cuts
 from nonn.split.geometry import EMPTY, Interval, Window, common
 from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
-from nonn.split.plan import FEATURES, IMAGE, Message, Method, Part, Segment, SplitPlan
+from nonn.split.plan import FEATURES, IMAGE, Message, Part, Segment, SplitMethod, SplitPlan
 
 AXES = {"channels": CHANNELS, "rows": ROWS}
 
@@ -270,7 +270,7 @@ class Writer:
         return part, models
 
 
-def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) -> SplitPlan:
+def plan_split(path: Path, n_devices: int, method: SplitMethod, recomputed: int = 0) -> SplitPlan:
     """Split a classifier, an ONNX file of the export ``solo``, over devices.
 
     Of so many leading convolutions as `recomputed` says each device computes all that it needs from the image,
@@ -293,7 +293,7 @@ def plan_split(path: Path, n_devices: int, method: Method, recomputed: int = 0) 
         ) from None
 
 
-def _plan(network: OnnxGraph, n_devices: int, method: Method, recomputed: int) -> SplitPlan:
+def _plan(network: OnnxGraph, n_devices: int, method: SplitMethod, recomputed: int) -> SplitPlan:
     cuts = Cuts.of(network, AXES[method], n_devices, recomputed)
     writers = [Writer(cuts, position) for position in range(n_devices)]
     for writer in writers:
