@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 from nonn.core.files import write_json
 from nonn.runtime.cluster import Cluster, Node, Tls
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_response, version_of
 from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
@@ -106,7 +106,7 @@ def make_image(seed: int = 0) -> np.ndarray:
 @contextlib.asynccontextmanager
 async def plain_node(folder: Path, position: int = 0, port: int = 0):
     """Address of a node on loopback that serves one student in plain text, and the node's meters."""
-    async with serving(Student(folder / f"{position}.onnx"), f"127.0.0.1:{port}") as (bound, meters):
+    async with serving(ServedStudent(folder / f"{position}.onnx"), f"127.0.0.1:{port}") as (bound, meters):
         yield f"127.0.0.1:{bound}", meters
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from clusters import CLASSES, PATIENCE, make_image
 from PIL import Image
 
-from nonn.live.pictures import Picture
+from nonn.live.pictures import ShownPicture
 
 #: What a browser with this page sends with a post.
 SAME = {"Content-Type": "application/json"}
@@ -25,8 +25,8 @@ def picture_file(pixels: np.ndarray) -> bytes:
     return content.getvalue()
 
 
-def make_pictures(count: int = 2) -> list[Picture]:
-    return [Picture(f"picture {seed}", CLASSES[seed], lambda seed=seed: make_image(seed)) for seed in range(count)]
+def make_pictures(count: int = 2) -> list[ShownPicture]:
+    return [ShownPicture(f"picture {seed}", CLASSES[seed], lambda seed=seed: make_image(seed)) for seed in range(count)]
 
 
 async def snapshots(session: aiohttp.ClientSession, address: str):

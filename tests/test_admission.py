@@ -29,7 +29,7 @@ from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, S
 from nonn.runtime.channel import GIVEN, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, BusyError, Coordinator
 from nonn.runtime.guard import seconds_given
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_request
 from nonn.runtime.serving import serving
 
@@ -244,10 +244,10 @@ def test_a_place_is_taken_again_by_the_time_that_is_left(clock):
 # At a node
 
 
-def slow_student(folder, monkeypatch, released: threading.Event) -> Student:
+def slow_student(folder, monkeypatch, released: threading.Event) -> ServedStudent:
     """A student that answers when it is released, and says that it takes 20 ms."""
     monkeypatch.setattr(node, "QUICK", 0.0)
-    student = Student(folder / "0.onnx")
+    student = ServedStudent(folder / "0.onnx")
     run = student.run
 
     def slowly(image):

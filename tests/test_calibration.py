@@ -12,7 +12,7 @@ from nonn.cli import main
 from nonn.core.files import read_json, write_json
 from nonn.method.calibration import HIGHEST, calibration_error, fit_temperature, fit_temperatures, measure_calibration
 from nonn.method.final_layer import logits_of
-from nonn.runtime.exported import Image, read_manifest
+from nonn.runtime.exported import ImageFormat, read_manifest
 from nonn.runtime.final import FinalLayer, read_out
 from nonn.runtime.inversion import border_brightness, looks_inverted, usual_border
 from nonn.runtime.predict import classify
@@ -141,7 +141,7 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(export, name):
 
 # Inverted pictures
 
-DARK, COLOUR = Image(channels=1, size=SIZE, dtype="uint8", border=(0, 3)), (20.0, 230.0)
+DARK, COLOUR = ImageFormat(channels=1, size=SIZE, dtype="uint8", border=(0, 3)), (20.0, 230.0)
 
 
 def framed(border: int, inside: int, channels: int = 1) -> np.ndarray:

@@ -31,7 +31,7 @@ from nonn.cli import main
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinate import ServedNetwork
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
 from nonn.runtime.protocol import MESSAGE_LIMIT, make_request
 from nonn.runtime.serving import serving
@@ -188,7 +188,7 @@ def test_under_mutual_tls_only_applications_may_call(network_folder, certificate
             addresses = []
             for i in range(3):
                 identity = Identity.of(f"node-{i}", certificates)
-                node = serving(Student(network_folder / f"{i}.onnx"), "127.0.0.1:0", identity, ["coordinator"])
+                node = serving(ServedStudent(network_folder / f"{i}.onnx"), "127.0.0.1:0", identity, ["coordinator"])
                 addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
             cluster = cluster_of(network_folder, addresses, certificates)
             address, network = await stack.enter_async_context(network_of(cluster, cluster.own_identity))

@@ -31,7 +31,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
 from nonn.runtime.protocol import MESSAGE_LIMIT
 from nonn.runtime.serving import serving
@@ -64,7 +64,7 @@ def test_all_under_mutual_tls(network_folder, certificates):
             addresses = []
             for i in range(3):
                 node = serving(
-                    Student(network_folder / f"{i}.onnx"),
+                    ServedStudent(network_folder / f"{i}.onnx"),
                     "127.0.0.1:0",
                     # Node 2 has the certificate of node 1: right authority, wrong name.
                     Identity.of(f"node-{min(i, 1)}", certificates),

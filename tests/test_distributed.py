@@ -20,7 +20,7 @@ from nonn.core.system import describe_system
 from nonn.runtime.cluster import local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.serving import serving
 from nonn.runtime.session import run_onnx
 from nonn.stages import distributed as distributed_stage
@@ -53,7 +53,7 @@ def test_a_model_alone_gives_the_same_logits_as_a_network_of_one(solo_folder, tm
     assert read_manifest(folder).students[0].feature_limit is None
 
     async def scenario():
-        async with serving(Student(folder / "0.onnx"), "127.0.0.1:0") as (port, _):
+        async with serving(ServedStudent(folder / "0.onnx"), "127.0.0.1:0") as (port, _):
             cluster = local_cluster(folder, None, port, 20_000)
             async with Coordinator(cluster) as coordinator:
                 for image, logits in zip(images, expected, strict=True):

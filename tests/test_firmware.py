@@ -129,7 +129,7 @@ def test_a_student_has_the_bits_of_onnx_runtime(tmp_path):
 
 
 def symbols_of(elf):
-    """Names that an image defines or calls."""
+    """Names that a program defines or calls."""
     told = subprocess.run(["arm-none-eabi-nm", elf], check=True, capture_output=True, text=True)
     return {line.split()[-1] for line in told.stdout.splitlines()}
 
@@ -141,7 +141,7 @@ def test_emulated_processors_have_the_bits_of_onnx_runtime(device, student, tmp_
     run, identical = run_and_compare(built, noise((3, 14, 14), 30))
     assert identical == 30
     assert 0 < run.stack_used_bytes < 1024
-    assert not [name for name in symbols_of(built.image.elf) if "alloc" in name or "sbrk" in name]
+    assert not [name for name in symbols_of(built.linked.elf) if "alloc" in name or "sbrk" in name]
 
 
 @needs_toolchain
@@ -207,11 +207,11 @@ def test_a_multiply_accumulate_takes_few_instructions(kernel, tmp_path):
 @needs_toolchain
 @pytest.mark.parametrize("memory", ["flash", "ram"])
 def test_one_byte_too_few_fails_when_linking(firmware, memory):
-    folder = firmware.image.elf.parent
+    folder = firmware.linked.elf.parent
     objects = compile_sources(folder, firmware.target)
-    needed = {"flash": firmware.image.flash_bytes, "ram": firmware.image.ram_bytes}[memory]
+    needed = {"flash": firmware.linked.flash_bytes, "ram": firmware.linked.ram_bytes}[memory]
     exact = dataclasses.replace(firmware.target, **{f"{memory}_bytes": needed})
-    assert link(objects, exact, folder / "exact.elf").ram_bytes == firmware.image.ram_bytes
+    assert link(objects, exact, folder / "exact.elf").ram_bytes == firmware.linked.ram_bytes
     less = dataclasses.replace(exact, **{f"{memory}_bytes": needed - 1})
     name = {"flash": "flash", "ram": "RAM"}[memory]
     with pytest.raises(UserError, match=rf"less: does not fit stm32h743: it exceeds {name} by \d+ of {needed - 1:,}"):

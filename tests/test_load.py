@@ -12,7 +12,7 @@ from nonn.runtime.admission import RETRY_AFTER
 from nonn.runtime.cluster import Node
 from nonn.runtime.protocol import Contract
 from nonn.testbed import load
-from nonn.testbed.load import Tally, Target, measure, row
+from nonn.testbed.load import LoadTarget, Tally, measure, row
 
 
 def test_the_command_counts_answers_of_a_node_and_of_a_coordinator(network_folder, folder, monkeypatch, capsys):
@@ -62,7 +62,7 @@ def test_refused_callers_return_when_they_are_told_unless_impatient(monkeypatch,
     async def scenario():
         async with rogue_node(refuse) as (address, rogue):
             node = Node(name="node-0", address=address, model="0")
-            target = Target(node, Contract("0", CHANNELS, SIZE, 1), None, None)
+            target = LoadTarget(node, Contract("0", CHANNELS, SIZE, 1), None, None)
             await measure(target, 10, 0.5, PATIENCE, seed=0, impatient=impatient)
             return rogue.asked
 

@@ -24,7 +24,7 @@ from nonn.method.missing import (
     tabulate,
     zero_fill,
 )
-from nonn.runtime.exported import FinalFiles, Image, Manifest, StudentFile
+from nonn.runtime.exported import FinalFiles, ImageFormat, Manifest, StudentFile
 from nonn.runtime.final import Blocks, FinalLayer
 from nonn.runtime.subsets import MAX_SUBSETS, proper_subsets, subset_name, subset_of, subsets_missing
 
@@ -310,7 +310,7 @@ def write_layer(folder, layer: FinalLayer) -> Manifest:
         for i, (weight, _) in layer.blocks.items()
     ]
     final = FinalFiles(file="final.onnx", sha256="0" * 64, blocks=path.name, blocks_sha256=sha256(path))
-    image = Image(channels=1, size=4, dtype="uint8")
+    image = ImageFormat(channels=1, size=4, dtype="uint8")
     return Manifest(classes=["a", "b", "c"], image=image, students=students, final=final)
 
 

@@ -38,7 +38,7 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json
 from nonn.runtime import metrics, node
 from nonn.runtime.addresses import is_loopback, split_address
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
 from nonn.runtime.serving import serve, serving
 from nonn.runtime.session import open_session, run_onnx
@@ -90,7 +90,7 @@ def test_health_is_told_in_the_standard_way(network_folder, monkeypatch):
             stub = health_pb2_grpc.HealthStub(channel)
             answer = await stub.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
-            monkeypatch.setattr(Student, "is_ready", False)
+            monkeypatch.setattr(ServedStudent, "is_ready", False)
             answer = await stub.Check(health_pb2.HealthCheckRequest())
             assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
             code, _ = await refusal(stub.Check(health_pb2.HealthCheckRequest(service="unheard of")))
@@ -116,12 +116,12 @@ def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has
             np.testing.assert_array_equal(features, run_onnx(network_folder / "0.onnx", image[None])[0])
 
     asyncio.run(scenario())
-    assert (Student(network_folder / "0.onnx").quick_batch == 0) == has_thread
+    assert (ServedStudent(network_folder / "0.onnx").quick_batch == 0) == has_thread
 
 
 def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
     monkeypatch.setattr(node, "QUICK", 0.0)
-    student = Student(network_folder / "0.onnx")
+    student = ServedStudent(network_folder / "0.onnx")
     run, images, released = student.run, [], threading.Event()
 
     def slowly(image: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def test_nobody_can_load_unload_or_share_memory(network_folder, method):
 )
 def test_a_node_does_not_send_what_a_student_cannot_have(network_folder, tmp_path, weight, problem):
     shutil.copytree(network_folder, tmp_path / "export")
-    student = Student(tmp_path / "export/0.onnx")
+    student = ServedStudent(tmp_path / "export/0.onnx")
     write_student(tmp_path / "other.onnx", np.full((16, 3), weight, np.float32))
     student.session = open_session(tmp_path / "other.onnx")
 
@@ -223,7 +223,10 @@ def test_large_images_raise_the_message_limit():
 def test_the_coordinators_certificate_opens_a_node(network_folder, certificates):
     async def scenario():
         identity = Identity.of("node-0", certificates)
-        async with serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
+        async with serving(ServedStudent(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (
+            port,
+            _,
+        ):
             credentials = Identity.of("coordinator", certificates).for_client()
             for name in (None, "node-0", "localhost"):
                 async with stub_of(f"127.0.0.1:{port}", credentials, name) as stub:
@@ -251,7 +254,10 @@ def test_strangers_are_refused(network_folder, certificates, tmp_path):
 
     async def scenario():
         identity = Identity.of("node-0", certificates)
-        async with serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (port, m):
+        async with serving(ServedStudent(network_folder / "0.onnx"), "127.0.0.1:0", identity, ["coordinator"]) as (
+            port,
+            m,
+        ):
             for who, (credentials, expected) in strangers.items():
                 async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
                     status, _ = await refusal(stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE))
@@ -269,7 +275,7 @@ def test_strangers_are_refused(network_folder, certificates, tmp_path):
 def test_plain_text_stays_on_this_machine(network_folder, address):
     async def scenario():
         with pytest.raises(UserError, match="plain text is for loopback addresses only"):
-            async with serving(Student(network_folder / "0.onnx"), address):
+            async with serving(ServedStudent(network_folder / "0.onnx"), address):
                 pass
 
     asyncio.run(scenario())
@@ -308,38 +314,38 @@ def test_addresses():
 def test_a_student_that_is_not_the_manifests_is_refused(network_folder, tmp_path):
     folder = shutil.copytree(network_folder, tmp_path / "export")
     with pytest.raises(UserError, match=r"final\.onnx: not a student .* Choose one of 0\.onnx, 1\.onnx"):
-        Student(folder / "final.onnx")
+        ServedStudent(folder / "final.onnx")
     (folder / "0.onnx").write_bytes((folder / "0.onnx").read_bytes() + b"\0")
     with pytest.raises(UserError, match=r"0\.onnx: its SHA-256 is not that of the manifest"):
-        Student(folder / "0.onnx")
+        ServedStudent(folder / "0.onnx")
     (folder / "1.onnx").unlink()
     with pytest.raises(UserError, match=r"1\.onnx: cannot be read"):
-        Student(folder / "1.onnx")
+        ServedStudent(folder / "1.onnx")
     manifest = read_json(folder / "manifest.json")
     image = manifest["image"] | {"size": manifest["image"]["size"] + 1}
     write_json(folder / "manifest.json", manifest | {"image": image})
     with pytest.raises(UserError, match=r"2\.onnx: no student for the images of its manifest"):
-        Student(folder / "2.onnx")
+        ServedStudent(folder / "2.onnx")
     write_json(folder / "manifest.json", manifest | {"image": manifest["image"] | {"channels": True}})
     with pytest.raises(UserError, match=r"not the manifest of an exported network \(image\.channels\)"):
-        Student(folder / "2.onnx")
+        ServedStudent(folder / "2.onnx")
     for key in ("classes", "students"):
         write_json(folder / "manifest.json", manifest | {key: [*manifest[key], manifest[key][0]]})
         with pytest.raises(UserError, match=r"not the manifest of an exported network \(.* is listed twice\)"):
-            Student(folder / "2.onnx")
+            ServedStudent(folder / "2.onnx")
     write_json(folder / "manifest.json", manifest | {"students": [{"file": "../2.onnx"}]})
     with pytest.raises(UserError, match="not the manifest of an exported network"):
-        Student(folder / "2.onnx")
+        ServedStudent(folder / "2.onnx")
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not the manifest of an exported network"):
-        Student(folder / "2.onnx")
+        ServedStudent(folder / "2.onnx")
 
 
 def test_a_taken_port_is_refused(network_folder):
     async def scenario():
         async with plain_node(network_folder) as (address, _):
             with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+: cannot listen there"):
-                async with serving(Student(network_folder / "1.onnx"), address):
+                async with serving(ServedStudent(network_folder / "1.onnx"), address):
                     pass
 
     asyncio.run(scenario())
@@ -380,7 +386,7 @@ def test_a_taken_metrics_port_is_refused(network_folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        running = serve(Student(network_folder / "0.onnx"), "127.0.0.1:0", None, [], taken.getsockname()[1])
+        running = serve(ServedStudent(network_folder / "0.onnx"), "127.0.0.1:0", None, [], taken.getsockname()[1])
         with pytest.raises(UserError, match=r"--metrics-port: .* another program listens there\. Choose another port"):
             asyncio.run(running)
 

@@ -37,7 +37,7 @@ from nonn.runtime.channel import reason_of
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.logs import LINES, Limiter, in_plain_words
 from nonn.runtime.metrics import serving_metrics
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_request, make_response
 from nonn.runtime.tls import Identity
 
@@ -125,7 +125,7 @@ def test_renewed_certificates_are_used_at_once_and_damaged_ones_never(network_fo
     identity, caller = Identity.of("node-0", tmp_path), Identity.of("coordinator", tmp_path)
 
     async def scenario():
-        student = Student(network_folder / "0.onnx")
+        student = ServedStudent(network_folder / "0.onnx")
         async with serving.serving(student, "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
             first = await asyncio.to_thread(serial_at, port, caller)
             assert first == serial_in(identity.certificate)
@@ -147,7 +147,7 @@ def test_the_reason_of_a_failed_handshake_is_not_cut_off(network_folder, certifi
     write_certificates(tmp_path, ["coordinator"])
 
     async def scenario():
-        student, identity = Student(network_folder / "0.onnx"), Identity.of("node-0", certificates)
+        student, identity = ServedStudent(network_folder / "0.onnx"), Identity.of("node-0", certificates)
         async with serving.serving(student, "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
             credentials = Identity.of("coordinator", tmp_path).for_client()
             async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
@@ -204,7 +204,7 @@ def test_silent_connections_are_ended_and_then_others_are_served(network_folder,
     monkeypatch.setattr(serving, "CONNECTIONS", 20)
 
     async def scenario():
-        student, identity = Student(network_folder / "0.onnx"), Identity.of("node-0", certificates)
+        student, identity = ServedStudent(network_folder / "0.onnx"), Identity.of("node-0", certificates)
         async with serving.serving(student, "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
             silent = await asyncio.to_thread(silent_connections, port, 60)
             await until(lambda: sum(map(is_closed, silent)) >= 40)  # beyond the limit: at once
@@ -239,7 +239,7 @@ def test_why_nothing_can_listen_there_has_one_cause(network_folder, certificates
         async with plain_node(network_folder) as (taken, _):
             place, identity = f"{address}:{taken.rpartition(':')[2]}", Identity.of("node-1", certificates)
             with pytest.raises(UserError, match="cannot listen there") as error:
-                async with serving.serving(Student(network_folder / "1.onnx"), place, identity, ["coordinator"]):
+                async with serving.serving(ServedStudent(network_folder / "1.onnx"), place, identity, ["coordinator"]):
                     pass
             assert causes[address] in str(error.value)
             assert "belong together" not in str(error.value)

@@ -9,7 +9,7 @@ from clusters import cluster_of, make_image, until
 from nonn.runtime import channel, coordinator, serving, tls
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.tls import Identity
 
 
@@ -19,7 +19,7 @@ async def coordinator_of(export, certificates, own):
     async with contextlib.AsyncExitStack() as stack:
         addresses = []
         for i in range(3):
-            student, identity = Student(export / f"{i}.onnx"), Identity.of(f"node-{i}", certificates)
+            student, identity = ServedStudent(export / f"{i}.onnx"), Identity.of(f"node-{i}", certificates)
             node = serving.serving(student, "127.0.0.1:0", identity, ["coordinator"])
             addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
         yield await stack.enter_async_context(Coordinator(cluster_of(export, addresses, own)))

@@ -17,7 +17,7 @@ from nonn.cli import main
 from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, load_cluster, local_cluster, write_cluster
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.processes import node_commands, running
 from nonn.runtime.protocol import SAMPLE, Contract, make_request, read_response
 from nonn.runtime.sensor import load_sensor
@@ -133,13 +133,13 @@ DAMAGES = {
 
 
 @contextlib.asynccontextmanager
-async def calling(student: Student):
+async def calling(student: ServedStudent):
     async with serving(student, "127.0.0.1:0") as (port, _), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield oip_grpc.GRPCInferenceServiceStub(channel)
 
 
 def test_a_node_answers_a_number_exactly_as_its_image(network_folder, sensor):
-    student = Student(network_folder / "0.onnx", sensor)
+    student = ServedStudent(network_folder / "0.onnx", sensor)
 
     async def scenario():
         async with calling(student) as stub:
@@ -154,7 +154,7 @@ def test_a_node_answers_a_number_exactly_as_its_image(network_folder, sensor):
 
 
 def test_a_node_refuses_numbers_that_are_not_agreed(network_folder, sensor):
-    student = Student(network_folder / "0.onnx", sensor)
+    student = ServedStudent(network_folder / "0.onnx", sensor)
 
     async def scenario():
         async with calling(student) as stub:
@@ -170,7 +170,7 @@ def test_a_node_refuses_numbers_that_are_not_agreed(network_folder, sensor):
 
 
 def test_a_node_without_a_sensor_refuses_numbers(network_folder):
-    contract = Student(network_folder / "0.onnx").contract
+    contract = ServedStudent(network_folder / "0.onnx").contract
 
     async def scenario():
         async with plain_node(network_folder) as (address, _), aio.insecure_channel(address) as channel:

@@ -9,7 +9,7 @@ from grpc import StatusCode, aio
 
 from nonn.runtime import guard
 from nonn.runtime.channel import MODEL_INFER
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_request
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import Identity
@@ -27,7 +27,7 @@ def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, 
 
     async def scenario():
         identity, request = Identity.of("node-0", certificates), make_request(CONTRACT, make_image())
-        student = Student(network_folder / "0.onnx")
+        student = ServedStudent(network_folder / "0.onnx")
         async with serving(student, "127.0.0.1:0", identity, ["coordinator"]) as (port, _):
             address, own = f"127.0.0.1:{port}", Identity.of("coordinator", certificates).for_client()
             for name, status in (
@@ -55,7 +55,7 @@ def test_calls_without_a_message_are_few_on_all_connections_together(network_fol
         yield b""
 
     async def scenario():
-        student = Student(network_folder / "0.onnx")
+        student = ServedStudent(network_folder / "0.onnx")
         async with contextlib.AsyncExitStack() as stack:
             port, meters = await stack.enter_async_context(serving(student, "127.0.0.1:0"))
             options = [("grpc.use_local_subchannel_pool", 1)]
@@ -89,7 +89,7 @@ def test_a_message_may_take_as_long_as_its_call_has(network_folder, monkeypatch)
 
     async def scenario():
         async with (
-            serving(Student(network_folder / "0.onnx"), "127.0.0.1:0", None, []) as (port, _),
+            serving(ServedStudent(network_folder / "0.onnx"), "127.0.0.1:0", None, []) as (port, _),
             aio.insecure_channel(f"127.0.0.1:{port}") as channel,
         ):
             call = channel.stream_unary(MODEL_INFER)
@@ -110,7 +110,7 @@ def test_a_call_that_is_silent_leaves_its_place(network_folder, monkeypatch):
     spoken = asyncio.Event()
 
     async def scenario():
-        student = Student(network_folder / "0.onnx")
+        student = ServedStudent(network_folder / "0.onnx")
         async with serving(student, "127.0.0.1:0") as (port, _), aio.insecure_channel(f"127.0.0.1:{port}") as channel:
             student.admission.check = lambda *_: 0.0
             entered = []

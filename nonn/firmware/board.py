@@ -30,7 +30,7 @@ from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
 from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import Student, add_serving, callers_from, identity_from
+from nonn.runtime.node import ServedStudent, add_serving, callers_from, identity_from
 from nonn.runtime.serving import serve
 
 #: What the firmware says as soon as it listens.
@@ -86,21 +86,21 @@ class Emulator:
                 pipe.close()
 
 
-class EmulatedBoard(Student):
-    """A student as its firmware computes it on an emulated board; what it serves is that of `Student`.
+class EmulatedBoard(ServedStudent):
+    """A student as its firmware computes it on an emulated board; what it serves is that of `ServedStudent`.
 
     Raises
     ------
     UserError
-        As `Student`; the toolchain or the emulator is missing, or no firmware can be made of the student.
+        As `ServedStudent`; the toolchain or the emulator is missing, or no firmware can be made of the student.
     """
 
     platform = "nonn_firmware"
 
     def __init__(self, path: Path, target: Target, folder: Path, sensor: Path | None = None):
-        student, image = build_for_port(path, target, folder)
+        student, linked = build_for_port(path, target, folder)
         self.n_features, self.scale = student.n_features, scale_of(student)
-        self.start = functools.partial(Emulator, image.elf, target.core)
+        self.start = functools.partial(Emulator, linked.elf, target.core)
         self.emulator: Emulator | None = self.start()
         try:
             super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one

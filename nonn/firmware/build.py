@@ -39,7 +39,7 @@ class ToolError(UserError):
 
 
 @dataclass(frozen=True)
-class Image:
+class LinkedFirmware:
     """A linked firmware. `ram_bytes` has the arena, the program's variables, and all of the stack."""
 
     elf: Path
@@ -90,7 +90,7 @@ def compile_sources(folder: Path, target: Target) -> list[Path]:
     return objects
 
 
-def link(objects: Sequence[Path], target: Target, elf: Path) -> Image:
+def link(objects: Sequence[Path], target: Target, elf: Path) -> LinkedFirmware:
     """Link for a device; writes a linker script and a map beside `elf`.
 
     Raises
@@ -114,7 +114,7 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> Image:
             f"{elf.stem}: does not fit {target.name}: it exceeds {' and '.join(lines)}. "
             "Choose a smaller student or a device with more memory (`nonn devices`)."
         ) from None
-    return Image(elf, *_sizes(elf))
+    return LinkedFirmware(elf, *_sizes(elf))
 
 
 def compile_for_port(folder: Path, target: Target) -> list[Path]:

@@ -19,7 +19,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from nonn.core.errors import UserError, one_line
 from nonn.core.files import regular, scratch_folder
-from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student, in_pairs
+from nonn.firmware.steps import Combine, Conv, FirmwareProgram, KernelCall, Mean, Prepare, Shape, in_pairs
 from nonn.runtime.session import REFUSALS
 
 #: Operations that work value by value, constants broadcast.
@@ -32,7 +32,7 @@ ODD = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
 
 
-def read_student(path: Path) -> Student:
+def read_student(path: Path) -> FirmwareProgram:
     """Read an int8 student that the stage `export` wrote.
 
     Raises
@@ -81,7 +81,7 @@ class _Reader:
         remedy = "Give students of design.precision int8 and family fast, or airbench of depth 2 or less."
         return NoKernelError(f"{self.path}: no firmware can be made of it: {why}. {remedy}")
 
-    def read(self) -> Student:
+    def read(self) -> FirmwareProgram:
         graph = self.model.graph
         inputs = [value for value in graph.input if value.name not in self.constants]
         image = inputs[0]
@@ -98,9 +98,9 @@ class _Reader:
             raise self.refuse("its output is not one vector of features")
         shape, fused = self.shapes[image.name], self.fused(steps)
         in_pairs(fused)
-        return Student(image.name, shape, features, self.vectors[features], fused)
+        return FirmwareProgram(image.name, shape, features, self.vectors[features], fused)
 
-    def step(self, node: NodeProto, image: str) -> list[Step]:
+    def step(self, node: NodeProto, image: str) -> list[KernelCall]:
         """The steps of one node: none where it is part of a later one."""
         settings = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         kind, name = node.op_type, node.output[0]
@@ -179,7 +179,7 @@ class _Reader:
         self.shapes[node.output[0]] = Shape(shape.rows // side, shape.columns // side, shape.channels)
         return _Pool((node.input[0],), node.output[0], side)
 
-    def table(self, name: str, image: str) -> Step:
+    def table(self, name: str, image: str) -> KernelCall:
         """The step that a chain of pointwise operations becomes."""
         source, nodes = self.chain(name)
         shape = self.shapes[source]
@@ -251,10 +251,10 @@ class _Reader:
         values = np.tile(np.arange(256, dtype=np.uint8), channels).reshape(1, channels, 16, 16)
         return session.run([name], {source: values})[0].reshape(channels, 256)
 
-    def fused(self, steps: list[Step]) -> list[Step]:
+    def fused(self, steps: list[KernelCall]) -> list[KernelCall]:
         """Poolings and tables become part of the convolution before them."""
         readers = Counter(name for step in steps for name in step.reads)
-        result: list[Step] = []
+        result: list[KernelCall] = []
         last: dict[str, Conv] = {}
         for step in steps:
             conv = last.get(step.reads[0])
@@ -274,13 +274,13 @@ class _Reader:
         return result
 
 
-class _Pool(Step):
+class _Pool(KernelCall):
     def __init__(self, reads: tuple[str, ...], writes: str, side: int):
         super().__init__(reads, writes)
         self.side = side
 
 
-class _Table(Step):
+class _Table(KernelCall):
     def __init__(self, reads: tuple[str, ...], writes: str, values: np.ndarray):
         super().__init__(reads, writes)
         self.values = values

@@ -10,13 +10,13 @@ import numpy as np
 
 from nonn.core.progress import track
 from nonn.firmware.arena import plan_arena
-from nonn.firmware.build import Image, compile_for_port, compile_sources, copy_sources, link
+from nonn.firmware.build import LinkedFirmware, compile_for_port, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
 from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.graph import read_student
 from nonn.firmware.scale import scale_of
 from nonn.firmware.source import buffers_of, packed_weights, write_source
-from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Step, Student
+from nonn.firmware.steps import Combine, Conv, FirmwareProgram, KernelCall, Mean, Prepare
 from nonn.firmware.targets import STACK_BYTES, Target
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.sensor import open_images
@@ -30,14 +30,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Firmware:
-    """What was built of one student: `image` for the device, `emulated` the same for QEMU's memory map."""
+    """What was built of one student: `linked` for the device, `emulated` the same for QEMU's memory map."""
 
     path: Path
-    student: Student
+    student: FirmwareProgram
     target: Target
     arena_bytes: int
-    image: Image
-    emulated: Image
+    linked: LinkedFirmware
+    emulated: LinkedFirmware
 
 
 def students_of(paths: list[Path]) -> list[Path]:
@@ -61,11 +61,11 @@ def build(path: Path, target: Target, folder: Path) -> Firmware:
     arena = write_source(student, folder)
     copy_sources(folder)
     objects = compile_sources(folder, target)
-    image = link(objects, target, folder / f"{path.stem}.elf")
-    return Firmware(path, student, target, arena, image, link(objects, target.emulated, folder / "emulated.elf"))
+    linked = link(objects, target, folder / f"{path.stem}.elf")
+    return Firmware(path, student, target, arena, linked, link(objects, target.emulated, folder / "emulated.elf"))
 
 
-def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, Image]:
+def build_for_port(path: Path, target: Target, folder: Path) -> tuple[FirmwareProgram, LinkedFirmware]:
     """As `build`, of a firmware that an emulated board serves by its serial port."""
     student = read_student(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def build_for_port(path: Path, target: Target, folder: Path) -> tuple[Student, I
     return student, link(compile_for_port(folder, target), target.emulated, folder / f"{path.stem}.elf")
 
 
-def read_images(path: Path | None, student: Student, count: int) -> np.ndarray:
+def read_images(path: Path | None, student: FirmwareProgram, count: int) -> np.ndarray:
     """The first images of a file, see `nonn.runtime.sensor.open_images`; grey noise of a fixed seed without one."""
     shape = student.image_shape
     planes = (shape.channels, shape.rows, shape.columns)
@@ -108,8 +108,8 @@ def firmware_entry(firmware: Firmware, run: Run | None, checked: int, identical:
         "student": firmware.path.stem,
         "device": firmware.target.name,
         "core": firmware.target.core,
-        "flash_bytes": firmware.image.flash_bytes,
-        "ram_bytes": firmware.image.ram_bytes,
+        "flash_bytes": firmware.linked.flash_bytes,
+        "ram_bytes": firmware.linked.ram_bytes,
         "flash_limit_bytes": firmware.target.flash_bytes,
         "ram_limit_bytes": firmware.target.ram_bytes,
         "weight_bytes": weights,
@@ -140,7 +140,7 @@ def _energy(firmware: Firmware) -> dict[str, float | None]:
     }
 
 
-def _buffers(student: Student) -> list[dict[str, Any]]:
+def _buffers(student: FirmwareProgram) -> list[dict[str, Any]]:
     """Where each buffer lies in the arena, and from which step to which, both included."""
     buffers = buffers_of(student)
     offsets, _ = plan_arena(buffers)
@@ -152,7 +152,7 @@ def _buffers(student: Student) -> list[dict[str, Any]]:
     ]
 
 
-def _constant_bytes(student: Student) -> tuple[int, int]:
+def _constant_bytes(student: FirmwareProgram) -> tuple[int, int]:
     """Bytes of flash for weights, and for scales, biases and tables; equal ones count once, as they are written."""
     weights, tables = set(), set()
     for step in student.steps:
@@ -163,7 +163,7 @@ def _constant_bytes(student: Student) -> tuple[int, int]:
     return sum(map(len, weights)), sum(map(len, tables))
 
 
-def _layer(step: Step, instructions: int | None) -> dict[str, Any]:
+def _layer(step: KernelCall, instructions: int | None) -> dict[str, Any]:
     macs = step.macs if isinstance(step, Conv) else 0
     weights = step.weights.size if isinstance(step, Conv) else 0
     return {
@@ -179,7 +179,7 @@ def _ratio(instructions: int | None, macs: int) -> float | None:
     return round(instructions / macs, 3) if instructions and macs else None
 
 
-def describe(step: Step) -> str:
+def describe(step: KernelCall) -> str:
     """A step in a few words, such as ``conv 3×3 64→128 16×16 pool 2``: kernel, channels, pixels of its output."""
     match step:
         case Conv(weights=weights, out=out):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nonn.firmware.steps import Combine, Mean, Student
+from nonn.firmware.steps import Combine, FirmwareProgram, Mean
 
 #: The largest byte.
 LARGEST = 255
@@ -31,7 +31,7 @@ class FeatureScale:
         return self.low + values.astype(np.float32) * self.step
 
 
-def scale_of(student: Student) -> FeatureScale:
+def scale_of(student: FirmwareProgram) -> FeatureScale:
     """The finest scale that holds whatever features a student can have.
 
     A feature is a mean of values of the last map, which lie between the least and the greatest of its table. For

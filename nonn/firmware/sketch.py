@@ -19,7 +19,7 @@ from nonn.core.chips import FAMILIES
 from nonn.core.families import WHITENED
 from nonn.firmware.arena import plan_arena
 from nonn.firmware.source import buffers_of
-from nonn.firmware.steps import Combine, Conv, Mean, Prepare, Shape, Step, Student
+from nonn.firmware.steps import Combine, Conv, FirmwareProgram, KernelCall, Mean, Prepare, Shape
 from nonn.firmware.targets import STACK_BYTES
 
 #: Bytes of ``nonn_conv_t`` of ``kernels.h`` on a processor of 32 bits.
@@ -64,20 +64,20 @@ def predict_footprint(kind: str, channels: int, size: int, n_filters: int | None
     )
 
 
-def sketch_student(architecture: Architecture, channels: int, size: int, n_filters: int | None) -> Student:
+def sketch_student(architecture: Architecture, channels: int, size: int, n_filters: int | None) -> FirmwareProgram:
     """A student without values: its weights and tables have their shapes only."""
     image = Shape(size, size, channels)
     once = list(_pass(architecture, image, n_filters))
     n_features = n_filters or architecture.n_features
     if not architecture.mirror:
-        return Student("image", image, once[-1].writes, n_features, once)
+        return FirmwareProgram("image", image, once[-1].writes, n_features, once)
     mirrored = [_again(step) for step in once]
     joined = Combine((once[-1].writes, mirrored[-1].writes), "sum", n_features, "+")
     halved = Combine(("sum",), "features", n_features, "/", 2.0)
-    return Student("image", image, "features", n_features, [*mirrored, *once, joined, halved])
+    return FirmwareProgram("image", image, "features", n_features, [*mirrored, *once, joined, halved])
 
 
-def _again(step: Step) -> Step:
+def _again(step: KernelCall) -> KernelCall:
     """The same step of a second pass: weights are the same, and scales, biases and tables are calibrated apart."""
     own = {
         name: _blank(array.dtype, *array.shape) for name in APART if (array := getattr(step, name, None)) is not None
@@ -86,7 +86,7 @@ def _again(step: Step) -> Step:
     return replace(step, reads=reads, writes=f"{step.writes} again", **own)
 
 
-def _pass(architecture: Architecture, image: Shape, n_filters: int | None) -> Iterator[Step]:
+def _pass(architecture: Architecture, image: Shape, n_filters: int | None) -> Iterator[KernelCall]:
     yield Prepare(("image",), "map", image, _blank(np.uint8, image.channels, 256), False)
     shape, last = image, "map"
     layers = list(_layers(architecture, image.channels, n_filters))
@@ -125,7 +125,7 @@ def _layers(architecture: Architecture, channels: int, n_filters: int | None) ->
         yield n_filters, 1, 1, 1
 
 
-def _constants(step: Step) -> Iterator[tuple[np.ndarray, int]]:
+def _constants(step: KernelCall) -> Iterator[tuple[np.ndarray, int]]:
     """Arrays in flash, and the bytes of each there: those of filters are filled up to whole words."""
     match step:
         case Prepare(tables=tables):

@@ -22,7 +22,7 @@ class Shape:
 
 
 @dataclass
-class Step:
+class KernelCall:
     """What is read and written, by the names of tensors in the ONNX graph."""
 
     reads: tuple[str, ...]
@@ -30,7 +30,7 @@ class Step:
 
 
 @dataclass
-class Prepare(Step):
+class Prepare(KernelCall):
     """The image in planes becomes a map. `tables` uint8 (channels, 256); `mirror`: left and right are swapped."""
 
     shape: Shape
@@ -39,7 +39,7 @@ class Prepare(Step):
 
 
 @dataclass
-class Conv(Step):
+class Conv(KernelCall):
     """A convolution of integers, maximum pooling after it, and what then follows value by value.
 
     `weights` int8 (filters, kernel rows, kernel columns, channels), `bias` int32 (filters,) with the zero point of the
@@ -80,7 +80,7 @@ class Conv(Step):
 
 
 @dataclass
-class Mean(Step):
+class Mean(KernelCall):
     """The mean over all pixels of float32 `table` (256,) at the values of a map: a vector of its channels."""
 
     shape: Shape
@@ -88,7 +88,7 @@ class Mean(Step):
 
 
 @dataclass
-class Combine(Step):
+class Combine(KernelCall):
     """One operation on float32 vectors: ``+`` of two, or ``/`` or ``*`` of one and `constant`."""
 
     size: int
@@ -97,21 +97,21 @@ class Combine(Step):
 
 
 @dataclass
-class Student:
+class FirmwareProgram:
     """A student as a firmware runs it: from the image, uint8 (channels, rows, columns), to float32 features."""
 
     image: str
     image_shape: Shape
     features: str
     n_features: int
-    steps: list[Step] = field(default_factory=list)
+    steps: list[KernelCall] = field(default_factory=list)
 
     @property
     def macs(self) -> int:
         return sum(step.macs for step in self.steps if isinstance(step, Conv))
 
 
-def in_pairs(steps: Iterable[Step]) -> None:
+def in_pairs(steps: Iterable[KernelCall]) -> None:
     """Give each convolution an even number of filters, since ``nonn_conv`` takes two at once.
 
     One without any weights joins an odd number, and the next convolution has weights of zero for it.

@@ -30,7 +30,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 
 
 @dataclass(frozen=True)
-class Picture:
+class ShownPicture:
     """A picture that is read when its turn comes."""
 
     name: str  # for the reader
@@ -38,7 +38,7 @@ class Picture:
     read: Callable[[], np.ndarray]  # uint8 of shape (channels, size, size)
 
 
-def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
+def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[ShownPicture]:
     """Picture files, in the order given; those of a folder in a fixed random order.
 
     The class of a file in a folder that is named as a class is that one.
@@ -58,7 +58,9 @@ def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[Picture]:
             raise UserError(f"--images: {path}: no such file or folder.")
         for file in files:
             truth = file.parent.name if file.parent.name in manifest.classes else None
-            found.append(Picture(file.name, truth, partial(read_image, file, image.channels, image.size, image.white)))
+            found.append(
+                ShownPicture(file.name, truth, partial(read_image, file, image.channels, image.size, image.white))
+            )
     if not found:
         raise UserError(f"--images: no pictures ({', '.join(sorted(SUFFIXES))}) in {', '.join(map(str, paths))}.")
     return found
@@ -74,7 +76,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(within, name) for name in names)
 
 
-def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
+def dataset_pictures(path: Path, manifest: Manifest) -> list[ShownPicture]:
     """Test images of the ``dataset.safetensors`` of an experiment, in a fixed random order.
 
     Raises
@@ -96,12 +98,14 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[Picture]:
     if shape != image.shape or classes != tuple(manifest.classes) or labels.max() >= len(classes):
         raise UserError(f"{path}: is not the dataset of this network. Give pictures with --images FOLDER.")
     return [
-        Picture(f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index)))
+        ShownPicture(
+            f"test image {i}", manifest.classes[labels[index]], partial(lambda k: images[k : k + 1][0], int(index))
+        )
         for i, index in ((int(i), indices[i]) for i in _shuffled(len(indices)))
     ]
 
 
-def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) -> Picture:
+def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) -> ShownPicture:
     """A picture that somebody sent, from the bytes of its file, or its negative.
 
     Raises
@@ -121,7 +125,7 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{name}: cannot be read ({reason}). Send one of {', '.join(FORMATS)}.") from None
     pixels = 255 - pixels if invert else pixels
-    return Picture(name, None, lambda: pixels)
+    return ShownPicture(name, None, lambda: pixels)
 
 
 def decoded_bytes(image: Image.Image) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nonn.core.errors import UserError
-from nonn.live.pictures import Picture, as_png
+from nonn.live.pictures import ShownPicture, as_png
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, NobodyAnsweredError, NodeConnection
 from nonn.runtime.inversion import describe_inversion, looks_inverted
@@ -79,14 +79,14 @@ class DeviceCard:
 class LiveCluster:
     """Shows pictures to a running cluster, in turn and without end; `snapshot` says how it stands, `changed` when."""
 
-    def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[Picture]):
+    def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[ShownPicture]):
         self.cluster, self.pictures = cluster, pictures
         self.manifest, _ = cluster.placed()
         self.devices = {child.node.name: DeviceCard(child) for child in children}
         self.rate, self.held = RATE, False
         self.version = 0
         self._position = 0
-        self._sent: Picture | None = None
+        self._sent: ShownPicture | None = None
         self._picture: dict | None = None
         self._prediction: dict | None = None
         self._problem = "the nodes are starting"
@@ -153,7 +153,7 @@ class LiveCluster:
         self._position += step
         self._woken.set()
 
-    def submit(self, picture: Picture) -> None:
+    def submit(self, picture: ShownPicture) -> None:
         """Show a picture that a viewer has sent, and hold it until somebody wants the next one."""
         self._sent, self.held = picture, True
         self._woken.set()

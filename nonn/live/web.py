@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 from nonn.core.errors import UserError
 from nonn.core.progress import log
 from nonn.core.schema import Section
-from nonn.live.pictures import Picture, sent_picture
+from nonn.live.pictures import ShownPicture, sent_picture
 from nonn.live.state import FASTEST, SLOWEST, LiveCluster
 from nonn.runtime.addresses import OWN_NAMES, host_name
 from nonn.runtime.cluster import Cluster
@@ -233,7 +233,7 @@ async def log_address(address: str) -> None:
 async def serve_page(
     cluster: Cluster,
     children: Sequence[Child],
-    pictures: Sequence[Picture],
+    pictures: Sequence[ShownPicture],
     port: int,
     option: str = "--web",
     listening: Callable[[str], Awaitable[None]] = log_address,

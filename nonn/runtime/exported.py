@@ -48,7 +48,7 @@ def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Sch
         raise UserError(f"{path}: not {what} ({where or problem['msg']}). {remedy}") from None
 
 
-class Image(Record):
+class ImageFormat(Record):
     channels: Dimension
     size: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     dtype: Literal["uint8"]
@@ -88,7 +88,7 @@ class Manifest(Record):
     """The keys of an exported network's ``manifest.json`` that nodes and coordinator need."""
 
     classes: Annotated[list[str], Field(min_length=2)]
-    image: Image
+    image: ImageFormat
     students: Annotated[list[StudentFile], Field(min_length=1)]
     final: FinalFiles
     #: What logits are divided by before they become probabilities, with 1 to N students present

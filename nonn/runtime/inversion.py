@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nonn.runtime.exported import Image
+from nonn.runtime.exported import ImageFormat
 
 #: Share of the training images whose borders are within the range that is kept.
 USUAL = 0.99
@@ -26,7 +26,7 @@ def usual_border(images: Iterable[np.ndarray]) -> tuple[float, float]:
     return round(float(low), 2), round(float(high), 2)
 
 
-def looks_inverted(pixels: np.ndarray, image: Image) -> bool:
+def looks_inverted(pixels: np.ndarray, image: ImageFormat) -> bool:
     """Whether the negative of a picture, uint8 of shape (channels, size, size), is more like the training images.
 
     Its border must be one that training images hardly ever have, and that of its negative less than half as far from
@@ -43,7 +43,7 @@ def looks_inverted(pixels: np.ndarray, image: Image) -> bool:
     return distance(brightness) > 2 * distance(255 - brightness)
 
 
-def describe_inversion(image: Image) -> str:
+def describe_inversion(image: ImageFormat) -> str:
     """What to tell whoever shows a network a picture that looks inverted."""
     assert image.border, "only a picture that was compared with it looks inverted"
     usual = "dark" if image.border[1] < MIDDLE else "bright"

@@ -43,7 +43,7 @@ CALL_SECONDS = 3e-4
 PATIENCE, SHARE = 10.0, 0.5
 
 
-class Student:
+class ServedStudent:
     """One exported student, verified and ready to run: an ONNX file beside the manifest that was written with it.
 
     Raises
@@ -144,6 +144,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """The command ``nonn node``."""
     identity = identity_from(options)
-    student, allowed = Student(options.model, options.sensor), callers_from(options, identity)
+    student, allowed = ServedStudent(options.model, options.sensor), callers_from(options, identity)
     with relayed_stderr():
         asyncio.run(serve(student, options.address, identity, allowed, options.metrics_port, options.attached))

@@ -16,7 +16,7 @@ from nonn.core.options import add_settings, load_settings, refuse_unknown_networ
 from nonn.core.params import PARAMS_FILE
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.runtime.exported import INPUT, OUTPUT, Image, read_manifest
+from nonn.runtime.exported import INPUT, OUTPUT, ImageFormat, read_manifest
 from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.inversion import describe_inversion, looks_inverted
 from nonn.runtime.students import open_student
@@ -47,7 +47,7 @@ def describe(prediction: Prediction, source: str, names: Sequence[str], absent: 
     return "\n".join(lines)
 
 
-def load_pixels(path: Path, image: Image, invert: bool = False) -> np.ndarray:
+def load_pixels(path: Path, image: ImageFormat, invert: bool = False) -> np.ndarray:
     """A picture file as the network takes it; a hint is printed if it looks inverted."""
     pixels = read_image(path, image.channels, image.size, image.white)
     pixels = 255 - pixels if invert else pixels

@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
 from nonn.core.params import Precision, Sha256
-from nonn.runtime.exported import Dimension, Image, Record, read_record, read_verified
+from nonn.runtime.exported import Dimension, ImageFormat, Record, read_record, read_verified
 from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract, version_of
 from nonn.runtime.session import open_session
 
@@ -84,7 +84,7 @@ class Part(Record, extra="forbid"):
     plan: Sha256 | None = None  # of all segments of all devices: parts of different plans do not fit together
     position: Position
     n_devices: Annotated[int, Field(ge=1, le=2**16)]
-    image: Image  # whole, it is what each device starts from
+    image: ImageFormat  # whole, it is what each device starts from
     columns: tuple[Position, Position]  # of the network's features, those it answers with: first and one past the last
     segments: Annotated[list[Segment | None], Field(min_length=1)]  # None where it has nothing to compute
     messages: list[Message]  # all that it sends or receives, by round

@@ -43,7 +43,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from nonn.core.errors import UserError, one_line
 from nonn.core.params import MOST_DEVICES
 from nonn.core.progress import log
-from nonn.runtime.exported import Image
+from nonn.runtime.exported import ImageFormat
 from nonn.split.cuts import CHANNELS, ROWS, Cuts
 from nonn.split.geometry import EMPTY, Interval, Window, common
 from nonn.split.graph import WINDOWED, OnnxGraph, attributes_of, read_network
@@ -262,7 +262,7 @@ class Writer:
         part = Part(
             position=self.position,
             n_devices=self.cuts.n_devices,
-            image=Image(channels=image[CHANNELS], size=image[ROWS], dtype="uint8"),
+            image=ImageFormat(channels=image[CHANNELS], size=image[ROWS], dtype="uint8"),
             columns=EMPTY if self.computed[last] == EMPTY else columns,
             segments=segments,
             messages=[m for m in messages if self.position in (m.sender, m.receiver)],

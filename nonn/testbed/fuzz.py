@@ -34,7 +34,7 @@ from nonn.runtime.channel import MODEL_INFER, open_channel
 from nonn.runtime.cluster import Cluster, Node, local_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.final import predict
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, make_response, read_request, read_response
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import CA, Identity
@@ -162,7 +162,7 @@ async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
     async with running_bed(export, deadline_ms=1000) as bed:
         cluster, (node, _, contract) = bed.cluster, bed.cluster.placed()[1][0]
         process = bed.children[node.name].process
-        student = Student(export / f"{contract.model}.onnx")
+        student = ServedStudent(export / f"{contract.model}.onnx")
         image = np.random.default_rng(seed).integers(0, 256, contract.image_shape[1:], dtype=np.uint8)
         sound = make_request(contract, image)
         async with open_channel(node, contract.message_limit, cluster.own_identity) as channel:
@@ -218,14 +218,14 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
         stack.push_async_callback(server.stop, None)
         nodes = []
         for node, _, agreed in sound_nodes:
-            serve = serving(Student(export / f"{agreed.model}.onnx"), "127.0.0.1:0")
+            serve = serving(ServedStudent(export / f"{agreed.model}.onnx"), "127.0.0.1:0")
             bound, _ = await stack.enter_async_context(serve)
             nodes.append(node.model_copy(update={"address": f"127.0.0.1:{bound}"}))
         nodes.append(Node(name="rogue", address=f"127.0.0.1:{port}", model=contract.model))
         cluster = Cluster(export=export, deadline_ms=PATIENCE * 1000, insecure=True, nodes=nodes)
         coordinator = await stack.enter_async_context(Coordinator(cluster))
         image = np.random.default_rng(seed).integers(0, 256, contract.image_shape[1:], dtype=np.uint8)
-        features = {i: Student(export / f"{c.model}.onnx").run(image[None])[0] for _, i, c in sound_nodes}
+        features = {i: ServedStudent(export / f"{c.model}.onnx").run(image[None])[0] for _, i, c in sound_nodes}
         for _ in track(range(n_messages), "hostile responses"):
             answer = await coordinator.classify(image)
             coordinator.connections[rogue].failures = 0  # or its breaker would keep the rest of the campaign away

@@ -88,7 +88,7 @@ def row(summary: dict) -> str:
 
 
 @dataclass
-class Target:
+class LoadTarget:
     """What is called: a node or a coordinator, by whom, and how its complete answers look."""
 
     node: Node
@@ -108,7 +108,7 @@ class Target:
 async def call_repeatedly(
     call: aio.UnaryUnaryMultiCallable,
     content: bytes,
-    target: Target,
+    target: LoadTarget,
     tally: Tally,
     deadline: float,
     start: float,
@@ -147,7 +147,7 @@ async def call_repeatedly(
 
 
 @contextlib.asynccontextmanager
-async def idle_calls(target: Target, stranger: Identity, count: int) -> AsyncIterator[None]:
+async def idle_calls(target: LoadTarget, stranger: Identity, count: int) -> AsyncIterator[None]:
     """So many calls of headers alone at a time while the block runs; each that is ended is made again."""
 
     async def keep_calling(begin: aio.StreamUnaryMultiCallable) -> None:
@@ -166,7 +166,9 @@ async def idle_calls(target: Target, stranger: Identity, count: int) -> AsyncIte
             await asyncio.gather(*callers, return_exceptions=True)
 
 
-async def measure(target: Target, callers: int, seconds: float, deadline: float, seed: int, impatient: bool) -> Tally:
+async def measure(
+    target: LoadTarget, callers: int, seconds: float, deadline: float, seed: int, impatient: bool
+) -> Tally:
     """Call from so many callers at once for some seconds after the warm-up."""
     tally = Tally(target.node.name, callers, seconds)
     generator = np.random.default_rng(seed)
@@ -189,7 +191,7 @@ async def measure(target: Target, callers: int, seconds: float, deadline: float,
 
 
 @contextlib.asynccontextmanager
-async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[list[Target]]:
+async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[list[LoadTarget]]:
     """A running node and a running coordinator of an exported network, with nodes of its own."""
     async with running_bed(export, deadline_ms) as bed:
         folder, identity = folder_of(bed), bed.cluster.own_identity
@@ -208,8 +210,8 @@ async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[lis
             )
             coordinator = children[COORDINATOR].node
             yield [
-                Target(node, contract, identity, None),
-                Target(coordinator, network, Identity.of(*DEFAULT_CALLERS, folder), len(placed)),
+                LoadTarget(node, contract, identity, None),
+                LoadTarget(coordinator, network, Identity.of(*DEFAULT_CALLERS, folder), len(placed)),
             ]
 
 

@@ -36,7 +36,7 @@ from nonn.runtime.coordinate import DEFAULT_CALLERS, network_version
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, predict
-from nonn.runtime.node import Student
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.processes import START, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.tls import Identity
@@ -65,7 +65,7 @@ class Reference:
         self.manifest = read_manifest(folder)
         self.version = network_version(self.manifest)
         self.final = FinalLayer.load(folder, self.manifest)
-        self.features = [Student(folder / student.file).run(images) for student in self.manifest.students]
+        self.features = [ServedStudent(folder / student.file).run(images) for student in self.manifest.students]
 
     def probabilities(self, image: int, present: list[int]) -> np.ndarray:
         """Of all classes, float64 of shape (C,), for an image by its number, from the students at these positions."""
