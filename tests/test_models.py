@@ -164,6 +164,18 @@ def test_predict_does_not_depend_on_the_batches():
         torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predict_leaves_a_model_that_is_in_place_at_its_addresses(family, channels):
+    """A step that was recorded on a GPU goes on reading there after the scores of an epoch."""
+    model, images = make_network(FAMILIES[family], channels), random_images(2, channels, 32)
+    _, expected = predict(model, images)
+    lying = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    _, again = predict(model, images)
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == lying
+    assert torch.equal(again, expected)
+
+
 def test_accuracy_by_hand():
     logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, 4.0]])
     assert accuracy(logits, torch.tensor([1, 0, 0, 1])) == 2 / 4

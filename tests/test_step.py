@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from nonn.core.architecture import Architecture
 from nonn.core.training_params import MuonParams, ScheduleParams
-from nonn.training.networks import ConvNet
+from nonn.training.networks import ConvNet, predict
 from nonn.training.optim import make_optimizers
 from nonn.training.step import WARM_UP, RecordedStep, Step, set_rate
 
@@ -16,12 +16,17 @@ SCHEDULE = ScheduleParams(
 )
 
 
-def losses_of(kind: type[Step], device: str, n_steps: int, as_tensors: bool = False) -> list[float]:
-    """Of a small network that learns one batch, at rates that fall from step to step."""
+def losses_of(
+    kind: type[Step], device: str, n_steps: int, as_tensors: bool = False, channels: int = 3, moved_at: int = -1
+) -> list[float]:
+    """Of a small network that learns one batch, at rates that fall from step to step.
+
+    Before each step it is asked for predictions, and before step `moved_at` it is moved to other addresses.
+    """
     torch.manual_seed(0)
-    model = ConvNet(STUDENT, 3, 4, mean=torch.full((3,), 128.0), std=torch.full((3,), 64.0))
+    model = ConvNet(STUDENT, channels, 4, mean=torch.full((channels,), 128.0), std=torch.full((channels,), 64.0))
     model = model.to(device, memory_format=torch.channels_last)
-    images = torch.randint(256, (8, 3, 16, 16), dtype=torch.uint8, device=device)
+    images = torch.randint(256, (8, channels, 16, 16), dtype=torch.uint8, device=device)
     labels = torch.arange(8, device=device) % 4
     optimizers = make_optimizers(model, SCHEDULE)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -34,6 +39,10 @@ def losses_of(kind: type[Step], device: str, n_steps: int, as_tensors: bool = Fa
     for number in range(n_steps):
         for group, peak in zip(groups, peaks, strict=True):
             set_rate(group, peak * (1 - number / n_steps))
+        predict(model, images, device)
+        model.train()
+        if number == moved_at:
+            model.cpu().to(device, memory_format=torch.channels_last)
         found.append(step(images, labels).item())
     return found
 
@@ -45,6 +54,8 @@ def test_rates_as_tensors_are_the_same_rates():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_recorded_step_learns_what_a_step_does():
-    n = WARM_UP + 8
-    assert losses_of(RecordedStep, "cuda", n) == pytest.approx(losses_of(Step, "cuda", n), rel=0.05)
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("moved_at", [-1, WARM_UP + 4])
+def test_a_recorded_step_learns_what_a_step_does(channels, moved_at):
+    n, about = WARM_UP + 8, {"channels": channels, "moved_at": moved_at}
+    assert losses_of(RecordedStep, "cuda", n, **about) == pytest.approx(losses_of(Step, "cuda", n, **about), rel=0.05)

@@ -334,6 +334,22 @@ def scaled_batch_size(batch_size: int, size: int) -> int:
     return max(1, min(batch_size, batch_size * REFERENCE_SIZE**2 // size**2))
 
 
+def _lies_on(model: nn.Module, device: torch.device) -> bool:
+    """Whether a model is on a device, its filters with channels last, so that `Module.to` has nothing to do.
+
+    `Module.to` copies tensors of shape (1, 1, 1, 1) all the same, which a step that was recorded on a GPU would read
+    where they were before.
+    """
+
+    def lies(tensor: Tensor) -> bool:
+        if tensor.dim() != 4:
+            return tensor.device == device
+        wanted = torch.empty_like(tensor, device="meta", memory_format=torch.channels_last)
+        return tensor.device == device and tensor.stride() == wanted.stride()
+
+    return all(map(lies, (*model.parameters(), *model.buffers())))
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, images: Tensor | Images, device: torch.device | str = "cpu", batch_size: int = 500
@@ -342,7 +358,9 @@ def predict(
 
     The model is a `ConvNet`, or a teacher that is called like one.
     """
-    model = model.to(device, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    if not _lies_on(model, torch.empty(0, device=device).device):
+        model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.eval()
     batches = images.split(scaled_batch_size(batch_size, images.shape[-1]))
     outputs = (dict(zip(("features", "logits"), model(batch.to(device)), strict=True)) for batch in batches)
     whole = concatenated(outputs, len(images))

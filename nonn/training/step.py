@@ -64,7 +64,7 @@ class RecordedStep(Step):
                 loss = super().__call__(*batch)
             torch.cuda.current_stream().wait_stream(self.stream)
             return loss
-        if self.graph is None:
+        if self.graph is None or self._places() != self.places:
             self._record(batch)
         for held, new in zip(self.held, batch, strict=True):
             held.copy_(new)
@@ -72,9 +72,14 @@ class RecordedStep(Step):
         self.graph.replay()
         return self.loss.clone()
 
+    def _places(self) -> list[int]:
+        """Addresses that a replay reads: a model that was moved meanwhile has to be recorded anew."""
+        return [tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())]
+
     def _record(self, batch: Sequence[Tensor]) -> None:
         self.held = [part.clone() for part in batch]
         self.model.zero_grad(set_to_none=True)  # gradients then lie where every replay writes them
+        self.places = self._places()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.loss = super().__call__(*self.held)
