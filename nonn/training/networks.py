@@ -293,13 +293,13 @@ class ConvNet(nn.Module):
 def whiten(model: ConvNet, images: Tensor | Images, n_images: int = 5000) -> None:
     """Set the first layer of a network of family airbench in place; other networks stay as they are.
 
-    Its filters are the eigenvectors of the covariance of patches of at most `n_images` training images, uint8 of shape
-    (N, channels, H, W), divided by the standard deviation in their direction, and their opposites: the outputs have no
-    correlation and about one variance.
+    Its filters are the eigenvectors of the covariance of patches of training images, uint8 of shape (N, channels, H,
+    W), divided by the standard deviation in their direction, and their opposites: the outputs have no correlation and
+    about one variance. At most `n_images` images are used, fewer of large ones: see `scaled_batch_size`.
     """
     if model.family != "airbench":
         return
-    pixels = model.normalize(images[spaced(len(images), n_images)])
+    pixels = model.normalize(images[spaced(len(images), scaled_batch_size(n_images, images.shape[-1]))])
     patches = F.unfold(pixels, WHITENED).transpose(1, 2).flatten(0, 1)  # (patches, channels · 2 · 2)
     variances, directions = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (directions / (variances + WHITENING_EPSILON).sqrt()).T
