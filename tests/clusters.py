@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import grpc
 import numpy as np
 import onnx
 import pytest
@@ -151,6 +152,28 @@ async def rogue_node(behave):
     await server.start()
     try:
         yield f"127.0.0.1:{port}", rogue
+    finally:
+        await server.stop(None)
+
+
+class Empty(grpc.GenericRpcHandler):
+    """Ends every call well, and sends no message."""
+
+    def service(self, _):
+        async def nothing(*_):
+            return
+            yield
+
+        return grpc.unary_stream_rpc_method_handler(nothing)
+
+
+@contextlib.asynccontextmanager
+async def empty_node():
+    server = aio.server(handlers=[Empty()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
 

@@ -14,6 +14,7 @@ from clusters import (
     PATIENCE,
     assert_answer,
     cluster_of,
+    empty_node,
     expected_logits,
     free_ports,
     hang,
@@ -29,6 +30,7 @@ from safetensors.numpy import load_file
 
 from nonn.cli import main
 from nonn.core.errors import UserError
+from nonn.live.health import wait_for
 from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.node import ServedStudent
@@ -229,6 +231,18 @@ def test_an_answer_that_is_no_message(network_folder):
             assert_answer(answer, network_folder, make_image(), [0, 1])
             assert answer.absent["node-2"] == "the answer is no message of the protocol"
         await server.stop(None)
+
+    asyncio.run(scenario())
+
+
+def test_an_answer_without_a_message(network_folder):
+    async def scenario():
+        async with empty_node() as third, two_and(network_folder, third) as coordinator:
+            answer = await coordinator.classify(make_image())
+            assert_answer(answer, network_folder, make_image(), [0, 1])
+            assert answer.absent["node-2"] == "the answer is no message of the protocol"
+            node, _, contract = coordinator.placed[2]
+            assert await wait_for(node, contract, None, 0) == "the answer is no message of the protocol"
 
     asyncio.run(scenario())
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from clusters import PATIENCE, make_image, nobody_listens, until
+from clusters import PATIENCE, cluster_of, empty_node, make_image, nobody_listens, until
 
 from nonn.core.errors import UserError
-from nonn.live.up import _missed, run_cluster
+from nonn.live.up import TOLD_AT, _missed, run_cluster, watch
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.cluster import Node, local_cluster
 from nonn.runtime.coordinator import Coordinator
@@ -128,6 +129,24 @@ def test_a_node_that_listens_and_cannot_be_asked_says_why(capsys):
         _missed(child, reason)
     assert child.state == "no answer"
     assert capsys.readouterr().err == f"a: listens, and does not answer ({other})\n"
+
+
+def test_a_node_that_answers_without_a_message_is_told(network_folder, monkeypatch, capsys):
+    monkeypatch.setattr("nonn.live.up.INTERVAL", 0.01)
+
+    async def scenario():
+        async with empty_node() as address:
+            process = SimpleNamespace(returncode=None, wait=lambda: asyncio.sleep(PATIENCE))
+            child = Child(Node(name="node-0", address=address, model="0"), process=process)
+            child.is_ready = True
+            cluster = cluster_of(network_folder, [address, "127.0.0.1:1", "127.0.0.1:2"])
+            watching = asyncio.create_task(watch(child, cluster.placed()[1][0][2], cluster))
+            await until(lambda: child.missed >= TOLD_AT or watching.done())
+            watching.cancel()
+
+    asyncio.run(scenario())
+    said = "node-0: listens, and does not answer (the answer is no message of the protocol)\n"
+    assert capsys.readouterr().err == said
 
 
 def test_a_pipe_that_closes_is_looked_at_once(monkeypatch):

@@ -13,10 +13,10 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.errors import UserError
 from nonn.core.options import amount
-from nonn.runtime.channel import open_channel, reason_of, settle
+from nonn.runtime.channel import open_channel, reason_of, received, settle
 from nonn.runtime.cluster import CLUSTER_FILE, Node, load_cluster
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.protocol import Contract
+from nonn.runtime.protocol import Contract, ProtocolError
 from nonn.runtime.tls import Identity
 
 #: Seconds between two questions, and that an answer may take.
@@ -27,8 +27,8 @@ async def problem_of(stub: oip_grpc.GRPCInferenceServiceStub, contract: Contract
     """Why a node does not serve its student of this export; empty if it does."""
     try:
         request = oip.ModelReadyRequest(name=contract.model, version=contract.version)
-        answer = await stub.ModelReady(request, timeout=PATIENCE)
-    except aio.AioRpcError as error:
+        answer = received(await stub.ModelReady(request, timeout=PATIENCE))
+    except (aio.AioRpcError, ProtocolError) as error:
         return reason_of(error)
     return "" if answer.ready else f"it serves no model {contract.model!r} of version {contract.version}"
 

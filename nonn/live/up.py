@@ -22,11 +22,11 @@ from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.live import PAGE_PORT
 from nonn.runtime.attached import told_to_stop
-from nonn.runtime.channel import LATE, open_channel, reason_of
+from nonn.runtime.channel import LATE, open_channel, reason_of, received
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, load_cluster
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_command, reasons, running
-from nonn.runtime.protocol import Contract
+from nonn.runtime.protocol import Contract, ProtocolError
 
 #: Seconds between two looks at a node, and what an answer may take.
 INTERVAL, PATIENCE = 1.0, 0.5
@@ -47,9 +47,9 @@ async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
         while not child.has_exited:
             try:
                 request = oip.ModelStatisticsRequest(name=contract.model)
-                answer = await stub.ModelStatistics(request, timeout=PATIENCE)
+                answer = received(await stub.ModelStatistics(request, timeout=PATIENCE))
                 child.update(answer.model_stats[0].inference_stats)
-            except (aio.AioRpcError, IndexError) as error:
+            except (aio.AioRpcError, ProtocolError, IndexError) as error:
                 _missed(child, reason_of(error))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(child.process.wait(), INTERVAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from typing import TypeVar
 
 from grpc import ChannelConnectivity, StatusCode, aio
 
@@ -11,7 +12,10 @@ from nonn.core.errors import UserError, printable
 from nonn.runtime.addresses import is_loopback
 from nonn.runtime.admission import LONGEST_RETURN, RETRY_AFTER
 from nonn.runtime.cluster import Node
+from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.tls import Identity, handshake_problem
+
+Message = TypeVar("Message")
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 READY = ChannelConnectivity.READY
@@ -72,6 +76,13 @@ async def settle(
     """Wait until a channel is in one of some states: connected, or its first attempt has failed."""
     while (state := channel.get_state(try_to_connect=True)) not in states:
         await channel.wait_for_state_change(state)
+
+
+def received(answer: Message | None) -> Message:
+    """The answer of a call; a `ProtocolError` for None, which gRPC gives where none came or it cannot be read."""
+    if answer is None:
+        raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol")
+    return answer
 
 
 def busy_seconds(error: BaseException) -> float | None:

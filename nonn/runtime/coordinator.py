@@ -33,6 +33,7 @@ from nonn.runtime.channel import (
     busy_seconds,
     open_channel,
     reason_of,
+    received,
     settle_all,
 )
 from nonn.runtime.cluster import Cluster, Node
@@ -115,7 +116,7 @@ class NodeConnection:
         seconds = max(seconds, 0)
         content = await self._call(request, timeout=seconds, metadata=((GIVEN, f"{1000 * seconds:.3f}"),))
         try:
-            response = ModelInferResponse.FromString(content)
+            response = ModelInferResponse.FromString(received(content))
         except DecodeError:
             raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol") from None
         features = read_response(self.contract, response, n_images=image.shape[0] if image.ndim == 4 else 1)
@@ -196,7 +197,7 @@ class NodeConnection:
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             try:
                 await self.ask(self._blank, self.patience)
-            except (aio.AioRpcError, ProtocolError) as error:
+            except Exception as error:  # whatever it is: without a probe the node would be left alone for ever
                 self.reason = reason_of(error)
                 if busy_seconds(error) is None:
                     continue
