@@ -11,9 +11,10 @@ from nonn.core.files import read_json
 from nonn.core.params import AssembleParams
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors
+from nonn.method import joining
 from nonn.method.exporting import as_linear
 from nonn.method.final_layer import averaged_layer, logits_of
-from nonn.method.joining import NetworkOfNetworks, features_of, fit_layer
+from nonn.method.joining import FeatureCache, NetworkOfNetworks, features_of, fit_layer
 from nonn.method.loading import load_network
 from nonn.runtime.final import FinalLayer
 from nonn.stages import assemble as assemble_stage
@@ -66,6 +67,24 @@ def test_one_linear_layer_over_concatenated_features_is_the_same(heads, features
     linear = as_linear(layer.blocks)
     assert linear.weight.shape == (4, sum(LENGTHS))
     torch.testing.assert_close(linear(torch.cat(features, dim=1)), logits_of(layer, features).float())
+
+
+# What it is fitted to
+
+
+def test_features_are_calculated_where_models_are_trained_and_students_come_back(data, monkeypatch):
+    student = ConvNet(Architecture(family="fast", widths=[4, 8, 12], depth=1), data.channels, 3, n_filters=2)
+    asked = []
+
+    def predict_on(_, images, device, *__):
+        asked.append(device)
+        return torch.zeros(len(images), 2), None
+
+    monkeypatch.setattr(joining, "pick_device", lambda: "the GPU")
+    monkeypatch.setattr(joining, "predict", predict_on)
+    monkeypatch.setattr(student, "cpu", lambda: asked.append("cpu"))
+    FeatureCache(data, "float32")([student], "validation")
+    assert asked == ["the GPU", "cpu"]
 
 
 # Fitting it

@@ -34,6 +34,7 @@ def test_guesses_of_the_default_experiment_are_in_proportion_to_its_times():
             ("distill", "distill@seed0/4s/0"),
             ("baseline", "baseline@seed0/2s/kd"),
             ("assemble", "assemble@seed0/4s"),
+            ("evaluate", "evaluate"),
         )
     }
     # Nothing else is promised: processors differ, and DEFAULT_TRAIN_IMAGES are 2.8 times those of this data set.
@@ -60,3 +61,11 @@ def test_a_baseline_with_the_budget_of_all_devices_takes_longer_than_one_for_a_d
 def test_a_teacher_that_is_imported_takes_no_training():
     params, paths = params_of("cifar10_resnet20"), Paths("cifar10_resnet20")
     assert guess_seconds(params, paths, "teacher") < guess_seconds(params, paths, "signals")
+
+
+def test_asking_students_takes_less_than_training_them_and_is_not_for_nothing():
+    params, paths = params_of("imagenet"), Paths("imagenet")
+    jobs = ("distill@seed0/4s/0", "assemble@seed0/4s", "evaluate", "design@4s")
+    student, joined, scored, other = (guess_seconds(params, paths, job) for job in jobs)
+    assert student > joined > 2 * other
+    assert scored > joined

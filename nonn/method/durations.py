@@ -6,6 +6,8 @@ experiment has run before, its own times are better (``workflow/rules/plan.smk``
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from nonn.core.artifacts import ImageSpec
 from nonn.core.budgets import Budget, combined_budget
 from nonn.core.params import SINGLE_METHODS, Params
@@ -34,7 +36,14 @@ def guess_seconds(params: Params, paths: Paths, address: str) -> float:
     info = known_dataset(params, paths)
     images = ImageSpec.of(info) if info else least_images(params)
     n_images = info.get("counts", {}).get("train", DEFAULT_TRAIN_IMAGES) if info else DEFAULT_TRAIN_IMAGES
-    macs = {"teacher": _of_teacher, "signals": _of_signals, "distill": _of_student, "baseline": _of_baseline}
+    macs = {
+        "teacher": _of_teacher,
+        "signals": _of_signals,
+        "distill": _of_student,
+        "baseline": _of_baseline,
+        "assemble": _of_network,
+        "evaluate": _of_all,
+    }
     counted = macs[stage](params, images, item) if stage in macs else 0.0
     return OVERHEAD_S + n_images * counted / MACS_PER_S_PER_THREAD
 
@@ -80,15 +89,39 @@ def _of_student(params: Params, images: ImageSpec, item: str) -> float:
 
 def _of_baseline(params: Params, images: ImageSpec, item: str) -> float:
     _, network, method = item.split("/")
+    return sum(_learning(params, images, budget) for budget in _budgets(params, images, network, method))
+
+
+def _budgets(params: Params, images: ImageSpec, network: str, method: str) -> Sequence[Budget]:
+    """Of each student of a baseline."""
     budgets = params.budgets_of(network)
     if method == "total":
-        return _learning(params, images, combined_budget(budgets))
+        return [combined_budget(budgets)]
     if method in SINGLE_METHODS:
-        return _learning(params, images, smallest_device(params.design, budgets, images))
-    return sum(_learning(params, images, budget) for budget in budgets)
+        return [smallest_device(params.design, budgets, images)]
+    return budgets
+
+
+def _of_network(params: Params, images: ImageSpec, item: str) -> float:
+    """Of the students of a network, each of which is asked once."""
+    _, network = item.split("/")
+    return _asking(params, images, params.budgets_of(network))
+
+
+def _of_all(params: Params, images: ImageSpec, _: str) -> float:
+    """Of all students that are scored, by thread: at most, for what is not fitted answers test images alone."""
+    networks = [(params.budgets_of(name), network.seeds) for name, network in params.networks.items()]
+    baselines = [(_budgets(params, images, name, method), len(seeds)) for name, method, seeds in params.baselines()]
+    asked = sum(count * _asking(params, images, budgets) for budgets, count in networks + baselines)
+    return asked / params.evaluate.threads
 
 
 def _learning(params: Params, images: ImageSpec, budget: Budget) -> float:
     """Multiply-accumulates for each training image of the largest student that a budget holds, over all epochs."""
-    _, cost = design_student(params.design, budget, images, 1)
-    return FORWARD_PASSES_PER_STEP * params.distill.epochs * cost.macs / _passes(params.design.mirror)
+    passes = FORWARD_PASSES_PER_STEP * params.distill.epochs / _passes(params.design.mirror)
+    return passes * _asking(params, images, [budget])
+
+
+def _asking(params: Params, images: ImageSpec, budgets: Iterable[Budget]) -> float:
+    """Multiply-accumulates for an image that the largest student of each budget answers."""
+    return float(sum(design_student(params.design, budget, images, 1)[1].macs for budget in budgets))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nonn.core.params import AssembleParams, Precision
+from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.data.image_store import Images
 from nonn.deploy.onnx_files import student_content
@@ -25,7 +26,11 @@ from nonn.method.final_layer import averaged_layer, fit_by_epoch, layer_tensors,
 from nonn.method.missing import fit_strategies
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.session import run_onnx
+from nonn.training.hardware import pick_device
 from nonn.training.networks import ConvNet, accuracy, predict
+
+#: Images at once: their activations stay in the processor's cache, a quarter less time than with 500, the same bytes.
+BATCH = 100
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,7 @@ def fit_layer(
 @torch.no_grad()
 def features_of(students: Sequence[ConvNet], images: Tensor | Images) -> list[Tensor]:
     """Feature vectors (B, F_i) of all students for uint8 images, in float32."""
-    # Activations of 100 images stay in the processor's cache: a quarter less time than with 500, the same bytes.
-    return [predict(student, images, batch_size=100)[0] for student in students]
+    return [predict(student, images, batch_size=BATCH)[0] for student in students]
 
 
 class FeatureCache:
@@ -114,7 +118,9 @@ class FeatureCache:
 
     def _calculate(self, student: ConvNet, images: Images) -> Tensor:
         if self.precision == "float32":
-            return features_of([student], images)[0]
+            features, _ = predict(student, images, pick_device(), BATCH)
+            student.cpu()
+            return features
         if student not in self._files:
             self._files[student] = student_content(student, self.training_data, self.precision)
         n_chunks = min(torch.get_num_threads(), len(images))
@@ -149,6 +155,8 @@ def assemble_network(
     students: Sequence[ConvNet], features: FeatureCache, params: AssembleParams, seed: int
 ) -> tuple[NetworkOfNetworks, dict]:
     """Join trained students; return the network and how its final layer and its temperatures came about."""
+    for student in track(students, "features"):  # what takes long
+        features([student], "train")
     layers, summary = join_students(students, features, params, seed)
     final = layers.pop(summary["missing"]["chosen"])
     validation, labels = features(students, "validation")

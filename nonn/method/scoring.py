@@ -38,6 +38,7 @@ from nonn.method.loading import load_baseline, load_network
 from nonn.runtime.final import FinalLayer
 from nonn.runtime.subsets import subsets_missing
 from nonn.teachers.loading import load_teacher
+from nonn.training.hardware import pick_device
 from nonn.training.networks import ConvNet, accuracy, predict
 
 #: Logits (n_test, C) of a network when only these of its devices are present.
@@ -221,7 +222,8 @@ def _score_teacher(params: Params, paths: Paths) -> Iterator[Scores]:
     images, labels = teacher_data.subset("test")
     teacher = load_teacher(paths)
     with torch.inference_mode():
-        _, logits = predict(teacher, images)
+        _, logits = predict(teacher, images, pick_device())
+    teacher.cpu()
     yield _scores("teacher", "", [logits[None]], labels)
     if params.design.precision == "int8" and isinstance(teacher, ConvNet):
         head = averaged_layer([teacher.head])
