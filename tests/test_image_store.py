@@ -1,8 +1,11 @@
 """Images that are read when they are asked for: as a whole, in batches, in chunks."""
 
+import contextlib
+
+import pytest
 import torch
 
-from nonn.data.image_store import Images
+from nonn.data.image_store import Images, ImageWriter
 
 SOURCE = torch.arange(10, dtype=torch.uint8).reshape(10, 1, 1, 1).expand(10, 3, 2, 2).contiguous()
 CHOSEN = Images(SOURCE, torch.tensor([1, 2, 4, 5, 7, 9, 0]))
@@ -24,3 +27,9 @@ def test_chunks_are_not_read_before_they_are_asked_for():
     chunks = images.chunks(2)
     images.source[9] = 42
     assert first_pixels(chunks[1]) == [5, 6, 7, 8, 42]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "images").mkdir()  # where the file would be: not even root can write there
+    with pytest.raises(IsADirectoryError), contextlib.closing(ImageWriter(tmp_path / "images", 4)) as writer:
+        writer.begin(3)

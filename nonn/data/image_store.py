@@ -46,9 +46,9 @@ class ImageWriter:
         self.path, self.size, self.count = path, size, 0
 
     def begin(self, count: int) -> None:
-        self.count, self.place = count, 16 * count + (1 << 14)  # two numbers of 8 bytes an image, and the header
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self.count, self.place = count, 16 * count + (1 << 14)  # two numbers of 8 bytes an image, and the header
 
     def write(self, index: int, pixels: np.ndarray) -> None:
         """Write image `index`, uint8 of shape (1 or 3, size, size): grey is written to all three channels."""
