@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -86,6 +87,21 @@ def test_many_images_keep_their_places():
     images = decode_images(pictures, 1500, SIZE)
     assert images.shape == (1500, 1, SIZE, SIZE)
     np.testing.assert_array_equal(images[:, 0, 5, 7], np.arange(1500) % 251)
+
+
+def test_as_many_images_are_decoded_at_once_as_cores_may_be_used(monkeypatch):
+    monkeypatch.setattr("nonn.data.decoding.usable_cores", lambda: 20)
+    monkeypatch.setattr("nonn.data.decoding.BATCH_IMAGES", 1)
+    content = io.BytesIO()
+    Image.new("L", (SIZE, SIZE)).save(content, "png")
+    together = threading.Barrier(20, timeout=30)
+
+    def read() -> bytes:
+        together.wait()
+        return content.getvalue()
+
+    assert len(decode_images(((i, str(i), read) for i in range(40)), 40)) == 40
+    assert not together.broken
 
 
 def test_hard_links_in_a_tar_are_followed(tmp_path):

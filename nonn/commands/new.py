@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -40,6 +39,7 @@ from nonn.core.options import add_settings
 from nonn.core.params import PARAMS_FILE, DesignParams, Params, load_params
 from nonn.core.progress import log
 from nonn.core.schema import get_key, parse_changes, set_key
+from nonn.core.system import usable_cores
 from nonn.core.teacher_source import WHOLE_FILES
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def render(request: Request) -> str:
     shipped = DesignParams.model_validate({**merge_experiment(DEFAULT)["design"], "family": family})
     widths = [round(TEACHER_WIDTH * factor) for factor in proportions(shipped, request.size)]
     budgets = budgets_of(request.devices)
-    common = {"augment": "{pad: 4, flip: true}", "threads": max(1, os.cpu_count() or 1), "family": family}
+    common = {"augment": "{pad: 4, flip: true}", "threads": usable_cores(), "family": family}
     is_foreign = request.teacher not in (None, "train")
     if is_foreign:
         size = f"\n  size: {TEACHER_SIZE}                   # pixels a side of what the teacher sees"

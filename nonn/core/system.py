@@ -27,6 +27,11 @@ def pinned_to(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
+def usable_cores() -> int:
+    """How many cores this process may use, in a container or a job of a cluster perhaps a few of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe_system() -> dict:
     """The machine and the versions behind a measured number."""
     cpu = platform.processor() or platform.machine()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +14,14 @@ from PIL import Image, UnidentifiedImageError
 from nonn.core.errors import UserError, printable
 from nonn.core.images import open_image, squared, upright
 from nonn.core.progress import log, track
+from nonn.core.system import usable_cores
 from nonn.data.image_store import ImageWriter
 
 SOURCE_KEY = "params.yaml: dataset.source"
 
 #: A thread decodes so many images in one go, or fewer once their files have so many bytes: handing over small images
-#: one by one costs more than decoding them. So many batches wait at once.
-BATCH_IMAGES, BATCH_BYTES, MAX_WAITING_BATCHES = 64, 1 << 23, 16
+#: one by one costs more than decoding them. So many batches wait at once, or two for each thread if that is more.
+BATCH_IMAGES, BATCH_BYTES, WAITING_BATCHES = 64, 1 << 23, 16
 #: Broken pictures, or classes, that a message names at most.
 MAX_NAMED = 20
 #: A data set of images with more than 8 bits counts as nearly black if its brightest pixel is below this (a quarter of
@@ -73,13 +73,14 @@ class Decoder:
         """Decode and write `count` pictures. `pictures` has every index below `count` once, in any order."""
         for writer in self.writers:
             writer.begin(count)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        n_threads = usable_cores()
+        with ThreadPoolExecutor(n_threads) as pool:
             waiting: deque[Future[list]] = deque()
 
             def done() -> Iterator[tuple]:
                 for batch in _batches(pictures):
                     waiting.append(pool.submit(self._decode_batch, batch))
-                    if len(waiting) >= MAX_WAITING_BATCHES:
+                    if len(waiting) >= max(WAITING_BATCHES, 2 * n_threads):
                         yield from waiting.popleft().result()
                 while waiting:
                     yield from waiting.popleft().result()
