@@ -154,7 +154,7 @@ def framed(border: int, inside: int, channels: int = 1) -> np.ndarray:
 def test_the_border_is_the_outermost_pixels(channels):
     images = np.stack([framed(level, 99, channels) for level in range(100)])
     np.testing.assert_array_equal(border_brightness(images), np.arange(100))
-    assert usual_border(images) == (0.5, 98.5) or usual_border(images) == (0.49, 98.51)
+    assert usual_border([images[:60], images[60:]]) in [(0.5, 98.5), (0.49, 98.51)]
 
 
 def test_dark_on_light_is_noticed_where_training_pictures_are_light_on_dark():

@@ -118,7 +118,7 @@ def export_network(model: NetworkOfNetworks, data: Dataset, folder: Path, precis
     write_tensors(blocks, layer_tensors(model.final))
     final = {"file": path.name, "sha256": sha256_of(path), "blocks": blocks.name, "blocks_sha256": sha256_of(blocks)}
     manifest = _manifest(data, students, logits, labels, precision)
-    manifest["image"]["border"] = usual_border(data.subset("train")[0].each())
+    manifest["image"]["border"] = usual_border(batch.numpy() for batch in data.subset("train")[0].split(100))
     return manifest | {"final": final, "temperatures": list(model.temperatures)}
 
 

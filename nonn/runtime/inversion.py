@@ -20,9 +20,10 @@ def border_brightness(images: np.ndarray) -> np.ndarray:
     return images[..., ~inner].mean((-1, -2))
 
 
-def usual_border(images: Iterable[np.ndarray]) -> tuple[float, float]:
-    """Grey levels between which the border lies in the share `USUAL` of images, uint8 (channels, size, size) each."""
-    low, high = np.quantile([border_brightness(image) for image in images], [(1 - USUAL) / 2, (1 + USUAL) / 2])
+def usual_border(batches: Iterable[np.ndarray]) -> tuple[float, float]:
+    """Grey levels between which the border lies in the share `USUAL` of images, uint8 (B, channels, size, size)."""
+    levels = np.concatenate([border_brightness(batch) for batch in batches])
+    low, high = np.quantile(levels, [(1 - USUAL) / 2, (1 + USUAL) / 2])
     return round(float(low), 2), round(float(high), 2)
 
 
