@@ -1,6 +1,7 @@
 """The tests and tables behind every claim, against exact enumeration and plain loops."""
 
 import itertools
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from nonn.core.files import read_json
 from nonn.core.params import STRATEGIES
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.onnx_files import student_content
+from nonn.method import scoring
 from nonn.method.final_layer import logits_of
 from nonn.method.joining import FeatureCache, assemble_network, features_of
 from nonn.method.loading import load_baseline, load_network
@@ -35,6 +37,25 @@ from nonn.training.networks import predict
 def answers(n_seeds: int, n_images: int, share: float, seed: int = 0) -> np.ndarray:
     """Whether each seed's model is right on each image."""
     return np.random.default_rng(seed).random((n_seeds, n_images)) < share
+
+
+# What is kept
+
+
+def test_features_are_kept_for_the_pool_and_one_method_more(params, experiment, data, monkeypatch):
+    """Not those of all students of the experiment at once."""
+    alive = weakref.WeakSet()
+
+    class Cache(FeatureCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.add(self)
+
+    monkeypatch.setattr(scoring, "FeatureCache", Cache)
+    students = [{id(s) for cache in alive for s, _ in cache._known} for _ in score_all(params, experiment, data)]
+    pool = sum(len(seeds) for _, method, seeds in params.baselines() if method == "kd")
+    assert max(map(len, students)) <= pool + 2
+    assert len(set().union(*students)) > pool + 2
 
 
 # Paired permutation test

@@ -205,11 +205,12 @@ def _nonn_scores(
 
 def score_all(params: Params, paths: Paths, data: Dataset) -> Iterator[Scores]:
     """Score teacher, networks, baselines and ensembles on the test images."""
-    features = FeatureCache(data, params.design.precision)  # ensembles of all sizes are formed of the same students
+    # Ensembles of all sizes are formed of the same students; features of others go with their method.
+    features = FeatureCache(data, params.design.precision)
     pools: dict[tuple[str, str], list[ConvNet]] = {}
     steps: list[Callable[[], Iterator[Scores]]] = [
         partial(_score_teacher, params, paths),
-        *(partial(_score_network, params, paths, network, features) for network in params.networks),
+        *(partial(_score_network, params, paths, network, data) for network in params.networks),
         *(partial(_score_baseline, params, paths, *baseline, features, pools) for baseline in params.baselines()),
         *(partial(_score_ensembles, params, network, features, pools) for network in params.networks),
     ]
@@ -230,10 +231,11 @@ def _score_teacher(params: Params, paths: Paths) -> Iterator[Scores]:
         yield _joined_scores("teacher_int8", "", [([teacher], head)], FeatureCache(teacher_data, "int8"))
 
 
-def _score_network(params: Params, paths: Paths, network: str, features: FeatureCache) -> Iterator[Scores]:
+def _score_network(params: Params, paths: Paths, network: str, data: Dataset) -> Iterator[Scores]:
+    features = FeatureCache(data, params.design.precision)
     files = [paths.network(network, seed) for seed in range(params.networks[network].seeds)]
     chosen = [read_json(path.with_suffix(".json"), NetworkInfo)["missing"]["chosen"] for path in files]
-    models = [load_network(path, features.data) for path in files]
+    models = [load_network(path, data) for path in files]
     yield _nonn_scores(network, models, chosen, features)
     # Missing devices are scored for NoNN alone.
     if params.evaluate.final_layer == "fitted":
@@ -242,7 +244,7 @@ def _score_network(params: Params, paths: Paths, network: str, features: Feature
         yield replace(_joined_scores("nonn_averaged", network, joined, features), answers=[])
     if params.design.precision == "int8":
         joined = [(list(model.students), model.final) for model in models]
-        in_float32 = FeatureCache(features.data, "float32")
+        in_float32 = FeatureCache(data, "float32")
         yield replace(_joined_scores("nonn_float32", network, joined, in_float32), answers=[])
 
 
@@ -256,6 +258,8 @@ def _score_baseline(
     pools: dict[tuple[str, str], list[ConvNet]],
 ) -> Iterator[Scores]:
     """Scores of a baseline; `pools` gets its students if ensembles can be formed of them."""
+    if method != "kd":
+        features = FeatureCache(features.data, features.precision)
     students = [load_baseline(paths.baseline(network, method, seed), features.data) for seed in seeds]
     layers = [_baseline_layer(params, s, features, seed) for s, seed in zip(students, seeds, strict=True)]
     yield _joined_scores(method, network, list(zip(students, layers, strict=True)), features)
