@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import shutil
 
-from clusters import cluster_of, make_image, until
+from clusters import PATIENCE, cluster_of, make_image, until
 
 from nonn.runtime import channel, coordinator, serving, tls
 from nonn.runtime.certs import write_certificates
@@ -96,3 +96,46 @@ def test_the_certificate_that_is_checked_is_the_one_that_is_used(certificates, t
 
     monkeypatch.setattr(tls, "_read_pem", read_once)
     identity.for_server()
+
+
+def test_whatever_new_certificates_meet_a_coordinator_goes_on(network_folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
+
+    async def unforeseen(_):
+        raise ValueError("unforeseen")
+
+    async def scenario():
+        async with coordinator_of(network_folder, tmp_path, tmp_path) as network:
+            former = [connection.channel for connection in network.connections]
+            monkeypatch.setattr(network, "_reopen", unforeseen)
+            said = ""
+            write_certificates(tmp_path, ["coordinator"])
+            async with asyncio.timeout(PATIENCE):
+                while "ValueError: unforeseen. The certificates from before stay in use." not in said:
+                    await asyncio.sleep(0.01)
+                    said += capfd.readouterr().err
+            monkeypatch.delattr(network, "_reopen")
+            await until(lambda: all(c.channel is not f for c, f in zip(network.connections, former, strict=True)))
+
+    asyncio.run(scenario())
+
+
+def test_whatever_new_certificates_meet_a_node_goes_on(certificates, tmp_path, monkeypatch, capsys):
+    """A file may also vanish between two looks at it."""
+    shutil.copytree(certificates, tmp_path, dirs_exist_ok=True)
+    renewals = []
+    monkeypatch.setattr("grpc.dynamic_ssl_server_credentials", lambda _, renewed, **__: renewals.append(renewed))
+    Identity.of("node-0", tmp_path).for_server()
+    read = tls._read_pem
+
+    def read_and_remove(path):
+        content = read(path)
+        path.unlink()
+        return content
+
+    shutil.copyfile(certificates / "ca.pem", tmp_path / "ca.pem")
+    monkeypatch.setattr(tls, "_read_pem", read_and_remove)
+    assert renewals[0]() is None
+    expected = "node-0.key: cannot be read (No such file or directory). Make certificates with `nonn certs`. "
+    assert f"{expected}The certificates from before stay in use." in capsys.readouterr().err

@@ -39,6 +39,7 @@ from nonn.runtime.channel import (
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, predict
 from nonn.runtime.protocol import Contract, ProtocolError, check_image, make_request, read_response
+from nonn.runtime.tls import log_former
 
 #: Absences in a row after which a node's circuit breaker opens.
 TOLERATED_FAILURES = 3
@@ -267,8 +268,8 @@ class Coordinator:
                         problem = "not to be reached with the new certificates so far"
                         log(f"{names}: {problem}. Those from before stay in use.")
                     said = names
-                except UserError as error:  # perhaps only some of the files have been replaced so far
-                    log(f"{error} The certificates from before stay in use.")
+                except Exception as error:  # whatever it is: connections have to be kept
+                    log_former(error)
                 next_attempt, pause = loop.time() + pause, min(2 * pause, LONGEST_ATTENTION)
             for connection in self.connections:
                 connection.channel.get_state(try_to_connect=True)

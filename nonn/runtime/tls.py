@@ -80,8 +80,8 @@ class Identity:
                 return None
             try:
                 configuration = self._server_configuration()
-            except UserError as error:  # perhaps only some of the files have been replaced so far
-                log(f"{error} The certificates from before stay in use.")
+            except Exception as error:
+                log_former(error)
                 return None
             known = stamp
             log(f"{self.certificate}: renewed")
@@ -146,9 +146,18 @@ class Identity:
         return f"To renew it, where the authority's key is: {words}"
 
 
+def log_former(error: Exception) -> None:
+    """Say why new certificates are not used, perhaps since only some of the files have been replaced so far."""
+    problem = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}."
+    log(f"{problem} The certificates from before stay in use.")
+
+
 def check_mode(key: Path) -> None:
     """Refuse a private key of this user that others may read, as ssh does."""
-    status = key.stat()
+    try:
+        status = key.stat()
+    except OSError as error:
+        raise UserError(f"{key}: cannot be read ({error.strerror}). Make certificates with `nonn certs`.") from None
     if os.name == "posix" and status.st_uid == os.getuid() and status.st_mode & 0o077:
         mode = stat.S_IMODE(status.st_mode)
         raise UserError(
