@@ -199,6 +199,7 @@ WRONG = [
         {"teacher.architecture": {"family": "fast", "widths": [10**9, 1, 1], "depth": 1}},
         "teacher.architecture.widths.0: input should be less than or equal to 16384",
     ),
+    ({"distributed.longest": 60}, "distributed.longest: input should be less than or equal to 30 (it is 60)"),
     ({"graph.top_k": 10**9}, "graph.top_k: input should be less than or equal to 16384"),
     ({"distill.epochs": True}, "distill.epochs: input should be a valid integer (it is True)"),
     ({"distill.epochs": "12"}, "distill.epochs: input should be a valid integer (it is '12')"),

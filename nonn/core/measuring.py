@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 
 from nonn.core.architecture import Architecture
 from nonn.core.boards import all_boards, shipped_boards
-from nonn.core.devices import Count, Limit, Positive, check_board
+from nonn.core.devices import Count, Positive, check_board
 from nonn.core.links import PRESETS
-from nonn.core.schema import Section
+from nonn.core.schema import NotTiny, Section
 
 
 class BenchmarkParams(Section):
@@ -30,7 +30,7 @@ class DistributedParams(Section):
     reference: Architecture | None
     images: Annotated[int, Field(ge=2, le=1_000_000)]
     seconds: Positive
-    longest: Limit
+    longest: Annotated[float, Field(gt=0, le=30), NotTiny]  # half of what the coordinator waits for at most
 
     @field_validator("links")
     @classmethod
