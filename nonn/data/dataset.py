@@ -134,8 +134,10 @@ def split_dataset(
     parts: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
     too_few: dict[str, int] = {}
     needed = 1 + (is_validation is None) + (is_test is None)
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    starts = np.searchsorted(labels[by_class], np.arange(len(classes) + 1))
     for label, name in enumerate(classes):
-        members = shuffled[labels[shuffled] == label]
+        members = by_class[starts[label] : starts[label + 1]]
         own_validation = np.empty(0, np.int64)
         if is_validation is not None:
             own_validation, members = members[is_validation[members]], members[~is_validation[members]]

@@ -50,6 +50,7 @@ def run(params: Params, paths: Paths) -> None:
 
 def describe(params: Params, source: SourceInfo, splits: dict[str, np.ndarray], decoder: Decoder) -> dict[str, Any]:
     """Content of ``dataset.json``; keys for special cases are there only in such a case."""
+    counts = {name: np.bincount(source.labels[split], minlength=len(source.classes)) for name, split in splits.items()}
     info = {
         "source": params.dataset.source,
         "sha256": source.sha256,
@@ -58,8 +59,7 @@ def describe(params: Params, source: SourceInfo, splits: dict[str, np.ndarray], 
         "size": params.image_sizes.students,
         "counts": {name: len(split) for name, split in splits.items()},
         "class_counts": {
-            name: {c: int((source.labels[split] == label).sum()) for label, c in enumerate(source.classes)}
-            for name, split in splits.items()
+            name: dict(zip(source.classes, found.tolist(), strict=True)) for name, found in counts.items()
         },
     }
     if params.image_sizes.teacher != params.image_sizes.students:
