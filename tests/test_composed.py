@@ -1,5 +1,6 @@
 """Latency and energy that are composed of counted bytes and operations, by hand, and what they are composed of."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from nonn.core.names import COORDINATOR
 from nonn.split.planner import plan_split
 from nonn.testbed import composed
 from nonn.testbed.composed import Workload, compose, network_workload, payload_bytes, split_workload
+from nonn.testbed.deployments import time_final
 
 #: A byte takes a microsecond; and the same as one medium for all.
 MEGABYTE, SHARED = Link(8e6), Link(8e6, shared=True)
@@ -22,6 +24,22 @@ DELAYED = Link(8e6, 0.001)
 @pytest.fixture(scope="module")
 def section(params):
     return on_a_pi(params.distributed)
+
+
+# Times
+
+
+def test_the_final_layer_is_timed_on_one_core_and_not_by_its_luckiest_moment(network_folder, monkeypatch):
+    core, cores = min(os.sched_getaffinity(0)), []
+
+    def repeat(work, number, **_):
+        work()
+        cores.append(os.sched_getaffinity(0))
+        return [number * seconds for seconds in (1.0, 3.0, 50.0)]
+
+    monkeypatch.setattr("timeit.repeat", repeat)
+    assert time_final(network_folder, core) == 3
+    assert cores == [{core}]
 
 
 # The link, by hand

@@ -32,7 +32,7 @@ def network_deployments(params: Params, paths: Paths, name: str, scratch: Path) 
     core, n_devices = params.benchmark.core, len(params.networks[name].devices)
     benchmark = read_json(paths.benchmark(name), BenchmarkInfo)["models"]
     workload = network_workload(folder, benchmark, params.design.precision)
-    yield Deployment("nonn", folder, False, workload, time_final(folder))
+    yield Deployment("nonn", folder, False, workload, time_final(folder, core))
     total = read_json(solo / "manifest.json", SoloManifest).get(f"{name}-total")
     if total is None:
         log(f"note: there is no baseline {name}/total, so there is no network to split over the devices of {name}")
@@ -61,7 +61,7 @@ def solo_deployments(params: Params, paths: Paths, scratch: Path) -> Iterator[De
         folder = as_network(paths.export(SOLO), name, scratch / method)
         workload = network_workload(folder, {"0": benchmark[name]}, own)
         like = "teacher" if method == "teacher_int8" else ""  # it sends the same, and is not run here
-        yield Deployment(method, folder, False, workload, time_final(folder), like)
+        yield Deployment(method, folder, False, workload, time_final(folder, params.benchmark.core), like)
 
 
 def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path) -> Iterator[Deployment]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import timeit
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nonn.core.boards import find_board
 from nonn.core.files import read_json, sha256_of, write_json
 from nonn.core.params import SOLO, Params
 from nonn.core.progress import log
+from nonn.core.system import pinned_to
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, predict
 from nonn.split.planner import plan_split
@@ -105,16 +107,18 @@ def sent_once(split: Deployment) -> Deployment:
     )
 
 
-def time_final(folder: Path) -> float:
+def time_final(folder: Path, core: int) -> float:
     """Seconds that the coordinator takes for an answer once all features are there."""
     manifest = read_manifest(folder)
     layer = FinalLayer.load(folder, manifest)
     features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}
-    return _seconds(lambda: predict(manifest, layer, features))
+    return _seconds(lambda: predict(manifest, layer, features), core)
 
 
-def _seconds(work) -> float:
-    return min(timeit.repeat(work, number=20, repeat=10)) / 20
+def _seconds(work: Callable[[], object], core: int) -> float:
+    """Of a short piece of work: the median on one pinned core, as of what devices calculate."""
+    with pinned_to(core):
+        return statistics.median(timeit.repeat(work, number=20, repeat=10)) / 20
 
 
 def split_deployment(method: str, model: Path, n_devices: int, folder: Path, core: int) -> Deployment:
@@ -122,4 +126,4 @@ def split_deployment(method: str, model: Path, n_devices: int, folder: Path, cor
     plan = plan_split(model, n_devices, method.removeprefix("reference_"))  # type: ignore[arg-type]
     plan.save(folder)
     features = [np.ones(part.n_features, np.float32) for part in plan.parts]
-    return Deployment(method, folder, True, split_workload(plan, core), _seconds(lambda: plan.logits(features)))
+    return Deployment(method, folder, True, split_workload(plan, core), _seconds(lambda: plan.logits(features), core))
