@@ -154,7 +154,8 @@ def damage_checkpoint(
     found: list[Path] = []
     try:
         while process.poll() is None and not found:
-            found = sorted((repository.folder / STATE / "checkpoints").glob("*.safetensors"))
+            checkpoints = sorted((repository.folder / STATE / "checkpoints").glob("*.safetensors"))
+            found = [path for path in checkpoints if not path.name.startswith(TEMPORARY)]
             time.sleep(0.01)
     finally:
         with contextlib.suppress(ProcessLookupError):
