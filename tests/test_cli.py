@@ -324,6 +324,7 @@ async def work():
         while True:
             await asyncio.sleep(0)
     finally:
+        print("told", flush=True)
         await asyncio.to_thread(sys.stdin.read)
         print("tidied", flush=True)
 
@@ -350,6 +351,7 @@ async def scenario():
     stopped = told_to_stop(False)
     print("begun", flush=True)
     await stopped.wait()
+    print("told", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     print("stopped", flush=True)
 
@@ -360,11 +362,11 @@ cli.main(["check"])
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize(
-    ("code", "said", "ends_well"),
-    [(OF_TASKS, "tidied\n" * 3, False), (SERVER, "stopped\n", True)],
+    ("code", "tasks", "said", "ends_well"),
+    [(OF_TASKS, 3, "tidied\n" * 3, False), (SERVER, 1, "stopped\n", True)],
     ids=["tasks", "server"],
 )
-def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, said, ends_well):
+def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, tasks, said, ends_well):
     def as_in_a_terminal() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -380,7 +382,8 @@ def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, said,
     try:
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
-        process.send_signal(number)
+        assert [process.stdout.readline() for _ in range(tasks)] == ["told\n"] * tasks
+        process.send_signal(number)  # while the former is pending, it would be merged with it
         assert process.communicate(timeout=60) == (said, "")
     finally:
         process.kill()

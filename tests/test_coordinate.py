@@ -25,6 +25,7 @@ from clusters import (
     stub_of,
 )
 from grpc import StatusCode, aio
+from processes import running
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main
@@ -213,7 +214,7 @@ def test_the_command_serves_counts_and_stops(network_folder, free_port, tmp_path
     def call(path):
         arguments = ["--cluster", str(path), "--address", "127.0.0.1:0", "--metrics-port", str(free_port)]
         command = [sys.executable, "-m", "nonn", "coordinate", *arguments]
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        with running(command, stderr=subprocess.PIPE, text=True) as process:
             announced = process.stderr.readline()
             assert announced.startswith("model export at 127.0.0.1:"), announced
             assert len(infer(announced.split()[3].rstrip(","), make_image()).as_numpy("present")) == 3

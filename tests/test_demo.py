@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 from clusters import PATIENCE
 from experiments import REPOSITORY
+from processes import running
 from safetensors.torch import load_file, save_file
 from test_packaging import run_without
 
@@ -119,15 +120,12 @@ def test_once_prints_an_answer_without_what_only_the_pipeline_has():
 @pytest.mark.usefixtures("folder")
 def test_the_page_is_served_until_control_c():
     command = [sys.executable, "-m", "nonn", "demo", "--no-browser", "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        timer = threading.Timer(2 * PATIENCE, process.kill)
-        timer.start()
+    with running(command, stdout=subprocess.PIPE, text=True) as process:
         line = next(line for line in process.stdout if line.startswith("live page: "))
         with urllib.request.urlopen(line.split()[2], timeout=PATIENCE) as page:
             assert b"NoNN live" in page.read()
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=PATIENCE) == 0
-        timer.cancel()
 
 
 def test_a_browser_is_opened_only_where_there_is_a_screen(monkeypatch):

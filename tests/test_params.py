@@ -2,6 +2,7 @@
 
 import os
 import re
+import threading
 from copy import deepcopy
 
 import pytest
@@ -329,6 +330,8 @@ def test_anchors_that_a_person_writes_are_read(tmp_path):
 
 def test_parameters_that_are_no_regular_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "params.yaml")
+    empty = threading.Thread(target=(tmp_path / "params.yaml").write_text, args=("",), daemon=True)
+    empty.start()  # so that who opens the pipe does not wait
     assert complaint(tmp_path / "params.yaml").endswith("is a named pipe. Name a regular file.")
     (tmp_path / "link.yaml").symlink_to("nowhere")
     assert "is a link to nowhere, which is not there" in complaint(tmp_path / "link.yaml")

@@ -28,6 +28,7 @@ from clusters import (
 )
 from cryptography import x509
 from grpc import StatusCode, aio
+from processes import running
 from prometheus_client import CollectorRegistry
 
 from nonn.core.errors import UserError
@@ -329,9 +330,10 @@ def test_a_pipe_that_nobody_empties_keeps_nobody_waiting():
         "with relayed_stderr():\n  for i in range(3000): print('x' * i, file=sys.stderr)\n"
         "print('done', flush=True)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with running([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"done\n"
         process.stderr.close()
+        process.wait(timeout=PATIENCE)
 
 
 def test_junk_at_a_node_whose_log_nobody_reads(network_folder, certificates):
@@ -339,24 +341,23 @@ def test_junk_at_a_node_whose_log_nobody_reads(network_folder, certificates):
     identity = Identity.of("node-0", certificates)
     files = ["--cert", str(identity.certificate), "--key", str(identity.key), "--ca", str(identity.ca)]
     command = [sys.executable, "-m", "nonn", "node", str(network_folder / "0.onnx"), "--address", "127.0.0.1:0"]
-    with subprocess.Popen([*command, *files], stderr=subprocess.PIPE) as process:
-        try:
-            port = int(process.stderr.readline().split()[3].rstrip(b",").rpartition(b":")[2])
-            addresses = []
-            for _ in range(1500):
-                with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
-                    addresses.append(connection.getsockname()[1])
-                    connection.sendall(b"\0" * 50)
+    with running([*command, *files], stderr=subprocess.PIPE) as process:
+        port = int(process.stderr.readline().split()[3].rstrip(b",").rpartition(b":")[2])
+        addresses = []
+        for _ in range(1500):
+            with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
+                addresses.append(connection.getsockname()[1])
+                connection.sendall(b"\0" * 50)
 
-            async def call():
-                credentials = Identity.of("coordinator", certificates).for_client()
-                async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
-                    return await stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE)
+        async def call():
+            credentials = Identity.of("coordinator", certificates).for_client()
+            async with stub_of(f"127.0.0.1:{port}", credentials) as stub:
+                return await stub.ModelInfer(make_request(CONTRACT, make_image()), timeout=PATIENCE)
 
-            assert asyncio.run(call()).outputs
-        finally:
-            process.terminate()
+        assert asyncio.run(call()).outputs
+        process.terminate()
         log = process.stderr.read().decode()
+        assert process.wait(timeout=PATIENCE) == 0
     named = re.findall(r"refused a connection from 127\.0\.0\.1:(\d+): it speaks no TLS", log)
     assert 0 < len(named) <= 3 * LINES
     assert set(map(int, named)) <= set(addresses)
