@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from experiments import REPOSITORY
+from processes import running
 from ruamel.yaml import YAML
 
 from nonn import __version__
@@ -371,20 +372,11 @@ def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, tasks
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=as_in_a_terminal,
-    )
-    try:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with running([sys.executable, "-c", code], **pipes, text=True, preexec_fn=as_in_a_terminal) as process:
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
         assert [process.stdout.readline() for _ in range(tasks)] == ["told\n"] * tasks
         process.send_signal(number)  # while the former is pending, it would be merged with it
         assert process.communicate(timeout=60) == (said, "")
-    finally:
-        process.kill()
     assert process.returncode == (0 if ends_well else 128 + number)

@@ -90,7 +90,7 @@ def started(listed: list[Path]) -> set[Path]:
     return {path for path in listed if path.stem == "relay"}
 
 
-def test_code_folders_hold_nothing_but_code(jobs):
+def test_code_that_is_declared_is_there(jobs):
     for job in jobs.values():
         for path in declared(job):
             assert (REPOSITORY / path).exists(), path

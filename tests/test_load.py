@@ -71,6 +71,7 @@ def test_refused_callers_return_when_they_are_told_unless_impatient(monkeypatch,
 
 
 @pytest.mark.parametrize("flags", [["--callers", "0"], ["--callers", "many"], ["--seconds", "0"]])
-def test_impossible_loads_are_refused(network_folder, flags):
-    with pytest.raises(SystemExit):
+def test_impossible_loads_are_refused(network_folder, flags, capsys):
+    with pytest.raises(SystemExit) as refused:
         main(["load", str(network_folder), *flags])
+    assert f"{flags[0]}: " in f"{refused.value}{capsys.readouterr().err}"  # as argparse says it, or the command

@@ -108,8 +108,9 @@ def test_names_that_yaml_reads_otherwise_are_refused_before_anything_is_written(
 def test_a_project_that_is_told_to_stop_leaves_nothing(folder, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(project, "keep_versions", lambda _: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stopped:
         main(["new", "half"])
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert not list(folder.iterdir())
     assert signal.getsignal(signal.SIGTERM) == before
 

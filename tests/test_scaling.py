@@ -80,9 +80,10 @@ def test_a_table_that_cannot_take_the_rows_is_refused_before_anything_is_measure
 
 
 @pytest.mark.parametrize("text", ["3", "0", "ten"])
-def test_odd_numbers_of_jobs_are_refused(text):
-    with pytest.raises(SystemExit):
+def test_odd_numbers_of_jobs_are_refused(text, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(["scaling", "--jobs", text])
+    assert "argument --jobs: " in capsys.readouterr().err
     assert even_numbers("") == []
 
 
