@@ -4,6 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
+from loads import CORE
 from ruamel.yaml import YAML
 from torch import Tensor
 
@@ -43,7 +44,7 @@ TINY = {
     "distill": {"epochs": 5, "batch_size": 10, "lr": 0.03, "transfer_weight": 2.0},
     "assemble": {"epochs": 2},
     "evaluate": {"resamples": 200, "final_layer": "averaged", "threads": 1},
-    "benchmark": {"warmup": 1, "runs": 10, "windows": 2, "pairs": 3},
+    "benchmark": {"warmup": 1, "runs": 10, "windows": 2, "pairs": 3, "core": CORE},
 }
 
 

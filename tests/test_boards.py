@@ -21,6 +21,8 @@ EXPECTED = {
     *("cortex_m7", "esp32s3", "rp2040", "rp2350", "nrf52840", "imxrt1060"),
 }
 
+pytestmark = pytest.mark.usefixtures("folder")  # the clone may have a catalogue of the developer's own
+
 
 @pytest.fixture
 def own(folder):

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from loads import CORE
 from onnx import TensorProto, numpy_helper
 from splits import Build, in_int8, random_image, write_tiny
 from tritonclient.grpc.service_pb2 import ModelInferRequest
@@ -193,7 +194,7 @@ def test_costs_by_hand(tiny, monkeypatch):
     macs = 16 * 4 * 9 + 16 * 6 * 4 * 9
     assert [part.macs for part in channels.parts] == [part.macs for part in rows.parts] == [macs / 2] * 2
     monkeypatch.setattr(composed, "COMPUTE_RUNS", 2)
-    load = split_workload(channels, 0)
+    load = split_workload(channels, CORE)
     # The second segment takes its own 2 and the other's 2 channels of 16 bytes, and makes 3 features of 4 bytes.
     assert load.precision == "int8"
     assert load.memory_bytes == (first + second) / 2 + 64 + 12
