@@ -22,6 +22,7 @@ from nonn.training.distillation import StudentSpec, TransferSet, distill_student
 from nonn.training.networks import accuracy, predict
 
 NETWORK = Architecture(family="mobilenet", widths=[4, 6, 8, 16], depth=2)
+pytestmark = pytest.mark.xdist_group("mobilenet")  # one worker makes what they share
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from nonn.core.errors import UserError
 from nonn.core.params import load_params
 
 PHOTOS = "--images", "photos/", "--devices", "2×stm32f4", "--size", "32", "--precision", "float32"
+pytestmark = pytest.mark.xdist_group("package")  # one worker makes what they share
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from nonn.core.files import STATE, TEMPORARY, remove_orphans
 
 DISTILL = [sys.executable, "-m", "nonn", "distill", "2s/0", "--seed", "0"]
 DESIGN = [sys.executable, "-m", "nonn", "design", "2s"]
+pytestmark = pytest.mark.xdist_group("torture")  # one worker makes what they share
 
 
 @pytest.fixture(scope="module")
