@@ -29,6 +29,7 @@ from processes import running
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.cli import main
+from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinate import ServedNetwork
 from nonn.runtime.coordinator import Coordinator
@@ -166,31 +167,37 @@ def test_what_is_not_agreed_is_refused_as_at_a_node(network_folder):
     asyncio.run(scenario())
 
 
-def test_under_mutual_tls_only_applications_may_call(network_folder, certificates, tmp_path):
-    from nonn.runtime.certs import write_certificates
+@contextlib.asynccontextmanager
+async def encrypted_nodes(export, certificates):
+    """Addresses of three nodes under mutual TLS."""
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = []
+        for i in range(3):
+            identity = Identity.of(f"node-{i}", certificates)
+            node = serving(ServedStudent(export / f"{i}.onnx"), "127.0.0.1:0", identity, ["coordinator"])
+            addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
+        yield addresses
 
+
+@pytest.fixture
+def as_application(certificates, tmp_path) -> dict:
+    """What an application calls with under mutual TLS: settings of the Triton client."""
     folder = tmp_path / "certs"
     folder.mkdir()
-    for name in ("ca.pem", "ca.key", "coordinator.pem", "coordinator.key"):
+    for name in ("ca.pem", "ca.key"):
         shutil.copy(certificates / name, folder)
     write_certificates(folder, ["application"])
+    files = {"root_certificates": "ca.pem", "private_key": "application.key", "certificate_chain": "application.pem"}
+    return {"ssl": True, **{key: str(folder / name) for key, name in files.items()}}
 
+
+def test_under_mutual_tls_only_applications_may_call(network_folder, certificates, as_application):
     def call(address: str) -> list[bytes]:
-        files = {
-            "root_certificates": "ca.pem",
-            "private_key": "application.key",
-            "certificate_chain": "application.pem",
-        }
-        tls = {key: str(folder / name) for key, name in files.items()}
-        return infer(address, make_image(), ssl=True, **tls).as_numpy("present").tolist()
+        return infer(address, make_image(), **as_application).as_numpy("present").tolist()
 
     async def scenario():
         async with contextlib.AsyncExitStack() as stack:
-            addresses = []
-            for i in range(3):
-                identity = Identity.of(f"node-{i}", certificates)
-                node = serving(ServedStudent(network_folder / f"{i}.onnx"), "127.0.0.1:0", identity, ["coordinator"])
-                addresses.append(f"127.0.0.1:{(await stack.enter_async_context(node))[0]}")
+            addresses = await stack.enter_async_context(encrypted_nodes(network_folder, certificates))
             cluster = cluster_of(network_folder, addresses, certificates)
             address, network = await stack.enter_async_context(network_of(cluster, cluster.own_identity))
             assert await asyncio.to_thread(call, address) == [b"node-0", b"node-1", b"node-2"]
@@ -203,21 +210,31 @@ def test_under_mutual_tls_only_applications_may_call(network_folder, certificate
     asyncio.run(scenario())
 
 
-def test_the_command_serves_counts_and_stops(network_folder, free_port, tmp_path):
+@pytest.mark.parametrize("is_encrypted", [False, True])
+def test_the_command_serves_counts_and_stops(
+    is_encrypted, network_folder, certificates, as_application, free_port, tmp_path
+):
+    path = tmp_path / "cluster.yaml"
+
     async def scenario():
         async with contextlib.AsyncExitStack() as stack:
-            nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(3)]
-            path = tmp_path / "cluster.yaml"
-            write_cluster(path, cluster_of(network_folder, [address for address, _ in nodes]))
-            await asyncio.to_thread(call, path)
+            if is_encrypted:
+                addresses = await stack.enter_async_context(encrypted_nodes(network_folder, certificates))
+            else:
+                nodes = [await stack.enter_async_context(plain_node(network_folder, i)) for i in range(3)]
+                addresses = [address for address, _ in nodes]
+            write_cluster(path, cluster_of(network_folder, addresses, certificates if is_encrypted else None))
+            await asyncio.to_thread(call)
 
-    def call(path):
+    def call():
         arguments = ["--cluster", str(path), "--address", "127.0.0.1:0", "--metrics-port", str(free_port)]
         command = [sys.executable, "-m", "nonn", "coordinate", *arguments]
         with running(command, stderr=subprocess.PIPE, text=True) as process:
             announced = process.stderr.readline()
             assert announced.startswith("model export at 127.0.0.1:"), announced
-            assert len(infer(announced.split()[3].rstrip(","), make_image()).as_numpy("present")) == 3
+            assert announced.endswith(", mutual TLS\n" if is_encrypted else ", plain text\n"), announced
+            connection = as_application if is_encrypted else {}
+            assert len(infer(announced.split()[3].rstrip(","), make_image(), **connection).as_numpy("present")) == 3
             with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics", timeout=PATIENCE) as page:
                 assert 'nonn_requests_total{model="export"} 1.0' in page.read().decode()
             process.send_signal(signal.SIGTERM)
