@@ -133,31 +133,42 @@ def test_two_products_of_8_bit_weights_would_not_fit(data, tmp_path):
     assert largest_pair_sum(tmp_path / "0.onnx") >= 2**15
 
 
-def run_emulated(processor, path, images, folder):
-    """Answers of a processor that QEMU emulates."""
+def run_emulated(processor, paths, images, folder):
+    """Answers of each file by a processor that QEMU emulates; one process for all, since its start takes longest."""
     emulator = shutil.which("qemu-x86_64")
     if platform.machine() != "x86_64" or sys.platform != "linux" or emulator is None:
         pytest.skip("needs Linux on x86-64 and qemu-x86_64 (Debian: apt-get install qemu-user)")
     np.save(folder / "images.npy", images)
     run = (
         "import sys, pathlib, numpy; from nonn.runtime.session import run_onnx; "
-        "numpy.save(sys.argv[3], run_onnx(pathlib.Path(sys.argv[1]), numpy.load(sys.argv[2])))"
+        "images, answers, *files = sys.argv[1:]; "
+        "numpy.save(answers, [run_onnx(pathlib.Path(file), numpy.load(images)) for file in files])"
     )
-    files = [path, folder / "images.npy", folder / "answers.npy"]
+    files = [folder / "images.npy", folder / "answers.npy", *paths]
     # Otherwise OpenBLAS may be told to use instructions that the emulated processor lacks.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}
     command = [emulator, "-cpu", processor, sys.executable, "-c", run, *files]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     return np.load(folder / "answers.npy")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=NAMES)
-def test_a_processor_without_vnni_answers_the_same(architecture, data, tmp_path):
+@pytest.fixture(scope="module")
+def answers(data, tmp_path_factory):
+    """Of each architecture, by this processor and by an emulated one."""
+    folder, images = tmp_path_factory.mktemp("answers"), read_subset(data, "test")[0][:4].numpy()
+    paths = [folder / f"{name}.onnx" for name in NAMES]
+    for architecture, path in zip(ARCHITECTURES, paths, strict=True):
+        write_student(make_student(architecture, data), data, path, "int8")
+    here, there = [run_onnx(path, images) for path in paths], run_emulated("Haswell", paths, images, folder)
+    return dict(zip(NAMES, zip(here, there, strict=True), strict=True))
+
+
+@pytest.mark.xdist_group("answers")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_processor_without_vnni_answers_the_same(name, answers):
     """Haswell has AVX2 and none of the instructions for dot products of integers."""
-    write_student(make_student(architecture, data), data, tmp_path / "0.onnx", "int8")
-    images = read_subset(data, "test")[0][:4].numpy()
-    here, there = run_onnx(tmp_path / "0.onnx", images), run_emulated("Haswell", tmp_path / "0.onnx", images, tmp_path)
+    here, there = answers[name]
     difference = np.linalg.norm(there - here) / np.linalg.norm(here)
     assert difference < 1e-3, "no more than a value that was rounded otherwise"
 
@@ -168,7 +179,7 @@ def test_the_emulated_processor_saturates_where_it_can(data, tmp_path):
     student = make_student(ARCHITECTURES[1], data)
     write_student(student, data, tmp_path / "0.onnx", "int8")
     images = read_subset(data, "test")[0][:4]
-    there = run_emulated("Haswell", tmp_path / "0.onnx", images.numpy(), tmp_path)
+    (there,) = run_emulated("Haswell", [tmp_path / "0.onnx"], images.numpy(), tmp_path)
     with pytest.raises(UserError, match="outputs differ"):
         check_close("0.onnx", there, predict(student, images)[0])
 
