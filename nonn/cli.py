@@ -117,6 +117,26 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def ending_with_its_reader() -> Iterator[None]:
+    """End quietly where nobody reads any more what is printed, as behind `head`.
+
+    What still waits in the buffer is written here: Python itself would complain of it at its end.
+    """
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error.__context__, SystemExit):
+            raise error.__context__ from None
+        sys.exit(128 + signal.SIGPIPE)
+
+
+@ending_with_its_reader()
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; exit with 1 and one clear message if the user has to mend something."""
     parser = argparse.ArgumentParser(
@@ -149,9 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"nonn {command}: {remedy}")
     except KeyboardInterrupt as error:
         sys.exit(128 + next(iter(error.args), signal.SIGINT))
-    except BrokenPipeError:  # of whoever reads what is printed, such as `head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if (user_error := refusal(error)) is None:
             raise

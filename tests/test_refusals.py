@@ -3,8 +3,8 @@
 import errno
 import os
 import resource
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,12 +86,31 @@ def test_a_full_folder_for_temporary_files_is_one_line(monkeypatch):
         cli.main(["check"])
 
 
-def test_a_reader_that_goes_away_ends_the_command_quietly():
-    command = f"{shlex.quote(sys.executable)} -m nonn --help | true"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.stderr == ""
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(("words", "status"), [(["devices"], 128 + signal.SIGPIPE), (["--help"], 0)])
+def test_a_reader_that_goes_away_ends_the_command_quietly(words, status, buffered, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "" if buffered else "1")
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nonn", *words]
+    with os.fdopen(writer) as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
+def test_an_error_is_said_although_nobody_reads_what_was_printed(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def fail(_):
+        print("something")
+        raise UserError("wrong")
+
+    monkeypatch.setattr("nonn.commands.check.run", fail)
+    with os.fdopen(writer, "w") as nobody:
+        monkeypatch.setattr("sys.stdout", nobody)
+        with pytest.raises(SystemExit, match=r"^nonn check: wrong$"):
+            cli.main(["check"])
 
 
 def test_names_are_shown_on_one_line():
