@@ -313,6 +313,14 @@ def test_a_command_that_is_told_to_stop_tidies_up_and_exits_as_the_shell_expects
     assert tidied
 
 
+#: Not by a `preexec_fn`, which forks: what gRPC, if a test has loaded it, does after a fork may end the child.
+AS_IN_A_TERMINAL = """\
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
+
 #: A command of several tasks, each of which tidies up until standard input closes, so that no signal comes too late;
 #: `nonn.commands.check` stands in for those of asyncio.
 OF_TASKS = """\
@@ -368,12 +376,8 @@ cli.main(["check"])
     ids=["tasks", "server"],
 )
 def test_all_tasks_of_a_command_that_is_told_to_stop_tidy_up(number, code, tasks, said, ends_well):
-    def as_in_a_terminal() -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with running([sys.executable, "-c", code], **pipes, text=True, preexec_fn=as_in_a_terminal) as process:
+    with running([sys.executable, "-c", AS_IN_A_TERMINAL + code], **pipes, text=True) as process:
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
         assert [process.stdout.readline() for _ in range(tasks)] == ["told\n"] * tasks
