@@ -23,8 +23,8 @@ from nonn.core.install import how_to_install, require_64_bit
 from nonn.core.signals import tidied_up
 
 INTRODUCTION = """\
-Network of Neural Networks: one small student a device, in place of one large
-image classifier.
+Network of Neural Networks: one small student on each device instead of one
+large image classifier.
 
 The whole pipeline, as far as results are stale:
   make reproduce       set up everything and run the experiment of params.yaml
@@ -75,7 +75,7 @@ COMMANDS = {
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
     "litert": (DEPLOY, "commands.litert", "Write int8 students as files of LiteRT, and run them in its interpreter."),
-    "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, beside their theory."),
+    "links": (MEASURE, "testbed.links", "Measure the delay and rate of the emulated links, and compare with theory."),
     "split": (MEASURE, "split.planner", "Split one exported model over several devices, for comparison."),
     "split-node": (MEASURE, "split.node", "Serve one device's part of a split model."),
     "load": (MEASURE, "testbed.load", "Call a node and a coordinator from many callers at once, and count answers."),
@@ -88,7 +88,7 @@ COMMANDS = {
         "Kill stages and damage files, and compare with undisturbed results.",
     ),
     "timeline": (MEASURE, "commands.timeline", "Draw when each stage of the last run ran."),
-    "scaling": (MEASURE, "commands.scaling", "Measure what a job costs apart from its training, by their number."),
+    "scaling": (MEASURE, "commands.scaling", "Measure the overhead of a job, as the number of jobs grows."),
     "compare": (MEASURE, "commands.compare", "Say whether the results have the same bytes as the committed ones."),
     "try": (DEVELOP, "commands.attempt", "Train with changed parameters and score on the validation images."),
     "map": (DEVELOP, "commands.map", "Train around an experiment, and say when NoNN is ahead of an ensemble."),
@@ -98,7 +98,7 @@ COMMANDS = {
     "sweep": (DEVELOP, "commands.sweep", "Run DVC's experiments over values, and compare what their networks need."),
     "partitions": (DEVELOP, "commands.partitions", "Compare ways to link and to divide the teacher's filters."),
     "ship": (DEVELOP, "commands.ship", "Put an exported network into the package, for `nonn demo`."),
-    "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache are what their names say."),
+    "verify": (DEVELOP, "commands.verify", "Check that the objects of DVC's cache match their hashes."),
     "head": (DEVELOP, "commands.head", "Fit a last layer for your classes to a network of torchvision or timm."),
     "share": (DEVELOP, "commands.share", "Write the trained teacher to a small file, for other experiments to import."),
     "docs": (DEVELOP, "commands.docs", "Write the generated parts of the documentation: parameters and results."),

@@ -66,7 +66,7 @@ class MapConfig(Section):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=natural, default=1, help="trainings at a time (default: %(default)s)")
-    parser.add_argument("--factors", metavar="NAME,…", help="these alone beside the centre (default: all of the plan)")
+    parser.add_argument("--factors", metavar="NAME,…", help="only these and the centre (default: all of the plan)")
     parser.epilog = "example: nonn map --jobs 2 --factors epochs,budget"
 
 

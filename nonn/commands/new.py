@@ -257,7 +257,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=SIZE, help="pixels a side that students see (default: %(default)s)")
     parser.add_argument("--precision", choices=("float32", "int8"), default="int8", help="(default: %(default)s)")
     add_settings(parser, "write another value than the one filled in; repeatable")
-    parser.epilog = "example: nonn new flowers --images photos/ --teacher timm:resnet18 --devices 4×pi_zero2w"
+    parser.epilog = "example: nonn new flowers --images photos/ --teacher timm:resnet18 --devices 4×stm32h743"
 
 
 def run(options: argparse.Namespace) -> None:

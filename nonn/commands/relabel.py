@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network(parser, help="a trained network, such as 4s")
     parser.add_argument("--labels", type=Path, metavar="FILE.yaml", help="new labels, each with a list of old classes")
     parser.add_argument(
-        "--images", metavar="EXPERIMENT", help="label the images of its dataset (default: the own ones)"
+        "--images", metavar="EXPERIMENT", help="label the images of its dataset (default: this experiment's own)"
     )
     parser.add_argument(
         "--per-class", type=numbers, default=list(PER_CLASS), metavar="N,…", help="(default: 5,10,20,50)"

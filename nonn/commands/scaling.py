@@ -167,7 +167,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", type=even_numbers, default="10,100", metavar="N,N", help="to run (default: %(default)s)"
     )
     parser.add_argument(
-        "--dry", type=even_numbers, default="1000", metavar="N,N", help="dry run alone (default: %(default)s)"
+        "--dry", type=even_numbers, default="1000", metavar="N,N", help="only dry runs (default: %(default)s)"
     )
     parser.add_argument(
         "--at-once", type=int, default=2, metavar="N", help="jobs that run at once (default: %(default)s)"

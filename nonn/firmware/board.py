@@ -132,7 +132,7 @@ class EmulatedBoard(ServedStudent):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json beside it"
+        "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json next to it"
     )
     device = parser.add_argument("--device", required=True, metavar="NAME", help="of `nonn devices`, such as stm32h743")
     complete_from(device, lambda: list(CHIPS))

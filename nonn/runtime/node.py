@@ -133,7 +133,7 @@ def add_serving(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", type=Path, metavar="MODEL.onnx", help="an exported student, with manifest.json beside it"
+        "model", type=Path, metavar="MODEL.onnx", help="an exported student, with manifest.json next to it"
     )
     parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
     add_serving(parser)

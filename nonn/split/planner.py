@@ -323,9 +323,7 @@ def describe(plan: SplitPlan) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL.onnx", help="a model that runs alone, from the export `solo`"
-    )
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="a model for one device, from the export `solo`")
     parser.add_argument("-n", "--devices", type=int, required=True, help="number of devices")
     parser.add_argument(
         "--method", choices=list(AXES), required=True, help="split each map by its channels or by its rows"

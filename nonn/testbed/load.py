@@ -252,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--callers", type=numbers, default="1,10,100,1000", help="at once (default: %(default)s)")
     parser.add_argument("--seconds", type=amount, default=10.0, help="for each number of them (default: %(default)s)")
     parser.add_argument("--deadline-ms", type=amount, default=100.0, help="of a call (default: %(default)s)")
-    parser.add_argument("--impatient", action="store_true", help="callers do not wait as they are told")
+    parser.add_argument("--impatient", action="store_true", help="retry at once, ignoring retry-after")
     parser.add_argument("--idle", type=natural, default=0, metavar="N", help="calls that a stranger keeps open, silent")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--seed", type=seed_number, default=0)
