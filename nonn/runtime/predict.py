@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " The probability is calibrated on validation images. The lead is how far the class is ahead of the mean "
         "class, in logits. A student's share of it is negative if the student speaks against the class."
     )
-    parser.epilog = "example: nonn predict digit.png --export results/mnist5k/export/4s"
+    parser.epilog = "example: nonn predict nonn/demo/pictures/3/test-image-350.png --export nonn/demo/digits"
 
 
 def run(options: argparse.Namespace) -> None:
