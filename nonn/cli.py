@@ -71,7 +71,7 @@ COMMANDS = {
     "board": (DEPLOY, "firmware.board", "Serve one int8 student as firmware on an emulated microcontroller."),
     "deploy": (DEPLOY, "live.rollout", "Serve a network on boards by SSH and Ansible, and go back if one fails."),
     "health": (DEPLOY, "live.health", "Ask the nodes of a cluster whether they serve their students."),
-    "coordinate": (DEPLOY, "live.following", "Serve a whole network to applications."),
+    "coordinate": (DEPLOY, "live.coordinate", "Serve a whole network to applications."),
     "hosting": (DEPLOY, "runtime.hosting", "Write the students for Triton or OpenVINO Model Server."),
     "firmware": (DEPLOY, "commands.firmware", "Write int8 students as firmware for a microcontroller, and run it."),
     "litert": (DEPLOY, "commands.litert", "Write int8 students as files of LiteRT, and run them in its interpreter."),

@@ -31,11 +31,11 @@ from tritonclient.grpc import service_pb2 as oip
 from nonn.cli import main
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, write_cluster
-from nonn.runtime.coordinate import ServedNetwork
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
 from nonn.runtime.protocol import MESSAGE_LIMIT, make_request
+from nonn.runtime.served_network import ServedNetwork
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import Identity
 
@@ -110,7 +110,7 @@ def test_a_missing_node_is_not_among_the_present_and_is_counted(network_folder):
 
 
 def test_a_caller_in_a_hurry_is_answered_without_a_node_that_hangs(network_folder, monkeypatch):
-    monkeypatch.setattr("nonn.runtime.coordinate.CALLERS_SHARE", 0.5)  # as long for the nodes as for the way back
+    monkeypatch.setattr("nonn.runtime.served_network.CALLERS_SHARE", 0.5)  # as long for the nodes as for the way back
 
     async def scenario():
         async with contextlib.AsyncExitStack() as stack:

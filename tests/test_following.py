@@ -18,10 +18,10 @@ from nonn.live import following
 from nonn.live.following import FollowedNetwork
 from nonn.runtime.channel import open_channel
 from nonn.runtime.cluster import Node, write_cluster
-from nonn.runtime.coordinate import network_version
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
 from nonn.runtime.protocol import ProtocolError, make_request
+from nonn.runtime.served_network import network_version
 from nonn.testbed import replacement
 
 

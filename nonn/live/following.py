@@ -11,7 +11,6 @@ no answer lacks a student.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +23,11 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 from nonn.core.errors import UserError
 from nonn.core.files import stamp_of
 from nonn.core.progress import log
-from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
-from nonn.runtime.coordinate import DEFAULT_CALLERS, ServedNetwork
+from nonn.runtime.cluster import Cluster, load_cluster
 from nonn.runtime.coordinator import TOLERATED_FAILURES, Coordinator, NodeConnection
 from nonn.runtime.exported import Manifest
-from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import callers_from
 from nonn.runtime.protocol import ProtocolError
-from nonn.runtime.serving import serve
+from nonn.runtime.served_network import ServedNetwork
 
 #: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
 #: use what could not be used, of which the pauses double: files that the file names may still be on their way.
@@ -55,7 +51,7 @@ class FollowedNetwork:
     """The network of a cluster file, as a model that can be served; use it in ``async with``.
 
     Its name is that of the export's folder when it began. Its version, and that of each answer, is the export's: see
-    `nonn.runtime.coordinate.network_version`. A request for a version is answered by the current export alone.
+    `nonn.runtime.served_network.network_version`. A request for a version is answered by the current export alone.
     """
 
     platform = "nonn"
@@ -241,47 +237,3 @@ async def leave(network: ServedNetwork) -> None:
         await asyncio.sleep(network.coordinator.patience)
     finally:
         await network.__aexit__(None, None, None)
-
-
-async def coordinate(path: Path, is_followed: bool, address: str, **how: Any) -> None:
-    """Serve the network of a cluster file, which may change if it is followed; see `nonn.runtime.serving.serve`."""
-    served = FollowedNetwork(path) if is_followed else ServedNetwork(Coordinator(load_cluster(path)))
-    async with served as network:
-        await serve(network, address, counters=[network.absences], **how)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
-    )
-    parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        metavar="NAME",
-        help="common name of a caller that is answered; repeatable (default: application)",
-    )
-    parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
-    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
-    parser.add_argument(
-        "--follow", action="store_true", help="go over to another export, node by node, when the cluster file names one"
-    )
-    parser.epilog = "example: nonn coordinate --cluster cluster.yaml --insecure"
-
-
-def run(options: argparse.Namespace) -> None:
-    """The command ``nonn coordinate``."""
-    # To applications it shows the certificate that it shows to its nodes.
-    identity = None if options.insecure else load_cluster(options.cluster).own_identity
-    served = coordinate(
-        options.cluster,
-        options.follow,
-        options.address,
-        identity=identity,
-        allowed=callers_from(options, identity, DEFAULT_CALLERS),
-        metrics_port=options.metrics_port,
-        attached=options.attached,
-    )
-    with relayed_stderr():
-        asyncio.run(served)

@@ -31,10 +31,10 @@ from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle_all
 from nonn.runtime.cluster import Node, write_cluster
-from nonn.runtime.coordinate import DEFAULT_CALLERS, NetworkContract, network_version
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.processes import coordinator_command, running
 from nonn.runtime.protocol import ImageContract, make_request
+from nonn.runtime.served_network import DEFAULT_CALLERS, NetworkContract, network_version
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
 

@@ -32,13 +32,13 @@ from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, settle
 from nonn.runtime.cluster import Node, write_cluster
-from nonn.runtime.coordinate import DEFAULT_CALLERS, network_version
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.processes import START, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
+from nonn.runtime.served_network import DEFAULT_CALLERS, network_version
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_bed
 

@@ -1,7 +1,7 @@
-"""A coordinator that stays: it serves a whole network to applications, by the protocol that its nodes speak.
+"""A whole network as a model that a coordinator serves to applications, by the protocol that its nodes speak.
 
 An application sends one image and gets the class, all probabilities, and the names of the nodes that
-took part. It does not know of students, deadlines and breakers; a network with a node missing answers
+took part. It knows nothing of students, deadlines and breakers: a network with a node missing answers
 as usual, and with all missing it is UNAVAILABLE.
 """
 
