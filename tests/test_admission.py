@@ -57,19 +57,19 @@ def queue_of(admission: Admission, stack: contextlib.ExitStack, count: int) -> N
 
 
 def test_who_can_be_answered_in_half_his_time_is_admitted(clock):
-    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=1.0, share=0.5, clock=clock)
     with contextlib.ExitStack() as stack:
         queue_of(admission, stack, 4)
         admission.check(0.1)  # 5 calls of 10 ms
         with pytest.raises(OverloadedError):
             admission.check(0.09)
         queue_of(admission, stack, 46)
-        with pytest.raises(OverloadedError):  # without a deadline, or with a late one, it is the server's patience
+        with pytest.raises(OverloadedError):  # without a deadline, or with a late one, it is the server's timeout
             admission.check(60.0)
 
 
 def test_the_queue_is_bounded_however_quick_calls_are(clock):
-    admission = Admission(1e-9, patience=1.0, share=0.5, clock=clock)
+    admission = Admission(1e-9, timeout=1.0, share=0.5, clock=clock)
     with contextlib.ExitStack() as stack:
         queue_of(admission, stack, QUEUE)
         with pytest.raises(OverloadedError):
@@ -77,7 +77,7 @@ def test_the_queue_is_bounded_however_quick_calls_are(clock):
 
 
 def test_the_service_time_is_measured_while_calls_wait(clock):
-    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    admission = Admission(0.001, timeout=10.0, share=0.5, clock=clock)
     places = [admission.admitted(None) for _ in range(101)]
     for place in places:
         place.__enter__()
@@ -94,12 +94,12 @@ def test_the_service_time_is_measured_while_calls_wait(clock):
 
 
 def test_one_slow_answer_does_not_shut_the_door(clock):
-    admission = Admission(100.0, patience=0.1, share=0.5, clock=clock)
+    admission = Admission(100.0, timeout=0.1, share=0.5, clock=clock)
     admission.check(0.1)
 
 
 def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
-    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    admission = Admission(0.001, timeout=10.0, share=0.5, clock=clock)
     with admission.admitted(0.1, "a"):
         admission.check(0.06, "a")
         with pytest.raises(OverloadedError):
@@ -108,7 +108,7 @@ def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
 
 
 def test_what_a_call_says_that_it_was_given_counts_more_than_what_is_usual(clock):
-    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    admission = Admission(0.001, timeout=10.0, share=0.5, clock=clock)
     with admission.admitted(0.1, "a"):
         admission.check(0.02, "a", given=0.02)  # in a hurry, though others on its connection are not
         admission.check(0.02, "a", given=0.01)  # impossible, and no reason to be kind or strict
@@ -117,7 +117,7 @@ def test_what_a_call_says_that_it_was_given_counts_more_than_what_is_usual(clock
 
 
 def test_a_wait_that_is_claimed_while_nobody_waits_is_no_measurement(clock):
-    admission = Admission(0.01, patience=10.0, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=10.0, share=0.5, clock=clock)
     for _ in range(3):
         clock.now += 5.0
         with admission.admitted(0.1, given=60.0):
@@ -135,7 +135,7 @@ def test_what_a_call_says_that_it_was_given_is_a_number_or_ignored(value, second
 
 
 def test_moments_of_return_are_spaced(clock):
-    admission = Admission(0.01, patience=0.1, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=0.1, share=0.5, clock=clock)
     told = []
     with contextlib.ExitStack() as stack:
         queue_of(admission, stack, 5)
@@ -153,7 +153,7 @@ def test_moments_of_return_are_spaced(clock):
 
 
 def test_the_age_of_the_oldest_call_counts_where_nobody_is_answered(clock):
-    admission = Admission(0.001, patience=10.0, share=0.5, clock=clock)
+    admission = Admission(0.001, timeout=10.0, share=0.5, clock=clock)
     with admission.admitted(None) as place:
         place.keep()
         clock.now += 0.04
@@ -168,10 +168,10 @@ def test_the_age_of_the_oldest_call_counts_where_nobody_is_answered(clock):
 
 
 @pytest.mark.parametrize("silent", [33, 500])
-@pytest.mark.parametrize(("share", "patience"), [(0.5, 10.0), (0.4, 0.1)])
-def test_calls_that_are_silent_shut_nobodys_door(clock, silent, share, patience):
+@pytest.mark.parametrize(("share", "timeout"), [(0.5, 10.0), (0.4, 0.1)])
+def test_calls_that_are_silent_shut_nobodys_door(clock, silent, share, timeout):
     """So many a second, each for 50 ms, and twenty calls with a deadline of 100 ms that are answered in 1 ms."""
-    admission = Admission(0.001, patience, share, clock=clock)
+    admission = Admission(0.001, timeout, share, clock=clock)
     held, answered = [], 0
     for tick in range(20_000):  # of half a millisecond
         clock.now = tick / 2000
@@ -189,7 +189,7 @@ def test_calls_that_are_silent_shut_nobodys_door(clock, silent, share, patience)
 
 
 def test_what_a_call_claims_to_have_waited_changes_little(clock):
-    admission = Admission(0.01, patience=100.0, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=100.0, share=0.5, clock=clock)
     with admission.admitted(None):
         clock.now += 0.01
     with admission.admitted(None):
@@ -200,7 +200,7 @@ def test_what_a_call_claims_to_have_waited_changes_little(clock):
 
 
 def test_it_slows_down_now_and_then_and_recovers(clock):
-    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=1.0, share=0.5, clock=clock)
     for _ in range(100):
         admission.slow_down()
     assert admission.service_seconds == pytest.approx(SLOWER * 0.01)
@@ -215,7 +215,7 @@ def test_it_slows_down_now_and_then_and_recovers(clock):
 
 
 def test_somebody_who_is_always_busy_does_not_close_the_door(clock):
-    admission = Admission(0.01, patience=0.1, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=0.1, share=0.5, clock=clock)
     for _ in range(1000):
         clock.now += 0.1
         with admission.admitted(0.1):
@@ -226,7 +226,7 @@ def test_somebody_who_is_always_busy_does_not_close_the_door(clock):
 
 
 def test_a_place_is_taken_again_by_the_time_that_is_left(clock):
-    admission = Admission(0.01, patience=1.0, share=0.5, clock=clock)
+    admission = Admission(0.01, timeout=1.0, share=0.5, clock=clock)
     with admission.admitted(1.0, "a"):  # what is usual on this connection
         pass
     with admission.admitted(0.4, "a", given=0.4) as place:

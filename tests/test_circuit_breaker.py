@@ -1,4 +1,4 @@
-"""A node that fails is left alone for a while, probed, and taken back."""
+"""The circuit of a node that fails opens; the node is probed, and taken back."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
                 assert connection.breaker_is_open == (attempt == coordination.TOLERATED_FAILURES)
             asked = rogue.asked
             answer = await coordinator.classify(make_image())
-            assert answer.absent["node-2"] == "left alone after 3 failures in a row (internal: ill)"
+            assert answer.absent["node-2"] == "circuit open after 3 failures in a row (internal: ill)"
             assert rogue.asked == asked
             monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
             connection.succeeded()
@@ -53,7 +53,7 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
             assert connection.breaker_is_open
             behaviour["now"] = sound
             await until(lambda: not connection.breaker_is_open)
-            # On probation: one failure is enough to be left alone again.
+            # On probation: one failure is enough to open the circuit again.
             behaviour["now"] = fail
             await coordinator.classify(make_image())
             assert connection.breaker_is_open
@@ -93,7 +93,7 @@ def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
                 with contextlib.suppress(NobodyAnsweredError):  # on a busy machine
                     await coordinator.classify(make_image())
             assert coordinator.connections[2].breaker_is_open
-            coordinator.patience = 2 * PATIENCE  # nobody waits for this deadline
+            coordinator.timeout = 2 * PATIENCE  # nobody waits for this deadline
             async with asyncio.timeout(PATIENCE):
                 answers = await asyncio.gather(*(coordinator.classify(make_image(seed)) for seed in range(5)))
             for seed, answer in enumerate(answers):
@@ -119,8 +119,8 @@ def test_images_that_fail_together_are_one_failure(network_folder):
     asyncio.run(scenario())
 
 
-def test_callers_in_a_hurry_find_out_which_node_hangs(network_folder):
-    """And one that is only slower than they wish is not left alone."""
+def test_callers_with_short_deadlines_find_out_which_node_hangs(network_folder):
+    """And one that is only slower than their deadlines keeps its circuit closed."""
     sound = with_features([1, 2])
 
     async def slowly(request, context):
@@ -131,19 +131,19 @@ def test_callers_in_a_hurry_find_out_which_node_hangs(network_folder):
         async with rogue_node(behave) as (third, _), two_and(network_folder, third, deadline_ms) as coordinator:
             connection = coordinator.connections[2]
 
-            async def classify_in_a_hurry() -> None:
+            async def classify_shortly() -> None:
                 with contextlib.suppress(NobodyAnsweredError):  # on a busy machine
                     await coordinator.classify(make_image(), 0.02)
 
-            async def is_suspected() -> None:
+            async def is_probed_once() -> None:
                 for _ in range(coordination.TOLERATED_FAILURES):
-                    await classify_in_a_hurry()
-                while connection.suspecting:
-                    await classify_in_a_hurry()  # requests go on
+                    await classify_shortly()
+                while connection.single_probe:
+                    await classify_shortly()  # requests go on
 
             async with asyncio.timeout(PATIENCE):
                 for count in range(1, coordination.TOLERATED_FAILURES + 1):
-                    await is_suspected()
+                    await is_probed_once()
                     assert connection.failures == (count if behave is hang else 0)
             assert connection.breaker_is_open == (behave is hang)
 

@@ -104,9 +104,9 @@ def test_a_changed_deadline_counts_from_then_on(exports, tmp_path):
         async with Bench(tmp_path, exports[0]) as bench:
             current = bench.network.current
             write_cluster(bench.file, bench.cluster.model_copy(update={"deadline_ms": 1500}))
-            await until(lambda: current.coordinator.patience == 1.5)
-            assert (bench.network.admission.patience, bench.network.current) == (1.5, current)
-            assert {connection.patience for connection in current.coordinator.connections} == {1.5}
+            await until(lambda: current.coordinator.timeout == 1.5)
+            assert (bench.network.admission.timeout, bench.network.current) == (1.5, current)
+            assert {connection.timeout for connection in current.coordinator.connections} == {1.5}
             assert (await bench.ask())[1] == 3
 
     asyncio.run(scenario())

@@ -266,7 +266,7 @@ def test_a_silent_peer_is_named_after_the_deadline(model, folder, monkeypatch):
                     patch.setattr(services["device-1"], "_send", lambda *_: None)
                     with pytest.raises(SplitFailedError, match="device-0: unavailable: round 0: nothing from device-1"):
                         await coordinator.classify(image_of(plan))
-                coordinator.patience = PATIENCE
+                coordinator.timeout = PATIENCE
                 await coordinator.classify(image_of(plan))  # back again, and nothing has stuck
             assert not any(service.exchanges or service.running for service in services.values())
 
@@ -362,14 +362,14 @@ def test_processes_serve_survive_a_stopped_peer_and_leave_nothing(model, folder,
         ):
             expected = run_onnx(model, image[None])[0]
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
-            coordinator.patience = FEW / 1000
+            coordinator.timeout = FEW / 1000
             children["device-1"].process.send_signal(signal.SIGSTOP)
             try:
                 with pytest.raises(SplitFailedError, match="device-1: no answer by the deadline"):
                     await coordinator.classify(image)
             finally:
                 children["device-1"].process.send_signal(signal.SIGCONT)
-            coordinator.patience = PATIENCE
+            coordinator.timeout = PATIENCE
             np.testing.assert_allclose(await coordinator.classify(image), expected, rtol=1e-4, atol=1e-5)
         assert all(child.has_exited for child in children.values())
 

@@ -32,8 +32,8 @@ from nonn.runtime.served_network import ServedNetwork
 #: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
 #: use what could not be used, of which the pauses double: files that the file names may still be on their way.
 FILE_ATTENTION, LONGEST_PAUSE = 0.5, 8.0
-#: Why a node of a new export is left alone until it has answered a probe, and why one that has is left alone by the
-#: other export.
+#: Why the circuit of a node of a new export is open until it has answered a probe, and why its circuit of the other
+#: export is open from then on.
 NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
 
 
@@ -86,7 +86,7 @@ class FollowedNetwork:
 
     @property
     def is_ready(self) -> bool:
-        """Whether any node is not left alone."""
+        """Whether the circuit of any node is closed."""
         return any(network.is_ready for network in self._networks())
 
     def _networks(self) -> list[ServedNetwork]:
@@ -191,8 +191,8 @@ class FollowedNetwork:
         if former and former is not self.next:
             self._leave(former)
         for kept in self._networks():
-            kept.coordinator.patience = network.coordinator.patience
-        self.admission.patience = network.coordinator.patience
+            kept.coordinator.timeout = network.coordinator.timeout
+        self.admission.timeout = network.coordinator.timeout
 
     def _load(self) -> tuple[Cluster, ServedNetwork]:
         """What the file says now, and its network, by the certificates of the start.
@@ -212,7 +212,7 @@ def leave_alone(connection: NodeConnection, reason: str) -> None:
 
 
 def share_present(network: ServedNetwork) -> float:
-    """The part of a network's nodes that are not left alone."""
+    """The share of a network's nodes whose circuits are closed."""
     connections = network.coordinator.connections
     return sum(not connection.breaker_is_open for connection in connections) / len(connections)
 
@@ -234,6 +234,6 @@ def refuse_other_tasks(cluster: Cluster, current: Manifest, new: Manifest) -> No
 async def leave(network: ServedNetwork) -> None:
     """Close a network's connections once the calls that are under way have had their time."""
     try:
-        await asyncio.sleep(network.coordinator.patience)
+        await asyncio.sleep(network.coordinator.timeout)
     finally:
         await network.__aexit__(None, None, None)

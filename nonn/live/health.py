@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2_grpc as oip_grpc
 
 from nonn.core.errors import UserError
 from nonn.core.options import amount
-from nonn.runtime.channel import open_channel, reason_of, received, settle
+from nonn.runtime.channel import open_channel, reason_of, received, wait_connected
 from nonn.runtime.cluster import CLUSTER_FILE, Node, load_cluster
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.protocol import Contract, ProtocolError
@@ -47,7 +47,7 @@ async def wait_for(
         stub = oip_grpc.GRPCInferenceServiceStub(channel)
         try:
             async with asyncio.timeout(PATIENCE):
-                await settle(channel)
+                await wait_connected(channel)
         except TimeoutError:
             pass  # the question says why
         while True:

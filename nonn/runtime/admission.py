@@ -4,10 +4,10 @@ Calls are answered one after another, or as good as: `Admission` measures what e
 and knows how many wait. Their product is what a further call would wait for. The estimate is that of Little's law
 [1]_, so it also holds where several calls are under way at once, as at a coordinator.
 
-Who is refused gets an appointment: the moments of return are spaced as calls are answered, so that a thousand
-callers do not come back together. Answers stay quick because the queue stays short, and the rate of answers does not
-fall because refusals stay rare. Nobody keeps a list of appointments: who returns sooner is treated like anybody else,
-so beside callers who do not wait those who do get fewer answers.
+Each caller that is refused gets a retry slot: the slots are spaced as calls are answered, so that a thousand callers
+do not come back together. Answers stay quick because the queue stays short, and the rate of answers does not fall
+because refusals stay rare. No list of slots is kept: whoever returns early is treated like anybody else, so callers
+that ignore the retry time get more answers than those that respect it.
 
 References
 ----------
@@ -57,7 +57,7 @@ class Admission:
     ----------
     service_seconds
         First guess of what a call takes, until it is measured.
-    patience
+    timeout
         Seconds within which a call without a deadline, or with a later one, shall be answered.
     share
         Of the time that a call has left, what it may spend here by expectation; the rest is for its way back, and for
@@ -69,17 +69,17 @@ class Admission:
     def __init__(
         self,
         service_seconds: float,
-        patience: float,
+        timeout: float,
         share: float,
         stale: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.service_seconds, self.patience, self.clock = service_seconds, patience, clock
+        self.service_seconds, self.timeout, self.clock = service_seconds, timeout, clock
         self.share, self.stale = share, stale
         self.refused = 0
         self._places: dict[Place, float] = {}  # of those that wait, and since when: inf until the message has come
         self._finished = float("-inf")  # when the last answer was given
-        self._appointment = 0.0
+        self._retry_slot = 0.0
         self._slowed = float("-inf")
         self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
 
@@ -115,10 +115,10 @@ class Admission:
             age = max(given - seconds, 0.0)
         if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
             return 0.0
-        left = self.patience if seconds is None else min(seconds, self.patience)
+        left = self.timeout if seconds is None else min(seconds, self.timeout)
         if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > self.stale * (left + age):
             self.refused += 1
-            raise OverloadedError(self._next_appointment())
+            raise OverloadedError(self._next_retry_slot())
         return age
 
     def _age(self, seconds: float, peer: str) -> float:
@@ -131,14 +131,14 @@ class Admission:
         self._usual[peer] = usual, now
         return usual - seconds
 
-    def _next_appointment(self) -> float:
-        """Seconds until a caller who is refused now shall come again: after all who were refused before."""
+    def _next_retry_slot(self) -> float:
+        """Seconds until a caller that is refused now should return: after all that were refused before."""
         now, spacing = self.clock(), SPACING * self.service_seconds
-        drained = now + max(self.expected_seconds() - self.share * self.patience, 0)
-        self._appointment = max(self._appointment, drained) + spacing
-        if self._appointment <= now + LONGEST_RETURN:
-            return self._appointment - now
-        self._appointment = now + LONGEST_RETURN  # for more than come until then there are no moments of their own
+        drained = now + max(self.expected_seconds() - self.share * self.timeout, 0)
+        self._retry_slot = max(self._retry_slot, drained) + spacing
+        if self._retry_slot <= now + LONGEST_RETURN:
+            return self._retry_slot - now
+        self._retry_slot = now + LONGEST_RETURN  # all slots until then are taken: the callers share them
         return LONGEST_RETURN * (1 - self.refused * GOLDEN % 1 / 2)
 
     @contextlib.contextmanager
@@ -170,8 +170,8 @@ class Admission:
         They are never taken for so long that of two calls at once the second would be refused: somebody who is always
         busy must not close the door to those who get their answers from others.
         """
-        now, longest = self.clock(), self.share * self.patience / 2
-        if now - self._slowed >= self.patience:  # what was changed before has had time to show
+        now, longest = self.clock(), self.share * self.timeout / 2
+        if now - self._slowed >= self.timeout:  # what was changed before has had time to show
             self.service_seconds = max(self.service_seconds, min(SLOWER * self.service_seconds, longest))
             self._slowed = now
 

@@ -60,9 +60,9 @@ def open_channel(node: Node, message_limit: int, identity: Identity | None, own:
     return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
 
 
-async def settle_all(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT) -> None:
+async def wait_all_connected(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT) -> None:
     """Wait until each channel is connected or has failed once, but no longer than so many seconds."""
-    connecting = [asyncio.create_task(settle(channel)) for channel in channels]
+    connecting = [asyncio.create_task(wait_connected(channel)) for channel in channels]
     if not connecting:
         return
     _, waiting = await asyncio.wait(connecting, timeout=timeout)
@@ -70,7 +70,7 @@ async def settle_all(channels: Iterable[aio.Channel], timeout: float = CONNECT_T
         task.cancel()
 
 
-async def settle(
+async def wait_connected(
     channel: aio.Channel, states: Iterable[ChannelConnectivity] = (READY, ChannelConnectivity.TRANSIENT_FAILURE)
 ) -> None:
     """Wait until a channel is in one of some states: connected, or its first attempt has failed."""

@@ -2,9 +2,9 @@
 
 Each image has one absolute deadline. A node that has not answered by then is cancelled and counts as
 absent, like one that refuses, fails, or sends anything but the agreed feature vector; the final layer
-works with whichever students are left. A node that is absent several times in a row is left alone
-(its circuit breaker opens), so that it costs no further image any time; it is probed in the background
-and rejoins by itself.
+works with whichever students are left. When a node is absent several times in a row its circuit breaker
+opens: it gets no more images, so it costs them no time. It is probed in the background, and rejoins by
+itself.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nonn.runtime.channel import (
     open_channel,
     reason_of,
     received,
-    settle_all,
+    wait_all_connected,
 )
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.final import FinalLayer, Prediction, predict
@@ -43,12 +43,12 @@ from nonn.runtime.tls import log_former
 
 #: Absences in a row after which a node's circuit breaker opens.
 TOLERATED_FAILURES = 3
-#: Seconds between probes of a node that is left alone: doubled from the first to the longest.
+#: Seconds between probes of a node whose circuit is open: doubled from the first to the longest.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 #: Seconds between two looks at connections and certificates, and the most between two attempts to go over to new ones.
 ATTENTION, LONGEST_ATTENTION = 1.0, 60.0
-#: A caller who gives the nodes less than this share of the cluster's deadline proves nothing about those that are late.
-HURRY = 0.8
+#: A deadline is short if it is less than this share of the cluster's: a node that misses it may still be sound.
+SHORT_DEADLINE_SHARE = 0.8
 
 
 #: What a user can do about nodes that do not answer.
@@ -85,16 +85,16 @@ class Answer:
 class NodeConnection:
     """One node as the coordinator sees it, with its circuit breaker."""
 
-    def __init__(self, node: Node, contract: Contract, channel: aio.Channel, patience: float):
+    def __init__(self, node: Node, contract: Contract, channel: aio.Channel, timeout: float):
         self.node, self.name, self.contract = node, node.name, contract
-        self.patience = patience
+        self.timeout = timeout
         self.failures, self.pause = 0, FIRST_PAUSE
         self.failed_at = float("-inf")  # by the event loop's time: the last failure that counted
-        self.hurried = 0  # images in a row for which nobody waited as long as the node may take
+        self.late_under_short_deadline = 0  # images in a row
         self.reason = ""
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
-        self.suspecting: asyncio.Task | None = None
+        self.single_probe: asyncio.Task | None = None
         self.batches = Batches(self._ask_and_time, contract.largest_batch, self.name)
         self.use(channel)
 
@@ -149,7 +149,7 @@ class NodeConnection:
         return await self.ask(image, deadline - loop.time())
 
     def succeeded(self) -> None:
-        self.failures, self.hurried, self.pause = 0, 0, FIRST_PAUSE
+        self.failures, self.late_under_short_deadline, self.pause = 0, 0, FIRST_PAUSE
         if self.probing:
             self.probing.cancel()
             self.probing = None
@@ -166,22 +166,22 @@ class NodeConnection:
         if self.failures >= TOLERATED_FAILURES and not self.breaker_is_open:
             self.probing = asyncio.create_task(self._probe())
 
-    def was_late(self) -> None:
-        """Note that a caller in a hurry has not waited; if several have not, find out whether the node hangs."""
-        self.hurried += 1
-        if self.hurried >= TOLERATED_FAILURES and not self.suspecting:
-            self.suspecting = asyncio.create_task(self._suspect())
+    def missed_short_deadline(self) -> None:
+        """Count an image whose deadline was short. After several in a row, find out whether the node hangs."""
+        self.late_under_short_deadline += 1
+        if self.late_under_short_deadline >= TOLERATED_FAILURES and not self.single_probe:
+            self.single_probe = asyncio.create_task(self._probe_once())
 
-    async def _suspect(self) -> None:
-        """Ask for the features of a black image, to which the node has its full time; requests go on meanwhile."""
+    async def _probe_once(self) -> None:
+        """Ask for the features of a black image within the full timeout; requests go on meanwhile."""
         began = asyncio.get_running_loop().time()
         try:
-            await self.ask(self._blank, self.patience)
+            await self.ask(self._blank, self.timeout)
         except (aio.AioRpcError, ProtocolError) as error:
             if busy_seconds(error) is None:
                 self.failed(reason_of(error), began)
         finally:  # also when the channel is replaced meanwhile
-            self.hurried, self.suspecting = 0, None
+            self.late_under_short_deadline, self.single_probe = 0, None
 
     @property
     def _blank(self) -> np.ndarray:
@@ -197,8 +197,8 @@ class NodeConnection:
             await asyncio.sleep(self.pause)
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             try:
-                await self.ask(self._blank, self.patience)
-            except Exception as error:  # whatever it is: without a probe the node would be left alone for ever
+                await self.ask(self._blank, self.timeout)
+            except Exception as error:  # whatever it is: without a probe the node would be cut off for ever
                 self.reason = reason_of(error)
                 if busy_seconds(error) is None:
                     continue
@@ -212,7 +212,7 @@ class NodeConnection:
             return
 
     async def close(self) -> None:
-        for task in (self.probing, self.suspecting):
+        for task in (self.probing, self.single_probe):
             if task:
                 task.cancel()
         self.batches.close()
@@ -228,26 +228,26 @@ class Coordinator:
         self.final = FinalLayer.load(cluster.export, self.manifest)
         self.identity = cluster.own_identity
         self.connections: list[NodeConnection] = []
-        self.patience = cluster.deadline_ms / 1000
+        self.timeout = cluster.deadline_ms / 1000
         self._attending: asyncio.Task | None = None
 
     @property
-    def patience(self) -> float:
+    def timeout(self) -> float:
         """Seconds that a node has for an image, or for a probe; may be changed at any time."""
-        return self._patience
+        return self._timeout
 
-    @patience.setter
-    def patience(self, seconds: float) -> None:
-        self._patience = seconds
+    @timeout.setter
+    def timeout(self, seconds: float) -> None:
+        self._timeout = seconds
         for connection in self.connections:
-            connection.patience = seconds
+            connection.timeout = seconds
 
     async def __aenter__(self) -> Coordinator:
         stamp = self.identity.stamp() if self.identity else None
         for node, _, contract in self.placed:
             channel = open_channel(node, contract.message_limit, self.identity)
-            self.connections.append(NodeConnection(node, contract, channel, self.patience))
-        await settle_all(connection.channel for connection in self.connections)
+            self.connections.append(NodeConnection(node, contract, channel, self.timeout))
+        await wait_all_connected(connection.channel for connection in self.connections)
         self._attending = asyncio.create_task(self._attend(stamp))
         return self
 
@@ -281,7 +281,7 @@ class Coordinator:
         """
         opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in connections]
         works = [connection.channel.get_state() == READY for connection in connections]
-        await settle_all((channel for channel, waits in zip(opened, works, strict=True) if waits), ATTEMPT)
+        await wait_all_connected((channel for channel, waits in zip(opened, works, strict=True) if waits), ATTEMPT)
         kept, closed = [], []
         for connection, channel in zip(connections, opened, strict=True):
             if connection.channel.get_state() == READY != channel.get_state():
@@ -290,7 +290,7 @@ class Coordinator:
             else:
                 closed.append(connection.channel)
                 connection.use(channel)
-        await asyncio.gather(*(channel.close(self.patience) for channel in closed))
+        await asyncio.gather(*(channel.close(self.timeout) for channel in closed))
         return kept
 
     async def __aexit__(self, *_: object) -> None:
@@ -301,11 +301,11 @@ class Coordinator:
         self.connections = []
 
     async def classify(self, image: np.ndarray | np.integer, seconds: float | None = None) -> Answer:
-        """Classify an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
+        """Classify an image, uint8 (channels, size, size), or the sensor image with that index, by the deadline.
 
-        A number is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
-        earlier than the cluster's; if it is shorter than `HURRY` times that, nodes that miss it are absent, but it does
-        not count against them, unless they do not answer in the cluster's time either.
+        An index is for nodes with sensors of their own; see `nonn.runtime.sensor`. `seconds` sets a deadline that is
+        earlier than the cluster's. If it is short, see `SHORT_DEADLINE_SHARE`, nodes that miss it are absent, but that
+        counts as a failure only if they do not answer within the cluster's deadline either.
 
         Raises
         ------
@@ -329,15 +329,15 @@ class Coordinator:
     ) -> tuple[Mapping[int, np.ndarray], dict[str, str], dict[str, float]]:
         """Features by position of the nodes that answer in time, why the others do not, and how long some are busy."""
         loop = asyncio.get_running_loop()
-        given = self.patience if seconds is None else min(seconds, self.patience)
-        hurried, start = given < HURRY * self.patience, loop.time()
+        given = self.timeout if seconds is None else min(seconds, self.timeout)
+        is_short, start = given < SHORT_DEADLINE_SHARE * self.timeout, loop.time()
         deadline = start + given
-        # When all are left alone, there is nothing to lose by asking them all the same.
-        desperate = all(connection.breaker_is_open for connection in self.connections)
+        # When all circuits are open, there is nothing to lose by asking the nodes all the same.
+        all_open = all(connection.breaker_is_open for connection in self.connections)
         calls = {
             position: loop.create_task(connection.ask_until(image, deadline))
             for position, connection in enumerate(self.connections)
-            if desperate or not connection.breaker_is_open
+            if all_open or not connection.breaker_is_open
         }
         try:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
@@ -349,7 +349,7 @@ class Coordinator:
             call = calls.get(position)
             if call is None:
                 absent[connection.name] = (
-                    f"left alone after {TOLERATED_FAILURES} failures in a row ({connection.reason})"
+                    f"circuit open after {TOLERATED_FAILURES} failures in a row ({connection.reason})"
                 )
                 continue
             is_late = not call.done() or call.cancelled()
@@ -361,8 +361,8 @@ class Coordinator:
             absent[connection.name] = reason = reason_of(error) if error else LATE
             if error and (pause := busy_seconds(error)) is not None:
                 busy[connection.name] = pause  # who has no time is not ill
-            elif hurried and reason == LATE:
-                connection.was_late()
+            elif is_short and reason == LATE:
+                connection.missed_short_deadline()
             else:
                 connection.failed(reason, start)
         return features, absent, busy

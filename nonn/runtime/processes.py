@@ -45,7 +45,7 @@ class Child:
     listener: asyncio.Task | None = None
     is_ready: bool = False
     missed: int = 0  # looks in a row without an answer
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
+    ready_or_ended: asyncio.Event = field(default_factory=asyncio.Event)
     _seen: oip.InferStatistics = field(default_factory=oip.InferStatistics)
 
     @property
@@ -73,12 +73,12 @@ class Child:
             self.said = text[:200] or self.said
             if found := ANNOUNCEMENT.fullmatch(text):
                 self.node, self.is_ready = self.node.model_copy(update={"address": found[1]}), True
-                self.settled.set()
-        self.settled.set()
+                self.ready_or_ended.set()
+        self.ready_or_ended.set()
 
     async def ready(self) -> None:
         """Wait until the process listens; if it ends instead, raise a `UserError` with its last words."""
-        await self.settled.wait()
+        await self.ready_or_ended.wait()
         if not self.is_ready:
             raise UserError(f"{self.node.name} did not start: {self.said or 'it says nothing'}")
 

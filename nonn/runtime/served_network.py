@@ -94,7 +94,7 @@ class ServedNetwork:
         self.contract = NetworkContract(
             name, image.channels, image.size, len(manifest.classes), version=network_version(manifest)
         )
-        self.admission = Admission(CALL_SECONDS, coordinator.patience, SHARE, STALE)
+        self.admission = Admission(CALL_SECONDS, coordinator.timeout, SHARE, STALE)
         self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
 
     async def __aenter__(self) -> ServedNetwork:
@@ -106,7 +106,7 @@ class ServedNetwork:
 
     @property
     def is_ready(self) -> bool:
-        """Whether any node is not left alone."""
+        """Whether the circuit of any node is closed."""
         return not all(connection.breaker_is_open for connection in self.coordinator.connections)
 
     async def infer(self, request: ModelInferRequest, images: np.ndarray, seconds: float | None) -> ModelInferResponse:

@@ -16,7 +16,7 @@ import numpy as np
 
 from nonn.core.errors import UserError
 from nonn.core.names import COORDINATOR
-from nonn.runtime.channel import LATE, open_channel, reason_of, settle_all
+from nonn.runtime.channel import LATE, open_channel, reason_of, wait_all_connected
 from nonn.runtime.cluster import LONGEST_DEADLINE_MS, Node
 from nonn.runtime.coordinator import NodeConnection
 from nonn.runtime.processes import nonn_command
@@ -45,7 +45,7 @@ class SplitCoordinator:
         if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
             raise UserError(f"a deadline of {deadline_ms:g} ms is not in reach; give up to {LONGEST_DEADLINE_MS}")
         self.plan, self.nodes, self.identity = plan, devices_at(addresses), identity
-        self.patience = deadline_ms / 1000
+        self.timeout = deadline_ms / 1000
         self.connections: list[NodeConnection] = []
         # Unique, since devices keep what arrives for an image before the image itself.
         self._ids = (f"{secrets.token_hex(6)}-{count}" for count in itertools.count())
@@ -54,8 +54,8 @@ class SplitCoordinator:
     async def __aenter__(self) -> SplitCoordinator:
         for node, part in zip(self.nodes, self.plan.parts, strict=True):
             channel = open_channel(node, part.message_limit, self.identity)
-            self.connections.append(NodeConnection(node, part.contract, channel, self.patience))
-        await settle_all(connection.channel for connection in self.connections)
+            self.connections.append(NodeConnection(node, part.contract, channel, self.timeout))
+        await wait_all_connected(connection.channel for connection in self.connections)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -63,9 +63,9 @@ class SplitCoordinator:
         self.connections = []
 
     async def classify(self, image: np.ndarray | np.integer) -> np.ndarray:
-        """Logits (C,) of an image, uint8 of shape (channels, size, size), or the one of a number, by the deadline.
+        """Logits (C,) of an image, uint8 (channels, size, size), or the sensor image with that index, by the deadline.
 
-        A number is for devices with sensors of their own; see `nonn.runtime.sensor`.
+        An index is for devices with sensors of their own; see `nonn.runtime.sensor`.
 
         Raises
         ------
@@ -80,11 +80,11 @@ class SplitCoordinator:
 
     async def _collect(self, image: np.ndarray | np.integer) -> list[np.ndarray]:
         """Features of all devices, each of shape (F_d,)."""
-        image_id, seconds = next(self._ids), self.patience + REPORTING
+        image_id, seconds = next(self._ids), self.timeout + REPORTING
         calls = [asyncio.create_task(connection.ask(image, seconds, image_id)) for connection in self.connections]
         try:
             # A device that has failed has failed the image: the others need not be waited for.
-            _, late = await asyncio.wait(calls, timeout=self.patience, return_when=asyncio.FIRST_EXCEPTION)
+            _, late = await asyncio.wait(calls, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
             failed = any(call.done() and call.exception() for call in calls)
             if not late and not failed:
                 return [call.result() for call in calls]

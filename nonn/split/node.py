@@ -25,7 +25,7 @@ from nonn.core.errors import UserError, one_line
 from nonn.core.progress import log
 from nonn.runtime.addresses import canonical_address, is_loopback
 from nonn.runtime.attached import announce, told_to_stop
-from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, settle
+from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, wait_connected
 from nonn.runtime.cluster import Node
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import DEFAULT_CALLERS, add_serving, callers_from, identity_from
@@ -131,7 +131,7 @@ class SplitService(Service):
 
     async def connect(self) -> None:
         """Wait for the connections to all peers, however long it takes."""
-        await asyncio.gather(*(settle(peer.channel, (READY,)) for peer in self.peers.values()))
+        await asyncio.gather(*(wait_connected(peer.channel, (READY,)) for peer in self.peers.values()))
         self.device.is_ready = True
         self.connected.set()
 
@@ -169,14 +169,14 @@ class SplitService(Service):
     async def _classify(self, request, seconds: float | None) -> oip.ModelInferResponse:
         image = read_request(self.contract, request)
         check_id(request)
-        patience = LONGEST_PATIENCE if seconds is None else max(seconds - REPORTING, seconds / 2)
+        timeout = LONGEST_PATIENCE if seconds is None else max(seconds - REPORTING, seconds / 2)
         if self.running:
             if self.running is self.exchanges.get(request.id):  # both would take the same slices
                 raise ProtocolError(StatusCode.ALREADY_EXISTS, "an image of this id is under way; give each its own id")
             self.running.fail(ProtocolError(StatusCode.ABORTED, SUPERSEDED))
         exchange = self.running = self._exchange_of(request.id)
         try:
-            async with asyncio.timeout(patience) as waiting:
+            async with asyncio.timeout(timeout) as waiting:
                 features = await self._run(image, request.id, exchange, waiting)
         except TimeoutError:
             first = exchange.missing[0] if exchange.missing else None

@@ -29,7 +29,7 @@ from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import LONGEST_RETURN
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, settle_all
+from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, wait_all_connected
 from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.processes import coordinator_command, running
@@ -179,7 +179,7 @@ async def measure(
         for _ in range(-(-callers // CALLERS_PER_CONNECTION)):
             channel = open_channel(target.node, target.contract.message_limit, target.identity, own=True)
             channels.append(await stack.enter_async_context(channel))
-        await settle_all(channels)
+        await wait_all_connected(channels)
         calls = [channel.unary_unary(MODEL_INFER) for channel in channels]
         start = asyncio.get_running_loop().time()
         common = (content, target, tally, deadline, start)

@@ -66,7 +66,7 @@ class Switch:
 
     def __init__(self, link: Link, n_hosts: int) -> None:
         self.link = link
-        self.patience = max(QUEUE_BYTES * 8 / link.rate_bps, QUEUE_SECONDS)
+        self.max_wait_s = max(QUEUE_BYTES * 8 / link.rate_bps, QUEUE_SECONDS)
         self.sender_free = [0.0] * n_hosts
         self.receiver_free = [0.0] * n_hosts
         self.medium_free = 0.0
@@ -80,13 +80,13 @@ class Switch:
         seconds = len(packet) * 8 / self.link.rate_bps
         if self.link.shared:
             start = max(now, self.medium_free)
-            if start - now <= self.patience:
+            if start - now <= self.max_wait_s:
                 self.medium_free = start + seconds
                 self._fly(self.medium_free, receiver, packet)
             return
         self._start_due(now)
         start = max(now, self.sender_free[sender])
-        if start - now <= self.patience:
+        if start - now <= self.max_wait_s:
             self.sender_free[sender] = start + seconds
             if start <= now:
                 self._receive(start, receiver, packet)
@@ -103,7 +103,7 @@ class Switch:
 
     def _receive(self, start: float, receiver: int, packet: bytes) -> None:
         begin = max(start, self.receiver_free[receiver])
-        if begin - start <= self.patience:
+        if begin - start <= self.max_wait_s:
             end = self.receiver_free[receiver] = begin + len(packet) * 8 / self.link.rate_bps
             self._fly(end, receiver, packet)
 

@@ -30,7 +30,7 @@ from nonn.core.progress import log
 from nonn.live.following import FILE_ATTENTION
 from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
-from nonn.runtime.channel import MODEL_INFER, open_channel, settle
+from nonn.runtime.channel import MODEL_INFER, open_channel, wait_connected
 from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.coordinator import LONGEST_PAUSE
 from nonn.runtime.exported import read_manifest
@@ -181,7 +181,7 @@ async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int
         identity = Identity.of(*DEFAULT_CALLERS, folder)
         channel = open_channel(children[COORDINATOR].node, 2**20, identity)
         await stack.enter_async_context(channel)
-        await settle(channel)
+        await wait_connected(channel)
         campaign = Campaign(bed, new, images, channel.unary_unary(MODEL_INFER))
         await run_campaign(campaign, n_requests, callers, folder / "cluster.yaml")
         return campaign.seen
