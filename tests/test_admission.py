@@ -25,7 +25,7 @@ from clusters import (
 from grpc import StatusCode, aio
 
 from nonn.runtime import node
-from nonn.runtime.admission import LONGEST_RETURN, QUEUE, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
+from nonn.runtime.admission import MAX_RETRY_S, MAX_WAITING, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
 from nonn.runtime.channel import GIVEN, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, BusyError, Coordinator
 from nonn.runtime.guard import seconds_given
@@ -71,7 +71,7 @@ def test_who_can_be_answered_in_half_his_time_is_admitted(clock):
 def test_the_queue_is_bounded_however_quick_calls_are(clock):
     admission = Admission(1e-9, timeout=1.0, share=0.5, clock=clock)
     with contextlib.ExitStack() as stack:
-        queue_of(admission, stack, QUEUE)
+        queue_of(admission, stack, MAX_WAITING)
         with pytest.raises(OverloadedError):
             admission.check(None)
 
@@ -145,10 +145,10 @@ def test_moments_of_return_are_spaced(clock):
             told.append(refused.value.retry_after_ms)
     assert told[1] - told[0] == pytest.approx(1000 * SPACING * 0.01)
     count = next(i for i, (a, b) in enumerate(itertools.pairwise(told), 1) if b < a)
-    assert count > 0.9 * LONGEST_RETURN / (SPACING * 0.01)
+    assert count > 0.9 * MAX_RETRY_S / (SPACING * 0.01)
     later = sorted(told[count:])
-    assert 500 * LONGEST_RETURN <= later[0] < later[-1] <= 1000 * LONGEST_RETURN
-    assert max(b - a for a, b in itertools.pairwise(later)) < 2 * 500 * LONGEST_RETURN / len(later)
+    assert 500 * MAX_RETRY_S <= later[0] < later[-1] <= 1000 * MAX_RETRY_S
+    assert max(b - a for a, b in itertools.pairwise(later)) < 2 * 500 * MAX_RETRY_S / len(later)
     assert len(set(later)) > 0.9 * len(later)
 
 
@@ -246,7 +246,7 @@ def test_a_place_is_taken_again_by_the_time_that_is_left(clock):
 
 def slow_student(folder, monkeypatch, released: threading.Event) -> ServedStudent:
     """A student that answers when it is released, and says that it takes 20 ms."""
-    monkeypatch.setattr(node, "QUICK", 0.0)
+    monkeypatch.setattr(node, "QUICK_S", 0.0)
     student = ServedStudent(folder / "0.onnx")
     run = student.run
 
@@ -334,7 +334,7 @@ def test_if_no_node_has_time_the_caller_hears_when(network_folder):
             coordinator = await stack.enter_async_context(Coordinator(cluster_of(network_folder, addresses)))
             with pytest.raises(BusyError, match="no node has time") as error:
                 await coordinator.classify(make_image())
-            assert error.value.seconds == LONGEST_RETURN
+            assert error.value.seconds == MAX_RETRY_S
 
     asyncio.run(scenario())
 

@@ -9,7 +9,7 @@ from grpc import StatusCode, aio
 
 from nonn.runtime.batches import PIPELINED, Batches
 from nonn.runtime.coordinator import TOLERATED_FAILURES
-from nonn.runtime.protocol import LARGEST_BATCH, Contract, make_request, read_response
+from nonn.runtime.protocol import MAX_BATCH, Contract, make_request, read_response
 from nonn.runtime.session import run_onnx
 
 
@@ -128,7 +128,7 @@ def test_an_image_takes_at_least_as_long_as_was_waited_for_it():
 
 def test_a_node_that_comes_back_gets_several_images_again(network_folder, monkeypatch, capfd):
     """What listens at its address may be another server by then."""
-    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE_S", 0.01)
 
     async def scenario():
         async with plain_node(network_folder, 2) as (third, _), two_and(network_folder, third) as coordinator:
@@ -196,7 +196,7 @@ def test_a_node_answers_several_images_as_it_would_each(network_folder):
             contract = Contract("0", CHANNELS, SIZE, N_FEATURES[0], version=version, largest_batch=3)
             features = read_response(contract, answer, n_images=3)
             np.testing.assert_array_equal(features, run_onnx(network_folder / "0.onnx", images))
-            too_many = make_request(batched, np.zeros((LARGEST_BATCH + 1, CHANNELS, SIZE, SIZE), np.uint8))
+            too_many = make_request(batched, np.zeros((MAX_BATCH + 1, CHANNELS, SIZE, SIZE), np.uint8))
             status, details = await refusal(stub.ModelInfer(too_many, timeout=PATIENCE))
             assert "expected the shape" in details
             assert status.name == "INVALID_ARGUMENT"

@@ -66,7 +66,7 @@ def test_a_coordinator_that_lets_any_finite_number_through_is_found_out(network_
 
 def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
     monkeypatch.setattr("nonn.testbed.soak.NAP", 1.0)
-    monkeypatch.setattr("nonn.testbed.soak.RECOVERY", PATIENCE)
+    monkeypatch.setattr("nonn.testbed.soak.RECOVERY_S", PATIENCE)
     soak = asyncio.run(soak_cluster(network_folder, 1600, deadline_ms=2000, every=1, seed=0))
     assert soak.kills >= 1
     assert soak.unanswered == 0
@@ -75,7 +75,7 @@ def test_every_request_is_answered_while_nodes_die(network_folder, monkeypatch):
 
 
 def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
-    monkeypatch.setattr("nonn.testbed.soak.RECOVERY", PATIENCE)
+    monkeypatch.setattr("nonn.testbed.soak.RECOVERY_S", PATIENCE)
 
     async def scenario():
         async with running_bed(network_folder, 1000) as bed, coordinator.Coordinator(bed.cluster) as coordinating:
@@ -89,7 +89,7 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
                 pass
 
             monkeypatch.setattr(bed, "restart", nothing)
-            monkeypatch.setattr("nonn.testbed.soak.RECOVERY", 0.5)
+            monkeypatch.setattr("nonn.testbed.soak.RECOVERY_S", 0.5)
             assert not await becomes_whole(bed, coordinating, image)
 
     asyncio.run(scenario())

@@ -28,7 +28,7 @@ FEW = 500.0
 
 
 def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
-    monkeypatch.setattr(coordination, "FIRST_PAUSE", 1000.0)  # no probe is among the first requests
+    monkeypatch.setattr(coordination, "FIRST_PAUSE_S", 1000.0)  # no probe is among the first requests
     sound = with_features([1, 2])
     behaviour = {"now": fail}
 
@@ -45,7 +45,7 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
             answer = await coordinator.classify(make_image())
             assert answer.absent["node-2"] == "circuit open after 3 failures in a row (internal: ill)"
             assert rogue.asked == asked
-            monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
+            monkeypatch.setattr(coordination, "FIRST_PAUSE_S", 0.05)
             connection.succeeded()
             for _ in range(coordination.TOLERATED_FAILURES):
                 connection.failed("ill")

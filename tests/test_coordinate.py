@@ -34,7 +34,7 @@ from nonn.runtime.cluster import Cluster, write_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
-from nonn.runtime.protocol import MESSAGE_LIMIT, make_request
+from nonn.runtime.protocol import MIN_MESSAGE_LIMIT, make_request
 from nonn.runtime.served_network import ServedNetwork
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import Identity
@@ -157,7 +157,7 @@ def test_what_is_not_agreed_is_refused_as_at_a_node(network_folder):
             request.CopyFrom(sound)
             request.outputs.extend([oip.ModelInferRequest.InferRequestedOutputTensor(name="label")] * 2)
             assert "asked for twice" in (await refusal(stub.ModelInfer(request)))[1]
-            request.raw_input_contents[:] = [bytes(MESSAGE_LIMIT)]
+            request.raw_input_contents[:] = [bytes(MIN_MESSAGE_LIMIT)]
             assert (await refusal(stub.ModelInfer(request)))[0] == StatusCode.RESOURCE_EXHAUSTED
             async with aio.insecure_channel(address) as channel:
                 call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")

@@ -35,7 +35,7 @@ from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
-from nonn.runtime.protocol import MESSAGE_LIMIT
+from nonn.runtime.protocol import MIN_MESSAGE_LIMIT
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import Identity
 
@@ -171,7 +171,7 @@ ROGUES = {
     "another export": (with_change(lambda r: setattr(r, "model_version", "1")), "serves model '2' of another export"),
     "no data": (with_change(lambda r: r.ClearField("raw_output_contents")), "one raw tensor, not 0"),
     "no output": (with_change(lambda r: r.ClearField("outputs")), "the output 'features' alone"),
-    "too large": (with_change(lambda r: setattr(r, "id", "x" * MESSAGE_LIMIT)), "resource exhausted"),
+    "too large": (with_change(lambda r: setattr(r, "id", "x" * MIN_MESSAGE_LIMIT)), "resource exhausted"),
     "refusal": (refuse, "resource exhausted: busy"),
 }
 

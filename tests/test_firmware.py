@@ -183,7 +183,7 @@ def test_an_emulator_that_hangs_or_cannot_write_is_one_line(script, said, tmp_pa
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o700)
     monkeypatch.setattr(emulate, "require", lambda *_: str(program))
-    monkeypatch.setattr(emulate, "LONGEST", 0.1 if "sleep" in script else 60.0)
+    monkeypatch.setattr(emulate, "IMAGE_TIMEOUT_S", 0.1 if "sleep" in script else 60.0)
     with pytest.raises(UserError, match=re.escape(said)):
         run_firmware(Path("x.elf"), "cortex-m7", noise((1, 2, 2), 1), 2)
 

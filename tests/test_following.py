@@ -43,9 +43,9 @@ def exports(tmp_path_factory) -> list[Path]:
 @pytest.fixture(autouse=True)
 def attentive(monkeypatch):
     """Nobody sleeps for long."""
-    monkeypatch.setattr(following, "FILE_ATTENTION", 0.02)
-    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE", 0.02)
-    monkeypatch.setattr("nonn.runtime.coordinator.LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(following, "FILE_POLL_S", 0.02)
+    monkeypatch.setattr("nonn.runtime.coordinator.FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr("nonn.runtime.coordinator.MAX_PAUSE_S", 0.05)
     monkeypatch.setattr("nonn.runtime.cluster.LONGEST_DEADLINE_MS", 1e6)
 
 
@@ -219,7 +219,7 @@ def test_what_cannot_follow_is_said_once_and_changes_nothing(exports, tmp_path, 
 
 def test_encryption_neither_begins_nor_ends_while_a_file_is_followed(exports, tmp_path, monkeypatch):
     """Least of all does plain text go to other machines, which a file with `tls` may name."""
-    monkeypatch.setattr(following, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(following, "MAX_RETRY_PAUSE_S", 0.02)
 
     async def scenario():
         async with Bench(tmp_path, exports[0]) as bench:
@@ -235,7 +235,7 @@ def test_encryption_neither_begins_nor_ends_while_a_file_is_followed(exports, tm
 
 def test_other_certificates_are_refused_once_the_export_is_there(exports, tmp_path, certificates, capfd, monkeypatch):
     """It is read again and again until then."""
-    monkeypatch.setattr(following, "FILE_ATTENTION", 3600.0)
+    monkeypatch.setattr(following, "FILE_POLL_S", 3600.0)
     said, addresses = "tls: is read at the start alone", [f"127.0.0.1:{port}" for port in free_ports(3)]
     others, half = shutil.copytree(certificates, tmp_path / "others"), shutil.copytree(exports[0], tmp_path / "half")
     (half / read_manifest(half).final.blocks).unlink()
@@ -330,7 +330,7 @@ def test_a_request_for_a_version_is_answered_by_the_current_export_alone(exports
 
 @pytest.mark.slow
 def test_no_request_is_lost_while_nodes_are_replaced(exports, monkeypatch, capsys):
-    monkeypatch.setattr(replacement, "PAUSE", 1.0)
+    monkeypatch.setattr(replacement, "PAUSE_S", 1.0)
     former, new = exports
     main(["replace", str(former), "--by", str(new), "--requests", "40", "--deadline-ms", "2000"])
     lines = capsys.readouterr().out.splitlines()

@@ -16,7 +16,7 @@ from nonn.testbed.load import LoadTarget, Tally, measure, row
 
 
 def test_the_command_counts_answers_of_a_node_and_of_a_coordinator(network_folder, folder, monkeypatch, capsys):
-    monkeypatch.setattr(load, "WARM_UP", 0.5)
+    monkeypatch.setattr(load, "WARM_UP_S", 0.5)
     arguments = [
         "--callers",
         "1,3",
@@ -53,7 +53,7 @@ def test_a_summary_has_rates_and_percentiles():
 
 @pytest.mark.parametrize(("impatient", "most"), [(False, 10), (True, None)])
 def test_refused_callers_return_when_they_are_told_unless_impatient(monkeypatch, impatient, most):
-    monkeypatch.setattr(load, "WARM_UP", 0.1)
+    monkeypatch.setattr(load, "WARM_UP_S", 0.1)
     monkeypatch.setattr(load, "open_channel", lambda node, *_, **__: aio.insecure_channel(node.address))
 
     async def refuse(_, context):

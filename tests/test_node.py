@@ -40,7 +40,7 @@ from nonn.core.files import read_json, write_json
 from nonn.runtime import metrics, node
 from nonn.runtime.addresses import is_loopback, split_address
 from nonn.runtime.node import ServedStudent
-from nonn.runtime.protocol import MESSAGE_LIMIT, Contract, make_request
+from nonn.runtime.protocol import MIN_MESSAGE_LIMIT, Contract, make_request
 from nonn.runtime.serving import serve, serving
 from nonn.runtime.session import open_session, run_onnx
 from nonn.runtime.tls import Identity
@@ -107,7 +107,7 @@ def test_health_is_told_in_the_standard_way(network_folder, monkeypatch):
 
 @pytest.mark.parametrize(("quick", "has_thread"), [(0.0, True), (60.0, False)])
 def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has_thread):
-    monkeypatch.setattr(node, "QUICK", quick)
+    monkeypatch.setattr(node, "QUICK_S", quick)
     image = make_image()
 
     async def scenario():
@@ -121,7 +121,7 @@ def test_a_quick_student_needs_no_thread(network_folder, monkeypatch, quick, has
 
 
 def test_a_slow_student_keeps_nobody_else_waiting(network_folder, monkeypatch):
-    monkeypatch.setattr(node, "QUICK", 0.0)
+    monkeypatch.setattr(node, "QUICK_S", 0.0)
     student = ServedStudent(network_folder / "0.onnx")
     run, images, released = student.run, [], threading.Event()
 
@@ -171,7 +171,7 @@ def test_large_messages_and_rubbish_never_reach_the_student(network_folder):
     async def scenario():
         async with plain_node(network_folder) as (address, meters), stub_of(address) as stub:
             request = make_request(CONTRACT, make_image())
-            request.raw_input_contents[0] = bytes(MESSAGE_LIMIT)
+            request.raw_input_contents[0] = bytes(MIN_MESSAGE_LIMIT)
             status, _ = await refusal(stub.ModelInfer(request))
             assert status == StatusCode.RESOURCE_EXHAUSTED
             async with aio.insecure_channel(address) as channel:
@@ -215,7 +215,7 @@ def test_a_node_does_not_send_what_a_student_cannot_have(network_folder, tmp_pat
 
 
 def test_large_images_raise_the_message_limit():
-    assert Contract("0", 3, 32, 64, 1.0).message_limit == MESSAGE_LIMIT
+    assert Contract("0", 3, 32, 64, 1.0).message_limit == MIN_MESSAGE_LIMIT
     assert 3 * 224 * 224 < Contract("0", 3, 224, 64, 1.0).message_limit < 3 * 224 * 224 + 5000
 
 

@@ -36,7 +36,7 @@ from nonn.runtime import certs, metrics, serving
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import reason_of
 from nonn.runtime.coordinator import Coordinator
-from nonn.runtime.logs import LINES, Limiter, in_plain_words
+from nonn.runtime.logs import LINES_PER_WINDOW, Limiter, in_plain_words
 from nonn.runtime.metrics import serving_metrics
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_request, make_response
@@ -201,8 +201,8 @@ def is_closed(connection: socket.socket) -> bool:
 
 
 def test_silent_connections_are_ended_and_then_others_are_served(network_folder, certificates, monkeypatch):
-    monkeypatch.setattr(serving, "HANDSHAKE", 1)
-    monkeypatch.setattr(serving, "CONNECTIONS", 20)
+    monkeypatch.setattr(serving, "HANDSHAKE_S", 1)
+    monkeypatch.setattr(serving, "MAX_CONNECTIONS", 20)
 
     async def scenario():
         student, identity = ServedStudent(network_folder / "0.onnx"), Identity.of("node-0", certificates)
@@ -225,7 +225,7 @@ def test_the_limit_of_connections_leaves_files_for_the_rest(monkeypatch):
     monkeypatch.setattr(serving.resource, "setrlimit", lambda *_: None)
     assert serving.connection_limit() == (256 - serving.OTHER_FILES) // 2
     limits["hard"] = 1 << 20
-    assert serving.connection_limit() == serving.CONNECTIONS
+    assert serving.connection_limit() == serving.MAX_CONNECTIONS
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "192.0.2.1", "no-such-machine.invalid"])
@@ -263,7 +263,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(network_folder):
 
 
 def test_half_sent_requests_end_and_keep_nobody_from_the_metrics(monkeypatch):
-    monkeypatch.setattr(metrics, "SECONDS", 1.0)
+    monkeypatch.setattr(metrics, "CONNECTION_TIMEOUT_S", 1.0)
 
     async def ask(port: int, request: bytes) -> bytes:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -306,7 +306,7 @@ def test_repeated_lines_are_counted_not_written():
     clock = Clock()
     limiter = Limiter(clock)
     written = [line for i in range(1000) for line in limiter.passed(b"refused 10.0.0.1:%d" % i)]
-    assert len(written) == LINES
+    assert len(written) == LINES_PER_WINDOW
     clock.now = 60.0
     assert list(limiter.passed(b"else")) == [b"995 more lines like: refused #.#.#.#:#", b"else"]
     assert len([line for i in range(200) for line in limiter.passed(b"x" * i)]) < 100  # kinds are few as well
@@ -359,6 +359,6 @@ def test_junk_at_a_node_whose_log_nobody_reads(network_folder, certificates):
         log = process.stderr.read().decode()
         assert process.wait(timeout=PATIENCE) == 0
     named = re.findall(r"refused a connection from 127\.0\.0\.1:(\d+): it speaks no TLS", log)
-    assert 0 < len(named) <= 3 * LINES
+    assert 0 < len(named) <= 3 * LINES_PER_WINDOW
     assert set(map(int, named)) <= set(addresses)
-    assert len(log.splitlines()) < 10 * LINES
+    assert len(log.splitlines()) < 10 * LINES_PER_WINDOW

@@ -26,7 +26,7 @@ async def coordinator_of(export, certificates, own):
 
 
 def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    monkeypatch.setattr(coordinator, "POLL_S", 0.02)
     write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
 
     async def scenario():
@@ -41,8 +41,8 @@ def test_a_coordinator_takes_renewed_certificates(network_folder, tmp_path, monk
 
 def test_a_coordinator_takes_renewed_certificates_by_slow_links(network_folder, tmp_path, monkeypatch):
     """Over which a handshake takes longer than the first image would wait for it."""
-    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
-    monkeypatch.setattr(channel, "CONNECT_TIMEOUT", 0.0)
+    monkeypatch.setattr(coordinator, "POLL_S", 0.02)
+    monkeypatch.setattr(channel, "CONNECT_TIMEOUT_S", 0.0)
     write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
 
     async def scenario():
@@ -57,8 +57,8 @@ def test_a_coordinator_takes_renewed_certificates_by_slow_links(network_folder, 
 
 def test_a_coordinator_keeps_connections_that_new_certificates_would_end(network_folder, tmp_path, monkeypatch, capfd):
     """Nodes get those of another authority later than the coordinator."""
-    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
-    monkeypatch.setattr(coordinator, "LONGEST_ATTENTION", 0.1)
+    monkeypatch.setattr(coordinator, "POLL_S", 0.02)
+    monkeypatch.setattr(coordinator, "MAX_RENEWAL_PAUSE_S", 0.1)
     own, nodes, new = (tmp_path / name for name in ("own", "nodes", "new"))
     names = ["node-0", "node-1", "node-2", "coordinator"]
     write_certificates(nodes, names)
@@ -99,7 +99,7 @@ def test_the_certificate_that_is_checked_is_the_one_that_is_used(certificates, t
 
 
 def test_whatever_new_certificates_meet_a_coordinator_goes_on(network_folder, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(coordinator, "ATTENTION", 0.02)
+    monkeypatch.setattr(coordinator, "POLL_S", 0.02)
     write_certificates(tmp_path, ["node-0", "node-1", "node-2", "coordinator"])
 
     async def unforeseen(_):

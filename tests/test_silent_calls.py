@@ -19,7 +19,7 @@ CONTRACT = Contract("0", CHANNELS, SIZE, N_FEATURES[0], FEATURE_LIMIT)
 
 def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, monkeypatch):
     """64 calls of headers alone, by a stranger and then by the coordinator: all end, and others are answered."""
-    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 0.5)
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT_S", 0.5)
 
     async def silent():
         await asyncio.sleep(PATIENCE)
@@ -47,8 +47,8 @@ def test_who_sends_no_message_takes_nobodys_place(network_folder, certificates, 
 
 def test_calls_without_a_message_are_few_on_all_connections_together(network_folder, monkeypatch):
     """Beyond, the oldest is ended: whoever sends his message is answered, however many there are."""
-    monkeypatch.setattr(guard, "SILENT", 4)
-    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 10.0 * PATIENCE)
+    monkeypatch.setattr(guard, "MAX_SILENT", 4)
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT_S", 10.0 * PATIENCE)
 
     async def silent():
         await asyncio.sleep(PATIENCE)
@@ -80,7 +80,7 @@ def test_calls_without_a_message_are_few_on_all_connections_together(network_fol
 
 def test_a_message_may_take_as_long_as_its_call_has(network_folder, monkeypatch):
     """By a slow link, a photograph takes longer than a call without a deadline may."""
-    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT", 0.1)
+    monkeypatch.setattr(guard, "MESSAGE_TIMEOUT_S", 0.1)
     request = make_request(CONTRACT, make_image()).SerializeToString()
 
     async def slowly():
@@ -101,7 +101,7 @@ def test_a_message_may_take_as_long_as_its_call_has(network_folder, monkeypatch)
 
 
 def test_a_call_that_is_silent_leaves_its_place(network_folder, monkeypatch):
-    monkeypatch.setattr(guard, "PROMPT", 0.01)
+    monkeypatch.setattr(guard, "PROMPT_S", 0.01)
 
     async def late():
         await spoken.wait()

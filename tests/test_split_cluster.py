@@ -392,6 +392,6 @@ def test_a_device_that_cannot_start_stops_the_others(tiny, folder, monkeypatch):
         blocked = f"127.0.0.1:{taken.getsockname()[1]}"
         asyncio.run(scenario([first, blocked], f"device-1 did not start: .*{blocked}: cannot listen there"))
         assert nobody_listens([first])
-    monkeypatch.setattr(processes, "START", 0.05)
+    monkeypatch.setattr(processes, "START_TIMEOUT_S", 0.05)
     asyncio.run(scenario([first, second], r"not ready in 0.05 s \(device-0: "))
     assert nobody_listens([first, second])

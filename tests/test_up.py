@@ -129,7 +129,7 @@ def test_a_node_that_listens_and_cannot_be_asked_says_why(capsys):
 
 
 def test_a_node_that_answers_without_a_message_is_told(network_folder, monkeypatch, capsys):
-    monkeypatch.setattr("nonn.live.up.INTERVAL", 0.01)
+    monkeypatch.setattr("nonn.live.up.POLL_S", 0.01)
 
     async def scenario():
         async with empty_node() as address:

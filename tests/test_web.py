@@ -27,9 +27,9 @@ from pages import (
 from PIL import Image
 
 from nonn.core.errors import UserError
-from nonn.live.pictures import LARGEST, PLAIN, as_png, find_pictures, sent_picture
+from nonn.live.pictures import MAX_PIXELS, PLAIN, as_png, find_pictures, sent_picture
 from nonn.live.state import FASTEST, LiveCluster
-from nonn.live.web import LARGEST_PICTURE, Page, opened, read_page, serve_page
+from nonn.live.web import MAX_PICTURE_BYTES, Page, opened, read_page, serve_page
 from nonn.runtime.cluster import Cluster
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.predict import classify
@@ -104,7 +104,7 @@ def test_strangers_are_refused(cluster):
             assert await status("POST", "/picture", picture | {"Origin": "http://evil.example"}, content) == 403
             assert await status("POST", "/picture", picture | {"Content-Type": "image/png"}, content) == 415
             assert await status("POST", "/picture", picture, b"no picture") == 400
-            assert await status("POST", "/picture", picture, bytes(LARGEST_PICTURE + 1)) == 413
+            assert await status("POST", "/picture", picture, bytes(MAX_PICTURE_BYTES + 1)) == 413
             assert await status("POST", "/picture", picture, content) == 204
             assert await status("GET", "/switch", {}) == 405
             assert await status("GET", "/../params.yaml", {}) == 404
@@ -114,7 +114,7 @@ def test_strangers_are_refused(cluster):
 
 
 def test_events_tell_what_goes_on_and_the_switch_silences(cluster, monkeypatch):
-    monkeypatch.setattr("nonn.runtime.processes.GRACE", PATIENCE)
+    monkeypatch.setattr("nonn.runtime.processes.GRACE_S", PATIENCE)
     cluster = cluster.model_copy(update={"deadline_ms": 1000})
 
     async def scenario():
@@ -186,7 +186,7 @@ def test_a_picture_that_is_sent_is_classified_and_held(cluster):
 
 
 def test_a_post_that_does_not_come_is_ended(cluster, monkeypatch):
-    monkeypatch.setattr("nonn.live.web.SLOWEST_POST", 0.2)
+    monkeypatch.setattr("nonn.live.web.POST_TIMEOUT_S", 0.2)
 
     async def scenario():
         children = [Child(node, None) for node in cluster.nodes]
@@ -232,8 +232,8 @@ def test_what_is_no_http_is_refused_without_a_word_on_the_terminal(cluster, capl
 
 
 def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
-    monkeypatch.setattr("nonn.live.web.CONNECTIONS", 2)
-    monkeypatch.setattr("nonn.live.web.LONGEST_SILENCE", 0.5)
+    monkeypatch.setattr("nonn.live.web.MAX_CONNECTIONS", 2)
+    monkeypatch.setattr("nonn.live.web.IDLE_TIMEOUT_S", 0.5)
 
     async def scenario():
         application = Page(
@@ -257,7 +257,7 @@ def test_silent_connections_are_few_and_ended(cluster, monkeypatch):
 def test_pictures_that_are_too_large_or_none_are_refused(network_folder):
     manifest = read_manifest(network_folder)
     wide = BytesIO()
-    Image.new("1", (LARGEST // 1000 + 1, 1000)).save(wide, "PNG")
+    Image.new("1", (MAX_PIXELS // 1000 + 1, 1000)).save(wide, "PNG")
     # Pillow would start another program for it.
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     for content, reason in (
@@ -281,7 +281,7 @@ def test_pictures_that_are_too_large_or_none_are_refused(network_folder):
     ],
 )
 def test_what_takes_more_memory_may_have_fewer_pixels(mode, kind, refused, network_folder, monkeypatch):
-    monkeypatch.setattr("nonn.live.pictures.LARGEST_DECODED", PLAIN * 10_000)
+    monkeypatch.setattr("nonn.live.pictures.MAX_DECODED_BYTES", PLAIN * 10_000)
     content = BytesIO()
     Image.new(mode, (100, 100)).save(content, kind)
     with pytest.raises(UserError, match="100 × 100 pixels are too many") if refused else contextlib.nullcontext():
@@ -320,8 +320,8 @@ def test_pictures_are_decoded_one_by_one_whoever_gives_up(cluster, monkeypatch):
 
 
 def test_who_reads_nothing_loses_his_place(cluster, monkeypatch):
-    monkeypatch.setattr("nonn.live.web.VIEWERS", 1)
-    monkeypatch.setattr("nonn.live.web.SLOWEST_VIEWER", 0.2)
+    monkeypatch.setattr("nonn.live.web.MAX_VIEWERS", 1)
+    monkeypatch.setattr("nonn.live.web.VIEWER_TIMEOUT_S", 0.2)
 
     async def scenario():
         live = LiveCluster(cluster, [Child(node, None) for node in cluster.nodes], make_pictures())

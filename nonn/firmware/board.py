@@ -24,7 +24,7 @@ from nonn.core.files import scratch_folder
 from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
-from nonn.firmware.emulate import LONGEST
+from nonn.firmware.emulate import IMAGE_TIMEOUT_S
 from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
@@ -36,7 +36,7 @@ from nonn.runtime.serving import serve
 #: What the firmware says as soon as it listens.
 READY = b"R"
 #: Seconds in which it says so, on a busy machine.
-START = 30.0
+START_TIMEOUT_S = 30.0
 
 
 class Emulator:
@@ -50,7 +50,7 @@ class Emulator:
             ending_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
         try:
-            if self.read(len(READY), START) != READY:
+            if self.read(len(READY), START_TIMEOUT_S) != READY:
                 raise RuntimeError("it does not say that it is ready")
         except BaseException as error:
             self.close()
@@ -62,7 +62,7 @@ class Emulator:
         """The bytes (n_features,) of an image, uint8 (channels, rows, columns)."""
         assert self.process.stdin is not None  # a pipe
         self.process.stdin.write(np.ascontiguousarray(image, np.uint8).tobytes())
-        return np.frombuffer(self.read(n_features, LONGEST), np.uint8)
+        return np.frombuffer(self.read(n_features, IMAGE_TIMEOUT_S), np.uint8)
 
     def read(self, count: int, seconds: float) -> bytes:
         """So many bytes from the port; a `RuntimeError` if they do not come."""

@@ -17,7 +17,7 @@ from nonn.firmware.targets import CORES
 from nonn.runtime.attached import ending_with_parent
 
 #: Seconds in which an image is answered, on a busy machine.
-LONGEST = 120.0
+IMAGE_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def run_firmware(elf: Path, core: str, images: np.ndarray, n_features: int) -> R
         command = [emulator, "-M", CORES[core].machine, "-cpu", core, "-nographic", "-monitor", "none"]
         command += ["-serial", "none", "-semihosting-config", "enable=on,target=native", "-icount", "shift=0"]
         command += ["-kernel", str(elf.resolve())]
-        limit = LONGEST * max(len(images), 1)
+        limit = IMAGE_TIMEOUT_S * max(len(images), 1)
         silent: dict[str, Any] = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
         try:
             done = subprocess.run(ending_with_parent(command), cwd=folder, timeout=limit, check=False, **silent)

@@ -26,7 +26,7 @@ from nonn.runtime.session import REFUSALS
 POINTWISE = {"Add", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "Div", "Erf", "FusedGelu", "Gelu"}
 POINTWISE |= {"HardSigmoid", "HardSwish", "Mul", "QuickGelu", "QuantizeLinear", "Relu", "Sub"}
 #: Sums times their scale stay below it, so that rounding and adding the zero point cannot overflow 32 bits.
-LARGEST = 2**30
+MAX_SCALED_SUM = 2**30
 #: What reading a graph raises that `nonn export` would not have written.
 ODD = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
@@ -153,7 +153,9 @@ class _Reader:
         bias = self.constants[node.input[8]] if len(node.input) > 8 else np.zeros(len(kernel), np.int32)
         scale = np.float32(constants[in_scale]) * np.broadcast_to(constants[scales], len(kernel))
         scale = (scale / np.float32(constants[out_scale])).astype(np.float32)
-        if (np.abs(kernel.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(bias)).max() * scale.max() > LARGEST:
+        if (
+            np.abs(kernel.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(bias)
+        ).max() * scale.max() > MAX_SCALED_SUM:
             raise self.refuse(f"QLinearConv {node.output[0]} has scales far from those of its maps")
         self.shapes[node.output[0]] = out
         return Conv(

@@ -9,7 +9,7 @@ import numpy as np
 from nonn.firmware.steps import Combine, FirmwareProgram, Mean
 
 #: The largest byte.
-LARGEST = 255
+MAX_BYTE = 255
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FeatureScale:
 
     def encode(self, features: np.ndarray) -> np.ndarray:
         """Bytes of float32 features, rounded half to even: as ``main.c`` does, in float32."""
-        return np.clip(np.rint((features - self.low) * self.per_unit), 0, LARGEST).astype(np.uint8)
+        return np.clip(np.rint((features - self.low) * self.per_unit), 0, MAX_BYTE).astype(np.uint8)
 
     def decode(self, values: np.ndarray) -> np.ndarray:
         return self.low + values.astype(np.float32) * self.step
@@ -44,7 +44,7 @@ def scale_of(student: FirmwareProgram) -> FeatureScale:
         elif isinstance(step, Combine):
             bounds[step.writes] = _combined(step, [bounds[name] for name in step.reads])
     low, high = bounds[student.features]
-    return FeatureScale(np.float32(low), np.float32((high - low) / LARGEST or 1.0))
+    return FeatureScale(np.float32(low), np.float32((high - low) / MAX_BYTE or 1.0))
 
 
 def _combined(step: Combine, known: list[np.ndarray]) -> np.ndarray:

@@ -31,7 +31,7 @@ from nonn.runtime.served_network import ServedNetwork
 
 #: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
 #: use what could not be used, of which the pauses double: files that the file names may still be on their way.
-FILE_ATTENTION, LONGEST_PAUSE = 0.5, 8.0
+FILE_POLL_S, MAX_RETRY_PAUSE_S = 0.5, 8.0
 #: Why the circuit of a node of a new export is open until it has answered a probe, and why its circuit of the other
 #: export is open from then on.
 NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
@@ -113,7 +113,7 @@ class FollowedNetwork:
 
     async def _follow(self) -> None:
         while True:
-            await asyncio.sleep(FILE_ATTENTION)
+            await asyncio.sleep(FILE_POLL_S)
             try:
                 await self._attend()
             except Exception as error:  # perhaps only some of the files have been written so far
@@ -126,7 +126,7 @@ class FollowedNetwork:
         """Read the file if it has changed, and look at the nodes."""
         now = asyncio.get_running_loop().time()
         if (stamp := self._look()) != self._stamp and (stamp != self._failed or now >= self._next_attempt):
-            self._pause = min(2 * self._pause, LONGEST_PAUSE) if stamp == self._failed else FILE_ATTENTION
+            self._pause = min(2 * self._pause, MAX_RETRY_PAUSE_S) if stamp == self._failed else FILE_POLL_S
             self._failed, self._next_attempt = stamp, now + self._pause
             await self._read_again()
             self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too

@@ -20,14 +20,14 @@ from nonn.runtime.protocol import Contract, ProtocolError
 from nonn.runtime.tls import Identity
 
 #: Seconds between two questions, and that an answer may take.
-PAUSE, PATIENCE = 0.2, 2.0
+POLL_S, ANSWER_TIMEOUT_S = 0.2, 2.0
 
 
 async def problem_of(stub: oip_grpc.GRPCInferenceServiceStub, contract: Contract) -> str:
     """Why a node does not serve its student of this export; empty if it does."""
     try:
         request = oip.ModelReadyRequest(name=contract.model, version=contract.version)
-        answer = received(await stub.ModelReady(request, timeout=PATIENCE))
+        answer = received(await stub.ModelReady(request, timeout=ANSWER_TIMEOUT_S))
     except (aio.AioRpcError, ProtocolError) as error:
         return reason_of(error)
     return "" if answer.ready else f"it serves no model {contract.model!r} of version {contract.version}"
@@ -46,7 +46,7 @@ async def wait_for(
     async with open_channel(node, contract.message_limit, identity, own=True) as channel:
         stub = oip_grpc.GRPCInferenceServiceStub(channel)
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 await wait_connected(channel)
         except TimeoutError:
             pass  # the question says why
@@ -55,7 +55,7 @@ async def wait_for(
             if not problem or loop.time() >= end or has_ended():
                 return problem
             channel.get_state(try_to_connect=True)
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(POLL_S)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from nonn.core.images import DEEP_MODES, FORMATS, fit_network, open_image, read_
 from nonn.runtime.exported import Manifest
 
 #: Pixels of the largest picture that a viewer may send, and bytes that it may take while it is decoded.
-LARGEST, LARGEST_DECODED = 50_000_000, 500_000_000
+MAX_PIXELS, MAX_DECODED_BYTES = 50_000_000, 500_000_000
 #: Bytes that a pixel takes meanwhile at most, as measured with Pillow 13: in formats that are decoded as a whole;
 #: transparent, or of more than 8 bits; and all others.
 WHOLE, RICH, PLAIN = 26, 17, 10
@@ -118,7 +118,7 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
         with open_image(content) as image:
             width, height = image.size
         with open_image(content, shape.size) as image:
-            if width * height > LARGEST or decoded_bytes(image) > LARGEST_DECODED:
+            if width * height > MAX_PIXELS or decoded_bytes(image) > MAX_DECODED_BYTES:
                 raise ValueError(f"{width} × {height} pixels are too many")
             pixels = fit_network(image, shape.channels, shape.size, shape.white)
     except Exception as error:  # on damaged data, Pillow's decoders raise almost anything

@@ -36,10 +36,10 @@ from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
 from nonn.core.signals import stoppable, undisturbed
-from nonn.live.following import FILE_ATTENTION
+from nonn.live.following import FILE_POLL_S
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
-from nonn.runtime.coordinator import LONGEST_PAUSE
+from nonn.runtime.coordinator import MAX_PAUSE_S
 from nonn.runtime.exported import read_manifest, read_verified
 from nonn.runtime.tls import CA, CERTIFICATE
 
@@ -49,7 +49,7 @@ PARTS = Path(__file__).parent / "boards"
 FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
-WAIT, PAUSE = 60.0, math.ceil(LONGEST_PAUSE + FILE_ATTENTION)  # Ansible waits whole seconds only
+WAIT, PAUSE = 60.0, math.ceil(MAX_PAUSE_S + FILE_POLL_S)  # Ansible waits whole seconds only
 #: Seconds that Ansible has to end by itself once Ctrl-C has interrupted it, too.
 GRACE = 10.0
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.

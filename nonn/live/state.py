@@ -30,7 +30,7 @@ RATE, SLOWEST, FASTEST = 1.0, 0.1, 20.0
 #: Answers whose median latency is told.
 RECENT = 100
 #: Seconds that nodes have to start before pictures go out without them.
-STARTING = 10.0
+START_TIMEOUT_S = 10.0
 
 
 @dataclass
@@ -160,7 +160,7 @@ class LiveCluster:
 
     async def _wait_for_nodes(self) -> None:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STARTING):
+            async with asyncio.timeout(START_TIMEOUT_S):
                 while not all(d.child.state == UP or d.child.has_exited for d in self.devices.values()):
                     await asyncio.sleep(0.05)
 

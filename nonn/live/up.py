@@ -29,7 +29,7 @@ from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_comma
 from nonn.runtime.protocol import Contract, ProtocolError
 
 #: Seconds between two looks at a node, and what an answer may take.
-INTERVAL, PATIENCE = 1.0, 0.5
+POLL_S, ANSWER_TIMEOUT_S = 1.0, 0.5
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
 NO_ANSWER = "no answer"
@@ -47,12 +47,12 @@ async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
         while not child.has_exited:
             try:
                 request = oip.ModelStatisticsRequest(name=contract.model)
-                answer = received(await stub.ModelStatistics(request, timeout=PATIENCE))
+                answer = received(await stub.ModelStatistics(request, timeout=ANSWER_TIMEOUT_S))
                 child.update(answer.model_stats[0].inference_stats)
             except (aio.AioRpcError, ProtocolError, IndexError) as error:
                 _missed(child, reason_of(error))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(child.process.wait(), INTERVAL)
+                await asyncio.wait_for(child.process.wait(), POLL_S)
     child.state = f"exited ({child.process.returncode})"
 
 
@@ -84,7 +84,7 @@ async def show(children: list[Child]) -> None:
             if look and look % SPARSE == 0:
                 print("\n".join([header, *(child.row() for child in children)]), flush=True)
         look += 1
-        await asyncio.sleep(INTERVAL / 2)
+        await asyncio.sleep(POLL_S / 2)
 
 
 def board_commands(cluster: Cluster, device: str) -> dict[Node, list[str]]:

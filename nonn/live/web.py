@@ -38,13 +38,13 @@ from nonn.runtime.processes import Child
 HOST = "127.0.0.1"
 #: Viewers at once, seconds for which one may take nothing that is sent, bytes of the longest post, and seconds that
 #: streams have to end.
-VIEWERS, SLOWEST_VIEWER, LONGEST_POST, GRACE = 16, 10.0, 1024, 0.5
+MAX_VIEWERS, VIEWER_TIMEOUT_S, MAX_POST_BYTES, GRACE_S = 16, 10.0, 1024, 0.5
 #: Bytes of the largest picture that is taken, and seconds in which a post must have come.
-LARGEST_PICTURE, SLOWEST_POST = 16 * 2**20, 10.0
+MAX_PICTURE_BYTES, POST_TIMEOUT_S = 16 * 2**20, 10.0
 #: Connections at once, and seconds for which one may stay without a request.
-CONNECTIONS, LONGEST_SILENCE = 64, 15.0
+MAX_CONNECTIONS, IDLE_TIMEOUT_S = 64, 15.0
 #: Letters of a picture's name that are shown.
-LONGEST_NAME = 60
+MAX_NAME_LENGTH = 60
 
 Wish = TypeVar("Wish", bound=Section)
 
@@ -132,7 +132,7 @@ class Page:
         }
 
     def application(self) -> web.Application:
-        application = web.Application(middlewares=[guard], client_max_size=LONGEST_POST)
+        application = web.Application(middlewares=[guard], client_max_size=MAX_POST_BYTES)
         application.add_routes([web.get("/", self.show), web.get("/events", self.stream)])
         application.add_routes([web.post("/switch", self.switch), web.post("/playback", self.playback)])
         application.add_routes([web.post("/picture", self.picture)])
@@ -147,7 +147,7 @@ class Page:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events: the newest snapshot, whenever there is one. Slow viewers skip some."""
-        if self.viewers >= VIEWERS:
+        if self.viewers >= MAX_VIEWERS:
             raise web.HTTPServiceUnavailable(text="too many viewers\n")
         self.viewers += 1
         try:
@@ -158,7 +158,7 @@ class Page:
                 version = await self.live.changed(version)
                 if version != self.event[0]:
                     self.event = version, f"data: {json.dumps(self.live.snapshot())}\n\n".encode()
-                async with asyncio.timeout(SLOWEST_VIEWER):
+                async with asyncio.timeout(VIEWER_TIMEOUT_S):
                     await response.write(self.event[1])
         except ConnectionError:
             return response  # the viewer has left
@@ -186,8 +186,8 @@ class Page:
         """Classify a picture whose file is the body; the query says its ``name`` and whether to ``invert`` it."""
         if request.content_type != "application/octet-stream":
             raise web.HTTPUnsupportedMediaType(text="send application/octet-stream\n")
-        content = await in_time(read_body(request, LARGEST_PICTURE))
-        name = request.query.get("name", "")[:LONGEST_NAME] or "your picture"
+        content = await in_time(read_body(request, MAX_PICTURE_BYTES))
+        name = request.query.get("name", "")[:MAX_NAME_LENGTH] or "your picture"
         invert = request.query.get("invert") == "true"
         decode = partial(sent_picture, name, content, invert, self.live.manifest)
         try:
@@ -209,9 +209,9 @@ async def read_body(request: web.Request, limit: int) -> bytes:
 
 
 async def in_time(body: Coroutine[Any, Any, bytes]) -> bytes:
-    """What is read of a post, unless it is slower than `SLOWEST_POST`."""
+    """What is read of a post, unless it is slower than `POST_TIMEOUT_S`."""
     try:
-        return await asyncio.wait_for(body, SLOWEST_POST)
+        return await asyncio.wait_for(body, POST_TIMEOUT_S)
     except TimeoutError:
         raise web.HTTPRequestTimeout(text="too slow\n") from None
 
@@ -264,15 +264,15 @@ async def opened(application: web.Application, port: int, option: str) -> AsyncI
         access_log=None,
         logger=logger,
         handler_cancellation=True,
-        keepalive_timeout=LONGEST_SILENCE,
-        shutdown_timeout=GRACE,
+        keepalive_timeout=IDLE_TIMEOUT_S,
+        shutdown_timeout=GRACE_S,
     )
     await runner.setup()
     accepted = runner.server
     assert accepted, "it is there once the runner is set up"
 
     def connect() -> asyncio.Protocol:
-        return accepted() if len(accepted.connections) < CONNECTIONS else Refused()
+        return accepted() if len(accepted.connections) < MAX_CONNECTIONS else Refused()
 
     try:
         try:

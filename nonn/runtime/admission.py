@@ -22,22 +22,22 @@ import time
 from collections.abc import Callable, Iterator
 
 #: Calls that may be under way or wait at once, however quick they are.
-QUEUE = 256
+MAX_WAITING = 256
 #: Weight of the newest measurement in the moving average of the service time.
 NEWEST = 1 / 16
 #: Moments of return lie this many service times apart: callers who are answered come back as well.
 SPACING = 4.0
 #: Service times after an answer in which further calls may well be waiting unseen.
-IDLE = 3.0
+IDLE_SERVICE_TIMES = 3.0
 #: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
-FORGETTING, PEERS = 30.0, 1024
+HALF_LIFE_S, MAX_PEERS = 30.0, 1024
 #: By how much calls are thought to take longer when there were too many.
 SLOWER = 1.25
 #: By how many times what was thought one measurement counts at most: what a call says that it has waited is its word.
-LONGEST_MEASURED = 4.0
+MAX_MEASURED_RATIO = 4.0
 #: Seconds after which a refused caller may return at the latest, and what spreads those of the latter half over it: the
 #: golden section, of whose multiples any few in a row have nearly equally distant fractions.
-LONGEST_RETURN, GOLDEN = 10.0, 0.618034
+MAX_RETRY_S, GOLDEN = 10.0, 0.618034
 #: Trailing metadata of a refusal: milliseconds after which it makes sense to call again.
 RETRY_AFTER = "retry-after-ms"
 
@@ -113,10 +113,14 @@ class Admission:
             age = self._age(seconds, peer)
         else:
             age = max(given - seconds, 0.0)
-        if not self.waiting and self.clock() - self._finished > IDLE * self.service_seconds:
+        if not self.waiting and self.clock() - self._finished > IDLE_SERVICE_TIMES * self.service_seconds:
             return 0.0
         left = self.timeout if seconds is None else min(seconds, self.timeout)
-        if self.waiting >= QUEUE or self.expected_seconds() > self.share * left or age > self.stale * (left + age):
+        if (
+            self.waiting >= MAX_WAITING
+            or self.expected_seconds() > self.share * left
+            or age > self.stale * (left + age)
+        ):
             self.refused += 1
             raise OverloadedError(self._next_retry_slot())
         return age
@@ -125,8 +129,8 @@ class Admission:
         """Seconds that a call has probably waited, by what it has left."""
         now = self.clock()
         usual, then = self._usual.get(peer, (0.0, now))
-        usual = max(usual * 0.5 ** ((now - then) / FORGETTING), seconds)
-        if len(self._usual) >= PEERS:
+        usual = max(usual * 0.5 ** ((now - then) / HALF_LIFE_S), seconds)
+        if len(self._usual) >= MAX_PEERS:
             self._usual.clear()
         self._usual[peer] = usual, now
         return usual - seconds
@@ -136,10 +140,10 @@ class Admission:
         now, spacing = self.clock(), SPACING * self.service_seconds
         drained = now + max(self.expected_seconds() - self.share * self.timeout, 0)
         self._retry_slot = max(self._retry_slot, drained) + spacing
-        if self._retry_slot <= now + LONGEST_RETURN:
+        if self._retry_slot <= now + MAX_RETRY_S:
             return self._retry_slot - now
-        self._retry_slot = now + LONGEST_RETURN  # all slots until then are taken: the callers share them
-        return LONGEST_RETURN * (1 - self.refused * GOLDEN % 1 / 2)
+        self._retry_slot = now + MAX_RETRY_S  # all slots until then are taken: the callers share them
+        return MAX_RETRY_S * (1 - self.refused * GOLDEN % 1 / 2)
 
     @contextlib.contextmanager
     def admitted(self, seconds: float | None, peer: str = "", given: float | None = None) -> Iterator[Place]:
@@ -159,7 +163,7 @@ class Admission:
         it is shorter than what was thought.
         """
         now = self.clock()
-        taken = min(now - max(arrived, self._finished), LONGEST_MEASURED * self.service_seconds)
+        taken = min(now - max(arrived, self._finished), MAX_MEASURED_RATIO * self.service_seconds)
         if arrived <= self._finished or taken < self.service_seconds:
             self.service_seconds += NEWEST * (taken - self.service_seconds)
         self._finished = now

@@ -10,7 +10,7 @@ from grpc import ChannelConnectivity, StatusCode, aio
 
 from nonn.core.errors import UserError, printable
 from nonn.runtime.addresses import is_loopback
-from nonn.runtime.admission import LONGEST_RETURN, RETRY_AFTER
+from nonn.runtime.admission import MAX_RETRY_S, RETRY_AFTER
 from nonn.runtime.cluster import Node
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.tls import Identity, handshake_problem
@@ -21,9 +21,9 @@ MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 READY = ChannelConnectivity.READY
 
 #: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
-CONNECT_TIMEOUT = 1.0
+CONNECT_TIMEOUT_S = 1.0
 #: Seconds that one attempt to connect may take: a dozen TLS handshakes at once need several at 250 kbit/s.
-ATTEMPT = 15.0
+ATTEMPT_TIMEOUT_S = 15.0
 
 LATE = "no answer by the deadline"
 #: Metadata of a coordinator's call: milliseconds that it was given when it was sent. gRPC's own time-out counts from
@@ -34,7 +34,7 @@ CHANNEL_OPTIONS = {
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
     "grpc.service_config_disable_resolution": 1,
     "grpc.initial_reconnect_backoff_ms": 100,
-    "grpc.min_reconnect_backoff_ms": round(1000 * ATTEMPT),  # what an attempt may take, despite the name
+    "grpc.min_reconnect_backoff_ms": round(1000 * ATTEMPT_TIMEOUT_S),  # what an attempt may take, despite the name
     "grpc.max_reconnect_backoff_ms": 1000,
     # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
     # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
@@ -60,7 +60,7 @@ def open_channel(node: Node, message_limit: int, identity: Identity | None, own:
     return aio.secure_channel(node.address, identity.for_client(), list(options.items()))
 
 
-async def wait_all_connected(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT) -> None:
+async def wait_all_connected(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT_S) -> None:
     """Wait until each channel is connected or has failed once, but no longer than so many seconds."""
     connecting = [asyncio.create_task(wait_connected(channel)) for channel in channels]
     if not connecting:
@@ -92,7 +92,7 @@ def busy_seconds(error: BaseException) -> float | None:
     if "larger than max" in (error.details() or ""):  # gRPC says the same of a message that is too large
         return None
     wish = dict(error.trailing_metadata() or ()).get(RETRY_AFTER, "")
-    return min(int(wish) / 1000, LONGEST_RETURN) if wish.isdecimal() and len(wish) < 10 else LONGEST_RETURN
+    return min(int(wish) / 1000, MAX_RETRY_S) if wish.isdecimal() and len(wish) < 10 else MAX_RETRY_S
 
 
 def reason_of(error: BaseException) -> str:

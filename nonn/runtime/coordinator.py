@@ -22,10 +22,10 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.progress import log
-from nonn.runtime.admission import LONGEST_RETURN
+from nonn.runtime.admission import MAX_RETRY_S
 from nonn.runtime.batches import Batches
 from nonn.runtime.channel import (
-    ATTEMPT,
+    ATTEMPT_TIMEOUT_S,
     GIVEN,
     LATE,
     MODEL_INFER,
@@ -44,9 +44,9 @@ from nonn.runtime.tls import log_former
 #: Absences in a row after which a node's circuit breaker opens.
 TOLERATED_FAILURES = 3
 #: Seconds between probes of a node whose circuit is open: doubled from the first to the longest.
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
 #: Seconds between two looks at connections and certificates, and the most between two attempts to go over to new ones.
-ATTENTION, LONGEST_ATTENTION = 1.0, 60.0
+POLL_S, MAX_RENEWAL_PAUSE_S = 1.0, 60.0
 #: A deadline is short if it is less than this share of the cluster's: a node that misses it may still be sound.
 SHORT_DEADLINE_SHARE = 0.8
 
@@ -88,7 +88,7 @@ class NodeConnection:
     def __init__(self, node: Node, contract: Contract, channel: aio.Channel, timeout: float):
         self.node, self.name, self.contract = node, node.name, contract
         self.timeout = timeout
-        self.failures, self.pause = 0, FIRST_PAUSE
+        self.failures, self.pause = 0, FIRST_PAUSE_S
         self.failed_at = float("-inf")  # by the event loop's time: the last failure that counted
         self.late_under_short_deadline = 0  # images in a row
         self.reason = ""
@@ -143,13 +143,13 @@ class NodeConnection:
             return await self.ask(image, deadline - loop.time())
         except aio.AioRpcError as error:
             pause = busy_seconds(error)
-            if pause is None or pause >= LONGEST_RETURN or loop.time() + 2 * pause > deadline:
+            if pause is None or pause >= MAX_RETRY_S or loop.time() + 2 * pause > deadline:
                 raise
         await asyncio.sleep(pause)
         return await self.ask(image, deadline - loop.time())
 
     def succeeded(self) -> None:
-        self.failures, self.late_under_short_deadline, self.pause = 0, 0, FIRST_PAUSE
+        self.failures, self.late_under_short_deadline, self.pause = 0, 0, FIRST_PAUSE_S
         if self.probing:
             self.probing.cancel()
             self.probing = None
@@ -195,7 +195,7 @@ class NodeConnection:
         """
         while True:
             await asyncio.sleep(self.pause)
-            self.pause = min(2 * self.pause, LONGEST_PAUSE)
+            self.pause = min(2 * self.pause, MAX_PAUSE_S)
             try:
                 await self.ask(self._blank, self.timeout)
             except Exception as error:  # whatever it is: without a probe the node would be cut off for ever
@@ -257,9 +257,9 @@ class Coordinator:
         former: list[NodeConnection] = []  # those by certificates from before
         said, pause, next_attempt = "", 0.0, 0.0
         while True:
-            await asyncio.sleep(ATTENTION)
+            await asyncio.sleep(POLL_S)
             if self.identity and (newest := self.identity.stamp()) != stamp:
-                stamp, former, said, pause, next_attempt = newest, self.connections, "", ATTENTION, 0.0
+                stamp, former, said, pause, next_attempt = newest, self.connections, "", POLL_S, 0.0
             if former and loop.time() >= next_attempt:
                 try:
                     former = await self._reopen(former)
@@ -270,7 +270,7 @@ class Coordinator:
                     said = names
                 except Exception as error:  # whatever it is: connections have to be kept
                     log_former(error)
-                next_attempt, pause = loop.time() + pause, min(2 * pause, LONGEST_ATTENTION)
+                next_attempt, pause = loop.time() + pause, min(2 * pause, MAX_RENEWAL_PAUSE_S)
             for connection in self.connections:
                 connection.channel.get_state(try_to_connect=True)
 
@@ -281,7 +281,9 @@ class Coordinator:
         """
         opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in connections]
         works = [connection.channel.get_state() == READY for connection in connections]
-        await wait_all_connected((channel for channel, waits in zip(opened, works, strict=True) if waits), ATTEMPT)
+        await wait_all_connected(
+            (channel for channel, waits in zip(opened, works, strict=True) if waits), ATTEMPT_TIMEOUT_S
+        )
         kept, closed = [], []
         for connection, channel in zip(connections, opened, strict=True):
             if connection.channel.get_state() == READY != channel.get_state():

@@ -18,21 +18,21 @@ from nonn.runtime.tls import may_call
 
 #: Seconds within which a call without a deadline must send its message; and after which no call is counted any more
 #: among those that wait for an answer.
-MESSAGE_TIMEOUT, PROMPT = 5.0, 0.05
+MESSAGE_TIMEOUT_S, PROMPT_S = 5.0, 0.05
 #: Calls at once whose message has not come, on all connections together; if there are more, the oldest is ended.
-SILENT = 1024
+MAX_SILENT = 1024
 #: Seconds beyond which it makes no difference what a call says that it was given. A photograph of 224 pixels a side
 #: takes 5 seconds by IEEE 802.15.4, and several times as long where devices share the channel.
-LONGEST = 60.0
+MAX_CALL_S = 60.0
 
 
 def seconds_given(context: aio.ServicerContext) -> float | None:
-    """What a call was given when it was sent, up to `LONGEST`; None if it does not say so in a number."""
+    """What a call was given when it was sent, up to `MAX_CALL_S`; None if it does not say so in a number."""
     for name, value in context.invocation_metadata() or ():
         if name == GIVEN:
             with contextlib.suppress(ValueError):
                 seconds = float(value) / 1000
-                return min(seconds, LONGEST) if seconds >= 0 else None
+                return min(seconds, MAX_CALL_S) if seconds >= 0 else None
     return None
 
 
@@ -94,7 +94,7 @@ class Guard(aio.ServerInterceptor):
     def _counted(self, timeout: asyncio.Timeout) -> Iterator[None]:
         """Count a call among the silent ones while the block runs: one too many ends the oldest."""
         self._silent[timeout] = None
-        if len(self._silent) > SILENT:
+        if len(self._silent) > MAX_SILENT:
             oldest = next(iter(self._silent))
             del self._silent[oldest]
             if not oldest.expired():
@@ -107,9 +107,9 @@ class Guard(aio.ServerInterceptor):
     async def _answer(
         self, handler: grpc.RpcMethodHandler, context: aio.ServicerContext, place: Place | None = None
     ) -> Any:
-        late = asyncio.get_running_loop().call_later(PROMPT, place.leave) if place else None
+        late = asyncio.get_running_loop().call_later(PROMPT_S, place.leave) if place else None
         left = context.time_remaining()
-        seconds = MESSAGE_TIMEOUT if left is None else min(left, LONGEST)
+        seconds = MESSAGE_TIMEOUT_S if left is None else min(left, MAX_CALL_S)
         try:
             async with asyncio.timeout(seconds) as timeout:
                 end = timeout.when()

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 
 from nonn.runtime.tls import handshake_problem
 
-#: Lines of one kind, and kinds of lines, that are written in each `WINDOW` of seconds; the rest is counted.
-LINES, KINDS, WINDOW = 5, 50, 10.0
+#: Lines of one kind, and kinds of lines, that are written in each window of `WINDOW_S` seconds; the rest is counted.
+LINES_PER_WINDOW, KINDS_PER_WINDOW, WINDOW_S = 5, 50, 10.0
 #: Longest line in bytes: what a pipe that has room at all takes without waiting, and a line break.
-LONGEST = select.PIPE_BUF - 1
+MAX_LINE_BYTES = select.PIPE_BUF - 1
 #: What gRPC has to trace (``GRPC_TRACE``) so that its lines say whose handshake has failed.
 TRACE = "handshaker"
 
@@ -60,17 +60,17 @@ class Limiter:
         """The lines to write now that this one has come."""
         yield from self.summary()
         kind = re.sub(rb"[0-9]+", b"#", line)
-        if kind not in self.seen and len(self.seen) >= KINDS:
+        if kind not in self.seen and len(self.seen) >= KINDS_PER_WINDOW:
             kind = b"other lines"
         self.seen[kind] += 1
-        if self.seen[kind] <= LINES:
+        if self.seen[kind] <= LINES_PER_WINDOW:
             yield line
 
     def summary(self, at_once: bool = False) -> Iterator[bytes]:
         """What was held back in a window that is over."""
-        if not at_once and self.clock() - self.since < WINDOW:
+        if not at_once and self.clock() - self.since < WINDOW_S:
             return
-        held = [(kind, count - LINES) for kind, count in self.seen.items() if count > LINES]
+        held = [(kind, count - LINES_PER_WINDOW) for kind, count in self.seen.items() if count > LINES_PER_WINDOW]
         self.seen.clear()
         self.since = self.clock()
         for kind, count in held:
@@ -81,13 +81,13 @@ def _write(descriptor: int, line: bytes) -> None:
     """Write a line if that takes no waiting."""
     with contextlib.suppress(OSError):  # nobody reads any more
         if select.select([], [descriptor], [], 0)[1]:
-            os.write(descriptor, line[:LONGEST] + b"\n")
+            os.write(descriptor, line[:MAX_LINE_BYTES] + b"\n")
 
 
 def _pump(source: int, target: int) -> None:
     limiter, rest = Limiter(), b""
     while True:
-        if not select.select([source], [], [], WINDOW)[0]:
+        if not select.select([source], [], [], WINDOW_S)[0]:
             lines = limiter.summary()
         elif content := os.read(source, 1 << 16):
             *whole, rest = (rest + content).split(b"\n")

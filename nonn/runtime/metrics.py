@@ -24,7 +24,7 @@ from nonn.runtime.addresses import OWN_NAMES, host_name
 #: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
 #: Connections to the metrics port at once, seconds that one may take, and bytes of its request.
-CONNECTIONS, SECONDS, REQUEST_LIMIT = 16, 5.0, 8192
+MAX_CONNECTIONS, CONNECTION_TIMEOUT_S, MAX_REQUEST_BYTES = 16, 5.0, 8192
 HOST = "127.0.0.1"
 
 
@@ -93,10 +93,10 @@ async def serving_metrics(registry: CollectorRegistry, port: int) -> AsyncIterat
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            if len(connections) >= CONNECTIONS:
+            if len(connections) >= MAX_CONNECTIONS:
                 return
             connections.add(writer)
-            async with asyncio.timeout(SECONDS):
+            async with asyncio.timeout(CONNECTION_TIMEOUT_S):
                 writer.write(_respond(await reader.readuntil(b"\r\n\r\n"), registry))
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
@@ -106,7 +106,7 @@ async def serving_metrics(registry: CollectorRegistry, port: int) -> AsyncIterat
             writer.close()
 
     try:
-        server = await asyncio.start_server(answer, HOST, port, limit=REQUEST_LIMIT)
+        server = await asyncio.start_server(answer, HOST, port, limit=MAX_REQUEST_BYTES)
     except (OSError, OverflowError) as error:
         taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         reason = "another program listens there" if taken else "no port has this number, or it is not for this user"

@@ -36,11 +36,11 @@ from nonn.runtime.tls import Identity
 DEFAULT_CALLERS = ("coordinator",)
 #: Seconds within which a student may keep the event loop from everything else. To compute in a thread
 #: takes two changes of thread, each of which costs about as much as a very small student.
-QUICK = 1e-3
+QUICK_S = 1e-3
 #: First guess of the seconds that a call takes besides the student.
-CALL_SECONDS = 3e-4
+CALL_S = 3e-4
 #: Seconds within which a call without a deadline is answered; and see `nonn.runtime.admission.Admission`.
-PATIENCE, SHARE = 10.0, 0.5
+TIMEOUT_S, SHARE = 10.0, 0.5
 
 
 class ServedStudent:
@@ -70,8 +70,8 @@ class ServedStudent:
         start = time.perf_counter()  # the first run, above, has allocated what this one finds
         self.run(blank)
         seconds = time.perf_counter() - start
-        self.quick_batch = int(QUICK / seconds)
-        self.admission = Admission(seconds + CALL_SECONDS, PATIENCE, SHARE)
+        self.quick_batch = int(QUICK_S / seconds)
+        self.admission = Admission(seconds + CALL_S, TIMEOUT_S, SHARE)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
 
     def run(self, images: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from nonn.runtime.tls import Identity
 
 #: Seconds that children have until all say where they listen, on a busy machine, and that one has to stop
 #: before it is killed.
-START, GRACE = 60.0, 3.0
+START_TIMEOUT_S, GRACE_S = 60.0, 3.0
 #: What a child says when it is ready; see `nonn.runtime.attached.announce`.
 ANNOUNCEMENT = re.compile(r".* at (\S+:\d+), (mutual TLS|plain text)")
 
@@ -124,7 +124,7 @@ async def running(commands: Mapping[Node, Sequence[str]], wait: bool = True) -> 
     Raises
     ------
     UserError
-        A child has ended instead, or they take longer than `START`. None is left behind.
+        A child has ended instead, or they take longer than `START_TIMEOUT_S`. None is left behind.
     """
     children: dict[str, Child] = {}
     try:
@@ -139,11 +139,11 @@ async def running(commands: Mapping[Node, Sequence[str]], wait: bool = True) -> 
 
 async def _ready(children: Collection[Child]) -> None:
     try:
-        async with asyncio.timeout(START):
+        async with asyncio.timeout(START_TIMEOUT_S):
             await asyncio.gather(*(child.ready() for child in children))
     except TimeoutError:
         late = reasons(child for child in children if not child.is_ready)
-        raise UserError(f"not ready in {START:g} s ({late}); is this machine busy?") from None
+        raise UserError(f"not ready in {START_TIMEOUT_S:g} s ({late}); is this machine busy?") from None
 
 
 async def start(node: Node, command: Sequence[str]) -> Child:
@@ -162,7 +162,7 @@ async def stop(child: Child) -> None:
     if not child.has_exited:
         child.process.terminate()
         try:
-            await asyncio.wait_for(child.process.wait(), GRACE)
+            await asyncio.wait_for(child.process.wait(), GRACE_S)
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
                 child.process.kill()

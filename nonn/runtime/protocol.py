@@ -26,11 +26,11 @@ SAMPLE = "sample"
 #: Of what has no other: a network as a whole, a device of a split network.
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
-MESSAGE_LIMIT = 64 * 1024
+MIN_MESSAGE_LIMIT = 64 * 1024
 #: Images of one message at most, and bytes that they may be together.
-LARGEST_BATCH, BATCH_BYTES = 16, 256 * 1024
+MAX_BATCH, MAX_BATCH_BYTES = 16, 256 * 1024
 #: Room for what surrounds the tensors of a message: names, shapes, the request's id.
-ENVELOPE = 4096
+ENVELOPE_BYTES = 4096
 
 
 class ProtocolError(Exception):
@@ -78,7 +78,7 @@ class ImageContract(ABC):
     @property
     def message_limit(self) -> int:
         """Bytes of the largest message that either side accepts."""
-        return max(MESSAGE_LIMIT, self.largest_batch * math.prod(self.image_shape) + ENVELOPE)
+        return max(MIN_MESSAGE_LIMIT, self.largest_batch * math.prod(self.image_shape) + ENVELOPE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,13 @@ class Contract(ImageContract):
 
     @property
     def message_limit(self) -> int:
-        return max(super().message_limit, 4 * self.largest_batch * self.n_features + ENVELOPE)
+        return max(super().message_limit, 4 * self.largest_batch * self.n_features + ENVELOPE_BYTES)
 
 
 def student_contract(manifest: Manifest, student: StudentFile) -> Contract:
     """What the node of an exported student takes and gives."""
     image, version = manifest.image, version_of(student.sha256)
-    batch = max(1, min(LARGEST_BATCH, BATCH_BYTES // (image.channels * image.size**2)))
+    batch = max(1, min(MAX_BATCH, MAX_BATCH_BYTES // (image.channels * image.size**2)))
     shape = (image.channels, image.size, student.n_features)
     return Contract(student.model, *shape, student.feature_limit, version=version, largest_batch=batch)
 

@@ -19,7 +19,7 @@ from tritonclient.utils import serialize_byte_tensor
 from nonn.runtime.admission import Admission, OverloadedError
 from nonn.runtime.coordinator import Answer, BusyError, Coordinator, NobodyAnsweredError
 from nonn.runtime.exported import Manifest
-from nonn.runtime.protocol import ENVELOPE, ImageContract, ProtocolError, version_of
+from nonn.runtime.protocol import ENVELOPE_BYTES, ImageContract, ProtocolError, version_of
 
 #: Who may call a coordinator that is not told otherwise: the name in an application's certificate.
 DEFAULT_CALLERS = ("application",)
@@ -27,7 +27,7 @@ DEFAULT_CALLERS = ("application",)
 CALLERS_SHARE = 0.9
 #: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.
 #: Calls are stale sooner than at nodes, which would take them for such.
-CALL_SECONDS, SHARE, STALE = 2e-3, 0.4, 0.25
+CALL_S, SHARE, STALE = 2e-3, 0.4, 0.25
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class NetworkContract(ImageContract):
 
     @property
     def message_limit(self) -> int:
-        return max(super().message_limit, 4 * self.n_classes + ENVELOPE)
+        return max(super().message_limit, 4 * self.n_classes + ENVELOPE_BYTES)
 
 
 def make_answer(contract: NetworkContract, request: ModelInferRequest, answer: Answer) -> ModelInferResponse:
@@ -94,7 +94,7 @@ class ServedNetwork:
         self.contract = NetworkContract(
             name, image.channels, image.size, len(manifest.classes), version=network_version(manifest)
         )
-        self.admission = Admission(CALL_SECONDS, coordinator.timeout, SHARE, STALE)
+        self.admission = Admission(CALL_S, coordinator.timeout, SHARE, STALE)
         self.absences = Counter("nonn_absences", "Images answered without a node.", ["node"], registry=None)
 
     async def __aenter__(self) -> ServedNetwork:

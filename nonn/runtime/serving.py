@@ -33,18 +33,18 @@ from nonn.runtime.protocol import ImageContract, ProtocolError, check_model, rea
 from nonn.runtime.tls import Identity
 
 #: Calls of one connection at once; beyond it gRPC keeps them back at the caller's, or resets them without a word.
-CONCURRENT_STREAMS = 256
+MAX_STREAMS = 256
 #: Connections at once, if the limit of open files is not lower; beyond it they are closed at once. Each may be idle, or
 #: take to say who it is, for so many seconds only.
-CONNECTIONS, IDLE, HANDSHAKE = 2048, 600, 5
+MAX_CONNECTIONS, IDLE_S, HANDSHAKE_S = 2048, 600, 5
 #: Calls that gRPC keeps until this process looks at them.
-PENDING = 4096
+MAX_PENDING = 4096
 #: Files that a server has open besides its connections.
 OTHER_FILES = 64
 #: Seconds between two looks at the dates of certificates.
-DAY = 24 * 3600.0
+DAY_S = 24 * 3600.0
 #: Seconds that calls under way have left when the server is told to stop.
-GRACE = 1.0
+GRACE_S = 1.0
 
 
 class Model(Protocol):
@@ -155,33 +155,33 @@ def channel_options(message_limit: int) -> list[tuple[str, int]]:
         "grpc.max_send_message_length": message_limit,
         "grpc.http2.lookahead_bytes": message_limit,  # a whole message may come without asking for room again
         "grpc.max_metadata_size": 8 * 1024,
-        "grpc.max_concurrent_streams": CONCURRENT_STREAMS,
+        "grpc.max_concurrent_streams": MAX_STREAMS,
         "grpc.max_allowed_incoming_connections": connection_limit(),
-        "grpc.server_handshake_timeout_ms": 1000 * HANDSHAKE,
-        "grpc.max_connection_idle_ms": 1000 * IDLE,
+        "grpc.server_handshake_timeout_ms": 1000 * HANDSHAKE_S,
+        "grpc.max_connection_idle_ms": 1000 * IDLE_S,
         # Of a caller whose power fails nothing more is heard: his connection is given up in less than two minutes.
         "grpc.keepalive_time_ms": 60_000,
         "grpc.keepalive_timeout_ms": 20_000,
         # Beyond it gRPC refuses calls by itself, as CANCELLED and without a word about when to return.
-        "grpc.server.max_pending_requests": PENDING,
-        "grpc.server.max_pending_requests_hard_limit": 2 * PENDING,
+        "grpc.server.max_pending_requests": MAX_PENDING,
+        "grpc.server.max_pending_requests_hard_limit": 2 * MAX_PENDING,
         "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
     }
     return list(options.items())
 
 
 def connection_limit() -> int:
-    """Connections that a server takes: `CONNECTIONS`, or as many as it may open files for.
+    """Connections that a server takes: `MAX_CONNECTIONS`, or as many as it may open files for.
 
     For each it needs two, since a connection that is refused is accepted first. The soft limit is raised if need be.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = 2 * CONNECTIONS + OTHER_FILES
+    needed = 2 * MAX_CONNECTIONS + OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     files = needed if soft == resource.RLIM_INFINITY else soft
-    return max(min(CONNECTIONS, (files - OTHER_FILES) // 2), 1)
+    return max(min(MAX_CONNECTIONS, (files - OTHER_FILES) // 2), 1)
 
 
 @contextlib.asynccontextmanager
@@ -228,7 +228,7 @@ async def listening(
         if warning:
             warning.cancel()
         await status.enter_graceful_shutdown()
-        await server.stop(GRACE)
+        await server.stop(GRACE_S)
 
 
 async def warn_daily(identity: Identity) -> None:
@@ -236,7 +236,7 @@ async def warn_daily(identity: Identity) -> None:
     while True:
         with contextlib.suppress(UserError):  # what is wrong with new files is said where they are used
             identity.warn()
-        await asyncio.sleep(DAY)
+        await asyncio.sleep(DAY_S)
 
 
 def why_not(address: str) -> str:

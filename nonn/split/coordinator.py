@@ -22,7 +22,7 @@ from nonn.runtime.coordinator import NodeConnection
 from nonn.runtime.processes import nonn_command
 from nonn.runtime.protocol import check_image
 from nonn.runtime.tls import Identity
-from nonn.split.node import REPORTING, SUPERSEDED, devices_at
+from nonn.split.node import REPORTING_S, SUPERSEDED, devices_at
 from nonn.split.plan import SplitPlan
 
 
@@ -80,7 +80,7 @@ class SplitCoordinator:
 
     async def _collect(self, image: np.ndarray | np.integer) -> list[np.ndarray]:
         """Features of all devices, each of shape (F_d,)."""
-        image_id, seconds = next(self._ids), self.timeout + REPORTING
+        image_id, seconds = next(self._ids), self.timeout + REPORTING_S
         calls = [asyncio.create_task(connection.ask(image, seconds, image_id)) for connection in self.connections]
         try:
             # A device that has failed has failed the image: the others need not be waited for.
@@ -89,7 +89,7 @@ class SplitCoordinator:
             if not late and not failed:
                 return [call.result() for call in calls]
             if not failed:
-                await asyncio.wait(late, timeout=REPORTING)  # now they say whom they have waited for
+                await asyncio.wait(late, timeout=REPORTING_S)  # now they say whom they have waited for
             reasons = {
                 node.name: reason_of(failure) if call.done() and (failure := call.exception()) else LATE
                 for node, call in zip(self.nodes, calls, strict=True)

@@ -18,7 +18,7 @@ from nonn.split.plan import Dtype, Message
 
 #: The model that a slice is addressed to.
 EXCHANGE = "exchange"
-LONGEST_ID = 64
+MAX_ID_LENGTH = 64
 #: Names of types in the protocol, and as they travel.
 WIRE: dict[Dtype, tuple[str, np.dtype]] = {"float32": ("FP32", np.dtype("<f4")), "uint8": ("UINT8", np.dtype("u1"))}
 
@@ -72,8 +72,8 @@ def read_slice(message: Message, request: ModelInferRequest) -> np.ndarray:
 
 def check_id(request: ModelInferRequest) -> None:
     """Refuse what does not say which image it belongs to."""
-    if not 0 < len(request.id) <= LONGEST_ID:
-        raise invalid(f"give the image an id of up to {LONGEST_ID} characters, the same for all devices")
+    if not 0 < len(request.id) <= MAX_ID_LENGTH:
+        raise invalid(f"give the image an id of up to {MAX_ID_LENGTH} characters, the same for all devices")
 
 
 class Exchange:

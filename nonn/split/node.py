@@ -37,9 +37,9 @@ from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
 
 #: Seconds at the end of a call's time in which a device says whom it has waited for in vain.
-REPORTING = 0.5
+REPORTING_S = 0.5
 #: Seconds that a device works on an image whose caller has not set a deadline.
-LONGEST_PATIENCE = 60.0
+DEFAULT_TIMEOUT_S = 60.0
 #: Images of which slices are kept; more than one, because slices may overtake their image.
 KEPT_EXCHANGES = 4
 
@@ -169,7 +169,7 @@ class SplitService(Service):
     async def _classify(self, request, seconds: float | None) -> oip.ModelInferResponse:
         image = read_request(self.contract, request)
         check_id(request)
-        timeout = LONGEST_PATIENCE if seconds is None else max(seconds - REPORTING, seconds / 2)
+        timeout = DEFAULT_TIMEOUT_S if seconds is None else max(seconds - REPORTING_S, seconds / 2)
         if self.running:
             if self.running is self.exchanges.get(request.id):  # both would take the same slices
                 raise ProtocolError(StatusCode.ALREADY_EXISTS, "an image of this id is under way; give each its own id")

@@ -27,7 +27,7 @@ from nonn.core.errors import UserError, printable
 from nonn.core.files import replacing, sha256_of, write_json
 from nonn.core.params import Precision, Sha256
 from nonn.runtime.exported import Dimension, ImageFormat, Record, read_record, read_verified
-from nonn.runtime.protocol import ENVELOPE, MESSAGE_LIMIT, Contract, version_of
+from nonn.runtime.protocol import ENVELOPE_BYTES, MIN_MESSAGE_LIMIT, Contract, version_of
 from nonn.runtime.session import open_session
 
 SplitMethod = Literal["channels", "rows"]
@@ -127,7 +127,7 @@ class Part(Record, extra="forbid"):
     def message_limit(self) -> int:
         """Bytes of the largest message that it sends or receives."""
         payload = max((message.n_bytes for message in self.messages), default=0)
-        return max(MESSAGE_LIMIT, payload + ENVELOPE, self.contract.message_limit)
+        return max(MIN_MESSAGE_LIMIT, payload + ENVELOPE_BYTES, self.contract.message_limit)
 
     @property
     def params(self) -> int:

@@ -28,8 +28,8 @@ ECHO_SECONDS, FEWEST, MOST = 2.0, 10, 300
 #: Seconds until a TCP stream is counted and while it is; at slow rates until so many packets have come.
 WARMUP_SECONDS, STREAM_SECONDS, STREAM_PACKETS = 1.0, 3.0, 200
 
-LARGEST = 65_507  # bytes of a UDP message
-STALLED = 30.0  # seconds without a byte after which a stream is given up
+MAX_DATAGRAM_BYTES = 65_507  # bytes of a UDP message
+STALL_TIMEOUT_S = 30.0  # seconds without a byte after which a stream is given up
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
@@ -58,7 +58,7 @@ def udp_echo(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
     def serve() -> None:
         with ahead_of_others():
             while True:
-                message, sender = server.recvfrom(LARGEST)
+                message, sender = server.recvfrom(MAX_DATAGRAM_BYTES)
                 if sender == address:  # from itself: the end
                     return
                 server.sendto(message, sender)
@@ -87,7 +87,7 @@ def measure_round_trips(
             start = time.perf_counter()
             client.sendto(message, address)
             with contextlib.suppress(TimeoutError):
-                while client.recv(LARGEST) != message:
+                while client.recv(MAX_DATAGRAM_BYTES) != message:
                     pass  # an echo that had been given up
                 times.append(time.perf_counter() - start)
     return times
@@ -111,18 +111,18 @@ def measure_throughput(network: EmulatedNetwork, sender: str, receiver: str, war
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     with listener, source:
-        listener.settimeout(STALLED)
+        listener.settimeout(STALL_TIMEOUT_S)
         try:
             sink, _ = listener.accept()
             with sink:
-                sink.settimeout(STALLED)
+                sink.settimeout(STALL_TIMEOUT_S)
                 return _count_stream(sink, warmup, seconds)
         except TimeoutError:
-            raise UserError(f"the link: no byte came through for {STALLED:g} s; has its relay ended?") from None
+            raise UserError(f"the link: no byte came through for {STALL_TIMEOUT_S:g} s; has its relay ended?") from None
         finally:
             with contextlib.suppress(OSError):  # it was never connected
                 source.shutdown(socket.SHUT_RDWR)
-            thread.join(STALLED)
+            thread.join(STALL_TIMEOUT_S)
 
 
 def _count_stream(sink: socket.socket, warmup: float, seconds: float) -> float:

@@ -14,7 +14,7 @@ from nonn.runtime.attached import announce, told_to_stop
 #: What a request begins with: its size and that of the answer, in bytes.
 SIZES = struct.Struct("!II")
 #: Bytes of the largest request and answer.
-LARGEST = 64 * 2**20
+MAX_MESSAGE_BYTES = 64 * 2**20
 
 
 async def ask(
@@ -30,7 +30,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
         while True:
             request_bytes, response_bytes = SIZES.unpack(await reader.readexactly(SIZES.size))
-            if not SIZES.size <= request_bytes <= LARGEST >= response_bytes:
+            if not SIZES.size <= request_bytes <= MAX_MESSAGE_BYTES >= response_bytes:
                 return  # on loopback anybody may ask
             await reader.readexactly(request_bytes - SIZES.size)
             writer.write(bytes(response_bytes))

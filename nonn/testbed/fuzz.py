@@ -43,7 +43,7 @@ from nonn.testbed.bed import OTHER, STRANGER, running_bed
 #: One message in so many is sent by a stranger: each of those takes a connection of its own.
 STRANGERS = 100
 #: Seconds that an answer may take before it counts as none.
-PATIENCE = 10.0
+ANSWER_TIMEOUT_S = 10.0
 #: What a number in a hostile feature vector may be.
 HOSTILE_FLOATS = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 0.0)
 #: What all numbers of a hostile vector may be that is finite: huge, below 0, or within any limit.
@@ -119,7 +119,7 @@ def is_sound(content: bytes, kind: type[Message], read: Callable, contract: Cont
 
 async def status_of(call) -> tuple[str, bytes]:
     try:
-        return "OK", await asyncio.wait_for(call, PATIENCE)
+        return "OK", await asyncio.wait_for(call, ANSWER_TIMEOUT_S)
     except aio.AioRpcError as error:
         return error.code().name, b""
     except TimeoutError:
@@ -152,7 +152,7 @@ async def attack_as_stranger(cluster: Cluster, node: Node, sound: bytes, random:
         aio.secure_channel(node.address, secret, options) if secret else aio.insecure_channel(node.address, options)
     )
     async with channel:
-        status, _ = await status_of(channel.unary_unary(MODEL_INFER)(sound, timeout=PATIENCE))
+        status, _ = await status_of(channel.unary_unary(MODEL_INFER)(sound, timeout=ANSWER_TIMEOUT_S))
     return f"{kind}: {status}"
 
 
@@ -222,7 +222,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
             bound, _ = await stack.enter_async_context(serve)
             nodes.append(node.model_copy(update={"address": f"127.0.0.1:{bound}"}))
         nodes.append(Node(name="rogue", address=f"127.0.0.1:{port}", model=contract.model))
-        cluster = Cluster(export=export, deadline_ms=PATIENCE * 1000, insecure=True, nodes=nodes)
+        cluster = Cluster(export=export, deadline_ms=ANSWER_TIMEOUT_S * 1000, insecure=True, nodes=nodes)
         coordinator = await stack.enter_async_context(Coordinator(cluster))
         image = np.random.default_rng(seed).integers(0, 256, contract.image_shape[1:], dtype=np.uint8)
         features = {i: ServedStudent(export / f"{c.model}.onnx").run(image[None])[0] for _, i, c in sound_nodes}

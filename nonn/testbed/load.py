@@ -27,7 +27,7 @@ from nonn.core.files import write_json
 from nonn.core.names import COORDINATOR
 from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
-from nonn.runtime.admission import LONGEST_RETURN
+from nonn.runtime.admission import MAX_RETRY_S
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, wait_all_connected
 from nonn.runtime.cluster import Node, write_cluster
@@ -41,13 +41,13 @@ from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
 #: Seconds of each run that are not counted: callers come and estimates settle.
-WARM_UP = 5.0
+WARM_UP_S = 5.0
 #: Seconds that a caller waits on average who got no answer and was not told when to return; doubled each time.
-PAUSE = 0.1
+PAUSE_S = 0.1
 #: Seconds after which the stranger replaces an idle call that was ended.
-REPOSE = 1.0
+RECALL_PAUSE_S = 1.0
 #: Seconds that a caller waits in any case after a refusal with ``--impatient``: none can be quicker than the network.
-HASTE = 0.001
+IMPATIENT_PAUSE_S = 0.001
 COLUMNS = "{:<12} {:>8} {:>11} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>10}"
 HEADER = ("asked", "callers", "answered/s", "p50 ms", "p95 ms", "p99 ms", "refused/s", "late/s", "failed/s", "complete")
 
@@ -117,8 +117,8 @@ async def call_repeatedly(
 ) -> None:
     """One caller in a closed loop, from `start` until the campaign's time is over."""
     loop, in_vain = asyncio.get_running_loop(), 0
-    counted, end = start + WARM_UP, start + WARM_UP + tally.seconds
-    await asyncio.sleep(random.random() * 0.8 * WARM_UP)  # nobody comes at the very same moment
+    counted, end = start + WARM_UP_S, start + WARM_UP_S + tally.seconds
+    await asyncio.sleep(random.random() * 0.8 * WARM_UP_S)  # nobody comes at the very same moment
     while loop.time() < end:
         began, pause = loop.time(), 0.0
         kind, answer = "answered", b""
@@ -127,7 +127,7 @@ async def call_repeatedly(
         except aio.AioRpcError as error:
             seconds = busy_seconds(error)
             if seconds is not None:
-                kind, pause = "refused", HASTE if impatient else seconds * random.uniform(1.0, 1.1)
+                kind, pause = "refused", IMPATIENT_PAUSE_S if impatient else seconds * random.uniform(1.0, 1.1)
             elif error.code() == StatusCode.DEADLINE_EXCEEDED:
                 kind = "late"
             else:
@@ -141,7 +141,7 @@ async def call_repeatedly(
                 setattr(tally, kind, getattr(tally, kind) + 1)
         in_vain = in_vain + 1 if kind in ("late", "failed") else 0
         if in_vain and not impatient:
-            pause = random.uniform(0, min(PAUSE * 2**in_vain, LONGEST_RETURN))
+            pause = random.uniform(0, min(PAUSE_S * 2**in_vain, MAX_RETRY_S))
         if pause:
             await asyncio.sleep(min(pause, max(end - now, 0)))
 
@@ -153,7 +153,7 @@ async def idle_calls(target: LoadTarget, stranger: Identity, count: int) -> Asyn
     async def keep_calling(begin: aio.StreamUnaryMultiCallable) -> None:
         while True:
             await begin().code()  # ended by whoever is called, since nothing is ever written
-            await asyncio.sleep(REPOSE)
+            await asyncio.sleep(RECALL_PAUSE_S)
 
     async with open_channel(target.node, target.contract.message_limit, stranger, own=True) as channel:
         begin = channel.stream_unary(MODEL_INFER)

@@ -29,7 +29,7 @@ from nonn.testbed.emulation import DEVICE, SUBNET, SUBNET_BITS
 #: Packets that a TUN device holds until the relay reads them; the default of 500 is a short burst.
 DEVICE_QUEUE = 2000
 #: Longest sleep in seconds, after which the relay looks whether its parent is still there.
-IDLE = 0.25
+MAX_SLEEP_S = 0.25
 #: Packets read from one device before the others have their turn; one at a time costs 8 % at 941 Mbit/s.
 BATCH = 16
 #: A queue holds this many bytes, or this many seconds of its link, whichever is more: see `Switch`.
@@ -185,7 +185,7 @@ def relay(devices: Sequence[int], addresses: Sequence[str], link: Link, parent: 
     senders = {device: host for host, device in enumerate(devices)}
     clock = time.monotonic
     while os.getppid() == parent:
-        pause = min(max(switch.next_event - clock(), 0), IDLE)
+        pause = min(max(switch.next_event - clock(), 0), MAX_SLEEP_S)
         for device in select.select(devices, [], [], pause)[0]:
             with contextlib.suppress(BlockingIOError):  # no more for now
                 for _ in range(BATCH):

@@ -27,16 +27,16 @@ from nonn.core.errors import UserError
 from nonn.core.names import COORDINATOR
 from nonn.core.options import amount, natural
 from nonn.core.progress import log
-from nonn.live.following import FILE_ATTENTION
+from nonn.live.following import FILE_POLL_S
 from nonn.live.health import wait_for
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, wait_connected
 from nonn.runtime.cluster import Node, write_cluster
-from nonn.runtime.coordinator import LONGEST_PAUSE
+from nonn.runtime.coordinator import MAX_PAUSE_S
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.node import ServedStudent
-from nonn.runtime.processes import START, coordinator_command, node_commands, running, start, stop
+from nonn.runtime.processes import START_TIMEOUT_S, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.served_network import DEFAULT_CALLERS, network_version
 from nonn.runtime.tls import Identity
@@ -45,10 +45,10 @@ from nonn.testbed.bed import RunningCluster, running_bed
 #: Different images that are asked for, in turn.
 IMAGES = 50
 #: Seconds beyond the deadline after which a request counts as lost, and within which the cluster has to be whole.
-EXTRA, RECOVERY = 5.0, 30.0
+EXTRA_S, RECOVERY_S = 5.0, 30.0
 #: Seconds until the next node is replaced: the coordinator has then found the one before. Without it, students of
 #: neither export may be many.
-PAUSE = LONGEST_PAUSE + FILE_ATTENTION
+PAUSE_S = MAX_PAUSE_S + FILE_POLL_S
 #: Largest difference of a probability that is rounding.
 ROUNDING = 1e-4
 
@@ -120,7 +120,7 @@ class Campaign:
         image = self.seen.requests % len(self.images)
         begun = time.perf_counter()
         try:
-            content = await self.call(self.contents[image], timeout=self.bed.cluster.deadline_ms / 1000 + EXTRA)
+            content = await self.call(self.contents[image], timeout=self.bed.cluster.deadline_ms / 1000 + EXTRA_S)
         except aio.AioRpcError as error:
             reason = f"{error.code().name}: {(error.details() or '')[:100]}"
             self.seen.lost[reason] += 1
@@ -149,10 +149,10 @@ class Campaign:
             # Asked by the protocol, since the line by which a child says that it listens may get lost among gRPC's.
             contract = contracts[node.name]
             if problem := await wait_for(
-                node, contract, cluster.own_identity, START, partial(getattr, child, "has_exited")
+                node, contract, cluster.own_identity, START_TIMEOUT_S, partial(getattr, child, "has_exited")
             ):
                 raise UserError(f"{node.name} did not start: {child.said or problem}")
-            await asyncio.sleep(PAUSE)
+            await asyncio.sleep(PAUSE_S)
             self.seen.seconds[node.name] = time.monotonic() - begun
             log(f"{node.name}: replaced in {self.seen.seconds[node.name]:.1f} s, {self.seen.requests} requests so far")
 
@@ -204,7 +204,7 @@ async def run_campaign(campaign: Campaign, n_requests: int, callers: int, cluste
     finally:
         replacing.cancel()
         await asyncio.gather(replacing, return_exceptions=True)
-    end = time.monotonic() + RECOVERY
+    end = time.monotonic() + RECOVERY_S
     while not seen.whole_again and time.monotonic() < end:
         seen.whole_again = await campaign.ask() == (seen.versions[1], parts - 1)
 

@@ -31,7 +31,7 @@ from nonn.testbed.bed import RunningCluster, running_bed
 from nonn.testbed.latency import memory_kib
 
 #: What a stopped node sleeps, in deadlines; and seconds that the end may take.
-NAP, RECOVERY = 3.0, 15.0
+NAP, RECOVERY_S = 3.0, 15.0
 #: Callers of a node that gets too many calls, seconds for which they call, their deadline as a share of the cluster's,
 #: and seconds until a refused one returns: sooner than he is told, or the crowd would not last.
 CROWD, RUSH, CROWD_SHARE, RETURN = 64, 1.0, 0.5, 0.02
@@ -180,11 +180,11 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
 
 
 async def becomes_whole(bed: RunningCluster, coordinator: Coordinator, image: np.ndarray) -> bool:
-    """Whether all nodes take part again within `RECOVERY` seconds, without any help."""
+    """Whether all nodes take part again within `RECOVERY_S` seconds, without any help."""
     for name, child in bed.children.items():
         if child.has_exited:  # killed at the very end, before its restart
             await bed.restart(name)
-    end = time.monotonic() + RECOVERY
+    end = time.monotonic() + RECOVERY_S
     while time.monotonic() < end:
         with contextlib.suppress(NobodyAnsweredError):
             if not (await coordinator.classify(image)).absent:

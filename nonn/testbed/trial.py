@@ -41,7 +41,7 @@ DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
 WARMUP = 20
 #: Seconds after which no further one is sent, and between attempts to reach all devices.
-LONGEST_WARMUP, PAUSE = 2.0, 0.2
+LONGEST_WARMUP, PAUSE_S = 2.0, 0.2
 #: Images to time at least, however long they take.
 FEWEST = 2
 #: Seconds for starting the devices, warming up and finishing the last image.
@@ -133,7 +133,7 @@ async def warm_up(ask: Ask, inputs: Sequence | np.ndarray, n_devices: int) -> No
         with contextlib.suppress(NobodyAnsweredError):
             if await ask(inputs[0]) == n_devices:
                 break
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(PAUSE_S)
     begin = time.monotonic()
     for number in range(WARMUP):
         await ask(inputs[number % len(inputs)])
