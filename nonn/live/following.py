@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from grpc import StatusCode
@@ -24,10 +23,10 @@ from nonn.core.errors import UserError
 from nonn.core.files import stamp_of
 from nonn.core.progress import log
 from nonn.runtime.cluster import Cluster, load_cluster
-from nonn.runtime.coordinator import TOLERATED_FAILURES, Coordinator, NodeConnection
+from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.exported import Manifest
 from nonn.runtime.protocol import ProtocolError
-from nonn.runtime.served_network import ServedNetwork
+from nonn.runtime.served_network import NetworkContract, ServedNetwork
 
 #: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
 #: use what could not be used, of which the pauses double: files that the file names may still be on their way.
@@ -35,16 +34,6 @@ FILE_POLL_S, MAX_RETRY_PAUSE_S = 0.5, 8.0
 #: Why the circuit of a node of a new export is open until it has answered a probe, and why its circuit of the other
 #: export is open from then on.
 NOT_YET, ELSEWHERE = "does not serve the new export yet", "serves the other export"
-
-
-class CurrentContract:
-    """The contract of whichever export is the current one, for a server that asks for it once."""
-
-    def __init__(self, followed: FollowedNetwork):
-        self._followed = followed
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._followed.current.contract, name)
 
 
 class FollowedNetwork:
@@ -61,7 +50,6 @@ class FollowedNetwork:
         self._cluster = load_cluster(path)
         self.current = ServedNetwork(Coordinator(self._cluster))
         self.next: ServedNetwork | None = None
-        self.contract: Any = CurrentContract(self)
         self.admission, self.absences = self.current.admission, self.current.absences
         self._stamp: tuple = ()
         self._failed: tuple = ()  # the stamp of what could not be used
@@ -83,6 +71,11 @@ class FollowedNetwork:
         await asyncio.gather(*tasks, return_exceptions=True)
         for network in self._networks():
             await network.__aexit__(*reason)
+
+    @property
+    def contract(self) -> NetworkContract:
+        """That of the current export."""
+        return self.current.contract
 
     @property
     def is_ready(self) -> bool:
@@ -157,7 +150,7 @@ class FollowedNetwork:
             if connection.breaker_is_open:
                 gone.add(connection.name)
             elif not other.breaker_is_open:
-                leave_alone(other if connection.name in self._gone else connection, ELSEWHERE)
+                (other if connection.name in self._gone else connection).open_breaker(ELSEWHERE)
         self._gone = gone
 
     def _look(self) -> tuple:
@@ -185,7 +178,7 @@ class FollowedNetwork:
         elif former is None or not same_service(network, former):
             await network.__aenter__()
             for connection in network.coordinator.connections:  # each has to answer a probe first
-                leave_alone(connection, NOT_YET)
+                connection.open_breaker(NOT_YET)
             self.next = network
             log(f"{self.path}: goes over to version {network.contract.version}, node by node")
         if former and former is not self.next:
@@ -203,12 +196,6 @@ class FollowedNetwork:
         if (cluster.tls is None) != (self._cluster.tls is None):
             raise UserError(f"{self.path}: tls: is read at the start alone. Start the coordinator again.")
         return cluster, ServedNetwork(Coordinator(cluster.model_copy(update={"tls": self._cluster.tls})))
-
-
-def leave_alone(connection: NodeConnection, reason: str) -> None:
-    """Ask a node for nothing until it has answered a probe."""
-    connection.failures = TOLERATED_FAILURES
-    connection.failed(reason)
 
 
 def share_present(network: ServedNetwork) -> float:

@@ -166,6 +166,15 @@ class NodeConnection:
         if self.failures >= TOLERATED_FAILURES and not self.breaker_is_open:
             self.probing = asyncio.create_task(self._probe())
 
+    def open_breaker(self, reason: str) -> None:
+        """Ask the node for nothing until it has answered a probe."""
+        self.failures = TOLERATED_FAILURES
+        self.failed(reason)
+
+    def reset(self) -> None:
+        """Forget the failures so far."""
+        self.failures = 0
+
     def missed_short_deadline(self) -> None:
         """Count an image whose deadline was short. After several in a row, find out whether the node hangs."""
         self.late_under_short_deadline += 1

@@ -77,8 +77,13 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
     """The calls that are answered; all others stay UNIMPLEMENTED."""
 
     def __init__(self, model: Model):
-        self.model, self.contract = model, model.contract
+        self.model = model
         self.meters = Meters(self.contract.model)
+
+    @property
+    def contract(self) -> ImageContract:
+        """That of the model, which may change while it is served."""
+        return self.model.contract
 
     async def ServerLive(self, request, context):
         return oip.ServerLiveResponse(live=True)

@@ -228,7 +228,7 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
         features = {i: ServedStudent(export / f"{c.model}.onnx").run(image[None])[0] for _, i, c in sound_nodes}
         for _ in track(range(n_messages), "hostile responses"):
             answer = await coordinator.classify(image)
-            coordinator.connections[rogue].failures = 0  # or its breaker would keep the rest of the campaign away
+            coordinator.connections[rogue].reset()  # or its breaker would keep the rest of the campaign away
             said = is_sound(last["content"], ModelInferResponse, read_response, contract)
             present = features if said is None else features | {rogue: said}
             expected = predict(manifest, coordinator.final, present)
