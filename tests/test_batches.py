@@ -40,7 +40,7 @@ def picture(value):
 
 async def asked(batches, values, seconds=10.0):
     deadline = asyncio.get_running_loop().time() + seconds
-    tasks = [asyncio.create_task(batches.ask(picture(value), deadline)) for value in values]
+    tasks = [asyncio.create_task(batches.infer(picture(value), deadline)) for value in values]
     await asyncio.sleep(0.01)
     return tasks
 

@@ -67,7 +67,7 @@ def test_a_failing_node_is_left_alone_and_rejoins(network_folder, monkeypatch):
 
 
 def test_probes_go_on_whatever_they_meet(network_folder, monkeypatch):
-    monkeypatch.setattr(coordination, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(coordination, "FIRST_PAUSE_S", 0.05)
 
     async def unforeseen(*_):
         raise TypeError("unforeseen")
@@ -77,7 +77,7 @@ def test_probes_go_on_whatever_they_meet(network_folder, monkeypatch):
             connection = coordinator.connections[2]
             for _ in range(coordination.TOLERATED_FAILURES):
                 await coordinator.classify(make_image())
-            monkeypatch.setattr(connection, "ask", unforeseen)
+            monkeypatch.setattr(connection, "infer", unforeseen)
             await until(lambda: connection.reason == "unforeseen")
             monkeypatch.undo()
             rogue.behave = with_features([1, 2])
@@ -86,7 +86,7 @@ def test_probes_go_on_whatever_they_meet(network_folder, monkeypatch):
     asyncio.run(scenario())
 
 
-def test_a_hanging_node_costs_no_time_once_it_is_left_alone(network_folder):
+def test_a_hanging_node_costs_no_time_once_its_circuit_is_open(network_folder):
     async def scenario():
         async with rogue_node(hang) as (third, _), two_and(network_folder, third, FEW) as coordinator:
             for _ in range(coordination.TOLERATED_FAILURES):

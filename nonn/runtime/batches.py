@@ -48,7 +48,7 @@ class Batches:
         self._waiting: deque[Waiting] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def ask(self, image: np.ndarray, deadline: float) -> np.ndarray:
+    async def infer(self, image: np.ndarray, deadline: float) -> np.ndarray:
         """Features (F_i,) of an image, or what `send` raises."""
         answer: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
         self._waiting.append((image, deadline, answer))

@@ -95,7 +95,7 @@ class NodeConnection:
         self.latency_ms: float | None = None  # of the last answer, there and back
         self.probing: asyncio.Task | None = None
         self.single_probe: asyncio.Task | None = None
-        self.batches = Batches(self._ask_and_time, contract.largest_batch, self.name)
+        self.batches = Batches(self._timed_infer, contract.largest_batch, self.name)
         self.use(channel)
 
     def use(self, channel: aio.Channel) -> None:
@@ -110,12 +110,18 @@ class NodeConnection:
         """Whether the breaker keeps requests from the node."""
         return self.probing is not None
 
-    async def ask(self, image: np.ndarray | np.integer, seconds: float, image_id: str = "") -> np.ndarray:
-        """Features (F_i,) of an image, or (k, F_i) of k; without them an `aio.AioRpcError` or a `ProtocolError`."""
+    async def infer(self, image: np.ndarray | np.integer, timeout: float, image_id: str = "") -> np.ndarray:
+        """Features (F_i,) of an image, or (k, F_i) of k, within `timeout` seconds.
+
+        Raises
+        ------
+        aio.AioRpcError, ProtocolError
+            The node does not answer, refuses, or sends something else.
+        """
         start, request = time.perf_counter(), make_request(self.contract, image)
         request.id = image_id
-        seconds = max(seconds, 0)
-        content = await self._call(request, timeout=seconds, metadata=((GIVEN, f"{1000 * seconds:.3f}"),))
+        timeout = max(timeout, 0)
+        content = await self._call(request, timeout=timeout, metadata=((GIVEN, f"{1000 * timeout:.3f}"),))
         try:
             response = ModelInferResponse.FromString(received(content))
         except DecodeError:
@@ -124,29 +130,32 @@ class NodeConnection:
         self.latency_ms = (time.perf_counter() - start) * 1000
         return features
 
-    async def ask_until(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
-        """As `ask` of one image, by a time of the event loop, in one message with others that wait; see `_ask_by`."""
+    async def infer_batched(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
+        """Like `_infer_with_retry`, of one image, which shares a message with others that wait for the node."""
         if isinstance(image, np.integer):
-            return await self._ask_by(image, deadline)
-        return await self.batches.ask(image, deadline)
+            return await self._infer_with_retry(image, deadline)
+        return await self.batches.infer(image, deadline)
 
-    async def _ask_and_time(self, images: np.ndarray, deadline: float) -> tuple[np.ndarray, float]:
-        """As `_ask_by`, and the seconds that it took, without those of a node that was busy."""
-        features = await self._ask_by(images, deadline)
+    async def _timed_infer(self, images: np.ndarray, deadline: float) -> tuple[np.ndarray, float]:
+        """Like `_infer_with_retry`, and the seconds that the last attempt took."""
+        features = await self._infer_with_retry(images, deadline)
         assert self.latency_ms is not None
         return features, self.latency_ms / 1000
 
-    async def _ask_by(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
-        """As `ask`, by a time of the event loop; once more if the node is busy and says that it will not be then."""
+    async def _infer_with_retry(self, image: np.ndarray | np.integer, deadline: float) -> np.ndarray:
+        """Like `infer`, with an absolute deadline (event-loop time).
+
+        Retries once if the node is busy and its retry time is before the deadline.
+        """
         loop = asyncio.get_running_loop()
         try:
-            return await self.ask(image, deadline - loop.time())
+            return await self.infer(image, deadline - loop.time())
         except aio.AioRpcError as error:
             pause = busy_seconds(error)
             if pause is None or pause >= MAX_RETRY_S or loop.time() + 2 * pause > deadline:
                 raise
         await asyncio.sleep(pause)
-        return await self.ask(image, deadline - loop.time())
+        return await self.infer(image, deadline - loop.time())
 
     def succeeded(self) -> None:
         self.failures, self.late_under_short_deadline, self.pause = 0, 0, FIRST_PAUSE_S
@@ -185,7 +194,7 @@ class NodeConnection:
         """Ask for the features of a black image within the full timeout; requests go on meanwhile."""
         began = asyncio.get_running_loop().time()
         try:
-            await self.ask(self._blank, self.timeout)
+            await self.infer(self._blank, self.timeout)
         except (aio.AioRpcError, ProtocolError) as error:
             if busy_seconds(error) is None:
                 self.failed(reason_of(error), began)
@@ -206,7 +215,7 @@ class NodeConnection:
             await asyncio.sleep(self.pause)
             self.pause = min(2 * self.pause, MAX_PAUSE_S)
             try:
-                await self.ask(self._blank, self.timeout)
+                await self.infer(self._blank, self.timeout)
             except Exception as error:  # whatever it is: without a probe the node would be cut off for ever
                 self.reason = reason_of(error)
                 if busy_seconds(error) is None:
@@ -346,7 +355,7 @@ class Coordinator:
         # When all circuits are open, there is nothing to lose by asking the nodes all the same.
         all_open = all(connection.breaker_is_open for connection in self.connections)
         calls = {
-            position: loop.create_task(connection.ask_until(image, deadline))
+            position: loop.create_task(connection.infer_batched(image, deadline))
             for position, connection in enumerate(self.connections)
             if all_open or not connection.breaker_is_open
         }

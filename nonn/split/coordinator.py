@@ -81,7 +81,7 @@ class SplitCoordinator:
     async def _collect(self, image: np.ndarray | np.integer) -> list[np.ndarray]:
         """Features of all devices, each of shape (F_d,)."""
         image_id, seconds = next(self._ids), self.timeout + REPORTING_S
-        calls = [asyncio.create_task(connection.ask(image, seconds, image_id)) for connection in self.connections]
+        calls = [asyncio.create_task(connection.infer(image, seconds, image_id)) for connection in self.connections]
         try:
             # A device that has failed has failed the image: the others need not be waited for.
             _, late = await asyncio.wait(calls, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
