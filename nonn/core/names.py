@@ -1,4 +1,4 @@
-"""Names that users give to experiments, networks and devices, and the name of the host that asks the devices."""
+"""Names that users give to experiments, networks and devices, and the names of the hosts that ask devices."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pydantic import AfterValidator, Field
 
 #: The host that asks the devices, on links and in clusters.
 COORDINATOR = "coordinator"
+#: An application that asks a coordinator, in its certificate.
+APPLICATION = "application"
 #: Words that some version of YAML takes for a truth value or for null.
 _YAML_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 

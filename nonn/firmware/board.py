@@ -30,8 +30,9 @@ from nonn.firmware.scale import scale_of
 from nonn.firmware.targets import CORES, Target, find_target
 from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import ServedStudent, add_serving, callers_from, identity_from
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.serving import serve
+from nonn.runtime.serving_options import add_device, callers_from, identity_from
 
 #: What the firmware says as soon as it listens.
 READY = b"R"
@@ -137,7 +138,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = parser.add_argument("--device", required=True, metavar="NAME", help="of `nonn devices`, such as stm32h743")
     complete_from(device, lambda: list(CHIPS))
     parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
-    add_serving(parser)
+    add_device(parser)
     parser.epilog = "example: nonn board results/cifar10_int8/export/4s/0.onnx --device stm32h743 --insecure"
 
 

@@ -7,13 +7,14 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+from nonn.core.names import APPLICATION
 from nonn.live.following import FollowedNetwork
 from nonn.runtime.cluster import CLUSTER_FILE, load_cluster
 from nonn.runtime.coordinator import Coordinator
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import callers_from
-from nonn.runtime.served_network import DEFAULT_CALLERS, ServedNetwork
+from nonn.runtime.served_network import ServedNetwork
 from nonn.runtime.serving import serve
+from nonn.runtime.serving_options import add_metrics_port, add_serving, callers_from
 
 
 async def coordinate(path: Path, is_followed: bool, address: str, **how: Any) -> None:
@@ -28,15 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster", type=Path, default=CLUSTER_FILE, metavar="FILE", help="the cluster (default: %(default)s)"
     )
     parser.add_argument("--address", default="127.0.0.1:7090", help="host:port to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        metavar="NAME",
-        help="common name of a caller that is answered; repeatable (default: application)",
-    )
-    parser.add_argument("--insecure", action="store_true", help="plain text to applications; loopback only")
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
-    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
+    add_serving(parser, APPLICATION)
+    add_metrics_port(parser)
     parser.add_argument(
         "--follow", action="store_true", help="go over to another export, node by node, when the cluster file names one"
     )
@@ -52,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
         options.follow,
         options.address,
         identity=identity,
-        allowed=callers_from(options, identity, DEFAULT_CALLERS),
+        allowed=callers_from(options, identity, APPLICATION),
         metrics_port=options.metrics_port,
         attached=options.attached,
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
-from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,11 +28,9 @@ from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.protocol import ProtocolError, check_features, make_response, student_contract
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import serve
+from nonn.runtime.serving_options import add_device, add_metrics_port, callers_from, identity_from
 from nonn.runtime.students import open_student
-from nonn.runtime.tls import Identity
 
-#: Who may call a node that is not told otherwise.
-DEFAULT_CALLERS = ("coordinator",)
 #: Seconds within which a student may keep the event loop from everything else. To compute in a thread
 #: takes two changes of thread, each of which costs about as much as a very small student.
 QUICK_S = 1e-3
@@ -98,46 +95,13 @@ class ServedStudent:
         return features
 
 
-def identity_from(options: argparse.Namespace) -> Identity | None:
-    """Who a command is that serves something; None for plain text, a `UserError` if it was told neither."""
-    files = (options.cert, options.key, options.ca)
-    if options.insecure == any(files) or (any(files) and not all(files)):
-        raise UserError("give --cert, --key and --ca together, or --insecure for plain text on a loopback address")
-    return None if options.insecure else Identity(*files)
-
-
-def callers_from(
-    options: argparse.Namespace, identity: Identity | None, default: Collection[str] = DEFAULT_CALLERS
-) -> Collection[str]:
-    """Names of the callers that a command answers; a `UserError` for names where there are no certificates."""
-    if options.allow and identity is None:
-        raise UserError("--allow: callers have no names in plain text. Leave it out, or use certificates.")
-    return options.allow or default
-
-
-def add_serving(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that serves a part of a network."""
-    parser.add_argument("--cert", type=Path, help="this node's certificate")
-    parser.add_argument("--key", type=Path, help="its private key")
-    parser.add_argument("--ca", type=Path, help="certificate of the authority that signs callers")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        metavar="NAME",
-        help="common name of a caller that is answered; repeatable (default: coordinator)",
-    )
-    parser.add_argument("--insecure", action="store_true", help="plain text without certificates; loopback only")
-    parser.add_argument("--sensor", type=Path, metavar="FILE.npy", help="images that stand in for a camera")
-    parser.add_argument("--attached", action="store_true", help="stop when standard input closes")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.onnx", help="an exported student, with manifest.json next to it"
     )
     parser.add_argument("--address", default="127.0.0.1:7100", help="host:port to listen on (default: %(default)s)")
-    add_serving(parser)
-    parser.add_argument("--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics on 127.0.0.1:PORT")
+    add_device(parser)
+    add_metrics_port(parser)
     parser.epilog = "example: nonn node results/mnist5k/export/2s/0.onnx --insecure"
 
 

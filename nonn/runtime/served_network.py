@@ -21,8 +21,6 @@ from nonn.runtime.coordinator import Answer, BusyError, Coordinator, NobodyAnswe
 from nonn.runtime.exported import Manifest
 from nonn.runtime.protocol import ENVELOPE_BYTES, ImageContract, ProtocolError, version_of
 
-#: Who may call a coordinator that is not told otherwise: the name in an application's certificate.
-DEFAULT_CALLERS = ("application",)
 #: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
 CALLERS_SHARE = 0.9
 #: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.

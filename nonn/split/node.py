@@ -22,16 +22,17 @@ from grpc import StatusCode, aio
 from tritonclient.grpc import service_pb2 as oip
 
 from nonn.core.errors import UserError, one_line
+from nonn.core.names import COORDINATOR
 from nonn.core.progress import log
 from nonn.runtime.addresses import canonical_address, is_loopback
 from nonn.runtime.attached import announce, told_to_stop
 from nonn.runtime.channel import MODEL_INFER, READY, open_channel, reason_of, wait_connected
 from nonn.runtime.cluster import Node
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.node import DEFAULT_CALLERS, add_serving, callers_from, identity_from
 from nonn.runtime.protocol import ProtocolError, make_response, read_request
 from nonn.runtime.sensor import load_sensor
 from nonn.runtime.serving import Service, listening
+from nonn.runtime.serving_options import add_device, callers_from, identity_from
 from nonn.runtime.tls import Identity, may_call
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
@@ -251,7 +252,7 @@ async def serving(
     device: SplitDevice,
     addresses: Sequence[str],
     identity: Identity | None = None,
-    allowed: Collection[str] = DEFAULT_CALLERS,
+    allowed: Collection[str] = (COORDINATOR,),
 ) -> AsyncIterator[tuple[int, SplitService]]:
     """Serve a device's part while the block runs, on its own of the addresses; yield its port and the service.
 
@@ -323,7 +324,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST:PORT",
         help="addresses of all devices, in order; this one listens on its own",
     )
-    add_serving(parser)
+    add_device(parser)
     parser.epilog = "example: nonn split-node plan/0 --devices 127.0.0.1:7100 127.0.0.1:7101 --insecure"
 
 

@@ -24,7 +24,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.names import COORDINATOR
+from nonn.core.names import APPLICATION, COORDINATOR
 from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import MAX_RETRY_S
@@ -34,7 +34,7 @@ from nonn.runtime.cluster import Node, write_cluster
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.processes import coordinator_command, running
 from nonn.runtime.protocol import ImageContract, make_request
-from nonn.runtime.served_network import DEFAULT_CALLERS, NetworkContract, network_version
+from nonn.runtime.served_network import NetworkContract, network_version
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
 
@@ -196,7 +196,7 @@ async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[lis
     async with running_bed(export, deadline_ms) as bed:
         folder, identity = folder_of(bed), bed.cluster.own_identity
         assert identity, "a bed has certificates"
-        write_certificates(folder, (*DEFAULT_CALLERS, STRANGER))
+        write_certificates(folder, [APPLICATION, STRANGER])
         manifest, placed = bed.cluster.placed()
         node, _, contract = placed[0]
         async with running(coordinator_of(bed)) as children:
@@ -211,7 +211,7 @@ async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[lis
             coordinator = children[COORDINATOR].node
             yield [
                 LoadTarget(node, contract, identity, None),
-                LoadTarget(coordinator, network, Identity.of(*DEFAULT_CALLERS, folder), len(placed)),
+                LoadTarget(coordinator, network, Identity.of(APPLICATION, folder), len(placed)),
             ]
 
 

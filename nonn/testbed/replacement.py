@@ -24,7 +24,7 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 from tritonclient.utils import deserialize_bytes_tensor
 
 from nonn.core.errors import UserError
-from nonn.core.names import COORDINATOR
+from nonn.core.names import APPLICATION, COORDINATOR
 from nonn.core.options import amount, natural
 from nonn.core.progress import log
 from nonn.live.following import FILE_POLL_S
@@ -38,7 +38,7 @@ from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.processes import START_TIMEOUT_S, coordinator_command, node_commands, running, start, stop
 from nonn.runtime.protocol import make_request
-from nonn.runtime.served_network import DEFAULT_CALLERS, network_version
+from nonn.runtime.served_network import network_version
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_bed
 
@@ -173,12 +173,12 @@ async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int
         bed = await stack.enter_async_context(running_bed(former, deadline_ms))
         assert bed.cluster.tls, "a bed has certificates"
         folder = bed.cluster.tls.folder
-        write_certificates(folder, DEFAULT_CALLERS)
+        write_certificates(folder, [APPLICATION])
         write_cluster(folder / "cluster.yaml", bed.cluster)
         node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
         command = coordinator_command(folder / "cluster.yaml", node.address, "--follow")
         children = await stack.enter_async_context(running({node: command}))
-        identity = Identity.of(*DEFAULT_CALLERS, folder)
+        identity = Identity.of(APPLICATION, folder)
         channel = open_channel(children[COORDINATOR].node, 2**20, identity)
         await stack.enter_async_context(channel)
         await wait_connected(channel)
