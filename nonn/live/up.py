@@ -23,9 +23,9 @@ from nonn.core.progress import log
 from nonn.live import PAGE_PORT
 from nonn.runtime.attached import told_to_stop
 from nonn.runtime.channel import LATE, open_channel, reason_of, received
-from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, load_cluster
+from nonn.runtime.cluster import CLUSTER_FILE, Cluster, load_cluster
 from nonn.runtime.logs import relayed_stderr
-from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, nonn_command, reasons, running
+from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
 from nonn.runtime.protocol import Contract, ProtocolError
 
 #: Seconds between two looks at a node, and what an answer may take.
@@ -87,20 +87,6 @@ async def show(children: list[Child]) -> None:
         await asyncio.sleep(POLL_S / 2)
 
 
-def board_commands(cluster: Cluster, device: str) -> dict[Node, list[str]]:
-    """What serves each node of a cluster by the firmware of its student on an emulated microcontroller."""
-    caller = cluster.tls.coordinator if cluster.tls else ""
-    return {
-        node: nonn_command(
-            *("board", str(cluster.export / f"{node.model}.onnx"), "--device", device, "--address", node.address),
-            identity=cluster.identity(node.name),
-            caller=caller,
-            sensor=cluster.sensor,
-        )
-        for node in cluster.nodes
-    }
-
-
 async def run_cluster(
     cluster: Cluster, *pages: SideTask, boards: str | None = None, stopped: asyncio.Event | None = None
 ) -> None:
@@ -118,8 +104,7 @@ async def run_cluster(
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
             identity.for_server()  # refuses what cannot be read before anything has started
-    commands = board_commands(cluster, boards) if boards else node_commands(cluster)
-    async with running(commands, wait=False) as children:
+    async with running(node_commands(cluster, board=boards), wait=False) as children:
         table = asyncio.create_task(show(list(children.values())))
         try:
             await attend(cluster, children, pages, stopped)

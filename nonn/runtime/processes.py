@@ -103,12 +103,19 @@ def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor
     return [sys.executable, "-m", "nonn", *arguments, "--attached", *given, *([] if identity else ["--insecure"])]
 
 
-def node_commands(cluster: Cluster, prefixes: Iterable[Sequence[str]] = ()) -> dict[Node, list[str]]:
-    """What serves each node of a cluster, each behind a command that runs others, such as ``ip netns exec NAME``."""
+def node_commands(
+    cluster: Cluster, prefixes: Iterable[Sequence[str]] = (), board: str | None = None
+) -> dict[Node, list[str]]:
+    """What serves each node of a cluster, each behind a command that runs others, such as ``ip netns exec NAME``.
+
+    With a `board` of the catalogue, each student runs as firmware on an emulated one.
+    """
     caller = cluster.tls.coordinator if cluster.tls else ""
     commands = {}
     for node, prefix in zip(cluster.nodes, chain(prefixes, repeat(())), strict=False):
-        arguments = ("node", str(cluster.export / f"{node.model}.onnx"), "--address", node.address)
+        model = str(cluster.export / f"{node.model}.onnx")
+        program = ["board", model, "--device", board] if board else ["node", model]
+        arguments = (*program, "--address", node.address)
         identity = cluster.identity(node.name)
         commands[node] = [*prefix, *nonn_command(*arguments, identity=identity, caller=caller, sensor=cluster.sensor)]
     return commands

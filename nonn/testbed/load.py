@@ -24,19 +24,17 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 
 from nonn.core.errors import UserError
 from nonn.core.files import write_json
-from nonn.core.names import APPLICATION, COORDINATOR
+from nonn.core.names import APPLICATION
 from nonn.core.options import amount, natural, numbers, seed_number
 from nonn.core.progress import log
 from nonn.runtime.admission import MAX_RETRY_S
-from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel, wait_all_connected
-from nonn.runtime.cluster import Node, write_cluster
+from nonn.runtime.cluster import Node
 from nonn.runtime.exported import read_manifest
-from nonn.runtime.processes import coordinator_command, running
 from nonn.runtime.protocol import ImageContract, make_request
 from nonn.runtime.served_network import NetworkContract, network_version
 from nonn.runtime.tls import Identity
-from nonn.testbed.bed import STRANGER, RunningCluster, running_bed
+from nonn.testbed.bed import STRANGER, running_bed
 
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
@@ -193,41 +191,18 @@ async def measure(
 @contextlib.asynccontextmanager
 async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[list[LoadTarget]]:
     """A running node and a running coordinator of an exported network, with nodes of its own."""
-    async with running_bed(export, deadline_ms) as bed:
-        folder, identity = folder_of(bed), bed.cluster.own_identity
+    async with running_bed(export, deadline_ms) as bed, bed.running_coordinator() as coordinator:
+        identity = bed.cluster.own_identity
         assert identity, "a bed has certificates"
-        write_certificates(folder, [APPLICATION, STRANGER])
         manifest, placed = bed.cluster.placed()
         node, _, contract = placed[0]
-        async with running(coordinator_of(bed)) as children:
-            image = manifest.image
-            network = NetworkContract(
-                export.resolve().name,
-                image.channels,
-                image.size,
-                len(manifest.classes),
-                version=network_version(manifest),
-            )
-            coordinator = children[COORDINATOR].node
-            yield [
-                LoadTarget(node, contract, identity, None),
-                LoadTarget(coordinator, network, Identity.of(APPLICATION, folder), len(placed)),
-            ]
-
-
-def folder_of(bed: RunningCluster) -> Path:
-    """Of the certificates, which a bed always has."""
-    assert bed.cluster.tls
-    return bed.cluster.tls.folder
-
-
-def coordinator_of(bed: RunningCluster) -> dict[Node, list[str]]:
-    """What serves a bed's network to applications, for `nonn.runtime.processes.running`."""
-    folder = folder_of(bed)
-    path = folder / "cluster.yaml"
-    write_cluster(path, bed.cluster)
-    node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
-    return {node: coordinator_command(path, node.address)}
+        image, version = manifest.image, network_version(manifest)
+        name, n_classes = export.resolve().name, len(manifest.classes)
+        network = NetworkContract(name, image.channels, image.size, n_classes, version=version)
+        yield [
+            LoadTarget(node, contract, identity, None),
+            LoadTarget(coordinator, network, Identity.of(APPLICATION, bed.folder), len(placed)),
+        ]
 
 
 async def run_load(

@@ -24,19 +24,18 @@ from tritonclient.grpc.service_pb2 import ModelInferResponse
 from tritonclient.utils import deserialize_bytes_tensor
 
 from nonn.core.errors import UserError
-from nonn.core.names import APPLICATION, COORDINATOR
+from nonn.core.names import APPLICATION
 from nonn.core.options import amount, natural
 from nonn.core.progress import log
 from nonn.live.following import FILE_POLL_S
 from nonn.live.health import wait_for
-from nonn.runtime.certs import write_certificates
 from nonn.runtime.channel import MODEL_INFER, open_channel, wait_connected
-from nonn.runtime.cluster import Node, write_cluster
+from nonn.runtime.cluster import write_cluster
 from nonn.runtime.coordinator import MAX_PAUSE_S
 from nonn.runtime.exported import read_manifest
 from nonn.runtime.final import FinalLayer, predict
 from nonn.runtime.node import ServedStudent
-from nonn.runtime.processes import START_TIMEOUT_S, coordinator_command, node_commands, running, start, stop
+from nonn.runtime.processes import START_TIMEOUT_S, node_commands, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.served_network import network_version
 from nonn.runtime.tls import Identity
@@ -134,10 +133,10 @@ class Campaign:
             self.seen.wrong += 1
         return version, len(present)
 
-    async def replace_all(self, due: Callable[[int], bool], cluster_file: Path) -> None:
+    async def replace_all(self, due: Callable[[int], bool]) -> None:
         """Name the new export in the cluster file, then replace each node as soon as it is due."""
         cluster = self.bed.cluster.model_copy(update={"export": self.new})
-        write_cluster(cluster_file, cluster)
+        write_cluster(self.bed.cluster_file, cluster)
         contracts = {node.name: contract for node, _, contract in cluster.placed()[1]}
         for number, node in enumerate(cluster.nodes):
             while not due(number):
@@ -171,27 +170,20 @@ async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     async with contextlib.AsyncExitStack() as stack:
         bed = await stack.enter_async_context(running_bed(former, deadline_ms))
-        assert bed.cluster.tls, "a bed has certificates"
-        folder = bed.cluster.tls.folder
-        write_certificates(folder, [APPLICATION])
-        write_cluster(folder / "cluster.yaml", bed.cluster)
-        node = Node(name=COORDINATOR, address="127.0.0.1:0", model=COORDINATOR)
-        command = coordinator_command(folder / "cluster.yaml", node.address, "--follow")
-        children = await stack.enter_async_context(running({node: command}))
-        identity = Identity.of(APPLICATION, folder)
-        channel = open_channel(children[COORDINATOR].node, 2**20, identity)
+        coordinator = await stack.enter_async_context(bed.running_coordinator("--follow"))
+        channel = open_channel(coordinator, 2**20, Identity.of(APPLICATION, bed.folder))
         await stack.enter_async_context(channel)
         await wait_connected(channel)
         campaign = Campaign(bed, new, images, channel.unary_unary(MODEL_INFER))
-        await run_campaign(campaign, n_requests, callers, folder / "cluster.yaml")
+        await run_campaign(campaign, n_requests, callers)
         return campaign.seen
 
 
-async def run_campaign(campaign: Campaign, n_requests: int, callers: int, cluster_file: Path) -> None:
+async def run_campaign(campaign: Campaign, n_requests: int, callers: int) -> None:
     """Call until `n_requests` have been sent and all nodes are replaced; replacements are spread over the requests."""
     seen, parts = campaign.seen, len(campaign.bed.cluster.nodes) + 1
     replacing = asyncio.create_task(
-        campaign.replace_all(lambda number: seen.requests >= n_requests * (number + 1) / parts, cluster_file)
+        campaign.replace_all(lambda number: seen.requests >= n_requests * (number + 1) / parts)
     )
 
     async def keep_asking() -> None:
