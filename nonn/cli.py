@@ -68,7 +68,7 @@ COMMANDS = {
     "certs": (DEPLOY, "runtime.certs", "Make the certificates by which nodes and coordinator recognise each other."),
     "up": (DEPLOY, "live.up", "Start all nodes of a cluster on this machine and watch them."),
     "node": (DEPLOY, "runtime.node", "Serve one exported student on this device."),
-    "board": (DEPLOY, "firmware.board", "Serve one int8 student as firmware on an emulated microcontroller."),
+    "board": (DEPLOY, "firmware.emulated_board", "Serve one int8 student as firmware on an emulated microcontroller."),
     "deploy": (DEPLOY, "live.rollout", "Serve a network on boards by SSH and Ansible, and go back if one fails."),
     "health": (DEPLOY, "live.health", "Ask the nodes of a cluster whether they serve their students."),
     "coordinate": (DEPLOY, "live.coordinate", "Serve a whole network to applications."),

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from nonn import cli
 from nonn.core.errors import UserError
-from nonn.firmware.board import EmulatedBoard
 from nonn.firmware.build import EMULATOR
+from nonn.firmware.emulated_board import EmulatedBoard
 from nonn.firmware.graph import read_student
 from nonn.firmware.scale import FeatureScale, scale_of
 from nonn.firmware.targets import find_target
@@ -101,7 +101,7 @@ def test_a_board_that_does_not_start_again_is_tried_with_the_next_image(board, m
     features = board.run(image)
     board.stop()
     with monkeypatch.context() as patch:
-        patch.setattr("nonn.firmware.board.START_TIMEOUT_S", 0.0)
+        patch.setattr("nonn.firmware.emulated_board.START_TIMEOUT_S", 0.0)
         for _ in range(2):
             with pytest.raises(UserError, match=r"the firmware does not start in qemu-system-arm \(the emulated board"):
                 board.run(image)

@@ -13,7 +13,7 @@ from nonn.runtime import coordinator
 from nonn.runtime.cluster import Node
 from nonn.runtime.processes import Child
 from nonn.testbed import fuzz
-from nonn.testbed.bed import running_bed
+from nonn.testbed.bed import running_cluster
 from nonn.testbed.soak import Soak, becomes_whole, disturb, soak_cluster
 
 
@@ -78,7 +78,7 @@ def test_a_cluster_that_stays_broken_is_found_out(network_folder, monkeypatch):
     monkeypatch.setattr("nonn.testbed.soak.RECOVERY_S", PATIENCE)
 
     async def scenario():
-        async with running_bed(network_folder, 1000) as bed, coordinator.Coordinator(bed.cluster) as coordinating:
+        async with running_cluster(network_folder, 1000) as bed, coordinator.Coordinator(bed.cluster) as coordinating:
             image = np.zeros((1, 4, 4), np.uint8)
             assert await becomes_whole(bed, coordinating, image)
             process = bed.children["node-1"].process

@@ -25,9 +25,9 @@ from nonn.core.files import TEMPORARY
 from nonn.firmware import emulate
 from nonn.firmware.arena import ALIGNMENT, Buffer, plan_arena
 from nonn.firmware.build import COMPILER, EMULATOR, compile_sources, copy_sources, link
+from nonn.firmware.build_and_run import build, run_and_compare
 from nonn.firmware.emulate import run_firmware
 from nonn.firmware.graph import read_student
-from nonn.firmware.making import build, run_and_compare
 from nonn.firmware.source import buffers_of, packed_weights, write_source
 from nonn.firmware.steps import Conv
 from nonn.firmware.targets import find_target

@@ -13,7 +13,7 @@ from nonn.core.artifacts import ImageSpec
 from nonn.core.errors import UserError
 from nonn.core.params import DesignParams, DeviceParams, Params
 from nonn.firmware.build import COMPILER, compile_sources, copy_sources, link
-from nonn.firmware.sketch import predict_footprint, sketch_student
+from nonn.firmware.footprint import blank_program, predict_footprint
 from nonn.firmware.source import write_source
 from nonn.firmware.targets import find_target
 from nonn.method.sizing import design_network, design_student
@@ -35,7 +35,7 @@ IMAGES = ImageSpec(channels=3, size=32, n_classes=10)
 
 
 def linked(student, target, folder):
-    """The firmware of a sketched student whose values are random; equal arrays stay equal."""
+    """The firmware of an untrained student whose values are random; equal arrays stay equal."""
     rng, known = np.random.default_rng(0), {}
     for step in student.steps:
         for name in ("tables", "weights", "bias", "scale", "table"):
@@ -51,7 +51,7 @@ def linked(student, target, folder):
 @pytest.mark.parametrize(("device", "architecture", "channels", "size", "n_filters"), STUDENTS)
 def test_what_is_foreseen_is_what_the_linker_says(device, architecture, channels, size, n_filters, tmp_path):
     foreseen = predict_footprint(architecture.model_dump_json(), channels, size, n_filters)
-    student = sketch_student(architecture, channels, size, n_filters)
+    student = blank_program(architecture, channels, size, n_filters)
     image = linked(student, find_target(device), tmp_path)
     assert foreseen.ram_bytes == image.ram_bytes
     assert foreseen.flash_bytes == pytest.approx(image.flash_bytes, rel=0.02)
@@ -78,7 +78,7 @@ def test_four_microcontrollers_of_512_kib_hold_students_for_cifar10(large_params
 def test_the_linker_agrees_that_they_fit(large_params, tmp_path):
     budget = large_params.budgets_of("4s")[0]
     target = find_target(budget.board, int(budget.flash_kib), int(budget.ram_kib))
-    image = linked(sketch_student(LARGE, 3, 32, LARGE_FILTERS), target, tmp_path)
+    image = linked(blank_program(LARGE, 3, 32, LARGE_FILTERS), target, tmp_path)
     foreseen = predict_footprint(LARGE.model_dump_json(), 3, 32, LARGE_FILTERS)
     assert image.ram_bytes == foreseen.ram_bytes
     assert image.flash_bytes == pytest.approx(foreseen.flash_bytes, rel=0.001)
@@ -107,11 +107,11 @@ def test_one_kib_too_few_fails_at_design(memory, tmp_path):
     enough = int(str(refusal.value).split(f"{memory}: ")[1].split(";")[0])
     architecture, _ = design(**{memory: enough})
     target = find_target("stm32h743", **{memory: enough})
-    linked(sketch_student(architecture, 3, 32, 8), target, tmp_path)
+    linked(blank_program(architecture, 3, 32, 8), target, tmp_path)
     with pytest.raises(UserError, match=rf"fits device 'mine': {memory} is {enough - 1} KiB, 1 KiB less than the"):
         design(**{memory: enough - 1})
     with pytest.raises(UserError, match="does not fit stm32h743: it exceeds"):
-        linked(sketch_student(architecture, 3, 32, 8), find_target("stm32h743", **{memory: enough - 1}), tmp_path)
+        linked(blank_program(architecture, 3, 32, 8), find_target("stm32h743", **{memory: enough - 1}), tmp_path)
 
 
 def test_a_microcontroller_gets_the_largest_student_whose_firmware_fits():

@@ -20,9 +20,9 @@ from nonn.core.errors import UserError
 from nonn.deploy.int8 import CALIBRATION_IMAGES, calibration_images, check_close, fold_norms, weight_bytes
 from nonn.deploy.onnx_files import write_classifier, write_student
 from nonn.deploy.traced_cost import measure_cost
+from nonn.firmware.build_and_run import describe
+from nonn.firmware.footprint import blank_program, has_kernels
 from nonn.firmware.graph import read_student
-from nonn.firmware.making import describe
-from nonn.firmware.sketch import has_kernels, sketch_student
 from nonn.firmware.source import buffers_of
 from nonn.runtime.session import open_session, run_onnx
 from nonn.training.networks import ConvNet, predict, whiten
@@ -80,7 +80,7 @@ def test_int8_students_answer_like_the_float32_ones(architecture, data, tmp_path
     check_close("int8.onnx", found, expected)
     if has_kernels(architecture):
         built = read_student(tmp_path / "int8.onnx")
-        check_foreseen(built, sketch_student(architecture, data.channels, data.size, 6))
+        check_foreseen(built, blank_program(architecture, data.channels, data.size, 6))
     spec, whole = open_session(tmp_path / "int8.onnx"), open_session(tmp_path / "float32.onnx")
     for of in ("get_inputs", "get_outputs"):
         assert [(v.name, v.type, v.shape) for v in getattr(spec, of)()] == [

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from nonn.core.files import write_json
     from nonn.firmware.build import EMULATOR, require
-    from nonn.firmware.making import build, firmware_entry, read_images, run_and_compare, students_of
+    from nonn.firmware.build_and_run import build, firmware_entry, read_images, run_and_compare, students_of
     from nonn.firmware.targets import find_target
 
     target = find_target(options.device, options.flash_kib, options.ram_kib)

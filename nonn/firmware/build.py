@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nonn.core.errors import UserError, printable
 from nonn.core.files import write_text
-from nonn.firmware.targets import CORES, EMULATED_PORT, STACK_BYTES, Target, linker_script
+from nonn.firmware.targets import CORES, STACK_BYTES, Target, linker_script
 
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
@@ -74,8 +74,8 @@ def copy_sources(folder: Path) -> None:
         write_text(folder / name, (files("nonn.firmware") / name).read_text(encoding="utf-8"))
 
 
-def compile_sources(folder: Path, target: Target) -> list[Path]:
-    """Objects of all sources in a folder.
+def compile_sources(folder: Path, target: Target, uart: int | None = None) -> list[Path]:
+    """Objects of all sources in a folder; images then come from the serial port at the address `uart`, if it is given.
 
     Raises
     ------
@@ -83,10 +83,11 @@ def compile_sources(folder: Path, target: Target) -> list[Path]:
         The toolchain is missing.
     """
     compiler = require(COMPILER, "building a firmware")
+    flags = [*CORES[target.core].flags, *FLAGS, *([f"-DNONN_UART={uart:#x}"] if uart is not None else [])]
     objects = []
     for source in (folder / name for name in ("kernels.c", "main.c", "student.c")):
         objects.append(source.with_suffix(".o"))
-        _run([compiler, *CORES[target.core].flags, *FLAGS, "-c", source.name, "-o", objects[-1].name], folder)
+        _run([compiler, *flags, "-c", source.name, "-o", objects[-1].name], folder)
     return objects
 
 
@@ -115,16 +116,6 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> LinkedFirmware:
             "Choose a smaller student or a device with more memory (`nonn devices`)."
         ) from None
     return LinkedFirmware(elf, *_sizes(elf))
-
-
-def compile_for_port(folder: Path, target: Target) -> list[Path]:
-    """As `compile_sources`, for a firmware that takes images from the serial port of an emulated board."""
-    objects = compile_sources(folder, target)
-    compiler = require(COMPILER, "building a firmware")
-    command = [compiler, *CORES[target.core].flags, *FLAGS, "-c", "main.c", "-o", "main.o"]
-    command += [f"-DNONN_UART={EMULATED_PORT:#x}"]
-    _run(command, folder)
-    return objects
 
 
 def _sizes(elf: Path) -> tuple[int, int]:

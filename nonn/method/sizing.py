@@ -9,7 +9,7 @@ features, so they are as many filters as it can imitate independently of each ot
 device may have more of it than any student of the grid can use, or too little compute to use it.
 
 On a microcontroller that firmware is made for, students of 8 bits are measured as firmware: flash with the code, RAM
-with the stack (`nonn.firmware.sketch`). Elsewhere weights and activations count by themselves.
+with the stack (`nonn.firmware.footprint`). Elsewhere weights and activations count by themselves.
 
 *Deviation.* The outline of the method partitions first and designs afterwards. Then every edit of a
 budget would rerun the partition, on which all students depend, though it rarely changes.
@@ -33,7 +33,7 @@ from nonn.core.cost import Cost
 from nonn.core.errors import UserError
 from nonn.core.params import DesignParams, Precision
 from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
-from nonn.firmware.sketch import Footprint, has_kernels, predict_footprint
+from nonn.firmware.footprint import Footprint, has_kernels, predict_footprint
 
 #: Candidates of one depth that are kept to be drawn, and up to which part of the largest budget.
 N_SHOWN, SHOWN_UP_TO = 14, 4.0

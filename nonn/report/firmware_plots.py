@@ -27,7 +27,7 @@ def draw_firmware(entries: Sequence[Mapping[str, Any]]) -> Figure:
     Parameters
     ----------
     entries
-        Those of ``firmware.json``, see `nonn.firmware.making.firmware_entry`.
+        Those of ``firmware.json``, see `nonn.firmware.build_and_run.firmware_entry`.
     """
     if not entries:
         figure = Figure(figsize=(9, 1), layout="constrained")

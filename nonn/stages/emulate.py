@@ -23,8 +23,8 @@ from nonn.core.progress import log
 from nonn.data.dataset import load_dataset
 from nonn.data.image_store import spaced
 from nonn.firmware.build import missing_program
+from nonn.firmware.build_and_run import build, firmware_entry, run_and_compare
 from nonn.firmware.graph import NoKernelError
-from nonn.firmware.making import build, firmware_entry, run_and_compare
 from nonn.firmware.targets import Target, find_target
 from nonn.report.firmware_plots import draw_firmware
 from nonn.report.plots import drawing_style, save_figure

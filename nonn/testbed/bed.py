@@ -44,7 +44,7 @@ class RunningCluster:
 
 
 @contextlib.asynccontextmanager
-async def running_bed(export: Path, deadline_ms: float) -> AsyncIterator[RunningCluster]:
+async def running_cluster(export: Path, deadline_ms: float) -> AsyncIterator[RunningCluster]:
     """Run all nodes of an exported network while the block runs."""
     with scratch_folder() as folder:
         cluster = local_cluster(export, folder, 0, deadline_ms)

@@ -38,7 +38,7 @@ from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, ProtocolError, make_request, make_response, read_request, read_response
 from nonn.runtime.serving import serving
 from nonn.runtime.tls import CA, Identity
-from nonn.testbed.bed import OTHER, STRANGER, running_bed
+from nonn.testbed.bed import OTHER, STRANGER, running_cluster
 
 #: One message in so many is sent by a stranger: each of those takes a connection of its own.
 STRANGERS = 100
@@ -159,7 +159,7 @@ async def attack_as_stranger(cluster: Cluster, node: Node, sound: bytes, random:
 async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
     """Outcomes of hostile requests at a node, by name; wrong ones start with ``WRONG``."""
     random, outcomes = Random(seed), Counter[str]()
-    async with running_bed(export, deadline_ms=1000) as bed:
+    async with running_cluster(export, deadline_ms=1000) as bed:
         cluster, (node, _, contract) = bed.cluster, bed.cluster.placed()[1][0]
         process = bed.children[node.name].process
         student = ServedStudent(export / f"{contract.model}.onnx")

@@ -34,7 +34,7 @@ from nonn.runtime.exported import read_manifest
 from nonn.runtime.protocol import ImageContract, make_request
 from nonn.runtime.served_network import NetworkContract, network_version
 from nonn.runtime.tls import Identity
-from nonn.testbed.bed import STRANGER, running_bed
+from nonn.testbed.bed import STRANGER, running_cluster
 
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
@@ -191,7 +191,7 @@ async def measure(
 @contextlib.asynccontextmanager
 async def running_targets(export: Path, deadline_ms: float) -> AsyncIterator[list[LoadTarget]]:
     """A running node and a running coordinator of an exported network, with nodes of its own."""
-    async with running_bed(export, deadline_ms) as bed, bed.running_coordinator() as coordinator:
+    async with running_cluster(export, deadline_ms) as bed, bed.running_coordinator() as coordinator:
         identity = bed.cluster.own_identity
         assert identity, "a bed has certificates"
         manifest, placed = bed.cluster.placed()

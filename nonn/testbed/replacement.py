@@ -39,7 +39,7 @@ from nonn.runtime.processes import START_TIMEOUT_S, node_commands, start, stop
 from nonn.runtime.protocol import make_request
 from nonn.runtime.served_network import network_version
 from nonn.runtime.tls import Identity
-from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.bed import RunningCluster, running_cluster
 
 #: Different images that are asked for, in turn.
 IMAGES = 50
@@ -169,7 +169,7 @@ async def replace_cluster(former: Path, new: Path, n_requests: int, callers: int
     shape = (IMAGES, *read_manifest(former).image.shape)
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     async with contextlib.AsyncExitStack() as stack:
-        bed = await stack.enter_async_context(running_bed(former, deadline_ms))
+        bed = await stack.enter_async_context(running_cluster(former, deadline_ms))
         coordinator = await stack.enter_async_context(bed.running_coordinator("--follow"))
         channel = open_channel(coordinator, 2**20, Identity.of(APPLICATION, bed.folder))
         await stack.enter_async_context(channel)

@@ -27,7 +27,7 @@ from nonn.runtime.channel import MODEL_INFER, busy_seconds, open_channel
 from nonn.runtime.coordinator import Coordinator, NobodyAnsweredError
 from nonn.runtime.processes import Child
 from nonn.runtime.protocol import make_request
-from nonn.testbed.bed import RunningCluster, running_bed
+from nonn.testbed.bed import RunningCluster, running_cluster
 from nonn.testbed.latency import memory_kib
 
 #: What a stopped node sleeps, in deadlines; and seconds that the end may take.
@@ -154,7 +154,7 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
     # Filled beforehand, or the records themselves would look like a leak.
     soak = Soak(late_ms=np.full(n_requests, np.inf), present=np.full(n_requests, -1))
     generator = np.random.default_rng(seed)
-    async with running_bed(export, deadline_ms) as bed, Coordinator(bed.cluster) as coordinator:
+    async with running_cluster(export, deadline_ms) as bed, Coordinator(bed.cluster) as coordinator:
         contract = coordinator.placed[0][2]
         disturbing = asyncio.create_task(disturb(bed, soak, Random(seed), every))
         try:

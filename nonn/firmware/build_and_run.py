@@ -10,7 +10,7 @@ import numpy as np
 
 from nonn.core.progress import track
 from nonn.firmware.arena import plan_arena
-from nonn.firmware.build import LinkedFirmware, compile_for_port, compile_sources, copy_sources, link
+from nonn.firmware.build import LinkedFirmware, compile_sources, copy_sources, link
 from nonn.firmware.emulate import Run, run_firmware
 from nonn.firmware.energy import nanojoules_per_mac
 from nonn.firmware.graph import read_student
@@ -48,8 +48,8 @@ def students_of(paths: list[Path]) -> list[Path]:
     return found
 
 
-def build(path: Path, target: Target, folder: Path) -> Firmware:
-    """Write, compile and link the firmware of a student in a folder of its own.
+def build(path: Path, target: Target, folder: Path, uart: int | None = None) -> Firmware:
+    """Write, compile and link the firmware of a student in a folder of its own; for `uart` see `compile_sources`.
 
     Raises
     ------
@@ -60,18 +60,9 @@ def build(path: Path, target: Target, folder: Path) -> Firmware:
     folder.mkdir(parents=True, exist_ok=True)
     arena = write_source(student, folder)
     copy_sources(folder)
-    objects = compile_sources(folder, target)
+    objects = compile_sources(folder, target, uart)
     linked = link(objects, target, folder / f"{path.stem}.elf")
     return Firmware(path, student, target, arena, linked, link(objects, target.emulated, folder / "emulated.elf"))
-
-
-def build_for_port(path: Path, target: Target, folder: Path) -> tuple[FirmwareProgram, LinkedFirmware]:
-    """As `build`, of a firmware that an emulated board serves by its serial port."""
-    student = read_student(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_source(student, folder)
-    copy_sources(folder)
-    return student, link(compile_for_port(folder, target), target.emulated, folder / f"{path.stem}.elf")
 
 
 def read_images(path: Path | None, student: FirmwareProgram, count: int) -> np.ndarray:

@@ -53,7 +53,7 @@ def predict_footprint(kind: str, channels: int, size: int, n_filters: int | None
     `kind` is its architecture as JSON, of those that `has_kernels`; `n_filters` are the outputs of its bridge, None for
     none.
     """
-    student = sketch_student(Architecture.model_validate_json(kind), channels, size, n_filters)
+    student = blank_program(Architecture.model_validate_json(kind), channels, size, n_filters)
     steps = len(student.steps)
     arrays = {id(array): nbytes for step in student.steps for array, nbytes in _constants(step)}
     descriptors = CONV_BYTES * sum(isinstance(step, Conv) for step in student.steps)
@@ -64,7 +64,7 @@ def predict_footprint(kind: str, channels: int, size: int, n_filters: int | None
     )
 
 
-def sketch_student(architecture: Architecture, channels: int, size: int, n_filters: int | None) -> FirmwareProgram:
+def blank_program(architecture: Architecture, channels: int, size: int, n_filters: int | None) -> FirmwareProgram:
     """A student without values: its weights and tables have their shapes only."""
     image = Shape(size, size, channels)
     once = list(_pass(architecture, image, n_filters))

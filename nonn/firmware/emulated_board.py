@@ -24,10 +24,10 @@ from nonn.core.files import scratch_folder
 from nonn.core.options import complete_from
 from nonn.core.progress import log
 from nonn.firmware.build import EMULATOR, require
+from nonn.firmware.build_and_run import build
 from nonn.firmware.emulate import IMAGE_TIMEOUT_S
-from nonn.firmware.making import build_for_port
 from nonn.firmware.scale import scale_of
-from nonn.firmware.targets import CORES, Target, find_target
+from nonn.firmware.targets import CORES, EMULATED_PORT, Target, find_target
 from nonn.runtime.attached import ending_with_parent
 from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.node import ServedStudent
@@ -99,9 +99,9 @@ class EmulatedBoard(ServedStudent):
     platform = "nonn_firmware"
 
     def __init__(self, path: Path, target: Target, folder: Path, sensor: Path | None = None):
-        student, linked = build_for_port(path, target, folder)
-        self.n_features, self.scale = student.n_features, scale_of(student)
-        self.start = functools.partial(Emulator, linked.elf, target.core)
+        firmware = build(path, target, folder, EMULATED_PORT)
+        self.n_features, self.scale = firmware.student.n_features, scale_of(firmware.student)
+        self.start = functools.partial(Emulator, firmware.emulated.elf, target.core)
         self.emulator: Emulator | None = self.start()
         try:
             super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one
