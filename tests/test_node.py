@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from functools import partial
 
 import grpc
 import numpy as np
@@ -202,7 +203,7 @@ def test_a_node_does_not_send_what_a_student_cannot_have(network_folder, tmp_pat
     shutil.copytree(network_folder, tmp_path / "export")
     student = ServedStudent(tmp_path / "export/0.onnx")
     write_student(tmp_path / "other.onnx", np.full((16, 3), weight, np.float32))
-    student.session = open_session(tmp_path / "other.onnx")
+    student.run = partial(node.run_one_by_one, open_session(tmp_path / "other.onnx"))
 
     async def scenario():
         async with serving(student, "127.0.0.1:0") as (port, _), stub_of(f"127.0.0.1:{port}") as stub:

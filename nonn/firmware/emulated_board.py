@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import os
 import selectors
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,32 +89,20 @@ class Emulator:
                 pipe.close()
 
 
-class EmulatedBoard(ServedStudent):
-    """A student as its firmware computes it on an emulated board; what it serves is that of `ServedStudent`.
+class EmulatedBoard:
+    """An emulated board that computes a student by its firmware, which is built in `folder`.
 
     Raises
     ------
     UserError
-        As `ServedStudent`; the toolchain or the emulator is missing, or no firmware can be made of the student.
+        The toolchain or the emulator is missing, or no firmware can be made of the student.
     """
 
-    platform = "nonn_firmware"
-
-    def __init__(self, path: Path, target: Target, folder: Path, sensor: Path | None = None):
+    def __init__(self, path: Path, target: Target, folder: Path):
         firmware = build(path, target, folder, EMULATED_PORT)
         self.n_features, self.scale = firmware.student.n_features, scale_of(firmware.student)
         self.start = functools.partial(Emulator, firmware.emulated.elf, target.core)
         self.emulator: Emulator | None = self.start()
-        try:
-            super().__init__(path, sensor)  # runs a first image on the board, and takes the time of a second one
-        except (OSError, RuntimeError) as error:
-            self.stop()
-            raise UserError(f"{path}: the emulated {target.name} fails on its first image ({error}).") from None
-        except BaseException:
-            self.stop()
-            raise
-        del self.session  # it has shown that the file is what the manifest says
-        self.quick_batch = 0  # a board is waited for in a thread
 
     def run(self, images: np.ndarray) -> np.ndarray:
         """Features (k, F_i), float32, of images; a board that has stopped is started again for the next ones."""
@@ -131,6 +121,27 @@ class EmulatedBoard(ServedStudent):
         self.emulator = None
 
 
+@contextlib.contextmanager
+def served_board(path: Path, target: Target, folder: Path, sensor: Path | None = None) -> Iterator[ServedStudent]:
+    """A student as an emulated board serves it, which is switched off at the end of the block.
+
+    Raises
+    ------
+    UserError
+        As `ServedStudent` and `EmulatedBoard`, or the board fails on its first image.
+    """
+    board = EmulatedBoard(path, target, folder)
+    try:
+        try:
+            student = ServedStudent(path, sensor, board.run)  # runs two images on the board
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path}: the emulated {target.name} fails on its first image ({error}).") from None
+        student.platform = "nonn_firmware"
+        yield student
+    finally:
+        board.stop()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", type=Path, metavar="MODEL.onnx", help="an exported int8 student, with manifest.json next to it"
@@ -146,11 +157,10 @@ def run(options: argparse.Namespace) -> None:
     """The command ``nonn board``."""
     identity = identity_from(options)
     allowed = callers_from(options, identity)
-    with scratch_folder() as folder:
-        board = EmulatedBoard(options.model, find_target(options.device), folder, options.sensor)
-        try:
-            with relayed_stderr():
-                asyncio.run(serve(board, options.address, identity, allowed, None, options.attached))
-        finally:
-            board.stop()
+    with (
+        scratch_folder() as folder,
+        served_board(options.model, find_target(options.device), folder, options.sensor) as student,
+        relayed_stderr(),
+    ):
+        asyncio.run(serve(student, options.address, identity, allowed, None, options.attached))
     log(f"{options.device}: stopped")

@@ -12,11 +12,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 from grpc import StatusCode
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
@@ -40,8 +43,16 @@ CALL_S = 3e-4
 TIMEOUT_S, SHARE = 10.0, 0.5
 
 
+def run_one_by_one(session: onnxruntime.InferenceSession, images: np.ndarray) -> np.ndarray:
+    """Feature vectors (k, F_i) of images, uint8 of shape (k, channels, size, size)."""
+    return np.concatenate([session.run([OUTPUT], {INPUT: image[None]})[0] for image in images])
+
+
 class ServedStudent:
     """One exported student, verified and ready to run: an ONNX file beside the manifest that was written with it.
+
+    `run` computes feature vectors (k, F_i), float32, of images, uint8 of shape (k, channels, size, size). By default
+    ONNX Runtime does; any other `run` is taken for slow and waited for in a thread.
 
     Raises
     ------
@@ -51,13 +62,14 @@ class ServedStudent:
 
     platform, is_ready = "onnxruntime_onnx", True
 
-    def __init__(self, path: Path, sensor: Path | None = None):
+    def __init__(self, path: Path, sensor: Path | None = None, run: Callable[[np.ndarray], np.ndarray] | None = None):
         manifest = read_manifest(path.parent)
         entry = next((entry for entry in manifest.students if entry.file == path.name), None)
         if entry is None:
             known = ", ".join(entry.file for entry in manifest.students)
             raise UserError(f"{path}: not a student of the manifest beside it. Choose one of {known}.")
-        self.session = open_student(path, entry.sha256, manifest.image.shape)
+        session = open_student(path, entry.sha256, manifest.image.shape)
+        self.run = run or partial(run_one_by_one, session)
         images = load_sensor(sensor, manifest.image.shape)
         self.contract = replace(student_contract(manifest, entry), sensor=images)
         blank = np.zeros(self.contract.image_shape, np.uint8)
@@ -67,13 +79,9 @@ class ServedStudent:
         start = time.perf_counter()  # the first run, above, has allocated what this one finds
         self.run(blank)
         seconds = time.perf_counter() - start
-        self.quick_batch = int(QUICK_S / seconds)
+        self.quick_batch = 0 if run else int(QUICK_S / seconds)
         self.admission = Admission(seconds + CALL_S, TIMEOUT_S, SHARE)
         self.worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="student")
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Feature vectors (k, F_i) of images, uint8 of shape (k, channels, size, size), computed one by one."""
-        return np.concatenate([self.session.run([OUTPUT], {INPUT: image[None]})[0] for image in images])
 
     async def infer(self, request: ModelInferRequest, images: np.ndarray, _seconds: float | None) -> ModelInferResponse:
         """Answer with the features of images; see `nonn.runtime.serving.Model`."""

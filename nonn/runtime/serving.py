@@ -47,8 +47,8 @@ DAY_S = 24 * 3600.0
 GRACE_S = 1.0
 
 
-class Model(Protocol):
-    """What a server answers with."""
+class Served(Protocol):
+    """What a server says of what it serves."""
 
     @property
     def contract(self) -> ImageContract: ...
@@ -60,6 +60,10 @@ class Model(Protocol):
     @property
     def is_ready(self) -> bool:
         """Whether a request has a chance."""
+
+
+class Model(Served, Protocol):
+    """What a server answers with."""
 
     @property
     def admission(self) -> Admission: ...
@@ -74,9 +78,9 @@ class Model(Protocol):
 
 
 class Service(oip_grpc.GRPCInferenceServiceServicer):
-    """The calls that are answered; all others stay UNIMPLEMENTED."""
+    """The calls that every server answers beside ModelInfer; all others stay UNIMPLEMENTED."""
 
-    def __init__(self, model: Model):
+    def __init__(self, model: Served):
         self.model = model
         self.meters = Meters(self.contract.model)
 
@@ -122,6 +126,21 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
         )
         return oip.ModelStatisticsResponse(model_stats=[model_statistics])
 
+    async def _check_model(self, request, context) -> None:
+        try:
+            check_model(self.contract, request.name, request.version)
+        except ProtocolError as refusal:
+            await context.abort(refusal.code, str(refusal))
+
+
+class ModelService(Service):
+    """The calls that a node or a coordinator answers."""
+
+    model: Model
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+
     async def ModelInfer(self, request, context):
         try:
             with self.meters.measuring():
@@ -129,12 +148,6 @@ class Service(oip_grpc.GRPCInferenceServiceServicer):
                 answer = await self.model.infer(request, images, context.time_remaining())
             self.meters.images += len(images)
             return answer
-        except ProtocolError as refusal:
-            await context.abort(refusal.code, str(refusal))
-
-    async def _check_model(self, request, context) -> None:
-        try:
-            check_model(self.contract, request.name, request.version)
         except ProtocolError as refusal:
             await context.abort(refusal.code, str(refusal))
 
@@ -270,7 +283,7 @@ async def serving(
     model: Model, address: str, identity: Identity | None = None, allowed: Collection[str] = ()
 ) -> AsyncIterator[tuple[int, Meters]]:
     """Serve a model while the block runs, see `listening`; yield the port and the model's meters."""
-    service = Service(model)
+    service = ModelService(model)
     limit = model.contract.message_limit
     async with listening(service, address, limit, identity, allowed, model.admission, service.meters) as port:
         yield port, service.meters

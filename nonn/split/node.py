@@ -111,7 +111,7 @@ class SplitService(Service):
     """
 
     def __init__(self, device: SplitDevice, peers: dict[int, Peer], callers: Collection[str] | None):
-        super().__init__(device)  # type: ignore[arg-type]  # it infers by its own calls
+        super().__init__(device)
         self.device, self.part, self.peers = device, device.part, peers
         self.callers = callers if callers is None else {name.encode() for name in callers}
         mine = self.part.position
