@@ -86,7 +86,7 @@ def test_a_project_adds_boards_and_replaces_figures(own):
         ("boards: {x: {flash_kib: 3}}", r"^devices\.yaml: boards\.x: ram_kib: missing; add it$"),
         ("boards: {x: {ram_kib: -3}}", r"boards\.x: ram_kib: input should be greater than 0 \(it is -3\)"),
         ("boards: {x: {ram_kb: 3, ram_kib: 3}}", r"ram_kb: unknown key; remove it \(did you mean 'ram_kib'\?\)"),
-        ("boards: {x: {ram_kib: 3, links: [wifi]}}", r"boards\.x: links: no link 'wifi'; choose of"),
+        ("boards: {x: {ram_kib: 3, links: [wifi]}}", r"boards\.x: links: no link 'wifi'; choose one of"),
         ("boards: {x: {ram_kib: 3, active_w: [2, 1]}}", r"boards\.x: active_w: is \[low, high\], and above idle_w"),
         ("boards: {x: {ram_kib: {value: 3, kind: estimated, source: y}}}", r"an estimate says in `how`"),
         ("boards: {3: {ram_kib: 3}}", r"boards: 3 is no name of a board; write a text in quotes"),

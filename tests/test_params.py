@@ -183,7 +183,8 @@ WRONG = [
     ({"dataset.sha256": "abc"}, "dataset.sha256: string should match pattern"),
     (
         {"distributed.links": ["wifi20", "pigeon"]},
-        "distributed.links: no link 'pigeon'; choose of ethernet941, ethernet100, wifi100, wifi50, wifi20, ieee802154",
+        "distributed.links: no link 'pigeon'; choose one of ethernet941, ethernet100, wifi100, wifi50, wifi20, "
+        "ieee802154",
     ),
     ({"distributed.links": ["wifi20", "wifi20"]}, "distributed.links: a link is listed twice; remove one"),
     *(({"experiment": name}, f"experiment: {name!r} looks like an option to a shell") for name in ("-h", "--help")),

@@ -7,17 +7,17 @@ The figures stand in ``boards.yaml``, each with its source. A project adds or re
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from nonn.core.errors import UserError
-from nonn.core.links import PRESETS
+from nonn.core.links import check_link
 from nonn.core.schema import VALUES, NotTiny, Section, did_you_mean, explain
 from nonn.core.yaml_text import read_yaml
 
@@ -56,11 +56,15 @@ class Facts(Section):
     links: list[str] | None = None
     runs_onnx: bool = False
 
+    @field_validator("links")
+    @classmethod
+    def _are_links(cls, links: list[str] | None) -> list[str] | None:
+        for link in links or ():
+            check_link(link)
+        return links
+
     @model_validator(mode="after")
     def _agree(self) -> Facts:
-        for link in self.links or ():
-            if link not in PRESETS:
-                raise ValueError(f"links: no link {link!r}; choose of {', '.join(PRESETS)}")
         low, high = self.active_range or (None, None)
         if low is not None and high is not None and not (self.idle_w or 0) < low <= high:
             raise ValueError("active_w: is [low, high], and above idle_w")
@@ -207,13 +211,21 @@ def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], 
     )
 
 
+def check_board(name: str, known: Collection[str]) -> str:
+    """The name of a board, or a `ValueError` if it is not among the known ones."""
+    if name not in known:
+        hint = did_you_mean(name, known)
+        raise ValueError(f"no board {name!r}{hint}; choose one of {', '.join(known)}, or add it to {OWN_FILE}")
+    return name
+
+
 def find_board(name: str) -> Board:
-    """A board by its name in the catalogue."""
+    """A board by its name in the catalogue, or a `UserError`."""
     boards = all_boards()
-    if name not in boards:
-        hint = did_you_mean(name, boards)
-        raise UserError(f"no board {name!r}{hint}; choose one of {', '.join(boards)}, or add it to {OWN_FILE}")
-    return boards[name]
+    try:
+        return boards[check_board(name, boards)]
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def board_of_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:

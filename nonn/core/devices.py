@@ -6,9 +6,9 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from nonn.core.boards import OWN_FILE, all_boards
+from nonn.core.boards import all_boards, check_board
 from nonn.core.budgets import Budget
-from nonn.core.schema import NotTiny, Section, did_you_mean
+from nonn.core.schema import NotTiny, Section
 
 #: Far more than any key needs, and still small enough for arithmetic in float32.
 HUGE = 1e12
@@ -16,14 +16,6 @@ Positive = Annotated[float, Field(gt=0, le=HUGE, allow_inf_nan=False), NotTiny]
 NonNegative = Annotated[float, Field(ge=0, le=HUGE, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Limit = Annotated[float, Field(gt=0), NotTiny]  # `.inf`: none
-
-
-def check_board(name: str, choices: list[str]) -> str:
-    """The name of a board, refused if it is not among the known ones."""
-    if name not in choices:
-        hint = did_you_mean(name, choices)
-        raise ValueError(f"no board {name!r}{hint}; choose one of {', '.join(choices)}, or add it to {OWN_FILE}")
-    return name
 
 
 class DeviceParams(Section):
@@ -43,7 +35,7 @@ class DeviceParams(Section):
     @field_validator("board")
     @classmethod
     def _is_known(cls, board: str | None) -> str | None:
-        return board if board is None else check_board(board, list(all_boards()))
+        return board if board is None else check_board(board, all_boards())
 
     @model_validator(mode="after")
     def _is_a_budget(self) -> DeviceParams:

@@ -38,10 +38,19 @@ class Link:
         return f"{self.rate_bps / 1e6:g} Mbit/s, {1000 * self.delay_s:g} ms one way, {medium}{loss}"
 
 
-def find_link(name: str) -> Link:
+def check_link(name: str) -> str:
+    """The name of a link of `PRESETS`; a `ValueError` for any other."""
     if name not in PRESETS:
-        raise UserError(f"no link {name!r}; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+        raise ValueError(f"no link {name!r}; choose one of {', '.join(PRESETS)}")
+    return name
+
+
+def find_link(name: str) -> Link:
+    """A link by its name, or a `UserError`."""
+    try:
+        return PRESETS[check_link(name)]
+    except ValueError as error:
+        raise UserError(f"{error}.") from None
 
 
 #: Links by name. Wired ones are full duplex with a switch. The Wi-Fi scenarios and 802.15.4 are shared:

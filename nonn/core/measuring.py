@@ -7,9 +7,9 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from nonn.core.architecture import Architecture
-from nonn.core.boards import all_boards, shipped_boards
-from nonn.core.devices import Count, Positive, check_board
-from nonn.core.links import PRESETS
+from nonn.core.boards import all_boards, check_board, shipped_boards
+from nonn.core.devices import Count, Positive
+from nonn.core.links import PRESETS, check_link
 from nonn.core.schema import NotTiny, Section
 
 
@@ -36,8 +36,7 @@ class DistributedParams(Section):
     @classmethod
     def _are_known(cls, links: list[str]) -> list[str]:
         for link in links:
-            if link not in PRESETS:
-                raise ValueError(f"no link {link!r}; choose of {', '.join(PRESETS)}")
+            check_link(link)
         if len(set(links)) < len(links):
             raise ValueError("a link is listed twice; remove one")
         return links
