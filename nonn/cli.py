@@ -21,6 +21,7 @@ from nonn import __version__
 from nonn.core.errors import UserError, refusal
 from nonn.core.install import how_to_install, require_64_bit
 from nonn.core.signals import tidied_up
+from nonn.runtime import HANDSHAKE_TRACE
 
 INTRODUCTION = """\
 Network of Neural Networks: one small student on each device instead of one
@@ -213,7 +214,7 @@ def parser_of(command: str) -> tuple[argparse.ArgumentParser, Callable[[argparse
     """The parser of a command's own arguments, and what runs it."""
     _, name, summary = COMMANDS[command]
     if command in SERVERS:  # gRPC reads this variable when it is imported
-        os.environ.setdefault("GRPC_TRACE", "handshaker")
+        os.environ.setdefault("GRPC_TRACE", HANDSHAKE_TRACE)
     module = importlib.import_module(f"nonn.{name}")
     parser = argparse.ArgumentParser(prog=f"nonn {command}", description=summary)
     parser.set_defaults(command=command)  # for a module of several commands

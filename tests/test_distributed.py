@@ -228,7 +228,7 @@ COMPOSED |= {"compute_ms", "link_ms", "final_ms", "total_ms", "precision", "boar
 def test_the_stage_writes_all_rows(stage, monkeypatch):
     params, paths = stage
     monkeypatch.setattr(distributed_stage, "SPLITS", ("rows",))  # saves seconds
-    monkeypatch.setattr("nonn.deploy.onnx_files.export_onnx", export_tiny)
+    monkeypatch.setattr("nonn.deploy.reference.export_onnx", export_tiny)
     reference = Architecture(family="fast", widths=[4, 4, 4], depth=1)
     section = params.distributed.model_copy(update={"reference": reference})
     distributed_stage.run(params.model_copy(update={"distributed": section}), paths, "3s")

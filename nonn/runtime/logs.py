@@ -16,14 +16,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from nonn.runtime import HANDSHAKE_TRACE
 from nonn.runtime.tls import handshake_problem
 
 #: Lines of one kind, and kinds of lines, that are written in each window of `WINDOW_S` seconds; the rest is counted.
 LINES_PER_WINDOW, KINDS_PER_WINDOW, WINDOW_S = 5, 50, 10.0
 #: Longest line in bytes: what a pipe that has room at all takes without waiting, and a line break.
 MAX_LINE_BYTES = select.PIPE_BUF - 1
-#: What gRPC has to trace (``GRPC_TRACE``) so that its lines say whose handshake has failed.
-TRACE = "handshaker"
 
 _TRACED = b"CallNextHandshakerLocked: error="
 _NOISE = (b"gRPC Tracers:", b"handshake_manager 0x", b"handshake manager 0x", b"Failed to add port to server:")
@@ -36,7 +35,7 @@ def in_plain_words(line: bytes) -> bytes:
     Of gRPC's traces of handshakes only failures of callers are left, with their address and the reason.
     """
     if _TRACED not in line:
-        traced = b"Handshake failed with error" in line and TRACE in os.environ.get("GRPC_TRACE", "")
+        traced = b"Handshake failed with error" in line and HANDSHAKE_TRACE in os.environ.get("GRPC_TRACE", "")
         return b"" if traced or any(noise in line for noise in _NOISE) else line
     text = line.partition(_TRACED)[2].decode(errors="replace")
     if text.startswith("OK") or "grpc.internal.server_credentials" not in text:

@@ -69,22 +69,10 @@ def reference_deployments(params: Params, paths: Paths, name: str, scratch: Path
     architecture = params.distributed.reference
     if architecture is None:
         return
-    import numpy as np
-    import torch
+    from nonn.deploy.reference import export_reference  # imports torch
 
-    from nonn.deploy.int8 import fold_norms, quantise
-    from nonn.deploy.onnx_files import Logits, export_onnx
-    from nonn.training.networks import ConvNet
-
-    info, is_int8 = read_json(paths.dataset_info, DatasetInfo), params.design.precision == "int8"
-    torch.manual_seed(0)
-    model = ConvNet(architecture, info["channels"], len(info["classes"]))
-    shape = info["channels"], info["size"], info["size"]
     path = scratch / "reference.onnx"
-    example = torch.zeros(1, *shape, dtype=torch.uint8)
-    export_onnx(Logits(fold_norms(model) if is_int8 else model), example, path, "image", "logits")
-    if is_int8:  # as the students are; random images suffice
-        quantise(path, np.random.default_rng(0).integers(0, 256, (4, *shape), dtype=np.uint8))
+    export_reference(architecture, read_json(paths.dataset_info, DatasetInfo), params.design.precision, path)
     for method in SPLITS:
         folder = scratch / f"reference_{method}"
         n_devices = len(params.networks[name].devices)

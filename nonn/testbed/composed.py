@@ -92,28 +92,14 @@ def compose(
         ``…_with_idle_mj``. ``boards`` names the devices' boards, and ``precision`` is the one that they calculate in.
     """
     boards = workload.boards or [find_board(params.board).for_composing(workload.precision)] * workload.n_devices
-    compute = np.array(
-        [
-            [compute_seconds(*device, params.slowdown) for device in zip(boards, macs, seconds, strict=True)]
-            for macs, seconds in zip(workload.macs, workload.seconds, strict=True)
-        ],
-        float,
-    )
+    compute = _compute_times(workload, boards, params.slowdown)
     transfers = workload.transfers(scenario)
     transmitted = [workload.on_the_air(sent) for sent in transfers]
     on_link = sum(link_seconds(link, {pair: size * framing for pair, size in sent.items()}) for sent in transmitted)
     computing = compute.max(axis=1).sum()
     total = computing + on_link + final_s
-    devices = [str(device) for device in range(workload.n_devices)]
-    moved = [
-        framing
-        * (
-            sum(n for sent in transmitted for (sender, _), n in sent.items() if sender == device)
-            + sum(n for sent in transfers for (_, receiver), n in sent.items() if receiver == device)
-        )
-        for device in devices
-    ]
-    row: dict[str, Any] = {
+    traffic = _traffic(transmitted, transfers, workload.n_devices, framing)
+    return {
         "precision": workload.precision,
         "boards": [board.name for board in boards],
         "compute_ms": 1e3 * computing,
@@ -121,14 +107,45 @@ def compose(
         "final_ms": 1e3 * final_s,
         "total_ms": 1e3 * total,
         "wire_bytes": framing * payload_bytes(transmitted),
+        **_energies(boards, compute.sum(axis=0), traffic, total),
     }
-    spent = compute.sum(axis=0)
-    for suffix, idle in (("", 0 * spent), ("_computing", spent), ("_with_idle", total + 0 * spent)):
-        energies = [inference_energy(*device) for device in zip(boards, spent, idle, moved, strict=True)]
-        worst = max(energies, key=lambda energy: energy.high)
-        row[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]
-        row[f"energy_total{suffix}_mj"] = [1e3 * sum(e.low for e in energies), 1e3 * sum(e.high for e in energies)]
-    return row
+
+
+def _compute_times(workload: Workload, boards: Sequence[Board], slowdown: float) -> np.ndarray:
+    """Seconds of computing, of shape (rounds, N)."""
+    rounds = zip(workload.macs, workload.seconds, strict=True)
+    times = [
+        [compute_seconds(*device, slowdown) for device in zip(boards, macs, seconds, strict=True)]
+        for macs, seconds in rounds
+    ]
+    return np.array(times, float)
+
+
+def _traffic(
+    transmitted: Sequence[Transfers], transfers: Sequence[Transfers], n_devices: int, framing: float
+) -> list[float]:
+    """Bytes on the wire that each device transmits and receives."""
+    return [
+        framing
+        * (
+            sum(n for sent in transmitted for (sender, _), n in sent.items() if sender == device)
+            + sum(n for sent in transfers for (_, receiver), n in sent.items() if receiver == device)
+        )
+        for device in map(str, range(n_devices))
+    ]
+
+
+def _energies(
+    boards: Sequence[Board], compute_s: np.ndarray, traffic: Sequence[float], total_s: float
+) -> dict[str, list[float]]:
+    """The energies of `compose`, from the computing (N,) and the traffic of each device, and the time of the image."""
+    energies = {}
+    for suffix, idle in (("", 0 * compute_s), ("_computing", compute_s), ("_with_idle", total_s + 0 * compute_s)):
+        devices = [inference_energy(*device) for device in zip(boards, compute_s, idle, traffic, strict=True)]
+        worst = max(devices, key=lambda energy: energy.high)
+        energies[f"energy_node{suffix}_mj"] = [1e3 * worst.low, 1e3 * worst.high]
+        energies[f"energy_total{suffix}_mj"] = [1e3 * sum(e.low for e in devices), 1e3 * sum(e.high for e in devices)]
+    return energies
 
 
 def network_workload(export: Path, benchmark: Mapping, precision: Precision) -> Workload:
