@@ -28,7 +28,7 @@ POINTWISE |= {"HardSigmoid", "HardSwish", "Mul", "QuickGelu", "QuantizeLinear", 
 #: Sums times their scale stay below it, so that rounding and adding the zero point cannot overflow 32 bits.
 MAX_SCALED_SUM = 2**30
 #: What reading a graph raises that `nonn export` would not have written.
-ODD = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
+MALFORMED_GRAPH_ERRORS = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
 
 
@@ -42,7 +42,7 @@ def read_student(path: Path) -> FirmwareProgram:
     """
     try:
         return _Reader(path, _optimised(path)).read()
-    except ODD as error:
+    except MALFORMED_GRAPH_ERRORS as error:
         raise UserError(f"{path}: not a student that `nonn export` wrote ({error}). Export it again.") from None
 
 

@@ -32,6 +32,6 @@ def subsets_missing(n_students: int, n_missing: int, seed: int = 0) -> list[Subs
     return subsets
 
 
-def proper_subsets(n_students: int, seed: int = 0) -> list[Subset]:
+def proper_subsets(n_students: int) -> list[Subset]:
     """Subsets that lack some students and not all, those that lack fewer first; see `subsets_missing`."""
-    return [subset for missing in range(1, n_students) for subset in subsets_missing(n_students, missing, seed)]
+    return [subset for missing in range(1, n_students) for subset in subsets_missing(n_students, missing)]

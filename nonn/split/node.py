@@ -35,7 +35,7 @@ from nonn.runtime.serving import Service, listening
 from nonn.runtime.serving_options import add_device, callers_from, identity_from
 from nonn.runtime.tls import Identity, may_call
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
-from nonn.split.plan import AGAIN, FEATURES, IMAGE, Message, load_part, open_sessions, run_segment
+from nonn.split.plan import FEATURES, IMAGE, REWRITE_REMEDY, Message, load_part, open_sessions, run_segment
 
 #: Seconds at the end of a call's time in which a device says whom it has waited for in vain.
 REPORTING_S = 0.5
@@ -69,7 +69,7 @@ class SplitDevice:
             self.sessions = open_sessions(models)
             self._warm_up()
         except Exception as error:  # ONNX Runtime has no common base of its errors
-            raise UserError(f"{folder}: its segments do not run ({one_line(error)}). {AGAIN}") from error
+            raise UserError(f"{folder}: its segments do not run ({one_line(error)}). {REWRITE_REMEDY}") from error
 
     def _warm_up(self) -> None:
         """Run every segment on zeros, which also shows that what is to be sent is there and of its shape."""

@@ -38,7 +38,7 @@ IMAGE, FEATURES = "image", "features"
 PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
 #: What the folder of a device holds.
 OF_PART = re.compile(rf"{re.escape(PART)}|\d+\.onnx")
-WHAT, AGAIN = "a plan of a split network", "Write the plan again with `nonn split`."
+PLAN_KIND, REWRITE_REMEDY = "a plan of a split network", "Write the plan again with `nonn split`."
 
 TensorName = Annotated[str, Field(min_length=1, max_length=128)]
 Position = Annotated[int, Field(ge=0, lt=2**16)]
@@ -242,7 +242,7 @@ class SplitPlan:
     @classmethod
     def load(cls, folder: Path) -> SplitPlan:
         """Read and check a plan that `save` wrote; a `UserError` if it is not as it was written."""
-        content = read_record(folder / PLAN, PlanFile, WHAT, AGAIN)
+        content = read_record(folder / PLAN, PlanFile, PLAN_KIND, REWRITE_REMEDY)
         for position, sha256 in enumerate(content.parts):
             read_verified(folder / str(position) / PART, sha256)
         parts, models = zip(*(load_part(folder / str(position)) for position in range(len(content.parts))), strict=True)
@@ -269,9 +269,9 @@ def load_part(folder: Path) -> tuple[Part, list[bytes | None]]:
     UserError
         Something is missing or not what was written.
     """
-    part = read_record(folder / PART, Part, WHAT, AGAIN)
+    part = read_record(folder / PART, Part, PLAN_KIND, REWRITE_REMEDY)
     if part.plan is None:
-        raise UserError(f"{folder / PART}: does not say of which plan it is. {AGAIN}")
+        raise UserError(f"{folder / PART}: does not say of which plan it is. {REWRITE_REMEDY}")
     models = [
         None if segment is None else read_verified(folder / f"{index}.onnx", segment.sha256)
         for index, segment in enumerate(part.segments)

@@ -29,6 +29,7 @@ ECHO_SECONDS, FEWEST, MOST = 2.0, 10, 300
 WARMUP_SECONDS, STREAM_SECONDS, STREAM_PACKETS = 1.0, 3.0, 200
 
 MAX_DATAGRAM_BYTES = 65_507  # bytes of a UDP message
+ECHO_TIMEOUT_S = 5.0
 STALL_TIMEOUT_S = 30.0  # seconds without a byte after which a stream is given up
 RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -73,15 +74,13 @@ def udp_echo(network: EmulatedNetwork, host: str) -> Iterator[tuple[str, int]]:
         server.close()
 
 
-def measure_round_trips(
-    network: EmulatedNetwork, sender: str, receiver: str, payload: int, count: int, patience: float = 5.0
-) -> list[float]:
-    """Seconds of the round trips of UDP messages of at least 8 bytes; what takes longer than `patience` is lost."""
+def measure_round_trips(network: EmulatedNetwork, sender: str, receiver: str, payload: int, count: int) -> list[float]:
+    """Seconds of round trips of UDP messages of at least 8 bytes; what takes longer than `ECHO_TIMEOUT_S` is lost."""
     times = []
     with network.inside(sender):
         client = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     with client, udp_echo(network, receiver) as address, ahead_of_others():
-        client.settimeout(patience)
+        client.settimeout(ECHO_TIMEOUT_S)
         for number in range(count):
             message = number.to_bytes(8, "big").ljust(payload, b"\0")
             start = time.perf_counter()
