@@ -28,7 +28,7 @@ from nonn.runtime import node
 from nonn.runtime.admission import MAX_RETRY_S, MAX_WAITING, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
 from nonn.runtime.channel import GIVEN, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, BusyError, Coordinator
-from nonn.runtime.guard import seconds_given
+from nonn.runtime.guard import stated_seconds
 from nonn.runtime.node import ServedStudent
 from nonn.runtime.protocol import Contract, make_request
 from nonn.runtime.serving import serving
@@ -110,17 +110,17 @@ def test_what_has_waited_unseen_is_told_by_what_it_has_left(clock):
 def test_what_a_call_says_that_it_was_given_counts_more_than_what_is_usual(clock):
     admission = Admission(0.001, timeout=10.0, share=0.5, clock=clock)
     with admission.admitted(0.1, "a"):
-        admission.check(0.02, "a", given=0.02)  # in a hurry, though others on its connection are not
-        admission.check(0.02, "a", given=0.01)  # impossible, and no reason to be kind or strict
+        admission.check(0.02, "a", stated=0.02)  # in a hurry, though others on its connection are not
+        admission.check(0.02, "a", stated=0.01)  # impossible, and no reason to be kind or strict
         with pytest.raises(OverloadedError):
-            admission.check(0.1, "a", given=0.3)
+            admission.check(0.1, "a", stated=0.3)
 
 
 def test_a_wait_that_is_claimed_while_nobody_waits_is_no_measurement(clock):
     admission = Admission(0.01, timeout=10.0, share=0.5, clock=clock)
     for _ in range(3):
         clock.now += 5.0
-        with admission.admitted(0.1, given=60.0):
+        with admission.admitted(0.1, stated=60.0):
             clock.now += 0.01
     assert admission.service_seconds == pytest.approx(0.01)
 
@@ -131,7 +131,7 @@ def test_a_wait_that_is_claimed_while_nobody_waits_is_no_measurement(clock):
 )
 def test_what_a_call_says_that_it_was_given_is_a_number_or_ignored(value, seconds):
     context = SimpleNamespace(invocation_metadata=lambda: (("user-agent", "any"), (GIVEN, value)))
-    assert seconds_given(context) == (None if seconds is None else pytest.approx(seconds))
+    assert stated_seconds(context) == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_moments_of_return_are_spaced(clock):
@@ -181,7 +181,7 @@ def test_calls_that_are_silent_shut_nobodys_door(clock, silent, share, timeout):
                 call = admission.admitted(None, "silent")
                 held.append((call, call.__enter__(), clock.now + 0.05))
         if tick % 100 == 50:
-            with admission.admitted(0.1, "honest", given=0.1) as place:
+            with admission.admitted(0.1, "honest", stated=0.1) as place:
                 place.keep()
                 clock.now += 0.001
                 answered += 1
@@ -194,7 +194,7 @@ def test_what_a_call_claims_to_have_waited_changes_little(clock):
         clock.now += 0.01
     with admission.admitted(None):
         clock.now += 9.0
-        with admission.admitted(30.0, given=60.0, peer="a"):
+        with admission.admitted(30.0, stated=60.0, peer="a"):
             pass
     assert admission.service_seconds < 0.012
 
@@ -229,7 +229,7 @@ def test_a_place_is_taken_again_by_the_time_that_is_left(clock):
     admission = Admission(0.01, timeout=1.0, share=0.5, clock=clock)
     with admission.admitted(1.0, "a"):  # what is usual on this connection
         pass
-    with admission.admitted(0.4, "a", given=0.4) as place:
+    with admission.admitted(0.4, "a", stated=0.4) as place:
         place.leave()
         clock.now += 0.1
         admission._finished = clock.now  # somebody else was answered

@@ -107,7 +107,7 @@ def test_a_node_that_ends_by_itself_is_found_out(is_known):
         return 3
 
     process = SimpleNamespace(send_signal=send_signal, wait=wait, returncode=3)
-    child = Child(Node(name="node-0", address="127.0.0.1:1", model="0"), process, said="out of memory")
+    child = Child(Node(name="node-0", address="127.0.0.1:1", model="0"), process, last_line="out of memory")
     bed = SimpleNamespace(children={"node-0": child})
     with pytest.raises(UserError, match=r"node-0 ended by itself, with exit status 3 \(out of memory\)"):
         asyncio.run(disturb(bed, Soak(np.zeros(1), np.zeros(1)), Random(0), every=0))

@@ -201,16 +201,16 @@ def test_what_cannot_follow_is_said_once_and_changes_nothing(exports, tmp_path, 
             for export in (other, tmp_path / "nothing"):
                 bench.name(export)
                 said = "other classes" if export is other else "nothing"
-                await until(lambda said=said: said in bench.network._said)
+                await until(lambda said=said: said in bench.network._last_problem)
                 await asyncio.sleep(0.1)
                 assert bench.network.next is None
             bench.file.write_text("nodes: 3")
-            await until(lambda: "nodes" in bench.network._said)
+            await until(lambda: "nodes" in bench.network._last_problem)
             with pytest.MonkeyPatch.context() as patch:  # what nobody has thought of
                 patch.setattr("nonn.live.following.load_cluster", lambda _: 1 / 0)
-                await until(lambda: "division by zero" in bench.network._said)
+                await until(lambda: "division by zero" in bench.network._last_problem)
             bench.file.write_text('export: "e\\0"')
-            await until(lambda: "export: has a character that no file name may have" in bench.network._said)
+            await until(lambda: "export: has a character that no file name may have" in bench.network._last_problem)
             assert (await bench.ask())[1] == 3
 
     asyncio.run(scenario())
@@ -225,7 +225,7 @@ def test_encryption_neither_begins_nor_ends_while_a_file_is_followed(exports, tm
         async with Bench(tmp_path, exports[0]) as bench:
             elsewhere = cluster_of(exports[1], [f"192.0.2.1:{port}" for port in bench.ports], tls=tmp_path)
             write_cluster(bench.file, elsewhere)
-            await until(lambda: "tls: is read at the start alone" in bench.network._said)
+            await until(lambda: "tls: is read at the start alone" in bench.network._last_problem)
             assert bench.network.next is None
             bench.name(exports[1])
             await until(lambda: bench.network.next is not None)
@@ -270,7 +270,7 @@ def test_it_follows_on_whatever_happens(exports, tmp_path, monkeypatch):
             with monkeypatch.context() as patch:  # what nobody has thought of
                 patch.setattr(following, "share_present", lambda _: 1 / 0)
                 bench.name(new)
-                await until(lambda: "division by zero" in bench.network._said)
+                await until(lambda: "division by zero" in bench.network._last_problem)
             for position in range(3):
                 await bench.serve(position, new)
             await until(lambda: bench.network.current.contract.version == network_version(read_manifest(new)))
@@ -287,7 +287,7 @@ def test_what_cannot_be_used_is_read_less_and_less_often(exports, tmp_path, monk
     async def scenario():
         async with Bench(tmp_path, exports[0]) as bench:
             bench.name(tmp_path / "nothing")
-            await until(lambda: "nothing" in bench.network._said)
+            await until(lambda: "nothing" in bench.network._last_problem)
             count = len(read)
             await asyncio.sleep(1.0)  # 50 looks
             assert len(read) - count < 10

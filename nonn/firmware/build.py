@@ -29,13 +29,13 @@ OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
 
 
 class ToolError(UserError):
-    """A program of the toolchain failed; `said` is what it wrote on standard error."""
+    """A program of the toolchain failed; `stderr` is what it wrote on standard error."""
 
-    def __init__(self, program: str, said: str):
-        lines = said.strip().splitlines()
+    def __init__(self, program: str, stderr: str):
+        lines = stderr.strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1] if lines else "it says nothing")
         super().__init__(f"{Path(program).name}: {printable(reason)}. {INSTALL}, or make room on the disk.")
-        self.said = said
+        self.stderr = stderr
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def link(objects: Sequence[Path], target: Target, elf: Path) -> LinkedFirmware:
     try:
         _run(command, elf.parent)
     except ToolError as error:
-        if not (over := re.findall(r"region `(\w+)' overflowed by (\d+) bytes?", error.said)):
+        if not (over := re.findall(r"region `(\w+)' overflowed by (\d+) bytes?", error.stderr)):
             raise
         limits = {"FLASH": ("flash", target.flash_bytes), "RAM": ("RAM", target.ram_bytes)}
         lines = [f"{limits[region][0]} by {int(n):,} of {limits[region][1]:,} bytes" for region, n in over]

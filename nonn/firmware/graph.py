@@ -207,12 +207,12 @@ class _Reader:
     def combination(self, node: NodeProto) -> Combine:
         vectors = tuple(name for name in node.input if name in self.vectors)
         rest = [self.constants[name] for name in node.input if name in self.constants]
-        known = len(vectors) == 2 and node.op_type == "Add"
+        is_sum = len(vectors) == 2 and node.op_type == "Add"
         scaled = len(vectors) == 1 and len(rest) == 1 and rest[0].size == 1 and node.input[0] == vectors[0]
-        if not (known or scaled):
+        if not (is_sum or scaled):
             raise self.refuse(f"there is no kernel for {node.op_type} {node.output[0]} of features")
         self.vectors[node.output[0]] = self.vectors[vectors[0]]
-        constant = None if known else float(rest[0].item())
+        constant = None if is_sum else float(rest[0].item())
         return Combine(vectors, node.output[0], self.vectors[vectors[0]], OPERATIONS[node.op_type], constant)
 
     def chain(self, name: str) -> tuple[str, list[NodeProto]]:

@@ -47,8 +47,7 @@ def scale_of(student: FirmwareProgram) -> FeatureScale:
     return FeatureScale(np.float32(low), np.float32((high - low) / MAX_BYTE or 1.0))
 
 
-def _combined(step: Combine, known: list[np.ndarray]) -> np.ndarray:
+def _combined(step: Combine, bounds: list[np.ndarray]) -> np.ndarray:
     if step.constant is None:
-        return known[0] + known[1]
-    found = known[0] / step.constant if step.operation == "/" else known[0] * step.constant
-    return np.sort(found)
+        return bounds[0] + bounds[1]
+    return np.sort(bounds[0] / step.constant if step.operation == "/" else bounds[0] * step.constant)

@@ -52,10 +52,12 @@ class FollowedNetwork:
         self.next: ServedNetwork | None = None
         self.admission, self.absences = self.current.admission, self.current.absences
         self._stamp: tuple = ()
-        self._failed: tuple = ()  # the stamp of what could not be used
+        self._failed_stamp: tuple = ()  # the stamp of what could not be used
         self._pause = self._next_attempt = 0.0
-        self._said = ""
-        self._gone: set[str] = set()  # nodes that did not serve the current export when they were last looked at
+        self._last_problem = ""
+        self._not_on_current: set[str] = (
+            set()
+        )  # nodes that did not serve the current export when they were last looked at
         self._following: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -84,8 +86,8 @@ class FollowedNetwork:
 
     def _networks(self) -> list[ServedNetwork]:
         """Those that may answer: the one with the larger part of its nodes first, of equals the newer one."""
-        known = [self.next, self.current] if self.next else [self.current]
-        return sorted(known, key=share_present, reverse=True)
+        networks = [self.next, self.current] if self.next else [self.current]
+        return sorted(networks, key=share_present, reverse=True)
 
     async def infer(self, request: ModelInferRequest, images: np.ndarray, seconds: float | None) -> ModelInferResponse:
         """Answer by one of the exports, or by the other if no node serves the first; see `nonn.runtime.serving.Model`.
@@ -101,8 +103,8 @@ class FollowedNetwork:
             except ProtocolError as error:
                 if error.code != StatusCode.UNAVAILABLE:
                     raise
-        left = None if seconds is None else seconds - (loop.time() - start)
-        return await networks[-1].infer(request, images, left)
+        remaining = None if seconds is None else seconds - (loop.time() - start)
+        return await networks[-1].infer(request, images, remaining)
 
     async def _follow(self) -> None:
         while True:
@@ -110,19 +112,19 @@ class FollowedNetwork:
             try:
                 await self._attend()
             except Exception as error:  # perhaps only some of the files have been written so far
-                said = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be followed ({error})."
-                if said != self._said:
-                    log(f"{said} The export from before stays in use.")
-                self._said = said
+                problem = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be followed ({error})."
+                if problem != self._last_problem:
+                    log(f"{problem} The export from before stays in use.")
+                self._last_problem = problem
 
     async def _attend(self) -> None:
         """Read the file if it has changed, and look at the nodes."""
         now = asyncio.get_running_loop().time()
-        if (stamp := self._look()) != self._stamp and (stamp != self._failed or now >= self._next_attempt):
-            self._pause = min(2 * self._pause, MAX_RETRY_PAUSE_S) if stamp == self._failed else FILE_POLL_S
-            self._failed, self._next_attempt = stamp, now + self._pause
+        if (stamp := self._look()) != self._stamp and (stamp != self._failed_stamp or now >= self._next_attempt):
+            self._pause = min(2 * self._pause, MAX_RETRY_PAUSE_S) if stamp == self._failed_stamp else FILE_POLL_S
+            self._failed_stamp, self._next_attempt = stamp, now + self._pause
             await self._read_again()
-            self._stamp, self._said = stamp, ""  # as before it was read: whatever came later is read, too
+            self._stamp, self._last_problem = stamp, ""  # as before it was read: whatever came later is read, too
         if self.next:
             self._tell_apart(self.next)
         if self.next and share_present(self.next) == 1:
@@ -142,16 +144,16 @@ class FollowedNetwork:
         have failed there.
         """
         others = {connection.node.address: connection for connection in new.coordinator.connections}
-        gone = set()
+        not_on_current = set()
         for connection in self.current.coordinator.connections:
             other = others.get(connection.node.address)
             if other is None or other.contract.version == connection.contract.version:
                 continue
             if connection.breaker_is_open:
-                gone.add(connection.name)
+                not_on_current.add(connection.name)
             elif not other.breaker_is_open:
-                (other if connection.name in self._gone else connection).open_breaker(ELSEWHERE)
-        self._gone = gone
+                (other if connection.name in self._not_on_current else connection).open_breaker(ELSEWHERE)
+        self._not_on_current = not_on_current
 
     def _look(self) -> tuple:
         """Something else whenever the cluster file or the manifest of its export has changed."""

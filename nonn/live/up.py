@@ -79,7 +79,9 @@ async def show(children: list[Child]) -> None:
             for child in children:
                 if known.get(child.node.name) != child.state:
                     known[child.node.name] = child.state
-                    details = f": {child.said}" if child.has_exited and child.said else f" at {child.node.address}"
+                    details = (
+                        f": {child.last_line}" if child.has_exited and child.last_line else f" at {child.node.address}"
+                    )
                     print(f"{child.node.name}: {child.state}{details}", flush=True)
             if look and look % SPARSE == 0:
                 print("\n".join([header, *(child.row() for child in children)]), flush=True)

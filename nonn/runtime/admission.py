@@ -97,30 +97,31 @@ class Admission:
         head = max(self.clock() - head_since, self.service_seconds)
         return self.waiting * self.service_seconds + head
 
-    def check(self, seconds: float | None, peer: str = "", given: float | None = None) -> float:
-        """Refuse a call with so much time left, as an `OverloadedError`, unless it will be answered in time.
+    def check(self, seconds: float | None, peer: str = "", stated: float | None = None) -> float:
+        """Refuse a call with `seconds` left, as an `OverloadedError`, unless it will be answered in time.
 
-        Calls that have waited long before this process looked at them, in buffers of the system or of gRPC, are told
-        by how much less time they have left than they say that they were given. Where they do not say, it is by how
-        much less than is usual on their connection; so such callers should not share one if their deadlines are unlike.
-        To answer the oldest first would be to answer all of them late. Where nobody waits and nobody was answered just
-        now every call is tried: or one slow answer would shut the door for ever. Gives the seconds that the call has
-        probably waited.
+        A call that waited in a socket or gRPC buffer is recognised by the gap between the deadline it states and the
+        time it has left. Where it states none, the time that calls of its connection usually have left takes the place
+        of the deadline, so callers of unlike deadlines should not share a connection. Answering the oldest calls first
+        would make all answers late. With an empty queue and no recent answer, every call is admitted; otherwise one
+        slow answer would block all later calls.
+
+        Returns
+        -------
+        float
+            Seconds that the call has probably waited.
         """
         if seconds is None:
             age = 0.0
-        elif given is None:
+        elif stated is None:
             age = self._age(seconds, peer)
         else:
-            age = max(given - seconds, 0.0)
+            age = max(stated - seconds, 0.0)
         if not self.waiting and self.clock() - self._finished > IDLE_SERVICE_TIMES * self.service_seconds:
             return 0.0
-        left = self.timeout if seconds is None else min(seconds, self.timeout)
-        if (
-            self.waiting >= MAX_WAITING
-            or self.expected_seconds() > self.share * left
-            or age > self.stale * (left + age)
-        ):
+        remaining = self.timeout if seconds is None else min(seconds, self.timeout)
+        is_stale = age > self.stale * (remaining + age)
+        if self.waiting >= MAX_WAITING or self.expected_seconds() > self.share * remaining or is_stale:
             self.refused += 1
             raise OverloadedError(self._next_retry_slot())
         return age
@@ -146,10 +147,10 @@ class Admission:
         return MAX_RETRY_S * (1 - self.refused * GOLDEN % 1 / 2)
 
     @contextlib.contextmanager
-    def admitted(self, seconds: float | None, peer: str = "", given: float | None = None) -> Iterator[Place]:
+    def admitted(self, seconds: float | None, peer: str = "", stated: float | None = None) -> Iterator[Place]:
         """Let a call wait while the block runs; see `check`."""
-        arrived = self.clock() - self.check(seconds, peer, given)
-        place = Place(self, seconds, peer, given)
+        arrived = self.clock() - self.check(seconds, peer, stated)
+        place = Place(self, seconds, peer, stated)
         try:
             yield place
             self._measure(arrived)
@@ -183,8 +184,8 @@ class Admission:
 class Place:
     """A call's place in the queue, which it can leave while it is itself waited for."""
 
-    def __init__(self, admission: Admission, seconds: float | None, peer: str, given: float | None):
-        self.admission, self.peer, self.given = admission, peer, given
+    def __init__(self, admission: Admission, seconds: float | None, peer: str, stated: float | None):
+        self.admission, self.peer, self.stated = admission, peer, stated
         self.deadline = None if seconds is None else admission.clock() + seconds
         self.admission._places[self] = math.inf
 
@@ -194,6 +195,6 @@ class Place:
     def keep(self) -> None:
         """The message has come. An `OverloadedError` if the place was left, and others have taken it."""
         if self not in self.admission._places:
-            left = None if self.deadline is None else max(self.deadline - self.admission.clock(), 0.0)
-            self.admission.check(left, self.peer, self.given)
+            remaining = None if self.deadline is None else max(self.deadline - self.admission.clock(), 0.0)
+            self.admission.check(remaining, self.peer, self.stated)
         self.admission._places[self] = self.admission.clock()

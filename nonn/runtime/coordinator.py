@@ -273,19 +273,19 @@ class Coordinator:
         """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
         loop = asyncio.get_running_loop()
         former: list[NodeConnection] = []  # those by certificates from before
-        said, pause, next_attempt = "", 0.0, 0.0
+        reported, pause, next_attempt = "", 0.0, 0.0
         while True:
             await asyncio.sleep(POLL_S)
             if self.identity and (newest := self.identity.stamp()) != stamp:
-                stamp, former, said, pause, next_attempt = newest, self.connections, "", POLL_S, 0.0
+                stamp, former, reported, pause, next_attempt = newest, self.connections, "", POLL_S, 0.0
             if former and loop.time() >= next_attempt:
                 try:
                     former = await self._reopen(former)
                     names = ", ".join(connection.name for connection in former)
-                    if names not in ("", said):
+                    if names not in ("", reported):
                         problem = "not to be reached with the new certificates so far"
                         log(f"{names}: {problem}. Those from before stay in use.")
-                    said = names
+                    reported = names
                 except Exception as error:  # whatever it is: connections have to be kept
                     log_former(error)
                 next_attempt, pause = loop.time() + pause, min(2 * pause, MAX_RENEWAL_PAUSE_S)
@@ -349,9 +349,9 @@ class Coordinator:
     ) -> tuple[Mapping[int, np.ndarray], dict[str, str], dict[str, float]]:
         """Features by position of the nodes that answer in time, why the others do not, and how long some are busy."""
         loop = asyncio.get_running_loop()
-        given = self.timeout if seconds is None else min(seconds, self.timeout)
-        is_short, start = given < SHORT_DEADLINE_SHARE * self.timeout, loop.time()
-        deadline = start + given
+        timeout = self.timeout if seconds is None else min(seconds, self.timeout)
+        is_short, start = timeout < SHORT_DEADLINE_SHARE * self.timeout, loop.time()
+        deadline = start + timeout
         # When all circuits are open, there is nothing to lose by asking the nodes all the same.
         all_open = all(connection.breaker_is_open for connection in self.connections)
         calls = {

@@ -26,7 +26,7 @@ MAX_SILENT = 1024
 MAX_CALL_S = 60.0
 
 
-def seconds_given(context: aio.ServicerContext) -> float | None:
+def stated_seconds(context: aio.ServicerContext) -> float | None:
     """What a call was given when it was sent, up to `MAX_CALL_S`; None if it does not say so in a number."""
     for name, value in context.invocation_metadata() or ():
         if name == GIVEN:
@@ -68,7 +68,7 @@ class Guard(aio.ServerInterceptor):
             try:
                 if admission is None:
                     return await self._answer(handler, context)
-                with admission.admitted(context.time_remaining(), context.peer(), seconds_given(context)) as place:
+                with admission.admitted(context.time_remaining(), context.peer(), stated_seconds(context)) as place:
                     return await self._answer(handler, context, place)
             except OverloadedError as overloaded:
                 if self.meters:

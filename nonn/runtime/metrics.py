@@ -71,8 +71,8 @@ def _respond(request: bytes, registry: CollectorRegistry) -> bytes:
     status, kind, content = "404 Not Found", "text/plain", b"ask for /metrics\n"
     hosts = [text[5:].strip() for text in headers if text.lower().startswith("host:")]
     if any(host_name(host) not in OWN_NAMES for host in hosts):
-        said = f"this port answers to {HOST} and localhost alone; set the Host header so\n"
-        status, content = "403 Forbidden", said.encode()
+        reason = f"this port answers to {HOST} and localhost alone; set the Host header so\n"
+        status, content = "403 Forbidden", reason.encode()
     elif method != "GET":
         status, content = "405 Method Not Allowed", b"only GET is answered\n"
     elif rest.split(" ")[0].partition("?")[0] in ("/", "/metrics"):

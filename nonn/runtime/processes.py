@@ -38,7 +38,7 @@ class Child:
     node: Node
     process: asyncio.subprocess.Process
     state: str = "starting"
-    said: str = ""
+    last_line: str = ""
     requests: int = 0
     failures: int = 0
     latency_ms: float | None = None
@@ -70,7 +70,7 @@ class Child:
         assert self.process.stderr is not None  # a pipe
         while line := await self.process.stderr.readline():
             text = line.decode(errors="replace").strip()
-            self.said = text[:200] or self.said
+            self.last_line = text[:200] or self.last_line
             if found := ANNOUNCEMENT.fullmatch(text):
                 self.node, self.is_ready = self.node.model_copy(update={"address": found[1]}), True
                 self.ready_or_ended.set()
@@ -80,12 +80,12 @@ class Child:
         """Wait until the process listens; if it ends instead, raise a `UserError` with its last words."""
         await self.ready_or_ended.wait()
         if not self.is_ready:
-            raise UserError(f"{self.node.name} did not start: {self.said or 'it says nothing'}")
+            raise UserError(f"{self.node.name} did not start: {self.last_line or 'it says nothing'}")
 
 
 def reasons(children: Iterable[Child]) -> str:
     """Why children are not there, as far as they said."""
-    return "; ".join(f"{child.node.name}: {child.said or child.state}" for child in children)
+    return "; ".join(f"{child.node.name}: {child.last_line or child.state}" for child in children)
 
 
 def coordinator_command(cluster: Path, address: str, *options: str) -> list[str]:
@@ -99,8 +99,8 @@ def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor
     options: dict[str, Path | str | None] = {"--sensor": sensor}
     if identity:
         options |= {"--cert": identity.certificate, "--key": identity.key, "--ca": identity.ca, "--allow": caller}
-    given = [word for name, value in options.items() if value for word in (name, str(value))]
-    return [sys.executable, "-m", "nonn", *arguments, "--attached", *given, *([] if identity else ["--insecure"])]
+    words = [word for name, value in options.items() if value for word in (name, str(value))]
+    return [sys.executable, "-m", "nonn", *arguments, "--attached", *words, *([] if identity else ["--insecure"])]
 
 
 def node_commands(

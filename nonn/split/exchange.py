@@ -81,14 +81,14 @@ class Exchange:
 
     def __init__(self) -> None:
         self.arrived: dict[str, np.ndarray] = {}
-        self.wanted: dict[str, Message] = {}
+        self.expected: dict[str, Message] = {}
         self.failure: Exception | None = None
         self._waiter: asyncio.Future | None = None
 
     @property
     def missing(self) -> list[Message]:
         """What the present round still waits for."""
-        return [message for name, message in self.wanted.items() if name not in self.arrived]
+        return [message for name, message in self.expected.items() if name not in self.arrived]
 
     def put(self, name: str, values: np.ndarray) -> None:
         """Take what has arrived; a `ProtocolError` if it was here already."""
@@ -105,7 +105,7 @@ class Exchange:
 
     async def take(self, messages: Iterable[Message]) -> dict[str, np.ndarray]:
         """The slices of one round, when all have arrived."""
-        self.wanted = {message.name: message for message in messages}
+        self.expected = {message.name: message for message in messages}
         # At least once the loop has its turn, in which what this device has to send goes out.
         await asyncio.sleep(0)
         if self.missing and not self.failure:
@@ -113,7 +113,7 @@ class Exchange:
             await self._waiter
         if self.failure:
             raise self.failure
-        return {name: self.arrived[name] for name in self.wanted}
+        return {name: self.arrived[name] for name in self.expected}
 
     def _wake(self) -> None:
         if self._waiter and not self._waiter.done():

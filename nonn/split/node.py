@@ -73,25 +73,25 @@ class SplitDevice:
 
     def _warm_up(self) -> None:
         """Run every segment on zeros, which also shows that what is to be sent is there and of its shape."""
-        known = {IMAGE: np.zeros(self.contract.image_shape, np.uint8)}
+        values = {IMAGE: np.zeros(self.contract.image_shape, np.uint8)}
         for index in range(len(self.sessions)):
-            known |= self.compute(index, known)
+            values |= self.compute(index, values)
             for message in self.part.sent(index):
-                made = message.cut(known[message.source])
+                made = message.cut(values[message.source])
                 if made.shape != message.shape or made.dtype != np.dtype(message.dtype):
                     raise ValueError(f"{message.name} is not of the shape {message.shape} and type {message.dtype}")
-            known |= {m.name: np.zeros(m.shape, m.dtype) for m in self.part.received(index)}
-        if self.features(known).shape != (1, self.contract.n_features):
+            values |= {m.name: np.zeros(m.shape, m.dtype) for m in self.part.received(index)}
+        if self.features(values).shape != (1, self.contract.n_features):
             raise ValueError(f"its features are not {self.contract.n_features}")
 
-    def compute(self, index: int, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a segment makes of what the device knows so far; nothing where it has no such segment."""
+    def compute(self, index: int, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What a segment makes of the tensors that the device has so far; nothing where it has no such segment."""
         segment = self.part.segments[index]
-        return run_segment(segment, self.sessions[index], known) if segment else {}
+        return run_segment(segment, self.sessions[index], values) if segment else {}
 
-    def features(self, known: dict[str, np.ndarray]) -> np.ndarray:
+    def features(self, values: dict[str, np.ndarray]) -> np.ndarray:
         """What the coordinator gets, float32 of shape (1, F_d)."""
-        return known[FEATURES] if self.contract.n_features else np.zeros((1, 0), np.float32)
+        return values[FEATURES] if self.contract.n_features else np.zeros((1, 0), np.float32)
 
 
 class Peer:
@@ -197,30 +197,30 @@ class SplitService(Service):
         Segments run in the loop itself: a thread of their own would gain nothing, since the device waits
         for either messages or results, and would cost two changes of thread a round.
         """
-        known, deadline = {IMAGE: image}, waiting.when()
+        values, deadline = {IMAGE: image}, waiting.when()
         assert deadline is not None  # of a timeout of some seconds
         for index, expected in enumerate(self.received):
             try:
-                known |= self.device.compute(index, known)
+                values |= self.device.compute(index, values)
             except Exception as error:
                 log(f"model {self.contract.model}, segment {index}: {error}")
                 raise ProtocolError(StatusCode.INTERNAL, "a segment failed; see the device's log") from error
-            self._send(index, known, image_id, exchange, deadline)
+            self._send(index, values, image_id, exchange, deadline)
             if index < len(self.received) - 1:
-                known |= await exchange.take(expected)
-        features = self.device.features(known)
+                values |= await exchange.take(expected)
+        features = self.device.features(values)
         if not np.isfinite(features).all():
             raise ProtocolError(StatusCode.INTERNAL, "the device's features are not finite")
         return features
 
-    def _send(self, index: int, known: dict, image_id: str, exchange: Exchange, deadline: float) -> None:
+    def _send(self, index: int, values: dict, image_id: str, exchange: Exchange, deadline: float) -> None:
         """Start to send what a round takes from this device."""
         if not self.sent[index]:
             return
         seconds = max(deadline - asyncio.get_running_loop().time(), 0)
         calls = []
         for messages in self.sent[index]:
-            content = make_slice(messages[0], image_id, self.part.version, known[messages[0].source])
+            content = make_slice(messages[0], image_id, self.part.version, values[messages[0].source])
             for message in messages:
                 peer = self.peers[message.receiver]
                 calls.append((peer, peer.send(content, timeout=seconds)))

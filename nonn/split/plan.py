@@ -199,8 +199,8 @@ class SplitPlan:
     def logits(self, features: Sequence[np.ndarray]) -> np.ndarray:
         """Logits (C,) from what the devices answer, each float32 of shape (F_d,)."""
         total = np.zeros(self.weight.shape[1], np.float32)
-        for part, own in zip(self.parts, features, strict=True):
-            total[slice(*part.columns)] += own
+        for part, answer in zip(self.parts, features, strict=True):
+            total[slice(*part.columns)] += answer
         return self.weight @ (total * np.float32(self.scale)) + self.bias
 
     def save(self, folder: Path) -> None:
@@ -312,14 +312,14 @@ def run_in_process(plan: SplitPlan, image: np.ndarray, sessions: Sequence[Sessio
     values: list[dict[str, np.ndarray]] = [{IMAGE: image[None]} for _ in plan.parts]
     seconds: list[list[float]] = [[] for _ in plan.parts]
     for index in range(plan.rounds + 1):
-        for part, own, known, spent in zip(plan.parts, sessions, values, seconds, strict=True):
+        for part, opened, there, spent in zip(plan.parts, sessions, values, seconds, strict=True):
             start = time.thread_time()
             if segment := part.segments[index]:
-                known |= run_segment(segment, own[index], known)
+                there |= run_segment(segment, opened[index], there)
             spent.append(time.thread_time() - start if segment else 0.0)
         for part in plan.parts:
             for message in part.sent(index):
                 sliced = message.cut(values[message.sender][message.source])
                 values[message.receiver][message.name] = np.ascontiguousarray(sliced)
     none = np.zeros((1, 0), np.float32)
-    return LocalRun(plan.logits([known.get(FEATURES, none)[0] for known in values]), seconds)
+    return LocalRun(plan.logits([there.get(FEATURES, none)[0] for there in values]), seconds)

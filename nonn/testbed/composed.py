@@ -63,7 +63,7 @@ class Workload:
         """What has to be transmitted so that every device gets its part: of each sender its largest message once."""
         if not self.sent_once:
             return sent
-        return {(sender, "all"): max(n for (own, _), n in sent.items() if own == sender) for sender, _ in sent}
+        return {(sender, "all"): max(n for (other, _), n in sent.items() if other == sender) for sender, _ in sent}
 
 
 def payload_bytes(transfers: Sequence[Transfers]) -> float:
@@ -183,7 +183,7 @@ def split_workload(plan: SplitPlan, core: int) -> Workload:
         values = [*session.get_inputs(), *session.get_outputs()]
         return sum(math.prod(value.shape) * (1 if value.type == "tensor(uint8)" else 4) for value in values)
 
-    largest = [max((activations(session) for session in own if session), default=0) for own in sessions]
+    largest = [max((activations(session) for session in device if session), default=0) for device in sessions]
     return Workload(
         seconds=np.median(runs, axis=0).T,
         macs=np.array([[segment.macs if segment else 0 for segment in part.segments] for part in plan.parts]).T,

@@ -170,10 +170,10 @@ def measure_live(deployments: Sequence[Deployment], bed: TrialBed, params: Distr
         deployments_on |= dict.fromkeys(sorted(params.links, key=lambda name: -PRESETS[name].rate_bps), deployments)
     rows: list[dict] = []
     progress = iter(track(range(sum(map(len, deployments_on.values()))), "distributed"))
-    for name, own in deployments_on.items():
+    for name, measured_there in deployments_on.items():
         link = PRESETS.get(name)
         with emulated_network(hosts, link) if link else contextlib.nullcontext(EmulatedNetwork(hosts)) as network:
-            for deployment in own:
+            for deployment in measured_there:
                 next(progress)
                 rows += [row | {"link": name} for row in measure_deployment(deployment, bed, network, rows)]
     next(progress, None)

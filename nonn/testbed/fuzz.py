@@ -229,13 +229,13 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
         for _ in track(range(n_messages), "hostile responses"):
             answer = await coordinator.classify(image)
             coordinator.connections[rogue].reset()  # or its breaker would keep the rest of the campaign away
-            said = is_sound(last["content"], ModelInferResponse, read_response, contract)
-            present = features if said is None else features | {rogue: said}
+            features_sent = is_sound(last["content"], ModelInferResponse, read_response, contract)
+            present = features if features_sent is None else features | {rogue: features_sent}
             expected = predict(manifest, coordinator.final, present)
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
             # Not what `read_response` thinks of them, which is what is being tried here.
-            right = right and (said is None or 0 <= said.min() <= said.max() <= limit)
+            right = right and (features_sent is None or 0 <= features_sent.min() <= features_sent.max() <= limit)
             kind = "discarded" if len(present) == len(features) else "harmless, used as a sound one"
             outcomes[kind if right else f"WRONG {kind}"] += 1
     return outcomes

@@ -205,8 +205,8 @@ def main() -> None:
     try:
         opened = [open_host(address, link) for address in addresses]
     except (OSError, subprocess.CalledProcessError) as error:
-        said = f"ip: {error.stderr.strip()}" if isinstance(error, subprocess.CalledProcessError) else error.strerror
-        print(json.dumps({"error": said or str(error)}), flush=True)
+        reason = f"ip: {error.stderr.strip()}" if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        print(json.dumps({"error": reason or str(error)}), flush=True)
         return
     be_prompt()
     print(json.dumps({"namespaces": [namespace for namespace, _ in opened]}), flush=True)

@@ -45,8 +45,8 @@ from nonn.testbed.bed import RunningCluster, running_cluster
 IMAGES = 50
 #: Seconds beyond the deadline after which a request counts as lost, and within which the cluster has to be whole.
 EXTRA_S, RECOVERY_S = 5.0, 30.0
-#: Seconds until the next node is replaced: the coordinator has then found the one before. Without it, students of
-#: neither export may be many.
+#: Seconds until the next node is replaced: by then the coordinator has found the one before. Without this pause both
+#: exports might have few students.
 PAUSE_S = MAX_PAUSE_S + FILE_POLL_S
 #: Largest difference of a probability that is rounding.
 ROUNDING = 1e-4
@@ -91,12 +91,12 @@ class Replacement:
 
     def problems(self) -> list[str]:
         """What was not as it must be."""
-        found = [f"{count} requests were lost ({reason})" for reason, count in self.lost.items()]
+        problems = [f"{count} requests were lost ({reason})" for reason, count in self.lost.items()]
         if self.wrong:
-            found.append(f"{self.wrong} answers were of neither export")
+            problems.append(f"{self.wrong} answers were of neither export")
         if not self.whole_again:
-            found.append("not all nodes served the new export at the end")
-        return found
+            problems.append("not all nodes served the new export at the end")
+        return problems
 
 
 class Campaign:
@@ -150,7 +150,7 @@ class Campaign:
             if problem := await wait_for(
                 node, contract, cluster.own_identity, START_TIMEOUT_S, partial(getattr, child, "has_exited")
             ):
-                raise UserError(f"{node.name} did not start: {child.said or problem}")
+                raise UserError(f"{node.name} did not start: {child.last_line or problem}")
             await asyncio.sleep(PAUSE_S)
             self.seen.seconds[node.name] = time.monotonic() - begun
             log(f"{node.name}: replaced in {self.seen.seconds[node.name]:.1f} s, {self.seen.requests} requests so far")

@@ -124,7 +124,9 @@ def send(child: Child, number: signal.Signals) -> asyncio.subprocess.Process:
 
 def ended_by_itself(child: Child) -> UserError:
     code = child.process.returncode
-    return UserError(f"{child.node.name} ended by itself, with exit status {code} ({child.said or 'it said nothing'})")
+    return UserError(
+        f"{child.node.name} ended by itself, with exit status {code} ({child.last_line or 'it said nothing'})"
+    )
 
 
 async def crowd(bed: RunningCluster, soak: Soak, name: str) -> None:
