@@ -74,7 +74,7 @@ PROBLEMS = {
     "plain text abroad": ({"nodes": [node(address="10.0.0.7:7100")]}, "nodes: a: 10.0.0.7:7100 is not on this machine"),
     "no port": ({"nodes": [node(address="127.0.0.1")]}, "nodes.0.address: '127.0.0.1' is not host:port"),
     "name twice": ({"nodes": [node(), node(address="127.0.0.1:7101", model="1")]}, "nodes: a: name given twice"),
-    "name of nobody": ({"nodes": [node(name="localhost")]}, "nodes.0.name: 'localhost' is the name of nobody in"),
+    "reserved name": ({"nodes": [node(name="localhost")]}, "nodes.0.name: 'localhost' is reserved in certificates"),
     "address twice": ({"nodes": [node(), node(name="b", model="1")]}, "nodes: 127.0.0.1:7100: address given twice"),
     "model twice": ({"nodes": [node(), node(name="b", address="[::1]:1")]}, "nodes: 0: model given twice"),
     "model elsewhere": ({"nodes": [node(model="../0")]}, "nodes.0.model: string should match"),

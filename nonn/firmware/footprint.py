@@ -140,5 +140,5 @@ def _constants(step: KernelCall) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def _blank(kind: DTypeLike, *shape: int) -> np.ndarray:
-    """An array of zeros that takes no memory, and is no other's equal to `id`."""
+    """A zero array that takes no memory and has its own `id()`."""
     return np.ndarray(shape, kind, bytes(8), strides=(0,) * len(shape))

@@ -1,9 +1,9 @@
 """A coordinator that follows its cluster file: it goes over to another export while it answers, node by node.
 
-When the file names another export, or the export's folder holds another one, the coordinator knows two for a while. It
-asks the nodes as students of the one of which more are there, so that no answer mixes features of two exports. A node
-that still serves the other export refuses nothing: what it says bears the other version, and it counts as absent. Once
-all nodes serve the new export, the former one is forgotten. If the file is put back, the new one is.
+When the file names another export, or the export's folder holds another one, the coordinator serves both for a while.
+While both are served, it queries only the nodes of the export that has more of them, so an answer never mixes two
+exports. A node that still serves the other export does not refuse: its answer bears the other version, and it counts as
+absent. Once all nodes serve the new export, the former one is dropped. If the file is put back, the new one is.
 
 Nodes may be replaced in place, one after another, or started beside the former ones at other addresses, in which case
 no answer lacks a student.
@@ -28,8 +28,8 @@ from nonn.runtime.exported import Manifest
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.served_network import NetworkContract, ServedNetwork
 
-#: Seconds between two looks at the cluster file and at the nodes of a new export; and the most between two attempts to
-#: use what could not be used, of which the pauses double: files that the file names may still be on their way.
+#: Seconds between two looks at the cluster file and at the nodes of a new export. Retries of an unusable file back off
+#: up to the second value: files it refers to may still be copying.
 FILE_POLL_S, MAX_RETRY_PAUSE_S = 0.5, 8.0
 #: Why the circuit of a node of a new export is open until it has answered a probe, and why its circuit of the other
 #: export is open from then on.

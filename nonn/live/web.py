@@ -102,14 +102,14 @@ async def guard(
         raise web.HTTPBadRequest(text="the body is not encoded as its headers say\n") from None
 
 
-def is_ours(record: logging.LogRecord) -> bool:
-    """Whether what aiohttp has to say is no fault of the caller, who is told by the answer."""
+def is_server_fault(record: logging.LogRecord) -> bool:
+    """Whether a log record is the server's fault rather than the client's."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
 #: What aiohttp logs of its server.
 logger = logging.getLogger(__name__)
-logger.addFilter(is_ours)
+logger.addFilter(is_server_fault)
 
 
 class Page:

@@ -1,8 +1,8 @@
-"""Admission of calls by queue time: whoever cannot be answered in time is refused at once, and told when to return.
+"""Admission control by queueing time: a call that cannot be answered in time is refused at once, with a retry time.
 
-Calls are answered one after another, or as good as: `Admission` measures what each takes when others wait behind it,
-and knows how many wait. Their product is what a further call would wait for. The estimate is that of Little's law
-[1]_, so it also holds where several calls are under way at once, as at a coordinator.
+Calls are answered nearly one after another. `Admission` measures the service time of a call while others wait behind
+it, and knows how many wait. Their product is the time that a further call would wait. This is the estimate of Little's
+law [1]_, so it also holds where several calls are under way at once, as at a coordinator.
 
 Each caller that is refused gets a retry slot: the slots are spaced as calls are answered, so that a thousand callers
 do not come back together. Answers stay quick because the queue stays short, and the rate of answers does not fall
@@ -21,22 +21,23 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-#: Calls that may be under way or wait at once, however quick they are.
+#: Most calls that may be under way or wait at once, however quick they are.
 MAX_WAITING = 256
 #: Weight of the newest measurement in the moving average of the service time.
 NEWEST = 1 / 16
-#: Moments of return lie this many service times apart: callers who are answered come back as well.
+#: Retry slots are this many service times apart, since callers that are answered come back as well.
 SPACING = 4.0
-#: Service times after an answer in which further calls may well be waiting unseen.
+#: For this many service times after an answer, further calls may be waiting in buffers.
 IDLE_SERVICE_TIMES = 3.0
-#: Seconds in which half of what was usual on a connection is forgotten, and connections that are known.
+#: Half-life of what is usual on a connection, in seconds, and most connections that are remembered.
 HALF_LIFE_S, MAX_PEERS = 30.0, 1024
-#: By how much calls are thought to take longer when there were too many.
+#: Factor by which the estimated service time grows when there were too many calls.
 SLOWER = 1.25
-#: By how many times what was thought one measurement counts at most: what a call says that it has waited is its word.
+#: Cap on one measurement, as a multiple of the current estimate, since the stated waiting time is only the caller's
+#: claim.
 MAX_MEASURED_RATIO = 4.0
-#: Seconds after which a refused caller may return at the latest, and what spreads those of the latter half over it: the
-#: golden section, of whose multiples any few in a row have nearly equally distant fractions.
+#: Longest retry time in seconds, and the golden section, which spreads callers over its second half: the fractions of
+#: successive multiples are nearly equally spaced.
 MAX_RETRY_S, GOLDEN = 10.0, 0.618034
 #: Trailing metadata of a refusal: milliseconds after which it makes sense to call again.
 RETRY_AFTER = "retry-after-ms"
@@ -51,19 +52,19 @@ class OverloadedError(Exception):
 
 
 class Admission:
-    """Who may wait for an answer, and who is sent away.
+    """Decides which calls may wait for an answer, and which are refused.
 
     Parameters
     ----------
     service_seconds
-        First guess of what a call takes, until it is measured.
+        First estimate of the service time of a call.
     timeout
-        Seconds within which a call without a deadline, or with a later one, shall be answered.
+        Seconds within which a call is answered that has no deadline, or a later one.
     share
-        Of the time that a call has left, what it may spend here by expectation; the rest is for its way back, and for
-        what is longer than expected.
+        Share of the time left to a call that it may be expected to spend here. The rest is for the way back, and for
+        calls that take longer than expected.
     stale
-        Share of its time after which a call that nobody has looked at so far is not worth an answer any more.
+        Share of its time after which a call that was not looked at so far is no longer worth an answer.
     """
 
     def __init__(
@@ -77,11 +78,11 @@ class Admission:
         self.service_seconds, self.timeout, self.clock = service_seconds, timeout, clock
         self.share, self.stale = share, stale
         self.refused = 0
-        self._places: dict[Place, float] = {}  # of those that wait, and since when: inf until the message has come
+        self._places: dict[Place, float] = {}  # of calls that wait, and since when: inf until the message has come
         self._finished = float("-inf")  # when the last answer was given
         self._retry_slot = 0.0
         self._slowed = float("-inf")
-        self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left of late, and when
+        self._usual: dict[str, tuple[float, float]] = {}  # by connection: the most time left to a recent call, and when
 
     @property
     def waiting(self) -> int:
@@ -89,10 +90,10 @@ class Admission:
         return len(self._places)
 
     def expected_seconds(self) -> float:
-        """What a call that came now would take."""
+        """Seconds that a call which came now would take."""
         if not self._places:
             return self.service_seconds
-        # The call at the head got there by the last answer, or when it came if that was later.
+        # The call at the head has been there since the last answer, or since it came if that was later.
         head_since = max(self._finished, min(self._places.values()))
         head = max(self.clock() - head_since, self.service_seconds)
         return self.waiting * self.service_seconds + head
@@ -127,7 +128,7 @@ class Admission:
         return age
 
     def _age(self, seconds: float, peer: str) -> float:
-        """Seconds that a call has probably waited, by what it has left."""
+        """Seconds that a call has probably waited, judged by the time it has left."""
         now = self.clock()
         usual, then = self._usual.get(peer, (0.0, now))
         usual = max(usual * 0.5 ** ((now - then) / HALF_LIFE_S), seconds)
@@ -158,10 +159,10 @@ class Admission:
             place.leave()
 
     def _measure(self, arrived: float) -> None:
-        """Take over what an answer took since the one before, or since its call came.
+        """Update the service time by the seconds since the last answer, or since the call came if that was later.
 
-        Of a call that came later than that, the time may be longer than the pace of a queue, and is only taken over if
-        it is shorter than what was thought.
+        If the call arrived after the last answer, its time may exceed the service time of a full queue, so it can only
+        lower the estimate.
         """
         now = self.clock()
         taken = min(now - max(arrived, self._finished), MAX_MEASURED_RATIO * self.service_seconds)
@@ -170,19 +171,19 @@ class Admission:
         self._finished = now
 
     def slow_down(self) -> None:
-        """Take calls for longer than measured, for now: somebody behind this process has been asked too often.
+        """Raise the estimated service time for now: a node behind this process was asked too often.
 
-        They are never taken for so long that of two calls at once the second would be refused: somebody who is always
-        busy must not close the door to those who get their answers from others.
+        It is never raised so far that the second of two simultaneous calls would be refused: one node that is always
+        busy must not block callers that get their answers from others.
         """
         now, longest = self.clock(), self.share * self.timeout / 2
-        if now - self._slowed >= self.timeout:  # what was changed before has had time to show
+        if now - self._slowed >= self.timeout:  # the last change has had time to take effect
             self.service_seconds = max(self.service_seconds, min(SLOWER * self.service_seconds, longest))
             self._slowed = now
 
 
 class Place:
-    """A call's place in the queue, which it can leave while it is itself waited for."""
+    """A call's place in the queue, which it leaves while its message is late."""
 
     def __init__(self, admission: Admission, seconds: float | None, peer: str, stated: float | None):
         self.admission, self.peer, self.stated = admission, peer, stated
@@ -193,7 +194,7 @@ class Place:
         self.admission._places.pop(self, None)
 
     def keep(self) -> None:
-        """The message has come. An `OverloadedError` if the place was left, and others have taken it."""
+        """Keep the place, as the message has come; an `OverloadedError` if it was left and others have taken it."""
         if self not in self.admission._places:
             remaining = None if self.deadline is None else max(self.deadline - self.admission.clock(), 0.0)
             self.admission.check(remaining, self.peer, self.stated)

@@ -1,6 +1,6 @@
-"""The life of a process that serves something: it says when it listens, and ends with whoever started it.
+"""The life of a process that serves something: it says when it listens, and ends with the process that started it.
 
-The counterpart is `nonn.runtime.processes`. Nothing large is imported, since a child that only echoes starts at once.
+The counterpart is `nonn.runtime.processes`. Nothing large is imported, so that a child that only echoes starts fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def continue_after_parent() -> None:
-    """Have the kernel wake this process when its parent dies, should it be stopped then (SIGSTOP); Linux only."""
+    """Have the kernel wake this process when its parent dies, in case it is stopped then (SIGSTOP); Linux only."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
@@ -29,8 +29,8 @@ def continue_after_parent() -> None:
 def ending_with_parent(command: Sequence[str]) -> list[str]:
     """A command whose process the kernel kills when its parent dies; on other systems than Linux, as it is.
 
-    The process says so itself before it becomes the command: a `preexec_fn` would fork, and what gRPC does after a fork
-    may end the child.
+    The process asks for this itself before it becomes the command: a `preexec_fn` would fork, and what gRPC does after
+    a fork may end the child.
     """
     if sys.platform != "linux":
         return list(command)
@@ -45,7 +45,7 @@ def ending_with_parent(command: Sequence[str]) -> list[str]:
 def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
     """An event that SIGINT, SIGTERM and `more` signals set, and, if `attached`, standard input when it closes.
 
-    Of `more`, those that this process was started to ignore stay so.
+    Signals of `more` that this process was started to ignore stay ignored.
     """
     stopped, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, *more):
@@ -53,7 +53,7 @@ def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
             loop.add_signal_handler(number, stopped.set)
 
     def closed() -> None:
-        loop.remove_reader(sys.stdin)  # it stays readable, and would be looked at without end
+        loop.remove_reader(sys.stdin)  # it stays readable, and would wake the loop for ever
         stopped.set()
 
     if attached:
@@ -66,5 +66,5 @@ def told_to_stop(attached: bool, *more: signal.Signals) -> asyncio.Event:
 
 
 def announce(what: str, address: str, port: int, is_encrypted: bool = False) -> None:
-    """Say what listens and where: for `nonn.runtime.processes`, too, which waits for this line."""
+    """Say what listens and where; `nonn.runtime.processes` waits for this line."""
     log(f"{what} at {address.rpartition(':')[0]}:{port}, {'mutual TLS' if is_encrypted else 'plain text'}")

@@ -1,9 +1,9 @@
-"""Images that wait for the same node travel together.
+"""Batches: images that wait for the same node share a message.
 
 A message costs its sender and its receiver more than a small student costs the device, so under load images share
 messages. An image that comes while few messages are under way is sent at once: with one caller nothing waits. A slow
-student gets no more images in a message than it can answer in a part of the time that the first of them has left, and a
-server that takes only one, such as Triton with an exported student, gets one.
+student gets only as many images in a message as it can answer in a part of the time that is left to the first of them.
+A server that takes only one image, such as Triton with an exported student, gets one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from nonn.core.progress import log
 
 #: Messages under way at once: while the answer to one travels, the node computes the other.
 PIPELINED = 2
-#: Part of the time left that one message may take by expectation, and the weight of the newest measurement for that.
+#: Share of the time left that one message may be expected to take, and the weight of the newest measurement in that
+#: expectation.
 TIME_SHARE, NEWEST = 0.25, 1 / 8
 
 #: An image, the time by which its answer is wanted, and the answer.
@@ -27,15 +28,15 @@ Waiting = tuple[np.ndarray, float, "asyncio.Future[np.ndarray]"]
 
 
 class Batches:
-    """What waits for one node.
+    """The images that wait for one node.
 
     Parameters
     ----------
     send
-        Asks for the features of images, uint8 of shape (k, channels, size, size), by a time of the event loop; gives
-        (k, F_i), or (F_i,) of a single one, and how many seconds that took.
+        Asks for the features of images, uint8 of shape (k, channels, size, size), by a deadline (event-loop time).
+        Returns the features, (k, F_i), or (F_i,) of a single image, and the seconds that it took.
     largest
-        Images of one message.
+        Most images of one message.
     name
         Of the node, for the log.
     """
@@ -44,7 +45,7 @@ class Batches:
         self, send: Callable[[np.ndarray, float], Awaitable[tuple[np.ndarray, float]]], largest: int, name: str = "node"
     ):
         self.send, self.largest, self.name = send, largest, name
-        self._seconds = 0.0  # that an image of a message takes, there and back; 0 until measured
+        self._seconds = 0.0  # that an image takes, there and back; 0 until measured
         self._waiting: deque[Waiting] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
 
@@ -63,7 +64,9 @@ class Batches:
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINED:
             batch: list[Waiting] = []
-            while self._waiting and self._waiting[0][-1].done():  # its time is up, and says nothing of the others'
+            while (
+                self._waiting and self._waiting[0][-1].done()
+            ):  # its deadline has passed, which says nothing of the others
                 self._waiting.popleft()
             room = self._room() if self._waiting else 0
             while self._waiting and len(batch) < room:
@@ -84,7 +87,7 @@ class Batches:
             for answer in answers:
                 answer.cancel()
             raise
-        except Exception as error:  # whatever it is, each of the callers handles it
+        except Exception as error:  # each caller handles it, whatever it is
             code = error.code() if isinstance(error, aio.AioRpcError) else None
             if code == StatusCode.DEADLINE_EXCEEDED:  # it takes longer than that
                 self._seconds = max(self._seconds, (loop.time() - start) / len(images))

@@ -20,14 +20,14 @@ Message = TypeVar("Message")
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 READY = ChannelConnectivity.READY
 
-#: Seconds that the first image waits for connections, since a handshake may outlast its deadline.
+#: Seconds that a coordinator waits for connections at its start, since a handshake may outlast a deadline.
 CONNECT_TIMEOUT_S = 1.0
 #: Seconds that one attempt to connect may take: a dozen TLS handshakes at once need several at 250 kbit/s.
 ATTEMPT_TIMEOUT_S = 15.0
 
 LATE = "no answer by the deadline"
-#: Metadata of a coordinator's call: milliseconds that it was given when it was sent. gRPC's own time-out counts from
-#: the moment at which the receiver's buffers were read.
+#: Metadata of a coordinator's call: its deadline, in milliseconds from when it was sent. gRPC's own timeout counts from
+#: when the receiver reads its buffers.
 GIVEN = "nonn-given-ms"
 CHANNEL_OPTIONS = {
     "grpc.enable_http_proxy": 0,
@@ -36,15 +36,15 @@ CHANNEL_OPTIONS = {
     "grpc.initial_reconnect_backoff_ms": 100,
     "grpc.min_reconnect_backoff_ms": round(1000 * ATTEMPT_TIMEOUT_S),  # what an attempt may take, despite the name
     "grpc.max_reconnect_backoff_ms": 1000,
-    # A device whose power fails says no goodbye. With these, TCP gives up a connection on which it has waited that
-    # long for an acknowledgement (TCP_USER_TIMEOUT); by itself it would try for many minutes.
+    # A device whose power fails closes no connection. With these, TCP gives up a connection after it has waited that
+    # long for an acknowledgement (TCP_USER_TIMEOUT); by default it would retry for many minutes.
     "grpc.keepalive_time_ms": 60_000,
     "grpc.keepalive_timeout_ms": 20_000,
 }
 
 
 def open_channel(node: Node, message_limit: int, identity: Identity | None, own: bool = False) -> aio.Channel:
-    """A channel to a node, who must show a certificate with its own name wherever it is.
+    """A channel to a node, which must show a certificate with its own name, whatever its address.
 
     Channels of this process to the same node share a connection, unless one is to have its `own`. Without an identity
     it must be on this machine, or it is a `UserError`.
@@ -61,7 +61,7 @@ def open_channel(node: Node, message_limit: int, identity: Identity | None, own:
 
 
 async def wait_all_connected(channels: Iterable[aio.Channel], timeout: float = CONNECT_TIMEOUT_S) -> None:
-    """Wait until each channel is connected or has failed once, but no longer than so many seconds."""
+    """Wait until each channel is connected or has failed once, for at most `timeout` seconds."""
     connecting = [asyncio.create_task(wait_connected(channel)) for channel in channels]
     if not connecting:
         return
@@ -86,7 +86,7 @@ def received(answer: Message | None) -> Message:
 
 
 def busy_seconds(error: BaseException) -> float | None:
-    """Seconds after which a node that refuses for lack of time may be asked again; None if that is not what it says."""
+    """Seconds after which a busy node may be asked again; None if the error says something else."""
     if not isinstance(error, aio.AioRpcError) or error.code() != StatusCode.RESOURCE_EXHAUSTED:
         return None
     if "larger than max" in (error.details() or ""):  # gRPC says the same of a message that is too large

@@ -31,7 +31,7 @@ PlainName = Annotated[str, Field(pattern=f"^{COMMON_NAME}$")]
 
 def not_reserved(name: str) -> str:
     if name.lower() in RESERVED:
-        raise ValueError(f"{name!r} is the name of nobody in certificates; choose another")
+        raise ValueError(f"{name!r} is reserved in certificates; choose another")
     return name
 
 

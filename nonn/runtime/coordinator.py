@@ -1,4 +1,4 @@
-"""The coordinator: asks all nodes at once, waits no longer than the deadline, and says who answered.
+"""The coordinator: queries all nodes at once, waits no longer than the deadline, and says which ones answered.
 
 Each image has one absolute deadline. A node that has not answered by then is cancelled and counts as
 absent, like one that refuses, fails, or sends anything but the agreed feature vector; the final layer
@@ -45,7 +45,7 @@ from nonn.runtime.tls import log_former
 TOLERATED_FAILURES = 3
 #: Seconds between probes of a node whose circuit is open: doubled from the first to the longest.
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.1, 2.0
-#: Seconds between two looks at connections and certificates, and the most between two attempts to go over to new ones.
+#: Seconds between two looks at connections and certificates, and longest pause between attempts to use new ones.
 POLL_S, MAX_RENEWAL_PAUSE_S = 1.0, 60.0
 #: A deadline is short if it is less than this share of the cluster's: a node that misses it may still be sound.
 SHORT_DEADLINE_SHARE = 0.8
@@ -56,11 +56,11 @@ REMEDY = "Look at them with `nonn health`, and start those that do not run with 
 
 
 class NobodyAnsweredError(UserError):
-    """No student is left to predict with."""
+    """No node has answered."""
 
 
 class BusyError(NobodyAnsweredError):
-    """No node has answered, and one at least for lack of time: it may be asked again after some seconds."""
+    """No node has answered, and at least one was busy; after some seconds it may be asked again."""
 
     def __init__(self, message: str, seconds: float):
         super().__init__(message)
@@ -69,12 +69,12 @@ class BusyError(NobodyAnsweredError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A prediction, and whose it is."""
+    """A prediction, and the nodes that took part in it."""
 
-    prediction: Prediction  # with one share for each node that is present, in their order
+    prediction: Prediction  # its shares are those of the nodes present, in their order
     features: dict[str, np.ndarray]  # (F_i,), float32, of the nodes that took part, by name
     absent: dict[str, str]  # why each of the others did not
-    busy: bool = False  # whether one of them had no time
+    busy: bool = False  # whether an absent node was busy
 
     @property
     def present(self) -> list[str]:
@@ -99,10 +99,10 @@ class NodeConnection:
         self.use(channel)
 
     def use(self, channel: aio.Channel) -> None:
-        """Send what comes from now on by way of this channel."""
+        """Send later requests over this channel."""
         self.channel = channel
         self.batches.largest = self.contract.largest_batch  # another server may answer there now
-        # Bytes, not messages, come back: gRPC would raise whatever a message that is none raises.
+        # Answers come back as bytes: gRPC would raise all kinds of errors for what is no message.
         self._call = channel.unary_unary(MODEL_INFER, ModelInferRequest.SerializeToString)
 
     @property
@@ -164,9 +164,9 @@ class NodeConnection:
             self.probing = None
 
     def failed(self, reason: str, began: float = math.inf) -> None:
-        """Count a failure, of an image that was asked for at a time of the event loop.
+        """Count a failure of an image that was sent at `began` (event-loop time).
 
-        Images that were under way when the last one failed, in the same message or another, are of the same failure.
+        Images that were already under way when the last failure was counted belong to that failure.
         """
         self.reason = reason
         if began < self.failed_at:
@@ -198,7 +198,7 @@ class NodeConnection:
         except (aio.AioRpcError, ProtocolError) as error:
             if busy_seconds(error) is None:
                 self.failed(reason_of(error), began)
-        finally:  # also when the channel is replaced meanwhile
+        finally:  # also if the channel is replaced meanwhile
             self.late_under_short_deadline, self.single_probe = 0, None
 
     @property
@@ -270,9 +270,9 @@ class Coordinator:
         return self
 
     async def _attend(self, stamp: tuple | None) -> None:
-        """Keep all nodes connected, since a handshake may outlast a deadline, and by the newest certificates."""
+        """Keep all nodes connected, since a handshake may outlast a deadline, and use the newest certificates."""
         loop = asyncio.get_running_loop()
-        former: list[NodeConnection] = []  # those by certificates from before
+        former: list[NodeConnection] = []  # those that still use the former certificates
         reported, pause, next_attempt = "", 0.0, 0.0
         while True:
             await asyncio.sleep(POLL_S)
@@ -293,9 +293,9 @@ class Coordinator:
                 connection.channel.get_state(try_to_connect=True)
 
     async def _reopen(self, connections: list[NodeConnection]) -> list[NodeConnection]:
-        """Replace channels, and give those that stay since they work and new ones do not.
+        """Replace channels; return the connections that keep theirs, since it works and the new one does not.
 
-        Calls that are under way end where they began.
+        Calls that are under way end on the channel on which they began.
         """
         opened = [open_channel(c.node, c.contract.message_limit, self.identity) for c in connections]
         works = [connection.channel.get_state() == READY for connection in connections]
@@ -347,7 +347,7 @@ class Coordinator:
     async def _collect(
         self, image: np.ndarray | np.integer, seconds: float | None
     ) -> tuple[Mapping[int, np.ndarray], dict[str, str], dict[str, float]]:
-        """Features by position of the nodes that answer in time, why the others do not, and how long some are busy."""
+        """Features by position of the nodes that answer in time, why the others do not, and how long which are busy."""
         loop = asyncio.get_running_loop()
         timeout = self.timeout if seconds is None else min(seconds, self.timeout)
         is_short, start = timeout < SHORT_DEADLINE_SHARE * self.timeout, loop.time()
@@ -363,7 +363,7 @@ class Coordinator:
             await asyncio.wait(calls.values(), timeout=deadline - loop.time())
         finally:
             for pending in calls.values():
-                pending.cancel()  # of those that are done nothing changes
+                pending.cancel()  # no effect on those that are done
         features, absent, busy = {}, {}, {}
         for position, connection in enumerate(self.connections):
             call = calls.get(position)
@@ -380,7 +380,7 @@ class Coordinator:
                 continue
             absent[connection.name] = reason = reason_of(error) if error else LATE
             if error and (pause := busy_seconds(error)) is not None:
-                busy[connection.name] = pause  # who has no time is not ill
+                busy[connection.name] = pause  # a busy node is not a failed one
             elif is_short and reason == LATE:
                 connection.missed_short_deadline()
             else:

@@ -1,4 +1,4 @@
-"""What stands before every call of a server: who it is from, whether there is time for it, and a message at last."""
+"""gRPC interceptor: checks the caller, applies admission control, and makes sure that a request message arrives."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nonn.runtime.channel import GIVEN, MODEL_INFER
 from nonn.runtime.metrics import Meters
 from nonn.runtime.tls import may_call
 
-#: Seconds within which a call without a deadline must send its message; and after which no call is counted any more
-#: among those that wait for an answer.
+#: Seconds within which a call without a deadline must send its message; and after which a call without a message no
+#: longer counts among those that wait for an answer.
 MESSAGE_TIMEOUT_S, PROMPT_S = 5.0, 0.05
-#: Calls at once whose message has not come, on all connections together; if there are more, the oldest is ended.
+#: Most calls at once whose message has not come, on all connections together; beyond it the oldest is ended.
 MAX_SILENT = 1024
-#: Seconds beyond which it makes no difference what a call says that it was given. A photograph of 224 pixels a side
-#: takes 5 seconds by IEEE 802.15.4, and several times as long where devices share the channel.
+#: Cap in seconds on the deadline that a call states. A photograph of 224 pixels a side takes 5 seconds over
+#: IEEE 802.15.4, and several times as long where devices share the channel.
 MAX_CALL_S = 60.0
 
 
 def stated_seconds(context: aio.ServicerContext) -> float | None:
-    """What a call was given when it was sent, up to `MAX_CALL_S`; None if it does not say so in a number."""
+    """The deadline that a call states, in seconds from when it was sent, up to `MAX_CALL_S`; None without a number."""
     for name, value in context.invocation_metadata() or ():
         if name == GIVEN:
             with contextlib.suppress(ValueError):
@@ -44,8 +44,8 @@ class Guard(aio.ServerInterceptor):
     that is left open would hold a place among the few calls that a node takes at once. Where there are no
     certificates, there is no list.
 
-    A handler of unary calls is only run when a message has come, so that whoever sends none would never be looked
-    at. Here all handlers are those of streams of requests, which is the same on the wire, and read one message.
+    gRPC runs a handler of unary calls only when a message has come, so a caller that sends none would never be checked.
+    Here all handlers are registered for streams of requests, which is the same on the wire, and read one message.
     """
 
     def __init__(self, names: Collection[str] | None, admission: Admission | None = None, meters: Meters | None = None):
@@ -64,7 +64,7 @@ class Guard(aio.ServerInterceptor):
         admission = self.admission if handler_call_details.method == MODEL_INFER else None
 
         async def answer(_: Any, context: aio.ServicerContext) -> Any:
-            await self._check(context)  # before anything that a stranger sent is waited for
+            await self._check(context)  # before waiting for anything that a stranger sends
             try:
                 if admission is None:
                     return await self._answer(handler, context)
@@ -85,7 +85,7 @@ class Guard(aio.ServerInterceptor):
             )
 
     async def _reject(self, context: aio.ServicerContext, code: StatusCode, reason: str) -> None:
-        """End a call of which no message was read."""
+        """End a call of which no message was read, with an error."""
         if self.meters:
             self.meters.rejections.inc()
         await context.abort(code, reason)

@@ -30,8 +30,8 @@ def usual_border(batches: Iterable[np.ndarray]) -> tuple[float, float]:
 def looks_inverted(pixels: np.ndarray, image: ImageFormat) -> bool:
     """Whether the negative of a picture, uint8 of shape (channels, size, size), is more like the training images.
 
-    Its border must be one that training images hardly ever have, and that of its negative less than half as far from
-    theirs. False where dark and bright borders are both usual, or the export does not say what is.
+    True if the border's grey level is outside the usual range and the negative's is less than half as far from it.
+    False where dark and bright borders are both usual, or the export does not state the range.
     """
     if image.border is None or image.border[0] <= MIDDLE <= image.border[1]:
         return False

@@ -1,7 +1,7 @@
-"""Standard error of a server: it never keeps the server waiting, and repetitions are counted instead of written.
+"""Standard error of a server: it never blocks the server, and repetitions are counted instead of written.
 
-gRPC writes a line of its own for every handshake that fails, into a pipe that perhaps nobody empties; a server that
-waits for room there answers nobody. So a thread stands between: it always reads, and drops what cannot be written.
+gRPC writes a line for every handshake that fails, into a pipe that perhaps nobody reads; a server that waits for room
+there answers nobody. So a thread stands between: it always reads, and drops what cannot be written.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from nonn.runtime import HANDSHAKE_TRACE
 from nonn.runtime.tls import handshake_problem
 
-#: Lines of one kind, and kinds of lines, that are written in each window of `WINDOW_S` seconds; the rest is counted.
+#: Most lines of one kind, and most kinds of lines, in each window of `WINDOW_S` seconds; the rest is counted.
 LINES_PER_WINDOW, KINDS_PER_WINDOW, WINDOW_S = 5, 50, 10.0
-#: Longest line in bytes: what a pipe that has room at all takes without waiting, and a line break.
+#: Longest line without its line break: a pipe that has any room takes PIPE_BUF bytes without blocking.
 MAX_LINE_BYTES = select.PIPE_BUF - 1
 
 _TRACED = b"CallNextHandshakerLocked: error="
@@ -30,9 +30,9 @@ _PEER = re.compile(r"endpoint_peer_address=ipv[46]:([^,}]+)")
 
 
 def in_plain_words(line: bytes) -> bytes:
-    """A line as it is to be written; nothing if it tells the reader nothing.
+    """A line as it is written; empty if it tells the reader nothing.
 
-    Of gRPC's traces of handshakes only failures of callers are left, with their address and the reason.
+    Of gRPC's traces of handshakes only the failures of callers remain, with address and reason.
     """
     if _TRACED not in line:
         traced = b"Handshake failed with error" in line and HANDSHAKE_TRACE in os.environ.get("GRPC_TRACE", "")
@@ -46,9 +46,9 @@ def in_plain_words(line: bytes) -> bytes:
 
 
 class Limiter:
-    """Lets the first lines of each kind through, and says once in a while how many more there were.
+    """Passes the first lines of each kind in a window, and then says how many more there were.
 
-    Lines are of one kind if they differ in numbers alone, such as addresses and times.
+    Lines are of one kind if they differ only in numbers, such as addresses and times.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -66,7 +66,7 @@ class Limiter:
             yield line
 
     def summary(self, at_once: bool = False) -> Iterator[bytes]:
-        """What was held back in a window that is over."""
+        """What was held back, once its window is over."""
         if not at_once and self.clock() - self.since < WINDOW_S:
             return
         held = [(kind, count - LINES_PER_WINDOW) for kind, count in self.seen.items() if count > LINES_PER_WINDOW]
@@ -77,7 +77,7 @@ class Limiter:
 
 
 def _write(descriptor: int, line: bytes) -> None:
-    """Write a line if that takes no waiting."""
+    """Write a line if that does not block."""
     with contextlib.suppress(OSError):  # nobody reads any more
         if select.select([], [descriptor], [], 0)[1]:
             os.write(descriptor, line[:MAX_LINE_BYTES] + b"\n")
@@ -116,7 +116,7 @@ def relayed_stderr() -> Iterator[None]:
         yield
     finally:
         sys.stderr.flush()
-        os.dup2(original, 2)  # with its last writer the pipe ends, and so does the thread
+        os.dup2(original, 2)  # without a writer the pipe ends, and so does the thread
         pump.join(1.0)
         if not pump.is_alive():
             os.close(original)

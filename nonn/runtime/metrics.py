@@ -1,8 +1,7 @@
-"""What a server counts, and the port where Prometheus asks for it.
+"""The metrics of a server, and the port on which Prometheus reads them.
 
-The port is served by the event loop that is there anyway: few connections at once, each for a few seconds only, so
-that nobody who half-sends requests costs more than that. A Host that is not this machine by name is refused, against
-DNS rebinding.
+The server's own event loop serves the port: few connections at once, each for a few seconds only, which bounds what
+half-sent requests can cost. A Host that does not name this machine is refused, against DNS rebinding.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from nonn.runtime.addresses import OWN_NAMES, host_name
 
 #: Bounds of the latency histogram in seconds: microcontroller to overloaded board.
 BUCKETS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2)
-#: Connections to the metrics port at once, seconds that one may take, and bytes of its request.
+#: Most connections to the metrics port at once, seconds that one may take, and most bytes of its request.
 MAX_CONNECTIONS, CONNECTION_TIMEOUT_S, MAX_REQUEST_BYTES = 16, 5.0, 8192
 HOST = "127.0.0.1"
 
 
 class Meters:
-    """What a server counts, for Prometheus and for the statistics call of the protocol."""
+    """Counters of a server, for Prometheus and for the statistics call of the protocol."""
 
     def __init__(self, model: str):
         self.registry = CollectorRegistry()
@@ -50,14 +49,14 @@ class Meters:
         start = time.perf_counter_ns()
         try:
             yield
-        except BaseException:  # also that of a caller who gives up
+        except BaseException:  # also the cancellation by a caller that gives up
             self.failures.inc()
             self._add(self.statistics.fail, start)
             raise
         self.latency.observe(self._add(self.statistics.success, start) / 1e9)
 
     def _add(self, total: oip.StatisticDuration, start: int) -> int:
-        """Count what began at some time, and give the nanoseconds since."""
+        """Count what began at `start`; returns the nanoseconds since."""
         elapsed = time.perf_counter_ns() - start
         total.count += 1
         total.ns += elapsed
@@ -79,7 +78,7 @@ def _respond(request: bytes, registry: CollectorRegistry) -> bytes:
         accepted = next((text[7:] for text in headers if text.lower().startswith("accept:")), "")
         try:
             encode, kind = choose_encoder(accepted)
-        except Exception:  # it reads versions as numbers, whatever they are
+        except Exception:  # it takes anything for a number of a version
             encode, kind = choose_encoder("")
         status, content = "200 OK", encode(registry)
     head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"

@@ -1,7 +1,7 @@
 """Child processes of this machine, such as nodes: started, waited for, watched, and ended in one way.
 
-Children end with this process however it ends: they are told to stop and waited for, and if this process is
-killed their standard input closes, at which they stop by themselves.
+Children end with this process, however it ends: they are told to stop and waited for. If this process is killed, their
+standard input closes, and they stop by themselves.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from nonn.core.errors import UserError
 from nonn.runtime.cluster import Cluster, Node
 from nonn.runtime.tls import Identity
 
-#: Seconds that children have until all say where they listen, on a busy machine, and that one has to stop
-#: before it is killed.
+#: Seconds until all children must listen, on a busy machine too, and that a child has to stop before it is killed.
 START_TIMEOUT_S, GRACE_S = 60.0, 3.0
-#: What a child says when it is ready; see `nonn.runtime.attached.announce`.
+#: The line of a child that is ready; see `nonn.runtime.attached.announce`.
 ANNOUNCEMENT = re.compile(r".* at (\S+:\d+), (mutual TLS|plain text)")
 
 COLUMNS = "{:<14} {:<8} {:<22} {:<16} {:>10} {:>10} {:>9}"
@@ -33,7 +32,7 @@ UP = "up"
 
 @dataclass
 class Child:
-    """A process that serves something as a node, and what was last seen of it."""
+    """A process that serves as a node, and its last known state."""
 
     node: Node
     process: asyncio.subprocess.Process
@@ -53,7 +52,7 @@ class Child:
         return self.process.returncode is not None
 
     def update(self, statistics: oip.InferStatistics) -> None:
-        """Take over a node's counts; the latency is the mean since the last look, kept while nothing happens."""
+        """Take over a node's counts. The latency is the mean over the answers since the last look, if there are any."""
         success, before = statistics.success, self._seen.success
         if success.count > before.count:
             self.latency_ms = (success.ns - before.ns) / (success.count - before.count) / 1e6
@@ -66,7 +65,7 @@ class Child:
         return COLUMNS.format(self.node.name, self.node.model, self.node.address, self.state, *counts)
 
     async def listen(self) -> None:
-        """Keep the last line that the process says: why it failed, if it does. A ready one says where it listens."""
+        """Keep the last line of the process, which says why it failed if it does; one line says where it listens."""
         assert self.process.stderr is not None  # a pipe
         while line := await self.process.stderr.readline():
             text = line.decode(errors="replace").strip()
@@ -84,18 +83,18 @@ class Child:
 
 
 def reasons(children: Iterable[Child]) -> str:
-    """Why children are not there, as far as they said."""
+    """Last line or state of each child, by name."""
     return "; ".join(f"{child.node.name}: {child.last_line or child.state}" for child in children)
 
 
 def coordinator_command(cluster: Path, address: str, *options: str) -> list[str]:
-    """What serves the network of a cluster file to applications, for as long as this process lives."""
+    """Command that serves the network of a cluster file to applications for as long as this process lives."""
     arguments = ["coordinate", "--cluster", str(cluster), "--address", address]
     return [sys.executable, "-m", "nonn", *arguments, "--attached", *options]
 
 
 def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor: Path | None) -> list[str]:
-    """What serves a part of a network with ``nonn``, for as long as this process lives, to a caller of this name."""
+    """Command of ``nonn`` that serves a part of a network to this caller for as long as this process lives."""
     options: dict[str, Path | str | None] = {"--sensor": sensor}
     if identity:
         options |= {"--cert": identity.certificate, "--key": identity.key, "--ca": identity.ca, "--allow": caller}
@@ -106,7 +105,7 @@ def nonn_command(*arguments: str, identity: Identity | None, caller: str, sensor
 def node_commands(
     cluster: Cluster, prefixes: Iterable[Sequence[str]] = (), board: str | None = None
 ) -> dict[Node, list[str]]:
-    """What serves each node of a cluster, each behind a command that runs others, such as ``ip netns exec NAME``.
+    """Commands that serve the nodes of a cluster, each behind a prefix, such as ``ip netns exec NAME``.
 
     With a `board` of the catalogue, each student runs as firmware on an emulated one.
     """
@@ -125,13 +124,13 @@ def node_commands(
 async def running(commands: Mapping[Node, Sequence[str]], wait: bool = True) -> AsyncIterator[dict[str, Child]]:
     """Run a command for each node while the block runs; yield the children by name.
 
-    By default it first waits until all listen; a child's node then says where. What the dict holds in the end is
-    stopped: a child that is started anew takes the place of the one before.
+    By default it first waits until all listen; a child's node then says where. The children that the dict holds at the
+    end are stopped, so a child that is started again has to replace the former one there.
 
     Raises
     ------
     UserError
-        A child has ended instead, or they take longer than `START_TIMEOUT_S`. None is left behind.
+        A child has ended instead, or they take longer than `START_TIMEOUT_S`. All are stopped then.
     """
     children: dict[str, Child] = {}
     try:
@@ -154,7 +153,7 @@ async def _ready(children: Collection[Child]) -> None:
 
 
 async def start(node: Node, command: Sequence[str]) -> Child:
-    """Start a child process, in a session of its own so that Ctrl-C reaches it only through us."""
+    """Start a child process in its own session, so that Ctrl-C reaches it only through this process."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *command, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe, start_new_session=True

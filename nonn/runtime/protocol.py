@@ -27,7 +27,7 @@ SAMPLE = "sample"
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
 MIN_MESSAGE_LIMIT = 64 * 1024
-#: Images of one message at most, and bytes that they may be together.
+#: Most images per message, and their most bytes together.
 MAX_BATCH, MAX_BATCH_BYTES = 16, 256 * 1024
 #: Room for what surrounds the tensors of a message: names, shapes, the request's id.
 ENVELOPE_BYTES = 4096

@@ -32,12 +32,12 @@ from nonn.runtime.metrics import Meters, serving_metrics
 from nonn.runtime.protocol import ImageContract, ProtocolError, check_model, read_request
 from nonn.runtime.tls import Identity
 
-#: Calls of one connection at once; beyond it gRPC keeps them back at the caller's, or resets them without a word.
+#: Most calls of one connection at once; further ones gRPC holds back at the caller, or resets without a reason.
 MAX_STREAMS = 256
-#: Connections at once, if the limit of open files is not lower; beyond it they are closed at once. Each may be idle, or
-#: take to say who it is, for so many seconds only.
+#: Most connections at once, if the limit of open files is not lower; further ones are closed at once. Then how many
+#: seconds each may be idle, and may take for its handshake.
 MAX_CONNECTIONS, IDLE_S, HANDSHAKE_S = 2048, 600, 5
-#: Calls that gRPC keeps until this process looks at them.
+#: Most calls that gRPC holds until this process looks at them.
 MAX_PENDING = 4096
 #: Files that a server has open besides its connections.
 OTHER_FILES = 64
@@ -55,11 +55,11 @@ class Served(Protocol):
 
     @property
     def platform(self) -> str:
-        """For the metadata: what runs it."""
+        """What runs it, for the metadata."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request has a chance."""
+        """Whether a request may be answered."""
 
 
 class Model(Served, Protocol):
@@ -73,7 +73,7 @@ class Model(Served, Protocol):
     ) -> oip.ModelInferResponse:
         """Answer a request whose k images, uint8 of shape (k, channels, size, size), have been checked.
 
-        `seconds` are left until the caller gives up; None if it waits for ever. A refusal is a `ProtocolError`.
+        `seconds` are left until the caller gives up; None if it waits for any time. A refusal is a `ProtocolError`.
         """
 
 
@@ -153,7 +153,7 @@ class ModelService(Service):
 
 
 class Health(health.aio.HealthServicer):
-    """The standard health service: the server as a whole is well while its model has a chance to answer."""
+    """The standard health service: the whole server is SERVING while its model is ready."""
 
     def __init__(self, service: oip_grpc.GRPCInferenceServiceServicer):
         super().__init__()
@@ -171,27 +171,27 @@ def channel_options(message_limit: int) -> list[tuple[str, int]]:
     options = {
         "grpc.max_receive_message_length": message_limit,
         "grpc.max_send_message_length": message_limit,
-        "grpc.http2.lookahead_bytes": message_limit,  # a whole message may come without asking for room again
+        "grpc.http2.lookahead_bytes": message_limit,  # a whole message fits the flow-control window
         "grpc.max_metadata_size": 8 * 1024,
         "grpc.max_concurrent_streams": MAX_STREAMS,
         "grpc.max_allowed_incoming_connections": connection_limit(),
         "grpc.server_handshake_timeout_ms": 1000 * HANDSHAKE_S,
         "grpc.max_connection_idle_ms": 1000 * IDLE_S,
-        # Of a caller whose power fails nothing more is heard: his connection is given up in less than two minutes.
+        # A caller whose power fails closes no connection: it is given up in less than two minutes.
         "grpc.keepalive_time_ms": 60_000,
         "grpc.keepalive_timeout_ms": 20_000,
-        # Beyond it gRPC refuses calls by itself, as CANCELLED and without a word about when to return.
+        # Beyond it gRPC itself refuses calls, as CANCELLED and without a retry time.
         "grpc.server.max_pending_requests": MAX_PENDING,
         "grpc.server.max_pending_requests_hard_limit": 2 * MAX_PENDING,
-        "grpc.so_reuseport": 0,  # a second server on the same port shall fail, not share it
+        "grpc.so_reuseport": 0,  # a second server on the same port should fail, not share it
     }
     return list(options.items())
 
 
 def connection_limit() -> int:
-    """Connections that a server takes: `MAX_CONNECTIONS`, or as many as it may open files for.
+    """Most connections that a server takes: `MAX_CONNECTIONS`, or fewer if it may not open enough files.
 
-    For each it needs two, since a connection that is refused is accepted first. The soft limit is raised if need be.
+    Each needs two files, since a connection that is refused is accepted first. The soft limit is raised if needed.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * MAX_CONNECTIONS + OTHER_FILES
@@ -250,15 +250,15 @@ async def listening(
 
 
 async def warn_daily(identity: Identity) -> None:
-    """Say each day which certificates end soon."""
+    """Say each day which certificates expire soon."""
     while True:
-        with contextlib.suppress(UserError):  # what is wrong with new files is said where they are used
+        with contextlib.suppress(UserError):  # where new files are used, it is said what is wrong with them
             identity.warn()
         await asyncio.sleep(DAY_S)
 
 
 def why_not(address: str) -> str:
-    """Why nothing can listen at ``host:port``, found out by trying once more."""
+    """Why nothing can listen at ``host:port``: found by another attempt."""
     host, port = split_address(address)
     try:
         family, kind, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -24,7 +24,7 @@ from nonn.core.progress import log
 CA, CERTIFICATE, KEY_FILE = "ca.pem", "{}.pem", "{}.key"
 #: What a certificate may be called: X.509 allows 64 letters, and a label of a host's name has 63.
 COMMON_NAME = r"[A-Za-z0-9_-]{1,63}"
-#: Names of nobody: the first is that of the authority's files, and the second stands in every certificate.
+#: Reserved names: the first is that of the authority's files, and the second stands in every certificate.
 RESERVED = ("ca", "localhost")
 #: How long before its end a certificate is spoken of.
 SOON = timedelta(days=30)

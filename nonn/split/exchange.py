@@ -106,7 +106,7 @@ class Exchange:
     async def take(self, messages: Iterable[Message]) -> dict[str, np.ndarray]:
         """The slices of one round, when all have arrived."""
         self.expected = {message.name: message for message in messages}
-        # At least once the loop has its turn, in which what this device has to send goes out.
+        # Yield to the event loop once, so that this device's own slices are sent first.
         await asyncio.sleep(0)
         if self.missing and not self.failure:
             self._waiter = asyncio.get_running_loop().create_future()
