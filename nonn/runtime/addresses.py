@@ -6,7 +6,7 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
-#: What this machine is called by whoever sits at it (or at the other end of an SSH tunnel).
+#: Names of this machine for its own users (or those at the other end of an SSH tunnel).
 OWN_NAMES = {"127.0.0.1", "localhost"}
 
 
@@ -30,7 +30,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _is_plain(host: str) -> bool:
-    """Whether a host is a name, or an address written out: short forms such as 127.1 are not read alike everywhere."""
+    """Whether a host is a name, or an address in full: short forms such as 127.1 mean different things to programs."""
     try:
         host.encode("idna")
         if ":" in host or re.fullmatch(r"[\d.]+", host):
@@ -41,7 +41,7 @@ def _is_plain(host: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether nothing that is sent to ``host:port`` leaves this machine."""
+    """Whether what is sent to ``host:port`` stays on this machine."""
     host, _ = split_address(address)
     try:
         ip = ipaddress.ip_address(host)
@@ -53,8 +53,8 @@ def is_loopback(address: str) -> bool:
 def canonical_address(address: str) -> tuple[str, int]:
     """Host and port of ``host:port`` in one form, so that equal places compare as equal.
 
-    All names and addresses of this machine's loopback are one. Other names are not looked up: what a name server says
-    differs from day to day.
+    All names and addresses of this machine's loopback are one. Other names are not looked up, since what a name server
+    answers may change.
     """
     host, port = split_address(address)
     if is_loopback(address):

@@ -28,7 +28,7 @@ from nonn.runtime.tls import CA, CERTIFICATE, COMMON_NAME, KEY_FILE, RESERVED, c
 
 CA_KEY = "ca.key"
 DAYS = 365
-#: Of the authority, so that it outlives all that it renews.
+#: Validity of the authority, so that it outlives the certificates that it signs.
 AUTHORITY_DAYS = 7300
 #: A node's clock may be behind that of the machine that signed.
 CLOCK_SKEW = datetime.timedelta(hours=1)
@@ -64,7 +64,7 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
     Raises
     ------
     UserError
-        A name that no certificate can bear, or an authority that is damaged or would end first.
+        A name cannot stand in a certificate, or the authority is damaged or would expire first.
     """
     for name in names:
         if not re.fullmatch(COMMON_NAME, name) or name.lower() in RESERVED:
@@ -77,7 +77,7 @@ def write_certificates(folder: Path, names: Sequence[str], days: int = DAYS) -> 
 
 @contextlib.contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until nobody else makes certificates there: two would make an authority each."""
+    """Wait until no other process makes certificates there: two would make an authority each."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system that has no locks, or none of folders, as NFS
@@ -88,7 +88,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def _make_all(folder: Path, names: Sequence[str], days: int) -> None:
-    remove_orphans(folder)  # keys of one who was killed
+    remove_orphans(folder)  # keys of a process that was killed
     there = [name for name in (CA, CA_KEY) if os.path.lexists(folder / name)]
     if len(there) == 1:
         (gone,) = {CA, CA_KEY} - set(there)

@@ -80,7 +80,7 @@ class Cluster(Section):
     """All of ``cluster.yaml``."""
 
     export: FilePath  # folder of the exported network: its manifest and final layer, and the students' files
-    #: When an image is answered with whichever students have replied.
+    #: Deadline by which an image is answered with the students that have replied.
     deadline_ms: Annotated[float, Field(gt=0, le=LONGEST_DEADLINE_MS)]
     tls: Tls | None = None
     sensor: FilePath | None = None  # a file of images, the camera of each node that `nonn up` starts
@@ -151,13 +151,13 @@ def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
 
 
 def check_ports(port: int, n_nodes: int) -> None:
-    """Raise UserError unless there are consecutive ports for all nodes from this one on."""
+    """A `UserError` unless all nodes find consecutive ports from this one on."""
     if not 1024 <= port <= 65536 - n_nodes:
         raise UserError(f"--port: {port} leaves no room for {n_nodes} nodes; give 1024 to 60000")
 
 
 def check_deadline(deadline_ms: float) -> None:
-    """Raise UserError for a time in which no image can be answered, or in which nobody would wait."""
+    """A `UserError` for a deadline that is not positive, or longer than `LONGEST_DEADLINE_MS`."""
     if not 0 < deadline_ms <= LONGEST_DEADLINE_MS:
         raise UserError(f"--deadline-ms: {deadline_ms:g} is not in reach; give up to {LONGEST_DEADLINE_MS}")
 
@@ -189,7 +189,7 @@ def write_cluster(path: Path, cluster: Cluster) -> None:
     content = cluster.model_dump(mode="json", exclude_defaults=True)
 
     def relative(other: Path) -> str:
-        # ".." of a folder that is a link is that of its target.
+        # ".." in a symbolic link leads to the parent of its target.
         return os.path.relpath(other.parent.resolve() / other.name, path.parent.resolve())
 
     content["export"] = relative(cluster.export)

@@ -1,4 +1,4 @@
-"""What the stage `export` wrote, read where it runs: checked against its schema and its checksums."""
+"""Reads what the stage `export` wrote, on the device where it runs: checked against schema and checksums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nonn.core.errors import UserError
 from nonn.core.files import regular
 from nonn.core.params import MOST_PIXELS, Sha256
 
-#: Of a student, as ONNX and as a served model: an image and its features.
+#: Input and output of a student, as ONNX and as a served model.
 INPUT, OUTPUT = "image", "features"
-#: Names beside the manifest, never paths that lead elsewhere.
+#: Name of a file beside the manifest, never a path.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Dimension = Annotated[int, Field(ge=1, le=2**16)]
@@ -22,7 +22,7 @@ GreyLevel = Annotated[float, Field(ge=0, le=255)]
 
 
 class Record(BaseModel):
-    """Keys of a JSON file that a program wrote, as far as its reader needs them: further ones are ignored."""
+    """The keys of a JSON file that its reader needs; others are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -31,12 +31,12 @@ Schema = TypeVar("Schema", bound=Record)
 
 
 def read_record(path: Path, schema: type[Schema], what: str, remedy: str) -> Schema:
-    """A file, checked against its schema.
+    """A JSON file, checked against its schema; `what` says what it should be.
 
     Raises
     ------
     UserError
-        It is missing or damaged, or not `what` it should be.
+        It is missing, or does not fit the schema.
     """
     try:
         return schema.model_validate_json(regular(path).read_bytes())
@@ -91,7 +91,7 @@ class Manifest(Record):
     image: ImageFormat
     students: Annotated[list[StudentFile], Field(min_length=1)]
     final: FinalFiles
-    #: What logits are divided by before they become probabilities, with 1 to N students present
+    #: Temperatures, by which logits are divided before the softmax, with 1 to N students present
     #: (`nonn.method.calibration`); none in exports from before they were fitted.
     temperatures: tuple[Temperature, ...] = ()
     #: Of int8 students (`nonn.deploy.int8.QUANTISATION_SCHEME`); none of float32 ones and of older exports.
@@ -122,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_verified(path: Path, sha256: str) -> bytes:
-    """Content of a file of this SHA-256, or a `UserError`; read once, so what was checked is what is used."""
+    """Content of a file of this SHA-256, or a `UserError`; read once, so that the bytes checked are the bytes used."""
     try:
         content = regular(path).read_bytes()
     except OSError as error:

@@ -33,7 +33,7 @@ class FinalLayer:
     ----------
     blocks : Blocks
     scales : ndarray of shape (N,), optional
-        s_1 … s_N; N/|S| by default, which averages the students present if it averages all.
+        s_1 … s_N; N/|S| by default: if the layer averages all students, it then averages those present.
     fills : ndarray of shape (N, C), optional
         c_0 … c_{N−1}, what stands in for each student that is missing; nothing by default.
     layers : mapping of subsets to Blocks
@@ -55,7 +55,7 @@ class FinalLayer:
 
     @classmethod
     def of(cls, tensors: Mapping[str, np.ndarray]) -> FinalLayer:
-        """The layer of what `tensors` gives.
+        """The layer of the tensors that the method `tensors` returns.
 
         Raises
         ------
@@ -126,7 +126,7 @@ class FinalLayer:
 
 
 def _widened(blocks: Blocks) -> Blocks:
-    """Numbers as files hold them, in float32, ready for sums in float64."""
+    """Blocks rounded to float32, as in files, in float64 for the sums."""
 
     def widened(part: np.ndarray) -> np.ndarray:
         return np.asarray(part, np.float32).astype(np.float64)
@@ -141,13 +141,13 @@ def _read_blocks(tensors: Mapping[str, np.ndarray], students: Iterable[int], pre
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of one image."""
+    """A network's prediction for one image."""
 
     label: str  # the most probable class
     probability: float  # calibrated, see `nonn.method.calibration`
     probabilities: list[float]  # of all classes
-    #: Of each student that took part: its part in the lead of the predicted class over the mean of all classes,
-    #: negative if it spoke against the class. Their magnitudes add up to 1.
+    #: For each student that took part, its share of the lead of the predicted class over the mean of all classes,
+    #: negative if it is against the class. Their magnitudes add up to 1.
     shares: list[float]
 
 

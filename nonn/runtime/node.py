@@ -3,8 +3,8 @@
 The student's file is checked against its manifest before it is loaded, every request before it
 reaches the student, every feature vector before it leaves. Calls are answered one after another, as
 they would be on a small device; those for which there is no time are refused, see `nonn.runtime.admission`.
-A call whose caller has given up while it waited is not computed, unless the student is so quick that it
-does not matter.
+A call whose caller gives up while it waits is not computed, unless the student is so fast that it does
+not matter.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from nonn.runtime.serving import serve
 from nonn.runtime.serving_options import add_device, add_metrics_port, callers_from, identity_from
 from nonn.runtime.students import open_student
 
-#: Seconds within which a student may keep the event loop from everything else. To compute in a thread
-#: takes two changes of thread, each of which costs about as much as a very small student.
+#: Seconds for which a student may block the event loop. Computing in a thread takes two changes of thread,
+#: each of which costs about as much as a very small student.
 QUICK_S = 1e-3
-#: First guess of the seconds that a call takes besides the student.
+#: First estimate of the seconds that a call takes besides the student.
 CALL_S = 3e-4
 #: Seconds within which a call without a deadline is answered; and see `nonn.runtime.admission.Admission`.
 TIMEOUT_S, SHARE = 10.0, 0.5
@@ -57,7 +57,7 @@ class ServedStudent:
     Raises
     ------
     UserError
-        The manifest does not list the file, or with another SHA-256, or the file is no such student.
+        The manifest does not list the file, or lists another SHA-256, or the file does not fit the manifest.
     """
 
     platform, is_ready = "onnxruntime_onnx", True
@@ -76,7 +76,7 @@ class ServedStudent:
         features = self.run(blank)
         if features.shape != (1, self.contract.n_features) or features.dtype != np.float32:
             raise UserError(f"{path}: its output is not what the manifest says. Export the network again.")
-        start = time.perf_counter()  # the first run, above, has allocated what this one finds
+        start = time.perf_counter()  # the first run, above, has allocated memory for this one
         self.run(blank)
         seconds = time.perf_counter() - start
         self.quick_batch = 0 if run else int(QUICK_S / seconds)
@@ -96,7 +96,7 @@ class ServedStudent:
             features = self.run(images)
         except Exception as error:
             log(f"model {self.contract.model}: {error}")
-            # What went wrong inside is for this node's log, not for whoever asks.
+            # The cause is for this node's log, not for the caller.
             raise ProtocolError(StatusCode.INTERNAL, "the student failed; see the node's log") from error
         if problem := check_features(self.contract, features):
             raise ProtocolError(StatusCode.INTERNAL, f"the student has features {problem}")

@@ -1,8 +1,8 @@
-"""What travels between coordinator and nodes: Open Inference Protocol v2, and nothing that was not checked.
+"""Messages between coordinator and nodes: Open Inference Protocol v2, and each is checked.
 
-Images go out as one uint8 tensor, their feature vectors come back as one fp32 tensor, both as raw bytes: one image at
-a time, or a few in one message if as many wait. Either side takes a message apart here, and refuses whatever is not
-exactly what the manifest of the export promises.
+Images go out as one uint8 tensor, and their feature vectors come back as one fp32 tensor, both as raw bytes: one image
+at a time, or several in one message if several wait. Both sides read messages here, and refuse whatever is not exactly
+what the manifest of the export promises.
 
 References
 ----------
@@ -21,9 +21,9 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelInferResponse
 
 from nonn.runtime.exported import INPUT, OUTPUT, Manifest, StudentFile
 
-#: Input in place of an image where the device has a sensor: int64 of shape (1, 1), which of its images is meant.
+#: Input in place of an image where the device has a sensor: int64 of shape (1, 1), the index of one of its images.
 SAMPLE = "sample"
-#: Of what has no other: a network as a whole, a device of a split network.
+#: Version of what has no other.
 VERSION = "1"
 #: Largest message in bytes, unless an image alone needs more.
 MIN_MESSAGE_LIMIT = 64 * 1024
@@ -34,7 +34,7 @@ ENVELOPE_BYTES = 4096
 
 
 class ProtocolError(Exception):
-    """A message that is not what was agreed: a gRPC status and a sentence for whoever sent it."""
+    """A message that breaks the protocol: a gRPC status and a sentence for the sender."""
 
     def __init__(self, code: StatusCode, message: str):
         super().__init__(message)
@@ -42,21 +42,21 @@ class ProtocolError(Exception):
 
 
 def version_of(sha256: str) -> str:
-    """The version of a model whose file has this SHA-256, so that no answer of another export is taken for its own.
+    """The version of a model whose file has this SHA-256, so that answers of another export are recognised.
 
-    It is a whole number below 2^60, because Triton and OpenVINO Model Server want versions to be numbers.
+    It is an integer below 2^60, because Triton and OpenVINO Model Server require numbers.
     """
     return str(int(sha256[:15], 16))
 
 
 @dataclass(frozen=True)
 class ImageContract(ABC):
-    """What a server of images, uint8 of shape (1, channels, size, size), takes and gives."""
+    """Inputs and outputs of a server of images, uint8 of shape (1, channels, size, size)."""
 
     model: str  # name of what is served
     channels: int
     size: int
-    #: Images (n, channels, size, size), uint8, that the server sees for itself; it then takes their numbers too.
+    #: Images (n, channels, size, size), uint8, of the server's own sensor; it then takes their indices too.
     sensor: np.ndarray | None = field(default=None, kw_only=True, compare=False, repr=False)
     version: str = field(default=VERSION, kw_only=True)  # see `version_of`
     largest_batch: int = field(default=1, kw_only=True)  # images that a request may hold
@@ -83,10 +83,10 @@ class ImageContract(ABC):
 
 @dataclass(frozen=True)
 class Contract(ImageContract):
-    """What one node takes and gives; its model is the stem of the student's ONNX file."""
+    """Inputs and outputs of one node; its model is the stem of the student's ONNX file."""
 
     n_features: int  # length F_i of the feature vector, float32 of shape (1, F_i)
-    feature_limit: float | None = None  # means of rectified activations go from 0 up to this; None: any finite ones
+    feature_limit: float | None = None  # of means of rectified activations, which are at least 0; None: any finite ones
 
     @property
     def outputs(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -98,7 +98,7 @@ class Contract(ImageContract):
 
 
 def student_contract(manifest: Manifest, student: StudentFile) -> Contract:
-    """What the node of an exported student takes and gives."""
+    """Inputs and outputs of the node of an exported student."""
     image, version = manifest.image, version_of(student.sha256)
     batch = max(1, min(MAX_BATCH, MAX_BATCH_BYTES // (image.channels * image.size**2)))
     shape = (image.channels, image.size, student.n_features)
@@ -106,9 +106,9 @@ def student_contract(manifest: Manifest, student: StudentFile) -> Contract:
 
 
 def make_request(contract: ImageContract, image: np.ndarray | np.integer) -> ModelInferRequest:
-    """Ask for the features of an image, or of one by its sensor's number, or of several images.
+    """Request for the features of an image, of the sensor image with an index, or of several images.
 
-    They are uint8 of shape (channels, size, size), or (k, channels, size, size).
+    Images are uint8 of shape (channels, size, size), or (k, channels, size, size).
     """
     name, datatype = INPUT, "UINT8"
     shape: tuple[int, ...] = (image.shape[0] if image.ndim == 4 else 1, *contract.image_shape[1:])
@@ -119,7 +119,7 @@ def make_request(contract: ImageContract, image: np.ndarray | np.integer) -> Mod
 
 
 def check_image(contract: ImageContract, image: np.ndarray | np.integer) -> None:
-    """Refuse what is neither an image, uint8 of shape (channels, size, size), nor a sensor's number: a ValueError."""
+    """A ValueError unless this is an image, uint8 of shape (channels, size, size), or the index of a sensor image."""
     shape = contract.image_shape[1:]
     if not isinstance(image, np.integer) and (image.dtype != np.uint8 or image.shape != shape):
         raise ValueError(f"expected an image of uint8 {shape}, not of {image.dtype} {image.shape}")
@@ -162,7 +162,7 @@ def read_request(contract: ImageContract, request: ModelInferRequest) -> np.ndar
 
 
 def make_response(contract: Contract, request_id: str, features: np.ndarray) -> ModelInferResponse:
-    """Answer with the feature vectors of k images, float32 of shape (k, F_i)."""
+    """Response with the feature vectors of k images, float32 of shape (k, F_i)."""
     tensor = ModelInferResponse.InferOutputTensor(
         name=OUTPUT, datatype="FP32", shape=(len(features), contract.n_features)
     )
@@ -205,9 +205,9 @@ def read_response(contract: Contract, response: ModelInferResponse, n_images: in
 def check_features(contract: Contract, features: np.ndarray) -> str:
     """What is wrong with the values of a feature vector, in a few words; empty if nothing is.
 
-    A node must not sway the vote by values that an honest one cannot have. Of features within [0, L],
-    whatever they are, the student's part in the logit of class c stays within a range of
-    s L Σ_k |W_ck|, where W is its block of the final layer and s its scale.
+    A node must not sway the vote by values that an honest one cannot have. With features in [0, L] the student's part
+    of the logit of class c stays within a range of s L Σ_k |W_ck|, where W is its block of the final layer and s its
+    scale.
     """
     if not np.isfinite(features).all():
         return "that are not finite"
@@ -243,5 +243,5 @@ def read_raw(tensor, contents, datatype: str, shape: tuple[int, ...], itemsize: 
 
 
 def invalid(message: str) -> ProtocolError:
-    """The error of a message that is not what was agreed."""
+    """The error of a message that breaks the protocol."""
     return ProtocolError(StatusCode.INVALID_ARGUMENT, message)

@@ -1,6 +1,6 @@
-"""The images that a device sees for itself, in a test bed: a file stands for its camera.
+"""The images of a device's own sensor, in a test bed: a file stands in for its camera.
 
-Where every device has a sensor of its own, the coordinator sends no image, only which one is meant.
+Where every device has its own sensor, the coordinator sends no image, only its index.
 """
 
 from __future__ import annotations

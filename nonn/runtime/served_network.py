@@ -21,16 +21,16 @@ from nonn.runtime.coordinator import Answer, BusyError, Coordinator, NobodyAnswe
 from nonn.runtime.exported import Manifest
 from nonn.runtime.protocol import ENVELOPE_BYTES, ImageContract, ProtocolError, version_of
 
-#: Of the time that a caller has left, what the nodes may take; the rest is for the answer's way back.
+#: Share of the caller's time left that the nodes may take; the rest is for the answer's way back.
 CALLERS_SHARE = 0.9
-#: First guess of the seconds that a call takes, while others are under way; and see `nonn.runtime.admission.Admission`.
-#: Calls are stale sooner than at nodes, which would take them for such.
+#: First estimate of the seconds that a call takes while others are under way; for the rest see `Admission`. Calls are
+#: stale sooner here than at nodes, which would otherwise refuse them as stale.
 CALL_S, SHARE, STALE = 2e-3, 0.4, 0.25
 
 
 @dataclass(frozen=True)
 class NetworkContract(ImageContract):
-    """What a network takes and gives; its model is the name of the export's folder."""
+    """Inputs and outputs of a network; its model is the name of the export's folder."""
 
     n_classes: int  # C
 
@@ -44,7 +44,7 @@ class NetworkContract(ImageContract):
 
 
 def make_answer(contract: NetworkContract, request: ModelInferRequest, answer: Answer) -> ModelInferResponse:
-    """What an application is told: the outputs that it asked for, or all.
+    """The answer to an application: the outputs that it asked for, or all.
 
     ``probabilities``, float32 of shape (1, C), in the order of the manifest's classes; ``label``, the
     most probable class; ``present``, the names of the nodes that took part.
