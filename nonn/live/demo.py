@@ -24,14 +24,14 @@ from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.predict import describe
 from nonn.runtime.processes import node_commands, running
 
-#: Milliseconds within which nodes answer also where many processes share few cores.
+#: Milliseconds within which nodes answer even where many processes share few cores.
 DEADLINE_MS = 500.0
 
 
 def open_browser(address: str) -> None:
-    """Show the page where there is a screen: a browser for terminals would take over the terminal.
+    """Open the page in a browser, if there is a screen: a text browser would take over the terminal.
 
-    Nobody waits for it: what starts a browser may return only when that is closed.
+    In a thread, since the program that starts a browser may not return until that is closed.
     """
     screens = ("BROWSER", "DISPLAY", "WAYLAND_DISPLAY")
     if not sys.platform.startswith("linux") or any(map(os.environ.get, screens)):

@@ -1,4 +1,4 @@
-"""A coordinator that follows its cluster file: it goes over to another export while it answers, node by node.
+"""A coordinator that follows its cluster file: it changes to another export while it answers, node by node.
 
 When the file names another export, or the export's folder holds another one, the coordinator serves both for a while.
 While both are served, it queries only the nodes of the export that has more of them, so an answer never mixes two
@@ -85,7 +85,7 @@ class FollowedNetwork:
         return any(network.is_ready for network in self._networks())
 
     def _networks(self) -> list[ServedNetwork]:
-        """Those that may answer: the one with the larger part of its nodes first, of equals the newer one."""
+        """The networks that may answer: first that with the larger share of its nodes; if equal, the newer one."""
         networks = [self.next, self.current] if self.next else [self.current]
         return sorted(networks, key=share_present, reverse=True)
 
@@ -111,7 +111,7 @@ class FollowedNetwork:
             await asyncio.sleep(FILE_POLL_S)
             try:
                 await self._attend()
-            except Exception as error:  # perhaps only some of the files have been written so far
+            except Exception as error:  # perhaps only some of the files have been written yet
                 problem = str(error) if isinstance(error, UserError) else f"{self.path}: cannot be followed ({error})."
                 if problem != self._last_problem:
                     log(f"{problem} The export from before stays in use.")
@@ -124,7 +124,10 @@ class FollowedNetwork:
             self._pause = min(2 * self._pause, MAX_RETRY_PAUSE_S) if stamp == self._failed_stamp else FILE_POLL_S
             self._failed_stamp, self._next_attempt = stamp, now + self._pause
             await self._read_again()
-            self._stamp, self._last_problem = stamp, ""  # as before it was read: whatever came later is read, too
+            self._stamp, self._last_problem = (
+                stamp,
+                "",
+            )  # that from before reading, so that later changes are read as well
         if self.next:
             self._tell_apart(self.next)
         if self.next and share_present(self.next) == 1:
@@ -138,10 +141,10 @@ class FollowedNetwork:
         task.add_done_callback(self._leaving.discard)
 
     def _tell_apart(self, new: ServedNetwork) -> None:
-        """Let no node count for both exports: it serves the one by which it has answered a probe last.
+        """Let no node count for both exports: it serves the one for which it last answered a probe.
 
-        Without it, a node that was replaced while nobody asked would count for the former export until three requests
-        have failed there.
+        Otherwise a node that was replaced between requests would count for the former export until three requests had
+        failed there.
         """
         others = {connection.node.address: connection for connection in new.coordinator.connections}
         not_on_current = set()
@@ -156,11 +159,11 @@ class FollowedNetwork:
         self._not_on_current = not_on_current
 
     def _look(self) -> tuple:
-        """Something else whenever the cluster file or the manifest of its export has changed."""
+        """A value that changes whenever the cluster file or the manifest of its export does."""
         return (self._cluster.export, stamp_of(self.path), stamp_of(self._cluster.export / "manifest.json"))
 
     async def _read_again(self) -> None:
-        """Take over what the file says now.
+        """Take over the present content of the file.
 
         Raises
         ------
@@ -190,9 +193,9 @@ class FollowedNetwork:
         self.admission.timeout = network.coordinator.timeout
 
     def _load(self) -> tuple[Cluster, ServedNetwork]:
-        """What the file says now, and its network, by the certificates of the start.
+        """The present cluster file, and its network, which uses the certificates of the start.
 
-        Files are read and compared with their checksums.
+        All files are read and compared with their checksums.
         """
         cluster = load_cluster(self.path)
         if (cluster.tls is None) != (self._cluster.tls is None):
@@ -221,7 +224,7 @@ def refuse_other_tasks(cluster: Cluster, current: Manifest, new: Manifest) -> No
 
 
 async def leave(network: ServedNetwork) -> None:
-    """Close a network's connections once the calls that are under way have had their time."""
+    """Close a network's connections, once the calls under way have had their time."""
     try:
         await asyncio.sleep(network.coordinator.timeout)
     finally:

@@ -20,10 +20,10 @@ from nonn.core.files import read_json
 from nonn.core.images import DEEP_MODES, FORMATS, fit_network, open_image, read_image
 from nonn.runtime.exported import Manifest
 
-#: Pixels of the largest picture that a viewer may send, and bytes that it may take while it is decoded.
+#: Most pixels of a picture that a viewer sends, and most bytes that it may take while it is decoded.
 MAX_PIXELS, MAX_DECODED_BYTES = 50_000_000, 500_000_000
-#: Bytes that a pixel takes meanwhile at most, as measured with Pillow 13: in formats that are decoded as a whole;
-#: transparent, or of more than 8 bits; and all others.
+#: Most bytes of a pixel while decoding, measured with Pillow 13: of formats that are decoded as a whole; of pictures
+#: that are transparent or of more than 8 bits; and of all others.
 WHOLE, RICH, PLAIN = 26, 17, 10
 WHOLE_FORMATS = {"AVIF", "JPEG2000", "WEBP"}
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -33,7 +33,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 class ShownPicture:
     """A picture that is read when its turn comes."""
 
-    name: str  # for the reader
+    name: str  # that is shown
     truth: str | None  # its class, where that is known
     read: Callable[[], np.ndarray]  # uint8 of shape (channels, size, size)
 
@@ -41,7 +41,7 @@ class ShownPicture:
 def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[ShownPicture]:
     """Picture files, in the order given; those of a folder in a fixed random order.
 
-    The class of a file in a folder that is named as a class is that one.
+    If a file's folder has the name of a class, that is the file's class.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def find_pictures(paths: Sequence[Path], manifest: Manifest) -> list[ShownPictur
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Files of a folder and of those in it; what may not be read is an OSError, not left out."""
+    """Files below a folder; a folder that may not be read is an OSError."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -82,7 +82,7 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[ShownPicture]:
     Raises
     ------
     UserError
-        The file is missing or damaged, or its images are not such as the network takes.
+        The file is missing or damaged, or its images or classes are not those of the network.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, so there is nothing to classify. Give pictures with --images FOLDER.")
@@ -106,7 +106,7 @@ def dataset_pictures(path: Path, manifest: Manifest) -> list[ShownPicture]:
 
 
 def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) -> ShownPicture:
-    """A picture that somebody sent, from the bytes of its file, or its negative.
+    """A picture that a viewer sent, from the bytes of its file, or its negative.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def sent_picture(name: str, content: bytes, invert: bool, manifest: Manifest) ->
 
 
 def decoded_bytes(image: Image.Image) -> int:
-    """Memory that an open image takes at most until it fits a network."""
+    """Most bytes that an open image takes until it has the size of the network's images."""
     if image.format in WHOLE_FORMATS:
         weight = WHOLE
     else:
@@ -145,5 +145,5 @@ def as_png(pixels: np.ndarray) -> str:
 
 
 def _shuffled(count: int) -> np.ndarray:
-    """Datasets and folders are sorted by class: in their own order, a viewer would see one for long."""
+    """A random order, since datasets and folders are sorted by class: a viewer would long see one class."""
     return np.random.default_rng(0).permutation(count)

@@ -1,9 +1,9 @@
-"""A cluster at work, for whoever watches: pictures one after another, and devices that can be silenced.
+"""The state of a running cluster for the live page: pictures in turn, and devices that can be silenced.
 
-A device is silenced by stopping its process (SIGSTOP), not by no longer asking it: its connection stays
-open and no answer comes, as from a device that hangs. So one sees what the coordinator makes of that:
-the next images wait for the deadline, then the breaker opens and they are fast again. When the process
-continues (SIGCONT) the device rejoins by itself.
+A device is silenced by stopping its process (SIGSTOP), so its connection stays open and no answer comes,
+as from a device that hangs. Viewers see how the coordinator handles that: the next images wait for the
+deadline, then the breaker opens and they are fast again. When the process continues (SIGCONT), the device
+rejoins by itself.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from nonn.runtime.coordinator import TOLERATED_FAILURES, Answer, Coordinator, No
 from nonn.runtime.inversion import describe_inversion, looks_inverted
 from nonn.runtime.processes import UP, Child
 
-#: Pictures a second at first, and the bounds of what can be chosen.
+#: Pictures a second at first, and the bounds of a viewer's choice.
 RATE, SLOWEST, FASTEST = 1.0, 0.1, 20.0
-#: Answers whose median latency is told.
+#: The latest answers, of which the median latency is shown.
 RECENT = 100
 #: Seconds that nodes have to start before pictures go out without them.
 START_TIMEOUT_S = 10.0
@@ -77,7 +77,7 @@ class DeviceCard:
 
 
 class LiveCluster:
-    """Shows pictures to a running cluster, in turn and without end; `snapshot` says how it stands, `changed` when."""
+    """Shows pictures to a running cluster in turn, without end; `changed` waits for a new `snapshot` of its state."""
 
     def __init__(self, cluster: Cluster, children: Sequence[Child], pictures: Sequence[ShownPicture]):
         self.cluster, self.pictures = cluster, pictures
@@ -93,7 +93,7 @@ class LiveCluster:
         self._changed, self._woken = asyncio.Condition(), asyncio.Event()
 
     async def run(self) -> None:
-        """Show pictures until cancelled; whoever was silenced then goes on."""
+        """Show pictures until cancelled; silenced nodes then continue."""
         try:
             await self._publish()
             await self._wait_for_nodes()
@@ -110,7 +110,7 @@ class LiveCluster:
                     self.silence(name, silent=False)
 
     async def changed(self, version: int) -> int:
-        """Wait for a newer version than this one; what it is can be asked of `snapshot`."""
+        """Wait until the version of the snapshot is newer than this one; returns it."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.version > version)
         return self.version
@@ -154,7 +154,7 @@ class LiveCluster:
         self._woken.set()
 
     def submit(self, picture: ShownPicture) -> None:
-        """Show a picture that a viewer has sent, and hold it until somebody wants the next one."""
+        """Show a viewer's picture, and hold it until a viewer asks for the next one."""
         self._sent, self.held = picture, True
         self._woken.set()
 
@@ -165,7 +165,7 @@ class LiveCluster:
                     await asyncio.sleep(0.05)
 
     async def _pause(self) -> None:
-        """Wait for the next picture's time, or for somebody who wants something else."""
+        """Wait until the next picture is due, or a viewer asks for something else."""
         try:
             await asyncio.wait_for(self._woken.wait(), 1 / self.rate)
         except TimeoutError:
@@ -173,7 +173,7 @@ class LiveCluster:
         self._woken.clear()
 
     async def _classify(self, coordinator: Coordinator) -> None:
-        """Read a picture and have it classified; what goes wrong is told to the viewers."""
+        """Read and classify a picture; viewers see what went wrong."""
         number, loop = self._position % len(self.pictures), asyncio.get_running_loop()
         picture = self._sent or self.pictures[number]
         try:

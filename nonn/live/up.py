@@ -1,4 +1,4 @@
-"""A whole cluster on one machine: every node a child process, and a live table of how they do."""
+"""A whole cluster on one machine: each node is a child process, and a live table shows their state."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from nonn.runtime.logs import relayed_stderr
 from nonn.runtime.processes import COLUMNS, UP, Child, node_commands, reasons, running
 from nonn.runtime.protocol import Contract, ProtocolError
 
-#: Seconds between two looks at a node, and what an answer may take.
+#: Seconds between two looks at a node, and that an answer may take.
 POLL_S, ANSWER_TIMEOUT_S = 1.0, 0.5
 #: Looks between two lines of counts where there is no terminal.
 SPARSE = 60
 NO_ANSWER = "no answer"
-#: Looks in a row without an answer, of a node that listens, after which the reason is told.
+#: Looks in a row without an answer, of a node that listens, after which the reason is logged.
 TOLD_AT = 2
 
-#: Something that goes on beside the nodes until it is cancelled.
+#: A task that runs beside the nodes until it is cancelled.
 SideTask = Callable[[list[Child]], Coroutine[Any, Any, None]]
 
 
 async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
-    """Ask a node for its counts, again and again, until its process is gone."""
+    """Ask a node for its counts at intervals, until its process ends."""
     async with open_channel(child.node, contract.message_limit, cluster.own_identity) as channel:
         stub = oip_grpc.GRPCInferenceServiceStub(channel)
         while not child.has_exited:
@@ -57,7 +57,7 @@ async def watch(child: Child, contract: Contract, cluster: Cluster) -> None:
 
 
 def _missed(child: Child, reason: str) -> None:
-    """Note that a node has not answered; the second time in a row, say why: the first may be of before it listened."""
+    """Count a look without an answer; log why after the second in a row, as a node may have just begun to listen."""
     child.missed += child.is_ready
     if child.missed == TOLD_AT and reason != LATE:
         log(f"{child.node.name}: listens, and does not answer ({reason})")
@@ -66,7 +66,7 @@ def _missed(child: Child, reason: str) -> None:
 
 
 async def show(children: list[Child]) -> None:
-    """A table that renews itself on a terminal; elsewhere a line for each change, and counts now and then."""
+    """Show a live table on a terminal; elsewhere a line for each change, and the counts at times."""
     header = COLUMNS.format("node", "student", "address", "state", "latency", "requests", "failures")
     known: dict[str, str] = {}
     look = 0
@@ -92,7 +92,7 @@ async def show(children: list[Child]) -> None:
 async def run_cluster(
     cluster: Cluster, *pages: SideTask, boards: str | None = None, stopped: asyncio.Event | None = None
 ) -> None:
-    """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set or by default a signal says so.
+    """Run all nodes of a cluster, and `pages` beside them, until `stopped` is set, by default on a signal.
 
     With `boards`, a microcontroller of the catalogue, each student is firmware on an emulated one.
 
@@ -105,7 +105,7 @@ async def run_cluster(
     cluster.placed()  # refuses what does not fit
     for identity in (cluster.own_identity, *(cluster.identity(node.name) for node in cluster.nodes)):
         if identity:
-            identity.for_server()  # refuses what cannot be read before anything has started
+            identity.for_server()  # refuses bad certificates before anything starts
     async with running(node_commands(cluster, board=boards), wait=False) as children:
         table = asyncio.create_task(show(list(children.values())))
         try:
@@ -118,7 +118,7 @@ async def run_cluster(
 async def attend(
     cluster: Cluster, by_name: Mapping[str, Child], pages: Sequence[SideTask], stopped: asyncio.Event
 ) -> None:
-    """Watch the nodes of a cluster that are running, and let `pages` go on beside them, until `stopped` is set.
+    """Watch the running nodes of a cluster, and run `pages` beside them, until `stopped` is set.
 
     Raises
     ------
@@ -143,7 +143,7 @@ async def attend(
 
 
 def live_page(cluster: Cluster, images: Sequence[Path] | None, port: int) -> SideTask:
-    """The page of ``--web``, with pictures that were given or the experiment's test images; a `UserError` without."""
+    """The page of ``--web``, with these pictures or the experiment's test images; a `UserError` if there are none."""
     from nonn.live.pictures import dataset_pictures, find_pictures
     from nonn.live.web import serve_page
 

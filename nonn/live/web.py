@@ -36,14 +36,14 @@ from nonn.runtime.cluster import Cluster
 from nonn.runtime.processes import Child
 
 HOST = "127.0.0.1"
-#: Viewers at once, seconds for which one may take nothing that is sent, bytes of the longest post, and seconds that
+#: Most viewers at once, seconds for which a viewer may read nothing, most bytes of a small post, and seconds that
 #: streams have to end.
 MAX_VIEWERS, VIEWER_TIMEOUT_S, MAX_POST_BYTES, GRACE_S = 16, 10.0, 1024, 0.5
-#: Bytes of the largest picture that is taken, and seconds in which a post must have come.
+#: Most bytes of a picture, and seconds within which a post must arrive.
 MAX_PICTURE_BYTES, POST_TIMEOUT_S = 16 * 2**20, 10.0
-#: Connections at once, and seconds for which one may stay without a request.
+#: Most connections at once, and seconds for which one may be idle.
 MAX_CONNECTIONS, IDLE_TIMEOUT_S = 64, 15.0
-#: Letters of a picture's name that are shown.
+#: Most letters of a picture's name that are shown.
 MAX_NAME_LENGTH = 60
 
 Wish = TypeVar("Wish", bound=Section)
@@ -88,7 +88,7 @@ def read_page() -> tuple[str, str]:
 async def guard(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Refuse what a page of another site, or a name that was rebound to this machine, has sent."""
+    """Refuse requests of other sites' pages, and by names that were rebound to this machine."""
     hosts, origin = request.headers.getall("Host", []), request.headers.get("Origin")
     if len(hosts) != 1 or host_name(hosts[0]) not in OWN_NAMES:
         raise web.HTTPForbidden(text=f"open this page as http://{HOST}:PORT\n")
@@ -107,20 +107,20 @@ def is_server_fault(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError))
 
 
-#: What aiohttp logs of its server.
+#: The log of aiohttp's server.
 logger = logging.getLogger(__name__)
 logger.addFilter(is_server_fault)
 
 
 class Page:
-    """What the page and its script ask for."""
+    """Handlers of the requests of the page and its script."""
 
     def __init__(self, live: LiveCluster):
         self.live = live
         self.page, policy = read_page()
         self.viewers = 0
         self.event = 0, b""  # the newest version of the snapshot, as it is sent
-        # One picture at a time, which bounds the memory that they take: a thread goes on when its post is given up.
+        # One picture at a time, which bounds their memory: a thread continues after its post is given up.
         self.decoder = ThreadPoolExecutor(max_workers=1, thread_name_prefix="decoder")
         self.headers = {
             "Content-Security-Policy": policy,
@@ -146,7 +146,7 @@ class Page:
         return web.Response(text=self.page, content_type="text/html")
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
-        """Server-sent events: the newest snapshot, whenever there is one. Slow viewers skip some."""
+        """Server-sent events: each new snapshot; slow viewers skip some."""
         if self.viewers >= MAX_VIEWERS:
             raise web.HTTPServiceUnavailable(text="too many viewers\n")
         self.viewers += 1
@@ -199,7 +199,7 @@ class Page:
 
 
 async def read_body(request: web.Request, limit: int) -> bytes:
-    """Body of a post of so many bytes at most."""
+    """Body of a post, at most `limit` bytes."""
     content = bytearray()
     async for chunk in request.content.iter_any():
         content += chunk
@@ -209,7 +209,7 @@ async def read_body(request: web.Request, limit: int) -> bytes:
 
 
 async def in_time(body: Coroutine[Any, Any, bytes]) -> bytes:
-    """What is read of a post, unless it is slower than `POST_TIMEOUT_S`."""
+    """The body of a post, which must arrive within `POST_TIMEOUT_S`."""
     try:
         return await asyncio.wait_for(body, POST_TIMEOUT_S)
     except TimeoutError:
@@ -238,9 +238,9 @@ async def serve_page(
     option: str = "--web",
     listening: Callable[[str], Awaitable[None]] = log_address,
 ) -> None:
-    """Classify pictures and show how it goes, until cancelled; a `UserError` that names `option` if the port is taken.
+    """Classify pictures and show the answers, until cancelled; a `UserError` that names `option` if the port is taken.
 
-    `listening` is told the address of the page once it can be opened.
+    `listening` gets the address of the page once it can be opened.
     """
     live = LiveCluster(cluster, children, pictures)
     async with opened(Page(live).application(), port, option) as address:
@@ -249,7 +249,7 @@ async def serve_page(
 
 
 class Refused(asyncio.Protocol):
-    """A connection that is one too many."""
+    """A connection beyond `MAX_CONNECTIONS`, which is closed."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
