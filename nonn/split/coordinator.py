@@ -47,7 +47,7 @@ class SplitCoordinator:
         self.plan, self.nodes, self.identity = plan, devices_at(addresses), identity
         self.timeout = deadline_ms / 1000
         self.connections: list[NodeConnection] = []
-        # Unique, since devices keep what arrives for an image before the image itself.
+        # Unique, since devices keep slices that arrive before their image.
         self._ids = (f"{secrets.token_hex(6)}-{count}" for count in itertools.count())
         self._one_at_a_time = asyncio.Lock()
 
@@ -70,7 +70,7 @@ class SplitCoordinator:
         Raises
         ------
         SplitFailedError
-            Names the devices that did not answer, or what those that did complain of.
+            Names the devices that did not answer, or the errors of those that did.
         ValueError
             The image is of another type or shape.
         """
@@ -83,13 +83,13 @@ class SplitCoordinator:
         image_id, seconds = next(self._ids), self.timeout + REPORTING_S
         calls = [asyncio.create_task(connection.infer(image, seconds, image_id)) for connection in self.connections]
         try:
-            # A device that has failed has failed the image: the others need not be waited for.
+            # One failed device fails the image, so the others are not waited for.
             _, late = await asyncio.wait(calls, timeout=self.timeout, return_when=asyncio.FIRST_EXCEPTION)
             failed = any(call.done() and call.exception() for call in calls)
             if not late and not failed:
                 return [call.result() for call in calls]
             if not failed:
-                await asyncio.wait(late, timeout=REPORTING_S)  # now they say whom they have waited for
+                await asyncio.wait(late, timeout=REPORTING_S)  # now they say which peers they have waited for
             reasons = {
                 node.name: reason_of(failure) if call.done() and (failure := call.exception()) else LATE
                 for node, call in zip(self.nodes, calls, strict=True)
@@ -97,8 +97,8 @@ class SplitCoordinator:
             }
         finally:
             for call in calls:
-                call.cancel()  # of those that are done nothing changes
-        # First those that said nothing: the others may only have waited for them.
+                call.cancel()  # no effect on those that are done
+        # Silent devices first: the others may only have waited for them.
         names = sorted(reasons, key=lambda name: reasons[name] != LATE)
         complaints = "; ".join(f"{name}: {reasons[name]}" for name in names)
         remedy = "A split network needs all its devices: start them again."
@@ -114,10 +114,10 @@ def device_commands(
     prefixes: Iterable[Sequence[str]] = (),
     sensor: Path | None = None,
 ) -> dict[Node, list[str]]:
-    """What serves each device of a plan in `folder`, for `nonn.runtime.processes.running`; see `node_commands` there.
+    """Commands that serve the devices of a plan in `folder`; see `nonn.runtime.processes.node_commands`.
 
-    Devices are ready when they have reached each other. Without a folder of certificates, those of the coordinator
-    and of ``device-<position>``, it is all plain text.
+    Devices are ready once they have reached each other. The certificates are those of the coordinator and of
+    ``device-<position>``; without them all is plain text.
     """
     commands = {}
     for node, prefix in zip(devices_at(addresses), itertools.chain(prefixes, itertools.repeat(())), strict=False):

@@ -1,7 +1,7 @@
-"""What the devices of a split network send each other, and how a device waits for it.
+"""Slices that the devices of a split network send each other, and how a device waits for them.
 
-A slice of an activation map travels as a request of the same protocol that images travel by: one tensor as raw bytes,
-of 4 bytes a value or, in an int8 network, of 1, under the image's id. It may arrive before the image itself does.
+A slice of an activation map is a request of the same protocol as an image: one tensor as raw bytes, with 4 bytes a
+value, or 1 in an int8 network, under the image's id. It may arrive before the image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def make_slice(message: Message, image_id: str, version: str, source: np.ndarray
 
 
 def find_message(expected: dict[str, Message], version: str, request: ModelInferRequest) -> Message:
-    """What a request claims to be: a message that the device expects; else a `ProtocolError`."""
+    """The expected message that a request carries; a `ProtocolError` if it is none."""
     check_id(request)
     if request.model_version != version:
         other = f"a slice of another plan (version {request.model_version[:64]!r}, not {version!r})"
@@ -71,13 +71,13 @@ def read_slice(message: Message, request: ModelInferRequest) -> np.ndarray:
 
 
 def check_id(request: ModelInferRequest) -> None:
-    """Refuse what does not say which image it belongs to."""
+    """Refuse a request without the id of an image."""
     if not 0 < len(request.id) <= MAX_ID_LENGTH:
         raise invalid(f"give the image an id of up to {MAX_ID_LENGTH} characters, the same for all devices")
 
 
 class Exchange:
-    """What has arrived for one image, and what is still waited for."""
+    """The slices that have arrived for one image, and those that are missing."""
 
     def __init__(self) -> None:
         self.arrived: dict[str, np.ndarray] = {}
@@ -87,11 +87,11 @@ class Exchange:
 
     @property
     def missing(self) -> list[Message]:
-        """What the present round still waits for."""
+        """Messages that the present round still waits for."""
         return [message for name, message in self.expected.items() if name not in self.arrived]
 
     def put(self, name: str, values: np.ndarray) -> None:
-        """Take what has arrived; a `ProtocolError` if it was here already."""
+        """Store a slice; a `ProtocolError` if it has arrived before."""
         if name in self.arrived:
             raise ProtocolError(StatusCode.ALREADY_EXISTS, f"{name} has arrived before")
         self.arrived[name] = values
@@ -99,12 +99,12 @@ class Exchange:
             self._wake()
 
     def fail(self, error: Exception) -> None:
-        """Let `take` raise an error instead of waiting on; the first one counts."""
+        """Let `take` raise an error instead of waiting; the first one counts."""
         self.failure = self.failure or error
         self._wake()
 
     async def take(self, messages: Iterable[Message]) -> dict[str, np.ndarray]:
-        """The slices of one round, when all have arrived."""
+        """Wait for all slices of one round, and return them by name."""
         self.expected = {message.name: message for message in messages}
         # Yield to the event loop once, so that this device's own slices are sent first.
         await asyncio.sleep(0)

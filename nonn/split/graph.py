@@ -1,4 +1,4 @@
-"""An exported classifier taken apart, for those who cut it up: nodes, shapes and constants of its ONNX file.
+"""The parts of an exported classifier, for splitting it: nodes, shapes and constants of its ONNX file.
 
 In an int8 file each integer map and each weight goes through a ``DequantizeLinear`` of its own; ONNX Runtime fuses
 these with the operation between them into one on integers. They stay beside that operation wherever it is cut: those of
@@ -34,7 +34,7 @@ class UnsplittableError(UserError):
 
 @dataclass(frozen=True)
 class OnnxGraph:
-    """An exported classifier, taken apart."""
+    """The parts of an exported classifier."""
 
     nodes: list[NodeProto]  # from the image to the last map, in order
     last: str  # the last map, of which the features are the spatial means

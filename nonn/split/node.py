@@ -1,10 +1,10 @@
 """A device of a split network: computes its segments, and exchanges slices with its peers in between.
 
 To the coordinator it is a node like any other: an image comes, features go back. In between it
-sends slices of activation maps to the other devices and waits for theirs, round by round; all
-sends of a round are under way at once, over connections that were opened beforehand. One image is
-worked on at a time: a new one takes the place of one that is not finished. If a peer stays silent, the
-image fails, and the answer says whom it waited for.
+sends slices of activation maps to the other devices and waits for theirs, round by round. All
+sends of a round are under way at once, over connections that were opened beforehand. A device works
+on one image at a time: a new image replaces an unfinished one. If a peer stays silent, the image
+fails, and the answer names that peer.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from nonn.runtime.tls import Identity, may_call
 from nonn.split.exchange import EXCHANGE, Exchange, check_id, find_message, make_slice, read_slice
 from nonn.split.plan import FEATURES, IMAGE, REWRITE_REMEDY, Message, load_part, open_sessions, run_segment
 
-#: Seconds at the end of a call's time in which a device says whom it has waited for in vain.
+#: Seconds at the end of a call's time that a device keeps for saying which peers were silent.
 REPORTING_S = 0.5
-#: Seconds that a device works on an image whose caller has not set a deadline.
+#: Seconds that a device works on an image whose caller sets no deadline.
 DEFAULT_TIMEOUT_S = 60.0
-#: Images of which slices are kept; more than one, because slices may overtake their image.
+#: Images for which slices are kept; more than one, because slices may arrive before their image.
 KEPT_EXCHANGES = 4
 
 
-#: Said of an image where another one comes before it is done.
+#: Why an image fails when another comes before it is done.
 SUPERSEDED = "a newer image has taken this one's place"
 
 
@@ -59,7 +59,7 @@ class SplitDevice:
     """
 
     platform = "onnxruntime_onnx"
-    is_ready = False  # before it has reached all peers
+    is_ready = False  # true once it has reached all peers
 
     def __init__(self, folder: Path, sensor: Path | None = None):
         self.part, models = load_part(folder)
@@ -72,7 +72,7 @@ class SplitDevice:
             raise UserError(f"{folder}: its segments do not run ({one_line(error)}). {REWRITE_REMEDY}") from error
 
     def _warm_up(self) -> None:
-        """Run every segment on zeros, which also shows that what is to be sent is there and of its shape."""
+        """Run every segment on zeros, which also checks the tensors that are to be sent."""
         values = {IMAGE: np.zeros(self.contract.image_shape, np.uint8)}
         for index in range(len(self.sessions)):
             values |= self.compute(index, values)
@@ -85,29 +85,29 @@ class SplitDevice:
             raise ValueError(f"its features are not {self.contract.n_features}")
 
     def compute(self, index: int, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What a segment makes of the tensors that the device has so far; nothing where it has no such segment."""
+        """Outputs of a segment from the tensors that the device has so far; none where it has no such segment."""
         segment = self.part.segments[index]
         return run_segment(segment, self.sessions[index], values) if segment else {}
 
     def features(self, values: dict[str, np.ndarray]) -> np.ndarray:
-        """What the coordinator gets, float32 of shape (1, F_d)."""
+        """The features for the coordinator, float32 of shape (1, F_d)."""
         return values[FEATURES] if self.contract.n_features else np.zeros((1, 0), np.float32)
 
 
 class Peer:
-    """Another device, as one that sends to it sees it."""
+    """Another device, to which this one sends."""
 
     def __init__(self, name: str, channel: aio.Channel):
         self.name, self.channel = name, channel
-        # Slices are serialised once for all receivers, and their answers say nothing.
+        # No serialisers: slices are serialised once for all receivers, and answers are empty.
         self.send = channel.unary_unary(MODEL_INFER)
 
 
 class SplitService(Service):
     """The calls that a device of a split network answers: those of a node, and its peers' slices.
 
-    It sends to `peers`, by position. Images may come from `callers`, slices only from the device that owns them;
-    where there are no certificates, `callers` are None and anybody may send anything.
+    It sends to `peers`, by position. Images may come from `callers`, and slices only from the device that owns them.
+    Without certificates `callers` is None, and any caller may send anything.
     """
 
     def __init__(self, device: SplitDevice, peers: dict[int, Peer], callers: Collection[str] | None):
@@ -124,7 +124,7 @@ class SplitService(Service):
         self.connected = asyncio.Event()
 
     def _by_content(self, index: int) -> list[list[Message]]:
-        """What is sent after a segment; messages that are the same for several receivers together."""
+        """The messages after a segment, grouped by content: the same may go to several receivers."""
         groups: dict[tuple, list[Message]] = {}
         for message in self.part.sent(index):
             groups.setdefault((message.name, message.rows), []).append(message)
@@ -194,8 +194,8 @@ class SplitService(Service):
     async def _run(self, image: np.ndarray, image_id: str, exchange: Exchange, waiting: asyncio.Timeout) -> np.ndarray:
         """Features of an image, by way of all rounds.
 
-        Segments run in the loop itself: a thread of their own would gain nothing, since the device waits
-        for either messages or results, and would cost two changes of thread a round.
+        Segments run in the event loop: a thread would gain nothing, since the device waits for either
+        messages or results, and would cost two changes of thread a round.
         """
         values, deadline = {IMAGE: image}, waiting.when()
         assert deadline is not None  # of a timeout of some seconds
@@ -214,7 +214,7 @@ class SplitService(Service):
         return features
 
     def _send(self, index: int, values: dict, image_id: str, exchange: Exchange, deadline: float) -> None:
-        """Start to send what a round takes from this device."""
+        """Start to send this device's slices of a round."""
         if not self.sent[index]:
             return
         seconds = max(deadline - asyncio.get_running_loop().time(), 0)
@@ -229,7 +229,7 @@ class SplitService(Service):
         task.add_done_callback(self.sending.discard)
 
     async def _watch(self, index: int, calls: list[tuple[Peer, aio.UnaryUnaryCall]], exchange: Exchange) -> None:
-        """Fail the image if a peer does not take its slice, whichever is first: one task for all sends of a round."""
+        """Fail the image on the first slice that a peer does not take; one task watches all sends of a round."""
         ended: asyncio.Queue[tuple[Peer, aio.UnaryUnaryCall]] = asyncio.Queue()
         for peer, call in calls:
             call.add_done_callback(partial(lambda peer, call: ended.put_nowait((peer, call)), peer))
@@ -254,7 +254,7 @@ async def serving(
     identity: Identity | None = None,
     allowed: Collection[str] = (COORDINATOR,),
 ) -> AsyncIterator[tuple[int, SplitService]]:
-    """Serve a device's part while the block runs, on its own of the addresses; yield its port and the service.
+    """Serve a device's part while the block runs, on its own address of these; yield its port and the service.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""One network split over several devices: what each computes, and what they send each other between.
+"""One network split over several devices: what each computes, and what they send each other.
 
 This is the baseline that a NoNN is compared with, since its devices must exchange activations all
 the time. A plan consists of *segments*, ONNX files that each device runs one after another, and of
-*rounds* between them, in which devices send each other slices of one activation map; it computes
-exactly what the unsplit network does. `nonn.split.planner` makes plans, this module keeps and runs
+*rounds* between them, in which devices send each other slices of one activation map. It computes
+exactly what the unsplit network does. `nonn.split.planner` makes plans; this module stores and runs
 them.
 """
 
@@ -31,12 +31,12 @@ from nonn.runtime.protocol import ENVELOPE_BYTES, MIN_MESSAGE_LIMIT, Contract, v
 from nonn.runtime.session import open_session
 
 SplitMethod = Literal["channels", "rows"]
-#: Of activation maps: in an int8 network those that are exchanged hold unsigned 8-bit integers.
+#: Types of activation maps: in an int8 network those that are exchanged hold unsigned 8-bit integers.
 Dtype = Literal["float32", "uint8"]
-#: What every device starts from, and what it answers.
+#: The tensors that every device starts from, and answers with.
 IMAGE, FEATURES = "image", "features"
 PLAN, PART, FINAL = "plan.json", "part.json", "final.safetensors"
-#: What the folder of a device holds.
+#: Names of files in the folder of a device.
 OF_PART = re.compile(rf"{re.escape(PART)}|\d+\.onnx")
 PLAN_KIND, REWRITE_REMEDY = "a plan of a split network", "Write the plan again with `nonn split`."
 
@@ -79,7 +79,7 @@ class Segment(Record, extra="forbid"):
 
 
 class Part(Record, extra="forbid"):
-    """All that one device needs to know."""
+    """A device's part of a plan: all that it needs to know."""
 
     plan: Sha256 | None = None  # of all segments of all devices: parts of different plans do not fit together
     position: Position
@@ -100,7 +100,7 @@ class Part(Record, extra="forbid"):
 
     @property
     def contract(self) -> Contract:
-        """What passes between it and the coordinator."""
+        """Inputs and outputs of the device, as its coordinator sees them."""
         shape = self.image.channels, self.image.size, self.n_features
         return Contract(str(self.position), *shape, version=self.version)
 
@@ -189,7 +189,7 @@ class SplitPlan:
         scale: float,
         precision: Precision,
     ) -> SplitPlan:
-        """A complete plan, whose parts say which one they are of."""
+        """A complete plan, whose parts bear its hash."""
         digest = hashlib.sha256(weight.tobytes() + bias.tobytes())
         for part in parts:
             digest.update(part.model_dump_json(exclude={"plan"}).encode())
@@ -197,7 +197,7 @@ class SplitPlan:
         return cls(method, named, list(models), weight, bias, scale, precision)
 
     def logits(self, features: Sequence[np.ndarray]) -> np.ndarray:
-        """Logits (C,) from what the devices answer, each float32 of shape (F_d,)."""
+        """Logits (C,) from the features of the devices, each float32 of shape (F_d,)."""
         total = np.zeros(self.weight.shape[1], np.float32)
         for part, answer in zip(self.parts, features, strict=True):
             total[slice(*part.columns)] += answer
@@ -209,7 +209,7 @@ class SplitPlan:
         Raises
         ------
         UserError
-            The folder is there and holds something else than a plan.
+            The folder exists and holds more than a plan.
         """
         if folder.exists() and not (folder / PLAN).is_file():
             raise UserError(f"{folder}: is there, and is no plan of a split network. Name a new folder.")
@@ -267,7 +267,7 @@ def load_part(folder: Path) -> tuple[Part, list[bytes | None]]:
     Raises
     ------
     UserError
-        Something is missing or not what was written.
+        A file is missing or was changed.
     """
     part = read_record(folder / PART, Part, PLAN_KIND, REWRITE_REMEDY)
     if part.plan is None:
@@ -306,7 +306,7 @@ class LocalRun:
 def run_in_process(plan: SplitPlan, image: np.ndarray, sessions: Sequence[Sessions] | None = None) -> LocalRun:
     """Classify an image, uint8 of shape (channels, size, size), with all devices in this process, one after another.
 
-    Who runs more than one image gives the `open_sessions` of each device's models.
+    For more than one image, give the `open_sessions` of each device's models.
     """
     sessions = sessions or [open_sessions(models) for models in plan.models]
     values: list[dict[str, np.ndarray]] = [{IMAGE: image[None]} for _ in plan.parts]

@@ -58,8 +58,8 @@ class Draft:
 
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes of what it takes
-    made: dict[str, tuple[int, ...]] = field(default_factory=dict)  # and of what it makes
+    inputs: dict[str, tuple[int, ...]] = field(default_factory=dict)  # shapes by name
+    made: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of what it computes, likewise
     params: int = 0
     weight_bytes: int = 0
     macs: int = 0
@@ -73,7 +73,7 @@ class Draft:
         return output
 
     def sliced(self, name: str, axis: int, interval: Interval) -> str:
-        """An interval of what has some name, counted from its own start."""
+        """An interval of a named tensor, counted from the tensor's start."""
         output = f"{name}[{interval[0]}:{interval[1]}]"
         if not any(output in node.output for node in self.nodes):
             ends = [self.constant(f"{output}.{i}", np.array([value])) for i, value in enumerate((*interval, axis))]
@@ -153,7 +153,7 @@ class Writer:
             draft.macs += math.prod(draft.made[output]) * self.network.stored(node.input[1])[0].size
 
     def _put(self, draft: Draft, node: NodeProto, name: str, outputs: Interval) -> str:
-        """Name of a constant in a segment, as far as it belongs to an interval of a node's output."""
+        """Name in a segment of the part of a constant that belongs to an interval of a node's output."""
         # An exporter may give equal constants to different nodes, which need different slices of them.
         own = f"{node.output[0]}.{name}"
         if name not in self.network.unpacked:
@@ -222,14 +222,14 @@ class Writer:
         return draft.add("Concat", parts, gathered, axis=self.cuts.axis)
 
     def parts_of(self, name: str) -> Iterator[tuple[int, Interval]]:
-        """Owners of what the device needs of an exchanged map, and the intervals."""
+        """The intervals of an exchanged map that the device needs, with their owners."""
         for owner in range(self.cuts.n_devices):
             interval = common(self.needed[name], self.cuts.share(name, owner))
             if interval != EMPTY:
                 yield owner, interval
 
     def received(self) -> Iterator[Message]:
-        """What others have to send the device."""
+        """The messages that others send the device."""
         for name in sorted(self.cuts.exchanged, key=lambda name: self.cuts.levels[name]):
             for owner, (start, stop) in self.parts_of(name):
                 if owner == self.position:
