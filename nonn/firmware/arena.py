@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-#: Buffers begin at multiples of it, so that words and float32 can be read where they lie.
+#: Buffers begin at multiples of it, so that words and float32 can be read in place.
 ALIGNMENT = 8
 
 

@@ -17,14 +17,14 @@ from nonn.firmware.targets import CORES, STACK_BYTES, Target, linker_script
 COMPILER = "arm-none-eabi-gcc"
 EMULATOR = "qemu-system-arm"
 INSTALL = "On Debian or Ubuntu run: make system-deps"
-#: Instructions of the loop by which ``main.c`` finds out how many a tick of SysTick stands for.
+#: Instructions of the loop by which ``main.c`` measures how many a tick of SysTick lasts.
 CALIBRATION = 2_000_000
-#: No two operations on float32 may become one, which rounds differently from ONNX Runtime.
+#: No fused operations on float32, which round differently from ONNX Runtime.
 FLAGS = (
     *("-mthumb", "-mfloat-abi=hard", "-std=c11", "-O2", "-ffp-contract=off", "-ffunction-sections"),
     *("-fdata-sections", "-Wall", "-Wextra", "-Werror", f"-DCALIBRATION={CALIBRATION}u"),
 )
-#: What comes with the package, beside the student's own ``student.c``.
+#: Sources of the package, beside the student's own ``student.c``.
 OWN_SOURCES = ("kernels.h", "kernels.c", "main.c")
 
 
@@ -48,7 +48,7 @@ class LinkedFirmware:
 
 
 def missing_program() -> str | None:
-    """One line for what of the toolchain and the emulator is not installed; None where all is there."""
+    """A line about the first program of toolchain and emulator that is not installed; None if there is none."""
     for program in (COMPILER, EMULATOR):
         if shutil.which(program) is None:
             return f"{program} is not installed. {INSTALL}"
@@ -75,7 +75,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def compile_sources(folder: Path, target: Target, uart: int | None = None) -> list[Path]:
-    """Objects of all sources in a folder; images then come from the serial port at the address `uart`, if it is given.
+    """Objects of all sources in a folder; with `uart`, the address of a serial port, images come from that port.
 
     Raises
     ------

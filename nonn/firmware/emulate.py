@@ -16,7 +16,7 @@ from nonn.firmware.build import CALIBRATION, EMULATOR, require
 from nonn.firmware.targets import CORES
 from nonn.runtime.attached import ending_with_parent
 
-#: Seconds in which an image is answered, on a busy machine.
+#: Seconds within which an image is answered, even on a busy machine.
 IMAGE_TIMEOUT_S = 120.0
 
 

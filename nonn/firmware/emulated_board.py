@@ -1,7 +1,7 @@
 """A microcontroller among the nodes: an emulated board computes a student, and a gateway answers for it.
 
-The gateway builds the student's firmware, starts it in QEMU, and speaks to it by the board's serial port: an image of
-8-bit pixels goes there, a byte a feature comes back. To the coordinator the gateway is a node like any other; it turns
+The gateway builds the student's firmware, starts it in QEMU, and exchanges data by the board's serial port: it sends an
+image of 8-bit pixels and receives a byte a feature. To the coordinator the gateway is a node like any other; it turns
 the bytes into float32 features by the student's scale (`nonn.firmware.scale`).
 """
 
@@ -36,9 +36,9 @@ from nonn.runtime.node import ServedStudent
 from nonn.runtime.serving import serve
 from nonn.runtime.serving_options import add_device, callers_from, identity_from
 
-#: What the firmware says as soon as it listens.
+#: The byte that the firmware sends as soon as it listens.
 READY = b"R"
-#: Seconds in which it says so, on a busy machine.
+#: Seconds within which it sends that, even on a busy machine.
 START_TIMEOUT_S = 30.0
 
 
@@ -48,7 +48,7 @@ class Emulator:
     def __init__(self, elf: Path, core: str):
         command = [require(EMULATOR, "an emulated board"), "-M", CORES[core].machine, "-cpu", core]
         command += ["-display", "none", "-monitor", "none", "-serial", "stdio", "-kernel", str(elf.resolve())]
-        command += ["-semihosting-config", "enable=on,target=native"]  # by which a firmware stops that has failed
+        command += ["-semihosting-config", "enable=on,target=native"]  # by which a failed firmware stops
         self.process = subprocess.Popen(
             ending_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
         )
@@ -68,7 +68,7 @@ class Emulator:
         return np.frombuffer(self.read(n_features, IMAGE_TIMEOUT_S), np.uint8)
 
     def read(self, count: int, seconds: float) -> bytes:
-        """So many bytes from the port; a `RuntimeError` if they do not come."""
+        """`count` bytes from the port; a `RuntimeError` if they do not come within `seconds`."""
         assert self.process.stdout is not None  # a pipe
         end, found = time.monotonic() + seconds, b""
         with selectors.DefaultSelector() as selector:
@@ -105,7 +105,7 @@ class EmulatedBoard:
         self.emulator: Emulator | None = self.start()
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """Features (k, F_i), float32, of images; a board that has stopped is started again for the next ones."""
+        """Features (k, F_i), float32, of images; after a failure the board is started again for the next images."""
         try:
             if self.emulator is None:
                 self.emulator = self.start()

@@ -1,4 +1,4 @@
-"""What an inference would take of a microcontroller's battery, projected from what MLPerf Tiny measured.
+"""The energy of an inference on a microcontroller, projected from measurements of MLPerf Tiny.
 
 The benchmark measured a ResNet-8 of 12.5 million multiply-accumulates (MACs) in int8, whose energy over its MACs is
 taken for that of a student's: https://github.com/mlcommons/tiny_results_v1.1/blob/main/closed/Krai/results/README.md,
@@ -16,7 +16,7 @@ MEASURED_M4 = 17315.114 / 12.5e3
 
 
 def nanojoules_per_mac(core: str) -> float | None:
-    """Of the microcontroller with this core that was measured; None where a project's catalogue knows no power."""
+    """Of the measured microcontroller with this core; None where a project's catalogue states no power for it."""
     if core == "cortex-m4":
         return MEASURED_M4
     board = find_board(MEASURED_M7)

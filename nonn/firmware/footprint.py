@@ -1,8 +1,8 @@
-"""What a student's firmware will take of flash and RAM, from its architecture alone, before it is trained.
+"""Flash and RAM of a student's firmware, from its architecture alone, before it is trained.
 
 The steps are those that `nonn.firmware.graph` reads from the exported file, and the arena is planned by the same
-function, so RAM is what the linker will say. Weights are not known yet, but their number is; flash differs from the
-linker's figure by what the compiler makes of the code.
+function, so RAM is what the linker will report. Weights are not known yet, but their number is; flash differs from the
+linker's figure by the size of the compiled code.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from nonn.firmware.targets import STACK_BYTES
 
 #: Bytes of ``nonn_conv_t`` of ``kernels.h`` on a processor of 32 bits.
 CONV_BYTES = 40
-#: Bytes of code: kernels, start-up and main program, and what each step adds, a call with its arguments. From images
-#: that arm-none-eabi-gcc 12.2 linked, rounded up so that what fits here fits for the linker; a test compares them.
+#: Bytes of code: kernels, start-up and main program; and of each step, a call with its arguments. From firmware that
+#: arm-none-eabi-gcc 12.2 linked, rounded up so that what fits here fits for the linker; a test compares them.
 CODE_BYTES, STEP_BYTES = 4240, 28
-#: Bytes of variables of ``main.c``: a time for each step, and some single ones.
+#: Bytes of variables of ``main.c``: a time for each step, and single ones.
 STEP_TIME_BYTES, VARIABLE_BYTES = 8, 24
-#: Constants that each pass over a mirrored image has for itself.
+#: Constants that each of the two passes, over an image and its mirror image, has for itself.
 APART = ("bias", "scale", "table")
 
 
@@ -42,7 +42,7 @@ class Footprint:
 
 
 def has_kernels(architecture: Architecture) -> bool:
-    """Whether firmware can be made of a student: no shortcuts, no convolutions of single channels."""
+    """Whether there are kernels for a student: none for shortcuts or depthwise convolutions."""
     return architecture.family in FAMILIES and (architecture.family != "airbench" or architecture.depth < 3)
 
 
@@ -65,7 +65,7 @@ def predict_footprint(kind: str, channels: int, size: int, n_filters: int | None
 
 
 def blank_program(architecture: Architecture, channels: int, size: int, n_filters: int | None) -> FirmwareProgram:
-    """A student without values: its weights and tables have their shapes only."""
+    """A student without values: its weights and tables have shapes only."""
     image = Shape(size, size, channels)
     once = list(_pass(architecture, image, n_filters))
     n_features = n_filters or architecture.n_features
@@ -78,7 +78,7 @@ def blank_program(architecture: Architecture, channels: int, size: int, n_filter
 
 
 def _again(step: KernelCall) -> KernelCall:
-    """The same step of a second pass: weights are the same, and scales, biases and tables are calibrated apart."""
+    """The same step of a second pass: it shares the weights, and has scales, biases and tables of its own."""
     own = {
         name: _blank(array.dtype, *array.shape) for name in APART if (array := getattr(step, name, None)) is not None
     }

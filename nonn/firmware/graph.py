@@ -27,7 +27,7 @@ POINTWISE = {"Add", "BatchNormalization", "Cast", "Clip", "DequantizeLinear", "D
 POINTWISE |= {"HardSigmoid", "HardSwish", "Mul", "QuickGelu", "QuantizeLinear", "Relu", "Sub"}
 #: Sums times their scale stay below it, so that rounding and adding the zero point cannot overflow 32 bits.
 MAX_SCALED_SUM = 2**30
-#: What reading a graph raises that `nonn export` would not have written.
+#: Errors of reading a graph that `nonn export` did not write.
 MALFORMED_GRAPH_ERRORS = (IndexError, KeyError, TypeError, ValueError, *REFUSALS)
 OPERATIONS = {"Add": "+", "Div": "/", "Mul": "*"}
 
@@ -47,7 +47,7 @@ def read_student(path: Path) -> FirmwareProgram:
 
 
 def _optimised(path: Path) -> onnx.ModelProto:
-    """The graph that ONNX Runtime runs, but for layouts that depend on the processor."""
+    """The graph that ONNX Runtime runs, without layouts that depend on the processor."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
@@ -65,7 +65,7 @@ def _optimised(path: Path) -> onnx.ModelProto:
 
 
 class NoKernelError(UserError):
-    """A student has an operation that no kernel is there for."""
+    """A student has an operation without a kernel."""
 
 
 class _Reader:

@@ -1,4 +1,4 @@
-"""Features as bytes: |P_i| bytes an image leave a microcontroller, and float32 values reach the final layer."""
+"""Features as bytes: a microcontroller sends |P_i| bytes an image, and the final layer gets float32 values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class FeatureScale:
 
 
 def scale_of(student: FirmwareProgram) -> FeatureScale:
-    """The finest scale that holds whatever features a student can have.
+    """The finest scale that holds all features that a student can have.
 
     A feature is a mean of values of the last map, which lie between the least and the greatest of its table. For
     students that answer with the mean of two passes, the bounds are those of both.

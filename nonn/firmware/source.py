@@ -77,7 +77,7 @@ def write_source(student: FirmwareProgram, folder: Path) -> int:
 
 
 def buffers_of(student: FirmwareProgram) -> dict[str, Buffer]:
-    """What the arena holds: the image, each map and vector, and the scratch memory of each convolution.
+    """The buffers of the arena: the image, each map and vector, and the scratch memory of each convolution.
 
     The image stays for all steps up to the last that reads it; the features stay until the end.
     """
@@ -171,7 +171,7 @@ def _call(number: int, step: KernelCall, offsets: dict[str, int], constants: Con
 
 
 def _describe(number: int, step: Conv, constants: Constants) -> None:
-    """The constant by which ``nonn_conv`` knows a convolution."""
+    """The constant that describes a convolution to ``nonn_conv``."""
     table = step.table if step.table is not None else np.empty(0, np.uint8)
     fields = {
         "weights": constants.add(packed_weights(step.weights)),

@@ -1,4 +1,4 @@
-"""What firmware is compiled and linked for: a microcontroller, or a part of its memory, and the emulated one."""
+"""Targets of firmware: a microcontroller, or a part of its memory, and the same emulated."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ STACK_BYTES = 2048
 
 @dataclass(frozen=True)
 class Core:
-    """A processor: what the compiler has to know, and the machine of QEMU that has one."""
+    """A processor: flags of the compiler, and the machine of QEMU that has it."""
 
     flags: tuple[str, ...]
     machine: str
 
 
-#: Where the first serial port of QEMU's boards lies, in both machines.
+#: Address of the first serial port of QEMU's boards, in both machines.
 EMULATED_PORT = 0x40004000
-#: Single precision is all that the kernels use, and what both have.
+#: The kernels use single precision only, which both have.
 CORES = {
     "cortex-m4": Core(("-mcpu=cortex-m4", "-mfpu=fpv4-sp-d16"), "mps2-an386"),
     "cortex-m7": Core(("-mcpu=cortex-m7", "-mfpu=fpv5-sp-d16"), "mps2-an500"),
@@ -87,5 +87,5 @@ SECTIONS
 
 
 def linker_script(target: Target, stack: int) -> str:
-    """Memory of a device as GNU ld reads it, `stack` bytes of RAM set aside for the stack."""
+    """A script of GNU ld for the memory of a device, with `stack` bytes of RAM for the stack."""
     return LINKER_SCRIPT.format(stack=stack, **vars(target))
