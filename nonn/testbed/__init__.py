@@ -1,1 +1,1 @@
-"""This machine plays devices and links: emulation, live runs, composed latencies, campaigns."""
+"""This machine in place of devices and links: emulation, live runs, composed latencies, campaigns."""

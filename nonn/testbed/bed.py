@@ -13,7 +13,7 @@ from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import Cluster, Node, local_cluster, write_cluster
 from nonn.runtime.processes import Child, coordinator_command, node_commands, running, start
 
-#: A name that the authority has signed and that no node allows, and the folder of another authority.
+#: A name with a certificate that no node allows, and the folder of another authority.
 STRANGER, OTHER = "stranger", "other"
 
 

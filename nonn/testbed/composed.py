@@ -1,7 +1,7 @@
 """What an image costs devices that work together, composed of its parts: each device's computing and the link.
 
-Used by the stage `distributed` for what cannot be timed here: the devices themselves, on boards of
-their own. Everything in it is calculated, from what was measured alone and what was counted.
+The stage `distributed` uses it for what cannot be timed here: devices on their own boards. Everything
+is calculated, from parts that were measured alone and from counts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPUTE_RUNS = 50
 
 @dataclass(frozen=True)
 class Workload:
-    """What one image costs the devices of a deployment, whatever the link; bytes without framing."""
+    """The costs of one image on the devices of a deployment, apart from the link; bytes without framing."""
 
     seconds: np.ndarray  # (rounds, N), of computing, measured alone on one core of this machine
     macs: np.ndarray  # (rounds, N)
@@ -40,7 +40,7 @@ class Workload:
     payload: Sequence[Transfers]  # what devices send each other after each round but the last
     image_bytes: float  # what one device gets in broadcast
     answer_bytes: Sequence[float]  # what each device sends the coordinator
-    precision: Precision = "float32"  # that it calculates in, and by which a board without a measurement is charged
+    precision: Precision = "float32"  # of the calculation; a board without a measurement is charged by it
     boards: Sequence[Board] | None = None  # of the devices; None: all are `distributed.board`
     sent_once: bool = False  # on a shared medium all devices hear what one sends
 
@@ -49,7 +49,7 @@ class Workload:
         return self.seconds.shape[1]
 
     def request_bytes(self, scenario: str) -> float:
-        """What one device is asked with: the image, or the number of the one that its sensor has."""
+        """Bytes of the request to one device: the image, or the index of a sensor image."""
         return self.image_bytes if scenario == "broadcast" else 8.0
 
     def transfers(self, scenario: str) -> list[Transfers]:
@@ -60,7 +60,7 @@ class Workload:
         return [request, *self.payload, answer]
 
     def on_the_air(self, sent: Transfers) -> Transfers:
-        """What has to be transmitted so that every device gets its part: of each sender its largest message once."""
+        """The transmissions by which every device gets its part: if `sent_once`, each sender's largest alone."""
         if not self.sent_once:
             return sent
         return {(sender, "all"): max(n for (other, _), n in sent.items() if other == sender) for sender, _ in sent}

@@ -1,4 +1,4 @@
-"""Methods on their devices: what is started for each, and what it costs."""
+"""Deployments: a method on its devices, what is started for it, and what it costs."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class Deployment:
     is_split: bool
     workload: Workload
     final_s: float  # seconds of the final layer
-    like: str = ""  # the method whose messages it sends, where that goes by another name
+    like: str = ""  # the method whose messages it sends, if that is another
 
 
 def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> list[Deployment]:
     """Deployments of a network, or of `SOLO`, on the boards that the devices state, see `Params.boards_of`.
 
-    Those that have boards already keep them. A line says of which of these boards a figure is not known.
+    Deployments that have boards keep them. A line of the log names boards of which a figure is not known.
     """
     boards = params.boards_of(name)
     if boards is None:
@@ -110,7 +110,7 @@ def sent_once(split: Deployment) -> Deployment:
 
 
 def time_final(folder: Path, core: int) -> float:
-    """Seconds that the coordinator takes for an answer once all features are there."""
+    """Seconds that the coordinator takes for an answer once all features have arrived."""
     manifest = read_manifest(folder)
     layer = FinalLayer.load(folder, manifest)
     features = {i: np.ones(student.n_features, np.float32) for i, student in enumerate(manifest.students)}

@@ -43,11 +43,11 @@ from nonn.testbed.deployments import Deployment
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network, missing_privileges
 from nonn.testbed.trial import PORT, Dialogue, Measured, Scenario, Trial, measure
 
-#: Name of the link that is none: all devices on this machine, nothing delayed.
+#: Name of the absence of a link: all devices on this machine, nothing delayed.
 LOOPBACK = "loopback"
-#: Bytes of a message's own framing, where it cannot be counted.
+#: Bytes of a message's framing, where it cannot be counted.
 FRAMING = 200
-#: Images that a device of a test bed holds, and the coordinator has.
+#: Images that each device of a test bed and the coordinator have.
 N_IMAGES = 16
 SCENARIOS: tuple[Scenario, ...] = ("sensor", "broadcast")
 
@@ -217,7 +217,7 @@ def expected_ms(
     live: Sequence[Mapping],
     params: DistributedParams,
 ) -> float:
-    """What an image takes on the link, by the bytes that were counted so far; 0 on loopback."""
+    """Milliseconds of an image on the link, from the bytes counted so far; 0 on loopback."""
     if not network.link:
         return 0.0
     framing = framing_of(deployment, scenario, live)
@@ -239,7 +239,7 @@ def framing_of(deployment: Deployment, scenario: str, live: Sequence[Mapping]) -
     """Bytes on the wire for each byte of payload, counted on the fastest link.
 
     Of the deployment itself, or what it is like, if it ran in this scenario, else in another, else of the same kind of
-    split; 1 if nothing was counted, which flatters whoever sends many small messages.
+    split; 1 if nothing was counted, which favours deployments of many small messages.
     """
     kind = deployment.like or deployment.method.removeprefix("reference_")
     rows = [row for row in live if row["method"] == kind and row.get("framing")]

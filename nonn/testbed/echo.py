@@ -1,4 +1,4 @@
-"""Echoes over real sockets: what links take, by UDP messages and a TCP stream, and what one image's messages take."""
+"""Echoes over real sockets: the times of UDP messages, of a TCP stream, and of one image's messages on links."""
 
 from __future__ import annotations
 

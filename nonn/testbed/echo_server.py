@@ -11,7 +11,7 @@ from nonn.core.errors import UserError
 from nonn.runtime.addresses import split_address
 from nonn.runtime.attached import announce, told_to_stop
 
-#: What a request begins with: its size and that of the answer, in bytes.
+#: Header of a request: its size and that of the answer, in bytes.
 SIZES = struct.Struct("!II")
 #: Bytes of the largest request and answer.
 MAX_MESSAGE_BYTES = 64 * 2**20
@@ -31,10 +31,10 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         while True:
             request_bytes, response_bytes = SIZES.unpack(await reader.readexactly(SIZES.size))
             if not SIZES.size <= request_bytes <= MAX_MESSAGE_BYTES >= response_bytes:
-                return  # on loopback anybody may ask
+                return  # on loopback any program may send something
             await reader.readexactly(request_bytes - SIZES.size)
             writer.write(bytes(response_bytes))
-            await writer.drain()  # whoever asks on without reading would fill the memory
+            await writer.drain()  # a client that sends without reading would fill the memory
 
 
 async def serve(address: str) -> None:

@@ -65,7 +65,7 @@ class EmulatedNetwork:
         return SUBNET.format(position + 1) if self.is_emulated else "127.0.0.1"
 
     def prefix(self, host: str) -> list[str]:
-        """What to put before a command so that it runs on a host: ``[*network.prefix("a"), "python", …]``."""
+        """The prefix of a command that is to run on a host: ``[*network.prefix("a"), "python", …]``."""
         return ["nsenter", f"--net={self._namespaces[host]}"] if self.is_emulated else []
 
     @contextlib.contextmanager
@@ -100,8 +100,8 @@ def _set_namespace(descriptor: int) -> None:
 
 
 def missing_privileges() -> str | None:
-    """Why links cannot be emulated here, as a note for the reader; None if they can."""
-    try:  # a container may lack what its root seems to have, so nothing but trying tells
+    """Why links cannot be emulated here; None if they can."""
+    try:  # a container's root may lack these rights, so only an attempt tells
         with emulated_network(["probe"], PRESETS["ethernet100"]):
             return None
     except UserError as error:

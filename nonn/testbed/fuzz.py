@@ -1,4 +1,4 @@
-"""Campaign `nonn fuzz`: hostile messages at a node and at the coordinator, on this machine only.
+"""Campaign `nonn fuzz`: hostile messages to a node and to a coordinator, on this machine only.
 
 A node, in a process of its own and under mutual TLS, is sent damaged and hostile requests by a caller
 with a good certificate, and requests by callers with none, with one of another authority, with a name
@@ -44,9 +44,9 @@ from nonn.testbed.bed import OTHER, STRANGER, running_cluster
 STRANGERS = 100
 #: Seconds that an answer may take before it counts as none.
 ANSWER_TIMEOUT_S = 10.0
-#: What a number in a hostile feature vector may be.
+#: Values of a number in a hostile feature vector.
 HOSTILE_FLOATS = (np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 0.0)
-#: What all numbers of a hostile vector may be that is finite: huge, below 0, or within any limit.
+#: Values of all numbers of a finite hostile vector: huge, below 0, or within any limit.
 FINITE_FLOATS = (3e38, 1e9, 1e4, -1.0, -1e-3, 1e-45)
 WORDS = ("", "0", "1", "image", "features", "FP32", "UINT8", "BYTES", "\x00", "é" * 50, "x" * 70_000)
 
@@ -176,7 +176,7 @@ async def fuzz_node(export: Path, n_messages: int, seed: int) -> Counter:
                 status, reply = await status_of(call(content))
                 expected = is_sound(content, ModelInferRequest, read_request, contract)
                 if status == "OK" or expected is not None:
-                    n_images = 1 if expected is None else len(expected)  # two, by chance, are a sound request as well
+                    n_images = 1 if expected is None else len(expected)  # by chance, two may be a sound request as well
                     read = partial(read_response, n_images=n_images)
                     features = is_sound(reply, ModelInferResponse, read, contract)
                     right = False
@@ -228,13 +228,13 @@ async def fuzz_coordinator(export: Path, n_messages: int, seed: int) -> Counter:
         features = {i: ServedStudent(export / f"{c.model}.onnx").run(image[None])[0] for _, i, c in sound_nodes}
         for _ in track(range(n_messages), "hostile responses"):
             answer = await coordinator.classify(image)
-            coordinator.connections[rogue].reset()  # or its breaker would keep the rest of the campaign away
+            coordinator.connections[rogue].reset()  # or its breaker would block the rest of the campaign
             features_sent = is_sound(last["content"], ModelInferResponse, read_response, contract)
             present = features if features_sent is None else features | {rogue: features_sent}
             expected = predict(manifest, coordinator.final, present)
             right = np.allclose(answer.prediction.probabilities, expected.probabilities, rtol=1e-9)
             right = right and len(answer.present) == len(present)
-            # Not what `read_response` thinks of them, which is what is being tried here.
+            # Independent of `read_response`, which is under test here.
             right = right and (features_sent is None or 0 <= features_sent.min() <= features_sent.max() <= limit)
             kind = "discarded" if len(present) == len(features) else "harmless, used as a sound one"
             outcomes[kind if right else f"WRONG {kind}"] += 1

@@ -1,4 +1,4 @@
-"""What each exported model costs on one pinned core in ONNX Runtime.
+"""The costs of each exported model on one pinned core in ONNX Runtime.
 
 Every model runs alone in a fresh process: latency of one image and memory of the session are
 measured, parameters, weight bytes, peak activations and multiply-accumulates are counted. How many times

@@ -1,11 +1,11 @@
 """Campaign `nonn load`: many callers at once at a node and at a coordinator, on this machine only.
 
 Nodes and coordinator run as processes of their own, under mutual TLS. The callers live in this process: each calls,
-waits for the answer or the deadline, and calls again. A caller who is refused returns when he is told to, one who got
-no answer in time after a pause that grows with each try; with ``--impatient`` both return at once, as no well-behaved
-caller would. With ``--idle`` a stranger, who has a certificate but is on no list, besides keeps so many calls open that
-never send a message. Callers share the processor with what they call, so the figures
-are those of a machine that does everything.
+waits for the answer or the deadline, and calls again. A refused caller returns after the retry time, and one without an
+answer in time after a pause that grows with each try; with ``--impatient`` both return at once, as no well-behaved
+caller would. With ``--idle`` a stranger, which has a certificate but is on no list, keeps that many calls open without
+ever sending a message. Callers share the processor with the servers, so the figures are those of a machine that does
+everything.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from nonn.testbed.bed import STRANGER, running_cluster
 
 #: Callers that share a connection, as the threads of an application do.
 CALLERS_PER_CONNECTION = 100
-#: Seconds of each run that are not counted: callers come and estimates settle.
+#: Seconds at the start of each run that are not counted: callers arrive and estimates settle.
 WARM_UP_S = 5.0
-#: Seconds that a caller waits on average who got no answer and was not told when to return; doubled each time.
+#: Mean pause in seconds of a caller that got neither an answer nor a retry time; doubled each time.
 PAUSE_S = 0.1
 #: Seconds after which the stranger replaces an idle call that was ended.
 RECALL_PAUSE_S = 1.0
-#: Seconds that a caller waits in any case after a refusal with ``--impatient``: none can be quicker than the network.
+#: Seconds that a caller waits after a refusal with ``--impatient``: a network would take as long.
 IMPATIENT_PAUSE_S = 0.001
 COLUMNS = "{:<12} {:>8} {:>11} {:>9} {:>9} {:>9} {:>10} {:>9} {:>9} {:>10}"
 HEADER = ("asked", "callers", "answered/s", "p50 ms", "p95 ms", "p99 ms", "refused/s", "late/s", "failed/s", "complete")
@@ -52,7 +52,7 @@ HEADER = ("asked", "callers", "answered/s", "p50 ms", "p95 ms", "p99 ms", "refus
 
 @dataclass
 class Tally:
-    """What some callers have seen of a node or of a coordinator."""
+    """The outcomes of the calls to a node or a coordinator."""
 
     asked: str
     callers: int
@@ -87,12 +87,12 @@ def row(summary: dict) -> str:
 
 @dataclass
 class LoadTarget:
-    """What is called: a node or a coordinator, by whom, and how its complete answers look."""
+    """A node or a coordinator that is called, the caller's identity, and the size of a complete answer."""
 
     node: Node
     contract: ImageContract
     identity: Identity
-    n_present: int | None  # students of a complete answer; None where there is but one
+    n_present: int | None  # students of a complete answer; None if there is only one
 
     def is_complete(self, content: bytes) -> bool:
         """Whether all students took part in an answer."""
@@ -116,7 +116,7 @@ async def call_repeatedly(
     """One caller in a closed loop, from `start` until the campaign's time is over."""
     loop, in_vain = asyncio.get_running_loop(), 0
     counted, end = start + WARM_UP_S, start + WARM_UP_S + tally.seconds
-    await asyncio.sleep(random.random() * 0.8 * WARM_UP_S)  # nobody comes at the very same moment
+    await asyncio.sleep(random.random() * 0.8 * WARM_UP_S)  # callers do not start at the same moment
     while loop.time() < end:
         began, pause = loop.time(), 0.0
         kind, answer = "answered", b""
@@ -146,11 +146,11 @@ async def call_repeatedly(
 
 @contextlib.asynccontextmanager
 async def idle_calls(target: LoadTarget, stranger: Identity, count: int) -> AsyncIterator[None]:
-    """So many calls of headers alone at a time while the block runs; each that is ended is made again."""
+    """Keep `count` calls of headers alone open while the block runs; each that is ended is made again."""
 
     async def keep_calling(begin: aio.StreamUnaryMultiCallable) -> None:
         while True:
-            await begin().code()  # ended by whoever is called, since nothing is ever written
+            await begin().code()  # the server ends it, since nothing is ever written
             await asyncio.sleep(RECALL_PAUSE_S)
 
     async with open_channel(target.node, target.contract.message_limit, stranger, own=True) as channel:

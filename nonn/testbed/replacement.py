@@ -1,9 +1,9 @@
 """Campaign `nonn replace`: every node of a running cluster gets a student of another export, one after another.
 
 Meanwhile applications call a coordinator that follows its cluster file (`nonn.live.following`), on this machine only.
-A node's process is told to stop, and one that serves the other export starts in its place, as on a device that has no
-room for two students. No request may be lost. Each answer must be, to rounding, what the students that took part say by
-the final layer of the export whose version the answer bears: features of two exports are never mixed.
+A node's process is stopped, and one that serves the other export starts in its place, as on a device without room for
+two students. No request may be lost. Up to rounding, each answer must be that of the students that took part and the
+final layer of the export whose version it bears: features of two exports are never mixed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nonn.runtime.served_network import network_version
 from nonn.runtime.tls import Identity
 from nonn.testbed.bed import RunningCluster, running_cluster
 
-#: Different images that are asked for, in turn.
+#: Different images that are sent, in turn.
 IMAGES = 50
 #: Seconds beyond the deadline after which a request counts as lost, and within which the cluster has to be whole.
 EXTRA_S, RECOVERY_S = 5.0, 30.0
@@ -53,7 +53,7 @@ ROUNDING = 1e-4
 
 
 class Reference:
-    """What an export says of some images with any of its students, computed in this process.
+    """The answers of an export for some images, with any of its students, computed in this process.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Reference:
 
 @dataclass
 class Replacement:
-    """What a campaign has seen."""
+    """The outcomes of a campaign."""
 
     versions: tuple[str, str]  # of the former and of the new export
     latencies_ms: list[float] = field(default_factory=list)  # of answers
@@ -90,7 +90,7 @@ class Replacement:
         return len(self.latencies_ms) + self.lost.total()
 
     def problems(self) -> list[str]:
-        """What was not as it must be."""
+        """Failures of the requirements, a phrase each."""
         problems = [f"{count} requests were lost ({reason})" for reason, count in self.lost.items()]
         if self.wrong:
             problems.append(f"{self.wrong} answers were of neither export")
@@ -115,7 +115,7 @@ class Campaign:
         self.contents = [request.SerializeToString() for request in requests]
 
     async def ask(self) -> tuple[str, int]:
-        """Send one request; the version of its answer and the number of students in it, or what was wrong, and 0."""
+        """Send one request; the version of its answer and the number of students in it, or the error and 0."""
         image = self.seen.requests % len(self.images)
         begun = time.perf_counter()
         try:
@@ -144,7 +144,7 @@ class Campaign:
             begun = time.monotonic()
             await stop(self.bed.children[node.name])
             child = await start(node, node_commands(cluster)[node])
-            self.bed.children[node.name] = child  # ended with the bed, whatever happens
+            self.bed.children[node.name] = child  # so that it ends with the bed in any case
             # Asked by the protocol, since the line by which a child says that it listens may get lost among gRPC's.
             contract = contracts[node.name]
             if problem := await wait_for(

@@ -1,4 +1,4 @@
-"""Campaign `nonn soak`: requests without end through a cluster whose nodes die and dawdle, on this machine only.
+"""Campaign `nonn soak`: continuous requests to a cluster whose nodes are killed and stopped, on this machine only.
 
 Every so often one node is killed with SIGKILL and started again, another is stopped for longer than the
 deadline, and a third gets more calls than it can answer. Every request must be answered, none much later
@@ -30,22 +30,22 @@ from nonn.runtime.protocol import make_request
 from nonn.testbed.bed import RunningCluster, running_cluster
 from nonn.testbed.latency import memory_kib
 
-#: What a stopped node sleeps, in deadlines; and seconds that the end may take.
+#: How long a node is stopped, in deadlines; and seconds that recovery at the end may take.
 NAP, RECOVERY_S = 3.0, 15.0
 #: Callers of a node that gets too many calls, seconds for which they call, their deadline as a share of the cluster's,
-#: and seconds until a refused one returns: sooner than he is told, or the crowd would not last.
+#: and seconds until a refused one returns: earlier than its retry time, or the crowd would not last.
 CROWD, RUSH, CROWD_SHARE, RETURN = 64, 1.0, 0.5, 0.02
 #: How late an answer may be, in milliseconds: at p99 and at p99.9 of all requests.
 LATE_P99_MS, LATE_P999_MS = 5.0, 20.0
-#: Growth of memory that would be a leak, in bytes a request: less than any message of a request.
+#: Growth of memory that counts as a leak, in bytes a request: less than any message of a request.
 LEAK_BYTES = 50.0
-#: Of fewer requests, what processes take as they become warm would pass for a leak.
+#: Fewest requests: with fewer, the warm-up of processes would pass for a leak.
 FEWEST = 1000
 
 
 @dataclass
 class Soak:
-    """What a campaign has seen."""
+    """The outcomes of a campaign."""
 
     late_ms: np.ndarray  # (requests,), float64: time beyond the deadline, negative if it was answered earlier
     present: np.ndarray  # (requests,), int64: how many students took part; 0 if it was not answered
@@ -72,20 +72,20 @@ class Soak:
         return float(np.polyfit(requests, sizes, 1)[0]) if len(requests) > 1 else 0.0
 
     def problems(self) -> list[str]:
-        """What was not as it must be."""
-        found = []
+        """Failures of the requirements, a phrase each."""
+        problems = []
         if self.unanswered:
-            found.append(f"{self.unanswered} requests were not answered")
+            problems.append(f"{self.unanswered} requests were not answered")
         p99, p999 = self.late_percentiles_ms
         if p99 > LATE_P99_MS or p999 > LATE_P999_MS:
-            found.append(f"late by {p99:.1f} ms at p99, {p999:.1f} ms at p99.9")
+            problems.append(f"late by {p99:.1f} ms at p99, {p999:.1f} ms at p99.9")
         if self.bytes_per_request > LEAK_BYTES:
-            found.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
+            problems.append(f"memory grew by {self.bytes_per_request:.1f} bytes a request")
         if self.crowds and not self.refused:
-            found.append("no node refused anything, however many calls it had")
+            problems.append("no node refused anything, however many calls it had")
         if not self.whole_again:
-            found.append("the cluster was not whole again at the end")
-        return found
+            problems.append("the cluster was not whole again at the end")
+        return problems
 
 
 async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float) -> None:
@@ -99,7 +99,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
             raise ended_by_itself(bed.children[victim])
         soak.kills += 1
         await bed.restart(victim)
-        await bed.children[victim].ready()  # or on a slow machine all would be dead in the end
+        await bed.children[victim].ready()  # otherwise all nodes of a slow machine might be down in the end
         await asyncio.sleep(every / 3)
         sleeper = send(bed.children[random.choice(names)], signal.SIGSTOP)
         soak.naps += 1
@@ -114,7 +114,7 @@ async def disturb(bed: RunningCluster, soak: Soak, random: Random, every: float)
 
 
 def send(child: Child, number: signal.Signals) -> asyncio.subprocess.Process:
-    """Send a signal to a node's process and give that; a `UserError` if the node has ended before."""
+    """Send a signal to a node's process, and return that; a `UserError` if the node has already ended."""
     try:
         child.process.send_signal(number)
     except ProcessLookupError:
@@ -130,7 +130,7 @@ def ended_by_itself(child: Child) -> UserError:
 
 
 async def crowd(bed: RunningCluster, soak: Soak, name: str) -> None:
-    """Call a node from many callers at once for a while; their answers are of no interest."""
+    """Call a node from many callers at once for a while; answers are ignored."""
     contract = next(contract for node, _, contract in bed.cluster.placed()[1] if node.name == name)
     content = make_request(contract, np.zeros(contract.image_shape[1:], np.uint8)).SerializeToString()
     deadline = bed.cluster.deadline_ms / 1000
@@ -171,7 +171,7 @@ async def soak_cluster(export: Path, n_requests: int, deadline_ms: float, every:
                 if number % max(n_requests // 100, 1) == 0:
                     soak.memory.append((number, 1024 * memory_kib("VmRSS")))
                 if disturbing.done():
-                    disturbing.result()  # it ends by an error only
+                    disturbing.result()  # it ends only with an error
         finally:
             disturbing.cancel()
             await asyncio.gather(disturbing, return_exceptions=True)

@@ -1,8 +1,8 @@
-"""One measurement of devices that work together: run from the coordinator's place, counted at the interfaces.
+"""One measurement of devices that work together: timed at the coordinator, counted at the network interfaces.
 
 `measure` starts this module as a process on the coordinator's host of a `nonn.testbed.emulation` network.
-That process starts the devices on theirs, warms up, and then waits for leave to start and to end, so
-that the bytes that are counted are those of the timed images alone.
+That process starts the devices on their hosts, warms up, and waits for permission to start and to end, so
+that only the bytes of the timed images are counted.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from nonn.split.plan import SplitPlan
 from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import Counters, EmulatedNetwork
 
-#: Of every device on its host.
+#: Port of every device on its host.
 PORT = 7100
 DEADLINE_MS = 60_000.0
 #: Images before the timed ones: connections, allocations, and TCP windows settle.
 WARMUP = 20
-#: Seconds after which no further one is sent, and between attempts to reach all devices.
+#: Seconds after which no further one of them is sent, and seconds between attempts to reach all devices.
 LONGEST_WARMUP, PAUSE_S = 2.0, 0.2
-#: Images to time at least, however long they take.
+#: Fewest images to time, however long they take.
 FEWEST = 2
 #: Seconds for starting the devices, warming up and finishing the last image.
 SLACK = 240.0
 
-#: What is said for one image: to each device the number of an image that it holds (sensor) or the image itself
+#: What is sent for one image: to each device the index of an image that it has (sensor) or the image itself
 #: (broadcast), or an echo of so many bytes there and back.
 Scenario = Literal["sensor", "broadcast"]
 Dialogue = Scenario | tuple[int, int]
-Ask = Callable[[Any], Awaitable[int]]  # of one input of an exchange; gives the number of devices that took part
+Ask = Callable[[Any], Awaitable[int]]  # sends one input of an exchange; returns the number of devices that took part
 
 
 class Trial(Record):
-    """What to measure, where; travels to the process as JSON."""
+    """The settings of a measurement, which go to the process as JSON."""
 
     method: Literal["nonn", "split", "echo"]  # split: one network over the devices; echo: the link alone
     exchanges: list[Dialogue]  # timed one after the other, with the same running devices
@@ -71,14 +71,14 @@ class Trial(Record):
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out of a trial."""
+    """The results of a trial."""
 
     latencies_ms: np.ndarray  # (images,)
     absent: int  # answers that did not come in time, over all images
     traffic: dict[str, Counters]  # of each host during these images; empty on loopback, where nothing is counted
 
     def wire_bytes(self) -> float | None:
-        """Bytes of IP packets on the link for one image, by whomever they were sent."""
+        """Bytes of IP packets on the link for one image, of all senders."""
         if not self.traffic:
             return None
         return sum(counters.sent_bytes for counters in self.traffic.values()) / len(self.latencies_ms)
