@@ -153,9 +153,8 @@ class _Reader:
         bias = self.constants[node.input[8]] if len(node.input) > 8 else np.zeros(len(kernel), np.int32)
         scale = np.float32(constants[in_scale]) * np.broadcast_to(constants[scales], len(kernel))
         scale = (scale / np.float32(constants[out_scale])).astype(np.float32)
-        if (
-            np.abs(kernel.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(bias)
-        ).max() * scale.max() > MAX_SCALED_SUM:
+        largest_sums = np.abs(kernel.astype(np.int64)).sum(axis=(1, 2, 3)) * 255 + np.abs(bias)
+        if largest_sums.max() * scale.max() > MAX_SCALED_SUM:
             raise self.refuse(f"QLinearConv {node.output[0]} has scales far from those of its maps")
         self.shapes[node.output[0]] = out
         return Conv(

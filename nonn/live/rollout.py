@@ -43,14 +43,14 @@ from nonn.runtime.coordinator import MAX_PAUSE_S
 from nonn.runtime.exported import read_manifest, read_verified
 from nonn.runtime.tls import CA, CERTIFICATE
 
-#: What comes with the package for boards: playbooks, a script and a unit of systemd.
+#: Files of the package for boards: playbooks, a script and a unit of systemd.
 PARTS = Path(__file__).parent / "boards"
 #: Where nodes and the package are on a board, from the home of its user.
 FOLDER, PYTHON = "nonn", "nonn/.venv/bin/python"
 #: Seconds that a board has until its node answers, and from then on until the next board is looked at: a coordinator
 #: has then found the node.
 WAIT, PAUSE = 60.0, math.ceil(MAX_PAUSE_S + FILE_POLL_S)  # Ansible waits whole seconds only
-#: Seconds that Ansible has to end by itself once Ctrl-C has interrupted it, too.
+#: Seconds that Ansible has to end by itself once Ctrl-C has also interrupted it.
 GRACE = 10.0
 #: Of a board: a user, if not that of this machine; a host; the port of its SSH server, if not 22.
 TARGET = re.compile(r"(?:([A-Za-z0-9_.-]+)@)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::([0-9]{1,5}))?")
@@ -79,14 +79,14 @@ class SshTarget:
         return cls(user, host, int(port) if port else None)
 
     def variables(self) -> dict[str, str | int]:
-        """As Ansible's inventory has them."""
-        known = {"ansible_host": self.host.strip("[]"), "ansible_user": self.user, "ansible_port": self.port}
-        return {name: value for name, value in known.items() if value is not None}
+        """The board's variables in an inventory of Ansible."""
+        variables = {"ansible_host": self.host.strip("[]"), "ansible_user": self.user, "ansible_port": self.port}
+        return {name: value for name, value in variables.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """An export on its way to boards: what is the same for all of them."""
+    """The settings of a deployment that are the same for all boards."""
 
     export: Path
     cluster: Cluster
@@ -95,7 +95,7 @@ class Rollout:
     release: str  # name of the folders that this rollout makes
 
     def archive_of(self, node: Node) -> bytes:
-        """The release of a node, as a tar file: all that it needs but the package."""
+        """The release of a node, as a tar file: all that it needs besides the package."""
         manifest = read_manifest(self.export)
         student = next(student for student in manifest.students if student.model == node.model)
         identity = self.cluster.identity(node.name)
@@ -122,7 +122,7 @@ class Rollout:
         return packed(files)
 
     def inventory(self, boards: Sequence[SshTarget], archives: Path) -> dict:
-        """What Ansible is told of each board; the archives are written into a folder."""
+        """Ansible's inventory of the boards; their archives are written into a folder."""
         hosts = {}
         for board, node in zip(boards, self.cluster.nodes, strict=True):
             archive = archives / f"{node.name}.tar"
@@ -164,7 +164,7 @@ def placed_on(boards: Sequence[SshTarget], export: Path, certificates: Path, por
 
 
 def complete_certificates(cluster: Cluster) -> None:
-    """Make the certificates that are not there yet."""
+    """Make the certificates that are missing."""
     assert cluster.tls, "a rollout has certificates"
     names = [cluster.tls.coordinator, *(node.name for node in cluster.nodes)]
     if missing := [name for name in names if not (cluster.tls.folder / CERTIFICATE.format(name)).exists()]:
@@ -174,17 +174,17 @@ def complete_certificates(cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[int]:
-    """A lock on a folder of certificates, by that of their authority, since `nonn certs` locks the folder itself.
+    """A lock on a folder of certificates, held on the authority's file, since `nonn certs` locks the folder itself.
 
-    Gives its file descriptor, for processes that have to hold it, too, should this one be killed.
+    Yields its file descriptor, for child processes that have to hold it if this one is killed.
 
     Raises
     ------
     UserError
-        Somebody holds it.
+        Another process holds it.
     """
     is_ours = os.access(folder / CA, os.W_OK)
-    lock = os.open(folder / CA, os.O_RDWR if is_ours else os.O_RDONLY)  # NFS locks only what may be written
+    lock = os.open(folder / CA, os.O_RDWR if is_ours else os.O_RDONLY)  # NFS locks only writable files
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,12 +210,12 @@ def find_ansible() -> str:
 
 
 def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: int) -> bool:
-    """Run one of the playbooks; whether all went well. Ansible says on standard error what it does."""
+    """Run one of the playbooks, and return whether it succeeded; Ansible writes on standard error what it does."""
     command = [
         find_ansible(),
         "--inventory",
         str(inventory),
-        *([f"--ssh-common-args={ssh_arguments}"] if ssh_arguments else []),  # which begin with a dash themselves
+        *([f"--ssh-common-args={ssh_arguments}"] if ssh_arguments else []),  # their value begins with a dash
     ]
     for key, value in settings.items():
         command += ["--extra-vars", f"{key}={shlex.quote(str(value))}"]
@@ -231,17 +231,17 @@ def play(name: str, inventory: Path, settings: dict, ssh_arguments: str, lock: i
         except BaseException as error:
             with undisturbed():
                 log("waiting until Ansible has ended")
-                # A terminal sends Ctrl-C to Ansible, too; once more would break off how that ends.
+                # A terminal sends Ctrl-C to Ansible, too; a second one would interrupt its ending.
                 if isinstance(error, KeyboardInterrupt) and not error.args:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(GRACE)
-                process.send_signal(signal.SIGINT)  # on which Ansible ends what it does on boards
+                process.send_signal(signal.SIGINT)  # on which Ansible ends its work on boards
                 process.wait()
             raise
 
 
 def go_back(inventory: Path, ssh_arguments: str, lock: int) -> str:
-    """Have boards serve what they served before, whatever signals come; what came of it, in a sentence."""
+    """Have boards serve their former release, despite signals; returns a sentence about the outcome."""
     log("going back to what was served before")
     with undisturbed():
         is_restored = play("restore.yaml", inventory, {}, ssh_arguments, lock)
@@ -253,7 +253,7 @@ def go_back(inventory: Path, ssh_arguments: str, lock: int) -> str:
 def roll_out(
     rollout: Rollout, boards: Sequence[SshTarget], cluster_file: Path, wait: float, ssh_arguments: str
 ) -> None:
-    """Serve an export on boards, and describe them in a cluster file; if one fails, all is as it was before.
+    """Serve an export on boards, and describe them in a cluster file; if one fails, all go back to the former state.
 
     Raises
     ------

@@ -45,7 +45,7 @@ def looks_inverted(pixels: np.ndarray, image: ImageFormat) -> bool:
 
 
 def describe_inversion(image: ImageFormat) -> str:
-    """What to tell whoever shows a network a picture that looks inverted."""
+    """A hint about a picture that looks inverted."""
     assert image.border, "only a picture that was compared with it looks inverted"
     usual = "dark" if image.border[1] < MIDDLE else "bright"
     other = "bright" if usual == "dark" else "dark"
