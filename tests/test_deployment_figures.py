@@ -90,6 +90,18 @@ def test_nothing_leads_from_the_teacher_to_the_networks(rows):
     assert bar.get_segments()[0][:, 1].tolist() == [3.5, 4.5]
 
 
+def test_networks_without_energy_are_drawn():
+    """Of boards whose power is not known no energy is composed."""
+    without = [{k: v for k, v in row.items() if not k.startswith("energy")} for row in TWO["composed"]]
+    rows = join_rows({"2s": TWO | {"composed": without}}, {"2s": 2})
+    ratios = collect_ratios(rows, COMPARISONS[:1])
+    assert ratios["energy_per_node"] is None
+    with drawing_style():
+        scaling = deployment_plots.draw_scaling(rows, COMPARISONS[:1], "cortex_m7")
+        deployment_plots.draw_ratios(ratios, list_ratios(rows, COMPARISONS[:1])).canvas.draw()
+    assert [text.get_text() for text in scaling.axes[1].texts] == ["not composed: no power is known"]
+
+
 def test_what_was_timed_has_a_bar_to_its_95th_percentile(rows):
     with drawing_style():
         figure = deployment_plots.draw_latency(rows, "cortex_m7")

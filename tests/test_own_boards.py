@@ -63,14 +63,22 @@ def test_devices_without_boards_are_all_that_of_the_section(params):
     assert "devices" not in list_jobs(params)["board"]
 
 
-def test_what_is_not_known_of_a_board_is_that_of_the_section():
+def test_without_the_power_of_every_board_no_energy_is_composed(params):
+    known = Board(idle_w=0.1, active_w=Range(0.2, 0.3), seconds_per_mac=1e-8, name="known")
+    boards = [known, replace(known, active_w=None)]
+    row = compose(replace(WORKLOAD, boards=boards), INSTANT, "sensor", 1.0, 0.0, params.distributed)
+    assert row["compute_ms"] > 0
+    assert not [key for key in row if key.startswith("energy")]
+
+
+def test_speed_that_is_not_known_of_a_board_is_that_of_the_section():
     params = make_params("a", "b", "c")
     esp32s3, rp2350, plain = params.boards_of("2s")
     assert esp32s3.seconds_per_mac == pytest.approx(1e-6 / find_board("esp32s3").mmacs["int8"])
     assert esp32s3.active_w == find_board("esp32s3").active_w
     assert rp2350.seconds_per_mac == pytest.approx(1e-6 / find_board("rp2350").mmacs["int8"])
     reference = find_board("cortex_m7").for_composing("int8")
-    assert (rp2350.idle_w, rp2350.active_w) == (reference.idle_w, reference.active_w)
+    assert rp2350.active_w is None
     assert plain == reference
     assert board_of_device(find_board("pi3b"), None, reference).seconds_per_mac == reference.seconds_per_mac
 
@@ -102,7 +110,7 @@ def test_what_runs_alone_is_on_the_quickest_board(capsys):
 def test_figures_that_are_not_known_are_named(capsys):
     (placed,) = on_boards([deployment()], make_params("a", "b"), "2s")
     assert [board.title for board in placed.workload.boards] == [find_board(n).title for n in ("esp32s3", "rp2350")]
-    assert "note: 2s: power of rp2350: not known, counted as that of cortex_m7" in capsys.readouterr().err
+    assert "note: 2s: power of rp2350: not known, so no energy is composed" in capsys.readouterr().err
     on_boards([deployment()], make_params("a", "c", precision="float32"), "2s")
     assert "note: 2s: float32 speed of esp32s3: not known" in capsys.readouterr().err
 

@@ -75,6 +75,18 @@ def test_a_board_of_ones_own_may_hold_the_teacher():
     assert (home.name, home.seconds_per_mac) == ("mine", pytest.approx(2e-9))
 
 
+@pytest.mark.usefixtures("folder")
+def test_a_teacher_on_a_board_of_unknown_power_stays_there_alone(folder):
+    solo = write_manifest(folder, teacher=cost(1 * MEBIBYTE))
+    facts = "{ram_kib: 4096, float32_mmacs: 500, cores: 4}"
+    Path(OWN_FILE).write_text(f"boards: {{mine: {facts}}}", encoding="utf-8")
+    params = make_params(devices=("camera", "camera"))
+    devices = {name: device.model_copy(update={"board": "mine"}) for name, device in params.devices.items()}
+    params = params.model_copy(update={"devices": devices})
+    (placed,) = placed_teachers({"teacher": teacher()}, params, solo)
+    assert [board.name for board in placed.workload.boards] == ["mine"]
+
+
 def test_the_students_own_board_is_the_quickest_that_they_state():
     assert own_board(make_params(devices=("camera", "small")), "int8").name == "cortex_m7"
     assert own_board(make_params(devices=("camera", "camera")), "int8").name == "esp32s3"

@@ -231,12 +231,6 @@ def find_board(name: str) -> Board:
 def board_of_device(board: Board, mmacs_per_s: float | None, reference: Board) -> Board:
     """A board as a device of ``params.yaml`` has it, which computes at `mmacs_per_s` in the precision of the students.
 
-    A missing speed or power is taken from `reference`, at the same precision.
+    A missing speed is taken from `reference`, at the same precision. A missing power stays missing.
     """
-    power = board if board.active_w else reference
-    return replace(
-        board,
-        idle_w=power.idle_w,
-        active_w=power.active_w,
-        seconds_per_mac=1e-6 / mmacs_per_s if mmacs_per_s else reference.seconds_per_mac,
-    )
+    return replace(board, seconds_per_mac=1e-6 / mmacs_per_s if mmacs_per_s else reference.seconds_per_mac)

@@ -168,6 +168,10 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     energy.set(ylabel="energy of one image (mJ)", title=f"energy on {board_name(board)} (modelled)")
     _count_devices(speed, sorted(set(counts)))
     _count_devices(energy, sorted({1, *counts}))
+    if rows["energy_node_computing_mj_low"].isna().all():
+        energy.set(xticks=[], yticks=[])
+        energy.minorticks_off()
+        energy.text(0.5, 0.5, "not composed: no power is known", ha="center", transform=energy.transAxes)
     few = min(counts) / 1.5, max(counts) * 1.5
     speed.set_xlim(*few)
     elsewhere = _teacher_elsewhere(rows, board)

@@ -89,7 +89,8 @@ def compose(
         ``link_ms``, ``final_ms``, ``total_ms``; ``wire_bytes``; for the device that needs most, and for
         all together, ``energy_node_mj`` and ``energy_total_mj``, each ``[low, high]``: what the image adds. The same
         with what a device draws anyway while it computes, ``…_computing_mj``, or until the answer,
-        ``…_with_idle_mj``. ``boards`` names the devices' boards, and ``precision`` is the one that they calculate in.
+        ``…_with_idle_mj``. There is no energy where the power of a board is not known. ``boards`` names the devices'
+        boards, and ``precision`` is the one that they calculate in.
     """
     boards = workload.boards or [find_board(params.board).for_composing(workload.precision)] * workload.n_devices
     compute = _compute_times(workload, boards, params.slowdown)
@@ -139,7 +140,9 @@ def _energies(
     boards: Sequence[Board], compute_s: np.ndarray, traffic: Sequence[float], total_s: float
 ) -> dict[str, list[float]]:
     """The energies of `compose`, from the computing (N,) and the traffic of each device, and the time of the image."""
-    energies = {}
+    energies: dict[str, list[float]] = {}
+    if any(board.active_w is None for board in boards):
+        return energies
     for suffix, idle in (("", 0 * compute_s), ("_computing", compute_s), ("_with_idle", total_s + 0 * compute_s)):
         devices = [inference_energy(*device) for device in zip(boards, compute_s, idle, traffic, strict=True)]
         worst = max(devices, key=lambda energy: energy.high)

@@ -79,12 +79,11 @@ def on_boards(deployments: Iterable[Deployment], params: Params, name: str) -> l
     if boards is None:
         return list(deployments)
     named = {} if name == SOLO else {budget.board: budget for budget in params.budgets_of(name) if budget.board}
-    unknown = [
-        f"{params.design.precision} speed of {board}" for board, budget in named.items() if not budget.mmacs_per_s
-    ]
-    unknown += [f"power of {board}" for board in named if find_board(board).active_w is None]
-    if unknown:
-        log(f"note: {name}: {', '.join(unknown)}: not known, counted as that of {params.distributed.board}")
+    if unknown := [board for board, budget in named.items() if not budget.mmacs_per_s]:
+        speed = f"{params.design.precision} speed of {', '.join(unknown)}"
+        log(f"note: {name}: {speed}: not known, counted as that of {params.distributed.board}")
+    if unknown := [board for board in named if find_board(board).active_w is None]:
+        log(f"note: {name}: power of {', '.join(unknown)}: not known, so no energy is composed")
     return [
         replace(
             each,

@@ -74,7 +74,7 @@ def placed_teachers(teachers: dict[str, Deployment], params: Params, solo: Path)
         own = own_board(params, teachers[name].workload.precision)
         if home:
             yield place(teachers[name], home)
-            if home.cores > 1 and home.seconds_per_mac:
+            if home.cores > 1 and home.seconds_per_mac and home.active_w:
                 yield place(teachers[name], home.on_all_cores(), f"{name}_all_cores")
         if home != own and (own.seconds_per_mac or own.runs_onnx):
             yield place(teachers[name], own, f"{name}_own_board")
