@@ -165,7 +165,7 @@ def test_energies_by_hand():
         composed("teacher_int8_own_board", FAST, 1, 50.0, energy=6.0),
     ]
     students = [
-        composed("nonn", FAST, 2, 4.0, energy=1.5),
+        composed("nonn", FAST, 2, 4.0, energy=1.5) | {"energy_total_computing_mj": [3.0, 6.0]},
         composed("nonn_teacher_board", FAST, 2, 4.0, energy=4.0) | {"boards": ["pi3b", "pi3b"]},
     ]
     results = {"solo": {"live": [], "composed": teachers}, "2s": {"live": TWO["live"], "composed": students}}
@@ -175,6 +175,7 @@ def test_energies_by_hand():
     ratios = {name: entry["ratio"] for name, entry in found.items()}
     assert ratios == {
         **{"holds": 8.0, "above_idle": pytest.approx(6 / 2.25, abs=1e-4), "all_cores": 5.0, "int8": 6.0},
+        **{"all_devices": 4.0, "all_devices_all_cores": 2.5},
         **{"same_board": 3.0, "int8_as_if": 4.0, "as_if": 40.0},
     }
     # Of the second the teacher takes 2 to 4 mJ above what its board draws anyway, and students 0.75 to 1.5.
@@ -203,7 +204,7 @@ def test_claims_of_one_network_by_hand(rows):
         **{"total_latency_ratio": 12.0, "total_latency_link": FAST, "total_latency_rows_ratio": 4.0},
         **{"energy_ratio": 4.0, "energy_ratio_low": 2.0, "energy_ratio_high": 8.0},
         **{"total_latency_scenario": "sensor", "total_latency_ratios": {"channels": 10.0, "rows": 3.0}},
-        "energy_ratios": {"holds": 4.0, "above_idle": 4.0},
+        "energy_ratios": {"holds": 4.0, "above_idle": 4.0, "all_devices": 4.0},
     }
 
 

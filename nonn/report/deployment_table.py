@@ -53,8 +53,8 @@ COLUMNS = {
 }
 #: What the paper's abstract claims, each "up to".
 PAPER = {"memory": 24.0, "performance": 12.0, "energy_per_node": 14.0, "total_latency": 33.0}
-#: Ratios of energy: the assumption, the two methods, and the columns of their energies per device. The first ratio is
-#: the one that is claimed: see `collect_energies`.
+#: Ratios of energy: the assumption, the two methods, and the columns of their energies, of the neediest device or of
+#: all. The first ratio is the one that is claimed: see `collect_energies`.
 ENERGIES = {
     "holds": ("teacher on the board that holds it", "teacher", "nonn", "node_computing"),
     "above_idle": ("the same, without what a board draws anyway", "teacher", "nonn", "node"),
@@ -63,6 +63,18 @@ ENERGIES = {
         "teacher_all_cores",
         "nonn",
         "node_computing",
+    ),
+    "all_devices": (
+        "all students together, teacher on the board that holds it",
+        "teacher",
+        "nonn",
+        "total_computing",
+    ),
+    "all_devices_all_cores": (
+        "all students together, teacher on all cores of that board",
+        "teacher_all_cores",
+        "nonn",
+        "total_computing",
     ),
     "int8": ("int8 teacher on the board that holds it", "teacher_int8", "nonn", "node_computing"),
     "same_board": ("students, too, on the teacher's board", "teacher", "nonn_teacher_board", "node_computing"),
@@ -199,7 +211,7 @@ def list_ratios(rows: pd.DataFrame, comparisons: list[dict]) -> pd.DataFrame:
 
 
 def _compare_energies(rows: pd.DataFrame, teacher: str, nonn: str, column: str) -> pd.DataFrame:
-    """Energy of a teacher over that of a network's neediest device, on every link: middles of their ranges.
+    """Energy of a teacher over that of a network, its neediest device or all, on every link: middles of their ranges.
 
     With ``ratio_low`` and ``ratio_high``, where one has the lower bound of its range and the other the upper; on the
     same board both have the same, since the power of a board is not at both ends of its range.
@@ -218,7 +230,7 @@ def _compare_energies(rows: pd.DataFrame, teacher: str, nonn: str, column: str) 
 
 
 def collect_energies(rows: pd.DataFrame, network: str, link: str, scenario: str) -> dict[str, dict[str, Any]]:
-    """How many times more energy the teacher takes than a network's neediest device, by what is assumed: `ENERGIES`.
+    """How many times more energy the teacher takes than a network, by what is assumed: `ENERGIES`.
 
     Each has ``ratio``, ``ratio_low``, ``ratio_high``, ``teacher_board`` and ``boards`` of the students. All that a
     board draws while it computes is counted, and the radio. `nonn.testbed.placing` says which boards these are. What
