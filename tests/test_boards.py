@@ -9,6 +9,7 @@ from experiments import tiny_params
 from nonn.cli import main
 from nonn.core.boards import OWN_FILE, all_boards, find_board, shipped_boards
 from nonn.core.budgets import Budget, combined_budget
+from nonn.core.chips import CHIPS, runs_as
 from nonn.core.devices import DeviceParams
 from nonn.core.errors import UserError
 from nonn.core.jobs import list_jobs
@@ -107,6 +108,12 @@ def test_a_catalogue_that_is_no_file_is_refused(folder):
     (folder / OWN_FILE).symlink_to("nowhere")
     with pytest.raises(UserError, match=r"devices\.yaml: is a link to nowhere, which is not there"):
         all_boards()
+
+
+def test_the_catalogue_says_how_a_student_gets_onto_a_board():
+    ways = {name: runs_as(name, board.runs_onnx) for name, board in all_boards().items()}
+    assert {name for name, way in ways.items() if way == "firmware"} == set(CHIPS)
+    assert (ways["pi4b"], ways["rp2350"]) == ("node", "by hand")
 
 
 def test_figures_of_any_kind_are_shown_on_one_line(own, capsys):

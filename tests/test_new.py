@@ -14,6 +14,7 @@ from pictures import write_photos
 
 from nonn.cli import main
 from nonn.commands import new, project
+from nonn.core.chips import FAMILIES
 from nonn.core.jobs import check_jobs
 from nonn.core.params import load_params
 
@@ -193,8 +194,15 @@ def test_a_teacher_that_cannot_be_exported_is_refused_before_anything_is_trained
 
 
 @pytest.mark.usefixtures("clone")
-def test_boards_of_the_catalogue_are_devices():
+def test_students_of_firmware_are_of_a_family_that_it_has_kernels_for():
+    main(["new", "pets", "--images", "photos/", "--devices", "1×stm32h743 + 1×pi_zero2w"])
+    assert load_params().design.family in FAMILIES
+
+
+@pytest.mark.usefixtures("clone")
+def test_boards_of_the_catalogue_are_devices(capsys):
     main(["new", "pets", "--images", "photos/", "--devices", "2×rp2350 + 2×pi_zero2w"])
+    assert "On rp2350 neither a node nor firmware of nonn runs" in capsys.readouterr().out
     params = load_params()
     assert params.devices["pi_zero2w"].board == "pi_zero2w"
     assert params.networks["4s"].devices == ["rp2350", "rp2350", "pi_zero2w", "pi_zero2w"]

@@ -26,20 +26,24 @@ def run(options: argparse.Namespace) -> None:
     print(
         "\nMMAC/s: millions of multiply-accumulates a second that networks attain on one core. –: no figure was found."
     )
+    print("node: `nonn node` and `nonn deploy`. firmware: `nonn firmware`. by hand: in LiteRT, see `nonn litert`.")
     print(f"`nonn devices NAME` has the source of each figure. {OWN_FILE} adds boards or replaces figures.")
 
 
 def overview(boards) -> list[str]:
     """A table of all boards."""
-    rows = [["board", "RAM KiB", "flash KiB", "float32 MMAC/s", "int8 MMAC/s", "idle W", "active W", "what it is"]]
+    from nonn.core.chips import runs_as
+
+    rows = [["board", "RAM KiB", "flash KiB", "float32 MMAC/s", "int8 MMAC/s", "idle W", "active W"]]
+    rows[0] += ["runs as", "what it is"]
     for name, board in boards.items():
         active = "–" if board.active_w is None else f"{board.active_w.low:g}"
         if board.active_w and board.active_w.high > board.active_w.low:
             active += f"–{board.active_w.high:g}"
         numbers = [board.ram_kib, board.flash_kib, board.mmacs.get("float32"), board.mmacs.get("int8"), board.idle_w]
-        rows.append(
-            [name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, printable(board.title)]
-        )
+        way = runs_as(name, board.runs_onnx)
+        rows.append([name, *(f"{number:,.10g}" if number else "–" for number in numbers), active, way])
+        rows[-1].append(printable(board.title))
     *body, last = zip(*rows, strict=True)
     lines = align([list(row) for row in zip(*body, strict=True)]).splitlines()
     width = max(map(len, lines))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from nonn.commands import project
+from nonn.commands.experiment_text import IMPORTED, PLAIN, TEMPLATE, TRAINED
 from nonn.commands.use import (
     DEFAULT,
     EXPERIMENTS,
@@ -32,6 +33,7 @@ from nonn.commands.use import (
     yaml_with_comments,
 )
 from nonn.core.boards import all_boards
+from nonn.core.chips import CHIPS
 from nonn.core.errors import UserError, printable
 from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, check_named_files
@@ -47,7 +49,8 @@ if TYPE_CHECKING:
 
 #: Pixels a side of the students' images, if a foreign teacher sees `TEACHER_SIZE`.
 SIZE, TEACHER_SIZE = 96, 224
-#: Least size of images for students of family mobilenet, whose strides leave too little of smaller ones.
+#: Least size of images for students of family mobilenet, whose strides leave too little of smaller ones. Firmware has
+#: no kernels for it.
 MOBILENET_FROM = 64
 #: Sources that are never paths, even if a file has such a name.
 ELSEWHERE = ("torchvision:", "timm:", "module:")
@@ -55,68 +58,6 @@ ELSEWHERE = ("torchvision:", "timm:", "module:")
 BEFORE_PATH = ("hf", *WHOLE_FILES)
 #: Width of a trained teacher, in units of the narrowest student.
 TEACHER_WIDTH = 32
-
-TEMPLATE = """\
-# Written by `nonn new`. What is not here is as in mnist5k.yaml, and stands in params.yaml with its comments.
-experiment: {name}
-numerics: fast                # all that this machine offers; portable: the same bytes on other processors too
-
-# The budget of each kind of device. `nonn check` says what is wrong with one.
-devices: {devices}
-
-networks:
-  {network}:
-    devices: {members}
-    seeds: 1                  # trainings; 3 or more show the spread
-    baselines: {{kd: 1}}        # what to compare with: see docs/parameters.md
-
-dataset:
-  source: {source}
-  size: {size}{size_comment}
-  validation: 0.1             # of the images, on which every choice is made
-  test: 0.2                   # where the source has no test images of its own
-{teacher}
-signals:
-  views: 4                    # augmented views of each image; more cost time and disk, and help small data sets
-  augment: {augment}
-  threads: {threads}
-
-graph:
-  top_k: 25                   # filters of each image that take part in the graph
-
-design:
-  family: {family}
-  depths: {depths}
-  min_width: {min_width}
-  max_width: {max_width}
-  precision: {precision}
-{design}
-distill:
-  epochs: 20
-  batch_size: 64
-  lr: 0.1
-"""
-#: Without images and devices: the default experiment, to be edited.
-PLAIN = """\
-# Written by `nonn new`. What is not here is as in mnist5k.yaml, and stands in params.yaml with its comments.
-experiment: {name}
-"""
-TRAINED = """
-# No teacher was given, so one is trained: see docs/data-and-teacher.md for a teacher of your own.
-teacher:
-  architecture: {{family: {family}, widths: {widths}, depth: 2}}
-  epochs: 30
-  batch_size: 64
-  lr: 0.1
-  augment: {augment}
-  threads: {threads}
-"""
-IMPORTED = """
-teacher:
-  source: {source}
-  weights: {weights}
-  threads: {threads}{size}
-"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +105,9 @@ def render(request: Request) -> str:
     """The experiment's file."""
     from nonn.method.sizing import proportions
 
-    family = "mobilenet" if request.size >= MOBILENET_FROM else "fast"
+    budgets = budgets_of(request.devices)
+    is_firmware = any(budget.get("board") in CHIPS for budget in budgets.values())
+    family = "mobilenet" if request.size >= MOBILENET_FROM and not is_firmware else "fast"
     grids: dict[str, dict[str, Any]] = {
         "mobilenet": {"depths": [1, 2, 3], "min_width": 8, "max_width": 64},
         "fast": {"depths": [1, 2], "min_width": 4, "max_width": 128},
@@ -172,7 +115,6 @@ def render(request: Request) -> str:
     grid = grids[family]
     shipped = DesignParams.model_validate({**merge_experiment(DEFAULT)["design"], "family": family})
     widths = [round(TEACHER_WIDTH * factor) for factor in proportions(shipped, request.size)]
-    budgets = budgets_of(request.devices)
     common = {"augment": "{pad: 4, flip: true}", "threads": usable_cores(), "family": family}
     is_foreign = request.teacher not in (None, "train")
     if is_foreign:
@@ -340,6 +282,10 @@ def write_experiment(options: argparse.Namespace) -> None:
     problems += [line for line in refused if not (problems and "dataset.source" in line)]
     if problems:
         raise UserError("\n".join(problems))
+    from nonn.method.planning import by_hand_warning
+
+    if warning := by_hand_warning(device.board for device in load_params().devices.values()):
+        print(warning)
     if layout:
         print(f"{options.images}: {len(layout.names):,} images of {len(layout.classes)} classes")
     print(f"{path}: written and active; `snakemake --cores all` or `dvc repro` runs it")

@@ -157,6 +157,7 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
 
 def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, stated: Collection[str]) -> None:
     from nonn.core.boards import OWN_FILE
+    from nonn.method.planning import by_hand_warning
     from nonn.method.sizing import imbalance_warning
 
     if latency_ms and (silent := [budget for budget in budgets if not budget.mmacs_per_s]):
@@ -181,6 +182,8 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print("\n".join(_summary(estimate, planner.images.n_classes, latency_ms)))
     if without := planner.without_link(budgets):
         print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
+    if warning := by_hand_warning(budget.board for budget in budgets):
+        print(warning)
     if warning := imbalance_warning(estimate.filter_counts, budgets):
         print(warning)
     print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")

@@ -36,3 +36,8 @@ CHIPS = {
 
 #: Families of students that have kernels; of airbench those without shortcuts, of depth 1 or 2.
 FAMILIES = ("fast", "airbench")
+
+
+def runs_as(board: str, runs_onnx: bool) -> str:
+    """How a student gets onto a board: as a ``node``, as ``firmware``, or ``by hand``, such as a file of LiteRT."""
+    return "node" if runs_onnx else "firmware" if board in CHIPS else "by hand"

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
-from nonn.core.boards import OWN_FILE, Board, Range
+from nonn.core.boards import OWN_FILE, Board, Range, all_boards
 from nonn.core.budgets import Budget
+from nonn.core.chips import runs_as
 from nonn.core.cost import Cost
 from nonn.core.energy import inference_energy
 from nonn.core.errors import UserError
@@ -167,6 +168,15 @@ def total(energies: Sequence[Range]) -> Range:
 
 def answer_wire_bytes(n_filters: int) -> int:
     return datagram_bytes(FEATURE_BYTES * n_filters)
+
+
+def by_hand_warning(boards: Iterable[str | None]) -> str | None:
+    """One line where students get onto some of these boards by hand alone; None where all run nodes or firmware."""
+    known = all_boards()
+    names = [name for name in dict.fromkeys(boards) if name and runs_as(name, known[name].runs_onnx) == "by hand"]
+    if not names:
+        return None
+    return f"On {', '.join(names)} neither a node nor firmware of nonn runs; `nonn litert` writes files for LiteRT."
 
 
 def parse_devices(text: str, known: Sequence[str]) -> list[str]:
