@@ -7,11 +7,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from experiments import read_subset
+from experiments import read_subset, tiny_params
 from scipy import stats
 
 from nonn.core.files import read_json
-from nonn.core.params import STRATEGIES
+from nonn.core.params import STRATEGIES, Params
 from nonn.data.tensors import read_tensors, write_tensors
 from nonn.deploy.onnx_files import student_content
 from nonn.method import scoring
@@ -239,6 +239,17 @@ def test_the_stage_scores_everything_once(params, data, experiment):
         assert row["chosen"] == (strategy == chosen)
         if strategy == chosen or number == 0:
             assert row["mean"] == missing["nonn", number]["mean"]
+
+
+def test_networks_without_an_ensemble_are_named():
+    networks = {
+        name: {"devices": ["small"] * n, "seeds": 1, "baselines": {"kd": n_kd}, "latency_ms": 100 * n}
+        for name, n, n_kd in (("2s", 2, 2), ("4s", 4, 1))
+    }
+    devices = {"small": {"memory_kib": 60, "mmacs": 5, "mmacs_per_s": 100}}
+    params = Params.model_validate(tiny_params({"networks": networks, "devices": devices}))
+    (line,) = evaluate_stage.missing_ensembles(params)
+    assert line.startswith("note: networks.4s: 1 KD students for its devices are too few for an ensemble of 4; set")
 
 
 def test_ensembles_average_probabilities(params, data, experiment):

@@ -47,6 +47,7 @@ def test_the_experiment_is_sound_and_active(capsys):
     assert params.networks["4s"].devices == ["stm32f7"] * 4
     assert (params.design.family, params.design.precision, params.distill.epochs) == ("mobilenet", "int8", 3)
     assert len(params.teacher.architecture.widths) == 4
+    assert params.networks["4s"].baselines == {"kd": 4}, "as many as an ensemble needs"
     text = Path("workflow/experiments/pets.yaml").read_text()
     assert all(line.startswith(("#", " ")) or ":" in line or not line for line in text.splitlines())
     main(["use", "mnist5k"])

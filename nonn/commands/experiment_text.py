@@ -12,7 +12,7 @@ networks:
   {network}:
     devices: {members}
     seeds: 1                  # trainings; 3 or more show the spread
-    baselines: {{kd: 1}}        # what to compare with: see docs/parameters.md
+    baselines: {{kd: {n_devices}}}        # so many make an ensemble, the fairest comparison: see docs/parameters.md
 
 dataset:
   source: {source}

@@ -131,6 +131,7 @@ def render(request: Request) -> str:
         devices=json.dumps(budgets),
         network=f"{len(request.devices)}s",
         members=json.dumps(request.devices),
+        n_devices=len(request.devices),
         source=_quoted(request.images),
         size=largest,
         size_comment="                    # images are resized to this many pixels a side",

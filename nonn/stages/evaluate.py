@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from nonn.core.files import write_json
@@ -17,10 +19,8 @@ def run(params: Params, paths: Paths) -> None:
     torch.set_num_threads(params.evaluate.threads)
     data = load_dataset(paths)
     _, labels = data.subset("test")
-    if params.pool:
-        for name in params.networks:
-            if not params.pool_of(name):
-                log(f"note: networks.{name}: no KD students for its devices, so no ensembles; give it `kd: N`")
+    for line in missing_ensembles(params):
+        log(line)
     scores = list(score_all(params, paths, data))
     write_json(
         paths.evaluation,
@@ -42,3 +42,17 @@ def run(params: Params, paths: Paths) -> None:
             "missing_strategies": [row for s in scores for row in missing_strategies(s, labels, params.evaluate.seed)],
         },
     )
+
+
+def missing_ensembles(params: Params) -> Iterator[str]:
+    """A line for each network that has too few KD students for an ensemble; none where no network has any."""
+    if not params.pool:
+        return
+    for name, network in params.networks.items():
+        n_devices, pool = len(network.devices), params.pool_of(name)
+        n_students = params.networks[pool[0]].baselines["kd"] if pool else 0
+        if n_students < n_devices:
+            yield (
+                f"note: networks.{name}: {n_students} KD students for its devices are too few for an ensemble of "
+                f"{n_devices}; set its baselines.kd to {n_devices} or more"
+            )
