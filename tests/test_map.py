@@ -11,10 +11,13 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from experiments import tiny_params
+from ruamel.yaml import YAML
 from torch.testing import assert_close
 
+from nonn.cli import main
 from nonn.commands import map as map_command
-from nonn.commands.map import COLUMNS, MapConfig, make_map
+from nonn.commands.map import COLUMNS, DEFAULT_PLAN, MapConfig, make_map
 from nonn.commands.tables import write_rows
 from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
@@ -67,6 +70,12 @@ def test_a_plan_that_cannot_be_followed_is_refused(text, named, tmp_path):
     (tmp_path / "map.yaml").write_text(text)
     with pytest.raises(UserError, match=rf"map\.yaml: {named}"):
         load_yaml(tmp_path / "map.yaml", MapConfig, "")
+
+
+def test_a_plan_of_the_package_is_named_and_can_be_copied(folder):
+    YAML().dump(tiny_params({"networks": {"9s": {"devices": ["small", "small"], "seeds": 1}}}), folder / "params.yaml")
+    with pytest.raises(SystemExit, match=f"{DEFAULT_PLAN}: networks: .*; copy the file to workflow/map.yaml and take"):
+        main(["map"])
 
 
 @pytest.mark.usefixtures("experiment")

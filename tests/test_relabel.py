@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nonn.cli import main
-from nonn.commands.relabel import COLUMNS
+from nonn.commands.relabel import COLUMNS, read_groups
 from nonn.core.errors import UserError
 from nonn.method.joining import FeatureCache
 from nonn.method.loading import load_students
@@ -131,3 +131,8 @@ def test_what_cannot_be_labelled_is_said(folder_of_labels):
     folder_of_labels.write_text("stripes: across\n")
     with pytest.raises(SystemExit, match="has to map each new label to a list"):
         main(["relabel", "2s", "--labels", str(folder_of_labels)])
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_project_without_labels_takes_those_of_the_package():
+    assert list(read_groups(Path("workflow/labels/parity.yaml"))) == ["even", "odd"]

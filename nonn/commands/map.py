@@ -78,10 +78,11 @@ def run(options: argparse.Namespace) -> None:
     factors = config.factors.model_dump(exclude_none=True)
     chosen = options.factors.split(",") if options.factors is not None else list(factors)
     if unknown := [name for name in chosen if name and name not in factors]:
-        raise UserError(f"--factors {unknown[0]}: {PLAN} has no such factor; choose of {', '.join(factors)}")
+        raise UserError(f"--factors {unknown[0]}: {path} has no such factor; choose of {', '.join(factors)}")
     factors = {name: values for name, values in factors.items() if name in chosen}
     if absent := [name for name in config.networks if name not in params.networks]:
-        raise UserError(f"{PLAN}: networks: params.yaml has no network {absent[0]!r}; take it out, or add it there.")
+        edit = "take it out" if path == PLAN else f"copy the file to {PLAN} and take it out there"
+        raise UserError(f"{path}: networks: params.yaml has no network {absent[0]!r}; {edit}, or add it to params.yaml")
     paths = Paths(params.experiment)
     needed = [paths.dataset, paths.signals, *(paths.partition(name, 0) for name in config.networks)]
     refuse_missing(needed, "partition")

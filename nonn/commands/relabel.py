@@ -6,6 +6,7 @@ Students stay as they are. What they send is compared with what students on othe
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.core.progress import track
 from nonn.core.yaml_text import read_yaml
+from nonn.project import WORKFLOW
 
 PER_CLASS = (5, 10, 20, 50)
 N_DRAWS = 5
@@ -77,6 +79,8 @@ def run(options: argparse.Namespace) -> None:
 def read_groups(path: Path | None) -> dict[str, Sequence[str]] | None:
     if path is None:
         return None
+    if not os.path.lexists(path) and (shipped := WORKFLOW / "labels" / path.name).is_file():
+        path = shipped  # a project has none of its own
     groups = read_yaml(path, "Give a file that maps each new label to a list of classes.")
     if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):
         raise UserError(f"{path}: has to map each new label to a list of classes, such as `even: [0, 2, 4, 6, 8]`.")
