@@ -41,6 +41,7 @@ def test_the_experiment_is_sound_and_active(capsys):
     shown = capsys.readouterr().out
     assert "photos/: 12 images of 2 classes" in shown
     assert "workflow/experiments/pets.yaml: written and active" in shown
+    assert "Network 4s: `nonn plan --devices '4×stm32f7'` says" in shown
     params = load_params()
     check_jobs(params)
     assert (params.experiment, params.dataset.source, params.dataset.size) == ("pets", "photos/", 96)

@@ -179,11 +179,13 @@ def test_a_plan_is_shown_and_can_be_copied(capsys):
     (total,) = re.findall(r"slowest device \+ link +([\d.]+) ms \(target 100\) \(modelled\)", shown)
     assert float(total) <= 100
     assert "with design.precision: int8:" in shown
-    copied = parse_yaml(shown.split("int8:\n\n")[1], "copied")
+    text, _, then = shown.split("int8:\n\n")[1].partition("\n\n")
+    assert then.startswith("Then run `nonn use NAME`.")
+    copied = parse_yaml(text, "copied")
     changes = copied | {"design": {"precision": "int8", "max_width": 128}}
     params = Params.model_validate(tiny_params(changes))
-    assert [budget.board for budget in params.budgets_of("3d")] == ["rp2350", "rp2350", "pi_zero2w"]
-    sizes, designs = design_network(params.design, params.budgets_of("3d"), IMAGES, 64)
+    assert [budget.board for budget in params.budgets_of("3s")] == ["rp2350", "rp2350", "pi_zero2w"]
+    sizes, designs = design_network(params.design, params.budgets_of("3s"), IMAGES, 64)
     assert len(sizes) == 3
     assert designs["0"][0]["cost"]["macs"] <= find_board("rp2350").mmacs["int8"] * 1e6 * 0.1
 
@@ -198,6 +200,14 @@ def test_parameters_are_read_where_they_are(folder, capsys):
     assert "?: the catalogue has no speed or no power of the device" in shown, "the project's own have a budget alone"
     (folder / "params.yaml").write_text("devises: {}")
     assert "params.yaml: devises: unknown key" in str(refused("--devices", "2×pi4b"))
+
+
+def test_students_that_are_larger_than_their_teacher_are_named(folder, capsys):
+    YAML().dump(tiny_params(), folder / "params.yaml")
+    main(["plan", "--devices", "small + large"])
+    assert "a student should be smaller" not in capsys.readouterr().out
+    main(["plan", "--devices", "2×pi4b"])
+    assert re.search(r"student has [\d,]+ parameters, the teacher [\d,]+: a student should", capsys.readouterr().out)
 
 
 @pytest.mark.usefixtures("folder")

@@ -285,11 +285,16 @@ def write_experiment(options: argparse.Namespace) -> None:
         raise UserError("\n".join(problems))
     from nonn.method.planning import by_hand_warning
 
-    if warning := by_hand_warning(device.board for device in load_params().devices.values()):
+    params = load_params()
+    if warning := by_hand_warning(device.board for device in params.devices.values()):
         print(warning)
     if layout:
         print(f"{options.images}: {len(layout.names):,} images of {len(layout.classes)} classes")
     print(f"{path}: written and active; `snakemake --cores all` or `dvc repro` runs it")
+    if options.devices:
+        print(
+            f"Network {', '.join(params.networks)}: `nonn plan --devices '{options.devices}'` says what it would run."
+        )
 
 
 def make_request(options: argparse.Namespace) -> Request:

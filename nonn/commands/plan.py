@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 from collections import Counter
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from nonn.core.errors import UserError
@@ -100,7 +99,7 @@ def run(options: argparse.Namespace) -> None:
     stated = params.devices if params else {}
     names = parse_devices(options.devices, [*stated, *(name for name in all_boards() if name not in stated)])
     budgets = [_budget(name, params, planner.grid.precision) for name in names]
-    _show_plan(planner, budgets, options.latency_ms, set(stated))
+    _show_plan(planner, budgets, options.latency_ms, params)
 
 
 def make_planner(options: argparse.Namespace, params: Params | None) -> tuple[Planner, str]:
@@ -155,9 +154,9 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
     return board_budget(name, precision)
 
 
-def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, stated: Collection[str]) -> None:
+def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, params: Params | None) -> None:
     from nonn.core.boards import OWN_FILE
-    from nonn.method.planning import by_hand_warning
+    from nonn.method.planning import by_hand_warning, teacher_size_warning
     from nonn.method.sizing import imbalance_warning
 
     if latency_ms and (silent := [budget for budget in budgets if not budget.mmacs_per_s]):
@@ -186,8 +185,16 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
         print(warning)
     if warning := imbalance_warning(estimate.filter_counts, budgets):
         print(warning)
-    print(f"\nTo train it, put this into params.yaml, with design.precision: {planner.grid.precision}:\n")
+    teacher = params.teacher.architecture if params and not params.teacher.is_foreign else None
+    if teacher and (warning := teacher_size_warning(estimate, teacher, planner.images)):
+        print(warning)
+    where = f"workflow/experiments/{params.experiment}.yaml" if params else "the experiment that `nonn new` writes"
+    print(f"\nTo train it, put this into {where}, with design.precision: {planner.grid.precision}:\n")
+    stated = params.devices if params else {}
     print(_as_params([budget for budget in budgets if budget.name not in stated], estimate))
+    print(f"\nThen run `nonn use {params.experiment if params else 'NAME'}`.")
+    if not params:
+        print("`nonn new --images` takes larger images and other students: plan again beside its params.yaml.")
 
 
 def _rows(estimate: DeviceSetEstimate) -> list[list[str]]:
@@ -240,7 +247,7 @@ def _as_params(new: list[Budget], estimate: DeviceSetEstimate) -> str:
     names = [device.budget.name for device in estimate.devices]
     boards = {budget.name: budget.board for budget in new}
     lines = ["devices:", *(f"  {name}: {{board: {board}}}" for name, board in boards.items())] if boards else []
-    lines += ["networks:", f"  {len(names)}d:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
+    lines += ["networks:", f"  {len(names)}s:", f"    devices: [{', '.join(names)}]", "    seeds: 1"]
     if estimate.target_ms is not None:
         lines.append(f"    latency_ms: {_floor(estimate.target_ms):g}  # of computing: what the link leaves")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR
 from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, DesignParams, DeviceParams
 from nonn.core.schema import did_you_mean
+from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.method.sizing import apportion_filters, design_student
 
 #: Bytes of the message that asks a device for its features, and of one feature.
@@ -177,6 +178,20 @@ def by_hand_warning(boards: Iterable[str | None]) -> str | None:
     if not names:
         return None
     return f"On {', '.join(names)} neither a node nor firmware of nonn runs; `nonn litert` writes files for LiteRT."
+
+
+def teacher_size_warning(estimate: DeviceSetEstimate, teacher: Architecture, images: ImageSpec) -> str | None:
+    """One line where a student has at least as many parameters as the teacher; None where all are smaller."""
+    if teacher.family not in COUNTED_FAMILIES:
+        return None
+    largest = max(device.cost.params for device in estimate.devices)
+    own = count_cost(teacher, *images, n_filters=None).params
+    if largest < own:
+        return None
+    return (
+        f"The largest student has {largest:,} parameters, the teacher {own:,}: a student should be smaller. "
+        "Enlarge teacher.architecture, lower design.max_width, or put the teacher itself on a device."
+    )
 
 
 def parse_devices(text: str, known: Sequence[str]) -> list[str]:
