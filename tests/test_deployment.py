@@ -141,9 +141,9 @@ def test_tables_for_readers_by_hand(rows):
         ["Total latency, against a split by rows", "4.0×", "2s", FAST, "20", "emulated", "–"],
     ]
     latencies = format_latencies(rows)
-    split = ["a", "b"]
-    composed = ["NoNN, composed (ms)", *split]
-    assert list(latencies) == ["Network", "Link", "n", "NoNN (ms)", "Overhead (ms)", *split, *composed]
+    split = ["By channels", "By rows"]
+    composed = ["NoNN, composed (ms)", *(f"{name}, composed" for name in split)]
+    assert list(latencies) == ["Network", "Link", "Images", "NoNN (ms)", "Overhead (ms)", *split, *composed]
     assert latencies.to_numpy().tolist() == [
         ["2s", FAST, "20", "5.0 (7.0)", "1.2", "12.0×", "4.0×", "4.0", "10.0×", "3.0×"],
         ["2s", SLOW, "30", "10.0 (12.0)", "–", "–", "90.0×", "8.0", "11250.0×", "–"],

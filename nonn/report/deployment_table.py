@@ -348,7 +348,7 @@ def format_splits(ratios: Mapping[str, Any], budgets: Mapping[str, Sequence[floa
 def format_latencies(rows: pd.DataFrame) -> pd.DataFrame:
     """Latencies of every network on every link for readers, timed and composed; a dash where there is none.
 
-    Beside each latency stands by how much a split by channels (*a*) and by rows (*b*) exceeds it.
+    Beside each latency stands how many times longer a split by channels and by rows takes.
     """
     keys = ["network", "link"]
     rows = rows[rows["scenario"] == "sensor"]
@@ -361,9 +361,10 @@ def format_latencies(rows: pd.DataFrame) -> pd.DataFrame:
         if is_modelled:
             columns.append(total.rename("NoNN, composed (ms)"))
         else:
-            columns.append(own["images"].map("{:.0f}".format).rename("n"))
+            columns.append(own["images"].map("{:.0f}".format).rename("Images"))
             columns.append((total + own["p99_ms"].map(" ({:.1f})".format)).rename("NoNN (ms)"))
             columns.append(own["overhead_ms"].map("{:.1f}".format, na_action="ignore").rename("Overhead (ms)"))
-        for name, method in (("a", "channels"), ("b", "rows")):
+        for method in ("channels", "rows"):
+            name = f"By {method}{', composed' if is_modelled else ''}"
             columns.append(split.loc[split["method"] == method, "ratio"].map("{:.1f}×".format).rename(name))
     return pd.concat(columns, axis=1).astype(object).fillna("–")
