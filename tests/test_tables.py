@@ -115,6 +115,7 @@ def test_a_baseline_that_fits_on_no_device_is_not_the_best_fitting_one(methods):
             "NoNN is ahead of the ensemble by 2.00 points (p = 0.050): the difference is not significant",
         ),
         (0.97, 0.3, False, "NoNN is behind the ensemble by 1.00 points (p = 0.300): the difference is not significant"),
+        (0.96, 1.0, False, "NoNN is as accurate as the ensemble."),
         (0.97, 0.0001, False, "NoNN is beaten significantly by the ensemble, by 1.00 points (p < 0.001)"),
     ],
 )
