@@ -7,7 +7,7 @@ import pytest
 
 from nonn.core.errors import UserError
 from nonn.core.files import read_json, write_json, write_text
-from nonn.core.system import describe_system
+from nonn.core.system import describe_cpu, describe_system
 from nonn.stages import benchmark as benchmark_stage
 from nonn.testbed.latency import measure_models, summarise_ratios
 
@@ -107,3 +107,22 @@ def test_the_system_is_named():
     system = describe_system()
     assert set(system) == {"cpu", "cores", "system", "python", "onnxruntime", "torch"}
     assert all(system.values())
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "described"),
+    [
+        (
+            "model name\t: AMD EPYC\nflags\t\t: sse2 avx2 avx512f avx512_vnni\n\nmodel name\t: other\n",
+            "AVX2, AVX-512, VNNI",
+        ),
+        ("model name\t: AMD EPYC\nflags\t\t: sse2\n", None),
+    ],
+)
+def test_a_processor_is_described_with_the_instructions_that_decide_its_speed(cpuinfo, described):
+    assert describe_cpu(cpuinfo) == " with ".join(filter(None, ("AMD EPYC", described)))
+
+
+def test_a_processor_that_linux_does_not_name_is_described_by_its_type():
+    assert describe_cpu("processor\t: 0\nBogoMIPS\t: 108.00\n") is None
+    assert describe_system()["cpu"]

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from nonn.core.errors import UserError
+
+#: Instruction sets of x86 that networks compute with, and Linux's names of them: processors of one name differ in them.
+EXTENSIONS = {"AVX2": "avx2", "AVX-512": "avx512f", "VNNI": "avx512_vnni", "bfloat16": "avx512_bf16"}
 
 
 @contextlib.contextmanager
@@ -37,8 +41,7 @@ def describe_system() -> dict:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = (line for line in info.read_text().splitlines() if line.startswith("model name"))
-        cpu = next(names, f":{cpu}").split(":", 1)[1].strip()
+        cpu = describe_cpu(info.read_text(encoding="utf-8", errors="replace")) or cpu
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
@@ -47,6 +50,15 @@ def describe_system() -> dict:
         "onnxruntime": _version("onnxruntime"),
         "torch": _version("torch"),
     }
+
+
+def describe_cpu(cpuinfo: str) -> str | None:
+    """The model of the first processor in Linux's /proc/cpuinfo, and its instruction sets that decide speed."""
+    fields = dict(re.findall(r"^(model name|flags)\s*:\s*(.*?)\s*$", cpuinfo.split("\n\n", 1)[0], flags=re.MULTILINE))
+    flags = fields.get("flags", "").split()
+    extensions = ", ".join(name for name, flag in EXTENSIONS.items() if flag in flags)
+    model = fields.get("model name")
+    return f"{model} with {extensions}" if model and extensions else model
 
 
 def _version(package: str) -> str | None:
