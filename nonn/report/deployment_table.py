@@ -7,7 +7,7 @@ measured
 emulated
     Timed on this machine, over a link that a relay slows down.
 modelled
-    Calculated: counted bytes and multiply-accumulates, times stated constants.
+    Calculated: memory is counted; latency and energy are counted bytes and multiply-accumulates, times constants.
 cited
     The paper's own number.
 """
