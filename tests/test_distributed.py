@@ -197,7 +197,9 @@ def stage(params, section, network_folder, folder, monkeypatch):
     write_json(paths.dataset_info, {"classes": CLASSES, "channels": 1, "size": 4})
     (folder / paths.export("3s")).parent.mkdir(parents=True)
     paths.export("3s").symlink_to(network_folder)
-    write_json(paths.benchmark("3s"), {"models": {str(i): student_row(i) for i in range(3)}})
+    write_json(
+        paths.benchmark("3s"), {"system": describe_system(), "models": {str(i): student_row(i) for i in range(3)}}
+    )
     paths.export("solo").mkdir()
     write_tiny(paths.export("solo") / "3s-total.onnx")
     alone = {"students": [{"file": "3s-total.onnx", "cost": COST}]}
@@ -325,7 +327,8 @@ def test_teacher_and_student_alone_are_networks_of_one_device(stage, solo_folder
     params, paths = stage
     for path in solo_folder.iterdir():
         (paths.export("solo") / path.name).write_bytes(path.read_bytes())
-    write_json(paths.benchmark("solo"), {"models": {"teacher": student_row(4), "2s-kd": student_row(0)}})
+    models = {"teacher": student_row(4), "2s-kd": student_row(0)}
+    write_json(paths.benchmark("solo"), {"system": describe_system(), "models": models})
     teacher, student = solo_deployments(params, paths, tmp_path / "scratch")
     assert [teacher.method, student.method] == ["teacher", "kd"]
     assert [each.workload.n_devices for each in (teacher, student)] == [1, 1]
