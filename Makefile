@@ -15,7 +15,7 @@ report: environment
 	@echo "The report: $(CURDIR)/report.html"
 
 test: environment lint
-	$(VENV)/bin/python -m pytest -rs --numprocesses 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -rfEs --numprocesses 2 --dist loadgroup
 
 lint: environment
 	$(VENV)/bin/ruff check .
