@@ -194,7 +194,7 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print(_as_params([budget for budget in budgets if budget.name not in stated], estimate))
     print(f"\nThen run `nonn use {params.experiment if params else 'NAME'}`.")
     if not params:
-        print("`nonn new` chooses the size of images and the family of students itself: run `nonn plan` again in its folder.")
+        print("`nonn new` chooses image size and family of students itself: run `nonn plan` again in its folder.")
 
 
 def _rows(estimate: DeviceSetEstimate) -> list[list[str]]:
