@@ -20,7 +20,7 @@ from itertools import groupby
 from nonn import __version__
 from nonn.core.errors import UserError, refusal
 from nonn.core.install import how_to_install, require_64_bit
-from nonn.core.signals import tidied_up
+from nonn.core.interrupts import tidied_up
 from nonn.runtime import HANDSHAKE_TRACE
 
 INTRODUCTION = """\

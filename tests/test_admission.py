@@ -26,7 +26,7 @@ from grpc import StatusCode, aio
 
 from nonn.runtime import node
 from nonn.runtime.admission import MAX_RETRY_S, MAX_WAITING, RETRY_AFTER, SLOWER, SPACING, Admission, OverloadedError
-from nonn.runtime.channel import GIVEN, busy_seconds
+from nonn.runtime.channel import STATED, busy_seconds
 from nonn.runtime.coordinator import TOLERATED_FAILURES, BusyError, Coordinator
 from nonn.runtime.guard import stated_seconds
 from nonn.runtime.node import ServedStudent
@@ -130,7 +130,7 @@ def test_a_wait_that_is_claimed_while_nobody_waits_is_no_measurement(clock):
     [("250.5", 0.2505), ("0", 0.0), ("1e9", 60.0), ("inf", 60.0), ("-1", None), ("nan", None), ("x", None)],
 )
 def test_what_a_call_says_that_it_was_given_is_a_number_or_ignored(value, seconds):
-    context = SimpleNamespace(invocation_metadata=lambda: (("user-agent", "any"), (GIVEN, value)))
+    context = SimpleNamespace(invocation_metadata=lambda: (("user-agent", "any"), (STATED, value)))
     assert stated_seconds(context) == (None if seconds is None else pytest.approx(seconds))
 
 

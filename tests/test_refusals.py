@@ -19,7 +19,7 @@ from experiments import REPOSITORY
 
 from nonn import cli
 from nonn.core import files
-from nonn.core.errors import REMEDIES, UserError, refusal
+from nonn.core.errors import REMEDIES, UserError, one_line, refusal
 from nonn.core.files import read_json, regular, write_json, write_text
 from nonn.data.dataset import load_dataset
 from nonn.data.tensors import read_tensors, write_tensors
@@ -307,3 +307,10 @@ def test_commands_of_the_workflow_bear_any_path(name, tmp_path):
         assert shell('printf "%s" "${{PATH%%:*}}"', read=True) == str(folder)
     finally:
         shell.prefix("")
+
+
+def test_what_an_error_says_is_one_line_and_cut_only_where_a_limit_is_asked_for():
+    error = ValueError("a\n b" + "c" * 300)
+    assert one_line(error).endswith("c …")
+    assert one_line(error, limit=None) == "a b" + "c" * 300
+    assert one_line(ValueError()) == "ValueError"

@@ -16,13 +16,14 @@ from clusters import CHANNELS, PATIENCE, SIZE, free_ports, nobody_listens
 
 from nonn.core.errors import UserError
 from nonn.core.links import Link
+from nonn.core.measuring import DistributedParams
 from nonn.core.names import COORDINATOR
 from nonn.runtime.certs import write_certificates
 from nonn.testbed import echo_server
 from nonn.testbed.deployments import as_network
 from nonn.testbed.echo import tcp_echoes
 from nonn.testbed.emulation import EmulatedNetwork, emulated_network
-from nonn.testbed.trial import PORT, Trial, measure
+from nonn.testbed.trial import DEADLINE_MS, PORT, Trial, measure
 
 #: Images of the sensor: fewer than a warm-up asks for.
 N_IMAGES = 2
@@ -33,6 +34,11 @@ def sensor(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("sensor") / "images.npy"
     np.save(path, np.random.default_rng(0).integers(0, 256, (N_IMAGES, CHANNELS, SIZE, SIZE), dtype=np.uint8))
     return path
+
+
+def test_an_image_as_slow_as_the_stage_may_choose_is_answered_in_half_the_deadline():
+    (longest,) = (item.le for item in DistributedParams.model_fields["longest"].metadata if hasattr(item, "le"))
+    assert 2 * 1000 * longest <= DEADLINE_MS
 
 
 @pytest.fixture

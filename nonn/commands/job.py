@@ -73,7 +73,7 @@ def run_job(address: str) -> None:
             raise UserError(f"{address}: {absent} is not there. {remedy}") from None
         if told := _refused(cause):
             raise told from None
-        raise UserError(f"{address}: DVC: {one_line(cause)}") from None
+        raise UserError(f"{address}: DVC: {one_line(cause, limit=None)}") from None
 
 
 def refuse_other_outputs(address: str, expected: Sequence[str]) -> None:

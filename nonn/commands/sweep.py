@@ -139,7 +139,7 @@ def experiments() -> dict[str, str]:
     try:
         by_commit = Repo(".").experiments.ls()
     except DvcException as error:
-        raise UserError(f"DVC: {one_line(error)}") from None
+        raise UserError(f"DVC: {one_line(error, limit=None)}") from None
     return {HERE: "HEAD"} | {name: revision for listed in by_commit.values() for name, revision in sorted(listed)}
 
 

@@ -62,7 +62,7 @@ def printable(name: str | bytes | os.PathLike) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def one_line(problem: object, limit: int = 200) -> str:
-    """What an error says, on one line of at most so many characters."""
+def one_line(problem: object, limit: int | None = 200) -> str:
+    """What an error says, on one line of at most so many characters, or of any length."""
     text = printable(" ".join(str(problem).split()) or type(problem).__name__)
-    return text if len(text) <= limit else f"{text[:limit]} …"
+    return text if limit is None or len(text) <= limit else f"{text[:limit]} …"

@@ -55,9 +55,8 @@ class FollowedNetwork:
         self._failed_stamp: tuple = ()  # the stamp of what could not be used
         self._pause = self._next_attempt = 0.0
         self._last_problem = ""
-        self._not_on_current: set[str] = (
-            set()
-        )  # nodes that did not serve the current export when they were last looked at
+        #: Nodes that did not serve the current export when they were last looked at.
+        self._not_on_current: set[str] = set()
         self._following: asyncio.Task[None] | None = None
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -124,10 +123,8 @@ class FollowedNetwork:
             self._pause = min(2 * self._pause, MAX_RETRY_PAUSE_S) if stamp == self._failed_stamp else FILE_POLL_S
             self._failed_stamp, self._next_attempt = stamp, now + self._pause
             await self._read_again()
-            self._stamp, self._last_problem = (
-                stamp,
-                "",
-            )  # that from before reading, so that later changes are read as well
+            self._stamp = stamp  # that from before reading, so that later changes are read as well
+            self._last_problem = ""
         if self.next:
             self._tell_apart(self.next)
         if self.next and share_present(self.next) == 1:

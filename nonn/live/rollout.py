@@ -31,11 +31,11 @@ from pathlib import Path
 
 from nonn.core.errors import UserError
 from nonn.core.files import restored_on_error, scratch_folder, write_json
+from nonn.core.interrupts import stoppable, undisturbed
 from nonn.core.options import amount
 from nonn.core.params import load_params
 from nonn.core.paths import Paths
 from nonn.core.progress import log
-from nonn.core.signals import stoppable, undisturbed
 from nonn.live.following import FILE_POLL_S
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster

@@ -64,9 +64,8 @@ class Batches:
     def _go_on(self) -> None:
         while self._waiting and len(self._under_way) < PIPELINED:
             batch: list[Waiting] = []
-            while (
-                self._waiting and self._waiting[0][-1].done()
-            ):  # its deadline has passed, which says nothing of the others
+            # Where the deadline of the first has passed, that says nothing of the others.
+            while self._waiting and self._waiting[0][-1].done():
                 self._waiting.popleft()
             room = self._room() if self._waiting else 0
             while self._waiting and len(batch) < room:

@@ -15,7 +15,7 @@ from nonn.runtime.cluster import Node
 from nonn.runtime.protocol import ProtocolError
 from nonn.runtime.tls import Identity, handshake_problem
 
-Message = TypeVar("Message")
+Received = TypeVar("Received")
 
 MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 READY = ChannelConnectivity.READY
@@ -28,7 +28,7 @@ ATTEMPT_TIMEOUT_S = 15.0
 LATE = "no answer by the deadline"
 #: Metadata of a coordinator's call: its deadline, in milliseconds from when it was sent. gRPC's own timeout counts from
 #: when the receiver reads its buffers.
-GIVEN = "nonn-given-ms"
+STATED = "nonn-given-ms"
 CHANNEL_OPTIONS = {
     "grpc.enable_http_proxy": 0,
     "grpc.enable_retries": 0,  # an answer is wanted now or not at all
@@ -78,7 +78,7 @@ async def wait_connected(
         await channel.wait_for_state_change(state)
 
 
-def received(answer: Message | None) -> Message:
+def received(answer: Received | None) -> Received:
     """The answer of a call; a `ProtocolError` for None, which gRPC gives where none came or it cannot be read."""
     if answer is None:
         raise ProtocolError(StatusCode.INTERNAL, "the answer is no message of the protocol")

@@ -26,10 +26,10 @@ from nonn.runtime.admission import MAX_RETRY_S
 from nonn.runtime.batches import Batches
 from nonn.runtime.channel import (
     ATTEMPT_TIMEOUT_S,
-    GIVEN,
     LATE,
     MODEL_INFER,
     READY,
+    STATED,
     busy_seconds,
     open_channel,
     reason_of,
@@ -121,7 +121,7 @@ class NodeConnection:
         start, request = time.perf_counter(), make_request(self.contract, image)
         request.id = image_id
         timeout = max(timeout, 0)
-        content = await self._call(request, timeout=timeout, metadata=((GIVEN, f"{1000 * timeout:.3f}"),))
+        content = await self._call(request, timeout=timeout, metadata=((STATED, f"{1000 * timeout:.3f}"),))
         try:
             response = ModelInferResponse.FromString(received(content))
         except DecodeError:
@@ -195,7 +195,7 @@ class NodeConnection:
         began = asyncio.get_running_loop().time()
         try:
             await self.infer(self._blank, self.timeout)
-        except (aio.AioRpcError, ProtocolError) as error:
+        except Exception as error:  # whatever it is, as in `_probe`
             if busy_seconds(error) is None:
                 self.failed(reason_of(error), began)
         finally:  # also if the channel is replaced meanwhile

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 from grpc import StatusCode, aio
 
 from nonn.runtime.admission import RETRY_AFTER, Admission, OverloadedError, Place
-from nonn.runtime.channel import GIVEN, MODEL_INFER
+from nonn.runtime.channel import MODEL_INFER, STATED
 from nonn.runtime.metrics import Meters
 from nonn.runtime.tls import may_call
 
@@ -29,7 +29,7 @@ MAX_CALL_S = 60.0
 def stated_seconds(context: aio.ServicerContext) -> float | None:
     """The deadline that a call states, in seconds from when it was sent, up to `MAX_CALL_S`; None without a number."""
     for name, value in context.invocation_metadata() or ():
-        if name == GIVEN:
+        if name == STATED:
             with contextlib.suppress(ValueError):
                 seconds = float(value) / 1000
                 return min(seconds, MAX_CALL_S) if seconds >= 0 else None

@@ -230,7 +230,7 @@ except UserError as error:
     sys.exit(str(error))
 except DvcException as error:
     advice = " Run `git init`." if isinstance(error, SCMError) else ""
-    sys.exit(f"DVC: {one_line(error)}.{advice}")
+    sys.exit(f"DVC: {one_line(error, limit=None)}.{advice}")
 except OSError as error:
     if told := refusal(error):
         sys.exit(str(told))
