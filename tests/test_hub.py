@@ -40,6 +40,10 @@ def test_parquet_files_of_splits_are_read(pyarrow, tmp_path):
     assert loaded.is_validation is None
     assert load_images(source, sha256=loaded.sha256).sha256 == loaded.sha256
     assert named_source(source) == str(tmp_path / "pets"), "DVC watches it"
+    (tmp_path / "pets/data").rename(tmp_path / "elsewhere")
+    (tmp_path / "pets/data").symlink_to("../elsewhere")
+    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: .*pets/data: is a link to a folder, whose"):
+        load_images(source)
 
 
 def test_columns_are_found_or_named(pyarrow, tmp_path):

@@ -346,9 +346,14 @@ def test_a_checksum_at_the_end_of_an_archive_counts(tmp_path):
         load_images(tmp_path / "pets.tar.gz")
 
 
-def test_a_link_to_a_folder_around_it_is_refused(tmp_path):
+@pytest.mark.parametrize("target", [".", "../elsewhere"])
+def test_a_link_to_a_folder_is_refused_since_dvc_does_not_watch_it(tmp_path, target):
     root = write_folder(tmp_path / "pets", ["cat", "dog"])
-    for name in ("latest", "current"):
-        (root / name).symlink_to(".")
-    with pytest.raises(UserError, match=r"pets/(latest|current): is a link to a folder around it\. Remove it"):
-        load_images(root)
+    write_folder(tmp_path / "elsewhere", ["a", "b"])
+    (root / ".trash").symlink_to(target)
+    assert load_images(root).classes == ("cat", "dog")
+    (root / "eel").symlink_to(target)
+    (tmp_path / "latest").symlink_to("pets")  # DVC follows the source itself
+    for source in (root, tmp_path / "latest"):
+        with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: .*/eel: is a link to a folder, whose"):
+            load_images(source)

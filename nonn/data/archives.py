@@ -38,8 +38,8 @@ def list_names(path: Path) -> Iterator[str]:
     Raises
     ------
     UserError
-        A folder may not be listed, or a link leads to nothing, in an archive also to a folder: all that is in there
-        would be left out.
+        A folder may not be listed, or a link leads to nothing or to a folder: all that is in there would be left out,
+        or read without being watched by DVC.
     """
     if path.is_dir():
         yield from _walk(path)
@@ -61,10 +61,8 @@ def list_names(path: Path) -> Iterator[str]:
 
 
 def _walk(path: Path, within: str = "") -> Iterator[str]:
-    """Names in a folder of `path` and below; links are followed."""
+    """Names in a folder of `path` and below."""
     folder = path / within
-    if within and folder.is_symlink() and _is_around(folder):
-        raise UserError(f"{folder}: is a link to a folder around it. Remove it.")
     try:
         entries = list(os.scandir(folder))
     except PermissionError as error:
@@ -74,8 +72,14 @@ def _walk(path: Path, within: str = "") -> Iterator[str]:
     for entry in entries:
         name = within + entry.name
         if entry.is_dir():
+            if entry.is_symlink() and not _is_clutter(f"{name}/"):
+                raise UserError(
+                    f"{printable(entry.path)}: is a link to a folder, whose images DVC does not watch. Put the folder "
+                    "itself there, or link its files one by one."
+                )
             yield f"{name}/"
-            yield from _walk(path, f"{name}/")
+            if not entry.is_symlink():
+                yield from _walk(path, f"{name}/")
         else:
             if entry.is_symlink() and not Path(entry.path).exists():
                 _refuse_link(path, name, "Mend or remove it.")
@@ -89,11 +93,6 @@ def _refuse_link(path: Path, name: str, remedy: str) -> None:
 
 def _is_clutter(name: str) -> bool:
     return name not in sort_out([name])[0]
-
-
-def _is_around(link: Path) -> bool:
-    """Whether a link leads to a folder around it, so that following it would never end."""
-    return any(folder.resolve() == link.resolve() for folder in link.parents)
 
 
 def read_contents(path: Path, wanted: Iterable[str]) -> Iterator[tuple[str, Content]]:

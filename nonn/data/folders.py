@@ -48,7 +48,7 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo
 
         return read
 
-    with _damage_explained(path):
+    with damage_explained(path):
         if not path.is_dir():
             check_sha256(str(path), sha256 := sha256_of(path), expected)
         names = list(list_names(path))
@@ -69,7 +69,7 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo
 def find_images(path: Path) -> FolderLayout:
     """What a folder or an archive holds, by the names of its files alone: no image is opened."""
     _check_kind(path)
-    with _damage_explained(path):
+    with damage_explained(path):
         names = list(list_names(path))
         return read_known_layout(names, path) or read_layout(names, path)
 
@@ -81,7 +81,7 @@ def _check_kind(path: Path) -> None:
         )
     if path.is_dir():
         return
-    with _damage_explained(path):
+    with damage_explained(path):
         regular(path)
     if path.name.lower().endswith(ZSTANDARD) and not is_archive(path):
         raise UserError(
@@ -215,7 +215,7 @@ def _check_classes(classes_of: dict[str, set[str]], splits: dict[str, str], path
 
 
 @contextlib.contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
+def damage_explained(path: Path) -> Iterator[None]:
     """Turn what the archive readers raise on damaged or protected files into a UserError."""
     damage = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
     try:

@@ -13,8 +13,9 @@ import numpy as np
 from nonn.core.errors import UserError, printable
 from nonn.core.image_source import hub_path
 from nonn.core.progress import log
+from nonn.data.archives import list_names
 from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
-from nonn.data.folders import SPLIT_NAMES
+from nonn.data.folders import SPLIT_NAMES, damage_explained
 from nonn.data.packaged import DOWNLOADS
 
 #: Names of label columns, the likeliest first, for data sets without a column of the type ClassLabel.
@@ -65,6 +66,9 @@ def _load_splits(name: str) -> dict[str, Any]:
     datasets.disable_progress_bars()
     cache = str(DOWNLOADS / "huggingface")
     path = hub_path(name)
+    if path and path.is_dir():
+        with damage_explained(path):
+            list(list_names(path))  # refuses what DVC would not watch
     try:
         if path is None:
             dataset, _, config = name.partition(":")
