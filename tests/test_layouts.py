@@ -1,10 +1,12 @@
 """Sources beside plain folders: well-known data sets as they are downloaded, and idx files."""
 
 import gzip
+import io
 import os
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,6 +346,32 @@ def test_a_checksum_at_the_end_of_an_archive_counts(tmp_path):
     (tmp_path / "pets.tar.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"pets\.tar\.gz cannot be read \(.*CRC.*Fetch or pack it again"):
         load_images(tmp_path / "pets.tar.gz")
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("damage", ["cut at a header", "cut in a header", "header"])
+def test_a_tar_is_read_to_its_end(suffix, damage, tmp_path):
+    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=3)
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        archive.add(folder, "pets")
+    with tarfile.open(fileobj=io.BytesIO(content.getvalue())) as archive:
+        last = archive.getmembers()[-1].offset
+    whole = content.getvalue()
+    end = whole.rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+
+    def load(content: bytes) -> SimpleNamespace:
+        path = tmp_path / f"pets{suffix}"
+        path.write_bytes(gzip.compress(content) if suffix == ".tar.gz" else content)
+        return load_images(path)
+
+    for complete in (whole, whole + b"padding", end + bytes(512)):
+        assert len(load(complete).labels) == 6
+    damaged = {"cut at a header": whole[:last], "cut in a header": whole[: last + 100]}
+    damaged["header"] = whole[:last] + b"?" + whole[last + 1 :]
+    with pytest.raises(UserError, match=r"cannot be read \(it is cut off or damaged\)\. Fetch or pack it again"):
+        load(damaged[damage])
 
 
 @pytest.mark.parametrize("target", [".", "../elsewhere"])

@@ -40,6 +40,8 @@ def list_names(path: Path) -> Iterator[str]:
     UserError
         A folder may not be listed, or a link leads to nothing or to a folder: all that is in there would be left out,
         or read without being watched by DVC.
+    tarfile.ReadError
+        A tar is cut off or damaged.
     """
     if path.is_dir():
         yield from _walk(path)
@@ -53,11 +55,20 @@ def list_names(path: Path) -> Iterator[str]:
     else:
         with tarfile.open(path) as archive:
             members = archive.getmembers()
+            _check_end(archive)
             files = {normpath(member.name) for member in members if not member.isdir()}
             for member in members:
                 if member.issym() and normpath(join(dirname(member.name), member.linkname)) not in files:
                     _refuse_link(path, member.name, "Pack what it leads to in its place (`tar -h`).")
                 yield member.name + "/" * member.isdir()
+
+
+def _check_end(archive: tarfile.TarFile) -> None:
+    """Refuse a tar that does not end in zeros: `tarfile` takes a header that is damaged or missing for the end."""
+    if file := archive.fileobj:
+        file.seek(archive.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it is cut off or damaged")
 
 
 def _walk(path: Path, within: str = "") -> Iterator[str]:
