@@ -136,6 +136,20 @@ def test_what_the_schema_refuses_is_not_written():
     assert (PARAMS_FILE.read_bytes(), JOBS_FILE.read_bytes()) == before
 
 
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("text", "stated"), [("experiment: p1\n", "p1"), ("numerics: fast\n", DEFAULT), ("base: p1\n", "p1")]
+)
+def test_an_experiment_that_would_replace_the_results_of_another_is_refused(text, stated):
+    EXPERIMENTS.mkdir(parents=True)
+    (EXPERIMENTS / "p1.yaml").write_text("experiment: p1\n")
+    write_params("p1")
+    (EXPERIMENTS / "copy.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"/copy\.yaml: experiment: is '{stated}', whose .* write `experiment: copy`"):
+        write_params("copy")
+    assert load_params().experiment == "p1"
+
+
 # Leftovers
 
 

@@ -78,6 +78,11 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
     Where the schema refuses what would be written, nothing is.
     """
     content = merge_experiment(name)
+    if isinstance(stated := content.get("experiment"), str) and stated != name:
+        raise UserError(
+            f"{experiment_files()[name]}: experiment: is {stated!r}, whose results this would replace; write "
+            f"`experiment: {name}`"
+        )
     for key, value in (changes or {}).items():
         set_key(content, key, value)
     text = StringIO()
