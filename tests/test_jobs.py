@@ -150,6 +150,17 @@ def test_an_experiment_that_would_replace_the_results_of_another_is_refused(text
     assert load_params().experiment == "p1"
 
 
+@pytest.mark.usefixtures("folder")
+def test_mistakes_are_those_of_the_experiment_s_file():
+    EXPERIMENTS.mkdir(parents=True)
+    (EXPERIMENTS / "odd.yaml").write_text("experiment: odd\ndistill: {epoch: 3, lr: fast}\n")
+    with pytest.raises(UserError, match=r"^workflow/experiments/odd\.yaml: distill\.lr: .*\n.*yaml: distill\.epoch:"):
+        write_params("odd")
+    with pytest.raises(UserError, match=r"^workflow/experiments/odd\.yaml, --set: distill\.lr: "):
+        write_params("odd", {"distill.epochs": 3})
+    assert not PARAMS_FILE.exists()
+
+
 # Leftovers
 
 

@@ -19,9 +19,9 @@ from nonn.core.errors import UserError
 from nonn.core.files import restored_on_error, write_text
 from nonn.core.jobs import JOBS_FILE, write_jobs
 from nonn.core.options import add_settings, complete_from
-from nonn.core.params import PARAMS_FILE, load_params
-from nonn.core.schema import did_you_mean, parse_changes, set_key
-from nonn.core.yaml_text import read_yaml
+from nonn.core.params import PARAMS_FILE, Params
+from nonn.core.schema import check_values, did_you_mean, parse_changes, set_key
+from nonn.core.yaml_text import parse_yaml, read_yaml
 from nonn.project import WORKFLOW
 
 #: Tells editors where the schema of `nonn docs` is, so that they complete keys and mark mistakes.
@@ -77,23 +77,23 @@ def write_params(name: str, changes: dict[str, Any] | None = None) -> None:
 
     Where the schema refuses what would be written, nothing is.
     """
-    content = merge_experiment(name)
+    content, path = merge_experiment(name), experiment_files()[name]
     if isinstance(stated := content.get("experiment"), str) and stated != name:
         raise UserError(
-            f"{experiment_files()[name]}: experiment: is {stated!r}, whose results this would replace; write "
-            f"`experiment: {name}`"
+            f"{path}: experiment: is {stated!r}, whose results this would replace; write `experiment: {name}`"
         )
     for key, value in (changes or {}).items():
         set_key(content, key, value)
     text = StringIO()
     yaml_with_comments().dump(content, text)
     body = "".join(dropwhile(lambda line: line.startswith("#"), text.getvalue().splitlines(keepends=True)))
-    path = EXPERIMENTS / f"{name}.yaml"
-    source = path if path.is_file() else f"the package's {path.name}"
+    where = f"{path}, --set" if changes else str(path)
+    params = check_values(parse_yaml(text.getvalue(), where), Params, where)
+    source = path if path.parent == EXPERIMENTS else f"the package's {path.name}"
     header = f"{SCHEMA_LINE}\n# The active experiment: `nonn use {name}` wrote it from {source}. Edit it as you like.\n"
     with restored_on_error(PARAMS_FILE, JOBS_FILE):
         write_text(PARAMS_FILE, header + body)
-        write_jobs(load_params())
+        write_jobs(params)
 
 
 def yaml_with_comments() -> YAML:

@@ -54,11 +54,16 @@ def load_yaml(path: Path, schema: type[Schema], remedy: str, changes: Mapping[st
         raise UserError(f"{path}: holds no keys. Restore it from version control.")
     for key, value in (changes or {}).items():
         set_key(raw, key, value)
+    return check_values(raw, schema, str(path))
+
+
+def check_values(raw: dict, schema: type[Schema], name: str) -> Schema:
+    """Check values against a schema; `name` is what a UserError, as that of `load_yaml`, calls their file."""
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
         problems = [line for e in error.errors() for line in explain(e, schema)]
-        raise UserError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+        raise UserError("\n".join(f"{name}: {problem}" for problem in problems)) from None
 
 
 def parse_changes(settings: Sequence[str]) -> dict[str, Any]:
