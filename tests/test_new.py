@@ -1,5 +1,6 @@
 """`nonn new`: an experiment for one's own images, teacher and devices that is sound, or one line for each mistake."""
 
+import contextlib
 import re
 import shutil
 import signal
@@ -105,6 +106,14 @@ def test_names_that_yaml_reads_otherwise_are_refused_before_anything_is_written(
     with pytest.raises(SystemExit, match=rf"nonn new: {name}: is a number, a date or no text at all for YAML"):
         main(["new", name])
     assert not list(folder.iterdir())
+
+
+def test_names_of_the_package_s_experiments_are_refused(folder):
+    main(["new", "p"])
+    for place in (folder, folder / "p"):
+        with contextlib.chdir(place), pytest.raises(SystemExit, match="mnist5k: comes with the package; take another"):
+            main(["new", "mnist5k"])
+        assert not list(place.rglob("mnist5k*"))
 
 
 @pytest.mark.usefixtures("folder")

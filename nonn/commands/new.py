@@ -260,6 +260,8 @@ def write_experiment(options: argparse.Namespace) -> None:
     path = EXPERIMENTS / f"{options.name}.yaml"
     if path.exists():
         raise UserError(f"{path}: is there already. Choose another name, or remove it.")
+    if options.name in experiments():
+        raise UserError(f"{options.name}: comes with the package; take another name")
     if options.weights and options.teacher in (None, "train"):
         raise UserError("--weights: belongs to a --teacher that is not trained here; give one, such as timm:resnet18")
     changes, layout, problems = parse_changes(options.set), None, []
