@@ -1,5 +1,6 @@
 """Images that the package ``datasets`` provides: of the Hugging Face Hub, or of Parquet files."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,10 @@ def test_columns_are_found_or_named(pyarrow, tmp_path):
 
 def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):
     path, source = tmp_path / "pets.parquet", f"hf:{tmp_path / 'pets.parquet'}"
-    write_parquet(pyarrow, path, ["cat", None, "dog"])
-    with pytest.raises(UserError, match=r"1 of the images have no label"):
-        load_images(source)
+    for labels in (["cat", None, "dog"], ["cat", "", "dog"], [0.0, 1.0, math.nan]):
+        write_parquet(pyarrow, path, labels)
+        with pytest.raises(UserError, match=r"1 of the images have no label"):
+            load_images(source)
     write_parquet(pyarrow, path, [0, 1, -1])
     with pytest.raises(UserError, match=r"images without a label, of number −1"):
         load_images(source)

@@ -37,7 +37,8 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
                 f"params.yaml: dataset.{key}: hf:{name} has no column {column!r}; name one of {', '.join(features)}"
             )
     raw_labels = [value for part in parts.values() for value in part.with_format(None)[label_column][:]]
-    if absent := sum(value is None for value in raw_labels):
+    # Where labels are missing, pandas makes a column of fractions, with NaN.
+    if absent := sum(value in (None, "") or value != value for value in raw_labels):
         raise UserError(
             f"{SOURCE_KEY}: hf:{name}: {absent} of the images have no label. Take them out, or name another "
             "label_column."
