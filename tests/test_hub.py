@@ -1,6 +1,7 @@
 """Images that the package ``datasets`` provides: of the Hugging Face Hub, or of Parquet files."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,17 @@ def test_columns_are_found_or_named(pyarrow, tmp_path):
     with pytest.raises(UserError, match=r"several columns of images\. Set dataset\.image_column to one of mask, image"):
         load_images(source)
     assert load_images(source, image_column="image").labels.tolist() == [1, 0, 1]
+
+
+def test_a_file_that_has_kept_its_time_and_size_is_read_anew(pyarrow, tmp_path):
+    path, sizes = tmp_path / "pets.parquet", set()
+    for labels in ([0, 1], [1, 0]):
+        write_parquet(pyarrow, path, labels)
+        os.utime(path, (1e9, 1e9))
+        sizes.add(path.stat().st_size)
+        assert load_images(f"hf:{path}").labels.tolist() == labels
+    assert len(sizes) == 1
+    assert not list(Path(".nonn/downloads").iterdir())
 
 
 def test_rows_without_a_label_or_an_image_are_refused(pyarrow, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from nonn.core.errors import UserError, printable
+from nonn.core.files import scratch_folder
 from nonn.core.image_source import hub_path
 from nonn.core.progress import log
 from nonn.data.archives import list_names
@@ -27,7 +29,14 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
 
     The splits train, validation and test are used as such; others are left out.
     """
-    parts = _load_splits(name)
+    # `datasets` takes a file that has kept its time and size for what it has in its cache.
+    with scratch_folder(DOWNLOADS) if hub_path(name) else nullcontext(DOWNLOADS / "huggingface") as cache:
+        return _load(name, _load_splits(name, cache), decoder, image_column, label_column)
+
+
+def _load(
+    name: str, parts: Mapping[str, Any], decoder: Decoder, image_column: str | None, label_column: str | None
+) -> SourceInfo:
     features = next(iter(parts.values())).features
     image_column = image_column or _find_image_column(name, features)
     label_column = label_column or _find_label_column(name, features)
@@ -55,7 +64,7 @@ def load_hub(name: str, decoder: Decoder, image_column: str | None, label_column
     )
 
 
-def _load_splits(name: str) -> dict[str, Any]:
+def _load_splits(name: str, cache: Path) -> dict[str, Any]:
     """The splits, by the names that they have here."""
     try:
         import datasets
@@ -65,7 +74,6 @@ def _load_splits(name: str) -> dict[str, Any]:
             "archive."
         ) from None
     datasets.disable_progress_bars()
-    cache = str(DOWNLOADS / "huggingface")
     path = hub_path(name)
     if path and path.is_dir():
         with damage_explained(path):
@@ -73,11 +81,11 @@ def _load_splits(name: str) -> dict[str, Any]:
     try:
         if path is None:
             dataset, _, config = name.partition(":")
-            splits = datasets.load_dataset(dataset, config or None, cache_dir=cache)
+            splits = datasets.load_dataset(dataset, config or None, cache_dir=str(cache))
         elif path.is_file():
-            splits = datasets.load_dataset("parquet", data_files=str(path), cache_dir=cache)
+            splits = datasets.load_dataset("parquet", data_files=str(path), cache_dir=str(cache))
         else:
-            splits = datasets.load_dataset(str(path), cache_dir=cache)
+            splits = datasets.load_dataset(str(path), cache_dir=str(cache))
     except Exception as error:  # of the network, the Hub, and readers of many formats
         cause: BaseException = error
         while cause.__cause__ is not None:
