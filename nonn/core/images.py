@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular
@@ -24,6 +24,16 @@ DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 #: wanted: an eighth of a photograph takes a quarter of the time, and resizing still averages what is left.
 SPARE = 2
 BITS_PER_SAMPLE = 258  # tag of TIFF
+#: What brings a picture upright, by the orientation in its EXIF; 1 is upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pillow refuses pictures of twice the size of which it warns, in an error; the warning tells a user nothing to do.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -82,7 +92,7 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     ValueError
         A pixel is negative, above `white` or no number; or the mode is none of a picture's.
     """
-    ImageOps.exif_transpose(image, in_place=True)
+    _turn(image)
     if image.mode in DEEP_MODES:
         return _scaled(image, white)
     if image.mode not in GREY_MODES | COLOUR_MODES:
@@ -91,6 +101,18 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     if image.has_transparency_data:
         image = _on_white(image)
     return image if image.mode == mode else image.convert(mode)
+
+
+def _turn(image: Image.Image) -> None:
+    """Turn an image by the orientation in its EXIF; the other tags, which may be damaged, are left as they are."""
+    image.load()
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # on damaged EXIF, Pillow raises almost anything; the pixels are sound
+        return
+    if turn is not None:
+        image.im = image.im.transpose(turn)
+        image._size = image.im.size
 
 
 def _on_white(image: Image.Image) -> Image.Image:
