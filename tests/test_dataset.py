@@ -358,6 +358,34 @@ def test_class_folders_that_are_links_are_refused(kind, tmp_path):
         load_images(str(source), SIZE)
 
 
+@pytest.mark.parametrize(
+    ("call", "number", "told"),
+    [
+        ("open", errno.EACCES, r"^results/test/dataset\.safetensors: permission denied\. Change its owner"),
+        ("pwrite", errno.ENOSPC, r"^results/test: no space left on device\. Free some space there"),
+    ],
+)
+def test_results_that_cannot_be_written_are_no_fault_of_the_source(call, number, told, tmp_path, monkeypatch):
+    folder, function = write_folder(tmp_path / "images", ["cat", "dog"]), getattr(os, call)
+
+    def refuse(where, *rest):
+        if call == "pwrite" or str(where).endswith(".safetensors"):
+            raise OSError(number, os.strerror(number), *([str(where)] if call == "open" else []))
+        return function(where, *rest)
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(UserError, match=told):
+        run(make_params(folder), PATHS)
+
+
+def test_a_link_in_a_circle_is_named_with_its_remedy(tmp_path):
+    folder = write_folder(tmp_path / "images", ["cat", "dog"])
+    (folder / "eel").symlink_to("eel")
+    told = r"^params\.yaml: dataset\.source: .*images/eel: too many levels of symbolic links\. Mend the symbolic link"
+    with pytest.raises(UserError, match=told):
+        load_images(str(folder), SIZE)
+
+
 def test_links_to_files_of_a_tar_are_followed(tmp_path):
     folder = write_folder(tmp_path / "images", ["cat", "dog"], count=2)
     (folder / "dog/1.png").unlink()

@@ -15,12 +15,12 @@ from unicodedata import normalize
 
 import numpy as np
 
-from nonn.core.errors import UserError, printable
+from nonn.core.errors import UserError, printable, refusal
 from nonn.core.files import regular, sha256_of
 from nonn.core.progress import log
 from nonn.data.archives import ARCHIVES, ZSTANDARD, Content, is_archive, list_names, read_contents
 from nonn.data.clutter import HIDDEN, sort_out
-from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, check_sha256
+from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture, check_sha256
 from nonn.data.known import FolderLayout, read_known_layout
 
 LAYOUT = "expected <class>/<image>, or train/<class>/<image> and test/<class>/<image>"
@@ -53,12 +53,17 @@ def load_files(path: Path, decoder: Decoder, expected: str | None) -> SourceInfo
             check_sha256(str(path), sha256 := sha256_of(path), expected)
         names = list(list_names(path))
         layout = read_known_layout(names, path) or read_layout(names, path)
-        index = {name: index for index, name in enumerate(layout.names)}
-        files = ((name, summed(name, content)) for name, content in read_contents(path, index))
-        decoder.decode(((index[n], printable(f"{path}: {n}"), content) for n, content in files), len(index))
-        if path.is_dir():
-            lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
-            check_sha256(str(path), sha256 := hashlib.sha256(os.fsencode(lines)).hexdigest(), expected)
+    index = {name: index for index, name in enumerate(layout.names)}
+
+    def pictures() -> Iterator[SourcePicture]:
+        with damage_explained(path):  # of reading: what the writers cannot write is no fault of the source
+            for name, content in read_contents(path, index):
+                yield index[name], printable(f"{path}: {name}"), summed(name, content)
+
+    decoder.decode(pictures(), len(index))
+    if path.is_dir():
+        lines = "".join(f"{sums[name]}  {name}\n" for name in sorted(sums))
+        check_sha256(str(path), sha256 := hashlib.sha256(os.fsencode(lines)).hexdigest(), expected)
     if layout.passed:
         foremost = sorted(layout.passed.most_common(), key=lambda pair: pair[0] != HIDDEN)[:5]
         kinds = ", ".join(f"{count} {kind}" for kind, count in foremost)
@@ -223,6 +228,8 @@ def damage_explained(path: Path) -> Iterator[None]:
     except UserError as error:
         raise error if str(error).startswith("params.yaml") else UserError(f"{SOURCE_KEY}: {error}") from None
     except (*damage, OSError, EOFError, IndexError, KeyError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and (told := refusal(error, path)):
+            raise UserError(f"{SOURCE_KEY}: {told}") from None
         raise UserError(
             f"{SOURCE_KEY}: {path} cannot be read ({printable(str(error))}). Fetch or pack it again."
         ) from error
