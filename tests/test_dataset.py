@@ -164,7 +164,28 @@ def test_train_alone_is_no_split():
         (["train/cat/1.png", "val/cat/1.png", "Valid/cat/1.png"], "Valid and val name the same split"),
         (["train/cat/1.png", "train/dog/1.png", "val/cat/1.png"], "class 'dog' is not in val"),
         (["Test/cat/1.png", "val/cat/1.png"], "has Test, val, but no train"),
-        (["cat/1.png", "dog/small/1.png"], "folder dog/small lies too deep"),
+        (["cat/1.png", "dog/1.png", "dog/small/1.png"], r"folder dog/small lies too deep: .*\. Move its images up\."),
+        (
+            [f"{split}_set/{kind}/1.png" for split in ("training", "test") for kind in ("cat", "dog")],
+            r"folder test_set/cat lies too deep: .*\. Rename test_set to test and training_set to train\.",
+        ),
+        (
+            [f"seg_{split}/seg_{split}/{kind}/1.png" for split in ("train", "test") for kind in ("cat", "dog")],
+            r"folder seg_test/seg_test lies too deep: .*\. Rename seg_test to test and seg_train to train\.",
+        ),
+        (
+            ["train/cat/1.png", "train/dog/1.png", "Test-Images/cat/1.png"],
+            r"beside train\. Rename Test-Images to test\.",
+        ),
+        (["train/cat/1.png", "test/cat/1.png", "test-2/cat/1.png"], r"beside test and train\. Move its images or"),
+        (
+            [f"{split}/images/{kind}/1.png" for split in ("train", "test") for kind in ("cat", "dog")],
+            r"folder test/images/cat lies too deep: .*\. Move it up if it is a class, else its images\.",
+        ),
+        (
+            [f"{kind}/{split}/1.png" for split in ("train", "test") for kind in ("cat", "dog")],
+            r"folder cat/test lies too deep: .*\. Splits have to stand above classes\.",
+        ),
         (["cat/1.png", "dog/1.png", "./cat/1.png"], "holds ./cat/1.png twice"),
     ],
 )

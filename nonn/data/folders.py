@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import lzma
 import os
+import re
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from unicodedata import normalize
@@ -114,9 +116,13 @@ def read_layout(names: Iterable[str], path: Path) -> FolderLayout:
 
     level = n_around + 1 + bool(splits)  # depth of a class folder
     if deeper := sorted(folder for folder in folders if len(folder) > level):
-        raise UserError(
-            f"{SOURCE_KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. Move its images up."
-        )
+        remedy = _renamings({folder[n_around] for folder in deeper})
+        if not remedy and _split_like(deeper[0][-1]):
+            remedy = "Splits have to stand above classes."
+        elif not remedy:  # moved up, the images of several folders would mix, and each may be a class
+            is_alone = sum(folder[:-1] == deeper[0][:-1] for folder in deeper) == 1
+            remedy = "Move its images up." if is_alone else "Move it up if it is a class, else its images."
+        raise UserError(f"{SOURCE_KEY}: {path}: folder {'/'.join(deeper[0])} lies too deep: {LAYOUT}. {remedy}")
     class_folders = {folder for folder in folders if len(folder) == level}
     images = [parts for parts in files if len(parts) == level + 1]
     if empty := sorted(class_folders - {parts[:level] for parts in images}):
@@ -189,15 +195,28 @@ def _find_splits(folders: set[PathParts], path: Path) -> tuple[int, dict[str, st
             )
         return n_around, {}
     if others := sorted(tops - set(splits)):
+        remedy = _renamings(tops) or "Move its images or remove it."
         raise UserError(
-            f"{SOURCE_KEY}: {path}: has {', '.join(others)} beside {' and '.join(sorted(splits))}; move its images or "
-            "remove it."
+            f"{SOURCE_KEY}: {path}: has {', '.join(others)} beside {' and '.join(sorted(splits))}. {remedy}"
         )
     if twice := sorted(name for name, kind in splits.items() if kinds.count(kind) > 1):
         raise UserError(
             f"{SOURCE_KEY}: {path}: {' and '.join(twice)} name the same split; move one's images to the other."
         )
     return n_around, splits
+
+
+def _split_like(name: str) -> str | None:
+    """The split that a folder may be meant as, by a word in its name, such as ``training_set``."""
+    return next((SPLIT_NAMES[word] for word in re.split(r"[-_. ]", name.lower()) if word in SPLIT_NAMES), None)
+
+
+def _renamings(tops: Iterable[str]) -> str:
+    """What to rename folders to that may be meant as splits; empty if none is a train, or two may mean the same."""
+    kinds = {name: kind for name in sorted(tops) if (kind := _split_like(name))}
+    counts = Counter(kinds.values())
+    wrong = [f"{name} to {kind}" for name, kind in kinds.items() if name.lower() not in SPLIT_NAMES]
+    return f"Rename {' and '.join(wrong)}." if wrong and set(counts.values()) == {1} and "train" in counts else ""
 
 
 def _check_classes(classes_of: dict[str, set[str]], splits: dict[str, str], path: Path) -> None:
