@@ -120,6 +120,21 @@ def test_a_broken_picture_of_a_parquet_file_is_named(pyarrow, tmp_path):
         load_images(f"hf:{tmp_path / 'pets.parquet'}")
 
 
+def test_files_that_rows_name_are_listed_or_skipped_if_they_cannot_be_read(pyarrow, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    save(tmp_path / "there.png", 7)
+    images = [{"bytes": None, "path": str(tmp_path / f"{name}.png")} for name in ("there", "gone", "pipe")]
+    write_parquet(pyarrow, tmp_path / "pets.parquet", [0, 1], image=images, label=[0, 1, 0, 0, 1])
+    with pytest.raises(UserError) as refusal:
+        load_images(f"hf:{tmp_path / 'pets.parquet'}")
+    first, gone, pipe = str(refusal.value).splitlines()
+    assert first.startswith("params.yaml: dataset.source: 2 pictures cannot be read.")
+    assert "image 1 of train: " in gone
+    assert "gone.png: no such file" in gone
+    assert "pipe.png: is a named pipe" in pipe
+    assert seeds_of(load_images(f"hf:{tmp_path / 'pets.parquet'}", broken="skip")) == [7, 0, 1]
+
+
 @pytest.mark.usefixtures("pyarrow")
 def test_folders_of_images_are_read_through_datasets_too(tmp_path):
     write_folder(tmp_path / "pets", ["train/cat", "train/dog", "validation/cat", "validation/dog"], count=2)

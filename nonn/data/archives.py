@@ -162,15 +162,17 @@ def _member(archive: zipfile.ZipFile, name: str) -> Content:
     try:
         return _too_large(archive.getinfo(name).file_size) or archive.read(name)
     except (zipfile.BadZipFile, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        return _failing(error)
+        return failing(error)
 
 
 def _too_large(size: int) -> Callable[[], bytes] | None:
     """A content whose reading fails, for a file that is too large for a picture; None for any other."""
-    return _failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > MAX_FILE_BYTES else None
+    return failing(ValueError(f"{size / 2**30:.1f} GiB, too large for a picture")) if size > MAX_FILE_BYTES else None
 
 
-def _failing(error: Exception) -> Callable[[], bytes]:
+def failing(error: Exception) -> Callable[[], bytes]:
+    """The content of a picture that cannot be read: the decoder lists it as broken."""
+
     def fail() -> bytes:
         raise error
 

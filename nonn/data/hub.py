@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from nonn.core.errors import UserError, printable
-from nonn.core.files import scratch_folder
+from nonn.core.files import named, regular, scratch_folder
 from nonn.core.image_source import hub_path
 from nonn.core.progress import log
-from nonn.data.archives import list_names
+from nonn.data.archives import failing, list_names
 from nonn.data.decoding import SOURCE_KEY, Decoder, SourceInfo, SourcePicture
 from nonn.data.folders import SPLIT_NAMES, damage_explained
 from nonn.data.packaged import DOWNLOADS
@@ -165,20 +165,29 @@ def _pictures(
         if isinstance(part.features[column], datasets.Image):
             part = part.cast_column(column, datasets.Image(decode=False))  # threads decode
         for number, row in enumerate(part):
-            content = _content_of(row[column])
+            problem: Exception | None = None
+            try:
+                content = _content_of(row[column])
+            except (OSError, UserError) as error:
+                content, problem = b"", error
             if content is None:
                 raise _other_kind(name, "image_column", column, row[column], "files of pictures")
             digest.update(f"{labels[index]} {len(content)} ".encode())
             digest.update(content)
-            yield index, f"hf:{name}: image {number} of {split}", content
+            yield index, f"hf:{name}: image {number} of {split}", failing(problem) if problem else content
             index += 1
 
 
 def _content_of(value: Any) -> bytes | None:
-    """The bytes of a picture: empty, and so broken, for a row without one, and None for anything else."""
+    """The bytes of a picture: empty, and so broken, for a row without one, and None for anything else.
+
+    A file that a row names but that cannot be read is an OSError or a UserError.
+    """
     if isinstance(value, Mapping) and "bytes" in value:
-        path = value.get("path")
-        value = value["bytes"] or (Path(path).read_bytes() if path else b"")
+        value, path = value["bytes"], value.get("path")
+        if path and not value:
+            with named(Path(path)):
+                value = regular(Path(path)).read_bytes()
     return value or b"" if value is None or isinstance(value, bytes) else None
 
 
