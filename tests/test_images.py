@@ -3,8 +3,10 @@
 import io
 import re
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -164,20 +166,53 @@ def test_white_scales_nothing_of_8_bits(tmp_path):
     np.testing.assert_array_equal(load_images(root, white=4095.0).images, load_images(root).images)
 
 
-def test_16_bits_of_colour_keep_the_upper_8(tmp_path):
-    """Pillow reads no more of them; a PNG by hand, since Pillow writes none either."""
-    import struct
-    import zlib
+def write_png_of_16_bits(path: Path, kind: int, pixels: np.ndarray) -> None:
+    """Write a PNG of colour type `kind` by hand, since Pillow writes none of 16 bits but in grey."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    pixels = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 3), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    header = struct.pack(">IIBBBBB", SIZE, SIZE, 16, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", SIZE, SIZE, 16, kind, 0, 0, 0)
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
-    np.testing.assert_array_equal(read_image(tmp_path / "a.png", 3, SIZE), (pixels >> 8).transpose(2, 0, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+def test_16_bits_of_colour_keep_the_upper_8(tmp_path):
+    """Pillow reads no more of them."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 3), dtype=np.uint16)
+    write_png_of_16_bits(tmp_path / "a.png", 2, pixels)
+    for white in (None, 65535.0):
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png", 3, SIZE, white), (pixels >> 8).transpose(2, 0, 1))
+    with pytest.raises(UserError, match=r"16 bits a channel, which dataset\.white does not scale; save it with 8"):
+        read_image(tmp_path / "a.png", 3, SIZE, 4095.0)
+
+
+def test_12_bits_of_colour_in_16_are_refused(tmp_path):
+    for seed, name in enumerate(["cat/0.png", "cat/1.png", "cat/2.png", "dog/0.png", "dog/1.png", "dog/2.png"]):
+        pixels = np.random.default_rng(seed).integers(0, 4096, (SIZE, SIZE, 4), dtype=np.uint16)
+        pixels[..., 3] = 65535
+        write_png_of_16_bits(tmp_path / "scans" / name, 6, pixels)
+    with pytest.raises(UserError, match=r"6 pictures of more than 8 bits .*nearly black"):
+        load_images(tmp_path / "scans")
+    assert load_images(tmp_path / "scans", white=65535.0).images.max() == 15
+
+
+def test_grey_of_16_bits_with_transparency_is_refused(tmp_path):
+    """Pillow would read it as colour."""
+    write_png_of_16_bits(tmp_path / "a.png", 4, np.zeros((SIZE, SIZE, 2), np.uint16))
+    with pytest.raises(UserError, match=r"grey of 16 bits with transparency; save it without"):
+        read_image(tmp_path / "a.png", 1, SIZE)
+
+
+def test_16_bits_with_white_at_zero_are_turned_round(tmp_path):
+    levels = np.linspace(0, 65535, SIZE * SIZE).round().astype(np.uint16).reshape(SIZE, SIZE)
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    content = (tmp_path / "a.tif").read_bytes()
+    one, zero = (struct.pack("<HHII", 262, 3, 1, value) for value in (1, 0))
+    (tmp_path / "a.tif").write_bytes(content.replace(one, zero))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif", 1, SIZE)[0], np.rint((65535 - levels) / 257))
 
 
 # Files beside pictures

@@ -23,7 +23,9 @@ DEEP_MODES = {"I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
 #: A JPEG is decoded at a half, a quarter or an eighth of its size where that leaves this many pixels for each that is
 #: wanted: an eighth of a photograph takes a quarter of the time, and resizing still averages what is left.
 SPARE = 2
-BITS_PER_SAMPLE = 258  # tag of TIFF
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # two tags of TIFF, and a value of the second
+#: The white of colours with 16 bits a channel: Pillow keeps their upper 8, so they cannot be scaled by another.
+COLOUR_WHITE = 65535
 #: What brings a picture upright, by the orientation in its EXIF; 1 is upright.
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,21 +88,38 @@ def upright(image: Image.Image, white: float | None = None) -> Image.Image:
     states: 2^b − 1 with its b bits a pixel, 65535 for whole numbers of no stated depth, and 1 for fractions. The range
     of the picture itself does not count: the same value is the same grey level in all pictures, at training and on
     devices. Of colours with 16 bits a channel, Pillow keeps the upper 8. Transparent parts show a white ground.
+    `info["levels"]` has the largest grey level if the pixels have more than 8 bits, else None.
 
     Raises
     ------
     ValueError
-        A pixel is negative, above `white` or no number; or the mode is none of a picture's.
+        A pixel is negative, above `white` or no number; or the mode is none of a picture's; or it has 16 bits a
+        channel, and is grey with transparency, or in colour and `white` is another than theirs.
     """
+    stored = _stored_mode(image)
+    if stored.startswith("LA;16"):
+        raise ValueError("grey of 16 bits with transparency; save it without")
     _turn(image)
     if image.mode in DEEP_MODES:
         return _scaled(image, white)
     if image.mode not in GREY_MODES | COLOUR_MODES:
         raise ValueError(f"pixels of mode {image.mode}; save it in grey or RGB")
     mode = "L" if image.mode in GREY_MODES else "RGB"
+    is_deep = stored.startswith(("RGB", "CMYK")) and ";16" in stored  # BGR;16 has 16 bits a pixel
+    if is_deep and white not in (None, COLOUR_WHITE):
+        raise ValueError("colours of 16 bits a channel, which dataset.white does not scale; save it with 8")
     if image.has_transparency_data:
         image = _on_white(image)
-    return image if image.mode == mode else image.convert(mode)
+    image = image if image.mode == mode else image.convert(mode)
+    image.info["levels"] = float(np.asarray(image).max()) if is_deep else None
+    return image
+
+
+def _stored_mode(image: Image.Image) -> str:
+    """What Pillow calls the mode of the file, such as ``RGB;16B``, of an image that it has not decoded yet."""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0].args if tiles else ""
+    return args if isinstance(args, str) else str(args[0]) if args else ""
 
 
 def _turn(image: Image.Image) -> None:
@@ -149,6 +168,8 @@ def _scaled(image: Image.Image, white: float | None) -> Image.Image:
         raise ValueError(f"a pixel of {low:g}, below black; add the same number to all pictures")
     if high > white:
         raise ValueError(f"a pixel of {high:g}, above the white of {white:g}; set dataset.white to the largest of all")
+    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        pixels = white - pixels
     scaled = Image.fromarray(pixels.astype(np.float32) * np.float32(255 / white))
     scaled.info["levels"] = 255 * high / white
     return scaled

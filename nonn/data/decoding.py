@@ -104,8 +104,7 @@ class Decoder:
                 continue
             for writer, pixels in zip(self.writers, squares, strict=True):
                 writer.write(index, pixels)
-            levels = image.info["levels"] if image.mode == "F" else None
-            outcomes.append((index, name, len(squares[0]), levels, None))
+            outcomes.append((index, name, len(squares[0]), image.info["levels"], None))
         return outcomes
 
     def _open(self, content: Image.Image | bytes | Callable[[], bytes]) -> Image.Image:
