@@ -90,6 +90,7 @@ def test_settings_stand_in_for_values_of_the_file(experiment, capsys):
     assert "experiment other" in capsys.readouterr().out
     assert stop("check", "--set", "graph.top=3").startswith("nonn check: params.yaml: graph.top: unknown key")
     call("share", "a.safetensors")
+    assert "a.safetensors: is there already. Remove it, or name another file." in stop("share", "a.safetensors")
     assert str(experiment.root).replace("tiny", "other") in stop("share", "b.safetensors", "--set", "experiment=other")
 
 

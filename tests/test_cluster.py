@@ -122,6 +122,9 @@ def test_the_command_writes_what_up_can_start(network_folder, params, capsys):
     assert (cluster.tls.folder, cluster.export) == (Path("certs"), experiment.export("2s"))
     cli.main([*lines[1].removeprefix("next: nonn ").split()])
     assert cluster.own_identity.for_client()
+    with pytest.raises(SystemExit, match=r"cluster\.yaml: is there already\. Remove it, or name another .* --output"):
+        cli.main(["cluster", "2s", "--port", "7300"])
+    assert load_cluster() == cluster, "its addresses may have been put in by hand"
     with pytest.raises(SystemExit, match="--port: 0 leaves the nodes without addresses"):
         cli.main(["cluster", "2s", "--port", "0"])
     with pytest.raises(SystemExit, match="no '9s'; choose one of 2s"):

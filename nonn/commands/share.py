@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from nonn.core.errors import UserError
@@ -30,6 +31,8 @@ def run(options: argparse.Namespace) -> None:
     trained = Paths(params.experiment).teacher
     if target.resolve() == trained.resolve():
         raise UserError(f"{target}: is the teacher itself, of full precision. Name another file.")
+    if os.path.lexists(target):
+        raise UserError(f"{target}: is there already. Remove it, or name another file.")
     weights = read_tensors(trained)
     write_tensors(target, {name: t.half() if t.is_floating_point() else t for name, t in weights.items()})
     architecture = params.teacher.own_architecture.model_dump(exclude_defaults=True)

@@ -222,6 +222,8 @@ def run(options: argparse.Namespace) -> None:
     refuse_unknown_networks(params, [options.network])
     if not options.port:
         raise UserError("--port: 0 leaves the nodes without addresses to write down; give 1024 to 60000")
+    if os.path.lexists(options.output):
+        raise UserError(f"{options.output}: is there already. Remove it, or name another file with --output.")
     export = Paths(params.experiment).export(options.network)
     certificates = None if options.insecure else options.certs
     cluster = local_cluster(export, certificates, options.port, options.deadline_ms)
