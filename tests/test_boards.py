@@ -94,7 +94,14 @@ def test_a_project_adds_boards_and_replaces_figures(own):
         ('boards: {"x\\e[1m": {ram_kib: 3}}', r"boards: 'x\\x1b\[1m' is no name of a board"),
         ("boards: {x: {ram_kib: 3}}\nsources: [a]", r"sources: is no mapping of short names to texts"),
         ("boards: {x: {ram_kib: 3}}\nsources: {a: 3}", r"sources: is no mapping of short names to texts"),
-        ("boards: {x: {ram_kib: {value: 3, kind: guessed, source: y}}}", r"kind: input should be 'measured', 'cited'"),
+        (
+            "boards: {x: {ram_kib: {value: 3, kind: guessed, source: y}}}",
+            r"x\.ram_kib: kind: input should be 'measured', ",
+        ),
+        (
+            "boards: {x: {ram_kib: {value: 3, kind: cited}}}",
+            r"^devices\.yaml: boards\.x\.ram_kib: source: missing; add it$",
+        ),
     ],
 )
 def test_mistakes_in_a_project_s_catalogue_are_named(own, text, said):

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from ruamel.yaml import YAML
 
-from nonn.core.errors import UserError
+from nonn.core.errors import UserError, printable
 from nonn.core.links import check_link
-from nonn.core.schema import VALUES, NotTiny, Section, did_you_mean, explain
+from nonn.core.schema import VALUES, NotTiny, Section, check_values, did_you_mean
 from nonn.core.yaml_text import read_yaml
 
 #: What a project adds to the catalogue, beside its ``params.yaml``.
@@ -185,13 +185,14 @@ def all_boards() -> dict[str, Board]:
 
 def make_board(name: str, entry: Mapping[str, Any], sources: Mapping[str, str], where: str = "") -> Board:
     """A board from its entry in a catalogue, where a figure is a number, or a mapping with its source."""
-    try:
-        figures = {key: Figure.model_validate(value) for key, value in entry.items() if isinstance(value, dict)}
-        values = {key: figures[key].value if key in figures else value for key, value in entry.items()}
-        facts = Facts.model_validate(values)
-    except ValidationError as error:
-        problems = [line for e in error.errors() for line in explain(e, Facts)]
-        raise UserError("\n".join(f"{where}boards.{name}: {problem}" for problem in problems)) from None
+    where = f"{where}boards.{name}"
+    figures = {
+        key: check_values(value, Figure, f"{where}.{printable(str(key))}")
+        for key, value in entry.items()
+        if isinstance(value, dict)
+    }
+    values = {key: figures[key].value if key in figures else value for key, value in entry.items()}
+    facts = check_values(values, Facts, where)
     sourced = {
         key: figure.model_copy(update={"source": sources.get(figure.source, figure.source)})
         for key, figure in figures.items()
