@@ -73,6 +73,10 @@ PROBLEMS = {
     "both": ({"tls": {"folder": "certs"}}, "tls: give `tls`, or `insecure: true`"),
     "plain text abroad": ({"nodes": [node(address="10.0.0.7:7100")]}, "nodes: a: 10.0.0.7:7100 is not on this machine"),
     "no port": ({"nodes": [node(address="127.0.0.1")]}, "nodes.0.address: '127.0.0.1' is not host:port"),
+    "port 0": (
+        {"nodes": [node(address="127.0.0.1:00")]},
+        "nodes: a: 127.0.0.1:00 names no port; give that of the node",
+    ),
     "name twice": ({"nodes": [node(), node(address="127.0.0.1:7101", model="1")]}, "nodes: a: name given twice"),
     "reserved name": ({"nodes": [node(name="localhost")]}, "nodes.0.name: 'localhost' is reserved in certificates"),
     "address twice": ({"nodes": [node(), node(name="b", model="1")]}, "nodes: 127.0.0.1:7100: address given twice"),

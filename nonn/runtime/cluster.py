@@ -137,6 +137,8 @@ class Cluster(Section):
 def load_cluster(path: Path = CLUSTER_FILE) -> Cluster:
     """Read a cluster file, or raise a `UserError`; its paths come back relative to the working directory."""
     cluster = load_yaml(path, Cluster, "Write one with `nonn cluster NETWORK`.")
+    if portless := next((node for node in cluster.nodes if not split_address(node.address)[1]), None):
+        raise UserError(f"{path}: nodes: {portless.name}: {portless.address} names no port; give that of the node")
     changes: dict = {"export": path.parent / cluster.export}
     if cluster.tls:
         changes["tls"] = cluster.tls.model_copy(update={"folder": path.parent / cluster.tls.folder})
