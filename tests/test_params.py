@@ -89,6 +89,7 @@ WRONG = [
     ({"teacher.epochs": 1.5}, "teacher.epochs: input should be a valid integer"),
     ({"networks.2s": ["stm32f4"]}, "networks.2s: input should be a valid dictionary or instance of NetworkParams"),
     ({"networks.2s.devices": "stm32f4"}, "networks.2s.devices: input should be a valid list (it is 'stm32f4')"),
+    ({"dataset.source": "photos\n2"}, "dataset.source: has a line break; write it on one line"),
     ({"signals": None}, "signals: input should be a valid dictionary"),
     ({"experiment": "my/experiment"}, "experiment: string should match pattern"),
     ({"experiment": 5}, "experiment: input should be a valid string (it is 5); put it in quotes"),

@@ -21,6 +21,8 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def _is_known(source: str) -> str:
+    if len(f"{source}.".splitlines()) > 1:
+        raise ValueError("has a line break; write it on one line")
     kind, _, name = source.partition(":")
     if kind == "torchvision" and name not in TORCHVISION:
         hint = did_you_mean(name, TORCHVISION)
