@@ -124,6 +124,8 @@ def test_outputs_that_differ_are_refused():
     for wrong in ([[1.006, -50.0]], [[float("nan"), -50.0]]):
         with pytest.raises(UserError, match=r"0\.onnx: outputs differ from the trained model"):
             check_same(Path("0.onnx"), np.array(wrong, np.float32), original)
+    with pytest.raises(UserError, match=r"have the shape \(2,\), and those of the trained model \(1, 2\)"):
+        check_same(Path("0.onnx"), np.array([1.0, -50.0], np.float32), original)
 
 
 def test_joined_layer_has_the_sum_of_the_biases(network):

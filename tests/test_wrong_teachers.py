@@ -49,6 +49,10 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
             "with more than tensors": f"{CODE}\n\nclass make(Small):\n    def get_extra_state(self):\n        return 1",
             "drops out": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
             "        return super().forward(nn.functional.dropout(x))\n",
+            "squeezes": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        return self.fc(nn.functional.adaptive_avg_pool2d(self.more(self.conv(x)), 1).squeeze())\n",
+            "fails on one image": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        return super().forward(x).squeeze().flatten(1)\n",
             "fixed size": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))",
         }[name.removeprefix("code ")]
         Path("nets/wrong.py").write_text(body)
@@ -58,6 +62,9 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
         return section("onnx:a.onnx")
     if name == "ONNX in training mode":
         write_onnx(Path("a.onnx"), model, training=True)
+        return section("onnx:a.onnx")
+    if name == "ONNX that squeezes":
+        write_onnx(Path("a.onnx"), model, tail=[helper.make_node("Squeeze", ["y"], ["z"])])
         return section("onnx:a.onnx")
     if name == "program in training mode":
         write_program(Path("a.pt2"), model.train())
@@ -211,7 +218,7 @@ BAD = {
     "program with calculated weights": r"calculates the weights of its last linear layer for each image",
     "code exits": r"fails \(SystemExit: 0\)",
     "code reads its own options": r"fails \(SystemExit: 2\)",
-    "code exits on images": r"fails on images .*\(SystemExit: 2\)",
+    "code exits on images": r"fails on 16 images .*\(SystemExit: 2\)",
     "code without sizes": r"1\.weight has no size before the first image\. Give its layer a size",
     "code without values": r"the tensor conv\.weight has no values",
     "code with more than tensors": r"the entry _extra_state is no tensor \(int\)",
@@ -234,7 +241,10 @@ BAD = {
     "dynamically quantised ONNX": r"is quantised by what each batch holds, .* Export it in float32",
     "quantised ONNX": r"is quantised, and its last linear layer has to be one of floating point\. Export it in float32",
     "ONNX with channels last": r"takes images \(B, H, W, C\), with the channels last",
-    "code fixed size": r"fails on images of 3 channels and 32 x 32 pixels",
+    "code fixed size": r"fails on 16 images of 3 channels and 32 x 32 pixels .* Set teacher\.size to what it was",
+    "code squeezes": r"answers 1 image with shape \(3,\), not with logits \(1, 3\)\. .*`\.flatten\(1\)` instead of",
+    "code fails on one image": r"fails on 1 image of .*\(IndexError: .*`\.flatten\(1\)` instead of `\.squeeze\(\)`",
+    "ONNX that squeezes": r"answers 1 image with shape \(3,\), not with logits \(1, 3\)\. .*`\.flatten\(1\)` instead",
 }
 
 

@@ -58,6 +58,11 @@ def as_linear(blocks: Blocks) -> nn.Linear:
 def check_same(path: Path, exported: np.ndarray, original: Tensor, tolerance: float = TOLERANCE) -> None:
     """Refuse an exported file whose outputs differ from the model's."""
     trained = original.numpy()
+    if exported.shape != trained.shape:
+        raise UserError(
+            f"{path.name}: outputs have the shape {exported.shape}, and those of the trained model {trained.shape}. "
+            "This is a fault of the exporter: try the versions in requirements.lock."
+        )
     difference = np.abs(exported - trained).max() / max(np.abs(trained).max(), 1e-9)
     if not difference <= tolerance:
         raise UserError(

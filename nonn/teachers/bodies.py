@@ -24,6 +24,8 @@ from nonn.teachers.weight_files import other_classes
 #: Largest difference of the logits from those of the features through the classifier, relative to the largest logit,
 #: for weights in float32 and in 16 bits.
 TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2
+#: What to do about a network that drops the batch axis of a single image.
+KEEP_BATCH = "Keep the batch axis for one image too: use `.flatten(1)` instead of `.squeeze()`."
 
 
 class Body(Protocol):
@@ -114,10 +116,12 @@ def run_network(network: Any, pixels: Tensor, source: str) -> Any:
     try:
         return network(pixels)
     except (Exception, SystemExit) as error:  # a foreign network may raise anything, and end the program
-        _, channels, height, width = pixels.shape
+        n_images, channels, height, width = pixels.shape
+        what = f"{n_images} image{'s' * (n_images > 1)} of {channels} channels and {height} x {width} pixels"
+        remedy = KEEP_BATCH if n_images == 1 else "Set teacher.size to what it was trained with."
         raise UserError(
-            f"params.yaml: teacher.source: {source} fails on images of {channels} channels and {height} x {width} "
-            f"pixels ({type(error).__name__}: {one_line(error)}). Set teacher.size to what it was trained with."
+            f"params.yaml: teacher.source: {source} fails on {what} ({type(error).__name__}: {one_line(error)}). "
+            f"{remedy}"
         ) from None
 
 
@@ -129,9 +133,10 @@ def check_logits(logits: Any, n_images: int, n_outputs: int, source: str) -> Non
             "as one tensor. Wrap it in a module whose forward returns them."
         )
     if logits.dim() != 2 or len(logits) != n_images:
+        remedy = KEEP_BATCH if logits.numel() == n_images * n_outputs else "Name a classifier of images."
         raise UserError(
-            f"params.yaml: teacher.source: {source} answers {n_images} images with shape {tuple(logits.shape)}, not "
-            f"with logits ({n_images}, {n_outputs}). Name a classifier of images."
+            f"params.yaml: teacher.source: {source} answers {n_images} image{'s' * (n_images > 1)} with shape "
+            f"{tuple(logits.shape)}, not with logits ({n_images}, {n_outputs}). {remedy}"
         )
     if logits.shape[1] != n_outputs:
         raise other_classes(f"params.yaml: teacher.source: {source}", logits.shape[1], n_outputs)

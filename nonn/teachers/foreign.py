@@ -184,11 +184,12 @@ def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
     Raises
     ------
     UserError
-        They do not, to the tolerance of the body; the network answers with something else than features and logits; or
-        its answer for an image is random, or depends on the others of its batch.
+        They do not, to the tolerance of the body; the network answers with something else than features and logits,
+        also for one image alone; or its answer for an image is random, or depends on the others of its batch.
     """
     features, logits = run_network(body, pixels, source)
     check_logits(logits, len(pixels), n_outputs, source)
+    check_logits(run_network(body, pixels[:1], source)[1], 1, n_outputs, source)
     if features.dim() != 2 or features.shape != (len(pixels), body.n_features):
         raise UserError(
             f"params.yaml: teacher.source: {source}: the classifier is given values of shape "
