@@ -53,6 +53,12 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
             "        return self.fc(nn.functional.adaptive_avg_pool2d(self.more(self.conv(x)), 1).squeeze())\n",
             "fails on one image": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
             "        return super().forward(x).squeeze().flatten(1)\n",
+            "mixed precision": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        with torch.autocast('cpu', torch.bfloat16):\n            return super().forward(x)\n",
+            "whole numbers": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        return super().forward(x).long()\n",
+            "complex": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
+            "        return super().forward(x) * 1j\n",
             "fixed size": "from torch import nn\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(12, 3))",
         }[name.removeprefix("code ")]
         Path("nets/wrong.py").write_text(body)
@@ -241,6 +247,9 @@ BAD = {
     "dynamically quantised ONNX": r"is quantised by what each batch holds, .* Export it in float32",
     "quantised ONNX": r"is quantised, and its last linear layer has to be one of floating point\. Export it in float32",
     "ONNX with channels last": r"takes images \(B, H, W, C\), with the channels last",
+    "code mixed precision": r"differ by [\d.e-]+: it computes in 16 bits\. Let it compute in float32, without torch",
+    "code whole numbers": r"answers with int64, not with logits of floating point",
+    "code complex": r"answers with complex64, not with logits of floating point",
     "code fixed size": r"fails on 16 images of 3 channels and 32 x 32 pixels .* Set teacher\.size to what it was",
     "code squeezes": r"answers 1 image with shape \(3,\), not with logits \(1, 3\)\. .*`\.flatten\(1\)` instead of",
     "code fails on one image": r"fails on 1 image of .*\(IndexError: .*`\.flatten\(1\)` instead of `\.squeeze\(\)`",

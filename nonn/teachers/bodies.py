@@ -63,7 +63,7 @@ class ModuleBody(nn.Module):
             logits = self.network(pixels)
         finally:
             hook.remove()
-        return features[-1], logits
+        return features[-1].float(), logits.float()  # a network may compute in 16 bits, as within torch.autocast
 
     def classify(self, features: Tensor) -> Tensor:
         return self.head(features)
@@ -131,6 +131,11 @@ def check_logits(logits: Any, n_images: int, n_outputs: int, source: str) -> Non
         raise UserError(
             f"params.yaml: teacher.source: {source} answers with a {type(logits).__name__}, not with the logits (B, C) "
             "as one tensor. Wrap it in a module whose forward returns them."
+        )
+    if not logits.is_floating_point():
+        raise UserError(
+            f"params.yaml: teacher.source: {source} answers with {str(logits.dtype).removeprefix('torch.')}, not with "
+            "logits of floating point. Wrap it in a module whose forward returns them."
         )
     if logits.dim() != 2 or len(logits) != n_images:
         remedy = KEEP_BATCH if logits.numel() == n_images * n_outputs else "Name a classifier of images."

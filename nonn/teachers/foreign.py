@@ -215,10 +215,12 @@ def examine(body: Body, pixels: Tensor, n_outputs: int, source: str) -> None:
         sums = logits.sum(1)
         softmax = bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-3).all())
         reason = "a softmax follows it" if softmax else "something follows it, or it is not the last layer"
+        remedy = "Let it return the logits themselves, or name the last layer in teacher.classifier."
+        if any(torch.equal(logits, logits.to(kind).float()) for kind in (torch.bfloat16, torch.float16)):
+            reason, remedy = "it computes in 16 bits", "Let it compute in float32, without torch.autocast."
         raise UserError(
             f"params.yaml: teacher.source: {source}: the features through its last linear layer should give its "
-            f"logits to {body.tolerance:g}, and differ by {difference:.2g}: {reason}. Let it return the logits "
-            "themselves, or name the last layer in teacher.classifier."
+            f"logits to {body.tolerance:g}, and differ by {difference:.2g}: {reason}. {remedy}"
         )
 
 
