@@ -8,12 +8,13 @@ import onnx
 import pytest
 import torch
 from experiments import tiny_params
-from foreign import CODE, save, section, write_onnx, write_program
+from foreign import CODE, save, section, taught, write_onnx, write_program
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 from torch import nn
 
 from nonn.core.errors import UserError
+from nonn.core.files import sha256_of
 from nonn.core.jobs import check_named_files, list_jobs
 from nonn.core.params import Params, TeacherParams
 from nonn.teachers.teacher import import_teacher
@@ -97,13 +98,14 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
             sides[1].dim_param, sides[2].dim_param, sides[3].dim_value = "h", "w", 3
         onnx.save(changed, "a.onnx")
         return section("onnx:a.onnx")
-    if name in ("ONNX cut off", "ONNX with its weights elsewhere"):
+    if name in ("ONNX cut off", "ONNX without its weights", "ONNX with its weights elsewhere"):
         write_onnx(Path("a.onnx"), model)
         if name == "ONNX cut off":
             Path("a.onnx").write_bytes(Path("a.onnx").read_bytes()[:500])
         else:
-            onnx.save(onnx.load("a.onnx"), "b.onnx", save_as_external_data=True, location="b.data", size_threshold=0)
-            Path("b.data").unlink()
+            location = "b.onnx.data" if name == "ONNX without its weights" else "b.onnx_data"
+            onnx.save(onnx.load("a.onnx"), "b.onnx", save_as_external_data=True, location=location, size_threshold=0)
+            Path(location).unlink()
         return section("onnx:a.onnx" if name == "ONNX cut off" else "onnx:b.onnx")
     if name == "zip without its directory":
         save(weights)
@@ -206,7 +208,8 @@ BAD = {
     "program as weights": r"is an exported program; set teacher\.source to export:w\.pt",
     "ONNX with softmax": r"differ by [\d.]+: a softmax follows it",
     "ONNX cut off": r"a\.onnx is not an ONNX file",
-    "ONNX with its weights elsewhere": r"b\.onnx has its weights in a file that is not there or damaged",
+    "ONNX with its weights elsewhere": r"b\.onnx keeps its weights in b\.onnx_data, .* location='b\.onnx\.data'",
+    "ONNX without its weights": r"b\.onnx has its weights in a file that is not there or damaged",
     "batches of 8": r"takes batches of 8 images alone",
     "no program": r"is not a program that torch\.export wrote",
     "a folder": r"is a folder\. Name a regular file",
@@ -297,6 +300,15 @@ def test_downloads_that_fail_are_one_line(folder, colour, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(folder))
     with pytest.raises(UserError, match=r"null takes the weights that torchvision downloads for resnet18, and the dow"):
         import_teacher(colour, section("torchvision:resnet18"))
+
+
+def test_a_checksum_of_a_graph_without_its_weights_is_refused(colour):
+    write_onnx(Path("a.onnx"), taught(colour))
+    onnx.save(onnx.load("a.onnx"), "a.onnx", save_as_external_data=True, location="a.onnx.data", size_threshold=0)
+    import_teacher(colour, section("onnx:a.onnx"))
+    pinned = section("onnx:a.onnx", weights_sha256=sha256_of(Path("a.onnx")))
+    with pytest.raises(UserError, match=r"weights_sha256: is that of a\.onnx alone, whose weights are in a\.onnx\.d"):
+        import_teacher(colour, pinned)
 
 
 # Parameters

@@ -142,6 +142,11 @@ def _read_file(params: TeacherParams, data: Dataset, n_outputs: int) -> tuple[Gr
         check_sum(path, params)
     except FileNotFoundError:
         raise UserError(f"params.yaml: teacher.source: {printable(path)} does not exist. Name a file.") from None
+    if params.weights_sha256 and len(params.files) > 1:
+        raise UserError(
+            f"params.yaml: teacher.weights_sha256: is that of {path} alone, whose weights are in "
+            f"{printable(params.files[1])}. Save it as one file, or set the key to null."
+        )
     body: GraphBody | OnnxBody
     if params.kind == "onnx":
         body = OnnxBody(read_onnx(path), n_outputs, params.classifier, params.source)

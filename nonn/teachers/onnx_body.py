@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from nonn.core.errors import UserError, one_line
+from nonn.core.errors import UserError, one_line, printable
 from nonn.core.schema import did_you_mean
 from nonn.runtime.session import REFUSALS
 from nonn.teachers.bodies import HALF_TOLERANCE, TOLERANCE, check_input
@@ -39,6 +39,13 @@ def read_onnx(path: Path) -> bytes:
         raise UserError(
             f"params.yaml: teacher.source: {path} is not an ONNX file ({one_line(error)}). Export it again."
         ) from None
+    watched = f"{path.name}.data"  # as `TeacherSource.files` says
+    for name in {entry.value for t in _tensors(model.graph) for entry in t.external_data if entry.key == "location"}:
+        if name != watched:
+            raise UserError(
+                f"params.yaml: teacher.source: {path} keeps its weights in {printable(name)}, and only {watched} "
+                f"would be watched. Save it by `onnx.save(..., save_as_external_data=True, location={watched!r})`."
+            )
     try:
         onnx.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -47,6 +54,14 @@ def read_onnx(path: Path) -> bytes:
             f"({one_line(error)}). Copy it beside the ONNX file."
         ) from None
     return model.SerializeToString(deterministic=True)
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Initializers and constants, those of branches too."""
+    yield from graph.initializer
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield attribute.t
+        yield from _tensors(attribute.g)
 
 
 class OnnxBody(nn.Module):
