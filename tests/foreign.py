@@ -54,12 +54,12 @@ def taught(data: Dataset) -> nn.Module:
 
 @contextlib.contextmanager
 def code_package(folder: Path) -> Iterator[Path]:
-    """The network's code as a package below the working directory, forgotten at the end."""
+    """The network's code as a package below the working directory; all code there is forgotten at the end."""
     (folder / "nets").mkdir()
     (folder / "nets/__init__.py").touch()
     (folder / "nets/small.py").write_text(CODE)
     yield folder
-    for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", None)).startswith(f"{folder}/")]:
         del sys.modules[name]
     with contextlib.suppress(ValueError):
         sys.path.remove(str(folder))

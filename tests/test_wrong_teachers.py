@@ -311,6 +311,24 @@ def test_a_checksum_of_a_graph_without_its_weights_is_refused(colour):
         import_teacher(colour, pinned)
 
 
+@pytest.mark.parametrize("source", ["module:single:make", "module:nets.single:make"])
+def test_code_that_imports_what_is_not_watched_is_refused(source, colour):
+    Path("helper.py").write_text(CODE)
+    Path(source.split(":")[1].replace(".", "/")).with_suffix(".py").write_text(
+        "def make():\n    import helper\n    return helper.make()\n"
+    )
+    with pytest.raises(UserError, match=rf"{source} imports helper\.py, which is not watched\. Put all its code into"):
+        import_teacher(colour, section(source))
+
+
+@pytest.mark.parametrize("source", ["module:single:make", "module:nets:make", "module:nets.both:make"])
+def test_code_of_one_file_or_one_package_is_watched(source, colour):
+    Path("single.py").write_text(CODE)
+    for name in ("__init__", "both"):
+        Path(f"nets/{name}.py").write_text("from .small import make\n")
+    import_teacher(colour, section(source))
+
+
 # Parameters
 
 

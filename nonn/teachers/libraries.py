@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nonn.core.errors import UserError, one_line
+from nonn.core.errors import UserError, one_line, printable
 from nonn.core.params import TeacherParams
 from nonn.core.schema import did_you_mean
 from nonn.teachers.preprocessing import IMAGENET, Moments
@@ -48,7 +48,7 @@ def build_network(
     """
     kind, name = params.kind, params.target
     if kind == "module":
-        return Built(_call_factory(params.source))
+        return Built(_call_factory(params))
     build = {"torchvision": _build_torchvision, "timm": _build_timm}[kind]
     try:
         return build(name, channels, size, n_outputs, weights, download)
@@ -159,7 +159,8 @@ def digest_code(source: str) -> str:
     return digest.hexdigest()
 
 
-def _call_factory(source: str) -> nn.Module:
+def _call_factory(params: TeacherParams) -> nn.Module:
+    source, known_before = params.source, set(sys.modules)
     name, factory = source.split(":")[1:]
     find_code(source)
     try:
@@ -178,7 +179,22 @@ def _call_factory(source: str) -> nn.Module:
             f"params.yaml: teacher.source: {source} returns a {type(network).__name__}, not an nn.Module. Name a "
             "function that returns the network."
         )
+    _check_watched(params, set(sys.modules) - known_before)
     return network
+
+
+def _check_watched(params: TeacherParams, imported: set[str]) -> None:
+    """Refuse code below the working directory that the source imports, and whose changes would run no stage again."""
+    folder = Path.cwd()
+    watched = [folder / path for path in params.files]
+    modules = [sys.modules[name] for name in imported & sys.modules.keys() if name.partition(".")[0] != "nonn"]
+    for path in sorted({Path(file) for module in modules if (file := getattr(module, "__file__", None))}):
+        is_library = path.is_relative_to(sys.prefix) or "site-packages" in path.parts
+        if path.is_relative_to(folder) and not is_library and not any(path.is_relative_to(place) for place in watched):
+            raise UserError(
+                f"params.yaml: teacher.source: {params.source} imports {printable(path.relative_to(folder))}, which is "
+                "not watched. Put all its code into one package in the working directory: module:PACKAGE.FILE:FACTORY."
+            )
 
 
 def _failed(source: str, error: BaseException) -> UserError:
