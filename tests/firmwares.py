@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nonn.core.files import write_json
 from nonn.firmware.build import COMPILER, EMULATOR
+from nonn.runtime.exported import QUANTISATION_SCHEME
 
 needs_toolchain = pytest.mark.skipif(
     not (shutil.which(COMPILER) and shutil.which(EMULATOR)),
@@ -79,5 +80,5 @@ def write_int8_export(folder):
     for position, (entry, filters) in enumerate(zip(manifest["students"], N_FEATURES, strict=True)):
         path = write_conv(folder / entry["file"], channels=1, side=SIZE, filters=filters, scale=2, step=0.1 + position)
         entry |= {"sha256": sha256(path), "feature_limit": None}
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", manifest | {"quantisation": QUANTISATION_SCHEME})
     return folder

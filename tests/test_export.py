@@ -17,26 +17,28 @@ from PIL import Image
 from nonn.cli import main
 from nonn.core.architecture import Architecture
 from nonn.core.errors import UserError
-from nonn.core.files import read_json
+from nonn.core.files import read_json, write_json
 from nonn.core.images import read_image
 from nonn.core.params import Params
 from nonn.core.paths import Paths
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import read_tensors
-from nonn.deploy.int8 import QUANTISATION_SCHEME
 from nonn.deploy.onnx_files import Features, export_onnx
 from nonn.deploy.traced_cost import measure_cost
 from nonn.method.exporting import FEATURE_MARGIN, as_linear, check_same, export_solo
 from nonn.method.loading import load_network
 from nonn.method.scoring import score_all
-from nonn.runtime.exported import read_manifest
+from nonn.runtime.exported import QUANTISATION_SCHEME, read_manifest
+from nonn.runtime.hosting import write_repository
 from nonn.runtime.inversion import border_brightness
+from nonn.runtime.node import ServedStudent
 from nonn.runtime.predict import classify
 from nonn.runtime.session import open_session, run_onnx
 from nonn.split.graph import read_network
 from nonn.stages import assemble as assemble_stage
 from nonn.stages import export as export_stage
 from nonn.stages.export import solo_models
+from nonn.testbed.deployments import as_network
 from nonn.training.networks import ConvNet, predict, single_pass, whiten
 
 
@@ -233,6 +235,24 @@ def test_manifests_of_int8_files_name_their_scheme(experiment, quantised, export
     assert read_manifest(experiment.export("2s")).quantisation == QUANTISATION_SCHEME
     assert all("quantisation" not in manifest for manifest in (solo["teacher"], read_json(exported / "manifest.json")))
     assert read_manifest(exported).quantisation is None, "as in manifests from before forms had names"
+
+    as_network(experiment.export("solo"), "2s-kd", Path("alone"))
+    assert read_manifest(Path("alone")).quantisation == QUANTISATION_SCHEME
+
+
+@pytest.mark.parametrize("form", [None, "u8s8"])
+def test_students_quantised_in_another_form_are_refused(form, data, experiment, quantised):
+    shutil.copytree(experiment.export("2s"), "older")
+    manifest = quantised["2s"] | {"quantisation": form}
+    write_json(Path("older/manifest.json"), manifest)
+    refusal = r"older/0\.onnx: was quantised in another form than u8s7\. Run the stage `export` again"
+    for use in (
+        lambda: classify(Path("older"), data.images[0].numpy()),
+        lambda: ServedStudent(Path("older/0.onnx")),
+        lambda: write_repository(Path("older"), Path("models")),
+    ):
+        with pytest.raises(UserError, match=refusal):
+            use()
 
 
 # Classifying one image

@@ -137,6 +137,7 @@ class ModelManifest(TypedDict):
     """``export/NETWORK/manifest.json``, and one entry of ``export/solo/manifest.json``."""
 
     students: Annotated[list[ModelFile], Field(min_length=1)]
+    quantisation: NotRequired[str]
 
 
 SoloManifest = dict[str, ModelManifest]

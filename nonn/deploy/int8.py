@@ -36,8 +36,6 @@ CALIBRATION_IMAGES = 256
 TOLERANCE = 0.25
 #: Operations that work on integers. Between the operations of a GELU, integers would cost accuracy and save no time.
 QUANTISED = ("Conv", "MaxPool")
-#: As manifests name it: unsigned 8-bit activations, signed 7-bit weights.
-QUANTISATION_SCHEME = "u8s7"
 
 Net = TypeVar("Net", bound=nn.Module)
 

@@ -40,7 +40,7 @@ from nonn.live.following import FILE_POLL_S
 from nonn.runtime.certs import write_certificates
 from nonn.runtime.cluster import CLUSTER_FILE, Cluster, Node, Tls, check_deadline, check_ports, write_cluster
 from nonn.runtime.coordinator import MAX_PAUSE_S
-from nonn.runtime.exported import read_manifest, read_verified
+from nonn.runtime.exported import read_manifest, read_student_file
 from nonn.runtime.tls import CA, CERTIFICATE
 
 #: Files of the package for boards: playbooks, a script and a unit of systemd.
@@ -110,7 +110,7 @@ class Rollout:
         folder = self.folder.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"')  # as systemd reads it
         place = folder if folder.startswith("/") else f"%h/{folder}"
         files = {
-            student.file: (read_verified(self.export / student.file, student.sha256), 0o600),
+            student.file: (read_student_file(self.export, manifest, student), 0o600),
             "manifest.json": ((self.export / "manifest.json").read_bytes(), 0o600),
             "node.pem": (identity.certificate.read_bytes(), 0o600),
             "node.key": (identity.key.read_bytes(), 0o600),

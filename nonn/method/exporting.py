@@ -22,12 +22,13 @@ from nonn.core.params import Precision
 from nonn.core.progress import track
 from nonn.data.dataset import Dataset
 from nonn.data.tensors import write_tensors
-from nonn.deploy.int8 import QUANTISATION_SCHEME, check_close
+from nonn.deploy.int8 import check_close
 from nonn.deploy.onnx_files import export_onnx, write_classifier, write_student
 from nonn.deploy.teacher_files import measure_file_cost, write_teacher
 from nonn.deploy.traced_cost import measure_cost
 from nonn.method.final_layer import as_tensors, layer_tensors, logits_of
 from nonn.method.joining import NetworkOfNetworks
+from nonn.runtime.exported import QUANTISATION_SCHEME
 from nonn.runtime.final import Blocks
 from nonn.runtime.inversion import usual_border
 from nonn.runtime.session import run_onnx

@@ -14,6 +14,8 @@ from nonn.core.params import MOST_PIXELS, Sha256
 
 #: Input and output of a student, as ONNX and as a served model.
 INPUT, OUTPUT = "image", "features"
+#: Form of int8 students, as manifests name it: unsigned 8-bit activations, signed 7-bit weights (`nonn.deploy.int8`).
+QUANTISATION_SCHEME = "u8s7"
 #: Name of a file beside the manifest, never a path.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+\.(onnx|safetensors)$")]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -94,7 +96,7 @@ class Manifest(Record):
     #: Temperatures, by which logits are divided before the softmax, with 1 to N students present
     #: (`nonn.method.calibration`); none in exports from before they were fitted.
     temperatures: tuple[Temperature, ...] = ()
-    #: Of int8 students (`nonn.deploy.int8.QUANTISATION_SCHEME`); none of float32 ones and of older exports.
+    #: Of int8 students (`QUANTISATION_SCHEME`); none of float32 ones and of older exports.
     quantisation: Annotated[str, Field(pattern=r"^[a-z0-9]+$")] | None = None
 
     @model_validator(mode="after")
@@ -119,6 +121,20 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of an exported network; see `read_record`."""
     remedy = "Copy the whole folder that `nonn export` wrote, or run the pipeline."
     return read_record(folder / "manifest.json", Manifest, "the manifest of an exported network", remedy)
+
+
+def read_student_file(folder: Path, manifest: Manifest, student: StudentFile) -> bytes:
+    """Content of the file of a student; a `UserError` as by `read_verified`, also if it is quantised in another form.
+
+    Weights of 8 bits, as in exports from before forms had names, give wrong answers on x86 processors without VNNI.
+    """
+    content = read_verified(folder / student.file, student.sha256)
+    if b"QuantizeLinear" in content and manifest.quantisation != QUANTISATION_SCHEME:
+        raise UserError(
+            f"{folder / student.file}: was quantised in another form than {QUANTISATION_SCHEME}. Run the stage "
+            "`export` again."
+        )
+    return content
 
 
 def read_verified(path: Path, sha256: str) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from nonn.core.errors import UserError
 from nonn.core.files import replacing, write_json, write_text
 from nonn.core.progress import log
-from nonn.runtime.exported import INPUT, OUTPUT, Manifest, StudentFile, read_manifest, read_verified
+from nonn.runtime.exported import INPUT, OUTPUT, Manifest, StudentFile, read_manifest, read_student_file
 from nonn.runtime.protocol import version_of
 
 UNTESTED = "Written from the server's documentation; NOT tested with the server."
@@ -63,7 +63,7 @@ def write_repository(export: Path, target: Path) -> None:
         for student in manifest.students:
             versioned = folder / student.model / version_of(student.sha256)
             versioned.mkdir(parents=True)
-            (versioned / "model.onnx").write_bytes(read_verified(export / student.file, student.sha256))
+            (versioned / "model.onnx").write_bytes(read_student_file(export, manifest, student))
             (versioned.parent / "config.pbtxt").write_text(triton_config(manifest, student), encoding="utf-8")
         write_json(folder / "config.json", openvino_config(manifest))
         write_text(folder / "README", f"Students of a NoNN for Triton or OpenVINO Model Server.\n{UNTESTED}\n")

@@ -68,7 +68,7 @@ class ServedStudent:
         if entry is None:
             known = ", ".join(entry.file for entry in manifest.students)
             raise UserError(f"{path}: not a student of the manifest beside it. Choose one of {known}.")
-        session = open_student(path, entry.sha256, manifest.image.shape)
+        session = open_student(path.parent, manifest, entry)
         self.run = run or partial(run_one_by_one, session)
         images = load_sensor(sensor, manifest.image.shape)
         self.contract = replace(student_contract(manifest, entry), sensor=images)

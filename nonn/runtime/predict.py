@@ -34,7 +34,7 @@ def classify(folder: Path, image: np.ndarray) -> Prediction:
     layer = FinalLayer.load(folder, manifest)
     features = {}
     for position, student in enumerate(manifest.students):
-        session = open_student(folder / student.file, student.sha256, manifest.image.shape)
+        session = open_student(folder, manifest, student)
         features[position] = session.run([OUTPUT], {INPUT: image[None]})[0][0]
     return predict(manifest, layer, features)
 

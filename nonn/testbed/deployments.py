@@ -53,6 +53,7 @@ def as_network(solo: Path, name: str, folder: Path) -> Path:
             "image": manifest["image"],
             "students": [student],
             "final": final,
+            "quantisation": manifest.get("quantisation"),
         },
     )
     return folder
