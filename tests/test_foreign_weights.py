@@ -38,6 +38,8 @@ CHECKPOINTS = {
     "compiled": lambda w: {"model_state_dict": wrapped("_orig_mod.", w)},
     "compiled on several GPUs": lambda w: {"net": wrapped("module._orig_mod.", w)},
     "twice wrapped": lambda w: wrapped("module.module.", w),
+    "a backbone": lambda w: wrapped("_forward_module.backbone.", w) | wrapped("teacher.", {"fc.bias": w["fc.bias"]}),
+    "one of a list": lambda w: wrapped("0.", w),
     "averaged model": lambda w: {"n_averaged": torch.tensor(4)} | wrapped("module.", w),
     "timm": lambda w: {"state_dict": w, "args": argparse.Namespace(model="x", lr=0.1), "metric": np.float64(0.9)},
     "averaged alone": lambda w: {"ema": {"module": w}},
@@ -50,6 +52,12 @@ def test_checkpoints_are_read_as_people_have_them(name, colour, model):
     teacher, _ = import_teacher(colour, section(weights=path))
     for key, tensor in teacher.body.network.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[key]), key
+
+
+def test_several_networks_in_one_state_dict_are_named(colour, model):
+    both = wrapped("student.", dict(model.state_dict())) | wrapped("teacher.", dict(model.state_dict()))
+    with pytest.raises(UserError, match=r"w\.pt: holds several networks \('student\.', 'teacher\.'\)\. Save the"):
+        import_teacher(colour, section(weights=save(both)))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

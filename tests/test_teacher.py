@@ -173,7 +173,14 @@ def test_own_weights_come_back_with_their_normalisation(params, data, experiment
     assert [row["validation_accuracy"] for row in log] == [read_json(experiment.teacher_info)["validation_accuracy"]]
 
 
-@pytest.mark.parametrize("wrap", [lambda weights: weights, lambda weights: {"state_dict": weights, "best_prec1": 91.7}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda weights: weights,
+        lambda weights: {"state_dict": weights, "best_prec1": 91.7},
+        lambda weights: {f"student.{name}": tensor for name, tensor in weights.items()},
+    ],
+)
 def test_a_public_resnet_is_the_same_network(params, colour, tmp_path, wrap):
     model = make_resnet(RESNET_20)
     path = tmp_path / "public.pt"

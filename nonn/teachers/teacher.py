@@ -6,6 +6,7 @@ images once.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ from nonn.teachers.foreign import ForeignTeacher, import_foreign, order_of
 from nonn.teachers.preprocessing import other_channels
 from nonn.teachers.sanity_check import check_teacher
 from nonn.teachers.selection import Proxy
-from nonn.teachers.weight_files import PREFIXES, Mismatch, load_into, read_weights, strip_prefixes
+from nonn.teachers.weight_files import Mismatch, load_into, read_weights, strip_prefixes
 from nonn.training.augment import View, apply_view, draw_view
 from nonn.training.checkpoint import Checkpoint
 from nonn.training.hardware import mixed_precision, pick_device, resident
 from nonn.training.loop import LOG_COLUMNS, Log, train
 from nonn.training.networks import ConvNet, accuracy, predict, whiten
 
+#: What wrappers often put before each name: DataParallel, torch.compile, Lightning and their like.
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 #: Names of a public CIFAR ResNet (https://github.com/akamaster/pytorch_resnet_cifar10) and ours.
 PUBLIC_NAMES = {"conv1": "stem.0", "bn1": "stem.1", "linear": "head", "fc": "head"}
 PUBLIC_NAMES |= {f"layer{stage + 1}": f"stages.{stage}" for stage in range(3)}
@@ -98,7 +101,8 @@ def import_own(data: Dataset, params: TeacherParams) -> ConvNet:
     model = ConvNet(params.own_architecture, data.channels, data.n_classes, mean=data.mean, std=data.std)
     expected = model.state_dict()
     weights, _ = read_weights(params)
-    weights = strip_prefixes({_own_name(name): t for name, t in weights.items()}, expected, path)
+    firsts = {name.partition(".")[0] for name in expected}
+    weights = strip_prefixes({_own_name(name, firsts): t for name, t in weights.items()}, expected, path)
     weights |= _own_normalization(data, params)
     if params.classes and (order := order_of(params.classes, data.classes, params)):
         weights |= {n: weights[n][order] for n in ("head.weight", "head.bias") if len(weights.get(n, ())) > max(order)}
@@ -150,9 +154,15 @@ def score_teacher(model: ConvNet | ForeignTeacher, data: Dataset, params: Teache
     return [dict(zip(LOG_COLUMNS, row, strict=True))]
 
 
-def _own_name(name: str) -> str:
-    """Our name for a parameter of a public ResNet; our own names stay as they are."""
+def _own_name(name: str, firsts: Collection[str]) -> str:
+    """Our name for a parameter of a public ResNet, behind what wrappers put before it.
+
+    Names of our own stay as they are; their first parts are `firsts`.
+    """
     while name.startswith(PREFIXES):
         name = name.partition(".")[2]
-    first, _, rest = name.partition(".")
-    return f"{PUBLIC_NAMES.get(first, first)}.{rest}"
+    parts = name.split(".")
+    position = next((i for i, part in enumerate(parts) if part in firsts or part in PUBLIC_NAMES), 0)
+    if parts[position] not in firsts:
+        parts[position] = PUBLIC_NAMES.get(parts[position], parts[position])
+    return ".".join(parts)

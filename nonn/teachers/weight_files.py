@@ -6,9 +6,11 @@ No pickled code is ever run: files are read with ``weights_only``, and what that
 from __future__ import annotations
 
 import argparse
+import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
@@ -27,8 +29,6 @@ from nonn.data.tensors import read_tensors
 #: Where checkpoints hold averaged weights, and where those of the last step.
 AVERAGED = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "ema_model", "ema")
 PLAIN = ("state_dict", "model_state_dict", "model", "net", "network", "weights", "params", "module", "shadow_params")
-#: What wrappers put before each name: DataParallel, torch.compile, AveragedModel, Lightning and their like.
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.")
 #: Parts of the names of tensors whose shape depends on the size of images, as transformers have them.
 SIZE_DEPENDENT = ("pos_embed", "relative_position", "attn_mask")
 #: Tensors of averaged models that are no weights.
@@ -196,27 +196,27 @@ def check_finite(weights: Mapping[str, Tensor], path: Path | str) -> None:
         )
 
 
-def strip_prefixes(weights: dict[str, Tensor], expected: Iterable[str], path: Path) -> dict[str, Tensor]:
-    """The weights under the names that a model expects, without the prefixes of wrappers.
+def strip_prefixes(weights: dict[str, Tensor], expected: Collection[str], path: Path) -> dict[str, Tensor]:
+    """The weights under the names that a model expects, without what wrappers put before each of them.
 
-    Each prefix may be stripped several times; the names that fit the model best are taken. Tensors of the wrapper
-    outside the model, such as the weights of a loss, are left out, and a line says so.
+    The prefix is taken that most of the expected names have. Tensors of the wrapper outside the model, such as the
+    weights of a loss, are left out, and a line says so. A UserError names several prefixes that are equally good.
     """
-    expected_names, best = set(expected), weights
-    queue, seen = [weights], {frozenset(weights)}
-    while queue:
-        current = queue.pop()
-        if len(expected_names & current.keys()) > len(expected_names & best.keys()):
-            best = current
-        for prefix in PREFIXES:
-            inner = {n.removeprefix(prefix): t for n, t in current.items() if n.startswith(prefix)}
-            if inner and frozenset(inner) not in seen:
-                seen.add(frozenset(inner))
-                queue.append(inner)
-    n_left_out = len([name for name in weights if name not in COUNTERS]) - len(best)
-    if n_left_out > 0:
-        log(f"{path}: {n_left_out} tensors outside the model are left out")
-    return best
+    starts = ((name, start) for name in weights for start in (0, *(dot.end() for dot in re.finditer(r"\.", name))))
+    counts = Counter(name[:start] for name, start in starts if name[start:] in expected)
+    most = max(counts.values(), default=0)
+    best = sorted(prefix for prefix, count in counts.items() if count == most)
+    if 2 * most <= len(expected) or "" in best:
+        return weights
+    if len(best) > 1:
+        raise UserError(
+            f"{path}: holds several networks ({', '.join(map(repr, best[:4]))}). Save the teacher's weights alone, and "
+            "name that file in teacher.weights."
+        )
+    inner = {n.removeprefix(best[0]): t for n, t in weights.items() if n.startswith(best[0])}
+    others = f"; {n} others are left out" if (n := len(weights) - len(inner)) else ""
+    log(f"{path}: takes the tensors whose names begin with {printable(best[0])}{others}")
+    return inner
 
 
 class Mismatch(NamedTuple):
