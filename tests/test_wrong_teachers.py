@@ -73,6 +73,13 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
     if name == "ONNX that squeezes":
         write_onnx(Path("a.onnx"), model, tail=[helper.make_node("Squeeze", ["y"], ["z"])])
         return section("onnx:a.onnx")
+    if name == "ONNX with a scaled product":
+        write_onnx(Path("a.onnx"), model)
+        changed = onnx.load("a.onnx")
+        last = next(node for node in changed.graph.node if node.name == "fc")
+        last.attribute.append(helper.make_attribute("alpha", 2.0))
+        onnx.save(changed, "a.onnx")
+        return section("onnx:a.onnx")
     if name == "program in training mode":
         write_program(Path("a.pt2"), model.train())
         return section("export:a.pt2")
@@ -256,6 +263,7 @@ BAD = {
     "code fixed size": r"fails on 16 images of 3 channels and 32 x 32 pixels .* Set teacher\.size to what it was",
     "code squeezes": r"answers 1 image with shape \(3,\), not with logits \(1, 3\)\. .*`\.flatten\(1\)` instead of",
     "code fails on one image": r"fails on 1 image of .*\(IndexError: .*`\.flatten\(1\)` instead of `\.squeeze\(\)`",
+    "ONNX with a scaled product": r"its last, with their outputs: none\. Its last layer has to be a matrix product",
     "ONNX that squeezes": r"answers 1 image with shape \(3,\), not with logits \(1, 3\)\. .*`\.flatten\(1\)` instead",
 }
 

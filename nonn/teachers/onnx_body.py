@@ -231,9 +231,13 @@ def _find_layer(
         )
     if not fitting:
         found = ", ".join(f"{node.name or node.output[0]} ({w.shape[1]})" for node, w, _ in layers[-3:]) or "none"
+        sizes = [size.dim_value for output in model.graph.output[:1] for size in output.type.tensor_type.shape.dim]
+        remedy = "Its last layer has to be a matrix product with constant weights (Gemm or MatMul)."
+        if layers and n_outputs not in sizes[-1:]:
+            remedy = remedy_of_outputs(layers[-1][1].shape[1], n_outputs)
         raise UserError(
             f"params.yaml: teacher.source: {source} has no linear layer of {n_outputs} outputs; its last, with their "
-            f"outputs: {found}. {remedy_of_outputs(layers[-1][1].shape[1] if layers else None, n_outputs)}"
+            f"outputs: {found}. {remedy}"
         )
     node, weight, bias = fitting[-1]
     return node.input[0], weight, bias
