@@ -56,6 +56,8 @@ def bad(name: str, model: nn.Module) -> TeacherParams:
             "        return super().forward(x).squeeze().flatten(1)\n",
             "mixed precision": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
             "        with torch.autocast('cpu', torch.bfloat16):\n            return super().forward(x)\n",
+            "two inputs": f"{CODE}\n\nclass make(Small):\n    def forward(self, x, y):\n"
+            "        return super().forward(x + y)\n",
             "whole numbers": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
             "        return super().forward(x).long()\n",
             "complex": f"{CODE}\n\nclass make(Small):\n    def forward(self, x):\n"
@@ -258,6 +260,7 @@ BAD = {
     "quantised ONNX": r"is quantised, and its last linear layer has to be one of floating point\. Export it in float32",
     "ONNX with channels last": r"takes images \(B, H, W, C\), with the channels last",
     "code mixed precision": r"differ by [\d.e-]+: it computes in 16 bits\. Let it compute in float32, without torch",
+    "code two inputs": r"fails on 16 images .*\(TypeError: .*\. Wrap it in a module whose forward takes only the",
     "code whole numbers": r"answers with int64, not with logits of floating point",
     "code complex": r"answers with complex64, not with logits of floating point",
     "code fixed size": r"fails on 16 images of 3 channels and 32 x 32 pixels .* Set teacher\.size to what it was",

@@ -118,7 +118,9 @@ def run_network(network: Any, pixels: Tensor, source: str) -> Any:
     except (Exception, SystemExit) as error:  # a foreign network may raise anything, and end the program
         n_images, channels, height, width = pixels.shape
         what = f"{n_images} image{'s' * (n_images > 1)} of {channels} channels and {height} x {width} pixels"
-        remedy = KEEP_BATCH if n_images == 1 else "Set teacher.size to what it was trained with."
+        remedy = KEEP_BATCH if n_images == 1 else "Set teacher.size to what it was trained with, or mend its code."
+        if isinstance(error, TypeError):
+            remedy = "Wrap it in a module whose forward takes only the images."
         raise UserError(
             f"params.yaml: teacher.source: {source} fails on {what} ({type(error).__name__}: {one_line(error)}). "
             f"{remedy}"
