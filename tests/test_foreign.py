@@ -262,6 +262,24 @@ def test_code_that_has_changed_since_the_import_is_refused(colour, model):
         load_foreign(record, tensors_of(teacher), colour)
 
 
+@pytest.mark.parametrize("source", ["module:single:make", "module:nets.single:make"])
+def test_code_that_imports_what_is_not_watched_is_refused(source, colour):
+    Path("helper.py").write_text(CODE)
+    Path(source.split(":")[1].replace(".", "/")).with_suffix(".py").write_text(
+        "def make():\n    import helper\n    return helper.make()\n"
+    )
+    with pytest.raises(UserError, match=rf"{source} imports helper\.py, which is not watched\. Put all its code into"):
+        import_teacher(colour, section(source))
+
+
+@pytest.mark.parametrize("source", ["module:single:make", "module:nets:make", "module:nets.both:make"])
+def test_code_of_one_file_or_one_package_is_watched(source, colour):
+    Path("single.py").write_text(CODE)
+    for name in ("__init__", "both"):
+        Path(f"nets/{name}.py").write_text("from .small import make\n")
+    import_teacher(colour, section(source))
+
+
 def test_activity_is_what_is_positive_of_a_feature():
     """Rectified features stay as they are, to the bit."""
     features = Tensor([[0.0, 2.5, -0.1]])

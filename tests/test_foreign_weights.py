@@ -54,6 +54,16 @@ def test_checkpoints_are_read_as_people_have_them(name, colour, model):
         assert torch.equal(tensor, model.state_dict()[key]), key
 
 
+@pytest.mark.parametrize("name", ["saved by torch.safetensors", "safetensors.pt"])
+def test_files_are_known_by_their_content(name, colour, model):
+    if name.startswith("saved"):
+        save(model.state_dict(), name)
+    else:
+        save_file(dict(model.state_dict()), name)
+    teacher, _ = import_teacher(colour, section(weights=name))
+    assert torch.equal(teacher.body.network.fc.weight, model.fc.weight)
+
+
 def test_several_networks_in_one_state_dict_are_named(colour, model):
     both = wrapped("student.", dict(model.state_dict())) | wrapped("teacher.", dict(model.state_dict()))
     with pytest.raises(UserError, match=r"w\.pt: holds several networks \('student\.', 'teacher\.'\)\. Save the"):
@@ -69,6 +79,9 @@ def test_a_new_last_layer_starts_from_weights_in_any_order(prefix, colour):
     save_file(weights, "start.safetensors")
     model = load_pretrained(colour, section("timm:test_convnext", weights="start.safetensors"))
     assert (model.body.classifier, model.body.n_outputs) == ("head.fc", 7)
+    save_file({n: t for n, t in weights.items() if ".head.fc." not in f".{n}"}, "start.safetensors")
+    model = load_pretrained(colour, section("timm:test_convnext", weights="start.safetensors"))
+    assert (model.body.classifier, model.body.n_outputs) == ("head.fc", 3)
 
 
 def test_weights_of_another_size_of_images_say_so(colour):

@@ -89,7 +89,7 @@ def load_pretrained(data: Dataset, params: TeacherParams) -> ForeignTeacher:
     from nonn.teachers.foreign import PROBE_IMAGES, ForeignTeacher, examine
     from nonn.teachers.libraries import Built, build_network, input_channels
     from nonn.teachers.preprocessing import Preprocess, Preprocessing
-    from nonn.teachers.weight_files import fill, read_weights
+    from nonn.teachers.weight_files import fill, read_weights, strip_prefixes
 
     weights = read_weights(params)[0] if params.weights else None
 
@@ -105,10 +105,12 @@ def load_pretrained(data: Dataset, params: TeacherParams) -> ForeignTeacher:
         n_outputs = _count_outputs(network, pixels)  # of the library's own weights
     else:
         name = find_classifier(network, pixels, params.classifier, n_outputs, params.source)
-        ends = [n for n in weights if f".{n}".endswith(f".{name}.weight")]  # after what wrappers put before it
-        n_outputs = len(weights[min(ends, key=len)]) if ends else n_outputs
+        path = Path(str(params.weights))
+        stripped = strip_prefixes(weights, network.state_dict(), path)
+        n_outputs = len(stripped.get(f"{name}.weight", range(n_outputs)))
         network = build(n_outputs).network.eval()
-        fill(network, weights, Path(str(params.weights)), f"teacher.source {params.source}", None, n_outputs)
+        new = {n: t for n, t in network.state_dict().items() if n.startswith(f"{name}.")}  # where the file has none
+        fill(network, new | stripped, path, f"teacher.source {params.source}", None, n_outputs)
     body = ModuleBody(network, find_classifier(network, pixels, params.classifier, n_outputs, params.source))
     examine(body, pixels, n_outputs, params.source)
     return ForeignTeacher(body, settings, None).eval()

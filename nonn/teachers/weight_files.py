@@ -58,13 +58,7 @@ def read_weights(params: TeacherParams) -> tuple[dict[str, Tensor], dict[str, An
     if not path.exists():
         raise UserError(f"{path}: no such file. Mend teacher.weights in params.yaml, or set it to null to train.")
     check_sum(path, params)
-    if path.suffix == ".safetensors":
-        try:
-            content: Any = read_tensors(path)
-        except UserError:
-            raise UserError(f"params.yaml: teacher.weights: {path} is damaged. Fetch or save it again.") from None
-    else:
-        content = _load(path)
+    content = _load(path)
     weights = select_weights(content, path, params.ema)
     check_kinds(weights, path)
     check_finite(weights, path)
@@ -84,16 +78,26 @@ def check_sum(path: Path, params: TeacherParams) -> None:
 def _load(path: Path) -> Any:
     if reason := foreign_format(path):
         raise UserError(f"{path}: {reason}; not a readable state dict for teacher.weights.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_saved_by_torch = start.startswith((b"PK", b"\x80"))  # whatever the file is called
+    if start[8:] == b"{" or (path.suffix == ".safetensors" and not is_saved_by_torch):
+        try:
+            return read_tensors(path)
+        except UserError:
+            raise UserError(f"params.yaml: teacher.weights: {path} is damaged. Fetch or save it again.") from None
     try:
-        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+        with path.open("rb") as file, torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other pickles than its own
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged data, torch raises almost anything
         text = str(error)
         if "Unsupported global: GLOBAL " in text:
             name = text.partition("Unsupported global: GLOBAL ")[2].split()[0]
             reason = f"a pickle that needs code ({printable(name)}), which could be any, not a readable state dict"
             raise UserError(f"{path}: {reason}. {REMEDY}") from None
+        if isinstance(error, EOFError | IndexError) or "unexpected EOF" in text:
+            raise UserError(f"{path}: is cut off or damaged. Fetch or save it again.") from None
         raise UserError(f"{path}: not a readable state dict. {REMEDY}") from error
 
 
@@ -101,6 +105,8 @@ def foreign_format(path: Path) -> str | None:
     """What a file is that cannot be a state dict, and what to do; None if it may be one."""
     with path.open("rb") as file:
         start = file.read(64)
+    if not start:
+        return "is empty; fetch or save it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, the file itself is missing; run `git lfs pull`"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
@@ -119,6 +125,8 @@ def foreign_format(path: Path) -> str | None:
             return f"is an exported program; set teacher.source to export:{path} and teacher.weights to null"
         if any("/code/" in name for name in names):
             return "is a TorchScript archive; save the state dict of the model that was scripted"
+    elif start.startswith(b"PK"):
+        return "is cut off or damaged; fetch or save it again"
     return None
 
 
@@ -260,6 +268,11 @@ def fill(model: nn.Module, weights: dict[str, Tensor], path: Path, what: str, he
                 f"{path}: does not fit {what}: {printable(misshapen[0])} is for images of another size. Set "
                 "teacher.size to what these weights were trained with."
             )
+    if head and {n.rpartition(".")[0] for n in mismatch.missing} == {head} and not (mismatch.unknown or misshapen):
+        raise UserError(
+            f"{path}: has no last layer ({head}). Name a file that has one, or fit one for a network of torchvision or "
+            f"timm: `nonn head --start {path}`."
+        )
     if any(mismatch):
         raise mismatch.refusal(path, what, "Name the model that these weights were trained with.")
     load_into(model, weights, path)
