@@ -107,6 +107,20 @@ def test_key_and_certificate_of_two_are_refused(certificates):
         identity.for_server()
 
 
+@pytest.mark.parametrize("key", ["node-0.pem", "ca.pem"])
+def test_a_certificate_for_a_key_is_no_matter_of_its_mode(key, certificates):
+    with pytest.raises(UserError, match=rf"{key}: is no private key"):
+        Identity(certificates / "node-0.pem", certificates / key, certificates / "ca.pem").for_server()
+
+
+def test_who_may_sign_nothing_is_no_authority(certificates):
+    for name in ("node-0", "node-1"):
+        identity = Identity(certificates / "node-0.pem", certificates / "node-0.key", certificates / f"{name}.pem")
+        for make in (identity.for_server, identity.for_client):
+            with pytest.raises(UserError, match=rf"{name}\.pem: is no certificate of an authority\. Name the ca\.pem"):
+                make()
+
+
 def serial_at(port: int, caller: Identity) -> int:
     """Serial number of the certificate that a server shows."""
     context = ssl.create_default_context(cafile=caller.ca)

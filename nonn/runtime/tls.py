@@ -116,13 +116,17 @@ class Identity:
     def _checked(self) -> tuple[bytes, bytes, bytes]:
         """Contents of key, certificate and authority."""
         contents = _read_pem(self.key), _read_pem(self.certificate), _read_pem(self.ca)
-        check_mode(self.key)
         certificates_by_file = self._certificates_by_file(*contents[1:])
-        own = certificates_by_file[0][1]
+        (_, own), (_, authorities) = certificates_by_file
         try:
             key = serialization.load_pem_private_key(contents[0], password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm) as error:
             raise UserError(f"{self.key}: is no private key without a password ({error}).") from None
+        check_mode(self.key)
+        if not any(map(_is_authority, authorities)):
+            raise UserError(
+                f"{self.ca}: is no certificate of an authority. Name the {CA} that `nonn certs` has written."
+            )
         if key.public_key() != own[0].public_key():
             raise UserError(f"{self.certificate} and {self.key} do not belong together. Make both anew.")
         for path, certificates in certificates_by_file:
@@ -170,6 +174,14 @@ def _certificates(path: Path, content: bytes) -> list[x509.Certificate]:
         return x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise UserError(f"{path}: is no certificate ({error}). Make certificates with `nonn certs`.") from None
+
+
+def _is_authority(certificate: x509.Certificate) -> bool:
+    """Whether a certificate may sign others; without extensions, as of version 1, one that is signed by itself may."""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (x509.ExtensionNotFound, ValueError):
+        return certificate.issuer == certificate.subject
 
 
 def _read_pem(path: Path) -> bytes:
