@@ -141,6 +141,25 @@ def test_lopsided_shares_are_said_and_not_refused(folder, capsys):
     assert sound.startswith("params.yaml is sound")
 
 
+def test_code_of_a_teacher_that_is_not_there_is_refused(folder):
+    """What is below the working directory or installed passes; nothing of it is run."""
+    raw = tiny_params({"signals": {"attention": False}})
+    raw["networks"]["2s"]["baselines"] = {}
+    Path("nets").mkdir()
+    Path("nets/small.py").write_text("def make(:")
+
+    def check(name: str) -> None:
+        raw["teacher"] = {"threads": 1, "source": f"module:{name}:make"}
+        YAML().dump(raw, folder / "params.yaml")
+        main(["check"])
+
+    for name in ("nets", "nets.small", "torchvision.models"):
+        check(name)
+    for name in ("nest", "nets.smal", "small"):
+        with pytest.raises(SystemExit, match=rf"module:{name}:make: there is no module {name}\. Put it below the work"):
+            check(name)
+
+
 @pytest.mark.parametrize("stage", stage_command.BEFORE_DESIGN)
 def test_no_long_stage_begins_with_an_impossible_budget(stage, folder, monkeypatch):
     params = tiny_params({"devices": {"small": {"memory_kib": 5, "mmacs": 5}, "large": {"memory_kib": 60, "mmacs": 5}}})

@@ -21,6 +21,8 @@ FORMS = {
 }
 #: Kinds whose weights are in the file that they name.
 WHOLE_FILES = ("onnx", "export")
+#: What to do about code that is not found.
+CODE_PLACES = "Put it below the working directory, or install it in this environment."
 
 
 #: The 1,000 classes of ImageNet (ILSVRC 2012) by their WordNet numbers, in the order of the outputs of torchvision's

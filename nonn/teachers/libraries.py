@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nonn.core.errors import UserError, one_line, printable
 from nonn.core.params import TeacherParams
 from nonn.core.schema import did_you_mean
+from nonn.core.teacher_source import CODE_PLACES
 from nonn.teachers.preprocessing import IMAGENET, Moments
 
 #: Mean and deviation that turn pixels from 0 to 1 into values from -1 to 1.
@@ -135,15 +136,12 @@ def find_code(source: str) -> Path:
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError) as error:
-        raise UserError(f"params.yaml: teacher.source: {source}: {one_line(error)}. {_WHERE}") from None
+        raise UserError(f"params.yaml: teacher.source: {source}: {one_line(error)}. {CODE_PLACES}") from None
     except (Exception, SystemExit) as error:  # the user's package may raise anything, and end the program
         raise _failed(source, error) from None
     if spec is None or not spec.origin:
-        raise UserError(f"params.yaml: teacher.source: {source}: there is no module {name}. {_WHERE}")
+        raise UserError(f"params.yaml: teacher.source: {source}: there is no module {name}. {CODE_PLACES}")
     return Path(spec.origin)
-
-
-_WHERE = "Put it below the working directory, or install it in this environment."
 
 
 def digest_code(source: str) -> str:
