@@ -136,7 +136,8 @@ def test_lopsided_shares_are_said_and_not_refused(folder, capsys):
     }
     YAML().dump(tiny_params(changes | {"design": {"max_width": 128}}), folder / "params.yaml")
     main(["check"])
-    line, sound = capsys.readouterr().out.splitlines()
+    larger, line, sound = capsys.readouterr().out.splitlines()
+    assert re.search(r"networks\.2s: the largest student has [\d,]+ parameters, the teacher [\d,]+: a student", larger)
     assert re.match(r"params\.yaml: networks\.2s: lopsided: student 1 \(large\) imitates \d+ of 32 filters", line)
     assert sound.startswith("params.yaml is sound")
 

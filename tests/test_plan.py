@@ -20,7 +20,7 @@ from nonn.core.budgets import Budget
 from nonn.core.errors import UserError
 from nonn.core.params import DesignParams, Params
 from nonn.core.schema import parse_yaml
-from nonn.method.planning import Planner, board_budget, pareto, parse_devices
+from nonn.method.planning import Planner, board_budget, deployment_warnings, pareto, parse_devices
 from nonn.method.sizing import design_network, design_student
 
 GRID = DesignParams(family="fast", depths=[2], min_width=4, max_width=24, step=1, precision="int8")
@@ -302,3 +302,10 @@ def test_the_documentation_shows_what_the_commands_print(folder, capsys):
             print(stopped.code)
         assert capsys.readouterr().out == expected, line
     assert not list(folder.iterdir())
+
+
+def test_microcontrollers_get_no_firmware_of_a_family_without_kernels():
+    assert list(deployment_warnings(["stm32h743", None], "fast")) == []
+    (said,) = deployment_warnings(["stm32h743", "pi4b", "stm32h743"], "mobilenet")
+    assert said.startswith("Firmware, for stm32h743, has no kernels for family mobilenet; set design.family to fast")
+    assert len(list(deployment_warnings(["rp2350", "stm32h743"], "mobilenet"))) == 2

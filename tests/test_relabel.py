@@ -136,3 +136,5 @@ def test_what_cannot_be_labelled_is_said(folder_of_labels):
 @pytest.mark.usefixtures("folder")
 def test_a_project_without_labels_takes_those_of_the_package():
     assert list(read_groups(Path("workflow/labels/parity.yaml"))) == ["even", "odd"]
+    with pytest.raises(UserError, match=r"mine/parity\.yaml"):
+        read_groups(Path("mine/parity.yaml"))

@@ -123,6 +123,7 @@ def render(request: Request) -> str:
         teacher = IMPORTED.format(**common, **source, size=size)
     else:
         teacher = TRAINED.format(**common, widths=widths)
+        grid["max_width"] = TEACHER_WIDTH // 2  # students that are no smaller than the teacher gain nothing
     largest = max(TEACHER_SIZE, request.size) if is_foreign else request.size
     return TEMPLATE.format(
         **common,
@@ -285,10 +286,14 @@ def write_experiment(options: argparse.Namespace) -> None:
     problems += [line for line in refused if not (problems and "dataset.source" in line)]
     if problems:
         raise UserError("\n".join(problems))
-    from nonn.method.planning import by_hand_warning
+    from nonn.core.paths import Paths
+    from nonn.method.feasibility import check_budgets
+    from nonn.method.planning import deployment_warnings
 
     params = load_params()
-    if warning := by_hand_warning(device.board for device in params.devices.values()):
+    boards = [device.board for device in params.devices.values()]
+    warnings = deployment_warnings(boards, params.design.family)
+    for warning in (*warnings, *check_budgets(params, Paths(params.experiment))):
         print(warning)
     if layout:
         print(f"{options.images}: {len(layout.names):,} images of {len(layout.classes)} classes")

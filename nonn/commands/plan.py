@@ -155,9 +155,10 @@ def _budget(name: str, params: Params | None, precision: str) -> Budget:
 
 
 def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None, params: Params | None) -> None:
+    from nonn.commands.use import DEFAULT, EXPERIMENTS
     from nonn.core.boards import OWN_FILE
-    from nonn.method.planning import by_hand_warning, teacher_size_warning
-    from nonn.method.sizing import imbalance_warning
+    from nonn.method.planning import deployment_warnings
+    from nonn.method.sizing import imbalance_warning, teacher_size_warning
 
     if latency_ms and (silent := [budget for budget in budgets if not budget.mmacs_per_s]):
         where = f"to {OWN_FILE}" if silent[0].board else "as mmacs_per_s to this device in params.yaml"
@@ -181,20 +182,23 @@ def _show_plan(planner: Planner, budgets: list[Budget], latency_ms: float | None
     print("\n".join(_summary(estimate, planner.images.n_classes, latency_ms)))
     if without := planner.without_link(budgets):
         print(f"{planner.link_name} needs a module on {', '.join(without)}; see `nonn devices NAME`.")
-    if warning := by_hand_warning(budget.board for budget in budgets):
+    for warning in deployment_warnings((budget.board for budget in budgets), planner.grid.family):
         print(warning)
-    if warning := imbalance_warning(estimate.filter_counts, budgets):
-        print(warning)
+    if imbalance := imbalance_warning(estimate.filter_counts, budgets):
+        print(imbalance)
     teacher = params.teacher.architecture if params and not params.teacher.is_foreign else None
-    if teacher and (warning := teacher_size_warning(estimate, teacher, planner.images)):
-        print(warning)
-    where = f"workflow/experiments/{params.experiment}.yaml" if params else "the experiment that `nonn new` writes"
+    largest = max(device.cost.params for device in estimate.devices)
+    if teacher and (problem := teacher_size_warning(largest, teacher, planner.images)):
+        print(problem)
+    where = "params.yaml" if params else "the experiment that `nonn new` writes"
     print(f"\nTo train it, put this into {where}, with design.precision: {planner.grid.precision}:\n")
     stated = params.devices if params else {}
     print(_as_params([budget for budget in budgets if budget.name not in stated], estimate))
-    print(f"\nThen run `nonn use {params.experiment if params else 'NAME'}`.")
     if not params:
+        print("\nThen run `nonn use NAME`.")
         print("`nonn new` chooses image size and family of students itself: run `nonn plan` again in its folder.")
+    elif params.experiment != DEFAULT and (file := EXPERIMENTS / f"{params.experiment}.yaml").is_file():
+        print(f"\n`nonn use {params.experiment}` writes params.yaml again: to keep it then, put it into {file}, too.")
 
 
 def _rows(estimate: DeviceSetEstimate) -> list[list[str]]:

@@ -24,6 +24,8 @@ from nonn.project import WORKFLOW
 PER_CLASS = (5, 10, 20, 50)
 N_DRAWS = 5
 N_TEST = 10_000
+#: Folder of labellings in a clone; a project takes those of the package.
+LABELLINGS = Path("workflow/labels")
 COLUMNS = (
     *("experiment", "network", "labelling", "images", "labels", "test_images", "method", "seeds", "values"),
     *("bytes_sent", "per_class", "draws", "accuracy_mean", "accuracy_sd"),
@@ -79,7 +81,11 @@ def run(options: argparse.Namespace) -> None:
 def read_groups(path: Path | None) -> dict[str, Sequence[str]] | None:
     if path is None:
         return None
-    if not os.path.lexists(path) and (shipped := WORKFLOW / "labels" / path.name).is_file():
+    if (
+        not os.path.lexists(path)
+        and path.parent == LABELLINGS
+        and (shipped := WORKFLOW / "labels" / path.name).is_file()
+    ):
         path = shipped  # a project has none of its own
     groups = read_yaml(path, "Give a file that maps each new label to a list of classes.")
     if not isinstance(groups, dict) or not all(isinstance(members, list) for members in groups.values()):

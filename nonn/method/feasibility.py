@@ -10,7 +10,14 @@ from nonn.core.errors import UserError
 from nonn.core.files import read_json
 from nonn.core.params import Params
 from nonn.core.paths import Paths
-from nonn.method.sizing import apportion_filters, design_network, design_student, imbalance_warning, smallest_device
+from nonn.method.sizing import (
+    apportion_filters,
+    design_network,
+    design_student,
+    imbalance_warning,
+    smallest_device,
+    teacher_size_warning,
+)
 
 
 def check_budgets(params: Params, paths: Paths) -> list[str]:
@@ -81,21 +88,24 @@ def _check_network(params: Params, network: str, known: ImageSpec | None, n_live
     budgets, grid = params.budgets_of(network), params.design
     images = known or least_images(params)
     design_student(grid, smallest_device(grid, budgets, images), images, None)
+    teacher = None if params.teacher.is_foreign else params.teacher.own_architecture
     if known is not None and n_live is not None:
         try:
             sizes, _ = design_network(grid, budgets, images, n_live)
-        except UserError as error:  # perhaps the teacher is about to be trained anew, so that it has more of them
+        except UserError as error:  # perhaps the teacher is about to be trained again, so that it has more of them
             yield f"if the teacher keeps its {n_live} live filters, {error}"
             return
     else:
         # Of all filters that a teacher has, some are never active: there may be fewer, not more. How many a foreign one
         # has is known once it is loaded.
-        most = len(budgets) if params.teacher.is_foreign else params.teacher.own_architecture.n_features
-        sizes = apportion_filters(grid, budgets, images, most)
-        for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
-            try:
-                design_student(grid, budget, images, size)
-            except UserError as error:
-                yield f"if all {most} filters of the teacher are live, {error}"
+        sizes = apportion_filters(grid, budgets, images, teacher.n_features if teacher else len(budgets))
+    largest = 0
+    for budget, size in dict.fromkeys(zip(budgets, sizes, strict=True)):
+        try:
+            largest = max(largest, design_student(grid, budget, images, size)[1].params)
+        except UserError as error:
+            yield f"if all {sum(sizes)} filters of the teacher are live, {error}"
+    if teacher and (warning := teacher_size_warning(largest, teacher, images)):
+        yield warning
     if warning := imbalance_warning(sizes, budgets):
         yield warning

@@ -18,7 +18,7 @@ from nonn.core.architecture import Architecture
 from nonn.core.artifacts import ImageSpec
 from nonn.core.boards import OWN_FILE, Board, Range, all_boards
 from nonn.core.budgets import Budget
-from nonn.core.chips import runs_as
+from nonn.core.chips import FAMILIES, runs_as
 from nonn.core.cost import Cost
 from nonn.core.energy import inference_energy
 from nonn.core.errors import UserError
@@ -26,7 +26,6 @@ from nonn.core.links import datagram_bytes, find_link, link_seconds
 from nonn.core.names import COORDINATOR
 from nonn.core.params import FEWEST_DEVICES, MOST_DEVICES, DesignParams, DeviceParams
 from nonn.core.schema import did_you_mean
-from nonn.deploy.analytic_cost import COUNTED_FAMILIES, count_cost
 from nonn.method.sizing import apportion_filters, design_student
 
 #: Bytes of the message that asks a device for its features, and of one feature.
@@ -171,27 +170,18 @@ def answer_wire_bytes(n_filters: int) -> int:
     return datagram_bytes(FEATURE_BYTES * n_filters)
 
 
-def by_hand_warning(boards: Iterable[str | None]) -> str | None:
-    """One line where students get onto some of these boards by hand alone; None where all run nodes or firmware."""
+def deployment_warnings(boards: Iterable[str | None], family: str) -> Iterator[str]:
+    """A line for boards on which students of this family run neither as nodes nor as firmware of this package."""
     known = all_boards()
-    names = [name for name in dict.fromkeys(boards) if name and runs_as(name, known[name].runs_onnx) == "by hand"]
-    if not names:
-        return None
-    return f"On {', '.join(names)} neither a node nor firmware of nonn runs; `nonn litert` writes files for LiteRT."
-
-
-def teacher_size_warning(estimate: DeviceSetEstimate, teacher: Architecture, images: ImageSpec) -> str | None:
-    """One line where a student has at least as many parameters as the teacher; None where all are smaller."""
-    if teacher.family not in COUNTED_FAMILIES:
-        return None
-    largest = max(device.cost.params for device in estimate.devices)
-    own = count_cost(teacher, *images, n_filters=None).params
-    if largest < own:
-        return None
-    return (
-        f"The largest student has {largest:,} parameters, the teacher {own:,}: a student should be smaller. "
-        "Enlarge teacher.architecture, lower design.max_width, or put the teacher itself on a device."
-    )
+    kinds = {name: runs_as(name, known[name].runs_onnx) for name in dict.fromkeys(boards) if name}
+    if by_hand := ", ".join(name for name, kind in kinds.items() if kind == "by hand"):
+        yield f"On {by_hand} neither a node nor firmware of nonn runs; `nonn litert` writes files for LiteRT."
+    firmware = ", ".join(name for name, kind in kinds.items() if kind == "firmware")
+    if firmware and family not in FAMILIES:
+        yield (
+            f"Firmware, for {firmware}, has no kernels for family {family}; set design.family to "
+            f"{' or '.join(FAMILIES)}, or use `nonn litert`."
+        )
 
 
 def parse_devices(text: str, known: Sequence[str]) -> list[str]:

@@ -265,6 +265,16 @@ def imbalance_warning(sizes: Sequence[int], budgets: Sequence[Budget]) -> str | 
     )
 
 
+def teacher_size_warning(largest: int, teacher: Architecture, images: ImageSpec) -> str | None:
+    """One line if the largest student has at least as many parameters as the teacher; None if it is smaller."""
+    if teacher.family not in COUNTED_FAMILIES or largest < (own := count_cost(teacher, *images, n_filters=None).params):
+        return None
+    return (
+        f"the largest student has {largest:,} parameters, the teacher {own:,}: a student should be smaller. "
+        "Enlarge teacher.architecture, lower design.max_width, or put the teacher itself on a device."
+    )
+
+
 def design_network(
     grid: DesignParams, budgets: Sequence[Budget], images: ImageSpec, n_live: int
 ) -> tuple[list[int], dict[str, list[dict]]]:

@@ -141,7 +141,7 @@ def draw_latency(rows: pd.DataFrame, board: str) -> Figure:
 def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str) -> Figure:
     """Draw performance and energy against the number of devices; the paper's Fig. 7.
 
-    Left, how many times sooner the slowest device has its features than the teacher its answer, on one
+    Left, how many times faster the slowest device has its features than the teacher has its answer, on one
     core of this machine. Right, the energy of one image on a board, all that it draws while it computes: of one device,
     and of all. The teacher's is on the board that holds it.
     """
@@ -154,7 +154,7 @@ def draw_scaling(rows: pd.DataFrame, comparisons: Sequence[Mapping], board: str)
     tops = [_draw_speed(speed, counts[comparison["network"]], comparison) for comparison in comparisons]
     speed.axhline(1, color=teacher.colour, linewidth=1.2, linestyle=(0, (4, 3)))
     speed.annotate("teacher", (0, 1), (3, 3), xycoords=("axes fraction", "data"), textcoords="offset points")
-    speed.set(ylim=(0, 1.2 * max(tops)), ylabel="times sooner than the teacher")
+    speed.set(ylim=(0, 1.2 * max(tops)), ylabel="times faster than the teacher")
     speed.set_title("performance of the slowest device (measured)")
     layouts = {method: look for method, look in LAYOUTS.items() if method in set(rows["method"]) and method != "kd"}
     for method, look in layouts.items():

@@ -92,7 +92,7 @@ def compare_network(methods: pd.DataFrame, network: str) -> dict[str, Any]:
     -------
     dict
         Accuracies as fractions of 1, gap in percentage points. The ratios say how many times less memory a device needs
-        and how many times sooner its slowest student answers than the teacher, the latter with the ends of its 95 %
+        and how many times faster its slowest student answers than the teacher, the latter with the ends of its 95 %
         interval, None where there is none. The best baseline is the one of highest mean accuracy on this network,
         whatever it costs; the best fitting one is the best of those that fit on the network's devices, which ``total``
         does not. None for all keys of a baseline that there is not. One counts as beaten where the network's mean
