@@ -4,19 +4,11 @@ import errno
 import hashlib
 import io
 import os
-import socket
-import stat
-import struct
-import subprocess
-import sys
-import tarfile
 import threading
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-from experiments import REPOSITORY
 from foreign import section
 from pictures import (
     SIZE,
@@ -30,10 +22,9 @@ from pictures import (
     write_fashion_mnist,
     write_folder,
 )
-from PIL import Image, ImageOps
+from PIL import Image
 
 from nonn.core.errors import UserError
-from nonn.core.images import upright
 from nonn.core.paths import Paths
 from nonn.data.archives import list_names
 from nonn.data.dataset import load_dataset
@@ -41,7 +32,6 @@ from nonn.data.folders import read_layout
 from nonn.stages.dataset import run
 from nonn.teachers.foreign import order_of
 
-CIFAR10_ZIP = REPOSITORY.parent / "shared/data/cifar10.zip"
 PATHS = Paths("test")
 
 
@@ -104,14 +94,6 @@ def test_as_many_images_are_decoded_at_once_as_cores_may_be_used(monkeypatch):
 
     assert len(decode_images(((i, str(i), read) for i in range(40)), 40)) == 40
     assert not together.broken
-
-
-def test_hard_links_in_a_tar_are_followed(tmp_path):
-    folder = write_folder(tmp_path / "pets", ["cat", "dog"], count=2)
-    (folder / "dog/1.png").unlink()
-    (folder / "dog/1.png").hardlink_to(folder / "cat/0.png")
-    raw = load_images(str(pack(folder, tmp_path / "a.tgz")), SIZE)
-    np.testing.assert_array_equal(raw.images[3], raw.images[0])
 
 
 def test_folder_sum_is_that_of_sha256sum_lines(tmp_path):
@@ -282,39 +264,6 @@ def test_shrinking_is_antialiased():
     np.testing.assert_allclose(shrunk, 127.5, atol=1)
 
 
-def test_photographs_are_turned_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: a quarter turn clockwise brings the top up
-    file = io.BytesIO()
-    Image.fromarray(noise(0)).save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(fit_image(Image.open(file), SIZE), np.rot90(noise(0), k=-1).transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "P", "LA", "I;16"])
-def test_pictures_are_turned_as_pillow_turns_them_by_every_orientation(mode):
-    for orientation in range(10):
-        exif, file = Image.Exif(), io.BytesIO()
-        exif[0x0112] = orientation
-        picture = Image.fromarray(noise(0)[:20])
-        picture = (
-            Image.fromarray(257 * noise(0)[:20, :, 0].astype(np.uint16)) if mode == "I;16" else picture.convert(mode)
-        )
-        picture.save(file, "PNG", exif=exif)
-        turned = upright(ImageOps.exif_transpose(Image.open(file)))
-        np.testing.assert_array_equal(upright(Image.open(file)), turned)
-
-
-@pytest.mark.parametrize(("kind", "turned"), [(b"MM", True), (b"??", False)])
-def test_damaged_exif_leaves_a_picture_as_it_is(kind, turned):
-    """A tag that cannot be written again, or nothing that can be read."""
-    tags = [(0x0112, 3, 1, b"\0\6\0\0"), (0x0118, 2, 4, b"few\0")]  # the latter has to be a number
-    exif = b"Exif\0\0" + kind + b"\0*\0\0\0\x08\0\2" + b"".join(struct.pack(">HHI4s", *tag) for tag in tags) + bytes(4)
-    file = io.BytesIO()
-    Image.fromarray(noise(0)).save(file, "PNG", exif=exif)
-    expected = np.rot90(noise(0), k=-1) if turned else noise(0)
-    np.testing.assert_array_equal(fit_image(Image.open(file), SIZE), expected.transpose(2, 0, 1))
-
-
 # Splits of the source's own, and what is no picture
 
 
@@ -331,52 +280,6 @@ def test_folders_of_validation_images_are_the_validation_split(names, tmp_path):
     else:
         assert len(data.test) == 4, "a quarter of the training images"
         assert sorted([*data.train.tolist(), *data.test.tolist()]) == of_split["train"]
-
-
-@pytest.mark.parametrize("kind", ["pipe", "socket", "dangling link", "folder"])
-def test_what_is_no_regular_file_is_named_and_not_opened(kind, tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "images", ["cat", "dog"])
-    odd = folder / "cat/odd.png"
-    if kind == "pipe":
-        os.mkfifo(odd)
-    elif kind == "socket":
-        monkeypatch.chdir(odd.parent)
-        socket.socket(socket.AF_UNIX).bind(odd.name)
-    elif kind == "dangling link":
-        odd.symlink_to("nowhere")
-    else:
-        odd.mkdir()
-    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: .*cat/odd\.png"):
-        load_images(str(folder), SIZE)
-
-
-@pytest.mark.parametrize("kind", ["folder", "a.tar", "a.zip"])
-def test_class_folders_that_are_links_are_refused(kind, tmp_path):
-    """Never left out without a word."""
-    folder, source = write_folder(tmp_path / "images", ["cat", "dog"]), tmp_path / kind
-    (folder / ".lock").symlink_to("nowhere")  # as editors leave them
-    (tmp_path / "eel").mkdir()
-    (folder / "cat/0.png").rename(tmp_path / "eel/0.png")
-    link = folder / "eel"
-    link.symlink_to("../eel")
-    if kind == "folder":
-        with pytest.raises(UserError, match=r"eel: is a link to a folder"):
-            load_images(str(folder), SIZE)
-        link.unlink()
-        link.symlink_to("../unmounted")
-        source = folder
-    elif kind == "a.tar":
-        (folder / "dog/alias.png").symlink_to("0.png")  # to a file of the archive, and so read
-        with tarfile.open(source, "w") as archive:
-            archive.add(folder, "images")
-    else:
-        pack(folder, source)
-        with zipfile.ZipFile(source, "a") as archive:
-            info = zipfile.ZipInfo("eel")
-            info.external_attr = (stat.S_IFLNK | 0o777) << 16
-            archive.writestr(info, "../eel")
-    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: .*eel is a link that leads to no file there"):
-        load_images(str(source), SIZE)
 
 
 @pytest.mark.parametrize(
@@ -399,41 +302,6 @@ def test_results_that_cannot_be_written_are_no_fault_of_the_source(call, number,
         run(make_params(folder), PATHS)
 
 
-def test_a_link_in_a_circle_is_named_with_its_remedy(tmp_path):
-    folder = write_folder(tmp_path / "images", ["cat", "dog"])
-    (folder / "eel").symlink_to("eel")
-    told = r"^params\.yaml: dataset\.source: .*images/eel: too many levels of symbolic links\. Mend the symbolic link"
-    with pytest.raises(UserError, match=told):
-        load_images(str(folder), SIZE)
-
-
-def test_links_to_files_of_a_tar_are_followed(tmp_path):
-    folder = write_folder(tmp_path / "images", ["cat", "dog"], count=2)
-    (folder / "dog/1.png").unlink()
-    (folder / "dog/1.png").symlink_to("../cat/0.png")
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.add(folder, "images")
-    raw = load_images(str(tmp_path / "a.tar"), SIZE)
-    np.testing.assert_array_equal(raw.images[3], raw.images[0])
-
-
-def test_folders_that_may_not_be_listed_are_refused(tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "images", ["cat", "dog", "dog/.Trash-0"], count=2)
-    scan = os.scandir
-
-    def refuse(path):
-        if Path(path).name in denied:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr("os.scandir", refuse)  # root may list all
-    denied = {".Trash-0"}
-    assert len(load_images(str(folder), SIZE).labels) == 4
-    denied = {"dog"}
-    with pytest.raises(UserError, match=r"^params\.yaml: dataset\.source: \S+images/dog: permission denied\. Change"):
-        load_images(str(folder), SIZE)
-
-
 def test_a_class_has_one_name_however_its_accents_are_encoded(tmp_path):
     whole, apart = "caf\u00e9", "cafe\u0301"
     folder = write_folder(tmp_path / "images", [f"train/{whole}", "train/th\u00e9", f"test/{apart}", "test/th\u00e9"])
@@ -453,18 +321,6 @@ def test_heic_pictures_are_called_so(tmp_path):
         load_images(str(folder), SIZE)
 
 
-def test_damaged_exif_is_no_warning_of_a_library(tmp_path):
-    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x05\x01\x12\0\x03"  # five entries, and the file ends in the first
-    Image.fromarray(noise(0)).save(tmp_path / "a.jpg", exif=exif)
-    program = (
-        "from PIL import Image, ImageOps\nimport nonn.data.decoding\nImageOps.exif_transpose(Image.open('a.jpg'))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=True
-    )
-    assert done.stderr == ""
-
-
 def test_names_that_are_not_utf8_are_read(tmp_path):
     folder = write_folder(tmp_path / "images", ["cat", "dog"])
     (folder / "cat/0.png").rename(folder / "cat" / os.fsdecode(b"\xff\xfe.png"))
@@ -472,10 +328,3 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
     (folder / "cat").joinpath(os.fsdecode(b"\xff\xfe.png")).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"cat/\\udcff\\udcfe\.png cannot be read"):
         load_images(str(folder), SIZE)
-
-
-@pytest.mark.parametrize("name", ["images.zip", "images.tar", "images"])
-def test_a_source_that_is_a_pipe_is_refused(name, tmp_path):
-    os.mkfifo(tmp_path / name)
-    with pytest.raises(UserError, match=r"dataset\.source: .*(is a named pipe|neither a folder nor)"):
-        load_images(str(tmp_path / name), SIZE)
