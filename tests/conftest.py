@@ -53,6 +53,16 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def without_network(monkeypatch) -> None:
+    """No connection to any host."""
+
+    def refuse(*_args, **_kwargs):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", refuse)
+
+
 @pytest.fixture(scope="session")
 def params() -> Params:
     return Params.model_validate(tiny_params())

@@ -35,17 +35,7 @@ from nonn.teachers.foreign import order_of
 PATHS = Paths("test")
 
 
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def without_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr("socket.create_connection", refuse)
+pytestmark = pytest.mark.usefixtures("folder", "without_network")
 
 
 # Sources of files

@@ -11,18 +11,7 @@ from PIL import Image
 from nonn.core.errors import UserError
 from nonn.data.packaged import DOWNLOADS
 
-
-@pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def without_network(monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError("network is unreachable")
-
-    monkeypatch.setattr("socket.create_connection", refuse)
+pytestmark = pytest.mark.usefixtures("folder", "without_network")
 
 
 def test_torchvision_files_in_place_need_no_network():
